@@ -1,0 +1,181 @@
+"""What a source hands to the pipeline: a `Log` of Ibis tables, described by feature specs, tasks and a split rule.
+
+A source is a module in `data_pipeline/sources/` with
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None: ...    # its own options; may do nothing
+    def find_files(raw_dir: pathlib.Path | None, options: argparse.Namespace) -> dict[str, pathlib.Path]: ...
+    def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Namespace) -> Log: ...
+
+`find_files` names every raw file that `read` will open (they are hashed for the no-op check and the manifest); it raises
+ValueError for a missing one. `read` uses `raw_files.read_columns`, which checks columns and types, and counts every raw row
+that it leaves out in `Log.skipped`.
+"""
+
+import dataclasses
+
+import ibis
+import ibis.expr.types as ir
+
+from gpsd_dist import schema
+
+ORIGINS = ("item_id", "items", "log", "users")
+EVENT_COLUMNS = {"user_id": "string", "item_id": "string", "time_s": "int64", "order": "int64"}
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSpec:
+    """One feature of the model and the canonical column that it is made from (column name = feature name)."""
+
+    name: str
+    places: tuple[str, ...]
+    origin: str
+    """"item_id": the item itself. "items": a column of `Log.items`. "users": a column of `Log.users` (context only).
+    "log": a column of the log row: of `events` for history, of `exposures` for candidate and context (the value at the
+    first candidate of the request); where the log has no exposures, a context value is that of the target event."""
+    kind: str = "categorical"
+    table: str | None = None
+    """Vocabulary; None means one of its own, named after the feature. Two features may share one."""
+    is_bag: bool = False
+    """The column is array<string>: several raw ids per item."""
+    min_count: int | None = None
+    """Raw ids with fewer occurrences in the training period become unknown; None means the option --min_count."""
+
+    def __post_init__(self):
+        if self.origin not in ORIGINS:
+            raise ValueError(f"feature {self.name!r}: origin {self.origin!r} is not one of {ORIGINS}")
+        if self.origin == "users" and self.places != ("context",):
+            raise ValueError(f"feature {self.name!r}: a user column has the only place 'context', not {self.places!r}")
+        if self.origin in ("item_id", "items") and "context" in self.places:
+            raise ValueError(f"feature {self.name!r}: an item column occurs in history and candidate, not in context")
+        self.feature()  # the rules of the contract
+
+    @property
+    def column(self) -> str:
+        """Name of the canonical column that holds the raw values."""
+        return "item_id" if self.origin == "item_id" else self.name
+
+    def feature(self) -> schema.Feature:
+        """The same feature as the manifest describes it."""
+        table = (self.table or self.name) if self.kind == "categorical" else None
+        return schema.Feature(self.name, self.places, self.kind, table, self.is_bag)
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeBoundaries:
+    """Labelled exposures are cut by time: train < valid_from_s <= valid < test_from_s <= test < test_until_s (epoch s).
+
+    Exposures at or after test_until_s are skipped in a plain build (and counted) and form the split `holdout` under
+    `--split holdout`. Needs `Log.exposures` with a time in every row.
+    """
+
+    valid_from_s: int
+    test_from_s: int
+    test_until_s: int | None = None
+    """None: no upper end, and no holdout."""
+    pretrain_until_s: int | None = None
+    """Pretraining rows hold the events before it and those without a time; None: before valid_from_s."""
+    words: str = ""
+    """The same in words, for the manifest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LastItemByTime:
+    """One request per user (the GPSD protocol): target = last event, history = everything before it.
+
+    Users up to the `train_quantile` of their last time train, later ones test; valid = the latest `valid_fraction` of
+    the train users. Pretraining rows: everything but the last event, of all users.
+    """
+
+    train_quantile: float = 0.7
+    valid_fraction: float = 0.15
+
+
+@dataclasses.dataclass(frozen=True)
+class LeaveLastOut:
+    """Per user: test = last event, valid = second last, train = third last; pretraining = everything but the last two."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """`Log.exposures` has a column `split` ("train" or "test"): one request per user, whose last event is the target.
+
+    valid = the latest `valid_fraction` of the train requests. Pretraining rows: everything but the last event, of all users.
+    """
+
+    valid_fraction: float = 0.15
+
+
+SplitRule = TimeBoundaries | LastItemByTime | LeaveLastOut | Given
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """Canonical tables of one source. Ids and categorical values are strings, null where unknown."""
+
+    events: ir.Table
+    """What becomes history: user_id, item_id (string), time_s (int64, null: before every timed event of the user), order
+    (int64, breaks ties: a user's events are sorted by time_s with nulls first, then order, which must make them total),
+    and the "log" features of history."""
+    items: ir.Table
+    """item_id (string, unique) and the "items" features: string, array<string> for a bag, or float64."""
+    features: tuple[FeatureSpec, ...]
+    split: SplitRule
+    order_words: str
+    """The tie rule in words, for the manifest."""
+    exposures: ir.Table | None = None
+    """What becomes candidates: user_id, item_id, time_s (int64, never null), order, one column per task (0, 1 or null for not
+    observed), and the "log" features of candidate and context. None: candidates are events plus drawn negatives."""
+    users: ir.Table | None = None
+    """user_id (string, unique) and the "users" features: string or float64."""
+    tasks: tuple[schema.Task, ...] = (schema.Task("click"),)
+    item_feature: str = "item"
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Raw rows that `read` left out, by reason."""
+
+    def specs_in(self, place: str) -> tuple[FeatureSpec, ...]:
+        """Specs of the features that occur in `place`, in manifest order."""
+        return tuple(spec for spec in self.features if place in spec.places)
+
+
+def check(log: Log) -> None:
+    """Raises ValueError if a table lacks a column that the specs and tasks need, or has it in another type."""
+    needed = {"events": dict(EVENT_COLUMNS), "items": {"item_id": "string"}}
+    needed["exposures"] = dict(EVENT_COLUMNS) | {task.name: "float64" for task in log.tasks}
+    needed["users"] = {"user_id": "string"}
+    for spec in log.features:
+        kind = "float64" if spec.kind == "numerical" else "array<string>" if spec.is_bag else "string"
+        for table in _tables_of(spec, log.exposures is not None):
+            needed[table][spec.name] = kind
+    if isinstance(log.split, Given):
+        needed["exposures"]["split"] = "string"
+    if isinstance(log.split, (TimeBoundaries, Given)) and log.exposures is None:
+        raise ValueError(f"the split rule {type(log.split).__name__} needs a log with exposures, this one has none")
+    for name, columns in needed.items():
+        table = getattr(log, name)
+        if table is None:
+            if name == "users" and any(spec.origin == "users" for spec in log.features):
+                raise ValueError("there are features with origin 'users', but the log has no users table")
+            continue
+        _check_columns(name, table, columns)
+
+
+def _tables_of(spec: FeatureSpec, has_exposures: bool) -> set[str]:
+    if spec.origin == "item_id":
+        return set()
+    if spec.origin != "log":
+        return {spec.origin}
+    tables = {"events"} if "history" in spec.places else set()
+    if "candidate" in spec.places and not has_exposures:
+        raise ValueError(f"feature {spec.name!r}: drawn negatives have no value for a log column of candidates")
+    if {"candidate", "context"} & set(spec.places):
+        tables.add("exposures" if has_exposures else "events")
+    return tables
+
+
+def _check_columns(name: str, table: ir.Table, columns: dict[str, str]) -> None:
+    found = table.schema()
+    for column, kind in columns.items():
+        if column not in found:
+            raise ValueError(f"table {name!r} has no column {column!r}; it has {list(found)}")
+        if found[column] != ibis.dtype(kind):
+            raise ValueError(f"table {name!r}, column {column!r}: found {found[column]}, expected {kind}; cast it in the source")

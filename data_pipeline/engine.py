@@ -1,0 +1,36 @@
+"""The query engine behind the pipeline: one Ibis connection with a scratch folder and progress by step."""
+
+import pathlib
+import time
+import typing
+
+import ibis
+import ibis.expr.types as ir
+
+ENGINES = ("duckdb",)
+
+
+class Engine:
+    """One Ibis connection. Tables that are used more than once are materialised in its scratch database."""
+
+    def __init__(self, name: str, scratch_dir: pathlib.Path, memory_limit: str = "4GB", threads: int | None = None):
+        """Opens the engine; tables and spilled data go to `scratch_dir`, which must exist."""
+        if name not in ENGINES:
+            raise ValueError(f"--engine {name!r} is not one of {ENGINES}")
+        self.name = name
+        config: dict[str, typing.Any] = {"memory_limit": memory_limit, "temp_directory": str(scratch_dir / "spill")}
+        if threads is not None:
+            config["threads"] = threads
+        self.con = ibis.duckdb.connect(scratch_dir / "scratch.duckdb", **config)
+        self.con.raw_sql("SET enable_progress_bar = false")
+
+    def materialise(self, name: str, table: ir.Table) -> ir.Table:
+        """Runs the query once and returns the stored result; `name` must be new."""
+        started = time.monotonic()
+        stored = self.con.create_table(name, table)
+        print(f"  {name:<24} {stored.count().execute():>12,} rows  {time.monotonic() - started:6.1f} s", flush=True)
+        return stored
+
+    def close(self) -> None:
+        """Closes the connection, so that the scratch folder can be removed."""
+        self.con.disconnect()

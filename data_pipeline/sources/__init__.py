@@ -1,0 +1,21 @@
+"""One module per raw format; `SOURCES` says which name on the command line means which module."""
+
+import importlib
+import types
+
+SOURCES = {
+    "amazon_grocery": "data_pipeline.sources.amazon_grocery",
+    "kuairand_pure": "data_pipeline.sources.kuairand_pure",
+    "synthetic": "data_pipeline.sources.synthetic",
+    "generic": "data_pipeline.sources.generic",
+    "taobao": "data_pipeline.sources.taobao",
+    "amazon_reviews": "data_pipeline.sources.amazon_reviews",
+    "movielens": "data_pipeline.sources.movielens",
+}
+
+
+def load(name: str) -> types.ModuleType:
+    """The module of a source (its interface is in `data_pipeline/canonical.py`); ValueError lists the known names."""
+    if name not in SOURCES:
+        raise ValueError(f"--source {name!r} is not known; choose one of {sorted(SOURCES)}")
+    return importlib.import_module(SOURCES[name])
