@@ -1,0 +1,278 @@
+"""Exact classification metrics over all rows and all ranks: AUC, GAUC, log loss, normalised entropy, calibration.
+
+Nothing is binned, windowed or dropped. The numbers depend on the set of rows only: any order of the rows and any split
+over ranks gives the same bits, because every sum runs over sorted rows.
+"""
+
+import collections.abc
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+METRIC_KEYS = ("auc", "gauc", "log_loss", "ne", "calibration", "rows", "gauc_users", "label_rate")
+KINDS = ("logit", "probability", "score")  # a score only orders rows: log_loss, ne and calibration are NaN
+PROBABILITY_CLIP = 1e-7  # about the distance from 1 to the next smaller float32; bounds one row's log loss to 16.1
+_MESSAGE_ROWS = 1 << 24  # rows per message when gathering; keeps one message below 128 MiB
+
+
+class Predictions:
+    """Scores and labels of one task on this rank, on the CPU: 13 bytes per row (float32, uint8, int64)."""
+
+    def __init__(self, kind: str = "logit"):
+        """`kind` says what a score is: "logit", "probability" or "score" (orders rows, nothing more)."""
+        if kind not in KINDS:
+            raise ValueError(f"kind {kind!r} is not one of {KINDS}")
+        self.kind = kind
+        self._chunks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def __len__(self) -> int:
+        return sum(len(score_N) for score_N, _, _ in self._chunks)
+
+    def add(self, score_N, label_N, user_hash_N, is_observed_N=None) -> None:
+        """Appends N rows; tensors on any device or arrays. Copies to the CPU, so a GPU is waited for.
+
+        Args:
+            score_N: float [N], finite, of this object's `kind`.
+            label_N: [N], 0 or 1 where observed.
+            user_hash_N: int64 [N], the user whose ranking the row belongs to.
+            is_observed_N: bool [N] or None (all): rows without it are left out, and may hold anything.
+
+        Raises ValueError for lengths that differ, labels other than 0 and 1, scores that are not finite, and
+        probabilities outside [0, 1].
+        """
+        score_N, label_N, user_hash_N = _array(score_N, np.float32), _array(label_N), _array(user_hash_N, np.int64)
+        if not (score_N.ndim == 1 and score_N.shape == label_N.shape == user_hash_N.shape):
+            raise ValueError(
+                f"expected three vectors of one length, got shapes {score_N.shape}, {label_N.shape}, {user_hash_N.shape}"
+            )
+        if is_observed_N is not None:
+            is_observed_N = _array(is_observed_N, np.bool_)
+            if is_observed_N.shape != score_N.shape:
+                raise ValueError(f"is_observed has shape {is_observed_N.shape}, the scores have {score_N.shape}")
+            score_N, label_N, user_hash_N = score_N[is_observed_N], label_N[is_observed_N], user_hash_N[is_observed_N]
+        self._check(score_N, label_N)
+        self._chunks.append((score_N, label_N.astype(np.uint8), user_hash_N))
+
+    def _check(self, score_N: np.ndarray, label_N: np.ndarray) -> None:
+        is_bad = ~((label_N == 0) | (label_N == 1))
+        if is_bad.any():
+            raise ValueError(
+                f"{is_bad.sum()} of {len(label_N)} labels are not 0 or 1, the first is {label_N[is_bad][0]!r}"
+            )
+        is_bad = ~np.isfinite(score_N)
+        if self.kind == "probability":
+            is_bad |= (score_N < 0) | (score_N > 1)
+        if is_bad.any():
+            what = "in [0, 1]" if self.kind == "probability" else "finite"
+            raise ValueError(
+                f"{is_bad.sum()} of {len(score_N)} scores ({self.kind}) are not {what}, the first is {score_N[is_bad][0]!r}"
+            )
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All rows of this rank: score float32 [N], label uint8 [N], user_hash int64 [N], in the order they came."""
+        if len(self._chunks) != 1:
+            dtypes = (np.float32, np.uint8, np.int64)
+            columns = zip(*self._chunks) if self._chunks else ([], [], [])
+            merged = [np.concatenate([np.empty(0, dtype), *parts]) for parts, dtype in zip(columns, dtypes)]
+            self._chunks = [tuple(merged)]
+        return self._chunks[0]
+
+    def metrics(self) -> dict[str, float | int]:
+        """Metrics of the rows on this rank only; `gather_metrics` is the one over all ranks."""
+        return classification_metrics(*self.arrays(), kind=self.kind)
+
+    def gather(self, group: dist.ProcessGroup | None = None) -> "Predictions":
+        """Collective, all ranks must call: every rank's rows on rank 0 of `group`, an empty object on the others.
+
+        Ranks may hold different numbers of rows, also none. Rank 0 needs memory for all rows. Without a process group
+        it returns self. A NCCL group sends from the current CUDA device. ValueError if ranks hold different kinds.
+        """
+        if not dist.is_initialized():
+            return self
+        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
+        own_2 = torch.tensor([len(self), KINDS.index(self.kind)], dtype=torch.int64, device=device)
+        all_2 = [torch.empty_like(own_2) for _ in range(world_size)]
+        dist.all_gather(all_2, own_2, group=group)
+        counts, kinds = torch.stack(all_2).cpu().T.tolist()
+        if len(set(kinds)) > 1:
+            raise ValueError(f"ranks hold different kinds of scores: {[KINDS[kind] for kind in kinds]}")
+
+        gathered = Predictions(self.kind)
+        columns = self.arrays()
+        if rank == 0:
+            gathered._chunks.append(columns)
+            for source in range(1, world_size):
+                gathered._chunks.append(
+                    tuple(_receive(c.dtype, counts[source], source, device, group) for c in columns)
+                )
+        else:
+            for column in columns:
+                for start in range(0, len(column), _MESSAGE_ROWS):
+                    dist.send(_tensor(column[start : start + _MESSAGE_ROWS]).to(device), group=group, group_dst=0)
+        return gathered
+
+
+def gather_metrics(
+    predictions: collections.abc.Mapping[str, Predictions], group: dist.ProcessGroup | None = None
+) -> dict[str, dict[str, float | int]]:
+    """Collective, all ranks must call with the same tasks: exact metrics per task over all ranks' rows.
+
+    Rank 0 gathers and computes, one task after the other; the few numbers are broadcast, so that every rank returns
+    the same. Keys per task: METRIC_KEYS, see `classification_metrics`. If rank 0 fails, all ranks raise.
+    """
+    if not dist.is_initialized():
+        return {task: rows.metrics() for task, rows in predictions.items()}
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    results = {}
+    for task in sorted(predictions):  # an order that does not depend on how a rank built its dict
+        gathered = predictions[task].gather(group)
+        values_M = torch.full((len(METRIC_KEYS) + 1,), -1.0, dtype=torch.float64)
+        try:
+            if dist.get_rank(group) == 0:
+                metrics = gathered.metrics()
+                values_M = torch.tensor([0.0, *(metrics[key] for key in METRIC_KEYS)], dtype=torch.float64)
+        finally:  # if rank 0 raises, the others must learn it and not wait for ever
+            values_M = values_M.to(device)
+            dist.broadcast(values_M, group=group, group_src=0)
+        failed, *values = values_M.tolist()
+        if failed != 0.0:
+            raise RuntimeError(f"rank 0 could not compute the metrics of task {task!r}; its log has the reason")
+        results[task] = {k: int(v) if k in ("rows", "gauc_users") else v for k, v in zip(METRIC_KEYS, values)}
+    return {task: results[task] for task in predictions}
+
+
+def classification_metrics(
+    score_N: np.ndarray, label_N: np.ndarray, user_hash_N: np.ndarray, kind: str = "logit"
+) -> dict[str, float | int]:
+    """Metrics of N rows in float64; the keys are METRIC_KEYS.
+
+    - `auc`: chance that a positive row scores above a negative one, a tie counts half (Mann-Whitney U). NaN without
+      both classes.
+    - `gauc`: AUC within each user, averaged with the number of the user's rows (impressions) as weight, over the
+      `gauc_users` users that have both classes (Zhu et al., KDD'17, "Optimized Cost per Click", eq. 14). NaN if none.
+    - `log_loss`: mean cross entropy in nats; from logits without rounding, from probabilities clipped by
+      PROBABILITY_CLIP. `ne`: log_loss over the entropy of the label rate, below 1 is better than a constant (He et al.,
+      ADKDD'14, section 3); NaN without both classes. `calibration`: sum of probabilities over sum of labels; NaN
+      without positives. All three are NaN for kind "score".
+    - `rows`, `label_rate` (NaN without rows).
+    """
+    score_N, label_N = np.asarray(score_N, np.float32), np.asarray(label_N)
+    keys_N = np.sort(_sort_keys(score_N, label_N))
+    sorted_label_N = (keys_N & np.uint64(1)).astype(np.int64)
+    rows, positives = len(keys_N), int(sorted_label_N.sum())
+    label_rate = positives / rows if rows else float("nan")
+    log_loss, probability_sum = _log_loss_and_probability_sum(_scores(keys_N), sorted_label_N, kind)
+    entropy = -sum(rate * np.log(rate) for rate in (label_rate, 1 - label_rate) if rate > 0)
+    gauc, gauc_users = _gauc(score_N, label_N, np.asarray(user_hash_N, np.int64))
+    return {
+        "auc": _auc(keys_N, sorted_label_N),
+        "gauc": gauc,
+        "log_loss": log_loss,
+        "ne": log_loss / entropy if 0 < positives < rows else float("nan"),
+        "calibration": probability_sum / positives if positives else float("nan"),
+        "rows": rows,
+        "gauc_users": gauc_users,
+        "label_rate": label_rate,
+    }
+
+
+def _sort_keys(score_N: np.ndarray, label_N: np.ndarray) -> np.ndarray:
+    """uint64 [N] that orders rows by (score, label) and holds both: sorting it needs no argsort and is canonical.
+
+    Positive floats order like their bits, negative ones in reverse; -0.0 becomes 0.0 so that they tie.
+    """
+    bits_N = (score_N + np.float32(0)).view(np.uint32)
+    ordered_N = np.where(bits_N >> 31 == 1, ~bits_N, bits_N | np.uint32(1 << 31))
+    return (ordered_N.astype(np.uint64) << np.uint64(1)) | label_N.astype(np.uint64)
+
+
+def _scores(keys_N: np.ndarray) -> np.ndarray:
+    """Inverse of `_sort_keys`: float32 scores."""
+    ordered_N = (keys_N >> np.uint64(1)).astype(np.uint32)
+    return np.where(ordered_N >> 31 == 1, ordered_N & np.uint32((1 << 31) - 1), ~ordered_N).view(np.float32)
+
+
+def _group_starts(keys_N: np.ndarray) -> np.ndarray:
+    """Index of the first row of each run of equal keys in a sorted array; empty for an empty one."""
+    if not len(keys_N):
+        return np.empty(0, np.int64)
+    return np.concatenate([[0], np.flatnonzero(keys_N[1:] != keys_N[:-1]) + 1])
+
+
+def _auc(keys_N: np.ndarray, label_N: np.ndarray) -> float:
+    """AUC of rows sorted by score. The pairs are counted in integers, so the only rounding is the last division."""
+    positives = int(label_N.sum())
+    negatives = len(label_N) - positives
+    if not positives or not negatives:
+        return float("nan")
+    starts_G = _group_starts(keys_N >> np.uint64(1))
+    positive_G = np.add.reduceat(label_N, starts_G)
+    negative_G = np.add.reduceat(1 - label_N, starts_G)
+    below_G = np.cumsum(negative_G) - negative_G
+    return int((positive_G * (2 * below_G + negative_G)).sum()) / (2 * positives * negatives)
+
+
+def _gauc(score_N: np.ndarray, label_N: np.ndarray, user_hash_N: np.ndarray) -> tuple[float, int]:
+    """Impression-weighted mean of per-user AUCs and the number of users in it; one sort over (user, score, label)."""
+    _, user_N = np.unique(user_hash_N, return_inverse=True)
+    assert not len(user_N) or user_N.max() < 1 << 31, "more than 2^31 users do not fit into the sort key"
+    keys_N = np.sort((user_N.astype(np.uint64) << np.uint64(33)) | _sort_keys(score_N, label_N))
+    label_N = (keys_N & np.uint64(1)).astype(np.int64)
+    starts_G = _group_starts(keys_N >> np.uint64(1))  # runs of equal (user, score)
+    if not len(starts_G):
+        return float("nan"), 0
+    positive_G = np.add.reduceat(label_N, starts_G)
+    negative_G = np.add.reduceat(1 - label_N, starts_G)
+    starts_U = _group_starts(keys_N[starts_G] >> np.uint64(33))
+    positive_U = np.add.reduceat(positive_G, starts_U)
+    negative_U = np.add.reduceat(negative_G, starts_U)
+    of_earlier_users_U = np.cumsum(negative_U) - negative_U
+    groups_per_user_U = np.diff(np.append(starts_U, len(starts_G)))
+    below_G = np.cumsum(negative_G) - negative_G - np.repeat(of_earlier_users_U, groups_per_user_U)
+    twice_wins_U = np.add.reduceat(positive_G * (2 * below_G + negative_G), starts_U)
+    has_both_U = (positive_U > 0) & (negative_U > 0)
+    if not has_both_U.any():
+        return float("nan"), 0
+    auc_U = twice_wins_U[has_both_U] / (2 * positive_U * negative_U)[has_both_U]
+    impressions_U = (positive_U + negative_U)[has_both_U]
+    return float((auc_U * impressions_U).sum() / impressions_U.sum()), int(has_both_U.sum())
+
+
+def _log_loss_and_probability_sum(score_N: np.ndarray, label_N: np.ndarray, kind: str) -> tuple[float, float]:
+    """Mean cross entropy (nats) and sum of probabilities; both NaN for kind "score" or without rows."""
+    if kind == "score" or not len(score_N):
+        return float("nan"), float("nan")
+    score_N = score_N.astype(np.float64)
+    if kind == "logit":
+        tail_N = np.exp(-np.abs(score_N))  # never overflows
+        loss_N = np.maximum(score_N, 0) + np.log1p(tail_N) - score_N * label_N
+        probability_N = np.where(score_N >= 0, 1.0, tail_N) / (1 + tail_N)
+    else:
+        probability_N = score_N
+        clipped_N = np.clip(score_N, PROBABILITY_CLIP, 1 - PROBABILITY_CLIP)
+        loss_N = -np.log(np.where(label_N == 1, clipped_N, 1 - clipped_N))
+    return float(loss_N.mean()), float(probability_N.sum())
+
+
+def _array(values, dtype: type | None = None) -> np.ndarray:
+    """A copy on the CPU that later changes of `values` do not reach."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach()
+        values = (values.float() if values.is_floating_point() else values).cpu().numpy()  # numpy has no bfloat16
+    return np.array(values, dtype=dtype)
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _receive(dtype: np.dtype, rows: int, source: int, device, group) -> np.ndarray:
+    """One column of one rank, in messages of at most _MESSAGE_ROWS rows."""
+    column = np.empty(rows, dtype)
+    for start in range(0, rows, _MESSAGE_ROWS):
+        part = _tensor(np.empty(min(_MESSAGE_ROWS, rows - start), dtype)).to(device)
+        dist.recv(part, group=group, group_src=source)
+        column[start : start + _MESSAGE_ROWS] = part.cpu().numpy()
+    return column

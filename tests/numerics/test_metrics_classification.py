@@ -1,0 +1,85 @@
+"""Classification metrics against scikit-learn, and the same bits on 1, 2 and 3 ranks."""
+
+import numpy as np
+import pytest
+import sklearn.metrics
+
+from gpsd_dist.metrics import classification
+from tests.helpers import distributed
+
+
+def _rows(num_rows=3000, num_users=200, seed=0):
+    rng = np.random.default_rng(seed)
+    score_N = np.round(rng.normal(size=num_rows), 1).astype(np.float32)  # about 80 levels: many ties
+    label_N = (rng.random(num_rows) < 1 / (1 + np.exp(-score_N))).astype(np.uint8)
+    user_N = rng.zipf(1.5, num_rows) % num_users - num_users // 2  # some users with one row, some with hundreds
+    return score_N, label_N, user_N.astype(np.int64)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_metrics_equal_scikit_learn(seed):
+    score_N, label_N, user_N = _rows(seed=seed)
+    result = classification.classification_metrics(score_N, label_N, user_N)
+    probability_N = 1 / (1 + np.exp(-score_N.astype(np.float64)))
+    assert result["auc"] == pytest.approx(sklearn.metrics.roc_auc_score(label_N, score_N), abs=1e-13)
+    log_loss = sklearn.metrics.log_loss(label_N, probability_N)
+    rate = label_N.mean()
+    assert result["log_loss"] == pytest.approx(log_loss, rel=1e-13)
+    entropy = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
+    assert result["ne"] == pytest.approx(log_loss / entropy, rel=1e-13)
+    assert result["calibration"] == pytest.approx(probability_N.sum() / label_N.sum(), rel=1e-13)
+    assert result["rows"] == 3000 and result["label_rate"] == rate
+
+    weighted, weights = [], []
+    for user in np.unique(user_N):
+        of_user_N = user_N == user
+        if len(set(label_N[of_user_N])) == 2:
+            weights.append(of_user_N.sum())
+            weighted.append(weights[-1] * sklearn.metrics.roc_auc_score(label_N[of_user_N], score_N[of_user_N]))
+    assert result["gauc"] == pytest.approx(sum(weighted) / sum(weights), abs=1e-13)
+    assert result["gauc_users"] == len(weights)
+
+
+def test_log_loss_of_probabilities_equals_scikit_learn():
+    score_N, label_N, user_N = _rows()
+    probability_N = (1 / (1 + np.exp(-score_N))).astype(np.float32)
+    result = classification.classification_metrics(probability_N, label_N, user_N, kind="probability")
+    expected = sklearn.metrics.log_loss(label_N, probability_N.astype(np.float64))
+    assert result["log_loss"] == pytest.approx(expected, rel=1e-13)
+
+
+def _rank_metrics(rank, world_size):
+    """Uneven shares: rank 0 has a third, the last rank nothing, whoever is between the rest."""
+    bounds = {1: [0, 3000], 2: [0, 1000, 3000], 3: [0, 1000, 3000, 3000]}[world_size]
+    classification._MESSAGE_ROWS = 700  # several messages per column
+    predictions = {}
+    for task, seed in (("click", 0), ("long_view", 1)):
+        share = slice(bounds[rank], bounds[rank + 1])
+        predictions[task] = classification.Predictions()
+        predictions[task].add(*(column[share] for column in _rows(seed=seed)))
+    if rank % 2:  # a rank that met the tasks in another order must not mix them up
+        predictions = dict(reversed(predictions.items()))
+    return classification.gather_metrics(predictions)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_every_rank_gets_the_single_rank_metrics_bit_for_bit(world_size, tmp_path):
+    expected = {
+        task: classification.classification_metrics(*_rows(seed=seed))
+        for task, seed in (("click", 0), ("long_view", 1))
+    }
+    for result in distributed.run_distributed(_rank_metrics, world_size, tmp_path):
+        assert result == expected
+
+
+def _rank_zero_fails(rank, world_size):
+    if rank == 0:
+        classification.classification_metrics = lambda *args, **kwargs: 1 / 0
+    try:
+        classification.gather_metrics({"click": classification.Predictions()})
+    except (ZeroDivisionError, RuntimeError) as error:
+        return type(error).__name__
+
+
+def test_failure_on_rank_zero_reaches_all_ranks(tmp_path):
+    assert distributed.run_distributed(_rank_zero_fails, 2, tmp_path) == ["ZeroDivisionError", "RuntimeError"]
