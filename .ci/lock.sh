@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Regenerates requirements-cpu.txt and requirements.txt from requirements-cpu.in (`make lock`).
+# Pins that still fit are kept; delete a line of the lock (or pass --upgrade) to let it move.
+# Only metadata is resolved, so the CUDA wheels are not downloaded. Needs uv: on PATH, or UV=/path/to/uv.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+uv=${UV:-uv}
+if ! command -v "$uv" >/dev/null; then
+    echo "lock: '$uv' not found; install it (python -m pip install uv) or pass UV=/path/to/uv" >&2
+    exit 1
+fi
+
+compile() {
+    "$uv" pip compile --quiet --no-config --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+        --custom-compile-command "make lock" "$@" >/dev/null
+}
+
+compile requirements-cpu.in --override .ci/lock-overrides.txt --output-file requirements-cpu.txt "$@"
+
+# Same input with the CUDA build of fbgemm. The CPU pins are the starting point, so that both locks agree.
+cuda_dir=$(mktemp -d)
+trap 'rm -rf "$cuda_dir"' EXIT
+sed 's/^fbgemm-gpu-cpu==/fbgemm-gpu==/' requirements-cpu.in >"$cuda_dir/requirements-cuda.in"
+{ cat requirements-cpu.txt; grep '==' requirements.txt 2>/dev/null || true; } >"$cuda_dir/start.txt"
+awk -F'==' '!/==/ || !seen[$1]++' "$cuda_dir/start.txt" >"$cuda_dir/requirements.txt"
+(
+    root=$PWD
+    cd "$cuda_dir"
+    compile requirements-cuda.in --output-file requirements.txt
+    { cat requirements.txt; } >"$root/requirements.txt"
+)
+echo "lock: wrote requirements-cpu.txt and requirements.txt"

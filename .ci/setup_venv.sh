@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# usage: .ci/setup_venv.sh VENV [cpu|cuda]
+# Makes VENV hold exactly the pins of requirements-cpu.txt (or requirements.txt for cuda); does nothing when it already does.
+# PYTHON=/path/to/python3.11 chooses the interpreter of a new VENV.
+#
+# Why not plain `pip install -r`: torchrec requires the CUDA build of fbgemm, which overwrites the CPU build, so a
+# complete lock is installed with --no-deps. And PyPI's torch for Linux is the CUDA build: the CPU build has the local
+# version +cpu. Asking for that version by name makes pip's configured sources either deliver it or fail without
+# downloading anything; then PyTorch's CPU index is asked.
+set -euo pipefail
+
+readonly TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+
+die() {
+    echo "setup: $*" >&2
+    exit 1
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3 python; do
+        if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+        [[ $candidate != "${PYTHON:-}" ]] || die "PYTHON=$PYTHON is not a Python >= 3.11"
+    done
+    die "no Python >= 3.11 on PATH; install python3.11 with its venv module, or set PYTHON=/path/to/python3.11"
+}
+
+make_venv() {
+    local python
+    if "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        return
+    fi
+    if [[ -e $venv && ! -f $venv/pyvenv.cfg && -n $(ls -A "$venv") ]]; then
+        die "$venv exists and is not a virtual environment; choose another place with VENV=path"
+    fi
+    python=$(find_python)
+    echo "setup: creating $venv with $("$python" --version)"
+    "$python" -m venv --clear "$venv" || die "'$python -m venv' failed; on Debian and Ubuntu: apt-get install python3.11-venv"
+}
+
+install_torch_cpu() {
+    local pin log
+    pin=$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' "$lock")
+    [[ -n $pin ]] || die "$lock does not pin torch"
+    log=$(mktemp)
+    # shellcheck disable=SC2064  # expand now: `log` is local
+    trap "rm -f '$log'" RETURN
+    if "${pip[@]}" install --no-deps "torch==$pin+cpu" 2>"$log"; then
+        return
+    fi
+    echo "setup: pip's configured sources have no torch $pin+cpu; trying $TORCH_CPU_INDEX"
+    if ! "${pip[@]}" install --no-deps --index-url "$TORCH_CPU_INDEX" "torch==$pin+cpu"; then
+        cat "$log" >&2
+        die "torch $pin+cpu is neither in pip's configured sources (messages above) nor at $TORCH_CPU_INDEX"
+    fi
+}
+
+[[ $# -ge 1 && $# -le 2 && $1 != -* ]] || die "usage: .ci/setup_venv.sh VENV [cpu|cuda]"
+venv=$1
+flavor=${2:-cpu}
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+case $flavor in
+cpu) lock=$root/requirements-cpu.txt ;;
+cuda) lock=$root/requirements.txt ;;
+*) die "flavor '$flavor' is neither cpu nor cuda" ;;
+esac
+
+stamp=$venv/.installed-lock
+if [[ -f $stamp && -x $venv/bin/python ]] && cmp -s "$lock" "$stamp"; then
+    exit 0
+fi
+
+start_s=$SECONDS
+make_venv
+pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
+[[ $(uname -s) != Linux || $flavor != cpu ]] || install_torch_cpu
+"${pip[@]}" install --no-deps -r "$lock"
+cp "$lock" "$stamp" # last, so that an interrupted installation is repeated
+echo "setup: $venv holds $(basename "$lock") after $((SECONDS - start_s)) s"

@@ -1,0 +1,55 @@
+# Every target does its own set-up into $(VENV); nothing but Python >= 3.11 has to be there.
+VENV ?= .venv
+FLAVOR ?= cpu
+QUICKSTART_FLAGS ?=
+PYTEST_FLAGS ?= -n 2 --dist loadfile
+BENCH_FLAGS ?= --suite cpu
+
+BIN := $(abspath $(VENV))/bin
+# torchrun and the linters are looked up on PATH by the programs they are called from.
+export PATH := $(BIN):$(PATH)
+SHELL_SCRIPTS := .ci/run $(wildcard .ci/*.sh launch/*.sh) launch/slurm/train.sbatch
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-all check format doctor bench lock clean
+
+help: ## list the targets
+	@echo "make TARGET [VENV=$(VENV)] [FLAVOR=cpu|cuda] [PYTHON=python3.11]"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-13s %s\n", $$1, $$2}'
+
+setup: ## install the pinned requirements into $(VENV); nothing to do if they are there
+	@.ci/setup_venv.sh "$(VENV)" "$(FLAVOR)"
+
+quickstart: setup ## synthetic data, pretraining, three strategies, one table (QUICKSTART_FLAGS)
+	$(BIN)/python -m gpsd_dist.quickstart $(QUICKSTART_FLAGS)
+
+test: setup ## the default test suite (PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-all: setup ## the default suite and what is marked slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not gpu and not multi_gpu"
+
+check: setup ## lint, format, spelling, types, shell scripts, Dockerfile
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/mypy
+	$(BIN)/shellcheck -x $(SHELL_SCRIPTS)
+	$(BIN)/hadolint Dockerfile
+
+format: setup ## rewrite the Python files in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+doctor: setup ## check this machine and the installation
+	$(BIN)/python -m gpsd_dist.doctor
+
+bench: setup ## the CPU benchmarks (BENCH_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run $(BENCH_FLAGS)
+
+lock: ## regenerate requirements*.txt from requirements-cpu.in (needs uv; UV=path)
+	.ci/lock.sh
+
+clean: ## remove caches and build leftovers; keeps $(VENV), data/ and runs/
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
+	find . -path "./$(VENV)" -prune -o -name __pycache__ -type d -exec rm -rf {} +

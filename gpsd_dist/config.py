@@ -1,0 +1,316 @@
+"""Every option of a run, as frozen dataclasses with their checks. Neither gin nor torch is imported here.
+
+`gin_cli.py` builds one `RunConfig` from files and command line; library code receives the parts as arguments.
+Sizes of tables are not options: they come from the data set's manifest.
+"""
+
+import dataclasses
+import types
+import typing
+
+STAGES = ("pretrain", "finetune")
+STRATEGIES = ("NT", "ST", "FT", "ST_SF", "FT_SF")  # arXiv:2506.03699, section 3.3
+SHARDING_TYPES = ("row_wise", "table_wise", "column_wise")
+SPARSE_OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam", "lamb")
+CUDA_ONLY_SPARSE_OPTIMIZERS = ("adam", "partial_rowwise_adam", "lamb")  # no fbgemm CPU kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Reading and batching."""
+
+    max_history_length: int = 50
+    """Most recent history tokens that the model sees. 50 on Amazon, 200 on Taobao (official settings)."""
+    global_batch_rows: int = 512
+    """Requests per optimizer step over all ranks; 0 if `global_batch_tokens` is used."""
+    global_batch_tokens: int = 0
+    """History tokens per optimizer step over all ranks; 0 if `global_batch_rows` is used."""
+    eval_batch_rows_per_rank: int = 1024
+    """Requests per evaluation batch of one rank."""
+    num_data_shards: int = 16
+    """Fixed parts of an epoch that ranks share out; at least the world size, and fixed for the life of a run."""
+    num_threads: int = 1
+    """Threads per rank that read and collate."""
+    prefetch: int = 2
+    """Batches per thread that may wait."""
+
+    def __post_init__(self):
+        _check_types(self)
+        problems = []
+        if (self.global_batch_rows > 0) == (self.global_batch_tokens > 0):
+            given = f"global_batch_rows={self.global_batch_rows}, global_batch_tokens={self.global_batch_tokens}"
+            problems.append(f"{given}: set exactly one of them above 0")
+        for name in ("max_history_length", "eval_batch_rows_per_rank", "num_data_shards", "num_threads", "prefetch"):
+            problems += _below(self, name, 1)
+        _raise(self, problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class TablesConfig:
+    """Embedding tables."""
+
+    embedding_dim: int = 64
+    """E, width of every token table. Differs from the model width if a projection is wanted."""
+    small_table_max_rows: int = 512
+    """A table with at most this many rows is replicated with the dense part instead of sharded."""
+    sharding: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Table name -> row_wise | table_wise | column_wise; tables not named are row_wise."""
+    transfer: tuple[str, ...] = ("item",)
+    """Tables that ST, FT, ST_SF and FT_SF take from the pretrained checkpoint, and that the SF strategies freeze."""
+    init_std: float = 0.02
+    """Standard deviation of the normal initial weights (official settings)."""
+
+    def __post_init__(self):
+        _check_types(self)
+        problems = _below(self, "embedding_dim", 4) + _below(self, "small_table_max_rows", 0)
+        if self.embedding_dim % 4:
+            problems.append(f"embedding_dim {self.embedding_dim} must be a multiple of 4 (FBGEMM kernels)")
+        for table, sharding in self.sharding.items():
+            if sharding not in SHARDING_TYPES:
+                problems.append(f"sharding of table {table!r} is {sharding!r}, not one of {SHARDING_TYPES}")
+        _raise(self, problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Dense tower and heads; `l{layers}h{width}a{heads}` in the paper."""
+
+    name: str = "transformer"
+    """Key of `gpsd_dist.model.registry.MODELS`."""
+    layers: int = 4
+    width: int = 64
+    """D"""
+    heads: int = 4
+    dropout: float = 0.0
+    """On token embeddings, and on what attention and feed-forward add; off in evaluation. The paper uses none."""
+    context_dim: int = 16
+    """Width of the embedding of a context or candidate-only feature with a small table."""
+    head_hidden: int = 4
+    """Hidden width of a ranking head as a multiple of D."""
+    compile: bool = False
+    """torch.compile the tower: 1.7x at width 256 on CPU, after some 40 s of compilation."""
+
+    def __post_init__(self):
+        _check_types(self)
+        problems = []
+        for name in ("layers", "width", "heads", "context_dim", "head_hidden"):
+            problems += _below(self, name, 1)
+        if self.heads > 0 and self.width % (2 * self.heads):
+            problems.append(f"width {self.width} must be a multiple of 2 x heads = {2 * self.heads} (rotary pairs)")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout {self.dropout} must be in [0, 1)")
+        _raise(self, problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """Generative objective: next item by sampled softmax, plus full softmax over small attributes of the item."""
+
+    temperature: float = 0.05
+    """Cosine similarity is divided by this (official settings)."""
+    num_negative_groups: int = 8
+    """G sets of negatives per rank and step; -1: one set per request (the official scheme, 12-20x the cost)."""
+    num_negatives: int = 1024
+    """N negatives per group, uniform over the known items."""
+    auxiliary: tuple[str, ...] = ()
+    """Token features (not bags) that are predicted too, e.g. ("category",)."""
+    auxiliary_weight: float = 1.0
+
+    def __post_init__(self):
+        _check_types(self)
+        problems = []
+        if self.num_negative_groups < 1 and self.num_negative_groups != -1:
+            problems.append(f"num_negative_groups {self.num_negative_groups} must be >= 1, or -1 for one per request")
+        problems += _below(self, "num_negatives", 1)
+        if self.temperature <= 0:
+            problems.append(f"temperature {self.temperature} must be > 0")
+        _raise(self, problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """Discriminative objective."""
+
+    task_weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Task -> weight of its loss; tasks not named weigh 1. A weight of 0 leaves the task's head out."""
+    esmm: bool = False
+    """Train a task given another one on P(given) x P(task | given) over all candidates (arXiv:1804.07931)
+    instead of on the candidates where the other label is 1."""
+
+    def __post_init__(self):
+        _check_types(self)
+        problems = [f"weight of task {t!r} is {w}, must be >= 0" for t, w in self.task_weights.items() if w < 0]
+        _raise(self, problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """One optimizer; there are two, `dense` and `sparse`."""
+
+    name: str
+    """dense: adamw. sparse: one of SPARSE_OPTIMIZERS (the Adam family and LAMB need CUDA)."""
+    peak_lr: float
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self):
+        _check_types(self)
+        problems = []
+        if self.name not in ("adamw", *SPARSE_OPTIMIZERS):
+            problems.append(f"name {self.name!r} is not one of {('adamw', *SPARSE_OPTIMIZERS)}")
+        for name in ("peak_lr", "eps", "weight_decay"):
+            problems += _below(self, name, 0)
+        _raise(self, problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    epochs: int = 10
+    """Passes over the training split; also the length of the cosine."""
+    max_steps: int = 0
+    """Stop after this many optimizer steps (0: no limit). The schedule still follows `epochs`."""
+    warmup_fraction: float = 0.1
+    """Part of all steps with rising learning rate."""
+    final_lr_fraction: float = 0.1
+    """Learning rate at the end of the cosine, as a part of the peak (official settings)."""
+    clip_norm: float = 1.0
+    """Global norm of the dense gradients; 0 turns clipping off. Fused tables are never clipped."""
+    micro_batches: int = 1
+    """Gradient accumulation: the batch goes through the tower in this many parts, with one lookup and one step."""
+    bf16: bool = False
+    """Autocast of the dense part. Slower on CPU at width 64 (0.56x), about even at 256."""
+    eval_per_epoch: int = 1
+    """Validations per epoch, evenly spaced."""
+    best_metric: str = ""
+    """Metric of `valid` that chooses the best checkpoint (larger is better); empty: the first task's AUC, or MRR."""
+    patience: int = 0
+    """Stop after this many validations without a better one; 0 turns early stopping off."""
+    keep_last: int = 1
+    """Checkpoints kept besides the best one."""
+    log_interval_steps: int = 20
+    """Steps between two lines of metrics; the only steps that wait for the device."""
+    collective_timeout_s: int = 600
+    """A rank that waits longer for its peers fails with an error."""
+
+    def __post_init__(self):
+        _check_types(self)
+        problems = []
+        for name in ("epochs", "micro_batches", "eval_per_epoch", "keep_last", "log_interval_steps"):
+            problems += _below(self, name, 1)
+        for name in ("max_steps", "clip_norm", "patience"):
+            problems += _below(self, name, 0)
+        for name in ("warmup_fraction", "final_lr_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                problems.append(f"{name} {getattr(self, name)} must be in [0, 1)")
+        _raise(self, problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One run: everything that `train` needs to know."""
+
+    stage: str
+    """pretrain | finetune"""
+    data_dir: str
+    output_dir: str
+    strategy: str = "NT"
+    """Finetuning only: NT | ST | FT | ST_SF | FT_SF"""
+    init_checkpoint: str = ""
+    """Run folder (its best checkpoint is used) or checkpoint folder of a pretraining; needed unless strategy is NT."""
+    seed: int = 0
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    tables: TablesConfig = dataclasses.field(default_factory=TablesConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    pretrain: PretrainConfig = dataclasses.field(default_factory=PretrainConfig)
+    finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
+    dense: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig("adamw", 5e-3, weight_decay=0.1))
+    sparse: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig("rowwise_adagrad", 0.1))
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+    def __post_init__(self):
+        _check_types(self)
+        problems = []
+        if self.stage not in STAGES:
+            problems.append(f"stage {self.stage!r} is not one of {STAGES}")
+        if self.strategy not in STRATEGIES:
+            problems.append(f"STRATEGY {self.strategy!r} is not one of {STRATEGIES}")
+        if self.stage == "finetune" and (self.strategy == "NT") == bool(self.init_checkpoint):
+            needed = "must stay empty" if self.strategy == "NT" else "must name a pretraining run"
+            problems.append(f"STRATEGY {self.strategy} with INIT_CHECKPOINT={self.init_checkpoint!r}: INIT_CHECKPOINT {needed}")
+        if self.stage == "pretrain" and (self.strategy != "NT" or self.init_checkpoint):
+            problems.append("pretraining starts from random weights: leave out STRATEGY and INIT_CHECKPOINT")
+        if self.dense.name != "adamw":
+            problems.append(f"dense optimizer {self.dense.name!r}: only adamw is built")
+        if self.sparse.name not in SPARSE_OPTIMIZERS:
+            problems.append(f"sparse optimizer {self.sparse.name!r} is not one of {SPARSE_OPTIMIZERS}")
+        for name in ("data_dir", "output_dir"):
+            if not getattr(self, name):
+                problems.append(f"{name} is empty; set --gin.{name.upper()}=PATH")
+        _raise(self, problems)
+
+    @property
+    def transfers_tower(self) -> bool:
+        """Full transfer: the tower starts from the checkpoint too."""
+        return self.strategy in ("FT", "FT_SF")
+
+    @property
+    def freezes_tables(self) -> bool:
+        """Sparse freezing: transferred tables get no optimizer and keep their bytes."""
+        return self.strategy in ("ST_SF", "FT_SF")
+
+
+GIN_CLASSES = (
+    DataConfig,
+    TablesConfig,
+    ModelConfig,
+    PretrainConfig,
+    FinetuneConfig,
+    OptimizerConfig,
+    TrainConfig,
+    RunConfig,
+)
+
+
+def _below(config: typing.Any, name: str, minimum: float) -> list[str]:
+    value = getattr(config, name)
+    return [f"{name} {value} must be >= {minimum}"] if isinstance(value, int | float) and value < minimum else []
+
+
+def _check_types(config: typing.Any) -> None:
+    """gin checks no types: `layers = 4.5` or `dropout = "0.1"` would get through."""
+    hints = typing.get_type_hints(type(config))
+    problems = []
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        if isinstance(value, list) and typing.get_origin(hint) is tuple:  # gin has no tuples in older files
+            value = tuple(value)
+            object.__setattr__(config, field.name, value)
+        if not _is_instance(value, hint):
+            problems.append(f"{field.name} is {value!r}, expected {getattr(hint, '__name__', hint)}")
+    _raise(config, problems)
+
+
+def _is_instance(value: typing.Any, hint: typing.Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_instance(entry, arguments[0]) for entry in value)
+    if origin is dict:
+        entries = value.items() if isinstance(value, dict) else [(None, None)]
+        return all(_is_instance(k, arguments[0]) and _is_instance(v, arguments[1]) for k, v in entries)
+    if origin is types.UnionType:
+        return any(_is_instance(value, argument) for argument in arguments)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _raise(config: typing.Any, problems: list[str]) -> None:
+    """All problems of one dataclass at once."""
+    if problems:
+        raise ValueError(f"{type(config).__name__}: " + "; ".join(problems))

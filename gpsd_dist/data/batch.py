@@ -1,0 +1,114 @@
+"""One packed mini-batch: what the loader hands to the model, on the host or on the device.
+
+Shape letters: B requests, T history tokens, C candidates, U unique rows of a table, M next-item positions,
+G negative groups, N negatives per group.
+"""
+
+import dataclasses
+import typing
+
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from gpsd_dist.packing import Bucket, Packing, Slots
+
+
+@dataclasses.dataclass(frozen=True)
+class Bag:
+    """Several rows per token: `rows[b]` for `offsets[i] <= b < offsets[i + 1]` belong to token i."""
+
+    rows: torch.Tensor
+    """int64 [sum of bag sizes]"""
+    offsets: torch.Tensor
+    """int64 [tokens + 1]"""
+
+
+Column = torch.Tensor | Bag
+"""Categorical: int64 row numbers, [tokens] or Bag. For a table in `Batch.lookup` they count inside its U unique rows,
+for any other table they are table indices. Numerical: float32 [tokens]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NextItem:
+    """Where and what to predict in pretraining: the item after every history token that has a successor."""
+
+    token_M: torch.Tensor
+    """int64: history token whose hidden state predicts."""
+    target_token_M: torch.Tensor
+    """int64: history token that is to be predicted (the next one of the same request)."""
+    item_M: torch.Tensor
+    """int64 item-table index of the target, to find accidental hits."""
+    group_offsets: tuple[int, ...]
+    """G + 1 cuts of M: positions [cut g, cut g + 1) see the negatives of group g."""
+    negative_item_GN: torch.Tensor
+    """int64 item-table indices, uniform over known items."""
+    negative_row_GN: torch.Tensor
+    """int64: their rows among the U unique rows of the item table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """All tensors of one rank's batch; requests are sorted by history length."""
+
+    lookup: KeyedJaggedTensor
+    """One key per TorchRec table, stride 1: the U distinct table indices that this batch needs (int64)."""
+    packing: Packing
+    history: dict[str, Column]
+    """Feature -> [T]"""
+    candidate: dict[str, Column]
+    """Feature -> [C]; empty in pretraining."""
+    context: dict[str, Column]
+    """Feature -> [B]"""
+    labels: dict[str, torch.Tensor]
+    """Task -> float32 [C], NaN where not observed."""
+    history_item_T: torch.Tensor
+    """int64 item-table indices."""
+    candidate_item_C: torch.Tensor
+    history_time_s_T: torch.Tensor
+    """int64, -1 where the log does not say."""
+    request_time_s_B: torch.Tensor
+    user_hash_B: torch.Tensor
+    source_row_B: torch.Tensor
+    """int64: position of each request in the Arrow table that the batch was made of."""
+    next_item: NextItem | None = None
+
+    @property
+    def num_requests(self) -> int:
+        """B"""
+        return self.packing.num_requests
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copies everything the device needs; asynchronous if the tensors are pinned."""
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Page-locks every tensor, so that `to` can overlap with compute."""
+        return _map_tensors(self, lambda tensor: tensor.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tells the allocator that `stream` uses the tensors (called by the prefetching pipeline)."""
+
+        def record(tensor):
+            tensor.record_stream(stream)
+            return tensor
+
+        _map_tensors(self, record)
+
+
+_CONTAINERS = (Bag, NextItem, Packing, Bucket, Slots, Batch)
+
+
+def _map_tensors(value: typing.Any, fn: typing.Callable[[torch.Tensor], torch.Tensor]) -> typing.Any:
+    """Applies `fn` to every tensor inside dataclasses, dicts, tuples and KeyedJaggedTensors; leaves the rest alone."""
+    if isinstance(value, torch.Tensor):
+        return fn(value)
+    if isinstance(value, KeyedJaggedTensor):
+        return KeyedJaggedTensor(keys=value.keys(), values=fn(value.values()), lengths=fn(value.lengths()))
+    if isinstance(value, _CONTAINERS):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return type(value)(**{name: _map_tensors(entry, fn) for name, entry in fields.items()})
+    if isinstance(value, dict):
+        return {key: _map_tensors(entry, fn) for key, entry in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_map_tensors(entry, fn) for entry in value)
+    return value

@@ -1,0 +1,302 @@
+"""Arrow rows -> one packed `Batch`: checks, truncation, next-item targets, negatives and one deduplicated lookup.
+
+Runs in the loader's threads, on whole columns (no per-row Python). Negatives are drawn here, so that the sparse
+pipeline can prefetch their rows together with all others.
+"""
+
+import dataclasses
+import typing
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from gpsd_dist.data.batch import Bag, Batch, NextItem
+from gpsd_dist.data.parquet_dataset import BadValue, BatchKey
+from gpsd_dist.packing import Packing
+from gpsd_dist.schema import NUM_RESERVED_ROWS, Feature, Manifest
+
+_DENSE_UNIQUE_ROWS = 4_000_000  # below this a mark per table row beats sorting the ids (5x at 100 k ids, 1 M rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collate:
+    """Callable (pa.Table, BatchKey) -> `num_parts` Batches that share one lookup (gradient accumulation; usually 1).
+
+    Raises BadValue with column and row for a value that breaks the contract.
+    """
+
+    manifest: Manifest
+    lookup_tables: tuple[str, ...]
+    """Tables that live in TorchRec collections; the others are indexed directly."""
+    max_history_length: int
+    """Keeps this many most recent history tokens."""
+    with_candidates: bool
+    """False in pretraining: the rows' candidates and context are not read."""
+    num_negative_groups: int = 0
+    """G > 0: draw negatives for next-item targets; -1: one group per request (the official scheme)."""
+    num_negatives: int = 0
+    """N per group."""
+    seed: int = 0
+    num_parts: int = 1
+    """Rows are dealt round over this many batches by length, so that all cost about the same."""
+
+    def columns(self) -> tuple[str, ...]:
+        """Parquet columns that a batch needs."""
+        names = ["user_hash", "history_length", "history.time_s"]
+        names += [f"history.{feature.name}" for feature in self.manifest.features_in("history")]
+        if self.with_candidates:
+            names += ["request_time_s"]
+            for place in ("candidate", "context"):
+                names += [f"{place}.{feature.name}" for feature in self.manifest.features_in(place)]
+            names += [f"label.{task.name}" for task in self.manifest.tasks]
+        return tuple(names)
+
+    def __call__(self, rows: pa.Table, key: BatchKey) -> tuple[Batch, ...]:
+        order, length, rows = self._sort_by_length(rows)
+        parts = []
+        for part in range(self.num_parts):
+            take = slice(part, None, self.num_parts)
+            part_rows = rows if self.num_parts == 1 else rows.take(pa.array(np.arange(len(order))[take]))
+            parts.append(self._read(part_rows, order[take], length[take]))
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, key.epoch, key.step, key.rank))))
+        negatives = [self._draw_negatives(random, part.packing) for part in parts]
+        lookup = self._deduplicate(parts, negatives)
+        return tuple(self._batch(part, drawn, lookup) for part, drawn in zip(parts, negatives, strict=True))
+
+    def _read(self, rows: pa.Table, order: np.ndarray, length: np.ndarray) -> "_Part":
+        """Checked columns of some requests, as table indices."""
+        reader = _Reader(self.manifest, rows, order)
+        item = self.manifest.item_feature
+        kept = _last(_offsets_of(rows[f"history.{item}"].combine_chunks()), length)
+        columns: dict[str, dict] = {"history": {}, "candidate": {}, "context": {}}
+        for feature in self.manifest.features_in("history"):
+            columns["history"][feature.name] = reader.jagged(f"history.{feature.name}", feature, kept=kept)
+        labels, counts = {}, np.zeros(len(order), np.int64)
+        if self.with_candidates:
+            counts = np.diff(_offsets_of(rows[f"candidate.{item}"].combine_chunks()))
+            for feature in self.manifest.features_in("candidate"):
+                columns["candidate"][feature.name] = reader.jagged(f"candidate.{feature.name}", feature, lengths=counts)
+            for feature in self.manifest.features_in("context"):
+                columns["context"][feature.name] = reader.flat(f"context.{feature.name}", feature)
+            labels = {task.name: reader.labels(f"label.{task.name}", counts) for task in self.manifest.tasks}
+        return _Part(rows, order, Packing.from_lengths(length, counts), columns, labels, reader.history_time_s()[kept])
+
+    def _batch(self, part: "_Part", negatives: "_Negatives | None", lookup: KeyedJaggedTensor) -> Batch:
+        empty, item = np.zeros(0, np.int64), self.manifest.item_feature
+        return Batch(
+            lookup=lookup,
+            packing=part.packing,
+            **{place: {name: _tensor(c) for name, c in features.items()} for place, features in part.rows.items()},
+            labels={task: torch.from_numpy(label) for task, label in part.labels.items()},
+            history_item_T=torch.from_numpy(part.columns["history"][item]),
+            candidate_item_C=torch.from_numpy(part.columns["candidate"].get(item, empty)),
+            history_time_s_T=torch.from_numpy(part.history_time_s),
+            request_time_s_B=torch.from_numpy(_column(part.table, "request_time_s") if self.with_candidates else empty),
+            user_hash_B=torch.from_numpy(_column(part.table, "user_hash")),
+            source_row_B=torch.from_numpy(part.order),
+            next_item=None if negatives is None else self._next_item(part, negatives),
+        )
+
+    def _sort_by_length(self, rows: pa.Table) -> tuple[np.ndarray, np.ndarray, pa.Table]:
+        """Requests by ascending (truncated) history length, stable; (order [B], length [B], sorted rows)."""
+        full_length = _column(rows, "history_length").astype(np.int64)
+        too_long = np.flatnonzero((full_length > self.manifest.max_history_length) | (full_length < 0))
+        if len(too_long):
+            allowed = f"0 .. {self.manifest.max_history_length} (max_history_length of the manifest)"
+            row = int(too_long[0])
+            raise BadValue("history_length", row, f"{full_length[row]} is outside {allowed}")
+        length = np.minimum(full_length, self.max_history_length)
+        order = np.argsort(length, kind="stable")
+        return order, length[order], rows.take(pa.array(order))
+
+    def _draw_negatives(self, random: np.random.Generator, packing: Packing) -> "_Negatives | None":
+        """Uniform draws over the known items; a function of (seed, epoch, step, rank) alone."""
+        if self.num_negative_groups == 0:
+            return None
+        num_rows = self.manifest.table(self.manifest.feature(self.manifest.item_feature).table).num_rows
+        groups = packing.num_requests if self.num_negative_groups == -1 else self.num_negative_groups
+        return _Negatives(random.integers(NUM_RESERVED_ROWS, num_rows, (groups, self.num_negatives)))
+
+    def _deduplicate(self, parts: list["_Part"], negatives: list["_Negatives | None"]) -> KeyedJaggedTensor:
+        """Fills `rows` of parts and negatives with positions in the distinct indices of each table; returns those."""
+        item_table = self.manifest.feature(self.manifest.item_feature).table
+        for part in parts:
+            part.rows.update({place: dict(features) for place, features in part.columns.items()})
+        uniques = []
+        for table in self.lookup_tables:
+            users = [
+                (part, place, name)
+                for part in parts
+                for place, features in part.columns.items()
+                for name in features
+                if self.manifest.feature(name).table == table
+            ]
+            drawn = [draw for draw in negatives if draw is not None and table == item_table]
+            indices = [_indices(part.columns[place][name]) for part, place, name in users]
+            indices += [draw.item_GN.reshape(-1) for draw in drawn]
+            unique, inverse = _unique(np.concatenate([*indices, np.zeros(0, np.int64)]), self.manifest.table(table).num_rows)
+            uniques.append(unique)
+            pieces = np.split(inverse, np.cumsum([len(piece) for piece in indices]))
+            for (part, place, name), piece in zip(users, pieces, strict=False):
+                old = part.columns[place][name]
+                part.rows[place][name] = (piece, old[1]) if isinstance(old, tuple) else piece
+            for draw, piece in zip(drawn, pieces[len(users) :], strict=False):
+                draw.row_GN = piece.reshape(draw.item_GN.shape)
+        return KeyedJaggedTensor(
+            keys=list(self.lookup_tables),
+            values=torch.from_numpy(np.concatenate([*uniques, np.zeros(0, np.int64)])),
+            lengths=torch.tensor([len(unique) for unique in uniques], dtype=torch.int64),
+        )
+
+    def _next_item(self, part: "_Part", negatives: "_Negatives") -> NextItem:
+        """Every history token but the last of a request predicts its successor; unknown items are no targets."""
+        offsets, item_T = part.packing.history_offsets.numpy(), part.columns["history"][self.manifest.item_feature]
+        has_next = np.ones(part.packing.num_history_tokens, bool)
+        has_next[offsets[1:][np.diff(offsets) > 0] - 1] = False
+        token = np.flatnonzero(has_next)
+        token = token[item_T[token + 1] >= NUM_RESERVED_ROWS]
+        if self.num_negative_groups == -1:
+            cuts = np.searchsorted(token, offsets)
+        else:  # any partition of the positions will do: equal parts
+            cuts = np.linspace(0, len(token), len(negatives.item_GN) + 1).astype(np.int64)
+        return NextItem(
+            token_M=torch.from_numpy(token),
+            target_token_M=torch.from_numpy(token + 1),
+            item_M=torch.from_numpy(item_T[token + 1]),
+            group_offsets=tuple(cuts.tolist()),
+            negative_item_GN=torch.from_numpy(negatives.item_GN),
+            negative_row_GN=torch.from_numpy(negatives.row_GN),
+        )
+
+
+@dataclasses.dataclass
+class _Part:
+    """Columns of one batch while it is made. A bag is a pair (values, offsets)."""
+
+    table: pa.Table
+    order: np.ndarray
+    packing: Packing
+    columns: dict[str, dict]
+    """place -> feature -> table indices or numbers"""
+    labels: dict[str, np.ndarray]
+    history_time_s: np.ndarray
+    rows: dict[str, dict] = dataclasses.field(default_factory=dict)
+    """`columns` with indices replaced by rows of the lookup."""
+
+
+@dataclasses.dataclass
+class _Negatives:
+    item_GN: np.ndarray
+    row_GN: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Reads one column of the sorted rows and checks it; `order` leads an error back to the caller's row."""
+
+    manifest: Manifest
+    rows: pa.Table
+    order: np.ndarray
+
+    def jagged(self, name: str, feature: Feature, kept: np.ndarray | None = None, lengths: np.ndarray | None = None):
+        """Values of a list column: those at `kept`, or all of them where each row must hold `lengths` entries."""
+        column = self.rows[name].combine_chunks()
+        offsets = _offsets_of(column)
+        expected = _column(self.rows, "history_length") if lengths is None else lengths
+        wrong = np.flatnonzero(np.diff(offsets) != expected)
+        if len(wrong):
+            row = int(wrong[0])
+            found = f"{offsets[row + 1] - offsets[row]} entries, expected {expected[row]}"
+            raise BadValue(name, int(self.order[row]), f"{found} (lists of a place must be aligned)")
+        values = column.flatten()  # respects the offset of a sliced array
+        if feature.is_bag:
+            self._checked(name, feature, values.flatten(), _offsets_of(values)[offsets])
+            values = values if kept is None else values.take(pa.array(kept))
+            return values.flatten().to_numpy(zero_copy_only=False), _offsets_of(values)
+        array = self._checked(name, feature, values, offsets)
+        return array if kept is None else array[kept]
+
+    def flat(self, name: str, feature: Feature):
+        """A context column: one value, or one bag, per request."""
+        values = self.rows[name].combine_chunks()
+        if not feature.is_bag:
+            return self._checked(name, feature, values, np.arange(len(values) + 1))
+        offsets = _offsets_of(values)
+        return self._checked(name, feature, values.flatten(), offsets), offsets
+
+    def history_time_s(self) -> np.ndarray:
+        """int64 [all history tokens], -1 where null."""
+        times = self.rows["history.time_s"].combine_chunks().flatten()
+        return pc.fill_null(times, -1).to_numpy(zero_copy_only=False)
+
+    def labels(self, name: str, candidate_counts: np.ndarray) -> np.ndarray:
+        """float32 [C], NaN where null; anything but 0, 1 and null is an error."""
+        column = self.rows[name].combine_chunks()
+        offsets = _offsets_of(column)
+        if not np.array_equal(np.diff(offsets), candidate_counts):
+            row = int(np.flatnonzero(np.diff(offsets) != candidate_counts)[0])
+            raise BadValue(name, int(self.order[row]), "has another number of entries than the row has candidates")
+        labels = column.flatten()
+        values = labels.to_numpy(zero_copy_only=False).astype(np.float32)
+        is_bad = ~((values == 0) | (values == 1) | labels.is_null().to_numpy(zero_copy_only=False))
+        self._raise_if(is_bad, values, name, "a label must be 0, 1 or null (not observed)", offsets)
+        return values
+
+    def _checked(self, name: str, feature: Feature, values: pa.Array, offsets: np.ndarray) -> np.ndarray:
+        array = values.to_numpy(zero_copy_only=False)
+        if feature.kind == "numerical":
+            self._raise_if(~np.isfinite(array), array, name, "a numerical feature must be finite and not null", offsets)
+            return array.astype(np.float32, copy=False)
+        num_rows = self.manifest.table(feature.table).num_rows
+        is_bad = np.isnan(array) if values.null_count else (array < 1) | (array >= num_rows)
+        self._raise_if(is_bad, array, name, f"outside 1 .. {num_rows - 1} of table {feature.table!r}", offsets)
+        return array
+
+    def _raise_if(self, is_bad: np.ndarray, values: np.ndarray, name: str, rule: str, offsets: np.ndarray) -> None:
+        """BadValue for the first bad entry; `offsets` [B + 1] cut the entries into rows."""
+        if is_bad.any():
+            entry = int(np.flatnonzero(is_bad)[0])
+            row = int(np.searchsorted(offsets, entry, side="right")) - 1
+            raise BadValue(name, int(self.order[row]), f"value {values[entry]} is wrong: {rule}")
+
+
+def _column(rows: pa.Table, name: str) -> np.ndarray:
+    return rows[name].combine_chunks().to_numpy(zero_copy_only=False)
+
+
+def _offsets_of(column: pa.ListArray) -> np.ndarray:
+    """Offsets into `column.flatten()`, which begins at the first row's first value: [rows + 1] int64 from 0."""
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    return offsets - offsets[0]
+
+
+def _last(offsets: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Positions of the last `keep[i]` entries of every list, in order."""
+    starts = offsets[1:] - keep
+    out_offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(keep)])
+    return np.arange(out_offsets[-1]) + np.repeat(starts - out_offsets[:-1], keep)
+
+
+def _indices(column: typing.Any) -> np.ndarray:
+    return column[0] if isinstance(column, tuple) else column
+
+
+def _tensor(column: typing.Any) -> torch.Tensor | Bag:
+    if isinstance(column, tuple):
+        return Bag(torch.from_numpy(column[0]), torch.from_numpy(column[1]))
+    return torch.from_numpy(column)
+
+
+def _unique(indices: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """(sorted distinct indices, position of each input in them)."""
+    if num_rows > _DENSE_UNIQUE_ROWS:
+        return np.unique(indices, return_inverse=True)
+    is_used = np.zeros(num_rows, bool)
+    is_used[indices] = True
+    unique = np.flatnonzero(is_used)
+    position = np.empty(num_rows, np.int64)
+    position[unique] = np.arange(len(unique))
+    return unique, position[indices]

@@ -1,0 +1,217 @@
+"""The Parquet files of one split: checked when opened, then read row group by row group.
+
+Knows files, columns and row groups; knows nothing of batches, shuffling or ranks.
+"""
+
+import collections
+import concurrent.futures
+import hashlib
+import pathlib
+import typing
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gpsd_dist import schema
+
+MAX_OPEN_FILES = 32
+DEFAULT_CACHE_BYTES = 256 * 2**20
+_FOOTER_THREADS = 8
+_MAX_SHOWN = 10  # problems in one message
+
+
+class BadValue(ValueError):
+    """A value inside a batch breaks the contract. Raised by the collate function, completed by the loader."""
+
+    def __init__(self, column: str, row_in_batch: int, problem: str):
+        super().__init__(f"column {column!r}, row {row_in_batch} of the batch: {problem}")
+        self.column = column
+        self.row_in_batch = row_in_batch
+        self.problem = problem
+
+
+class RowGroup(typing.NamedTuple):
+    """Where a row group lies."""
+
+    path: pathlib.Path
+    index: int
+    """Its number in the file."""
+    first_row: int
+    """Row in the file of its first row."""
+    num_rows: int
+
+
+class ParquetSplit:
+    """Row groups of one split. Not thread-safe: one reader at a time.
+
+    Keeps at most `MAX_OPEN_FILES` files open and the most recently used decoded row groups up to `cache_bytes`, so a
+    data set that fits is decoded once, not once per data shard and epoch.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | pathlib.Path,
+        manifest: schema.Manifest,
+        split: str,
+        columns: typing.Sequence[str] | None = None,
+        *,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ):
+        """Reads all footers, no data. `columns`: what `read_group` returns, None means all columns of the split.
+
+        Raises:
+            ValueError: listing every missing, empty, unreadable or wrongly typed file, or a row count that differs
+                from the manifest.
+        """
+        self.data_dir = pathlib.Path(data_dir)
+        self.split = manifest.split(split)
+        self.full_schema = schema.arrow_schema(manifest, split)
+        self.schema = self._select(columns)
+        if not self.split.files:
+            raise ValueError(f"split {split!r} of {self.data_dir} lists no files; build the data set again")
+        self._paths = [self.data_dir / file for file in self.split.files]
+        self.groups = self._read_footers()
+        self.group_rows_G = np.array([group.num_rows for group in self.groups], np.int64)
+        self._cache_bytes = cache_bytes
+        self._cached_bytes = 0
+        self._cache: collections.OrderedDict[int, pa.Table] = collections.OrderedDict()
+        self._open: collections.OrderedDict[pathlib.Path, pq.ParquetFile] = collections.OrderedDict()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the split, equal to the manifest's."""
+        return self.split.num_rows
+
+    def fingerprint(self) -> str:
+        """Short hash over file names and row group sizes: two data sets read alike only if it agrees."""
+        lines = [f"{path.relative_to(self.data_dir).as_posix()} {rows}" for path, _, _, rows in self.groups]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    def read_group(self, group: int) -> pa.Table:
+        """The columns of one row group, from the cache if it is there.
+
+        Raises:
+            ValueError: the data of the row group cannot be decoded.
+        """
+        if group in self._cache:
+            self._cache.move_to_end(group)
+            return self._cache[group]
+        table = self._decode(group, self.schema)
+        if table.nbytes <= self._cache_bytes:
+            self._cache[group] = table
+            self._cached_bytes += table.nbytes
+            while self._cached_bytes > self._cache_bytes:
+                self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+        return table
+
+    def read_history_length(self, group: int) -> np.ndarray:
+        """int32 [rows]: the column `history_length` of one row group; decodes no other column."""
+        field = self.full_schema.field("history_length")
+        column = self._decode(group, pa.schema([field])).column(0)
+        if column.null_count:
+            raise ValueError(
+                f"{self.groups[group].path}: column 'history_length' has {column.null_count} nulls in row group "
+                f"{self.groups[group].index}, expected none; build the data set again"
+            )
+        return column.to_numpy()
+
+    def origin(self, group: int, row_in_group: int) -> tuple[pathlib.Path, int]:
+        """File and row in it (from 0) of one row of a row group."""
+        return self.groups[group].path, self.groups[group].first_row + row_in_group
+
+    def close(self) -> None:
+        """Closes the files and drops what was decoded; reading again opens them anew."""
+        while self._open:
+            self._open.popitem()[1].close()
+        self._cache.clear()
+        self._cached_bytes = 0
+
+    def _select(self, columns: typing.Sequence[str] | None) -> pa.Schema:
+        if columns is None:
+            return self.full_schema
+        unknown = [name for name in columns if name not in self.full_schema.names]
+        if unknown:
+            raise ValueError(f"split {self.split.name!r} has no columns {unknown}; it has {self.full_schema.names}")
+        return pa.schema([self.full_schema.field(name) for name in columns])
+
+    def _read_footers(self) -> list[RowGroup]:
+        needed = {field.name: field for field in [*self.schema, self.full_schema.field("history_length")]}
+        with concurrent.futures.ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+            footers = list(pool.map(lambda path: _read_footer(path, list(needed.values())), self._paths))
+        problems = [problem for _, found in footers for problem in found]
+        if problems:
+            more = f"\n  ... and {len(problems) - _MAX_SHOWN} more" if len(problems) > _MAX_SHOWN else ""
+            listing = "\n  ".join(problems[:_MAX_SHOWN])
+            raise ValueError(f"split {self.split.name!r} of {self.data_dir} cannot be read:\n  {listing}{more}")
+        counts = [sum(group.num_rows for group in groups) for groups, _ in footers]
+        if sum(counts) != self.split.num_rows:
+            shown = ", ".join(f"{path} {rows}" for path, rows in list(zip(self._paths, counts))[:_MAX_SHOWN])
+            raise ValueError(
+                f"split {self.split.name!r}: the files have {sum(counts)} rows, {schema.MANIFEST_NAME} says "
+                f"{self.split.num_rows} (rows per file: {shown}); files and manifest are not from the same build, "
+                "build the data set again"
+            )
+        return [group for groups, _ in footers for group in groups]
+
+    def _decode(self, group: int, wanted: pa.Schema) -> pa.Table:
+        path, index, _, num_rows = self.groups[group]
+        try:
+            # Not memory-mapped: the speed is the same and a file that shrinks is an error, not a SIGBUS.
+            table = self._file(path).read_row_group(index, columns=wanted.names, use_threads=False)
+            table = table.select(wanted.names).replace_schema_metadata(None)
+            if table.schema != wanted:  # other names or nullability of list elements
+                table = table.cast(wanted)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{path}: row group {index} cannot be decoded ({error}); the file is damaged or was changed after the "
+                "run had opened it, copy it again or build the data set again"
+            ) from error
+        if table.num_rows != num_rows:
+            raise ValueError(f"{path}: row group {index} has {table.num_rows} rows, at the start it had {num_rows}")
+        return table
+
+    def _file(self, path: pathlib.Path) -> pq.ParquetFile:
+        if path not in self._open:
+            if len(self._open) >= MAX_OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
+            self._open[path] = pq.ParquetFile(path)
+        self._open.move_to_end(path)
+        return self._open[path]
+
+
+def _read_footer(path: pathlib.Path, needed: list[pa.Field]) -> tuple[list[RowGroup], list[str]]:
+    """Row groups with at least one row, and what is wrong with the file."""
+    if not path.is_file():
+        return [], [f"{path} does not exist, but {schema.MANIFEST_NAME} lists it; copy it or build the data set again"]
+    if path.stat().st_size == 0:
+        return [], [f"{path} is empty (0 bytes), expected a Parquet file; copy it again or build the data set again"]
+    try:
+        with pq.ParquetFile(path) as file:
+            found, metadata = file.schema_arrow, file.metadata
+            rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+    except (pa.ArrowException, OSError) as error:
+        return [], [f"{path} is truncated or not a Parquet file ({error}); copy it again or build the data set again"]
+    problems = []
+    if sum(rows) == 0:
+        problems.append(f"{path} is empty: it has columns but no rows; build the data set again")
+    for field in needed:
+        if field.name not in found.names:
+            problems.append(
+                f"{path}: column {field.name!r} is missing, the file has {found.names}; build the data set again"
+            )
+        elif not _is_same_type(found.field(field.name).type, field.type):
+            problems.append(
+                f"{path}: column {field.name!r} has type {found.field(field.name).type}, expected {field.type}; "
+                "build the data set again"
+            )
+    starts = np.cumsum([0, *rows])
+    groups = [RowGroup(path, index, int(starts[index]), num) for index, num in enumerate(rows) if num]
+    return groups, problems
+
+
+def _is_same_type(left: pa.DataType, right: pa.DataType) -> bool:
+    """Equality up to the name and nullability of list elements, in which writers differ."""
+    if pa.types.is_list(left) and pa.types.is_list(right):
+        return _is_same_type(left.value_type, right.value_type)
+    return left == right

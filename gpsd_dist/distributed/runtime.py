@@ -1,0 +1,68 @@
+"""Process group, device and rank facts, seeds and log format of one process. The only reader of torchrun's variables."""
+
+import contextlib
+import dataclasses
+import datetime
+import logging
+import os
+import typing
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """Where this process stands."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 writes logs, configs and markers."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def process_group(timeout_s: int) -> typing.Iterator[Runtime]:
+    """Joins the group that torchrun describes, or a group of one outside torchrun. Collective.
+
+    On an error the group is not torn down by a collective: the launcher sees the exit and stops the other ranks.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    _configure_logging(rank)
+    yield Runtime(rank, world_size, local_rank, device)
+    dist.destroy_process_group()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seeds torch for one step. Random numbers (dropout) are a function of (seed, step, rank), so a checkpoint needs
+    no generator state and a resumed run draws what the uninterrupted one would have drawn."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
+
+
+def _configure_logging(rank: int) -> None:
+    """Rank 0 at INFO, the others at WARNING, all with their rank."""
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format=f"%(asctime)s rank {rank} %(levelname).1s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+    for noisy in ("torchrec", "torch.distributed", "fbgemm_gpu"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)

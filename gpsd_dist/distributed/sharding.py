@@ -1,0 +1,140 @@
+"""Plans and shards the tables with TorchRec. The only module that knows how a table is laid out over ranks."""
+
+import dataclasses
+import logging
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchrec
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.types import ParameterConstraints
+
+from gpsd_dist.config import CUDA_ONLY_SPARSE_OPTIMIZERS, OptimizerConfig, TablesConfig
+from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.model.embeddings import Tables
+
+log = logging.getLogger(__name__)
+_INIT_BLOCK_ROWS = 4096
+_OPTIMIZERS = {
+    "rowwise_adagrad": torchrec.optim.RowWiseAdagrad,
+    "adagrad": torch.optim.Adagrad,
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "partial_rowwise_adam": torchrec.optim.PartialRowWiseAdam,
+    "lamb": torchrec.optim.LAMB,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardedTables:
+    """Tables spread over the ranks; call it like `Tables`."""
+
+    module: DistributedModelParallel
+    plan: str
+    """Readable plan: one line per table and one on what freezing saves."""
+
+    def __call__(self, lookup):
+        """Rows [U, E] of every table. Collective: all ranks must call."""
+        return self.module(lookup)
+
+    def weights(self) -> dict[str, ShardedTensor]:
+        """Table name -> its weight, whichever collection it is in. Local shards alias the live weights."""
+        return {key.split(".")[-2]: value for key, value in self.module.state_dict().items()}
+
+    def optimizer_state(self) -> dict[str, dict[str, ShardedTensor]]:
+        """Table name -> state name -> value, for trainable tables. Aliases the live state."""
+        state = self.module.fused_optimizer.state_dict()["state"]
+        return {key.split(".")[-2]: {k.split(".")[-1]: v for k, v in entry.items()} for key, entry in state.items()}
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Takes effect in the next backward. A fused table reads its group's rate in `zero_grad` (or `step`) only."""
+        for group in self.module.fused_optimizer.param_groups:
+            group["lr"] = lr
+        self.module.fused_optimizer.zero_grad()
+
+
+def shard_tables(
+    tables: Tables, config: TablesConfig, optimizer: OptimizerConfig, runtime: Runtime, seed: int
+) -> ShardedTables:
+    """Plans, shards and initialises tables that were built on `meta`. Collective. Consumes `tables`.
+
+    ValueError if the optimizer has no kernel on this device.
+    """
+    if runtime.device.type != "cuda" and optimizer.name in CUDA_ONLY_SPARSE_OPTIMIZERS:
+        raise ValueError(f"sparse optimizer {optimizer.name!r} has no CPU kernel in FBGEMM; use 'rowwise_adagrad'")
+    if tables.trainable is not None:
+        apply_optimizer_in_backward(
+            _OPTIMIZERS[optimizer.name], tables.trainable.parameters(), _optimizer_arguments(optimizer)
+        )
+    names = [c.name for ec in (tables.trainable, tables.frozen) if ec is not None for c in ec.embedding_configs()]
+    constraints = {  # every table is constrained: left alone, the planner makes small ones dense, wrong on CPU
+        name: ParameterConstraints(
+            sharding_types=[config.sharding.get(name, "row_wise")],
+            compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+        )
+        for name in names
+    }
+    # An id outside the table would silently read row 0 or another rank's first row: make it an error.
+    sharder = EmbeddingCollectionSharder(fused_params={"bounds_check_mode": BoundsCheckMode.FATAL})
+    topology = Topology(world_size=runtime.world_size, compute_device=runtime.device.type)
+    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints, debug=False)
+    plan = planner.collective_plan(tables, [sharder], dist.group.WORLD)
+    frozen_rows = 0 if tables.frozen is None else sum(c.num_embeddings for c in tables.frozen.embedding_configs())
+    module = DistributedModelParallel(
+        module=tables, device=runtime.device, plan=plan, sharders=[sharder], init_data_parallel=False
+    )
+    sharded = ShardedTables(module, _readable(plan, config.embedding_dim, frozen_rows))
+    for name, weight in sharded.weights().items():
+        _initialise(weight, name, config.init_std, seed)
+    return sharded
+
+
+def _optimizer_arguments(optimizer: OptimizerConfig) -> dict:
+    arguments = {"lr": optimizer.peak_lr}
+    if optimizer.name != "sgd":
+        arguments["eps"] = optimizer.eps
+    if optimizer.name in ("adam", "partial_rowwise_adam", "lamb"):
+        arguments["betas"] = (optimizer.beta1, optimizer.beta2)
+    if optimizer.weight_decay:
+        # FBGEMM ignores weight_decay without a decay mode; the modes decay only touched rows, which is no AdamW.
+        raise ValueError(f"sparse weight_decay {optimizer.weight_decay}: not built for tables; set it to 0")
+    return arguments
+
+
+def _readable(plan, embedding_dim: int, frozen_rows: int) -> str:
+    """One line per table: kind, layout, and rows x columns on each rank."""
+    lines = []
+    for path, parameters in plan.plan.items():
+        for name, sharding in parameters.items():
+            fate = "frozen" if path.endswith("frozen") else "trainable"
+            shards = [f"{'x'.join(map(str, s.shard_sizes))} on {s.placement}" for s in sharding.sharding_spec.shards]
+            lines.append(f"table {name}: {fate}, {sharding.sharding_type}, {sharding.compute_kernel}: {'; '.join(shards)}")
+    if frozen_rows:
+        megabytes = frozen_rows * 4 / 2**20
+        lines.append(
+            f"frozen: {frozen_rows:,} rows without optimizer state ({megabytes:.1f} MiB of row-wise Adagrad, "
+            f"{2 * megabytes * embedding_dim:.1f} MiB of Adam saved), no gradient exchange, no backward lookup"
+        )
+    return "\n".join(lines)
+
+
+def _initialise(weight: ShardedTensor, table: str, std: float, seed: int) -> None:
+    """Normal(0, std) as a function of (seed, table, row): the same table for any world size and plan."""
+    columns_total = weight.size()[1]
+    for shard in weight.local_shards():
+        (first, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
+        for block in range(first // _INIT_BLOCK_ROWS, -(-(first + rows) // _INIT_BLOCK_ROWS)):
+            entropy = (seed, block, *table.encode())
+            random = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
+            values = random.standard_normal((_INIT_BLOCK_ROWS, columns_total), dtype=np.float32) * std
+            start = block * _INIT_BLOCK_ROWS
+            low, high = max(first, start), min(first + rows, start + _INIT_BLOCK_ROWS)
+            piece = torch.from_numpy(values[low - start : high - start, column : column + columns])
+            shard.tensor[low - first : high - first].copy_(piece)

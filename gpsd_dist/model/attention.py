@@ -1,0 +1,101 @@
+"""Causal attention over packed histories, with K candidates that each see the history and themselves (GPSD, figure 3).
+
+Two implementations that must agree: `bucketed` (SDPA in length buckets; any device and dtype, the only one with a CPU
+backward) and `varlen` (torch's variable-length flash kernel; CUDA in half precision).
+
+Shape letters: T history tokens, C candidates, S = T + C tokens, H heads, K head width, n requests of a bucket,
+W slots per history, J candidates per request of a bucket.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from gpsd_dist.packing import Bucket, Packing, Slots
+
+
+def attend(qkv_S3HK: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Attention output [S, H * K] for queries, keys and values of all tokens in packed order."""
+    if qkv_S3HK.is_cuda and qkv_S3HK.dtype in (torch.bfloat16, torch.float16):
+        return varlen(qkv_S3HK, packing)
+    return bucketed(qkv_S3HK, packing)
+
+
+def bucketed(qkv_S3HK: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Pads only inside a length bucket. The causal mask hides the padding to the right of every token."""
+    buckets = packing.buckets
+    if not buckets:
+        return qkv_S3HK[:, 0].flatten(1)
+    # One split: its backward is one concatenation, a slice per bucket would write all S tokens once per bucket.
+    parts = qkv_S3HK.split([b.num_tokens for b in buckets] + [b.num_candidates for b in buckets])
+    history_parts, candidate_parts = [], []
+    for bucket, history_t3HK, candidate_c3HK in zip(buckets, parts[: len(buckets)], parts[len(buckets) :], strict=True):
+        history_3nHWK = _to_slots(history_t3HK, bucket.history, bucket.num_requests, bucket.width)
+        if bucket.num_tokens:
+            out_nHWK = F.scaled_dot_product_attention(*history_3nHWK.unbind(0), is_causal=True)
+            history_parts.append(_from_slots(out_nHWK, bucket.history))
+        if bucket.num_candidates:
+            candidate_3nHJK = _to_slots(candidate_c3HK, bucket.candidate, bucket.num_requests, bucket.max_candidates)
+            out_nHJK = _candidates_attend(candidate_3nHJK, history_3nHWK, bucket)
+            candidate_parts.append(_from_slots(out_nHJK, bucket.candidate))
+    return torch.cat(history_parts + candidate_parts)
+
+
+def _candidates_attend(candidate_3nHJK: torch.Tensor, history_3nHWK: torch.Tensor, bucket: Bucket) -> torch.Tensor:
+    """Softmax over {tokens of the own history, the candidate itself}: what K separate causal passes would compute."""
+    query, own_key, own_value = candidate_3nHJK.unbind(0)
+    _, key, value = history_3nHWK.unbind(0)
+    query = query * query.shape[-1] ** -0.5
+    score_nHJW = query @ key.transpose(-1, -2)
+    if bucket.history is not None:
+        score_nHJW = score_nHJW.masked_fill(~bucket.history.is_entry[:, None, None], float("-inf"))
+    own_score_nHJ1 = (query * own_key).sum(-1, keepdim=True)
+    weight = torch.cat((score_nHJW, own_score_nHJ1), -1).softmax(-1)
+    return weight[..., :-1] @ value + weight[..., -1:] * own_value
+
+
+def _to_slots(packed_t3HK: torch.Tensor, slots: Slots | None, num_requests: int, width: int) -> torch.Tensor:
+    """[t, 3, H, K] -> [3, n, H, W, K]"""
+    if slots is not None:
+        packed_t3HK = packed_t3HK.index_select(0, slots.entry)
+    return packed_t3HK.unflatten(0, (num_requests, width)).permute(2, 0, 3, 1, 4)
+
+
+def _from_slots(out_nHWK: torch.Tensor, slots: Slots | None) -> torch.Tensor:
+    """[n, H, W, K] -> [t, H * K]"""
+    out = out_nHWK.transpose(1, 2).flatten(0, 1).flatten(1)
+    return out if slots is None else out.index_select(0, slots.slot)
+
+
+def varlen(qkv_S3HK: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Flash kernel without padding: one causal call for the histories, one for candidates over (history + self)."""
+    from torch.nn.attention.varlen import varlen_attn  # needs a CUDA build
+
+    num_tokens = packing.num_history_tokens
+    history, candidate = qkv_S3HK.split([num_tokens, packing.num_candidates])
+    outputs = []
+    if num_tokens:
+        offsets, longest = packing.history_offsets.int(), packing.max_history_length
+        outputs.append(varlen_attn(*history.unbind(1), offsets, offsets, longest, longest, window_size=(-1, 0)))
+    if packing.num_candidates:
+        # Keys and values of a history are gathered once per candidate: exact through the kernel's own backward.
+        # (Autograd through the log-sum-exp of two merged calls is silently wrong in torch 2.11 to 2.13.)
+        length_C = packing.history_offsets.diff()[packing.request_C] + 1
+        offsets_C1 = F.pad(length_C.cumsum(0), (1, 0))
+        total = packing.candidate_key_count
+        owner = torch.repeat_interleave(torch.arange(len(length_C), device=length_C.device), length_C, output_size=total)
+        slot = torch.arange(total, device=owner.device) - offsets_C1[owner]
+        is_self = slot == length_C[owner] - 1
+        source = torch.where(is_self, num_tokens + owner, packing.history_offsets[packing.request_C][owner] + slot)
+        key_value = qkv_S3HK[:, 1:].index_select(0, source)
+        query_offsets = torch.arange(len(length_C) + 1, device=owner.device, dtype=torch.int32)
+        outputs.append(
+            varlen_attn(
+                candidate[:, 0].contiguous(),
+                *(part.contiguous() for part in key_value.unbind(1)),
+                query_offsets,
+                offsets_C1.int(),
+                1,
+                packing.max_history_length + 1,
+            )
+        )
+    return torch.cat(outputs).flatten(1) if outputs else qkv_S3HK[:, 0].flatten(1)

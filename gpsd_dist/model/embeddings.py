@@ -1,0 +1,168 @@
+"""Everything that turns indices into vectors: the big tables (TorchRec, shardable) and what is added around them.
+
+Shape letters: U unique rows of a table, S tokens in packed order, B requests, C candidates, E embedding width.
+"""
+
+import torch
+from torch import nn
+from torchrec import EmbeddingCollection, EmbeddingConfig
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from gpsd_dist.config import TablesConfig
+from gpsd_dist.data.batch import Bag, Batch, Column
+from gpsd_dist.schema import Feature, Manifest, Table
+
+
+def lookup_tables(manifest: Manifest, config: TablesConfig, with_candidates: bool) -> tuple[Table, ...]:
+    """Tables that go into TorchRec collections, in manifest order; smaller ones are replicated with the dense part.
+
+    The item table always is one of them. Pretraining (`with_candidates` False) has tables of history features only.
+    """
+    places = ("history", "candidate", "context") if with_candidates else ("history",)
+    used = {f.table for place in places for f in manifest.features_in(place)}
+    item_table = manifest.feature(manifest.item_feature).table
+    unknown = (set(config.sharding) | set(config.transfer)) - {table.name for table in manifest.tables}
+    if unknown:
+        known = [table.name for table in manifest.tables]
+        raise ValueError(f"tables {sorted(unknown)} are named in TablesConfig, but the data set has {known}")
+    return tuple(
+        table
+        for table in manifest.tables
+        if table.name in used and (table.name == item_table or table.num_rows > config.small_table_max_rows)
+    )
+
+
+class Tables(nn.Module):
+    """Two EmbeddingCollections, because freezing is a property of a collection: the frozen one runs without autograd,
+    gets no optimizer, allocates no state and exchanges no gradient.
+
+    (Leaving a table out of the optimizer does not freeze it: FBGEMM would train it with its default SGD. A zero
+    learning rate keeps the weights, but still allocates state and sends gradients.)
+    """
+
+    def __init__(self, tables: tuple[Table, ...], frozen: tuple[str, ...], config: TablesConfig, device: torch.device):
+        super().__init__()
+        missing = set(frozen) - {table.name for table in tables}
+        if missing:
+            raise ValueError(f"cannot freeze tables {sorted(missing)}: the sharded tables are {[t.name for t in tables]}")
+        self.trainable = _collection([t for t in tables if t.name not in frozen], config, device)
+        self.frozen = _collection([t for t in tables if t.name in frozen], config, device)
+
+    def forward(self, lookup: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
+        """Rows [U, E] of every table. Collective when the collections are sharded: all ranks must call."""
+        rows = {}
+        if self.trainable is not None:
+            rows |= {name: jagged.values() for name, jagged in self.trainable(lookup).items()}
+        if self.frozen is not None:
+            with torch.no_grad():  # .values() waits for the exchange, so it belongs inside
+                rows |= {name: jagged.values() for name, jagged in self.frozen(lookup).items()}
+        return rows
+
+
+def _collection(tables: list[Table], config: TablesConfig, device: torch.device) -> EmbeddingCollection | None:
+    if not tables:
+        return None
+    configs = [
+        EmbeddingConfig(
+            name=table.name,
+            feature_names=[table.name],
+            num_embeddings=table.num_rows,
+            embedding_dim=config.embedding_dim,
+        )
+        for table in tables
+    ]
+    return EmbeddingCollection(tables=configs, device=device)
+
+
+class TokenEmbedder(nn.Module):
+    """Token vectors as the sum of the token's features and its segment (history or candidate).
+
+    Features of sharded tables arrive as looked-up rows; small tables and numerical features are parameters here.
+    """
+
+    def __init__(self, manifest: Manifest, config: TablesConfig, sharded: tuple[Table, ...]):
+        super().__init__()
+        self.features = {place: _token_features(manifest, place) for place in ("history", "candidate")}
+        sharded_names = {table.name for table in sharded}
+        token_features = {f.name: f for place in self.features.values() for f in place}
+        self.small = nn.ModuleDict(
+            {
+                f.table: nn.Embedding(manifest.table(f.table).num_rows, config.embedding_dim)
+                for f in token_features.values()
+                if f.kind == "categorical" and f.table not in sharded_names
+            }
+        )
+        self.numerical = nn.ParameterDict(
+            {f.name: torch.zeros(config.embedding_dim) for f in token_features.values() if f.kind == "numerical"}
+        )
+        self.segment = nn.Embedding(2, config.embedding_dim)
+        for embedding in (*self.small.values(), self.segment):
+            nn.init.normal_(embedding.weight, std=config.init_std)
+
+    def forward(self, rows: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        """Looked-up rows and a batch -> token vectors [S, E]."""
+        tokens = [self._sum(rows, "history", batch.history)]
+        if batch.packing.num_candidates:
+            tokens.append(self._sum(rows, "candidate", batch.candidate))
+        return torch.cat(tokens)
+
+    def _sum(self, rows: dict[str, torch.Tensor], place: str, columns: dict[str, Column]) -> torch.Tensor:
+        segment = self.segment.weight[0 if place == "history" else 1]
+        return sum((self._embed(rows, f, columns[f.name]) for f in self.features[place]), start=segment)
+
+    def _embed(self, rows: dict[str, torch.Tensor], feature: Feature, column: Column) -> torch.Tensor:
+        if feature.kind == "numerical":
+            return column[:, None] * self.numerical[feature.name]
+        return embed(self.small[feature.table].weight if feature.table in self.small else rows[feature.table], column)
+
+
+def embed(weight: torch.Tensor, column: Column) -> torch.Tensor:
+    """Rows of `weight` [rows, E] for one column -> [tokens, E]; a bag gives the mean of its rows (0 if it is empty)."""
+    if isinstance(column, Bag):
+        return nn.functional.embedding_bag(column.rows, weight, column.offsets, mode="mean", include_last_offset=True)
+    return nn.functional.embedding(column, weight)
+
+
+def _token_features(manifest: Manifest, place: str) -> tuple[Feature, ...]:
+    """Features that make up a token. A feature of candidates alone is not one: it goes to the ranking heads."""
+    return tuple(f for f in manifest.features_in(place) if "history" in f.places)
+
+
+class ContextEmbedder(nn.Module):
+    """What a ranking head sees besides the hidden state: features of the request and of the candidate alone."""
+
+    def __init__(self, manifest: Manifest, config: TablesConfig, context_dim: int, sharded: tuple[Table, ...]):
+        super().__init__()
+        self.request_features = manifest.features_in("context")
+        self.candidate_features = tuple(f for f in manifest.features_in("candidate") if "history" not in f.places)
+        features = (*self.request_features, *self.candidate_features)
+        sharded_names = {table.name for table in sharded}
+        self.small = nn.ModuleDict(
+            {
+                f.name: nn.Embedding(manifest.table(f.table).num_rows, context_dim)
+                for f in features
+                if f.kind == "categorical" and f.table not in sharded_names
+            }
+        )
+        for embedding in self.small.values():
+            nn.init.normal_(embedding.weight, std=config.init_std)
+        self.numerical_scale = nn.ParameterDict({f.name: torch.ones(1) for f in features if f.kind == "numerical"})
+        widths = [
+            1 if f.kind == "numerical" else context_dim if f.name in self.small else config.embedding_dim for f in features
+        ]
+        self.width = sum(widths)
+        """Width of the output; 0 if the data set has no such feature."""
+
+    def forward(self, rows: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        """-> [C, self.width]; request features are repeated for the request's candidates."""
+        request = [self._embed(rows, f, batch.context[f.name]) for f in self.request_features]
+        parts = [torch.cat(request, dim=-1)[batch.packing.request_C]] if request else []
+        parts += [self._embed(rows, f, batch.candidate[f.name]) for f in self.candidate_features]
+        return torch.cat(parts, dim=-1)
+
+    def _embed(self, rows: dict[str, torch.Tensor], feature: Feature, column: Column) -> torch.Tensor:
+        if feature.kind == "numerical":
+            return column[:, None] * self.numerical_scale[feature.name]
+        return embed(self.small[feature.name].weight if feature.name in self.small else rows[feature.table], column)
+
+

@@ -1,0 +1,102 @@
+"""GPSD's two dense models on one tower: next item (pretraining) and ranking (finetuning). arXiv:2506.03699, figure 2.
+
+They take the looked-up table rows and a batch and return outputs; losses are in `gpsd_dist.losses`, the tables in
+`gpsd_dist.model.embeddings.Tables`.
+
+Shape letters: S tokens in packed order, T history tokens, C candidates, D width, E embedding width.
+"""
+
+import typing
+
+import torch
+from torch import nn
+
+from gpsd_dist.config import ModelConfig, TablesConfig
+from gpsd_dist.data.batch import Batch
+from gpsd_dist.model.embeddings import ContextEmbedder, TokenEmbedder
+from gpsd_dist.model.heads import ProjectionIn, ProjectionOut, RankingHeads
+from gpsd_dist.model.registry import TOWERS
+from gpsd_dist.schema import Manifest, Table
+
+
+class Backbone(nn.Module):
+    """Token embedder, projection in and tower: the part that full transfer copies."""
+
+    def __init__(self, manifest: Manifest, tables: TablesConfig, model: ModelConfig, sharded: tuple[Table, ...]):
+        super().__init__()
+        if model.name not in TOWERS:
+            raise ValueError(f"model {model.name!r} is not one of {sorted(TOWERS)}")
+        self.embedder = TokenEmbedder(manifest, tables, sharded)
+        self.project_in = ProjectionIn(tables.embedding_dim, model.width)
+        self.dropout = nn.Dropout(model.dropout)
+        self.tower = TOWERS[model.name](model.layers, model.width, model.heads, model.dropout)
+        if model.compile:
+            self.tower.compile(dynamic=True)  # in place: parameter names stay
+
+    def forward(self, rows: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        """-> hidden states [S, D]"""
+        return self.tower(self.dropout(self.project_in(self.embedder(rows, batch))), batch.packing)
+
+
+class NextItemOutputs(typing.NamedTuple):
+    """Of `NextItemModel`."""
+
+    hidden_TE: torch.Tensor
+    """Compared with item rows by cosine."""
+    auxiliary_weight: dict[str, torch.Tensor]
+    """Feature -> [rows, E]: the input table of each auxiliary target, tied to its output."""
+
+
+class NextItemModel(nn.Module):
+    """Generative pretraining: the state at every history token predicts the next item and its attributes."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        tables: TablesConfig,
+        model: ModelConfig,
+        sharded: tuple[Table, ...],
+        auxiliary: tuple[str, ...],
+    ):
+        super().__init__()
+        self.backbone = Backbone(manifest, tables, model, sharded)
+        self.project_out = ProjectionOut(model.width, tables.embedding_dim)
+        self.auxiliary_table = {name: manifest.feature(name).table for name in auxiliary}
+        for name, table in self.auxiliary_table.items():
+            if table not in self.backbone.embedder.small or manifest.feature(name).is_bag:
+                small = sorted(self.backbone.embedder.small)
+                raise ValueError(
+                    f"auxiliary target {name!r} needs a full softmax, so it must be a token feature with one value "
+                    f"and a small table (those are {small}); raise TablesConfig.small_table_max_rows or leave it out"
+                )
+
+    def forward(self, rows: dict[str, torch.Tensor], batch: Batch) -> NextItemOutputs:
+        """See NextItemOutputs."""
+        hidden_SD = self.backbone(rows, batch)
+        hidden_TE = self.project_out(hidden_SD[: batch.packing.num_history_tokens]).float()
+        weights = {name: self.backbone.embedder.small[t].weight for name, t in self.auxiliary_table.items()}
+        return NextItemOutputs(hidden_TE, weights)
+
+
+class RankingModel(nn.Module):
+    """Discriminative training: the state at each candidate, with its context, gives one logit per task."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        tables: TablesConfig,
+        model: ModelConfig,
+        sharded: tuple[Table, ...],
+        tasks: tuple[str, ...],
+    ):
+        super().__init__()
+        self.backbone = Backbone(manifest, tables, model, sharded)
+        self.context = ContextEmbedder(manifest, tables, model.context_dim, sharded)
+        self.heads = RankingHeads(tasks, model.width + self.context.width, model.head_hidden * model.width)
+
+    def forward(self, rows: dict[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
+        """-> task -> logits float32 [C]"""
+        x_C = self.backbone(rows, batch)[batch.packing.num_history_tokens :]
+        if self.context.width:
+            x_C = torch.cat((x_C, self.context(rows, batch)), dim=-1)
+        return self.heads(x_C)

@@ -1,0 +1,60 @@
+"""What is read off the hidden states: one ranking MLP per task, and the state that next-item prediction compares.
+
+Shape letters: C candidates, T history tokens, D width, E embedding width.
+"""
+
+import torch
+from torch import nn
+
+_INIT_STD = 0.02
+
+
+class RankingHeads(nn.Module):
+    """One MLP (D + context -> hidden -> 1, ReLU) per task."""
+
+    def __init__(self, tasks: tuple[str, ...], in_width: int, hidden_width: int):
+        super().__init__()
+        self.mlps = nn.ModuleDict(
+            {
+                task: nn.Sequential(nn.Linear(in_width, hidden_width), nn.ReLU(), nn.Linear(hidden_width, 1))
+                for task in tasks
+            }
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=_INIT_STD)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x_C: torch.Tensor) -> dict[str, torch.Tensor]:
+        """[C, in_width] -> task -> logits float32 [C]. For a task given another one: of the conditional probability."""
+        return {task: mlp(x_C).squeeze(-1).float() for task, mlp in self.mlps.items()}
+
+
+class ProjectionOut(nn.Module):
+    """Hidden state [T, D] -> item space [T, E]: linear + RMSNorm where the widths differ, else nothing."""
+
+    def __init__(self, width: int, embedding_dim: int):
+        super().__init__()
+        self.layers = nn.Sequential()
+        if width != embedding_dim:
+            self.layers = nn.Sequential(nn.Linear(width, embedding_dim, bias=False), nn.RMSNorm(embedding_dim, eps=1e-5))
+            nn.init.normal_(self.layers[0].weight, std=_INIT_STD)
+
+    def forward(self, hidden_TD: torch.Tensor) -> torch.Tensor:
+        """[T, D] -> [T, E]"""
+        return self.layers(hidden_TD)
+
+
+class ProjectionIn(nn.Module):
+    """Token vectors [S, E] -> [S, D]: RMSNorm + linear where the widths differ, else nothing."""
+
+    def __init__(self, embedding_dim: int, width: int):
+        super().__init__()
+        self.layers = nn.Sequential()
+        if width != embedding_dim:
+            self.layers = nn.Sequential(nn.RMSNorm(embedding_dim, eps=1e-5), nn.Linear(embedding_dim, width, bias=False))
+            nn.init.normal_(self.layers[1].weight, std=_INIT_STD)
+
+    def forward(self, x_SE: torch.Tensor) -> torch.Tensor:
+        """[S, E] -> [S, D]"""
+        return self.layers(x_SE)

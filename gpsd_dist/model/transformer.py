@@ -1,0 +1,89 @@
+"""The dense tower of GPSD (arXiv:2506.03699, section 3.1): a causal pre-norm Transformer on packed tokens.
+
+RMSNorm, rotary positions, SwiGLU, no biases, linear weights from N(0, 0.02): the official settings. Plain
+single-device PyTorch; DDP, autocast and compile are applied from outside.
+
+Shape letters: S tokens in packed order (histories, then candidates), D width, H heads, K head width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gpsd_dist.model.attention import attend
+from gpsd_dist.packing import Packing
+
+_NORM_EPS = 1e-5
+_ROPE_THETA = 1e4
+_FFN_MULTIPLE = 32
+
+
+def ffn_width(width: int) -> int:
+    """SwiGLU hidden width: the multiple of 32 above 8/3 of the model width."""
+    return _FFN_MULTIPLE * -(-int(8 * width / 3) // _FFN_MULTIPLE)
+
+
+class RotaryPositions(nn.Module):
+    """cos and sin of every token's rotary angles, shared by all layers (arXiv:2104.09864)."""
+
+    def __init__(self, head_width: int):
+        super().__init__()
+        self.head_width = head_width
+
+    def forward(self, position_S: torch.Tensor) -> torch.Tensor:
+        """int64 [S] -> complex64 [S, 1, 1, K / 2], one unit rotation per pair of channels."""
+        exponent = torch.arange(0, self.head_width, 2, device=position_S.device, dtype=torch.float32) / self.head_width
+        angle = position_S[:, None].float() * _ROPE_THETA**-exponent
+        return torch.polar(torch.ones_like(angle), angle)[:, None, None]
+
+
+def rotate(query_key_S2HK: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Rotates interleaved pairs of channels (the layout of the official weights); computed in float32."""
+    pairs = query_key_S2HK.float().unflatten(-1, (-1, 2))
+    rotated = torch.view_as_real(torch.view_as_complex(pairs) * rotation).flatten(-2)
+    return rotated.to(query_key_S2HK.dtype)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + SwiGLU(norm(x))."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads = heads
+        hidden = ffn_width(width)
+        self.attention_norm = nn.RMSNorm(width, eps=_NORM_EPS)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.ffn_norm = nn.RMSNorm(width, eps=_NORM_EPS)
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_SD: torch.Tensor, rotation: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """[S, D] -> [S, D]"""
+        qkv_S3HK = self.qkv(self.attention_norm(x_SD)).unflatten(-1, (3, self.heads, -1))
+        query_key, value = qkv_S3HK.split([2, 1], dim=1)
+        attended_SD = attend(torch.cat((rotate(query_key, rotation), value), dim=1), packing)
+        x_SD = x_SD + self.dropout(self.attention_out(attended_SD))
+        gate, up = self.gate_up(self.ffn_norm(x_SD)).chunk(2, dim=-1)
+        return x_SD + self.dropout(self.down(F.silu(gate) * up))
+
+
+class Transformer(nn.Module):
+    """`l{layers}h{width}a{heads}` of the paper."""
+
+    def __init__(self, layers: int, width: int, heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.rotary = RotaryPositions(width // heads)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        self.norm = nn.RMSNorm(width, eps=_NORM_EPS)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, x_SD: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """Token vectors [S, D] -> hidden states [S, D]; a token sees its own request's earlier history and itself."""
+        rotation = self.rotary(packing.position_S)
+        for block in self.blocks:
+            x_SD = block(x_SD, rotation, packing)
+        return self.norm(x_SD)

@@ -1,0 +1,214 @@
+"""The contract between `data_pipeline` (writes) and `gpsd_dist` (reads): Parquet columns and `manifest.json`.
+
+    out_dir/
+      manifest.json                     this file's `Manifest`
+      pretrain/part-00000.parquet       history columns only
+      train/ valid/ test/ [holdout/]    history + candidate + label + context columns
+      vocab/<table>.parquet             raw_id (string), index (int64), count (int64, in the training period)
+      items.parquet                     index of the item table + every item attribute that is a feature
+
+One row is one user request: a history (oldest event first) and K >= 1 candidates that were shown with it.
+Needs only pyarrow: neither torch nor ibis.
+"""
+
+import dataclasses
+import json
+import pathlib
+import typing
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+PADDING_INDEX = 0
+UNKNOWN_INDEX = 1
+NUM_RESERVED_ROWS = 2  # index 0 is padding, 1 is unknown; the first known id has index 2
+MANIFEST_NAME = "manifest.json"
+PLACES = ("history", "candidate", "context")
+KINDS = ("categorical", "numerical")
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """One input of the model, in one or more places of a row."""
+
+    name: str
+    places: tuple[str, ...]
+    """Where it occurs: any of "history", "candidate", "context". A feature in history and candidate is a token feature."""
+    kind: str = "categorical"
+    table: str | None = None
+    """Embedding table that its indices point into; None for a numerical feature."""
+    is_bag: bool = False
+    """Several indices per token (tags of a video): the column has one more list level. Categorical only."""
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"feature {self.name!r}: kind {self.kind!r} is not one of {KINDS}")
+        if not self.places or any(place not in PLACES for place in self.places):
+            raise ValueError(f"feature {self.name!r}: places {self.places!r} must be a non-empty part of {PLACES}")
+        if (self.kind == "categorical") != (self.table is not None):
+            raise ValueError(f"feature {self.name!r} is {self.kind}, but its table is {self.table!r}")
+        if self.is_bag and self.kind != "categorical":
+            raise ValueError(f"feature {self.name!r}: only a categorical feature can be a bag")
+
+    def arrow_type(self, place: str) -> pa.DataType:
+        """Arrow type of the column `<place>.<name>`."""
+        scalar = pa.int64() if self.kind == "categorical" else pa.float32()
+        value = pa.list_(scalar) if self.is_bag else scalar
+        return value if place == "context" else pa.list_(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Size and identity of one vocabulary."""
+
+    name: str
+    num_rows: int
+    """Rows of the embedding table: known ids + the two reserved ones."""
+    fingerprint: str
+    """Hash over all (raw id, index) pairs: two tables are interchangeable only if it agrees."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One label column."""
+
+    name: str
+    given: str | None = None
+    """Conditional task: trained and scored only where this other label is 1 (conversion given click)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Counts and bounds of one folder of Parquet files."""
+
+    name: str
+    files: tuple[str, ...]
+    """Paths relative to the manifest, in reading order."""
+    num_rows: int
+    num_history_tokens: int
+    num_candidates: int
+    time_from_s: int | None
+    """Smallest request time in the split (epoch seconds); None for `pretrain`."""
+    time_to_s: int | None
+    """Largest request time in the split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """Everything the trainer may know about a data set; the single source of table sizes."""
+
+    source: str
+    features: tuple[Feature, ...]
+    tables: tuple[Table, ...]
+    tasks: tuple[Task, ...]
+    splits: tuple[Split, ...]
+    max_history_length: int
+    item_feature: str = "item"
+    """The feature that is predicted in pretraining; it occurs in history and candidate."""
+    split_rule: str = ""
+    """How the splits were cut, in words and numbers."""
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Raw rows that were not used, by reason."""
+    sources: tuple[dict, ...] = ()
+    """Raw files: {"path", "bytes", "sha256"}."""
+    options: dict = dataclasses.field(default_factory=dict)
+    command: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+    def feature(self, name: str) -> Feature:
+        """The feature of that name; ValueError lists the known ones."""
+        return _named(self.features, name, "feature")
+
+    def table(self, name: str) -> Table:
+        """The table of that name; ValueError lists the known ones."""
+        return _named(self.tables, name, "table")
+
+    def split(self, name: str) -> Split:
+        """The split of that name; ValueError lists the known ones."""
+        return _named(self.splits, name, "split")
+
+    def features_in(self, place: str) -> tuple[Feature, ...]:
+        """Features that occur in `place`, in manifest order."""
+        return tuple(feature for feature in self.features if place in feature.places)
+
+
+def _named(entries, name: str, what: str):
+    for entry in entries:
+        if entry.name == name:
+            return entry
+    raise ValueError(f"the data set has no {what} {name!r}; it has {[entry.name for entry in entries]}")
+
+
+def arrow_schema(manifest: Manifest, split: str) -> pa.Schema:
+    """Columns of one split's files, in order. `pretrain` has no candidates, labels, context or request time."""
+    fields = [pa.field("user_id", pa.string()), pa.field("user_hash", pa.int64()), pa.field("history_length", pa.int32())]
+    fields += [pa.field(f"history.{f.name}", f.arrow_type("history")) for f in manifest.features_in("history")]
+    fields += [pa.field("history.time_s", pa.list_(pa.int64()))]  # null element: the log does not say when
+    if split == "pretrain":
+        return pa.schema(fields)
+    fields += [pa.field("request_time_s", pa.int64())]
+    for place in ("candidate", "context"):
+        fields += [pa.field(f"{place}.{f.name}", f.arrow_type(place)) for f in manifest.features_in(place)]
+    fields += [pa.field(f"label.{task.name}", pa.list_(pa.float32())) for task in manifest.tasks]  # null: not observed
+    return pa.schema(fields)
+
+
+def write_manifest(manifest: Manifest, out_dir: pathlib.Path) -> None:
+    """Writes `manifest.json` by rename, so that a reader never sees half of it."""
+    target = pathlib.Path(out_dir) / MANIFEST_NAME
+    aside = target.with_suffix(".json.tmp")
+    aside.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+    aside.replace(target)
+
+
+def read_manifest(data_dir: str | pathlib.Path) -> Manifest:
+    """Reads and checks `manifest.json`; every problem is a ValueError that names the file and what to do."""
+    path = pathlib.Path(data_dir) / MANIFEST_NAME
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; prepare the data first: python -m data_pipeline.build --out_dir {data_dir} ...")
+    try:
+        raw = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); build the data set again") from error
+    if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION:
+        found = raw.get("schema_version") if isinstance(raw, dict) else type(raw).__name__
+        raise ValueError(f"{path} has schema version {found!r}, this code reads {SCHEMA_VERSION}; build the data set again")
+    parts = {"features": Feature, "tables": Table, "tasks": Task, "splits": Split}
+    try:
+        for key, cls in parts.items():
+            raw[key] = tuple(_from_dict(cls, entry) for entry in raw[key])
+        raw["sources"] = tuple(raw.get("sources", ()))
+        manifest = Manifest(**raw)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} does not fit the schema: {error!r}; build the data set again") from error
+    _check(manifest, path)
+    return manifest
+
+
+def _from_dict(cls: type, entry: dict) -> typing.Any:
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
+
+
+def _check(manifest: Manifest, path: pathlib.Path) -> None:
+    """Cross references and paths inside the manifest."""
+    problems = []
+    tables = {table.name: table for table in manifest.tables}
+    for feature in manifest.features:
+        if feature.table is not None and feature.table not in tables:
+            problems.append(f"feature {feature.name!r} points into table {feature.table!r}, which is not listed")
+    for table in manifest.tables:
+        if not isinstance(table.num_rows, int) or table.num_rows < NUM_RESERVED_ROWS:
+            problems.append(f"table {table.name!r} has num_rows {table.num_rows!r}, expected an int >= {NUM_RESERVED_ROWS}")
+    names = [task.name for task in manifest.tasks]
+    for task in manifest.tasks:
+        if task.given is not None and task.given not in names:
+            problems.append(f"task {task.name!r} is given {task.given!r}, which is not a task")
+    item = [feature for feature in manifest.features if feature.name == manifest.item_feature]
+    if not item or not {"history", "candidate"} <= set(item[0].places):
+        problems.append(f"item feature {manifest.item_feature!r} must occur in history and candidate")
+    for split in manifest.splits:
+        for file in split.files:
+            if pathlib.PurePath(file).is_absolute() or ".." in pathlib.PurePath(file).parts:
+                problems.append(f"split {split.name!r} names {file!r}, which is outside the data folder")
+    if problems:
+        raise ValueError(f"{path}: " + "; ".join(problems))
