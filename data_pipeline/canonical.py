@@ -19,6 +19,7 @@ import ibis.expr.types as ir
 from gpsd_dist import schema
 
 ORIGINS = ("item_id", "items", "log", "users")
+BEFORE_EVERYTHING_S = -(2**62)
 EVENT_COLUMNS = {"user_id": "string", "item_id": "string", "time_s": "int64", "order": "int64"}
 
 
@@ -115,7 +116,8 @@ class Log:
     events: ir.Table
     """What becomes history: user_id, item_id (string), time_s (int64, null: before every timed event of the user), order
     (int64, breaks ties: a user's events are sorted by time_s with nulls first, then order, which must make them total),
-    and the "log" features of history."""
+    and the "log" features of history. Optional column latest_s (int64): an event without a time_s happened no later than
+    this; it takes the place of time_s in sorting and in "strictly earlier than the request"."""
     items: ir.Table
     """item_id (string, unique) and the "items" features: string, array<string> for a bag, or float64."""
     features: tuple[FeatureSpec, ...]
@@ -157,6 +159,12 @@ def check(log: Log) -> None:
                 raise ValueError("there are features with origin 'users', but the log has no users table")
             continue
         _check_columns(name, table, columns)
+
+
+def known_time_s(events: ir.Table) -> ir.IntegerValue:
+    """The time that sorts an event: time_s, else latest_s, else before everything."""
+    bounds = [events["latest_s"]] if "latest_s" in events.columns else []
+    return ibis.coalesce(events["time_s"], *bounds, ibis.literal(BEFORE_EVERYTHING_S))
 
 
 def _tables_of(spec: FeatureSpec, has_exposures: bool) -> set[str]:

@@ -1,11 +1,14 @@
 """The query engine behind the pipeline: one Ibis connection with a scratch folder and progress by step."""
 
+import contextlib
 import pathlib
+import tempfile
 import time
 import typing
 
 import ibis
 import ibis.expr.types as ir
+import pyarrow as pa
 
 ENGINES = ("duckdb",)
 
@@ -31,6 +34,27 @@ class Engine:
         print(f"  {name:<24} {stored.count().execute():>12,} rows  {time.monotonic() - started:6.1f} s", flush=True)
         return stored
 
+    def batches(self, table: ir.Table, num_rows: int) -> typing.Iterator[pa.RecordBatch]:
+        """Streams the query's result in batches of about `num_rows` rows."""
+        # Ibis 12's own to_pyarrow_batches calls fetch_record_batch, which DuckDB 2.0 no longer has
+        cursor = self.con.con.cursor()
+        try:
+            yield from cursor.sql(self.con.compile(table)).to_arrow_reader(num_rows)
+        finally:
+            cursor.close()
+
     def close(self) -> None:
         """Closes the connection, so that the scratch folder can be removed."""
         self.con.disconnect()
+
+
+@contextlib.contextmanager
+def scratch(name: str, parent: pathlib.Path, memory_limit: str, threads: int | None) -> typing.Iterator[Engine]:
+    """An engine with a scratch folder inside `parent` that is removed at the end."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".pipeline-scratch-", dir=parent) as folder:
+        engine = Engine(name, pathlib.Path(folder), memory_limit, threads)
+        try:
+            yield engine
+        finally:
+            engine.close()

@@ -126,3 +126,27 @@ def _check_values(path: pathlib.Path, raw: ir.Table, typed: ir.Table, columns: d
                 f"{path}, column {name!r}, data row {first['row']}: found {first['value']!r}, expected {kind} ({count:,} such rows); "
                 "correct the values or leave those rows out"
             )
+
+
+def require_none(path: pathlib.Path, bad: ir.Table, column: str, expected: str, fix: str) -> None:
+    """ValueError naming the first row of `bad` (which has `column` and file_order), if it has any."""
+    count = bad.count().execute()
+    if count:
+        first = bad.order_by(FILE_ORDER).limit(1).select(FILE_ORDER, value=bad[column].cast("string")).execute().iloc[0]
+        found = "nothing" if first["value"] is None else repr(first["value"])
+        raise ValueError(
+            f"{path}, column {column!r}, data row {first[FILE_ORDER]}: found {found}, expected {expected} ({count:,} such rows); {fix}"
+        )
+
+
+def require_values(path: pathlib.Path, table: ir.Table, columns: tuple[str, ...]) -> None:
+    """ValueError for the first missing value in any of the columns."""
+    for column in columns:
+        bad = table.filter(table[column].isnull())
+        require_none(path, bad, column, "a value in every row", "fill it in or leave the row out")
+
+
+def require_one_of(path: pathlib.Path, table: ir.Table, column: str, values: tuple) -> None:
+    """ValueError for the first value that is none of `values` (null is let through: see require_values)."""
+    bad = table.filter(table[column].notnull() & table[column].notin(values))
+    require_none(path, bad, column, f"one of {values}", "correct the values or leave those rows out")

@@ -1,0 +1,45 @@
+"""Did anything change since the data set was built? One hash over the raw files, the options and this package's code."""
+
+import hashlib
+import json
+import pathlib
+
+from gpsd_dist import schema
+
+CHUNK_BYTES = 1 << 22
+
+
+def file_sha256(path: pathlib.Path) -> str:
+    """Hexadecimal sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def describe(files: dict[str, pathlib.Path], options: dict, source: str) -> dict:
+    """{"sources": entries for the manifest, "options": JSON-able options, "fingerprint": hash over both and the code}."""
+    entries = [
+        {"name": name, "path": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path)} for name, path in files.items()
+    ]
+    plain = {name: str(value) if isinstance(value, pathlib.Path) else value for name, value in options.items()}
+    identity = {
+        "source": source,
+        "files": sorted((entry["name"], entry["sha256"]) for entry in entries),
+        "options": plain,
+        "code": _code_sha256(),
+        "schema_version": schema.SCHEMA_VERSION,
+    }
+    return {
+        "sources": tuple(entries),
+        "options": plain,
+        "fingerprint": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32],
+    }
+
+
+def _code_sha256() -> str:
+    """Over every module of this package: whoever changes a transformation need not remember to raise a version."""
+    package = pathlib.Path(__file__).parent
+    hashes = [(str(path.relative_to(package)), file_sha256(path)) for path in sorted(package.rglob("*.py"))]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()

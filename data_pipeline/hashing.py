@@ -1,0 +1,25 @@
+"""Hashes that every engine computes alike: md5 of a string, read as an integer by its hexadecimal digits."""
+
+import functools
+import operator
+
+import ibis
+import ibis.expr.types as ir
+
+HEX_DIGITS = "0123456789abcdef"
+USER_HASH_DIGITS = 15  # 60 bits: fits int64 on every engine
+
+
+def digits_to_int(text: ir.StringValue, start: int, num_digits: int) -> ir.IntegerValue:
+    """Reads `num_digits` (at most 15) hexadecimal digits from `start` as a non-negative int64."""
+    alphabet = ibis.literal(HEX_DIGITS)
+    terms = [
+        alphabet.find(text.substr(start + place, 1)).cast("int64") * ibis.literal(16 ** (num_digits - 1 - place), type="int64")
+        for place in range(num_digits)
+    ]
+    return functools.reduce(operator.add, terms)
+
+
+def user_hash(user_id: ir.StringValue) -> ir.IntegerValue:
+    """60-bit hash of a user, equal in every data set and on every engine; it also serves to split by user."""
+    return digits_to_int(user_id.hexdigest("md5"), 0, USER_HASH_DIGITS)

@@ -1,0 +1,206 @@
+"""From a cut log to the rows of the contract: encode with the vocabularies, collect each user's sequence, cut histories."""
+
+import dataclasses
+
+import ibis
+import ibis.expr.types as ir
+
+from data_pipeline import canonical, hashing, splits, vocab
+from data_pipeline.engine import Engine
+from gpsd_dist import schema
+
+
+def item_table(log: canonical.Log) -> str:
+    """Name of the vocabulary of the item feature."""
+    return next(spec.feature().table for spec in log.features if spec.name == log.item_feature)
+
+
+def occurrences(log: canonical.Log, cut: splits.Cut) -> dict[str, tuple[ir.Table, int | None]]:
+    """Per vocabulary table: (raw_id, count) in the training period, and the min_count that its features ask for."""
+    item_counts = _counts(cut.training_events, "item_id")
+    if cut.training_exposures is not None and cut.counts_exposed_items:
+        item_counts = item_counts.union(_counts(cut.training_exposures, "item_id"))
+    users = cut.training_events.select("user_id")
+    if cut.training_exposures is not None:
+        users = users.union(cut.training_exposures.select("user_id"))
+    users = users.distinct()
+    by_table: dict[str, list[ir.Table]] = {}
+    min_counts: dict[str, int | None] = {}
+    for spec in log.features:
+        if spec.kind != "categorical":
+            continue
+        parts = by_table.setdefault(spec.feature().table, [])
+        parts += _occurrences_of(spec, log, cut, item_counts, users)
+        min_counts[spec.feature().table] = spec.min_count
+    return {name: (_union(parts), min_counts[name]) for name, parts in by_table.items()}
+
+
+def _occurrences_of(spec: canonical.FeatureSpec, log: canonical.Log, cut: splits.Cut, item_counts: ir.Table, users: ir.Table):
+    if spec.origin == "item_id":
+        return [item_counts]
+    if spec.origin == "items":
+        counts = item_counts.group_by("raw_id").agg(count=item_counts["count"].sum().cast("int64"))
+        joined = log.items.inner_join(counts, log.items.item_id == counts.raw_id)
+        value = joined[spec.column].unnest() if spec.is_bag else joined[spec.column]
+        return [joined.select(raw_id=value, count=joined["count"])]
+    if spec.origin == "users":
+        return [_counts(log.users.filter(log.users.user_id.isin(users.user_id)), spec.column)]
+    parts = [_counts(cut.training_events, spec.column)] if "history" in spec.places else []
+    if {"candidate", "context"} & set(spec.places):
+        shown = cut.training_events if cut.training_exposures is None else cut.training_exposures
+        parts.append(_counts(shown, spec.column))
+    return parts
+
+
+def _counts(table: ir.Table, column: str) -> ir.Table:
+    return table.group_by(raw_id=table[column]).agg(count=table.count().cast("int64"))
+
+
+def _union(parts: list[ir.Table]) -> ir.Table:
+    first, *rest = [part.select("raw_id", "count") for part in parts]
+    return first.union(*rest) if rest else first
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """Turns raw columns into model columns with fixed vocabularies."""
+
+    engine: Engine
+    log: canonical.Log
+    vocabs: dict[str, ir.Table]
+
+    def items(self) -> ir.Table:
+        """One row per item of `Log.items` or the vocabulary: item_id, and `<feature>` for every item feature."""
+        specs = [spec for spec in self.log.features if spec.origin in ("item_id", "items")]
+        item_vocab = self.vocabs[item_table(self.log)]
+        ids = self.log.items.select("item_id").union(item_vocab.select(item_id=item_vocab.raw_id)).distinct()
+        attributes = self.log.items.rename(_item="item_id")
+        table = ids.left_join(attributes, ids.item_id == attributes["_item"]).drop("_item")
+        for spec in specs:
+            table = self._encode(table, spec, key="item_id")
+        return self.engine.materialise("items_encoded", table.select("item_id", *[spec.name for spec in specs]))
+
+    def users(self) -> ir.Table | None:
+        """user_id and `<feature>` of every user feature, or None where the log has none."""
+        specs = [spec for spec in self.log.features if spec.origin == "users"]
+        if not specs:
+            return None
+        table = self.log.users
+        for spec in specs:
+            table = self._encode(table, spec, key="user_id")
+        return self.engine.materialise("users_encoded", table.select("user_id", *[spec.name for spec in specs]))
+
+    def attach(self, rows: ir.Table, items: ir.Table, place: str) -> ir.Table:
+        """`rows` (with item_id) plus `_<feature>` for the item and log features of `place`; items without attributes get 1."""
+        renamed = items.rename({f"_{name}": name for name in items.columns})
+        table = rows.left_join(renamed, rows.item_id == renamed["_item_id"]).drop("_item_id")
+        for spec in self.log.specs_in(place):
+            if spec.origin == "log":
+                table = self._encode(table, spec, key=None, into=f"_{spec.name}")
+            elif spec.origin != "users":
+                filled = ibis.coalesce(table[f"_{spec.name}"], _default(spec))
+                table = table.mutate(**{f"_{spec.name}": filled})
+        return table
+
+    def _encode(self, table: ir.Table, spec: canonical.FeatureSpec, key: str | None, into: str | None = None) -> ir.Table:
+        into = into or spec.name
+        if spec.kind == "numerical":
+            return table.mutate(**{into: ibis.coalesce(table[spec.column], ibis.literal(0.0)).cast("float64")})
+        words = self.vocabs[spec.feature().table]
+        if not spec.is_bag:
+            return vocab.encode(table, spec.column, words, into)
+        if key is None:
+            raise ValueError(f"feature {spec.name!r}: a bag must be an item attribute (origin 'items')")
+        return vocab.encode_bag(table, key, spec.column, words, into)
+
+
+def _default(spec: canonical.FeatureSpec) -> ir.Value:
+    """Value of a feature of an item or user that the log says nothing about."""
+    if spec.kind == "numerical":
+        return ibis.literal(0.0, type="float64")
+    unknown = ibis.literal(schema.UNKNOWN_INDEX, type="int64")
+    return ibis.array([unknown]) if spec.is_bag else unknown
+
+
+def user_sequences(encoder: Encoder, events: ir.Table, items: ir.Table) -> ir.Table:
+    """user_id and `sequence`: array of structs (rank, <history features>, time_s) in rank order."""
+    names = [spec.name for spec in encoder.log.specs_in("history")]
+    encoded = encoder.engine.materialise("events_encoded", encoder.attach(events, items, "history").select(
+        "user_id", "rank", "time_s", *[f"_{name}" for name in names]
+    ))
+    # `rank` comes first and is unique per user, so sorting the structs sorts by it (an ordered collect is not portable)
+    token = ibis.struct({"rank": encoded["rank"]} | {name: encoded[f"_{name}"] for name in names} | {"time_s": encoded.time_s})
+    return encoder.engine.materialise("sequences", encoded.group_by("user_id").agg(sequence=token.collect().sort()))
+
+
+def pretrain_rows(encoder: Encoder, lengths: ir.Table, sequences: ir.Table, max_history_length: int) -> ir.Table:
+    """Rows of the split `pretrain` for users with at least 2 events in it, with a column `shuffle_key`."""
+    long_enough = lengths.filter(lengths.num_events >= 2)
+    joined = long_enough.inner_join(sequences, "user_id")
+    rows = _with_history(encoder.log, joined, joined.num_events, max_history_length)
+    return rows.mutate(shuffle_key=rows.user_id.concat(":pretrain").hexdigest("md5"))
+
+
+def request_rows(
+    encoder: Encoder, candidates: ir.Table, items: ir.Table, users: ir.Table | None, sequences: ir.Table, max_history_length: int
+) -> ir.Table:
+    """Rows of all other splits: contract columns plus `split` and `shuffle_key`."""
+    log = encoder.log
+    names = [spec.name for spec in log.specs_in("candidate")]
+    shown = encoder.attach(candidates, items, "candidate")
+    for spec in log.specs_in("context"):
+        if spec.origin == "log" and spec.name not in names:
+            shown = encoder._encode(shown, spec, key=None, into=f"_{spec.name}")
+    context_names = [spec.name for spec in log.specs_in("context") if spec.origin == "log"]
+    columns = {name: shown[f"_{name}"] for name in dict.fromkeys([*names, *context_names])}
+    columns |= {f"label_{task.name}": shown[task.name] for task in log.tasks} | {"time_s": shown.time_s}
+    shown = encoder.engine.materialise("candidates_encoded", shown.select(*splits.REQUEST_KEY, "position", **columns))
+    token = ibis.struct({"position": shown.position} | {name: shown[name] for name in columns})
+    requests = shown.group_by(list(splits.REQUEST_KEY)).agg(shown=token.collect().sort())
+    joined = requests.left_join(sequences, "user_id").drop("user_id_right")
+    rows = _with_history(log, joined, joined.num_before, max_history_length, kept=("split", "num_before", "shown"))
+    rows = rows.mutate(
+        request_time_s=rows.shown[0]["time_s"],
+        **{f"candidate.{name}": _field(rows.shown, name) for name in names},
+        **{f"context.{name}": rows.shown[0][name] for name in context_names},
+        **{f"label.{task.name}": _field(rows.shown, f"label_{task.name}") for task in log.tasks},
+    ).drop("shown")
+    if users is not None:
+        rows = _with_user_features(log, rows, users)
+    key = rows.user_id.concat(":", rows.split, ":", rows.num_before.cast("string"))
+    return rows.mutate(shuffle_key=key.hexdigest("md5")).drop("num_before")
+
+
+def _with_history(log: canonical.Log, rows: ir.Table, until: ir.IntegerValue, limit: int, kept: tuple[str, ...] = ()) -> ir.Table:
+    """Adds the history columns: the last `limit` of the first `until` events of `rows.sequence`."""
+    length = ibis.least(until, ibis.literal(limit, type="int64"))
+    sliced = rows.select("user_id", *kept, _length=length, _window=rows.sequence[until - length : until])
+    columns = {f"history.{spec.name}": _field_or_empty(sliced["_window"], spec.name) for spec in log.specs_in("history")}
+    columns["history.time_s"] = _field_or_empty(sliced["_window"], "time_s")
+    return sliced.select(
+        "user_id", *kept, user_hash=hashing.user_hash(sliced.user_id), history_length=sliced["_length"], **columns
+    )
+
+
+def _field(tokens: ir.ArrayValue, name: str) -> ir.ArrayValue:
+    return tokens.map(lambda token: token[name])
+
+
+def _field_or_empty(tokens: ir.ArrayValue, name: str) -> ir.ArrayValue:
+    values = _field(tokens, name)  # null for a user without any event
+    return ibis.coalesce(values, ibis.literal([], type=values.type()))
+
+
+def _with_user_features(log: canonical.Log, rows: ir.Table, users: ir.Table) -> ir.Table:
+    renamed = users.rename({f"_{name}": name for name in users.columns})
+    joined = rows.left_join(renamed, rows.user_id == renamed["_user_id"])
+    specs = [spec for spec in log.specs_in("context") if spec.origin == "users"]
+    filled = {f"context.{spec.name}": ibis.coalesce(joined[f"_{spec.name}"], _default(spec)) for spec in specs}
+    return joined.mutate(**filled).drop("_user_id", *[f"_{spec.name}" for spec in specs])
+
+
+def item_rows(encoder: Encoder, items: ir.Table) -> ir.Table:
+    """`index` of every known item and the indices or numbers of its attributes, under the names of the features."""
+    attributes = [spec.name for spec in encoder.log.features if spec.origin == "items"]
+    known = items.filter(items[encoder.log.item_feature] > schema.UNKNOWN_INDEX)
+    return known.select(*attributes, index=known[encoder.log.item_feature]).order_by("index")

@@ -1,0 +1,191 @@
+"""Split rules: which rows of the log are requests, of which split, and what counts as the training period.
+
+A request is keyed by (user_id, split, num_before): num_before is the number of the user's events that form its history.
+Exposures that see the same history and lie in the same split are consecutive in time, so they are one request.
+"""
+
+import dataclasses
+import math
+
+import ibis
+import ibis.expr.types as ir
+
+from data_pipeline import canonical
+from data_pipeline.engine import Engine
+
+REQUEST_KEY = ("user_id", "split", "num_before")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """What a split rule makes of a log."""
+
+    candidates: ir.Table
+    """REQUEST_KEY, position (0, 1, ...), item_id, time_s, one column per task, the "log" columns of candidate and context."""
+    pretrain: ir.Table
+    """user_id, num_events: a pretraining row holds the user's first `num_events` events."""
+    training_events: ir.Table
+    training_exposures: ir.Table | None
+    counts_exposed_items: bool
+    """Whether exposed items count as occurrences for the vocabulary (official Grocery negatives do not)."""
+    words: str
+    skipped: dict[str, int]
+
+
+def number_events(engine: Engine, log: canonical.Log) -> ir.Table:
+    """Events with known_s, num_events of the user, and rank: 0, 1, ... in the user's order of (known time, order)."""
+    events = log.events.mutate(known_s=canonical.known_time_s(log.events))
+    in_order = ibis.window(group_by="user_id", order_by=[events.known_s, events.order, events.item_id])
+    numbered = events.mutate(
+        rank=ibis.row_number().over(in_order).cast("int64"),
+        num_events=events.count().over(ibis.window(group_by="user_id")).cast("int64"),
+    )
+    return engine.materialise("events", numbered)
+
+
+def cut(engine: Engine, log: canonical.Log, events: ir.Table, is_holdout: bool) -> Cut:
+    """Applies the log's split rule to numbered events. `is_holdout`: requests after the test period instead of those before."""
+    if isinstance(log.split, canonical.TimeBoundaries):
+        return _cut_by_time(engine, log, events, is_holdout)
+    if is_holdout:
+        raise ValueError("--split holdout needs a source that is cut by time; this one is not")
+    if isinstance(log.split, canonical.LeaveLastOut):
+        return _cut_leave_last_out(engine, log, events)
+    return _cut_last_item(engine, log, events)
+
+
+def _cut_by_time(engine: Engine, log: canonical.Log, events: ir.Table, is_holdout: bool) -> Cut:
+    rule = log.split
+    exposures = log.exposures
+    split = ibis.cases((exposures.time_s < rule.valid_from_s, "train"), (exposures.time_s < rule.test_from_s, "valid"), else_="test")
+    if rule.test_until_s is not None:
+        split = ibis.cases((exposures.time_s >= rule.test_until_s, "holdout"), else_=split)
+    labelled = engine.materialise("exposures", exposures.mutate(split=split))
+    is_used = labelled.split == "holdout" if is_holdout else labelled.split != "holdout"
+    used = labelled.filter(is_used)
+    num_other = labelled.count().execute() - used.count().execute()
+    if is_holdout and used.count().execute() == 0:
+        raise ValueError(
+            f"no exposure lies at or after {rule.test_until_s} (epoch s), the end of the test period; --split holdout needs a later log"
+        )
+    reason = "exposures before the holdout period (used as history only)" if is_holdout else "exposures after the test period"
+    counted = _count_earlier_events(events, used)
+    in_order = ibis.window(group_by=list(REQUEST_KEY), order_by=[counted.time_s, counted.order, counted.item_id])
+    candidates = counted.mutate(position=ibis.row_number().over(in_order).cast("int64"))
+    until_s = rule.valid_from_s if rule.pretrain_until_s is None else rule.pretrain_until_s
+    early = events.filter(events.known_s < until_s)
+    return Cut(
+        candidates=engine.materialise("candidates", candidates),
+        pretrain=early.group_by("user_id").agg(num_events=early.count().cast("int64")),
+        training_events=events.filter(events.known_s < rule.valid_from_s),
+        training_exposures=labelled.filter(labelled.split == "train"),
+        counts_exposed_items=True,
+        words=rule.words or f"train < {rule.valid_from_s} <= valid < {rule.test_from_s} <= test < {rule.test_until_s} (epoch s)",
+        skipped={reason: int(num_other)} if num_other else {},
+    )
+
+
+def _count_earlier_events(events: ir.Table, exposures: ir.Table) -> ir.Table:
+    """Adds num_before: the user's events strictly earlier (in whole seconds) than the exposure."""
+    one, zero = ibis.literal(1, type="int64"), ibis.literal(0, type="int64")
+    moments = events.select("user_id", moment_s=events.known_s, num=one).union(
+        exposures.select("user_id", moment_s=exposures.time_s, num=zero)
+    )
+    per_moment = moments.group_by(["user_id", "moment_s"]).agg(num=moments.num.sum().cast("int64"))
+    so_far = ibis.window(group_by="user_id", order_by=per_moment.moment_s, preceding=None, following=0)
+    earlier = per_moment.select("user_id", "moment_s", num_before=(per_moment.num.sum().over(so_far) - per_moment.num).cast("int64"))
+    joined = exposures.inner_join(earlier, [exposures.user_id == earlier.user_id, exposures.time_s == earlier.moment_s])
+    return joined.select(exposures, earlier.num_before)
+
+
+def _cut_last_item(engine: Engine, log: canonical.Log, events: ir.Table) -> Cut:
+    """One request per user whose target is the last event: `Given` splits, or splits by the quantile of the last time."""
+    rule = log.split
+    last = engine.materialise("targets", events.filter((events["rank"] == events.num_events - 1) & (events.num_events >= 2)))
+    num_short = events.filter(events.num_events < 2).count().execute()
+    if isinstance(rule, canonical.Given):
+        sides = log.exposures.select("user_id", side=log.exposures.split).distinct()
+        words = "train / test as given by the source"
+    else:
+        num_users = last.count().execute()
+        place = min(max(math.ceil(rule.train_quantile * num_users), 1), num_users)
+        boundary_s = int(last.order_by("known_s").limit(1, offset=place - 1).known_s.execute().iloc[0])
+        sides = last.select("user_id", side=ibis.cases((last.known_s <= boundary_s, "train"), else_="test"))
+        words = f"users whose last event is at or before {boundary_s} (epoch s, the {rule.train_quantile} quantile) train, others test"
+    timed = engine.materialise("users_split", last.select("user_id", "known_s", "num_events").inner_join(sides, "user_id"))
+    split = _carve_valid(engine, timed, rule.valid_fraction)
+    if isinstance(rule, canonical.Given):
+        candidates = _given_candidates(log, split)
+        if candidates.count().execute() != log.exposures.count().execute():
+            raise ValueError("some users of the given samples have fewer than 2 events, so that they have no history")
+    else:
+        candidates = _positives(log, last, split.select("user_id", "split"))
+    trains = split.filter(split.split == "train").select("user_id")
+    is_training = (events["rank"] < events.num_events - 1) | events.user_id.isin(trains.user_id)
+    exposures = log.exposures
+    return Cut(
+        candidates=engine.materialise("candidates", candidates),
+        pretrain=last.select("user_id", num_events=last.num_events - 1),
+        training_events=events.filter(is_training & (events.num_events >= 2)),
+        training_exposures=None if exposures is None else exposures.filter(exposures.user_id.isin(trains.user_id)),
+        counts_exposed_items=False,
+        words=f"one request per user, target = last event; {words}; valid = latest {rule.valid_fraction} of the train users by "
+        "(last time, user_hash); pretraining = everything but the last event of every user",
+        skipped={"events of users with fewer than 2 events": int(num_short)} if num_short else {},
+    )
+
+
+def _carve_valid(engine: Engine, timed: ir.Table, fraction: float) -> ir.Table:
+    """user_id, num_before, time_s, split: the latest `fraction` of the train users becomes valid. Ties: by user hash."""
+    num_valid = math.floor(fraction * timed.filter(timed.side == "train").count().execute())
+    hashed = timed.mutate(tie=timed.user_id.hexdigest("md5"))
+    latest_first = ibis.window(group_by="side", order_by=[hashed.known_s.desc(), hashed.tie, hashed.user_id])
+    placed = hashed.mutate(place=ibis.row_number().over(latest_first))
+    split = ibis.cases(((placed.side == "train") & (placed.place < num_valid), "valid"), else_=placed.side)
+    return engine.materialise(
+        "requests_split", placed.select("user_id", split=split, num_before=placed.num_events - 1, request_s=placed.known_s)
+    )
+
+
+def _given_candidates(log: canonical.Log, split: ir.Table) -> ir.Table:
+    exposures = log.exposures.drop("split")
+    joined = exposures.inner_join(split, "user_id")
+    in_order = ibis.window(group_by="user_id", order_by=[joined.time_s, joined.order])
+    return joined.mutate(position=ibis.row_number().over(in_order).cast("int64")).drop("request_s")
+
+
+def _positives(log: canonical.Log, targets: ir.Table, split: ir.Table) -> ir.Table:
+    """Target events as the candidate at position 0 with label 1 for every task; their history is what ranks before them."""
+    joined = targets.inner_join(split, "user_id")
+    kept = ["user_id", "split", "item_id", "order", *[s.name for s in log.specs_in("context") if s.origin == "log"]]
+    labels = {task.name: ibis.literal(1.0, type="float64") for task in log.tasks}
+    return joined.select(
+        *kept, num_before=joined["rank"], time_s=joined.known_s, position=ibis.literal(0, type="int64"), **labels
+    )
+
+
+def _cut_leave_last_out(engine: Engine, log: canonical.Log, events: ir.Table) -> Cut:
+    from_end = events.num_events - 1 - events["rank"]  # 0 = last event
+    split = ibis.cases((from_end == 0, "test"), (from_end == 1, "valid"), else_="train")
+    is_target = (from_end <= 2) & (events["rank"] >= 1) & (events.num_events >= 3)
+    targets = engine.materialise("targets", events.filter(is_target).mutate(split=split.name("split")))
+    kept = ["user_id", "split", "item_id", "order", *[s.name for s in log.specs_in("context") if s.origin == "log"]]
+    labels = {task.name: ibis.literal(1.0, type="float64") for task in log.tasks}
+    candidates = targets.select(
+        *kept, num_before=targets["rank"], time_s=targets.known_s, position=ibis.literal(0, type="int64"), **labels
+    )
+    is_training = (from_end >= 2) & (events.num_events >= 3)
+    lengths = events.filter(events.num_events >= 4).group_by("user_id").agg(num_events=events.num_events.max() - 2)
+    short = events.filter(events.num_events < 3)
+    skipped = {"events of users with fewer than 3 events": int(short.count().execute())}
+    num_three = events.filter((events.num_events == 3) & (events["rank"] == 0)).count().execute()
+    skipped["users with exactly 3 events (no train request: its history would be empty)"] = int(num_three)
+    return Cut(
+        candidates=engine.materialise("candidates", candidates),
+        pretrain=lengths,
+        training_events=events.filter(is_training),
+        training_exposures=None,
+        counts_exposed_items=False,
+        words="per user: test = last event, valid = second last, train = third last; pretraining = everything but the last two",
+        skipped={reason: num for reason, num in skipped.items() if num},
+    )

@@ -1,0 +1,2 @@
+def check(root):
+    return None

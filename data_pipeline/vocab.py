@@ -1,0 +1,79 @@
+"""Vocabularies: raw id -> row of an embedding table, from the training period only.
+
+Index 0 is padding, 1 is unknown (never seen in training, or fewer times than min_count); known ids follow from 2 by falling
+count, equal counts by raw id, so that the same training data always gives the same table.
+"""
+
+import hashlib
+import pathlib
+
+import ibis
+import ibis.expr.types as ir
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipeline.engine import Engine
+from gpsd_dist import schema
+
+VOCAB_SCHEMA = pa.schema([("raw_id", pa.string()), ("index", pa.int64()), ("count", pa.int64())])
+
+
+def build(engine: Engine, name: str, occurrences: ir.Table, min_count: int) -> ir.Table:
+    """Vocabulary table (raw_id, index, count) from `occurrences` (raw_id string, count int64), several rows per id allowed."""
+    counts = occurrences.filter(occurrences.raw_id.notnull()).group_by("raw_id").agg(count=lambda t: t["count"].sum().cast("int64"))
+    known = counts.filter(counts["count"] >= min_count)
+    place = ibis.row_number().over(ibis.window(order_by=[known["count"].desc(), known.raw_id.asc()]))
+    index = (place + schema.NUM_RESERVED_ROWS).cast("int64")
+    return engine.materialise(f"vocab_{name}", known.select("raw_id", index=index, count=known["count"]))
+
+
+def write(engine: Engine, vocab: ir.Table, path: pathlib.Path) -> tuple[int, str]:
+    """Writes a vocabulary in index order; returns (rows of the embedding table, fingerprint)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ordered = vocab.order_by("index")
+    with pq.ParquetWriter(path, VOCAB_SCHEMA, compression="zstd") as writer:
+        for batch in engine.batches(ordered, 1 << 17):
+            if batch.num_rows:
+                writer.write_batch(batch.cast(VOCAB_SCHEMA))
+    return measure(path)
+
+
+def measure(path: pathlib.Path) -> tuple[int, str]:
+    """(rows of the embedding table, hash over all (raw id, index) pairs) of a written vocabulary."""
+    digest = hashlib.sha256()
+    num_known = 0
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=1 << 17, columns=["raw_id", "index"]):
+        for raw_id, index in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
+            digest.update(f"{index}\t{len(raw_id)}\t{raw_id}\n".encode())
+        num_known += batch.num_rows
+    return schema.NUM_RESERVED_ROWS + num_known, digest.hexdigest()[:32]
+
+
+def read(engine: Engine, name: str, path: pathlib.Path) -> ir.Table:
+    """An existing vocabulary, to encode further data with the same indices. ValueError where the file is missing."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: the data set is incomplete; build it again before adding a split to it")
+    return engine.materialise(f"vocab_{name}", engine.con.read_parquet(path))
+
+
+def encode(table: ir.Table, column: str, vocab: ir.Table, into: str) -> ir.Table:
+    """Adds the int64 column `into` with the indices of the string column `column`; unknown or null becomes 1."""
+    lookup = vocab.select(_key=vocab.raw_id, _index=vocab["index"])
+    joined = table.left_join(lookup, table[column] == lookup._key)
+    index = ibis.coalesce(joined["_index"], ibis.literal(schema.UNKNOWN_INDEX, type="int64"))
+    return joined.mutate(_encoded=index).drop("_key", "_index").mutate(**{into: ibis._["_encoded"]}).drop("_encoded")
+
+
+def encode_bag(table: ir.Table, key: str, column: str, vocab: ir.Table, into: str) -> ir.Table:
+    """Adds the array<int64> column `into` for the array<string> column `column` of a table with the unique column `key`.
+
+    Indices ascend; equal ones (two unknown ids) stay. A missing or empty bag becomes [1].
+    """
+    members = table.select(_bag_key=table[key], _raw=table[column].unnest())
+    encoded = encode(members, "_raw", vocab, "_index")
+    bags = encoded.group_by("_bag_key").agg(_bag=encoded["_index"].collect().sort())
+    joined = table.left_join(bags, table[key] == bags["_bag_key"])
+    unknown = ibis.array([ibis.literal(schema.UNKNOWN_INDEX, type="int64")])
+    return joined.mutate(_encoded=ibis.coalesce(joined["_bag"], unknown)).drop("_bag_key", "_bag", *([into] if into in table.columns else [])).rename(
+        {into: "_encoded"}
+    )

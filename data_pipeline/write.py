@@ -1,0 +1,146 @@
+"""Parquet part files with exactly the types of the contract, a staging folder, and its move into place."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import typing
+
+import ibis.expr.types as ir
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import tqdm
+
+from data_pipeline.engine import Engine
+from gpsd_dist import schema
+
+COMPRESSIONS = ("zstd", "lz4", "snappy", "none")
+ORDER_COLUMNS = ("shuffle_key", "split")
+
+
+@contextlib.contextmanager
+def staged(out_dir: pathlib.Path) -> typing.Iterator[pathlib.Path]:
+    """A folder beside `out_dir` that replaces it when the block ends well, and is removed otherwise.
+
+    ValueError if `out_dir` holds something that is no data set: it would be lost.
+    """
+    if out_dir.exists() and (not out_dir.is_dir() or (any(out_dir.iterdir()) and not (out_dir / schema.MANIFEST_NAME).is_file())):
+        raise ValueError(f"--out_dir {out_dir} exists and is not a data set (no {schema.MANIFEST_NAME}); choose another or remove it")
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    aside = out_dir.parent / f".{out_dir.name}.building-{os.getpid()}"
+    aside.mkdir()
+    try:
+        yield aside
+        replace_folder(aside, out_dir)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def replace_folder(new: pathlib.Path, target: pathlib.Path) -> None:
+    """Renames `new` to `target`; what was there is removed only after the new one is in place."""
+    old = target.parent / f".{target.name}.old-{os.getpid()}"
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_split(
+    engine: Engine,
+    rows: ir.Table,
+    name: str,
+    target_schema: pa.Schema,
+    root: pathlib.Path,
+    *,
+    row_group_rows: int,
+    file_rows: int,
+    compression: str,
+) -> schema.Split:
+    """Writes one split in the order of `shuffle_key` (neither by time nor by label) and counts what it wrote."""
+    folder = root / name
+    folder.mkdir(parents=True)
+    ordered = rows.order_by("shuffle_key").drop(*[column for column in ORDER_COLUMNS if column in rows.columns])
+    total = int(rows.count().execute())
+    counts = {"num_rows": 0, "num_history_tokens": 0, "num_candidates": 0}
+    times: list[int] = []
+    writer = _PartWriter(folder, target_schema, row_group_rows, file_rows, compression)
+    with tqdm.tqdm(total=total, unit="rows", desc=f"  write {name}", mininterval=1.0) as bar, writer:
+        for batch in engine.batches(ordered, row_group_rows):
+            table = _to_schema(pa.Table.from_batches([batch]), target_schema)
+            writer.write(table)
+            counts["num_rows"] += table.num_rows
+            counts["num_history_tokens"] += pc.sum(table["history_length"]).as_py() or 0
+            if "request_time_s" in table.column_names and table.num_rows:
+                counts["num_candidates"] += pc.sum(pc.list_value_length(table[_first_candidate_column(target_schema)])).as_py()
+                bounds = pc.min_max(table["request_time_s"]).as_py()
+                times += [bounds["min"], bounds["max"]]
+            bar.update(table.num_rows)
+    files = tuple(f"{name}/{path.name}" for path in writer.paths)
+    return schema.Split(name, files, **counts, time_from_s=min(times, default=None), time_to_s=max(times, default=None))
+
+
+def _first_candidate_column(target_schema: pa.Schema) -> str:
+    return next(column for column in target_schema.names if column.startswith("candidate."))
+
+
+def _to_schema(table: pa.Table, target_schema: pa.Schema) -> pa.Table:
+    """Orders and casts the columns; every cast is checked for overflow, except float64 to float32, which rounds."""
+    columns = [table[field.name].cast(field.type, safe=True) for field in target_schema]
+    return pa.table(columns, schema=target_schema)
+
+
+class _PartWriter:
+    """Parquet files of at most `file_rows` rows in groups of `row_group_rows`; `paths` lists them in reading order."""
+
+    def __init__(self, folder: pathlib.Path, target_schema: pa.Schema, row_group_rows: int, file_rows: int, compression: str):
+        self.folder, self.schema = folder, target_schema
+        self.row_group_rows, self.file_rows, self.compression = row_group_rows, max(file_rows, row_group_rows), compression
+        self.paths: list[pathlib.Path] = []
+        self._writer: pq.ParquetWriter | None = None
+        self._rows_in_file = 0
+        self._pending: list[pa.Table] = []
+        self._num_pending = 0
+
+    def __enter__(self) -> "_PartWriter":
+        self._open()  # a split without rows still has one file, so that its schema can be read
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None and self._num_pending:
+            self._flush(self._num_pending)
+        self._writer.close()
+
+    def write(self, table: pa.Table) -> None:
+        """Adds rows; full row groups are written at once."""
+        self._pending.append(table)
+        self._num_pending += table.num_rows
+        while self._num_pending >= self.row_group_rows:
+            self._flush(self.row_group_rows)
+
+    def _flush(self, num_rows: int) -> None:
+        table = pa.concat_tables(self._pending)
+        if self._rows_in_file + num_rows > self.file_rows:
+            self._writer.close()
+            self._open()
+        self._writer.write_table(table.slice(0, num_rows), row_group_size=num_rows)
+        self._rows_in_file += num_rows
+        self._pending = [table.slice(num_rows)]
+        self._num_pending -= num_rows
+
+    def _open(self) -> None:
+        path = self.folder / f"part-{len(self.paths):05d}.parquet"
+        self.paths.append(path)
+        self._rows_in_file = 0
+        # ids of one column repeat within a group, times ascend: dictionary pages serve both; "none" is Arrow's word for raw
+        self._writer = pq.ParquetWriter(path, self.schema, compression=self.compression)
+
+
+def write_items(engine: Engine, rows: ir.Table, features: tuple[schema.Feature, ...], path: pathlib.Path, compression: str) -> None:
+    """items.parquet: `index` (int64, ascending from 2) and one column per item attribute."""
+    fields = [pa.field("index", pa.int64())] + [pa.field(f.name, f.arrow_type("context")) for f in features]
+    target_schema = pa.schema(fields)
+    with pq.ParquetWriter(path, target_schema, compression=compression) as writer:
+        for batch in engine.batches(rows, 1 << 16):
+            if batch.num_rows:
+                writer.write_table(_to_schema(pa.Table.from_batches([batch]), target_schema))
