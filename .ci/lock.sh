@@ -25,9 +25,8 @@ sed 's/^fbgemm-gpu-cpu==/fbgemm-gpu==/' requirements-cpu.in >"$cuda_dir/requirem
 { cat requirements-cpu.txt; grep '==' requirements.txt 2>/dev/null || true; } >"$cuda_dir/start.txt"
 awk -F'==' '!/==/ || !seen[$1]++' "$cuda_dir/start.txt" >"$cuda_dir/requirements.txt"
 (
-    root=$PWD
     cd "$cuda_dir"
-    compile requirements-cuda.in --output-file requirements.txt
-    { cat requirements.txt; } >"$root/requirements.txt"
+    compile requirements-cuda.in --output-file requirements.txt "$@"
 )
+cp "$cuda_dir/requirements.txt" requirements.txt
 echo "lock: wrote requirements-cpu.txt and requirements.txt"
