@@ -8,7 +8,7 @@ BENCH_FLAGS ?= --suite cpu
 BIN := $(abspath $(VENV))/bin
 # torchrun and the linters are looked up on PATH by the programs they are called from.
 export PATH := $(BIN):$(PATH)
-SHELL_SCRIPTS := .ci/run $(wildcard .ci/*.sh launch/*.sh) launch/slurm/train.sbatch
+SHELL_SCRIPTS := .ci/run $(wildcard .ci/*.sh launch/*.sh launch/slurm/*.sbatch)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test test-all check format doctor bench lock clean

@@ -17,10 +17,13 @@ die() {
 }
 
 find_python() {
-    local candidate
+    local candidate path
     for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3 python; do
-        if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            echo "$candidate"
+        path=$(command -v "$candidate" || true)
+        # An activated but broken VENV must not be asked to rebuild itself.
+        [[ -n $path && $path != "$(realpath -m "$venv")"/* ]] || path=false
+        if "$path" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$path"
             return
         fi
         [[ $candidate != "${PYTHON:-}" ]] || die "PYTHON=$PYTHON is not a Python >= 3.11"
