@@ -1,0 +1,32 @@
+# shellcheck shell=bash
+# Environment of a training job; sourced by the launchers. A value that is already set always wins.
+# Everything here concerns the machine. What is trained is decided by gin files and --gin.X=Y alone.
+
+# Threads per rank for the dense CPU work: torchrun's own default of 1 wastes cores when there are few ranks, and the
+# library default (all cores in every rank) makes ranks fight for them. NPROC is set by the launcher.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((num_cores / NPROC) > 1 ? (num_cores / NPROC) : 1))}"
+
+# Python's output reaches the log when it is written, not when a buffer is full; the last lines before a crash matter.
+export PYTHONUNBUFFERED="${PYTHONUNBUFFERED:-1}"
+
+# NCCL: a collective that fails or times out brings its rank down, so that torchrun can restart the job (1 is also the
+# default of recent PyTorch; older ones hang).
+export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
+
+# NCCL: WARN prints the reason of a failure and is silent otherwise; INFO shows the transport chosen per link.
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+
+# CUDA allocator: growing segments instead of fixed ones; batches of changing token counts fragment memory otherwise.
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+
+# Only where the automatic choice is wrong (several networks, docker0 picked): name the interface that reaches the other
+# nodes, for NCCL's set-up traffic and for gloo. `ip route get <other node>` shows it.
+#   export NCCL_SOCKET_IFNAME=eth0
+#   export GLOO_SOCKET_IFNAME=eth0
+
+# Only for InfiniBand or RoCE: the adapters NCCL may use, and the GID index of RoCE v2 (`show_gids`).
+#   export NCCL_IB_HCA=mlx5_0,mlx5_1
+#   export NCCL_IB_GID_INDEX=3
+
+# Only without InfiniBand, when probing for it is slow or wrong: plain sockets.
+#   export NCCL_IB_DISABLE=1
