@@ -8,7 +8,6 @@ missing or broken package becomes a line of the report. Not responsible for data
 import argparse
 import dataclasses
 import importlib.util
-import io
 import json
 import os
 import pathlib
@@ -19,6 +18,8 @@ import sys
 import tempfile
 from collections.abc import Callable
 from importlib import metadata
+
+from gpsd_dist import doctor_operations
 
 _REPO_ROOT = pathlib.Path(__file__).resolve().parents[1]
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
@@ -61,12 +62,26 @@ class Check:
 def run_checks() -> list[Check]:
     """Runs every check; none of them raises."""
     versions = installed_versions()
-    flavor = "cuda" if "fbgemm-gpu" in versions or (shutil.which("nvidia-smi") and "fbgemm-gpu-cpu" not in versions) else "cpu"
+    flavor = (
+        "cuda"
+        if "fbgemm-gpu" in versions or (shutil.which("nvidia-smi") and "fbgemm-gpu-cpu" not in versions)
+        else "cpu"
+    )
     reinstall = install_command(flavor)
-    checks = [_check_python(), *check_versions(versions, pinned_versions(flavor), reinstall), *check_fbgemm(versions, flavor)]
-    for name, operation in OPERATIONS.items():
-        checks.append(check_operation(name, operation, reinstall))
-    return [*checks, check_torchrun(reinstall), *check_gpu(versions), *_check_machine(), check_writable(pathlib.Path.cwd())]
+    checks = [
+        _check_python(),
+        *check_versions(versions, pinned_versions(flavor), reinstall),
+        *check_fbgemm(versions, flavor),
+    ]
+    for name, (distribution, operation) in doctor_operations.OPERATIONS.items():
+        checks.append(check_operation(name, distribution, operation, reinstall))
+    return [
+        *checks,
+        check_torchrun(reinstall),
+        *check_gpu(versions),
+        *_check_machine(),
+        check_writable(pathlib.Path.cwd()),
+    ]
 
 
 # ---- versions -------------------------------------------------------------------------------------------------------
@@ -94,14 +109,16 @@ def pinned_versions(flavor: str) -> dict[str, str]:
 def install_command(flavor: str) -> str:
     """The command that puts the pinned requirements into the environment of this interpreter."""
     if sys.prefix != sys.base_prefix:
-        return f".ci/setup_venv.sh {sys.prefix} {flavor}"
+        # Without its stamp the set-up script looks at every package again.
+        return f"rm -f {sys.prefix}/.installed-lock && .ci/setup_venv.sh {sys.prefix} {flavor}"
     return f"make setup FLAVOR={flavor}, then use .venv/bin/python instead of {sys.executable}"
 
 
 def _check_python() -> Check:
     detail = f"{platform.python_version()} at {sys.executable}; {platform.platform()}"
-    if sys.version_info < (3, 11):
-        return Check("python", FAILED, detail, "install Python 3.11 or newer, then: make setup PYTHON=/path/to/python3.11")
+    if sys.version_info < (3, 11):  # noqa: UP036  the whole point is to be asked by an older one
+        fix = "install Python 3.11 or newer, then: make setup PYTHON=/path/to/python3.11"
+        return Check("python", FAILED, detail, fix)
     return Check("python", OK, detail)
 
 
@@ -113,9 +130,9 @@ def check_versions(versions: dict[str, str], pins: dict[str, str], reinstall: st
             continue  # check_fbgemm looks at both builds together
         installed, pinned = versions.get(name), pins.get(name)
         if installed is None:
-            checks.append(Check(name, FAILED, f"not installed (pinned: {pinned or 'no lock found'})", _restart(reinstall)))
+            checks.append(Check(name, FAILED, f"not installed (pinned: {pinned or 'no lock found'})", reinstall))
         elif pinned is not None and installed.split("+")[0] != pinned:
-            checks.append(Check(name, WARNING, f"{installed}, but {pinned} is pinned", _restart(reinstall)))
+            checks.append(Check(name, WARNING, f"{installed}, but {pinned} is pinned", reinstall))
         else:
             checks.append(Check(name, OK, installed if pinned else f"{installed} (no lock found to compare with)"))
     return checks
@@ -123,10 +140,10 @@ def check_versions(versions: dict[str, str], pins: dict[str, str], reinstall: st
 
 def check_fbgemm(versions: dict[str, str], flavor: str) -> list[Check]:
     """Exactly one build of fbgemm, of the version that torch and torchrec were made for."""
-    builds = {name: versions[name] for name in ("fbgemm-gpu", "fbgemm-gpu-cpu") if name in versions}
+    builds: dict[str, str] = {name: versions[name] for name in ("fbgemm-gpu", "fbgemm-gpu-cpu") if name in versions}
     if not builds:
         package = "fbgemm-gpu" if flavor == "cuda" else "fbgemm-gpu-cpu"
-        return [Check("fbgemm", FAILED, f"neither build is installed; here: {package}", _restart(install_command(flavor)))]
+        return [Check("fbgemm", FAILED, f"neither build is installed; here: {package}", install_command(flavor))]
     if len(builds) == 2:
         # Both write the folder fbgemm_gpu; whichever came last wins, and uninstalling one breaks the other.
         keep = "fbgemm-gpu" if shutil.which("nvidia-smi") else "fbgemm-gpu-cpu"
@@ -142,12 +159,13 @@ def check_fbgemm(versions: dict[str, str], flavor: str) -> list[Check]:
     found = f"torch {minors[0]}, torchrec {minors[1]}, fbgemm {minors[2]}"
     if all(minors) and expected and (minors[1], minors[2]) != (expected, expected):
         detail = f"{found} do not belong together: torch {minors[0]} needs {expected} of both"
-        checks.append(Check("torch ABI", FAILED, detail, _restart(install_command(flavor))))
+        checks.append(Check("torch ABI", FAILED, detail, install_command(flavor)))
     elif all(minors) and not expected:
         detail = f"{found}: untested; tested torch versions are {', '.join(COMPATIBLE_MINOR_VERSIONS)}"
-        checks.append(Check("torch ABI", WARNING, detail, _restart(install_command(flavor))))
+        checks.append(Check("torch ABI", WARNING, detail, install_command(flavor)))
     if name == "fbgemm-gpu" and torch_version.endswith("+cpu"):
-        checks.append(Check("torch build", FAILED, f"torch {torch_version} with the CUDA build of fbgemm", _swap_fbgemm(version)))
+        fix = f"{sys.executable} -m pip uninstall -y fbgemm-gpu && {install_command('cpu')}"
+        checks.append(Check("torch build", FAILED, f"torch {torch_version} with the CUDA build of fbgemm", fix))
     return checks
 
 
@@ -155,144 +173,156 @@ def _minor(version: str) -> str:
     return ".".join(version.split("+")[0].split(".")[:2])
 
 
-def _swap_fbgemm(version: str) -> str:
-    python = sys.executable
-    return (
-        f"{python} -m pip uninstall -y fbgemm-gpu"
-        f" && {python} -m pip install --no-deps --force-reinstall fbgemm-gpu-cpu=={version.split('+')[0]}"
-    )
-
-
-def _restart(reinstall: str) -> str:
-    """`reinstall`, made effective: the set-up script does nothing while its stamp equals the lock."""
-    if not reinstall.startswith(".ci/"):
-        return reinstall
-    return f"rm -f {sys.prefix}/.installed-lock && {reinstall}"
-
-
 # ---- one operation per dependency -----------------------------------------------------------------------------------
 
 
-def check_operation(name: str, operation: Callable[[], str], reinstall: str) -> Check:
+def check_operation(name: str, distribution: str, operation: Callable[[], str], reinstall: str) -> Check:
     """Runs one operation; whatever goes wrong in it is a line of the report, not a crash."""
     try:
         return Check(name, OK, operation())
     except ModuleNotFoundError as error:
-        return Check(name, FAILED, f"{error}", _restart(reinstall))
+        return Check(name, FAILED, f"{error}", reinstall)
     except Exception as error:
-        first_line = (str(error).strip() or "no message").splitlines()[0]
-        return Check(name, FAILED, f"{type(error).__name__}: {first_line}", _reinstall_one(name, reinstall))
+        detail = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        if name == "gloo":
+            fix = (
+                "export GLOO_SOCKET_IFNAME=lo (one machine), or the interface that `ip route` names for the other nodes"
+            )
+            return Check(name, FAILED, detail, fix)
+        # pip leaves an installed package alone, however broken, if its version is the wanted one.
+        return Check(name, FAILED, detail, f"{sys.executable} -m pip uninstall -y {distribution} && {reinstall}")
 
 
-def _reinstall_one(operation_name: str, reinstall: str) -> str:
-    package = operation_name.split(":")[0]
-    if package not in pinned_versions("cpu"):
-        return _restart(reinstall)
-    return f"{sys.executable} -m pip uninstall -y {package} && {_restart(reinstall)}"
+# ---- machine --------------------------------------------------------------------------------------------------------
 
 
-def _torch_attention() -> str:
-    import torch
-
-    query = torch.linspace(-1, 1, 2 * 4 * 8).reshape(1, 2, 4, 8).requires_grad_()
-    hidden = torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
-    (hidden @ hidden.transpose(-1, -2)).sum().backward()
-    assert query.grad is not None and bool(query.grad.isfinite().all()), "gradient is not finite"
-    return f"matmul and causal attention with gradient, {torch.get_num_threads()} threads"
-
-
-def _fbgemm_jagged() -> str:
-    import fbgemm_gpu  # noqa: F401  registers torch.ops.fbgemm
-    import torch
-
-    dense = torch.ops.fbgemm.jagged_to_padded_dense(torch.arange(3.0)[:, None], [torch.tensor([0, 1, 3])], [2], 0.0)
-    assert dense[..., 0].tolist() == [[0.0, 0.0], [1.0, 2.0]], f"wrong result {dense.tolist()}"
-    return "jagged_to_padded_dense"
+def check_torchrun(reinstall: str) -> Check:
+    """The launchers call torchrun by name."""
+    found = shutil.which("torchrun")
+    if found:
+        return Check("torchrun", OK, found)
+    beside_python = pathlib.Path(sys.executable).with_name("torchrun")
+    fix = f'export PATH="{beside_python.parent}:$PATH"' if beside_python.exists() else reinstall
+    return Check("torchrun", FAILED, "not on PATH", fix)
 
 
-def _torchrec_lookup() -> str:
-    import torch
-    import torchrec
+def check_gpu(versions: dict[str, str]) -> list[Check]:
+    """One line per CUDA device, NCCL and the packed attention kernel; no GPU is fine on a machine that has none."""
+    has_driver = shutil.which("nvidia-smi") is not None
+    try:
+        import torch
 
-    config = torchrec.EmbeddingConfig(name="t", embedding_dim=4, num_embeddings=3, feature_names=["f"])
-    tables = torchrec.EmbeddingCollection(tables=[config])
-    ids = torchrec.KeyedJaggedTensor(keys=["f"], values=torch.tensor([2]), lengths=torch.tensor([1]))
-    row = tables(ids)["f"].values()
-    assert torch.equal(row[0], tables.embeddings["t"].weight[2]), "looked up the wrong row"
-    return "EmbeddingCollection looked up one row"
-
-
-def _pyarrow_parquet() -> str:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table, buffer = pa.table({"x": [[1, 2], []]}), io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    assert pq.read_table(buffer).equals(table), "Parquet round trip changed the table"
-    return "Parquet round trip, zstd"
-
-
-def _ibis_duckdb() -> str:
-    import ibis
-
-    table = ibis.memtable({"user": [1, 1, 2], "time_s": [5, 7, 6]})
-    last = table.group_by("user").agg(last_s=table.time_s.max()).order_by("user")
-    found = ibis.duckdb.connect().to_pyarrow(last).to_pylist()
-    assert found == [{"user": 1, "last_s": 7}, {"user": 2, "last_s": 6}], f"wrong result {found}"
-    return "grouped query on DuckDB"
-
-
-def _gin_parse() -> str:
-    importlib.util.find_spec("gin")  # gin 0.5.0 uses importlib.util without importing it
-    from gin import config_parser
-
-    class _Delegate(config_parser.ParserDelegate):
-        def configurable_reference(self, scoped_configurable_name, evaluate):
-            raise NotImplementedError
-
-        def macro(self, macro_name):
-            raise NotImplementedError
-
-    # The parser alone: binding a value would leave global state behind.
-    (statement,) = list(config_parser.ConfigParser("Model.width = 64", _Delegate()))
-    assert (statement.selector, statement.arg_name, statement.value) == ("Model", "width", 64), f"parsed {statement}"
-    return "parsed one binding"
+        num_devices = torch.cuda.device_count()
+    except Exception as error:
+        return [Check("GPU", FAILED, f"torch cannot be imported: {type(error).__name__}", install_command("cpu"))]
+    if num_devices == 0:
+        if not has_driver:
+            return [Check("GPU", OK, "none; training runs on CPU with gloo")]
+        if torch.version.cuda is None:
+            fix = f"{sys.executable} -m pip uninstall -y torch fbgemm-gpu-cpu && {install_command('cuda')}"
+            return [Check("GPU", WARNING, f"nvidia-smi is here, but torch {torch.__version__} is a CPU build", fix)]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        detail = f"torch for CUDA {torch.version.cuda} sees no device (CUDA_VISIBLE_DEVICES: {visible})"
+        return [Check("GPU", FAILED, detail, "nvidia-smi; update the driver, or start the container with --gpus all")]
+    checks = []
+    for index in range(num_devices):
+        device = torch.cuda.get_device_properties(index)
+        detail = f"{device.name}, {device.total_memory / 2**30:.0f} GiB, capability {device.major}.{device.minor}"
+        checks.append(Check(f"GPU {index}", OK, detail))
+    if versions.get("fbgemm-gpu") is None:
+        fix = f"{sys.executable} -m pip uninstall -y fbgemm-gpu-cpu && {install_command('cuda')}"
+        checks.append(Check("fbgemm build", FAILED, "a GPU is here, but fbgemm is not the CUDA build", fix))
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
+    checks.append(
+        Check(
+            "NCCL", OK if nccl else FAILED, nccl or "not in this torch build", "" if nccl else install_command("cuda")
+        )
+    )
+    has_varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    detail = (
+        "varlen_attn available"
+        if has_varlen
+        else "no varlen_attn in this torch: attention falls back to length buckets"
+    )
+    checks.append(
+        Check("attention", OK if has_varlen else WARNING, detail, "" if has_varlen else install_command("cuda"))
+    )
+    return checks
 
 
-def _tensorboard_writer() -> str:
-    from torch.utils.tensorboard import SummaryWriter
-
-    with tempfile.TemporaryDirectory() as folder:
-        with SummaryWriter(folder) as writer:
-            writer.add_scalar("doctor", 1.0, 0)
-        assert any(path.stat().st_size for path in pathlib.Path(folder).iterdir()), "no event file was written"
-    return "wrote one scalar"
-
-
-def _gloo_group() -> str:
-    import torch
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        return "skipped: a process group exists already"
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        try:
-            value = torch.ones(1)
-            dist.all_reduce(value)
-        finally:
-            dist.destroy_process_group()
-    assert value.item() == 1.0, f"all_reduce over one rank gave {value.item()}"
-    return "process group of one rank, all_reduce"
+def _check_machine() -> list[Check]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    free_bytes = shutil.disk_usage(pathlib.Path.cwd()).free
+    few = free_bytes < MIN_FREE_DISK_BYTES
+    fix = (
+        f"free {MIN_FREE_DISK_BYTES / 2**30:.0f} GiB, or write elsewhere: --gin.OUTPUT_DIR=/large/disk/run"
+        if few
+        else ""
+    )
+    checks = [
+        Check("cores", OK, f"{cores} usable"),
+        Check("disk", WARNING if few else OK, f"{free_bytes / 2**30:.1f} GiB free in {pathlib.Path.cwd()}", fix),
+    ]
+    try:
+        import psutil
+    except ImportError as error:
+        return [*checks, Check("memory", WARNING, f"unknown: {error}", install_command("cpu"))]
+    memory = psutil.virtual_memory()
+    few = memory.available < MIN_MEMORY_BYTES
+    fix = "stop other programs, or use fewer ranks (NPROC=1 launch/local.sh ...)" if few else ""
+    detail = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB available"
+    return [*checks, Check("memory", WARNING if few else OK, detail, fix)]
 
 
-OPERATIONS: dict[str, Callable[[], str]] = {
-    "torch: attention": _torch_attention,
-    "fbgemm: jagged": _fbgemm_jagged,
-    "torchrec: lookup": _torchrec_lookup,
-    "pyarrow: Parquet": _pyarrow_parquet,
-    "duckdb: query": _ibis_duckdb,
-    "gin-config: parse": _gin_parse,
-    "tensorboard: writer": _tensorboard_writer,
-    "torch: gloo": _gloo_group,
-}
+def check_writable(folder: pathlib.Path) -> Check:
+    """Runs and prepared data go below the current folder unless a configuration says otherwise."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return Check("folder", OK, f"{folder} is writable")
+    except OSError as error:
+        fix = "cd to a folder of yours, or pass absolute paths: --gin.OUTPUT_DIR=/path --gin.DATA_DIR=/path"
+        return Check("folder", FAILED, f"cannot write in {folder}: {error.strerror}", fix)
+
+
+# ---- report ---------------------------------------------------------------------------------------------------------
+
+
+def print_report(checks: list[Check]) -> None:
+    """A table on the terminal, then each problem with its fix on a line of its own, unwrapped, to be copied."""
+    try:
+        import rich.console
+        import rich.table
+        import rich.text
+    except ImportError:
+        for check in checks:
+            print(f"{check.status:8} {check.name:16} {check.detail}")
+    else:
+        table = rich.table.Table("check", "status", "found")
+        for check in checks:
+            table.add_row(
+                check.name, rich.text.Text(check.status, _STATUS_STYLE[check.status]), rich.text.Text(check.detail)
+            )
+        rich.console.Console().print(table)
+    for check in checks:
+        if check.status != OK:
+            print(f"{check.status}: {check.name}: {check.detail}\n    fix: {check.fix}")
+    counts = {status: sum(check.status == status for check in checks) for status in (OK, WARNING, FAILED)}
+    print(f"doctor: {counts[OK]} ok, {counts[WARNING]} warnings, {counts[FAILED]} failed")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the checks, prints the report, returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.doctor", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object instead of a table")
+    args = parser.parse_args(argv)
+    checks = run_checks()
+    is_healthy = all(check.status != FAILED for check in checks)
+    if args.json:
+        print(json.dumps({"healthy": is_healthy, "checks": [dataclasses.asdict(check) for check in checks]}, indent=1))
+    else:
+        print_report(checks)
+    return 0 if is_healthy else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
