@@ -1,0 +1,36 @@
+# One image for training, data preparation and tests.
+#   docker build -t gpsd .                               CUDA (torch's wheels carry the CUDA libraries; the host needs a driver)
+#   docker build -t gpsd:cpu --build-arg FLAVOR=cpu .    CPU
+#   docker run --gpus all --shm-size 16g -v "$PWD/runs:/app/runs" gpsd launch/local.sh --gin_file ...
+FROM python:3.11-slim-bookworm
+
+ARG FLAVOR=cuda
+ENV VENV=/opt/venv \
+    PATH=/opt/venv/bin:$PATH \
+    PIP_NO_CACHE_DIR=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+
+# make for the documented commands; a C compiler because Triton and torch.compile build their launchers at run time.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --no-install-recommends --yes gcc libc6-dev make \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 1000 gpsd \
+    && install --directory --owner=gpsd --group=gpsd /app /opt/venv
+
+USER 1000
+WORKDIR /app
+
+# The requirements first: a change of the code does not install them again.
+COPY --chown=gpsd:gpsd requirements.txt requirements-cpu.txt ./
+COPY --chown=gpsd:gpsd .ci/setup_venv.sh .ci/
+RUN .ci/setup_venv.sh "$VENV" "$FLAVOR"
+
+COPY --chown=gpsd:gpsd . .
+
+# Fails the build of a broken CPU image. A CUDA image cannot be judged without a driver, so there it only informs;
+# `docker run --gpus all gpsd` judges it.
+RUN python -m gpsd_dist.doctor || [ "$FLAVOR" = cuda ]
+
+CMD ["python", "-m", "gpsd_dist.doctor"]
