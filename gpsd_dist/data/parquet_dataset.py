@@ -5,6 +5,7 @@ Knows files, columns and row groups; knows nothing of batches, shuffling or rank
 
 import collections
 import concurrent.futures
+import dataclasses
 import hashlib
 import pathlib
 import typing
@@ -19,6 +20,16 @@ MAX_OPEN_FILES = 32
 DEFAULT_CACHE_BYTES = 256 * 2**20
 _FOOTER_THREADS = 8
 _MAX_SHOWN = 10  # problems in one message
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchKey:
+    """Names one batch of one rank; seeds whatever is drawn for it (negatives)."""
+
+    epoch: int
+    step: int
+    """Batch of the epoch, from 0."""
+    rank: int
 
 
 class BadValue(ValueError):

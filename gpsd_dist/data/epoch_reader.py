@@ -1,0 +1,137 @@
+"""Reads the batches of one rank and one epoch: windows are decoded here, rows gathered where the caller wants it.
+
+Decoding runs in step order in one thread (`EpochReader.plan`); gathering (`BatchPlan.to_table`), which costs about as
+much, may run in several. Which rows form a batch: `row_order.py`.
+"""
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+
+from gpsd_dist.data import row_order
+from gpsd_dist.data.parquet_dataset import BatchKey, ParquetSplit
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Window:
+    """Decoded rows of one window of a data shard."""
+
+    number: int
+    start: int
+    end: int
+    """Shard-relative range [start, end)."""
+    table: pa.Table
+    order: np.ndarray | None
+    """Rows of `table` in the order they are used; None: as they stand."""
+    sequence_start: int
+    """Position of row 0 of `table` in the sequence of the epoch."""
+    last_group: tuple[int, pa.Table]
+    """Decoded row group that the next window may begin in."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BatchPlan:
+    """Rows of one batch: slices of windows that are already decoded."""
+
+    key: BatchKey
+    pieces: list[tuple[_Window, int, int]]
+    """(window, from, to) in the window's order."""
+    order: row_order.EpochOrder
+    empty: pa.Table
+
+    def to_table(self) -> pa.Table:
+        """The rows as one table with one chunk per column; zero rows if this rank has none in this step."""
+        parts = []
+        for window, start, end in self.pieces:
+            ordered = window.order is None
+            parts.append(window.table[start:end] if ordered else window.table.take(pa.array(window.order[start:end])))
+        return pa.concat_tables(parts).combine_chunks() if parts else self.empty
+
+    def locate(self, row_in_batch: int) -> tuple[int, int]:
+        """(row group, row in it) of a row of the batch."""
+        for window, start, end in self.pieces:
+            if row_in_batch < end - start:
+                row = start + row_in_batch
+                position = window.sequence_start + (row if window.order is None else int(window.order[row]))
+                [(group, row_in_group, _)] = self.order.group_slices(position, position + 1)
+                return group, row_in_group
+            row_in_batch -= end - start
+        raise IndexError(f"the batch has no row {row_in_batch} more")
+
+
+class EpochReader:
+    """Plans the batches of one rank in step order; decodes windows when they are first needed.
+
+    Holds one window per data shard of the rank, and the row group that the window ends in. Runs in one thread.
+    """
+
+    def __init__(
+        self,
+        split: ParquetSplit,
+        order: row_order.EpochOrder,
+        shards: range,
+        num_steps: int,
+        by_tokens: bool,
+    ):
+        self._split = split
+        self._order = order
+        self._shards = shards
+        self._num_steps = num_steps
+        self._by_tokens = by_tokens
+        self._cuts: dict[int, np.ndarray] = {}
+        self._held: dict[int, _Window] = {}
+        self._empty = pa.Table.from_arrays([pa.array([], field.type) for field in split.schema], schema=split.schema)
+
+    def plan(self, key: BatchKey) -> BatchPlan:
+        """Decodes what batch `key` needs. ValueError: a file cannot be decoded."""
+        pieces = []
+        for shard in self._shards:
+            position, end = self._cut(shard, key.step), self._cut(shard, key.step + 1)
+            while position < end:
+                window = self._window(shard, self._order.window_at(shard, position))
+                stop = min(end, window.end)
+                pieces.append((window, position - window.start, stop - window.start))
+                position = stop
+        return BatchPlan(key, pieces, self._order, self._empty)
+
+    def _cut(self, shard: int, step: int) -> int:
+        """Shard-relative position of the first row of batch `step`."""
+        if not self._by_tokens:
+            return row_order.cut_by_rows(self._order, shard, step, self._num_steps)
+        if shard not in self._cuts:
+            self._cuts[shard] = row_order.cuts_by_weight(self._weights(shard), self._num_steps)
+        return int(self._cuts[shard][step])
+
+    def _weights(self, shard: int) -> np.ndarray:
+        """int32 [rows of the shard]: history length, at least 1, in the order the rows are used."""
+        first = self._order.shard_start(shard)
+        slices = self._order.group_slices(first, first + self._order.shard_rows(shard))
+        lengths = [self._split.read_history_length(group)[start : start + num] for group, start, num in slices]
+        weight_R = np.maximum(np.concatenate([np.zeros(0, np.int32), *lengths]), 1)
+        position = 0
+        while position < len(weight_R):
+            number = self._order.window_at(shard, position)
+            start, position = self._order.window_range(shard, number)
+            order = self._order.window_order(shard, number)
+            if order is not None:
+                weight_R[start:position] = weight_R[start:position][order]
+        return weight_R
+
+    def _window(self, shard: int, number: int) -> _Window:
+        held = self._held.get(shard)
+        if held is None or held.number != number:
+            held = self._held[shard] = self._load(shard, number, held)
+        return held
+
+    def _load(self, shard: int, number: int, previous: _Window | None) -> _Window:
+        start, end = self._order.window_range(shard, number)
+        sequence_start = self._order.shard_start(shard) + start
+        kept = dict([previous.last_group]) if previous else {}
+        parts = []
+        for group, first_row, num in self._order.group_slices(sequence_start, sequence_start + end - start):
+            decoded = kept[group] if group in kept else self._split.read_group(group)
+            parts.append(decoded.slice(first_row, num))
+        table = pa.concat_tables(parts).combine_chunks()
+        order = self._order.window_order(shard, number)
+        return _Window(number, start, end, table, order, sequence_start, (group, decoded))

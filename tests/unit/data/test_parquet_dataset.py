@@ -1,0 +1,115 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gpsd_dist.data import parquet_dataset
+from gpsd_dist.data.parquet_dataset import ParquetSplit
+from tests.unit.data.parquet_files import FILES, NUM_ROWS, make_table, write_split
+
+
+def first_file(data_dir, manifest):
+    return data_dir / manifest.splits[0].files[0]
+
+
+def rewrite(path, change, **options):
+    pq.write_table(change(pq.read_table(path)), path, **options)
+
+
+def test_row_groups_hold_all_rows_in_file_order(tmp_path):
+    split = ParquetSplit(tmp_path, write_split(tmp_path), "pretrain")
+    assert split.group_rows_G.tolist() == [rows for groups in FILES for rows in groups]
+    rows = pa.concat_tables([split.read_group(group) for group in range(len(split.groups))])
+    assert rows["user_hash"].to_pylist() == list(range(NUM_ROWS))
+    assert rows.schema == split.full_schema
+    path, row = split.origin(4, 2)  # first group of the third file
+    assert (path.name, row) == ("part-00002.parquet", 2)
+    assert split.origin(5, 1)[1] == FILES[2][0] + 1
+
+
+def test_only_the_wanted_columns_are_read(tmp_path):
+    split = ParquetSplit(tmp_path, write_split(tmp_path), "pretrain", ["history.item", "user_hash"])
+    assert split.read_group(0).column_names == ["history.item", "user_hash"]
+    assert split.read_history_length(0).dtype == np.int32
+
+
+def test_cache_and_open_files_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_dataset, "MAX_OPEN_FILES", 2)
+    manifest = write_split(tmp_path)
+    size = ParquetSplit(tmp_path, manifest, "pretrain").read_group(2).nbytes
+    split = ParquetSplit(tmp_path, manifest, "pretrain", cache_bytes=size)
+    for group in [0, 3, 4, 2, 7, 0]:
+        split.read_group(group)
+        assert split._cached_bytes == sum(table.nbytes for table in split._cache.values()) <= size
+        assert len(split._open) <= 2
+    assert split.read_group(0) is split.read_group(0)
+    split.close()
+    assert split.read_group(0).num_rows == FILES[0][0]
+
+
+def test_names_and_nullability_of_list_elements_may_differ(tmp_path):
+    manifest = write_split(tmp_path)
+    field = pa.field("history.item", pa.list_(pa.field("element", pa.int64(), nullable=False)))
+
+    def change(table):
+        return table.set_column(3, field, table["history.item"].cast(field.type))
+
+    rewrite(first_file(tmp_path, manifest), change)
+    split = ParquetSplit(tmp_path, manifest, "pretrain")
+    assert split.read_group(0).schema == split.full_schema
+
+
+def test_unknown_column_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"no columns \['history.brand'\]; it has \['user_id'"):
+        ParquetSplit(tmp_path, write_split(tmp_path), "pretrain", ["history.brand"])
+
+
+def test_missing_column_and_wrong_type_are_named(tmp_path):
+    manifest = write_split(tmp_path)
+    rewrite(first_file(tmp_path, manifest), lambda table: table.drop_columns(["history.item"]))
+    other = tmp_path / manifest.splits[0].files[1]
+    rewrite(other, lambda table: table.set_column(1, "user_hash", table["user_hash"].cast(pa.float64())))
+    with pytest.raises(ValueError) as error:
+        ParquetSplit(tmp_path, manifest, "pretrain")
+    assert "part-00000.parquet: column 'history.item' is missing" in str(error.value)
+    assert "part-00001.parquet: column 'user_hash' has type double, expected int64" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "part-00000.parquet does not exist, but manifest.json lists it"),
+        (lambda path: path.write_bytes(b""), r"part-00000.parquet is empty \(0 bytes\)"),
+        (lambda path: path.write_text("user,item\n1,2\n"), "part-00000.parquet is truncated or not a Parquet file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-50]), "part-00000.parquet is truncated or not a Parquet"),
+        (lambda path: rewrite(path, lambda table: table.slice(0, 0)), "part-00000.parquet is empty: it has columns"),
+        (lambda path: rewrite(path, lambda table: table.slice(1)), f"have {NUM_ROWS - 1} rows, manifest.json says"),
+    ],
+)
+def test_bad_file_is_an_error_when_the_split_is_opened(tmp_path, damage, message):
+    manifest = write_split(tmp_path)
+    damage(first_file(tmp_path, manifest))
+    with pytest.raises(ValueError, match=message):
+        ParquetSplit(tmp_path, manifest, "pretrain")
+
+
+def test_damaged_data_behind_an_intact_footer_names_file_and_row_group(tmp_path):
+    manifest = write_split(tmp_path, compression="zstd")
+    path = first_file(tmp_path, manifest)
+    data = bytearray(path.read_bytes())
+    offset = pq.ParquetFile(path).metadata.row_group(2).column(0).dictionary_page_offset
+    data[offset : offset + 60] = b"\xff" * 60
+    path.write_bytes(data)
+    split = ParquetSplit(tmp_path, manifest, "pretrain")
+    assert split.read_group(0).num_rows == FILES[0][0]
+    with pytest.raises(ValueError, match=r"part-00000.parquet: row group 2 cannot be decoded"):
+        split.read_group(2)
+
+
+def test_null_history_length_is_an_error(tmp_path):
+    manifest = write_split(tmp_path, files=((3,),))
+    table = make_table(manifest, np.array([1, 2, 3]))
+    nulls = pa.array([1, None, 3], pa.int32())
+    pq.write_table(table.set_column(2, "history_length", nulls), first_file(tmp_path, manifest))
+    with pytest.raises(ValueError, match="column 'history_length' has 1 nulls in row group 0"):
+        ParquetSplit(tmp_path, manifest, "pretrain").read_history_length(0)
