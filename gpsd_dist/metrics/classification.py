@@ -5,6 +5,7 @@ over ranks gives the same bits, because every sum runs over sorted rows.
 """
 
 import collections.abc
+import math
 
 import numpy as np
 import torch
@@ -43,9 +44,8 @@ class Predictions:
         """
         score_N, label_N, user_hash_N = _array(score_N, np.float32), _array(label_N), _array(user_hash_N, np.int64)
         if not (score_N.ndim == 1 and score_N.shape == label_N.shape == user_hash_N.shape):
-            raise ValueError(
-                f"expected three vectors of one length, got shapes {score_N.shape}, {label_N.shape}, {user_hash_N.shape}"
-            )
+            shapes = [column.shape for column in (score_N, label_N, user_hash_N)]
+            raise ValueError(f"expected score, label and user_hash as vectors of one length, got shapes {shapes}")
         if is_observed_N is not None:
             is_observed_N = _array(is_observed_N, np.bool_)
             if is_observed_N.shape != score_N.shape:
@@ -65,9 +65,8 @@ class Predictions:
             is_bad |= (score_N < 0) | (score_N > 1)
         if is_bad.any():
             what = "in [0, 1]" if self.kind == "probability" else "finite"
-            raise ValueError(
-                f"{is_bad.sum()} of {len(score_N)} scores ({self.kind}) are not {what}, the first is {score_N[is_bad][0]!r}"
-            )
+            found = f"{is_bad.sum()} of {len(score_N)} scores ({self.kind})"
+            raise ValueError(f"{found} are not {what}, the first is {score_N[is_bad][0]!r}")
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All rows of this rank: score float32 [N], label uint8 [N], user_hash int64 [N], in the order they came."""
@@ -164,7 +163,7 @@ def classification_metrics(
     rows, positives = len(keys_N), int(sorted_label_N.sum())
     label_rate = positives / rows if rows else float("nan")
     log_loss, probability_sum = _log_loss_and_probability_sum(_scores(keys_N), sorted_label_N, kind)
-    entropy = -sum(rate * np.log(rate) for rate in (label_rate, 1 - label_rate) if rate > 0)
+    entropy = -sum(rate * math.log(rate) for rate in (label_rate, 1 - label_rate) if rate > 0)
     gauc, gauc_users = _gauc(score_N, label_N, np.asarray(user_hash_N, np.int64))
     return {
         "auc": _auc(keys_N, sorted_label_N),

@@ -51,11 +51,13 @@ def rank_targets(
 
     Ties count against the target (rank = 1 + better + equal items), so a model that scores all items alike is last, not
     first. A target in a reserved row (an item the vocabulary does not know) is ranked behind all items that compete.
-    Scores are summed in float64 and rounded to float32, so that ranks do not depend on chunks, blocks or batch size, and
-    equal items tie. For cosine similarity normalise both sides first.
+    Scores are summed in float64 and rounded to float32, so that ranks do not depend on chunks, blocks or batch size,
+    and equal items tie. For cosine similarity normalise both sides first.
 
     Args:
-        query_BD: float [B, D]. item_RD: float [R, D], rows [first_row, first_row + R) of the table. target_B: int64 [B].
+        query_BD: float [B, D].
+        item_RD: float [R, D], rows [first_row, first_row + R) of the table.
+        target_B: int64 [B], table rows.
         first_row: table row of `item_RD[0]`; the rows below schema.NUM_RESERVED_ROWS never compete.
         num_items: V; by default this block is the end of the table.
         excluded: items that do not compete, per query.
@@ -149,7 +151,7 @@ class RankingSums:
         )
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Collective, all ranks must call: replaces the sums by those over all ranks. Nothing without a process group."""
+        """Collective, all ranks must call, once: the sums become those over all ranks. No-op without a group."""
         if dist.is_initialized():
             dist.all_reduce(self._sums, group=group)
 

@@ -49,7 +49,7 @@ def run_distributed(
 
 
 def _run_rank(func, rank: int, world_size: int, folder: pathlib.Path, kill_time_s: float, args: tuple) -> None:
-    """Body of one rank: leaves `result_<rank>` or `error_<rank>` in `folder`, and its stacks if it is about to be killed."""
+    """Body of one rank: leaves `result_<rank>` or `error_<rank>` in `folder`, and its stacks before it is killed."""
     torch.set_num_threads(1)
     left_s = kill_time_s - time.time()  # the import of torch above took a part of the time
     with open(folder / f"stack_{rank}", "w") as stacks:
@@ -66,7 +66,7 @@ def _run_rank(func, rank: int, world_size: int, folder: pathlib.Path, kill_time_
             )
             result = pickle.dumps(func(rank, world_size, *args))
             _write(folder / f"result_{rank}", result)
-        except BaseException:  # noqa: BLE001  the parent raises it again
+        except BaseException:
             _write(folder / f"error_{rank}", traceback.format_exc().encode())
             os._exit(1)  # no destroy_process_group: peers may sit in a collective
         faulthandler.cancel_dump_traceback_later()

@@ -1,0 +1,234 @@
+"""Numbers of a run, from `record` on every step to TensorBoard, `metrics.jsonl` and the screen at log steps.
+
+It reduces and writes; it decides neither what is measured nor when a log step is due. Names are paths: train/loss,
+train/generalization_gap, valid/click/auc, perf/tokens_per_s.
+"""
+
+import collections.abc
+import dataclasses
+import json
+import logging
+import math
+import os
+import pathlib
+import re
+import time
+import typing
+import zlib
+
+import torch
+import torch.distributed as dist
+import torch.utils.tensorboard
+
+from gpsd_dist.metrics.progress import Progress
+
+REDUCTIONS = ("mean", "sum", "max", "last")
+JSONL_NAME = "metrics.jsonl"
+_NAME = re.compile(r"[A-Za-z0-9_.@-]+(/[A-Za-z0-9_.@-]+)+")
+_SLOTS = 256  # a message has room for a multiple of this: ranks with a few more or less names notice it, not hang
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class _Window:
+    """What came in for one name since the last log step; tensors stay on their device."""
+
+    value: typing.Any
+    count: typing.Any
+
+    def add(self, value, count, reduction: str) -> None:
+        if reduction in ("mean", "sum"):
+            self.value, self.count = self.value + value, self.count + count
+        elif reduction == "max":
+            self.value = _max(self.value, value)
+        else:
+            self.value = value
+
+
+class Recorder:
+    """Collects metrics on every rank; rank 0 writes them into `output_dir`."""
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        rank: int,
+        *,
+        resume_step: int | None = None,
+        progress: Progress | None = None,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        """Opens the sinks of rank 0; no collective.
+
+        Args:
+            output_dir: receives `metrics.jsonl` and TensorBoard event files.
+            rank: rank in `group`; ranks other than 0 touch no file.
+            resume_step: last step of the checkpoint a run continues from: entries of later steps are removed, so that a
+                curve never shows two histories. None: a new run, all old entries go.
+            progress: receives every log step's metrics on rank 0.
+            group: ranks to reduce over; None is the default group, or no reduction if there is none.
+            device: where the reduction runs: a CUDA device for a NCCL group.
+        """
+        self._rank, self._group, self._device = rank, group, torch.device(device)
+        self._reductions: dict[str, str] = {}
+        self._windows: dict[str, _Window] = {}
+        self._progress = progress if rank == 0 else None
+        self._jsonl = self._tensorboard = None
+        if rank == 0:
+            output_dir = pathlib.Path(output_dir)
+            output_dir.mkdir(parents=True, exist_ok=True)
+            keep_step = -1 if resume_step is None else resume_step
+            truncate_jsonl(output_dir / JSONL_NAME, keep_step)
+            self._jsonl = open(output_dir / JSONL_NAME, "a", encoding="ascii")  # noqa: SIM115  see close
+            self._tensorboard = torch.utils.tensorboard.SummaryWriter(output_dir, purge_step=keep_step + 1)
+
+    def record(self, name: str, value: float | torch.Tensor, *, reduce: str = "mean", count=None) -> None:
+        """Adds one value to `name`; no collective, and no GPU synchronisation for a tensor.
+
+        Args:
+            name: path of words with at least one slash.
+            value: number, or tensor with one element (detached here, stays on its device until the log step).
+            reduce: over steps since the last log step and over ranks: "mean", "sum", "max", or "last" (over ranks: the
+                value of rank 0). It stays the same for a name.
+            count: for "mean" only: `value` is a sum over `count` things (losses as (sum, count)); the result is the sum
+                of values over the sum of counts. Default 1. NaN if all counts are 0.
+
+        Raises ValueError for a bad name, an unknown reduction or one that changed, a tensor of several elements.
+        """
+        if not _NAME.fullmatch(name) or reduce not in REDUCTIONS:
+            expected = f"expected a path like train/loss and one of {REDUCTIONS}"
+            raise ValueError(f"metric {name!r} with reduce={reduce!r}: {expected}")
+        if self._reductions.setdefault(name, reduce) != reduce:
+            raise ValueError(f"metric {name!r} was recorded with reduce={self._reductions[name]!r}, now {reduce!r}")
+        if count is not None and reduce != "mean":
+            raise ValueError(f"metric {name!r}: a count belongs to reduce='mean', not to {reduce!r}")
+        value, count = _scalar(name, value), _scalar(name, 1 if count is None else count)
+        if name in self._windows:
+            self._windows[name].add(value, count, reduce)
+        else:
+            self._windows[name] = _Window(value, count)
+
+    def record_all(self, prefix: str, metrics: collections.abc.Mapping[str, float], *, reduce: str = "last") -> None:
+        """Records every entry under `prefix`, e.g. an evaluation's result, which is the same on all ranks."""
+        for name, value in metrics.items():
+            self.record(f"{prefix}/{name}", value, reduce=reduce)
+
+    def log(self, step: int, epoch: float) -> dict[str, float]:
+        """Collective, all ranks must call with the same names recorded: reduces, writes (rank 0), starts a new window.
+
+        One all-gather whatever the number of metrics. Returns name -> number, the same on every rank. Waits for the
+        GPU. Raises RuntimeError on every rank if the ranks recorded different names or reductions.
+        """
+        names = sorted(self._windows)
+        metrics = self._reduced(names)
+        self._windows.clear()
+        if self._rank == 0:
+            entry = {"step": step, "epoch": epoch, "wall_time_s": time.time(), **metrics}
+            self._jsonl.write(json.dumps(json_safe(entry), allow_nan=False) + "\n")
+            self._jsonl.flush()
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+            if self._progress is not None:
+                self._progress.show(step, metrics)
+        return metrics
+
+    def _reduced(self, names: list[str]) -> dict[str, float]:
+        """Values over all ranks. Message: [checksum of names, values padded, counts padded], float64."""
+        slots = _SLOTS * max(math.ceil(len(names) / _SLOTS), 1)
+        checksum = zlib.crc32("|".join(f"{name} {self._reductions[name]}" for name in names).encode())
+        message = torch.zeros(1 + 2 * slots, dtype=torch.float64, device=self._device)
+        message[0] = checksum  # below 2^32: exact in float64
+        if names:
+            columns = ([self._windows[name].value for name in names], [self._windows[name].count for name in names])
+            message[1:].view(2, slots)[:, : len(names)] = torch.stack([_vector(c, self._device) for c in columns])
+        messages = [message]
+        if dist.is_initialized():
+            messages = [torch.empty_like(message) for _ in range(dist.get_world_size(self._group))]
+            dist.all_gather(messages, message, group=self._group)
+        messages_RM = torch.stack(messages).cpu()
+        different = (messages_RM[:, 0] != messages_RM[0, 0]).nonzero().flatten().tolist()
+        if different:
+            raise RuntimeError(f"ranks {different} recorded other metrics than rank 0; rank {self._rank} has {names}")
+        values_RM, counts_RM = messages_RM[:, 1:].view(-1, 2, slots)[..., : len(names)].unbind(1)
+        reduced = {
+            "mean": values_RM.sum(0) / counts_RM.sum(0),
+            "sum": values_RM.sum(0),
+            "max": values_RM.amax(0),  # NaN wins
+            "last": values_RM[0],
+        }
+        return {name: float(reduced[self._reductions[name]][i]) for i, name in enumerate(names)}
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar, if there is one; for every step."""
+        if self._progress is not None:
+            self._progress.advance(step)
+
+    def close(self) -> None:
+        """Closes the sinks; values not logged yet are lost. No collective."""
+        if self._rank == 0:
+            self._jsonl.close()
+            self._tensorboard.close()
+        if self._progress is not None:
+            self._progress.close()
+
+
+def truncate_jsonl(path: pathlib.Path, last_step: int) -> None:
+    """Removes entries of steps after `last_step` and a half-written last line, by rename; says how many went.
+
+    ValueError if another line is no entry: then the file is not ours to rewrite.
+    """
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            is_kept = json.loads(line)["step"] <= last_step
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if number == len(lines) and not line.endswith("\n"):
+                continue  # the run was killed while it wrote this
+            found = f"{path}, line {number} is not an entry of a run ({error!r})"
+            raise ValueError(f"{found}; move the file away") from error
+        if is_kept:
+            kept.append(line if line.endswith("\n") else line + "\n")
+    if len(kept) < len(lines):
+        removed = len(lines) - len(kept)
+        _LOGGER.warning("%s: removed %d of %d entries, later than step %d", path, removed, len(lines), last_step)
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text("".join(kept), encoding="utf-8")
+    aside.replace(path)
+
+
+def json_safe(value: typing.Any) -> typing.Any:
+    """The same dicts, lists and scalars, with NaN and infinities as None: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: json_safe(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalar(name: str, value):
+    """A Python float, or a detached float64 tensor without dimensions on its own device."""
+    if not isinstance(value, torch.Tensor):
+        return float(value)
+    if value.numel() != 1:
+        raise ValueError(f"metric {name!r} got a tensor of shape {tuple(value.shape)}, expected one element")
+    return value.detach().reshape(()).to(torch.float64, copy=True)  # a copy: the caller may reuse its buffer
+
+
+def _max(first, second):
+    """The larger one; NaN if one is NaN."""
+    if not isinstance(first, torch.Tensor) and not isinstance(second, torch.Tensor):
+        return math.nan if math.isnan(first) or math.isnan(second) else max(first, second)
+    return torch.maximum(*(torch.as_tensor(value, dtype=torch.float64) for value in (first, second)))
+
+
+def _vector(values: list, device: torch.device) -> torch.Tensor:
+    """float64 vector on `device` from numbers and tensors: two copies between devices at most, not one per value."""
+    vector = torch.tensor([0.0 if isinstance(v, torch.Tensor) else v for v in values], dtype=torch.float64).to(device)
+    places = [i for i, v in enumerate(values) if isinstance(v, torch.Tensor)]
+    if places:
+        vector[torch.tensor(places, device=device)] = torch.stack([values[i].to(device) for i in places])
+    return vector

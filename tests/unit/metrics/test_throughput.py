@@ -1,0 +1,73 @@
+"""Rates over a sliding window, pauses left out, and the FLOP formula."""
+
+import math
+
+import pytest
+
+from gpsd_dist.metrics import recorder, throughput
+
+
+class _Clock:
+    def __init__(self):
+        self.now_s = 50.0
+
+    def __call__(self):
+        return self.now_s
+
+
+def test_rates_cover_the_window_only():
+    clock = _Clock()
+    speed = throughput.Throughput(window_steps=2, clock=clock)
+    for seconds, examples in ((10.0, 1), (1.0, 30), (3.0, 50)):
+        with speed.data_wait():
+            clock.now_s += seconds / 4
+        clock.now_s += seconds * 3 / 4
+        speed.step(examples, 10 * examples)
+    rates = speed.rates()
+    assert rates["perf/examples_per_s"] == 20 and rates["perf/tokens_per_s"] == 200
+    assert rates["perf/step_ms"] == 2000 and rates["perf/data_wait_share"] == 0.25
+    assert rates["perf/cpu_s"] > 0 and 0.01 < rates["perf/peak_rss_gib"] < 1000
+
+
+def test_pause_counts_for_no_rate():
+    clock = _Clock()
+    speed = throughput.Throughput(clock=clock)
+    clock.now_s += 1
+    speed.step(10, 10)
+    clock.now_s += 500  # a validation
+    speed.restart()
+    assert math.isnan(speed.rates()["perf/step_ms"])
+    clock.now_s += 2
+    speed.step(10, 10)
+    assert speed.rates()["perf/examples_per_s"] == 5 and speed.rates()["perf/step_ms"] == 2000
+
+
+def test_every_rate_has_a_reduction(tmp_path):
+    speed = throughput.Throughput()
+    speed.step(1, 1)
+    recorded = recorder.Recorder(tmp_path, 0)
+    speed.record_to(recorded)
+    assert set(recorded.log(1, 0)) <= set(throughput.REDUCTIONS)
+    recorded.close()
+
+
+def test_empty_window_raises():
+    with pytest.raises(ValueError, match="window_steps is 0"):
+        throughput.Throughput(0)
+
+
+def test_flops_follow_the_formula():
+    # L4H256: F = 704, P = 4 * 256^2 + 3 * 256 * 704 = 802,816, 4 layers hold 3.2 M parameters
+    assert throughput.swiglu_width(256) == 704
+    assert throughput.flops_per_token(4, 256, 0) == 6 * 4 * 802_816
+    assert throughput.flops_per_token(4, 256, 100) - throughput.flops_per_token(4, 256, 0) == 12 * 4 * 256 * 100
+    heads = throughput.flops_per_token(1, 64, 0, num_negatives=10, vocabulary=5) - throughput.flops_per_token(1, 64, 0)
+    assert heads == 6 * 15 * 64
+    assert throughput.mfu(1e6, 2e6, 1e13) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"), [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12), ("CPU", None)]
+)
+def test_peak_is_found_by_name(name, peak):
+    assert throughput.peak_bf16_flops(name) == peak
