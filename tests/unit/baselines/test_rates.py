@@ -1,0 +1,146 @@
+"""Baselines on a small prepared data set whose rates can be worked out by hand."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gpsd_dist import schema
+from gpsd_dist.baselines import rates
+
+_HISTORY = {"pretrain": [[2, 2, 3], [4], []]}
+_ROWS = {  # user_hash, items, tabs, click, buy (given click; None: not observed)
+    "train": [
+        (7, [2, 3], [2, 2], [1.0, 0.0], [1.0, None]),
+        (-9, [2], [3], [1.0], [0.0]),
+        (7, [4], [2], [0.0], [1.0]),  # a purchase without click is outside the condition
+    ],
+    "valid": [(5, [3, 2, 4], [2, 3, 3], [1.0, None, 0.0], [1.0, None, None])],
+    "test": [(7, [2, 9], [2, 4], [1.0, 0.0], [1.0, None]), (8, [3], [2], [0.0], [None])],
+}
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    splits = []
+    for name in ("pretrain", *_ROWS):
+        (tmp_path / name).mkdir()
+        file = f"{name}/part-00000.parquet"
+        if name == "pretrain":
+            table = pa.table({"history.item": pa.array(_HISTORY["pretrain"], pa.list_(pa.int64()))})
+        else:
+            user, item, tab, click, buy = zip(*_ROWS[name])
+            table = pa.table(
+                {
+                    "user_hash": pa.array(user, pa.int64()),
+                    "candidate.item": pa.array(item, pa.list_(pa.int64())),
+                    "candidate.tab": pa.array(tab, pa.list_(pa.int64())),
+                    "candidate.tag": pa.array([[[1]] * len(i) for i in item], pa.list_(pa.list_(pa.int64()))),
+                    "context.hour": pa.array(range(len(user)), pa.int64()),
+                    "label.click": pa.array(click, pa.list_(pa.float32())),
+                    "label.buy": pa.array(buy, pa.list_(pa.float32())),
+                }
+            )
+        pq.write_table(table, tmp_path / file, row_group_size=2)
+        splits.append(schema.Split(name, (file,), len(table), 0, 0, None, None))
+    schema.write_manifest(
+        schema.Manifest(
+            source="test",
+            features=(
+                schema.Feature("item", ("history", "candidate"), table="item"),
+                schema.Feature("tab", ("candidate",), table="tab"),
+                schema.Feature("tag", ("candidate",), table="tag", is_bag=True),
+                schema.Feature("hour", ("context",), table="hour"),
+            ),
+            tables=tuple(schema.Table(name, 10, "0") for name in ("item", "tab", "tag", "hour")),
+            tasks=(schema.Task("click"), schema.Task("buy", given="click")),
+            splits=tuple(splits),
+            max_history_length=9,
+        ),
+        tmp_path,
+    )
+    return tmp_path
+
+
+def _log_odds(rate):
+    return np.log(rate / (1 - rate))
+
+
+def test_rates_are_smoothed_log_odds_summed_over_keys(data_dir):
+    manifest = schema.read_manifest(data_dir)
+    score_N, label_N, user_N = rates.score_rates(data_dir, manifest, "test", "click", pseudo_counts=4).arrays()
+    prior = 3 / 6  # six observed candidates in train and valid, three clicks
+    item_2, item_3 = (2 + 2) / (2 + 4), (1 + 2) / (2 + 4)
+    user_7, tab_2 = (1 + 2) / (3 + 4), (2 + 2) / (4 + 4)
+    expected = [
+        _log_odds(item_2) + _log_odds(user_7) + _log_odds(tab_2) - 2 * _log_odds(prior),
+        _log_odds(user_7),  # item 9 and tab 4 were never seen
+        _log_odds(item_3) + _log_odds(tab_2) - _log_odds(prior),  # nor was user 8
+    ]
+    assert score_N == pytest.approx(expected, abs=1e-6)
+    assert label_N.tolist() == [1, 0, 0] and user_N.tolist() == [7, 7, 8]
+
+
+def test_conditional_task_uses_rows_that_meet_the_condition(data_dir):
+    manifest = schema.read_manifest(data_dir)
+    fitted = rates.score_rates(data_dir, manifest, "test", "buy", keys=("user",), pseudo_counts=4)
+    (score,), (label,), (user,) = fitted.arrays()
+    prior = 2 / 3  # clicked candidates of train and valid: three, two bought
+    assert score == pytest.approx(_log_odds((1 + 4 * prior) / (1 + 4)), abs=1e-6)
+    assert (label, user) == (1, 7)
+
+
+def test_context_column_is_repeated_for_each_candidate(data_dir):
+    manifest = schema.read_manifest(data_dir)
+    score_N, _, _ = rates.score_rates(data_dir, manifest, "test", "click", keys=("context.hour",)).arrays()
+    assert score_N[0] == score_N[1] != score_N[2]
+
+
+def test_validation_is_scored_with_rates_of_train_only(data_dir):
+    manifest = schema.read_manifest(data_dir)
+    score_N, _, _ = rates.score_rates(data_dir, manifest, "valid", "click", keys=("user",)).arrays()
+    assert score_N == pytest.approx([_log_odds(2 / 4)] * 2)  # user 5 is new, and its own labels are not used
+
+
+def test_popularity_counts_histories_and_positives_of_train(data_dir):
+    manifest = schema.read_manifest(data_dir)
+    predictions = rates.score_popularity(data_dir, manifest, "test", "click")
+    assert np.expm1(predictions.arrays()[0]) == pytest.approx([4, 0, 1], abs=1e-5)
+    assert predictions.kind == "score"
+
+
+def test_evaluate_returns_the_metrics_of_every_task(data_dir):
+    result = rates.evaluate_baseline("rates", data_dir, "test")
+    assert list(result) == ["click", "buy"]
+    assert result["click"]["rows"] == 3 and result["buy"]["rows"] == 1
+    assert list(rates.evaluate_baseline("popularity", data_dir, "test", ["buy"])) == ["buy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"split": "train"}, "cannot be scored with rates counted on itself"),
+        ({"task": "like"}, "no task 'like'"),
+        ({"split": "holdout"}, "no split 'holdout'"),
+        ({"keys": ("candidate.author",)}, r"has no column \['candidate.author'\]"),
+        ({"keys": ("candidate.tag",)}, "'candidate.tag' is a bag"),
+        ({"pseudo_counts": 0}, "pseudo_counts is 0"),
+        ({"task": "buy", "fit_splits": ("valid",)}, "1 positives of 1 rows"),
+    ],
+)
+def test_bad_requests_raise(data_dir, arguments, message):
+    arguments = {"split": "test", "task": "click"} | arguments
+    with pytest.raises(ValueError, match=message):
+        rates.score_rates(data_dir, schema.read_manifest(data_dir), **arguments)
+
+
+def test_unknown_baseline_raises(data_dir):
+    with pytest.raises(ValueError, match="no baseline 'magic'"):
+        rates.evaluate_baseline("magic", data_dir, "test")
+
+
+def test_truncated_file_is_named(data_dir):
+    path = data_dir / "test" / "part-00000.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"part-00000\.parquet cannot be read"):
+        rates.evaluate_baseline("rates", data_dir, "test")
