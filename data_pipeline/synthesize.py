@@ -36,7 +36,7 @@ item = "item"
 time = "time_s"
 request = "request"
 task = [{{ column = "click" }}, {{ column = "buy", given = "click" }}]
-feature = [{{ column = "position", place = "candidate" }}, {{ column = "tab", place = "candidate" }}]
+feature = [{{ column = "slot", place = "candidate" }}, {{ column = "tab", place = "candidate" }}]
 
 [items]
 files = "items.parquet"

@@ -22,7 +22,7 @@ TABS = ("home", "search", "similar", "sale")
 
 _TAB_SHARE = np.array([0.5, 0.2, 0.2, 0.1])
 _TAB_BIAS = np.array([0.0, 0.5, 0.1, -0.4])
-_POSITION_BIAS = -0.18  # logit per position further down
+_SLOT_BIAS = -0.18  # logit per slot further down
 _CLICK = {"intercept": -3.1, "match": 4.6, "topic": 0.8, "quality": 0.5, "user": 0.4}
 _BUY = {"intercept": -2.9, "match": 1.6, "quality": 0.4, "user": 0.5, "price": -0.4}
 _SAME_TOPIC_HOP = 0.1  # share of browsing events that leave the niche of the session for a sibling in the topic
@@ -216,7 +216,7 @@ def _draw_exposures(
     tab_R = rng.choice(len(TABS), len(start_s), p=_TAB_SHARE)
     request = np.repeat(np.arange(len(start_s)), config.candidates_per_request)
     user, time_s, tab = user_R[request], start_s[request], tab_R[request]
-    position = np.tile(np.arange(config.candidates_per_request), len(start_s))
+    slot = np.tile(np.arange(config.candidates_per_request), len(start_s))
 
     own = _pick_interest(users, user, time_s, rng)
     way = rng.choice(3, len(request), p=_CANDIDATE_SHARE)
@@ -232,7 +232,7 @@ def _draw_exposures(
     near = np.sqrt(same_topic.sum(1)) - match
     fit, quality, bias = _CLICK["match"] * match + _CLICK["topic"] * near, items.quality[item], users.bias[user]
     click_logit = _CLICK["intercept"] + fit + _CLICK["quality"] * quality + _CLICK["user"] * bias
-    click_probability = _sigmoid(click_logit + _TAB_BIAS[tab] + _POSITION_BIAS * position)
+    click_probability = _sigmoid(click_logit + _TAB_BIAS[tab] + _SLOT_BIAS * slot)
     dear = np.log(items.price[item]) - 3.0
     buy_logit = (
         _BUY["intercept"]
@@ -251,7 +251,7 @@ def _draw_exposures(
             "item": _ids("i", item),
             "time_s": time_s,
             "tab": pa.DictionaryArray.from_arrays(tab.astype(np.int8), list(TABS)).cast(pa.string()),
-            "position": position,
+            "slot": slot,
             "click": click,
             "buy": buy,
         }

@@ -1,0 +1,122 @@
+"""Amazon product reviews, releases 2014 and 2018: JSON-lines files of reviews and of product metadata, also gzipped.
+
+Reviews: reviewerID, asin, unixReviewTime. Metadata: asin, brand, and the category as `categories` (2014: list of paths; also
+a plain list) or `category` (2018: one path); the category of an item is the last name of the last path. Lines are parsed as
+JSON. A line that is not JSON (the "loose" metadata of 2014 hold Python dict literals) goes through `ast.literal_eval`, which
+evaluates constants only, up to a length limit; one that is neither is counted under "skipped", and more than 1 % of such
+lines is an error. Split as in GPSD: one request per user, target = last review.
+"""
+
+import argparse
+import pathlib
+
+import ibis
+import ibis.expr.types as ir
+
+from data_pipeline import canonical, raw_files
+from data_pipeline.engine import Engine
+from data_pipeline.sources import json_lines
+
+REVIEWS = {"reviewerID": "string", "asin": "string", "unixReviewTime": "int64"}
+META = {"asin": "string", "brand": "string", "categories": "array<string>", "category": "array<string>"}
+META_PREFIX = "meta"
+FILE_STRIDE = 1 << 40  # rows per file: `order` = file number * stride + place in the file
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--train_quantile, --all_categories and --no_meta."""
+    parser.add_argument("--train_quantile", type=float, default=0.7, help="part of the users, by last time, that train")
+    parser.add_argument("--all_categories", action="store_true", help="also a bag of all category names of an item")
+    parser.add_argument(
+        "--no_meta", action="store_true", help="build without item attributes, where there is no meta file"
+    )
+
+
+def find_files(raw_dir: pathlib.Path | None, options: argparse.Namespace) -> dict[str, pathlib.Path]:
+    """JSON-lines files of the folder: names that begin with "meta" are metadata, all others reviews."""
+    if raw_dir is None or not raw_dir.is_dir():
+        raise ValueError(
+            f"--raw_dir {raw_dir} is not a folder; it holds the files of reviews and metadata (.json or .json.gz)"
+        )
+    paths = sorted(path for path in raw_dir.iterdir() if path.is_file() and json_lines.is_json_lines(path))
+    metas = [path for path in paths if path.name.lower().startswith(META_PREFIX)]
+    reviews = [path for path in paths if path not in metas]
+    if not reviews:
+        raise ValueError(
+            f"{raw_dir} holds no file of reviews (.json, .jsonl, .json.gz); fetch one, e.g. reviews_Books_5.json.gz"
+        )
+    if not metas and not options.no_meta:
+        raise ValueError(f"{raw_dir} holds no meta*.json file (categories, brand); fetch it, or build with --no_meta")
+    named = {f"reviews/{path.name}": path for path in reviews}
+    named |= {} if options.no_meta else {f"meta/{path.name}": path for path in metas}
+    return {name: raw_files.require_file(path, "JSON lines") for name, path in named.items()}
+
+
+def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Namespace) -> canonical.Log:
+    """Every review is an event."""
+    skipped: dict[str, int] = {}
+    events = _events(engine, [path for name, path in files.items() if name.startswith("reviews/")], skipped)
+    metas = [path for name, path in files.items() if name.startswith("meta/")]
+    names = [] if not metas else ["category", "brand"] + (["categories"] if options.all_categories else [])
+    items = (
+        _items(engine, metas, skipped) if metas else engine.materialise("items", events.select("item_id").distinct())
+    )
+    specs = [canonical.FeatureSpec("item", ("history", "candidate"), "item_id")]
+    specs += [
+        canonical.FeatureSpec(name, ("history", "candidate"), "items", is_bag=name == "categories") for name in names
+    ]
+    return canonical.Log(
+        events=events,
+        items=items,
+        features=tuple(specs),
+        split=canonical.LastItemByTime(train_quantile=options.train_quantile, valid_fraction=options.valid_fraction),
+        order_words="by time (days), then by file name and the order of the lines",
+        skipped={reason: count for reason, count in skipped.items() if count},
+    )
+
+
+def _events(engine: Engine, paths: list[pathlib.Path], skipped: dict[str, int]) -> ir.Table:
+    """Complete, distinct reviews."""
+    rows = engine.materialise("reviews", _read_all(engine, paths, REVIEWS, "review", skipped))
+    complete = rows.filter(rows.reviewerID.notnull() & rows.asin.notnull() & rows.unixReviewTime.notnull())
+    grouped = complete.group_by(user_id=complete.reviewerID, item_id=complete.asin, time_s=complete.unixReviewTime)
+    events = engine.materialise("distinct_reviews", grouped.agg(order=complete.order.min()))
+    num_complete = int(complete.count().execute())
+    skipped["reviews without reviewerID, asin or unixReviewTime"] = int(rows.count().execute()) - num_complete
+    skipped["repeated reviews (same reviewer, product and time)"] = num_complete - int(events.count().execute())
+    return events
+
+
+def _items(engine: Engine, paths: list[pathlib.Path], skipped: dict[str, int]) -> ir.Table:
+    """item_id, category, brand, categories; the first line of a product counts."""
+    rows = engine.materialise(
+        "meta", _read_all(engine, paths, META, "meta", skipped).filter(lambda t: t.asin.notnull())
+    )
+    first = rows.mutate(place=ibis.row_number().over(ibis.window(group_by="asin", order_by="order"))).filter(
+        lambda t: t.place == 0
+    )
+    path = ibis.ifelse(first.categories.length().fill_null(0) > 0, first.categories, first.category)
+    items = first.select(
+        item_id=first.asin,
+        category=ibis.ifelse(path.length() > 0, path[path.length() - 1], ibis.null("string")),
+        brand=first.brand,
+        categories=path.unique().sort(),
+    )
+    stored = engine.materialise("items", items)
+    skipped["repeated meta lines of a product"] = int(rows.count().execute()) - int(stored.count().execute())
+    return stored
+
+
+def _read_all(
+    engine: Engine, paths: list[pathlib.Path], columns: dict[str, str], kind: str, skipped: dict[str, int]
+) -> ir.Table:
+    """All files one after the other, with `order` over all of them."""
+    optional = tuple(name for name in columns if name in ("brand", "categories", "category"))
+    tables = []
+    for number, path in enumerate(paths):
+        table, num_bad = json_lines.read_columns(engine, path, columns, is_loose=True, optional=optional)
+        reason = f"{kind} lines that are neither JSON nor a Python literal"
+        skipped[reason] = skipped.get(reason, 0) + num_bad
+        order = (table[raw_files.FILE_ORDER] + ibis.literal(number * FILE_STRIDE, type="int64")).cast("int64")
+        tables.append(table.mutate(order=order).select("order", *columns))
+    return tables[0].union(*tables[1:]) if len(tables) > 1 else tables[0]

@@ -1,0 +1,238 @@
+"""Any CSV, JSON-lines or Parquet log, whose columns are named in a TOML file: what most users have.
+
+    python -m data_pipeline.build --source generic --raw_dir DIR --schema DIR/schema.toml --out_dir OUT
+
+    [history]                            # what users did; becomes histories and pretraining sequences
+    files = "events/*.csv"               # relative to --raw_dir; read in order of name
+    user = "uid"
+    item = "sku"
+    time = "ts"
+    time_unit = "ms"                     # s (default), ms, us, iso
+    event = "action"                     # with event_types: which rows count
+    event_types = ["view", "buy"]
+    feature = [{ column = "action" }]    # inputs that belong to the event
+
+    [exposure]                           # what was shown and what came of it: candidates with labels
+    files = "impressions.parquet"
+    user = "uid"
+    item = "sku"
+    time = "ts"
+    task = [{ column = "click" }, { column = "buy", given = "click" }]
+    feature = [{ column = "slot", place = "candidate" }]
+
+    [items]
+    files = "items.jsonl"
+    item = "sku"
+    feature = [{ column = "category" }, { column = "tags", kind = "bag", separator = "|" }]
+
+    [split]
+    valid_from = 2024-05-01              # or valid_fraction = 0.1 and test_fraction = 0.1
+    test_from = 2024-05-02
+
+Every key: `data_pipeline/sources/log_description.py`; more examples: README.md beside it.
+"""
+
+import argparse
+import datetime
+import math
+import pathlib
+import zoneinfo
+
+import ibis
+import ibis.expr.types as ir
+
+from data_pipeline import canonical
+from data_pipeline.engine import Engine
+from data_pipeline.sources import described_files, log_description
+
+TOKEN_PLACES = ("history", "candidate")
+EXPOSURE_ORDER = 1 << 52  # an exposure that became an event comes after logged events of the same second
+
+
+class _UnsetInt(int):
+    """A default that the TOML file may replace; the command line gives a plain int."""
+
+
+class _UnsetFloat(float):
+    """As `_UnsetInt`."""
+
+
+class _UnsetStr(str):
+    """As `_UnsetInt`."""
+
+    __slots__ = ()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--schema; and marks the defaults that [options] and [split] may replace."""
+    parser.add_argument(
+        "--schema", type=pathlib.Path, help="TOML file that names the columns; default RAW_DIR/schema.toml"
+    )
+    mark_defaults(parser)
+
+
+def mark_defaults(parser: argparse.ArgumentParser) -> None:
+    """Lets values of the TOML file replace the command's defaults, but nothing that was typed."""
+    options = log_description.Options()
+    parser.set_defaults(
+        max_history_length=_UnsetInt(options.max_history_length),
+        min_count=_UnsetInt(options.min_count),
+        num_negatives=_UnsetInt(options.num_negatives),
+        negatives=_UnsetStr(options.negatives),
+        valid_fraction=_UnsetFloat(log_description.SplitRule().valid_fraction),
+    )
+
+
+def find_files(raw_dir: pathlib.Path | None, options: argparse.Namespace) -> dict[str, pathlib.Path]:
+    """The TOML file and every file that it names; fills `options` from the TOML where the command line is silent."""
+    if raw_dir is None:
+        raise ValueError("--raw_dir is missing; it is the folder that the file patterns of the schema are relative to")
+    path = options.schema if options.schema is not None else raw_dir / "schema.toml"
+    description = log_description.read(path)
+    _take_options(options, description)
+    files = {"schema": path}
+    for section in log_description.SECTIONS:
+        part = getattr(description, section)
+        if part is not None and part.files:
+            files |= described_files.find(raw_dir, section, part.files)
+    return files
+
+
+def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Namespace) -> canonical.Log:
+    """Canonical tables of the described files."""
+    description = log_description.read(files["schema"])
+    reader = described_files.Reader(engine, files, description)
+    skipped: dict[str, int] = {}
+    exposures = None if description.exposure is None else reader.exposures(skipped)
+    events = _events(engine, reader, description, exposures, skipped)
+    items = reader.items(skipped)
+    split, items = _split(description, options, exposures), _or_ids(engine, items, events, exposures)
+    return canonical.Log(
+        events=events,
+        items=items,
+        features=_features(description),
+        split=split,
+        order_words=_order_words(description),
+        exposures=exposures,
+        users=None if description.users is None else reader.users(skipped),
+        tasks=description.tasks(),
+        skipped=skipped,
+    )
+
+
+def _take_options(options: argparse.Namespace, description: log_description.LogDescription) -> None:
+    given = description.options
+    values = {
+        "max_history_length": given.max_history_length,
+        "min_count": given.min_count,
+        "num_negatives": given.num_negatives,
+        "negatives": given.negatives,
+        "valid_fraction": description.split.valid_fraction,
+    }
+    for name, value in values.items():
+        if isinstance(getattr(options, name), (_UnsetInt, _UnsetFloat, _UnsetStr)):
+            setattr(options, name, value)
+
+
+def _events(
+    engine: Engine,
+    reader: described_files.Reader,
+    description: log_description.LogDescription,
+    exposures: ir.Table | None,
+    skipped: dict[str, int],
+) -> ir.Table:
+    """The history log, and the exposures that extend it."""
+    events = None if description.history is None else reader.events(skipped)
+    if exposures is None or not description.exposure.extends_history:
+        return events
+    clicked = exposures.filter(exposures[description.exposure.extends_history] == 1)
+    columns = {"user_id": clicked.user_id, "item_id": clicked.item_id, "time_s": clicked.time_s}
+    columns["order"] = clicked.order + EXPOSURE_ORDER
+    if events is None:
+        return clicked.select(**columns)
+    for feature in description.history.feature:  # the exposure log does not say: unknown
+        columns[feature.label] = ibis.null("float64" if feature.kind == "numerical" else "string")
+    return engine.materialise(
+        "history_and_clicks", events.union(clicked.select(*[v.name(k) for k, v in columns.items()]))
+    )
+
+
+def _or_ids(engine: Engine, items: ir.Table | None, events: ir.Table, exposures: ir.Table | None) -> ir.Table:
+    """`items`, or the bare ids of the logs where nothing is known about them."""
+    if items is not None:
+        return items
+    ids = events.select("item_id")
+    if exposures is not None:
+        ids = ids.union(exposures.select("item_id"))
+    return engine.materialise("item_ids", ids.distinct())
+
+
+def _features(description: log_description.LogDescription) -> tuple[canonical.FeatureSpec, ...]:
+    specs = [canonical.FeatureSpec("item", TOKEN_PLACES, "item_id")]
+    for section, origin, places in (
+        ("items", "items", TOKEN_PLACES),
+        ("history", "log", ("history",)),
+        ("exposure", "log", None),
+        ("users", "users", ("context",)),
+    ):
+        part = getattr(description, section)
+        for feature in () if part is None else part.feature:
+            kind = "numerical" if feature.kind == "numerical" else "categorical"
+            is_bag = feature.kind == "bag"
+            specs.append(canonical.FeatureSpec(feature.label, places or (feature.place,), origin, kind, is_bag=is_bag))
+    return tuple(specs)
+
+
+def _split(
+    description: log_description.LogDescription, options: argparse.Namespace, exposures: ir.Table | None
+) -> canonical.SplitRule:
+    rule = description.split
+    if exposures is None:
+        if rule.rule == "leave_last_out":
+            return canonical.LeaveLastOut()
+        return canonical.LastItemByTime(train_quantile=1 - rule.test_fraction, valid_fraction=options.valid_fraction)
+    if rule.valid_from:
+        until_s = _epoch_s(rule.test_until, rule.time_zone) if rule.test_until else None
+        words = f"valid from {rule.valid_from}, test from {rule.test_from}"
+        words += f" until {rule.test_until}" if rule.test_until else ""
+        bounds = _epoch_s(rule.valid_from, rule.time_zone), _epoch_s(rule.test_from, rule.time_zone)
+    else:
+        until_s = None
+        words = f"latest {rule.test_fraction} of the exposures test, {options.valid_fraction} before them valid"
+        bounds = (
+            _time_at(exposures, 1 - rule.test_fraction - options.valid_fraction),
+            _time_at(exposures, 1 - rule.test_fraction),
+        )
+    if not bounds[0] < bounds[1] or (until_s is not None and until_s <= bounds[1]):
+        raise ValueError(f"[split]: the boundaries {words} do not ascend ({bounds}, {until_s} epoch s); correct them")
+    earliest, latest = (
+        int(value) for value in exposures.agg(low=exposures.time_s.min(), high=exposures.time_s.max()).execute().iloc[0]
+    )
+    if not earliest < bounds[0] or not latest >= bounds[1]:
+        raise ValueError(
+            f"[split]: the exposures run from {earliest} to {latest} (epoch s), so that train or test is empty with "
+            f"valid from {bounds[0]} and test from {bounds[1]}; correct the boundaries or exposure.time_unit"
+        )
+    words = f"{words}, time zone {rule.time_zone}: {bounds} (epoch s)"
+    return canonical.TimeBoundaries(valid_from_s=bounds[0], test_from_s=bounds[1], test_until_s=until_s, words=words)
+
+
+def _epoch_s(text: str, time_zone: str) -> int:
+    """Epoch seconds of a checked date or ISO time."""
+    moment = datetime.datetime.fromisoformat(text)
+    return math.floor((moment if moment.tzinfo else moment.replace(tzinfo=zoneinfo.ZoneInfo(time_zone))).timestamp())
+
+
+def _time_at(exposures: ir.Table, fraction: float) -> int:
+    """Time of the exposure at that part of the log."""
+    place = min(int(fraction * exposures.count().execute()), int(exposures.count().execute()) - 1)
+    return int(exposures.order_by("time_s").limit(1, offset=place).time_s.execute().iloc[0])
+
+
+def _order_words(description: log_description.LogDescription) -> str:
+    words = "by time, then by file name and the place of the row in the file"
+    if description.exposure is not None and description.exposure.extends_history:
+        words += (
+            f"; exposures with {description.exposure.extends_history} = 1 come after other events of the same second"
+        )
+    return words

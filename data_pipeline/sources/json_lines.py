@@ -1,0 +1,181 @@
+"""Reading JSON-lines files (.json, .jsonl, .ndjson, also .gz), one JSON object per line, out of core.
+
+Never eval(). The "loose" metadata files of the Amazon 2014 release hold Python dict literals instead of JSON; with
+`is_loose`, a line that is not JSON goes through `ast.literal_eval`, which builds constants only, and only up to
+MAX_LITERAL_CHARS. What is neither is counted for the caller to report; more than MAX_BAD_SHARE of the lines is an
+error.
+"""
+
+import ast
+import json
+import pathlib
+
+import ibis
+import ibis.expr.types as ir
+import pyarrow as pa
+
+from data_pipeline import raw_files
+from data_pipeline.engine import Engine
+
+MAX_LITERAL_CHARS = 200_000  # a product page; untuned. Bounds what ast.literal_eval may be asked to parse
+MAX_BAD_SHARE = 0.01
+LINES_AT_ONCE = 100_000  # that Python holds
+_SEPARATOR = "\x1f"  # JSON text cannot contain it unescaped, so that a line is one field
+
+
+@ibis.udf.scalar.builtin
+def json_valid(text: str) -> bool:
+    """Whether the text is JSON."""
+
+
+@ibis.udf.scalar.builtin
+def json_type(text: str, path: str) -> str:
+    """Kind of the value at the path, such as ARRAY, or null where there is none."""
+
+
+@ibis.udf.scalar.builtin
+def json_extract_string(text: str, path: str) -> str:
+    """Value at the path; a string without its quotes."""
+
+
+@ibis.udf.scalar.builtin(name="json_extract_string")
+def json_extract_strings(text: str, path: str) -> list[str]:
+    """All values at a path with wildcards."""
+
+
+def is_json_lines(path: pathlib.Path) -> bool:
+    """Whether the ending of the name says so."""
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    return bool(suffixes) and suffixes[-1] in (".json", ".jsonl", ".ndjson")
+
+
+def read_columns(
+    engine: Engine,
+    path: pathlib.Path,
+    columns: dict[str, str],
+    *,
+    is_loose: bool = False,
+    optional: tuple[str, ...] = (),
+) -> tuple[ir.Table, int]:
+    """Top-level keys as columns ("string", "int64", "float64", "array<string>") and `file_order`, as `raw_files` does.
+
+    A list of lists becomes the flat array of its members, a single value an array of one. A key that no line has is a
+    ValueError unless it is `optional`. Also returns the number of lines that were left out because they are neither
+    JSON objects nor, with `is_loose`, Python dict literals; without `is_loose` such a line is a ValueError.
+    """
+    raw_files.require_file(path, f"JSON lines with the keys {list(columns)}")
+    lines = _read_lines(engine, path)
+    lines, num_bad = _repair(engine, path, lines, is_loose)
+    values = {name: _value(lines.line, name, kind) for name, kind in columns.items()}
+    raw = engine.con.create_table(ibis.util.gen_name("json_raw"), lines.select(raw_files.FILE_ORDER, **values))
+    _check_keys(path, raw, lines, [name for name in columns if name not in optional])
+    typed = raw.mutate(**{name: _typed(raw, name, kind) for name, kind in columns.items()})
+    for name, kind in columns.items():
+        if kind in ("int64", "float64"):
+            bad = raw.filter(raw[name].notnull() & _typed(raw, name, kind).isnull())
+            raw_files.require_none(path, bad, name, kind, "correct the values or leave those lines out")
+    return typed, num_bad
+
+
+def _read_lines(engine: Engine, path: pathlib.Path) -> ir.Table:
+    """Table (file_order, line) of the lines that are not blank; file_order counts blank lines too."""
+    name = ibis.util.gen_name("lines")
+    try:
+        source = engine.con.read_csv(
+            path, columns={"line": "VARCHAR"}, header=False, delim=_SEPARATOR, quote="", escape="", auto_detect=False
+        )
+        lines = engine.con.create_table(name, source.mutate(**{raw_files.FILE_ORDER: ibis.row_number().cast("int64")}))
+    except Exception as error:  # DuckDB's own exception types are no part of Ibis
+        raise ValueError(
+            f"{path} cannot be read as lines of UTF-8 text ({error}); is it whole? fetch it again"
+        ) from error
+    return lines.filter(lines.line.strip().length() > 0)
+
+
+def _repair(engine: Engine, path: pathlib.Path, lines: ir.Table, is_loose: bool) -> tuple[ir.Table, int]:
+    """Lines as JSON objects, and the number of those that could not be understood."""
+    is_object = json_valid(lines.line).fill_null(False)
+    is_object = ibis.ifelse(is_object, json_type(ibis.ifelse(is_object, lines.line, "null"), "$") == "OBJECT", False)
+    marked = engine.con.create_table(ibis.util.gen_name("marked"), lines.mutate(is_object=is_object))
+    others = marked.filter(~marked.is_object)
+    num_lines, num_others = int(marked.count().execute()), int(others.count().execute())
+    if num_lines == 0:
+        raise ValueError(f"{path} has only blank lines; it should hold one JSON object per line: fetch it again")
+    if not is_loose:
+        raw_files.require_none(path, others, "line", "one JSON object per line", "correct or remove the line")
+    if num_others == 0:
+        return marked.drop("is_object"), 0
+    repaired = _literals_to_json(engine, others)
+    num_bad = num_others - int(repaired.count().execute())
+    if num_bad > MAX_BAD_SHARE * num_lines:
+        fixed = others.anti_join(repaired, raw_files.FILE_ORDER)
+        expected = f"a JSON object or a Python dict literal of at most {MAX_LITERAL_CHARS:,} characters"
+        raw_files.require_none(
+            path, fixed, "line", expected, "the file may be truncated or of another kind; fetch it again"
+        )
+    return marked.filter(marked.is_object).drop("is_object").union(repaired.select(*lines.columns)), num_bad
+
+
+def _literals_to_json(engine: Engine, others: ir.Table) -> ir.Table:
+    """Table (line, file_order) of the lines that hold a dict literal, as JSON; reads a part of the file at a time."""
+    schema = pa.schema([("line", pa.string()), (raw_files.FILE_ORDER, pa.int64())])
+    place = others[raw_files.FILE_ORDER]
+    parts = []
+    for start in range(0, int(place.max().execute()) + 1, LINES_AT_ONCE):
+        part = others.filter((place >= start) & (place < start + LINES_AT_ONCE)).to_pyarrow()
+        texts = [_literal_to_json(text) for text in part["line"].to_pylist()]
+        rows = [(text, order) for text, order in zip(texts, part[raw_files.FILE_ORDER].to_pylist()) if text is not None]
+        table = pa.Table.from_pylist([dict(zip(schema.names, row)) for row in rows], schema=schema)
+        parts.append(engine.con.create_table(ibis.util.gen_name("repaired"), ibis.memtable(table)))
+    return parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
+
+
+def _literal_to_json(text: str) -> str | None:
+    """JSON of a Python dict literal; None where the text is none, or is too long to be parsed safely."""
+    if len(text) > MAX_LITERAL_CHARS:
+        return None
+    try:
+        value = ast.literal_eval(text.strip())
+        return json.dumps(value) if isinstance(value, dict) else None
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # counted by the caller, see _repair
+        return None
+
+
+def _value(line: ir.Value, name: str, kind: str) -> ir.Value:
+    """The key `name` of the JSON text as a string, or as array<string>."""
+    if '"' in name:
+        raise ValueError(f"the key {name!r} has a quotation mark; rename it in the file")
+    path = f'$."{name}"'
+    if kind != "array<string>":
+        return json_extract_string(line, path)
+    single = ibis.array([json_extract_string(line, path)])
+    is_list = json_type(line, path) == "ARRAY"
+    is_nested = json_type(line, f"{path}[0]") == "ARRAY"
+    flat = ibis.ifelse(is_nested, json_extract_strings(line, f"{path}[*][*]"), json_extract_strings(line, f"{path}[*]"))
+    return ibis.ifelse(
+        is_list, flat, ibis.ifelse(json_extract_string(line, path).notnull(), single, ibis.null("array<string>"))
+    )
+
+
+def _typed(raw: ir.Table, name: str, kind: str) -> ir.Value:
+    if kind == "array<string>":
+        return raw[name]
+    text = raw[name].strip().nullif("")
+    if kind == "int64":  # "1.0" is a whole number to most tools that wrote such a file, "1.5" is not
+        number = text.try_cast("float64")
+        return ibis.coalesce(text.try_cast("int64"), ibis.cases((number == number.floor(), number)).try_cast("int64"))
+    return text if kind == "string" else text.try_cast(kind)
+
+
+def _check_keys(path: pathlib.Path, raw: ir.Table, lines: ir.Table, needed: list[str]) -> None:
+    present = (
+        raw.agg([raw[name].notnull().any().fill_null(False).name(name) for name in needed]).execute().iloc[0]
+        if needed
+        else {}
+    )
+    missing = [name for name in needed if not bool(present[name])]
+    if missing:
+        first = lines.order_by(raw_files.FILE_ORDER).limit(1).line.execute().iloc[0]
+        raise ValueError(
+            f"{path}: no line has the key {missing[0]!r}; the keys of the first line are {list(json.loads(first))}"
+        )

@@ -1,0 +1,361 @@
+"""The TOML file of the `generic` source: which file holds what, as frozen dataclasses. Opens no log.
+
+Every key is a field of a dataclass below; an unknown key, a missing one or a wrong type is a ValueError that names the
+file and the key. `data_pipeline/sources/README.md` explains the keys with examples.
+"""
+
+import dataclasses
+import datetime
+import difflib
+import pathlib
+import tomllib
+import types
+import typing
+import zoneinfo
+
+from gpsd_dist import schema
+
+SECTIONS = ("history", "exposure", "items", "users")
+TIME_UNITS = ("s", "ms", "us", "iso")
+FEATURE_KINDS = ("categorical", "numerical", "bag")
+RESERVED_NAMES = (
+    *(
+        "item",
+        "item_id",
+        "user_id",
+        "time_s",
+        "order",
+        "position",
+        "split",
+        "num_before",
+        "num_events",
+        "rank",
+        "known_s",
+    ),
+    *("sequence", "shuffle_key", "request_time_s", "history_length", "user_hash"),  # columns of the pipeline itself
+)
+SPLIT_RULES = ("time", "last_item_by_time", "leave_last_out")
+DRAWS = ("uniform", "popularity")
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureColumn:
+    """One input column: `[[<section>.feature]]`."""
+
+    column: str
+    name: str = ""
+    """Name in the prepared data; default: the column."""
+    kind: str = "categorical"
+    """"categorical", "numerical" or "bag" (several values per row)."""
+    separator: str = ""
+    """Of a bag in a string column; a list column needs none."""
+    place: str = ""
+    """Only in [exposure]: "candidate" (a value per row) or "context" (that of the first row with a history)."""
+
+    @property
+    def label(self) -> str:
+        """Name in the prepared data."""
+        return self.name or self.column
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskColumn:
+    """One label column of the exposure log: `[[exposure.task]]`."""
+
+    column: str
+    name: str = ""
+    given: str = ""
+    """Name of the task that must be 1 for this one to count."""
+
+    @property
+    def label(self) -> str:
+        """Name of the task."""
+        return self.name or self.column
+
+
+@dataclasses.dataclass(frozen=True)
+class HistoryLog:
+    """`[history]`: the log of what users did; it becomes histories and pretraining sequences."""
+
+    files: str
+    user: str
+    item: str
+    time: str
+    time_unit: str = "s"
+    event: str = ""
+    """Column with the type of the event."""
+    event_types: tuple[str, ...] = ()
+    """Types that count; empty = all. Rows of other types are counted as skipped."""
+    feature: tuple[FeatureColumn, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ExposureLog:
+    """`[exposure]`: what was shown, and what came of it. Without it, candidates are last events and drawn negatives."""
+
+    files: str
+    user: str
+    item: str
+    time: str
+    task: tuple[TaskColumn, ...]
+    time_unit: str = "s"
+    request: str = ""
+    """Column shared by the rows that were shown together: they get the earliest time of any of them."""
+    extends_history: str = ""
+    """Name of the task whose label 1 makes the exposure an event of later histories."""
+    feature: tuple[FeatureColumn, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemsFile:
+    """`[items]`: attributes of items."""
+
+    item: str = ""
+    files: str = ""
+    """Empty: the attributes are columns of the history log; the latest value counts."""
+    feature: tuple[FeatureColumn, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class UsersFile:
+    """`[users]`: attributes of users; they become context features."""
+
+    files: str
+    user: str
+    feature: tuple[FeatureColumn, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class CsvStyle:
+    """`[csv]`: how every CSV file of the description is written."""
+
+    separator: str = ","
+    header: bool = True
+    columns: tuple[str, ...] = ()
+    """Names in order, where there is no header."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitRule:
+    """`[split]`: how train, valid and test are cut."""
+
+    rule: str = ""
+    """Default: "time" with an exposure log, "last_item_by_time" without."""
+    time_zone: str = "UTC"
+    """Of ISO times and dates without an offset, and of the boundaries."""
+    valid_from: str = ""
+    """Date or ISO time; give `valid_from` and `test_from`, or neither."""
+    test_from: str = ""
+    test_until: str = ""
+    """Later exposures are left out and counted, or form the split `holdout` under --split holdout."""
+    valid_fraction: float = 0.1
+    """Of the exposures in time order, where no dates are given; of the train users under last_item_by_time."""
+    test_fraction: float = 0.1
+    """Of the exposures; of the users (those with the latest last event) under last_item_by_time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """`[options]`: what the prepared data keep. The command line goes first."""
+
+    max_history_length: int = 50
+    min_count: int = 1
+    num_negatives: int = 1
+    """Per target, where there is no exposure log."""
+    negatives: str = "uniform"
+
+
+@dataclasses.dataclass(frozen=True)
+class LogDescription:
+    """The whole file."""
+
+    history: HistoryLog | None = None
+    exposure: ExposureLog | None = None
+    items: ItemsFile | None = None
+    users: UsersFile | None = None
+    csv: CsvStyle = CsvStyle()
+    split: SplitRule = SplitRule()
+    options: Options = Options()
+
+    def tasks(self) -> tuple[schema.Task, ...]:
+        """Tasks of the exposure log; without one, drawn negatives make a click task."""
+        if self.exposure is None:
+            return (schema.Task("click"),)
+        return tuple(schema.Task(task.label, task.given or None) for task in self.exposure.task)
+
+
+def read(path: str | pathlib.Path) -> LogDescription:
+    """Reads and checks the TOML file; raises one ValueError with every problem found."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; --schema names a TOML file, see data_pipeline/sources/README.md")
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
+    problems: list[str] = []
+    description = _build(LogDescription, raw, "", problems)
+    if not problems:
+        problems = _check(description)
+    if problems:
+        raise ValueError(f"{path}: " + "; ".join(problems))
+    return description
+
+
+def _build(cls: type, raw: dict, where: str, problems: list[str]) -> typing.Any:
+    """An instance of `cls` from a TOML table; appends to `problems` and returns None if a key does not fit."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    found = len(problems)
+    for key in raw:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
+            problems.append(f"unknown key {_join(where, key)!r}; {hint}")
+    values = {}
+    hints = typing.get_type_hints(cls)
+    for key, field in fields.items():
+        if key in raw:
+            values[key] = _value(hints[key], raw[key], _join(where, key), problems)
+        elif field.default is dataclasses.MISSING:
+            problems.append(f"key {_join(where, key)!r} is missing")
+    return cls(**values) if len(problems) == found else None
+
+
+def _value(hint: typing.Any, raw: typing.Any, where: str, problems: list[str]) -> typing.Any:
+    """`raw` as the annotated type: a scalar, a tuple of scalars or of dataclasses, or a dataclass."""
+    if isinstance(hint, types.UnionType):  # X | None: TOML has no null, so X
+        hint = typing.get_args(hint)[0]
+    if dataclasses.is_dataclass(hint):
+        if isinstance(raw, dict):
+            return _build(hint, raw, where, problems)
+        problems.append(f"{where!r} is {raw!r}, expected a table [{where}]")
+        return None
+    if typing.get_origin(hint) is tuple:
+        element = typing.get_args(hint)[0]
+        if isinstance(raw, list):
+            return tuple(_value(element, entry, f"{where}[{number}]", problems) for number, entry in enumerate(raw))
+        problems.append(
+            f"{where!r} is {raw!r}, expected a list" + (f" of tables [[{where}]]" if element is not str else "")
+        )
+        return None
+    if hint is float and type(raw) is int:
+        return float(raw)
+    if hint is str and not isinstance(raw, str) and hasattr(raw, "isoformat"):  # a TOML date or date-time
+        return raw.isoformat()
+    if type(raw) is not hint:
+        kind = (
+            "a list"
+            if typing.get_origin(hint) is tuple
+            else f"a table [{where}]"
+            if dataclasses.is_dataclass(hint)
+            else hint.__name__
+        )
+        problems.append(f"{where!r} is {raw!r}, expected {kind}")
+    return raw
+
+
+def _check(d: LogDescription) -> list[str]:
+    """Values and references between sections."""
+    problems = []
+    if d.history is None and d.exposure is None:
+        problems.append("there is neither [history] nor [exposure]: describe at least one log")
+    if d.history is None and d.exposure is not None and not d.exposure.extends_history:
+        problems.append("without [history], exposure.extends_history must name the task whose 1 makes a history event")
+    choices = [("split.rule", d.split.rule or "time", SPLIT_RULES), ("options.negatives", d.options.negatives, DRAWS)]
+    for section in SECTIONS:
+        part = getattr(d, section)
+        if part is not None:
+            if hasattr(part, "time_unit"):
+                choices.append((f"{section}.time_unit", part.time_unit, TIME_UNITS))
+            for number, feature in enumerate(part.feature):
+                problems += _check_feature(section, f"{section}.feature[{number}]", feature)
+    problems += [
+        f"{key!r} is {value!r}, expected one of {known}" for key, value, known in choices if value not in known
+    ]
+    problems += _check_names(d) + _check_exposure(d) + _check_split(d.split)
+    if d.exposure is None and d.split.rule == "time":
+        problems.append(
+            "'split.rule' is 'time', which cuts [exposure]; without it use 'last_item_by_time' or 'leave_last_out'"
+        )
+    if d.items is not None and bool(d.items.files) != bool(d.items.item):
+        problems.append(
+            "[items] needs both `files` and `item`, or neither (attributes in the columns of the history log)"
+        )
+    if d.items is not None and not d.items.files and d.history is None:
+        problems.append("[items] without `files` takes the attributes from the history log, and there is no [history]")
+    for key in ("max_history_length", "min_count", "num_negatives"):
+        if getattr(d.options, key) < 1:
+            problems.append(f"'options.{key}' is {getattr(d.options, key)}, expected at least 1")
+    if d.csv.header == bool(d.csv.columns):
+        problems.append("[csv] needs `columns` exactly where `header = false`")
+    return problems
+
+
+def _check_feature(section: str, where: str, feature: FeatureColumn) -> list[str]:
+    problems = []
+    if feature.kind not in FEATURE_KINDS:
+        problems.append(f"'{where}.kind' is {feature.kind!r}, expected one of {FEATURE_KINDS}")
+    if feature.separator and feature.kind != "bag":
+        problems.append(f"'{where}.separator' is set, but kind is {feature.kind!r}; only a bag has one")
+    if feature.kind == "bag" and section != "items":
+        problems.append(f"'{where}.kind' is 'bag'; only [[items.feature]] can be one")
+    if section == "exposure" and feature.place not in ("candidate", "context"):
+        problems.append(f"'{where}.place' is {feature.place!r}, expected 'candidate' or 'context'")
+    if section != "exposure" and feature.place:
+        problems.append(f"'{where}.place' is only for [[exposure.feature]]")
+    return problems
+
+
+def _check_names(d: LogDescription) -> list[str]:
+    parts = [getattr(d, section) for section in SECTIONS]
+    names = [feature.label for part in parts if part is not None for feature in part.feature]
+    names += [task.name for task in d.tasks()] if d.exposure is not None else []
+    twice = sorted({name for name in names if names.count(name) > 1})
+    problems = [f"the name {name!r} is used twice; give one of them another `name`" for name in twice]
+    taken = sorted(
+        {name for name in names if name in RESERVED_NAMES or not name.isidentifier() or name.startswith("_")}
+    )
+    rule = f"letters, digits and inner underscores, and none of {', '.join(RESERVED_NAMES)}"
+    return problems + [f"the name {name!r} cannot be used; give it a `name` of {rule}" for name in taken]
+
+
+def _check_exposure(d: LogDescription) -> list[str]:
+    if d.exposure is None:
+        return []
+    problems = []
+    names = [task.label for task in d.exposure.task]
+    if not names:
+        problems.append("[exposure] has no [[exposure.task]]: name at least one label column")
+    for task in d.exposure.task:
+        if task.given and (task.given not in names or task.given == task.label):
+            problems.append(f"task {task.label!r} is given {task.given!r}; other tasks: {names}")
+    if d.exposure.extends_history and d.exposure.extends_history not in names:
+        problems.append(
+            f"'exposure.extends_history' is {d.exposure.extends_history!r}, expected one of the tasks {names}"
+        )
+    if d.split.rule not in ("", "time"):
+        problems.append(f"'split.rule' is {d.split.rule!r}: with an [exposure] log the splits are cut by 'time'")
+    return problems
+
+
+def _check_split(split: SplitRule) -> list[str]:
+    problems = []
+    if split.time_zone not in zoneinfo.available_timezones():
+        problems.append(f"'split.time_zone' is {split.time_zone!r}, expected a name like 'UTC' or 'Asia/Shanghai'")
+    if bool(split.valid_from) != bool(split.test_from):
+        problems.append("[split] has only one of `valid_from` and `test_from`; give both, or fractions")
+    low, high = split.valid_fraction, split.test_fraction
+    for key in ("valid_from", "test_from", "test_until"):
+        try:
+            datetime.datetime.fromisoformat(getattr(split, key) or "2000-01-01")
+        except ValueError:
+            problems.append(f"'split.{key}' is {getattr(split, key)!r}, expected a date or an ISO time")
+    if split.test_until and not split.test_from:
+        problems.append("[split] has `test_until` without `test_from`")
+    if not (0 < low < 1 and 0 < high < 1 and low + high < 1):
+        problems.append(f"[split] fractions {low} and {high} must lie in (0, 1) and sum to less than 1")
+    return problems
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key

@@ -1,0 +1,124 @@
+"""MovieLens and files of its format (MovieTweetings): ratings.dat + movies.dat (fields parted by "::") or ratings.csv + movies.csv.
+
+Every rating is an event, whatever its stars. Default split: leave the last out, as HSTU and SASRec are evaluated; with
+--catalogue all the vocabulary holds every id of the movies file, as in the protocol of generative-recommenders.
+"""
+
+import argparse
+import csv
+import pathlib
+
+import ibis
+import ibis.expr.types as ir
+import pyarrow as pa
+
+from data_pipeline import canonical, raw_files
+from data_pipeline.engine import Engine
+
+RATINGS = {"user": "string", "movie": "string", "rating": "float64", "time": "int64"}
+RATINGS_CSV = {"userId": "string", "movieId": "string", "rating": "float64", "timestamp": "int64"}
+MOVIES_CSV = ["movieId", "title", "genres"]
+NO_GENRES = "(no genres listed)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--split_rule, --train_quantile and --catalogue."""
+    parser.add_argument("--split_rule", choices=("leave_last_out", "last_item_by_time"), default="leave_last_out")
+    parser.add_argument(
+        "--train_quantile", type=float, default=0.7, help="of last_item_by_time: part of the users that train"
+    )
+    words = "seen: movies rated at least --min_count times in training; all: every id of the movies file"
+    parser.add_argument("--catalogue", choices=("seen", "all"), default="seen", help=words)
+
+
+def find_files(raw_dir: pathlib.Path | None, options: argparse.Namespace) -> dict[str, pathlib.Path]:
+    """The ratings and the movies, both .dat or both .csv."""
+    if raw_dir is None:
+        raise ValueError("--raw_dir is missing; it is the folder that holds ratings.dat or ratings.csv")
+    ending = "csv" if (raw_dir / "ratings.csv").is_file() else "dat"
+    return {
+        "ratings": raw_files.require_file(raw_dir / f"ratings.{ending}", "user, movie, rating, time"),
+        "movies": raw_files.require_file(raw_dir / f"movies.{ending}", "movie, title, genres"),
+    }
+
+
+def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Namespace) -> canonical.Log:
+    """Ratings as events, genres as a bag."""
+    path = files["ratings"]
+    if path.suffix == ".csv":
+        names, raw = list(RATINGS_CSV), raw_files.read_columns(engine, path, RATINGS_CSV)
+    else:
+        names, raw = list(RATINGS), raw_files.read_columns(engine, path, RATINGS, separator="::", header=list(RATINGS))
+    raw_files.require_values(path, raw, tuple(names))
+    user, movie, _, time = (raw[name] for name in names)
+    events = raw.select(user_id=user, item_id=movie, time_s=time, order=raw[raw_files.FILE_ORDER])
+    split: canonical.SplitRule = canonical.LeaveLastOut()
+    if options.split_rule == "last_item_by_time":
+        split = canonical.LastItemByTime(train_quantile=options.train_quantile, valid_fraction=options.valid_fraction)
+    return canonical.Log(
+        events=engine.materialise("ratings", events),
+        items=_movies(engine, files["movies"]),
+        features=(
+            canonical.FeatureSpec(
+                "item", ("history", "candidate"), "item_id", min_count=0 if options.catalogue == "all" else None
+            ),
+            canonical.FeatureSpec("genres", ("history", "candidate"), "items", is_bag=True),
+        ),
+        split=split,
+        order_words=f"by second, then by the order of the lines in {path.name}",
+    )
+
+
+def _movies(engine: Engine, path: pathlib.Path) -> ir.Table:
+    """item_id and genres of every movie. A few tens of thousands of lines, so read by Python: titles hold any character."""
+    text = _decode(path)
+    genres_of: dict[str, list[str]] = {}
+    lines = _csv_rows(path, text) if path.suffix == ".csv" else _dat_rows(path, text)
+    for number, movie, genres in lines:
+        if movie in genres_of:
+            raise ValueError(f"{path}, line {number}: movie {movie!r} is listed twice; leave one line for each movie")
+        genres_of[movie] = [
+            genre.strip() for genre in genres.split("|") if genre.strip() and genre.strip() != NO_GENRES
+        ]
+    if not genres_of:
+        raise ValueError(f"{path} lists no movie; fetch it again")
+    columns = [pa.array(genres_of, pa.string()), pa.array(genres_of.values(), pa.list_(pa.string()))]
+    return engine.materialise("movies", ibis.memtable(pa.table(columns, names=["item_id", "genres"])))
+
+
+def _decode(path: pathlib.Path) -> str:
+    """UTF-8 (MovieTweetings, the .csv releases) or, where that fails, Latin-1 (MovieLens 1M), which any bytes fit."""
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
+
+
+def _dat_rows(path: pathlib.Path, text: str):
+    """(line number, movie, genres); a title may hold "::"."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        fields = line.rstrip("\r").split("::")
+        if len(fields) < 3 or not fields[0].strip():
+            raise ValueError(
+                f"{path}, line {number}: found {line[:80]!r}, expected movie::title::genres; correct the line"
+            )
+        yield number, fields[0].strip(), fields[-1]
+
+
+def _csv_rows(path: pathlib.Path, text: str):
+    """(line number, movie, genres)."""
+    reader = csv.reader(text.splitlines())
+    header = next(reader, [])
+    missing = [name for name in MOVIES_CSV if name not in header]
+    if missing:
+        raise ValueError(f"{path} has no column {missing[0]!r}; found {header}: rename the column or use another file")
+    movie, genres = header.index("movieId"), header.index("genres")
+    for fields in reader:
+        if len(fields) != len(header):
+            raise ValueError(
+                f"{path}, line {reader.line_num}: found {len(fields)} fields, expected {len(header)}; correct the line"
+            )
+        yield reader.line_num, fields[movie].strip(), fields[genres]
