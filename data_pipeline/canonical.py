@@ -48,6 +48,8 @@ class FeatureSpec:
             raise ValueError(f"feature {self.name!r}: a user column has the only place 'context', not {self.places!r}")
         if self.origin in ("item_id", "items") and "context" in self.places:
             raise ValueError(f"feature {self.name!r}: an item column occurs in history and candidate, not in context")
+        if self.is_bag and self.origin != "items":
+            raise ValueError(f"feature {self.name!r}: a bag must be an item attribute (origin 'items'), not {self.origin!r}")
         self.feature()  # the rules of the contract
 
     @property

@@ -150,3 +150,10 @@ def require_one_of(path: pathlib.Path, table: ir.Table, column: str, values: tup
     """ValueError for the first value that is none of `values` (null is let through: see require_values)."""
     bad = table.filter(table[column].notnull() & table[column].notin(values))
     require_none(path, bad, column, f"one of {values}", "correct the values or leave those rows out")
+
+
+def require_unique(path: pathlib.Path, table: ir.Table, column: str) -> None:
+    """ValueError for the first value that a lookup file gives twice."""
+    copies = ibis.window(group_by=column, order_by=table[FILE_ORDER])
+    bad = table.mutate(copy=ibis.row_number().over(copies)).filter(ibis._.copy > 0)
+    require_none(path, bad, column, "each value once", "remove the repeated rows")

@@ -73,45 +73,47 @@ class Encoder:
         """One row per item of `Log.items` or the vocabulary: item_id, and `<feature>` for every item feature."""
         specs = [spec for spec in self.log.features if spec.origin in ("item_id", "items")]
         item_vocab = self.vocabs[item_table(self.log)]
+        attributes = self.log.items.rename(_key="item_id")
         ids = self.log.items.select("item_id").union(item_vocab.select(item_id=item_vocab.raw_id)).distinct()
-        attributes = self.log.items.rename(_item="item_id")
-        table = ids.left_join(attributes, ids.item_id == attributes["_item"]).drop("_item")
+        table = ids.left_join(attributes, ids.item_id == attributes["_key"]).drop("_key")
+        table = self.engine.materialise("items_raw", table)
+        encoded = self.encode(table, [spec for spec in specs if not spec.is_bag], prefix="_")
         for spec in specs:
-            table = self._encode(table, spec, key="item_id")
-        return self.engine.materialise("items_encoded", table.select("item_id", *[spec.name for spec in specs]))
+            if spec.is_bag:
+                bags = vocab.encode_bag(table, "item_id", spec.column, self.vocabs[spec.feature().table])
+                bags = self.engine.materialise(f"bags_{spec.name}", bags)
+                joined = encoded.left_join(bags, encoded.item_id == bags["_key"])
+                encoded = joined.select(encoded, **{f"_{spec.name}": ibis.coalesce(bags["_bag"], _default(spec))})
+        columns = {spec.name: encoded[f"_{spec.name}"] for spec in specs}
+        return self.engine.materialise("items_encoded", encoded.select("item_id", **columns))
 
     def users(self) -> ir.Table | None:
         """user_id and `<feature>` of every user feature, or None where the log has none."""
         specs = [spec for spec in self.log.features if spec.origin == "users"]
         if not specs:
             return None
-        table = self.log.users
-        for spec in specs:
-            table = self._encode(table, spec, key="user_id")
-        return self.engine.materialise("users_encoded", table.select("user_id", *[spec.name for spec in specs]))
+        encoded = self.encode(self.log.users, specs, prefix="_")
+        columns = {spec.name: encoded[f"_{spec.name}"] for spec in specs}
+        return self.engine.materialise("users_encoded", encoded.select("user_id", **columns))
 
     def attach(self, rows: ir.Table, items: ir.Table, place: str) -> ir.Table:
         """`rows` (with item_id) plus `_<feature>` for the item and log features of `place`; items without attributes get 1."""
-        renamed = items.rename({f"_{name}": name for name in items.columns})
-        table = rows.left_join(renamed, rows.item_id == renamed["_item_id"]).drop("_item_id")
-        for spec in self.log.specs_in(place):
-            if spec.origin == "log":
-                table = self._encode(table, spec, key=None, into=f"_{spec.name}")
-            elif spec.origin != "users":
-                filled = ibis.coalesce(table[f"_{spec.name}"], _default(spec))
-                table = table.mutate(**{f"_{spec.name}": filled})
-        return table
+        specs = [spec for spec in self.log.specs_in(place) if spec.origin in ("item_id", "items")]
+        found = items.select(_key=items.item_id, **{f"_{spec.name}": items[spec.name] for spec in specs})
+        joined = rows.left_join(found, rows.item_id == found["_key"])
+        filled = {f"_{spec.name}": ibis.coalesce(found[f"_{spec.name}"], _default(spec)) for spec in specs}
+        table = joined.select(rows, **filled)
+        return self.encode(table, [spec for spec in self.log.specs_in(place) if spec.origin == "log"], prefix="_")
 
-    def _encode(self, table: ir.Table, spec: canonical.FeatureSpec, key: str | None, into: str | None = None) -> ir.Table:
-        into = into or spec.name
-        if spec.kind == "numerical":
-            return table.mutate(**{into: ibis.coalesce(table[spec.column], ibis.literal(0.0)).cast("float64")})
-        words = self.vocabs[spec.feature().table]
-        if not spec.is_bag:
-            return vocab.encode(table, spec.column, words, into)
-        if key is None:
-            raise ValueError(f"feature {spec.name!r}: a bag must be an item attribute (origin 'items')")
-        return vocab.encode_bag(table, key, spec.column, words, into)
+    def encode(self, table: ir.Table, specs: list[canonical.FeatureSpec], prefix: str) -> ir.Table:
+        """Adds `<prefix><feature>` for features that are no bags: an index, or float64 with 0.0 for a missing number."""
+        numbers = [spec for spec in specs if spec.kind == "numerical"]
+        filled = {f"{prefix}{spec.name}": ibis.coalesce(table[spec.column], ibis.literal(0.0)).cast("float64") for spec in numbers}
+        table = table.mutate(**filled) if filled else table
+        words = {
+            f"{prefix}{spec.name}": (spec.column, self.vocabs[spec.feature().table]) for spec in specs if spec.kind == "categorical"
+        }
+        return vocab.encode(table, words) if words else table
 
 
 def _default(spec: canonical.FeatureSpec) -> ir.Value:
@@ -148,9 +150,8 @@ def request_rows(
     log = encoder.log
     names = [spec.name for spec in log.specs_in("candidate")]
     shown = encoder.attach(candidates, items, "candidate")
-    for spec in log.specs_in("context"):
-        if spec.origin == "log" and spec.name not in names:
-            shown = encoder._encode(shown, spec, key=None, into=f"_{spec.name}")
+    only_context = [spec for spec in log.specs_in("context") if spec.origin == "log" and spec.name not in names]
+    shown = encoder.encode(shown, only_context, prefix="_")
     context_names = [spec.name for spec in log.specs_in("context") if spec.origin == "log"]
     columns = {name: shown[f"_{name}"] for name in dict.fromkeys([*names, *context_names])}
     columns |= {f"label_{task.name}": shown[task.name] for task in log.tasks} | {"time_s": shown.time_s}
@@ -192,11 +193,10 @@ def _field_or_empty(tokens: ir.ArrayValue, name: str) -> ir.ArrayValue:
 
 
 def _with_user_features(log: canonical.Log, rows: ir.Table, users: ir.Table) -> ir.Table:
-    renamed = users.rename({f"_{name}": name for name in users.columns})
-    joined = rows.left_join(renamed, rows.user_id == renamed["_user_id"])
     specs = [spec for spec in log.specs_in("context") if spec.origin == "users"]
-    filled = {f"context.{spec.name}": ibis.coalesce(joined[f"_{spec.name}"], _default(spec)) for spec in specs}
-    return joined.mutate(**filled).drop("_user_id", *[f"_{spec.name}" for spec in specs])
+    joined = rows.left_join(users, rows.user_id == users.user_id)
+    filled = {f"context.{spec.name}": ibis.coalesce(users[spec.name], _default(spec)) for spec in specs}
+    return joined.select(rows, **filled)
 
 
 def item_rows(encoder: Encoder, items: ir.Table) -> ir.Table:

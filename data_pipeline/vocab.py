@@ -56,24 +56,28 @@ def read(engine: Engine, name: str, path: pathlib.Path) -> ir.Table:
     return engine.materialise(f"vocab_{name}", engine.con.read_parquet(path))
 
 
-def encode(table: ir.Table, column: str, vocab: ir.Table, into: str) -> ir.Table:
-    """Adds the int64 column `into` with the indices of the string column `column`; unknown or null becomes 1."""
-    lookup = vocab.select(_key=vocab.raw_id, _index=vocab["index"])
-    joined = table.left_join(lookup, table[column] == lookup._key)
-    index = ibis.coalesce(joined["_index"], ibis.literal(schema.UNKNOWN_INDEX, type="int64"))
-    return joined.mutate(_encoded=index).drop("_key", "_index").mutate(**{into: ibis._["_encoded"]}).drop("_encoded")
+def encode(table: ir.Table, columns: dict[str, tuple[str, ir.Table]]) -> ir.Table:
+    """Adds int64 columns of indices; unknown or null becomes 1. `columns`: new column -> (string column, vocabulary).
 
-
-def encode_bag(table: ir.Table, key: str, column: str, vocab: ir.Table, into: str) -> ir.Table:
-    """Adds the array<int64> column `into` for the array<string> column `column` of a table with the unique column `key`.
-
-    Indices ascend; equal ones (two unknown ids) stay. A missing or empty bag becomes [1].
+    All lookups are one chain of joins: nested one by one, a table with 30 columns is too deep a query for the SQL generator.
     """
-    members = table.select(_bag_key=table[key], _raw=table[column].unnest())
-    encoded = encode(members, "_raw", vocab, "_index")
-    bags = encoded.group_by("_bag_key").agg(_bag=encoded["_index"].collect().sort())
-    joined = table.left_join(bags, table[key] == bags["_bag_key"])
-    unknown = ibis.array([ibis.literal(schema.UNKNOWN_INDEX, type="int64")])
-    return joined.mutate(_encoded=ibis.coalesce(joined["_bag"], unknown)).drop("_bag_key", "_bag", *([into] if into in table.columns else [])).rename(
-        {into: "_encoded"}
-    )
+    lookups = {
+        into: words.select(**{f"_id_{into}": words.raw_id, f"_index_{into}": words["index"]}) for into, (_, words) in columns.items()
+    }
+    table = table.view()  # Ibis would else add to the chain of a table that is a join itself, and refuse its columns
+    joined = table
+    for into, (column, _) in columns.items():
+        joined = joined.left_join(lookups[into], table[column] == lookups[into][f"_id_{into}"])
+    kept = [table[name] for name in table.columns if name not in columns]
+    unknown = ibis.literal(schema.UNKNOWN_INDEX, type="int64")
+    return joined.select(*kept, **{into: ibis.coalesce(lookups[into][f"_index_{into}"], unknown) for into in columns})
+
+
+def encode_bag(table: ir.Table, key: str, column: str, words: ir.Table) -> ir.Table:
+    """(_key, _bag): indices of the array<string> column `column`, ascending; equal ones (two unknown ids) stay.
+
+    Rows of `table` (whose column `key` is unique) with a missing or empty bag are left out.
+    """
+    members = table.select(_key=table[key], _raw=table[column].unnest())
+    encoded = encode(members, {"_index": ("_raw", words)})
+    return encoded.group_by("_key").agg(_bag=encoded["_index"].collect().sort())
