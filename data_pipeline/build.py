@@ -117,6 +117,7 @@ def _build_all(running: engine.Engine, options, log: canonical.Log, prints: dict
         item_vocab = vocabs[sequences.item_table(log)]
         candidates, short = negatives.add(running, log, candidates, events, item_vocab, options)
         skipped |= short
+    raw_dir = None if options.raw_dir is None else str(options.raw_dir.resolve())  # where a later holdout finds the rest
     manifest = schema.Manifest(
         source=options.source,
         features=tuple(spec.feature() for spec in log.features),
@@ -128,7 +129,7 @@ def _build_all(running: engine.Engine, options, log: canonical.Log, prints: dict
         split_rule=f"{cut.words}; order of events: {log.order_words}",
         skipped=skipped,
         sources=prints["sources"],
-        options=prints["options"] | {"fingerprint": prints["fingerprint"], "split_rule": type(log.split).__name__},
+        options=prints["options"] | {"fingerprint": prints["fingerprint"], "split_rule": type(log.split).__name__, "raw_dir": raw_dir},
         command=command,
     )
     encoder = sequences.Encoder(running, log, vocabs)

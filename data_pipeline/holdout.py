@@ -1,2 +1,98 @@
-def build(options, source, command):
-    raise NotImplementedError
+"""Adds the split `holdout` (a day after the test period) to a built data set, with its vocabularies unchanged."""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import shutil
+import types
+
+from data_pipeline import canonical, engine, fingerprint, sequences, splits, validate, validate_rows, vocab, write
+from gpsd_dist import schema
+
+NAME = "holdout"
+PREFIX = "holdout: "
+
+
+def build(options: argparse.Namespace, source: types.ModuleType, command: str) -> None:
+    """Writes OUT/holdout and adds it to the manifest; an existing one is replaced. ValueError for every problem of the input."""
+    out_dir = options.out_dir
+    previous = schema.read_manifest(out_dir)
+    options = _as_built(options, previous)
+    files = source.find_files(options.raw_dir, options)
+    prints = fingerprint.describe(files, {"raw_dir": None}, options.source)
+    before = previous.options.get(NAME, {})
+    has_split = any(split.name == NAME for split in previous.splits)
+    if has_split and before.get("fingerprint") == prints["fingerprint"] and not options.force:
+        print(f"{out_dir / NAME} is up to date: same raw files and pipeline code; nothing to do")
+        return
+    print(f"build {options.source}, split {NAME} -> {out_dir / NAME}", flush=True)
+    aside = out_dir.parent / f".{out_dir.name}.{NAME}-{os.getpid()}"
+    aside.mkdir()
+    try:
+        with engine.scratch(options.engine, out_dir.parent, options.memory_limit, options.threads) as running:
+            split, skipped = _write(running, source.read(running, files, options), previous, out_dir, aside, options)
+        manifest = dataclasses.replace(
+            previous,
+            splits=(*(other for other in previous.splits if other.name != NAME), split),
+            skipped={reason: count for reason, count in previous.skipped.items() if not reason.startswith(PREFIX)}
+            | {PREFIX + reason: count for reason, count in skipped.items()},
+            options=previous.options
+            | {NAME: {"fingerprint": prints["fingerprint"], "command": command, "sources": list(prints["sources"])}},
+        )
+        problems = validate_rows.Problems()
+        validate.check_split(aside, manifest, split, problems)
+        problems.raise_if_any(aside)
+        write.replace_folder(aside / NAME, out_dir / NAME)
+        schema.write_manifest(manifest, out_dir)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _as_built(options: argparse.Namespace, previous: schema.Manifest) -> argparse.Namespace:
+    """The options that the data set was built with; a holdout cannot be cut or encoded in another way."""
+    if options.raw_dir is None:
+        raise ValueError("--split holdout needs --raw_dir, the folder with the later log")
+    if previous.source != options.source:
+        raise ValueError(f"{options.out_dir} was built with --source {previous.source}, not {options.source}; use that source")
+    built_from = previous.options.get("raw_dir")
+    if built_from is None or not pathlib.Path(built_from).is_dir():
+        built_from = options.raw_dir  # then raw_dir must hold everything, and find_files says what it lacks
+    known = {name: value for name, value in previous.options.items() if hasattr(options, name) and name not in ("raw_dir", "split")}
+    return argparse.Namespace(**(vars(options) | known | {"built_from_dir": pathlib.Path(built_from)}))
+
+
+def _write(
+    running: engine.Engine,
+    log: canonical.Log,
+    previous: schema.Manifest,
+    out_dir: pathlib.Path,
+    aside: pathlib.Path,
+    options: argparse.Namespace,
+) -> tuple[schema.Split, dict[str, int]]:
+    canonical.check(log)
+    if tuple(spec.feature() for spec in log.features) != previous.features or log.tasks != previous.tasks:
+        raise ValueError(f"{out_dir} was built with other features or tasks than this version has; build it again first")
+    vocabs = {}
+    for table in previous.tables:
+        path = out_dir / "vocab" / f"{table.name}.parquet"
+        vocabs[table.name] = vocab.read(running, table.name, path)
+        if vocab.measure(path) != (table.num_rows, table.fingerprint):
+            raise ValueError(f"{path} is not the vocabulary that the manifest describes; build the data set again")
+    events = splits.number_events(running, log)
+    cut = splits.cut(running, log, events, is_holdout=True)
+    encoder = sequences.Encoder(running, log, vocabs)
+    items, users = encoder.items(), encoder.users()
+    histories = sequences.user_sequences(encoder, events, items)
+    rows = sequences.request_rows(encoder, cut.candidates, items, users, histories, previous.max_history_length)
+    split = write.write_split(
+        running,
+        rows,
+        NAME,
+        schema.arrow_schema(previous, NAME),
+        aside,
+        row_group_rows=options.row_group_rows,
+        file_rows=options.file_rows,
+        compression=options.compression,
+    )
+    return split, {**log.skipped, **cut.skipped}
