@@ -189,6 +189,8 @@ class TrainConfig:
     """Metric of `valid` that chooses the best checkpoint (larger is better); empty: the first task's AUC, or MRR."""
     patience: int = 0
     """Stop after this many validations without a better one; 0 turns early stopping off."""
+    save_interval_steps: int = 0
+    """Also save every this many steps; 0: only with a validation."""
     keep_last: int = 1
     """Checkpoints kept besides the best one."""
     log_interval_steps: int = 20
@@ -201,7 +203,7 @@ class TrainConfig:
         problems = []
         for name in ("epochs", "micro_batches", "eval_per_epoch", "keep_last", "log_interval_steps"):
             problems += _below(self, name, 1)
-        for name in ("max_steps", "clip_norm", "patience"):
+        for name in ("max_steps", "clip_norm", "patience", "save_interval_steps"):
             problems += _below(self, name, 0)
         for name in ("warmup_fraction", "final_lr_fraction"):
             if not 0 <= getattr(self, name) < 1:
@@ -273,6 +275,25 @@ GIN_CLASSES = (
     TrainConfig,
     RunConfig,
 )
+
+
+def run_config_from_dict(raw: dict[str, typing.Any]) -> RunConfig:
+    """The inverse of `dataclasses.asdict(run)` after a trip through JSON. ValueError names what does not fit."""
+    parts = {field.name: field for field in dataclasses.fields(RunConfig)}
+    try:
+        values = {name: _part(typing.get_type_hints(RunConfig)[name], raw[name]) for name in raw if name in parts}
+        unknown = set(raw) - set(parts)
+        if unknown:
+            raise ValueError(f"unknown fields {sorted(unknown)}")
+        return RunConfig(**values)
+    except TypeError as error:
+        raise ValueError(f"the saved run configuration does not fit this version: {error}") from error
+
+
+def _part(hint: typing.Any, value: typing.Any) -> typing.Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return hint(**value)
+    return value
 
 
 def _below(config: typing.Any, name: str, minimum: float) -> list[str]:

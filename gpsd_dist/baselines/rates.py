@@ -30,7 +30,7 @@ def evaluate_baseline(
     """
     if name not in BASELINES:
         raise ValueError(f"there is no baseline {name!r}; choose one of {sorted(BASELINES)}")
-    manifest = schema.read_manifest(data_dir)
+    manifest = schema.read_manifest(pathlib.Path(data_dir))
     tasks = [task.name for task in manifest.tasks] if tasks is None else tasks
     return {task: BASELINES[name](data_dir, manifest, split, task).metrics() for task in tasks}
 

@@ -14,7 +14,8 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from gpsd_dist.data.batch import Bag, Batch, NextItem
-from gpsd_dist.data.parquet_dataset import BadValue, BatchKey
+from gpsd_dist.data.loader import BatchKey
+from gpsd_dist.data.parquet_dataset import BadValue
 from gpsd_dist.packing import Packing
 from gpsd_dist.schema import NUM_RESERVED_ROWS, Feature, Manifest
 

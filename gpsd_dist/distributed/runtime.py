@@ -57,12 +57,10 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def _configure_logging(rank: int) -> None:
-    """Rank 0 at INFO, the others at WARNING, all with their rank."""
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format=f"%(asctime)s rank {rank} %(levelname).1s %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-    )
-    for noisy in ("torchrec", "torch.distributed", "fbgemm_gpu"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    """Our own messages with their rank: rank 0 at INFO, the others at WARNING. Libraries keep theirs."""
+    logger = logging.getLogger("gpsd_dist")
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.propagate = False
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
+    logger.handlers = [handler]

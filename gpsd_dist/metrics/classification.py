@@ -25,7 +25,7 @@ class Predictions:
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} is not one of {KINDS}")
         self.kind = kind
-        self._chunks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._chunks: list[tuple[np.ndarray, ...]] = []
 
     def __len__(self) -> int:
         return sum(len(score_N) for score_N, _, _ in self._chunks)
@@ -68,7 +68,7 @@ class Predictions:
             found = f"{is_bad.sum()} of {len(score_N)} scores ({self.kind})"
             raise ValueError(f"{found} are not {what}, the first is {score_N[is_bad][0]!r}")
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def arrays(self) -> tuple[np.ndarray, ...]:
         """All rows of this rank: score float32 [N], label uint8 [N], user_hash int64 [N], in the order they came."""
         if len(self._chunks) != 1:
             dtypes = (np.float32, np.uint8, np.int64)
@@ -79,7 +79,8 @@ class Predictions:
 
     def metrics(self) -> dict[str, float | int]:
         """Metrics of the rows on this rank only; `gather_metrics` is the one over all ranks."""
-        return classification_metrics(*self.arrays(), kind=self.kind)
+        score_N, label_N, user_hash_N = self.arrays()
+        return classification_metrics(score_N, label_N, user_hash_N, self.kind)
 
     def gather(self, group: dist.ProcessGroup | None = None) -> "Predictions":
         """Collective, all ranks must call: every rank's rows on rank 0 of `group`, an empty object on the others.

@@ -1,0 +1,53 @@
+"""Builds the sharded tables and the dense model of a run, in TorchRec's order. Shared by training and evaluation."""
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from gpsd_dist.config import RunConfig
+from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.distributed.sharding import ShardedTables, shard_tables
+from gpsd_dist.model.embeddings import Tables, lookup_tables
+from gpsd_dist.model.gpsd import NextItemModel, RankingModel
+from gpsd_dist.objective import NextItemObjective, Objective, RankingObjective, trained_tasks
+from gpsd_dist.schema import Manifest, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """A model ready to be loaded into."""
+
+    tables: ShardedTables
+    model: nn.Module
+    """NextItemModel or RankingModel on the device."""
+    objective: Objective
+    tasks: tuple[Task, ...]
+    """Of a RankingModel; empty in pretraining."""
+    lookup_names: tuple[str, ...]
+    """Tables that a batch looks up."""
+
+    def weights(self) -> dict[str, dict]:
+        """Live tensors under the names that checkpoints use: `table.<name>`, `dense.<parameter>`."""
+        return {"table": self.tables.weights(), "dense": dict(self.model.state_dict())}
+
+
+def assemble(run: RunConfig, manifest: Manifest, runtime: Runtime) -> Assembly:
+    """Random weights, a function of the seed alone. Collective: all ranks must call."""
+    is_pretraining = run.stage == "pretrain"
+    sharded = lookup_tables(manifest, run.tables, with_candidates=not is_pretraining)
+    frozen = run.tables.transfer if run.freezes_tables else ()
+    tables = Tables(sharded, frozen, run.tables, torch.device("meta"))
+    placed = shard_tables(tables, run.tables, run.sparse, runtime, run.seed)
+    torch.manual_seed(run.seed)
+    tasks: tuple[Task, ...] = ()
+    model: nn.Module
+    objective: Objective
+    if is_pretraining:
+        model = NextItemModel(manifest, run.tables, run.model, sharded, run.pretrain.auxiliary)
+        objective = NextItemObjective(run.pretrain, manifest)
+    else:
+        tasks = trained_tasks(run.finetune, manifest)
+        model = RankingModel(manifest, run.tables, run.model, sharded, tuple(task.name for task in tasks))
+        objective = RankingObjective(run.finetune, tasks)
+    return Assembly(placed, model.to(runtime.device), objective, tasks, tuple(table.name for table in sharded))

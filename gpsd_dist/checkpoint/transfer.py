@@ -1,0 +1,62 @@
+"""From pretraining to finetuning: which tensors move, and the report of what moved (arXiv:2506.03699, section 3.3)."""
+
+import logging
+import pathlib
+
+from gpsd_dist.checkpoint import manager
+from gpsd_dist.config import RunConfig
+from gpsd_dist.schema import Manifest
+
+log = logging.getLogger(__name__)
+_TOWER_PREFIX = "backbone."
+"""Token embedder (small tables, segment), projection in and tower: what FT moves and ST leaves random."""
+
+
+def transfer(run: RunConfig, manifest: Manifest, weights: dict, dense: dict) -> str:
+    """Loads what the strategy takes over into `weights` (table -> ShardedTensor) and `dense` (name -> parameter), in place.
+
+    Collective. Returns the report. ValueError if a table's vocabulary differs from the checkpoint's, or a tensor that
+    the strategy names is missing or has another shape: nothing is skipped silently.
+    """
+    checkpoint = manager.find(run.init_checkpoint)
+    state = manager.read_state(checkpoint)
+    _check_vocabularies(run, manifest, state, checkpoint)
+    missing = [table for table in run.tables.transfer if table not in weights]
+    if missing:
+        raise ValueError(f"TRANSFER_TABLES names {missing}, but the sharded tables are {sorted(weights)}")
+    tables = {name: weights[name] for name in run.tables.transfer}
+    moved = {name: value for name, value in dense.items() if run.transfers_tower and name.startswith(_TOWER_PREFIX)}
+    manager.load_tensors(checkpoint, {"table": tables, "dense": moved})
+    return _report(run, checkpoint, state, tables, moved, dense)
+
+
+def _check_vocabularies(run: RunConfig, manifest: Manifest, state: manager.RunState, checkpoint: pathlib.Path) -> None:
+    theirs = {table["name"]: table for table in state.manifest["tables"]}
+    problems = []
+    needed = set(run.tables.transfer)
+    if run.transfers_tower:  # the token features' small tables move too
+        needed |= {f.table for f in manifest.features_in("history") if f.table is not None}
+    for name in sorted(needed):
+        mine = manifest.table(name)
+        if name not in theirs:
+            problems.append(f"it has no table {name!r}")
+        elif theirs[name]["fingerprint"] != mine.fingerprint:
+            sizes = f"{theirs[name]['num_rows']} rows there, {mine.num_rows} here"
+            problems.append(f"table {name!r} has another vocabulary ({sizes}): its row numbers mean other ids")
+    if problems:
+        raise ValueError(
+            f"checkpoint {checkpoint} was trained on another data set: " + "; ".join(problems) + "; pretrain on this one"
+        )
+
+
+def _report(run, checkpoint, state, tables: dict, moved: dict, dense: dict) -> str:
+    fate = "frozen" if run.freezes_tables else "trained on"
+    lines = [f"{run.strategy} from {checkpoint} (pretraining step {state.step})"]
+    lines += [f"  loaded table.{name} {tuple(value.size())}, {fate}" for name, value in tables.items()]
+    lines += [f"  loaded {len(moved)} tensors of the tower, {sum(v.numel() for v in moved.values()):,} parameters"]
+    fresh = [name for name in dense if name not in moved]
+    lines += [f"  random {len(fresh)} dense tensors: {', '.join(sorted({n.split('.')[0] for n in fresh})) or 'none'}"]
+    used = {f"table.{name}" for name in tables} | {f"dense.{name}" for name in moved}
+    skipped = [key for key in manager.saved_keys(checkpoint) if key not in used and "optimizer" not in key.split(".")[0]]
+    lines += [f"  not taken from the checkpoint: {len(skipped)} tensors ({', '.join(skipped[:4])}{' ...' * (len(skipped) > 4)})"]
+    return "\n".join(lines)

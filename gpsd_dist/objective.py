@@ -1,0 +1,122 @@
+"""What a stage minimises: named losses, their weights, and how many things each counts in a batch.
+
+The objective is sum over losses of weight * (sum over all ranks / count over all ranks).
+"""
+
+import dataclasses
+import typing
+
+import torch
+from torch import nn
+
+from gpsd_dist import losses
+from gpsd_dist.config import FinetuneConfig, PretrainConfig
+from gpsd_dist.data.batch import Batch
+from gpsd_dist.schema import Manifest, Task
+
+
+class Objective(typing.Protocol):
+    """One per stage. L losses in a fixed order."""
+
+    weights: dict[str, float]
+    """Loss -> weight, in order."""
+
+    def counts(self, batch: Batch) -> torch.Tensor:
+        """float32 [L]: positions or labels of this batch; needs no model, so ranks can add them up beforehand."""
+
+    def sums(self, model: nn.Module, rows: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        """float32 [L]: runs the model and sums each loss over the batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NextItemObjective:
+    """Sampled softmax over items, and full softmax over each auxiliary feature of the next item."""
+
+    config: PretrainConfig
+    manifest: Manifest
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """See Objective."""
+        return {"next_item": 1.0} | {f"next_{name}": self.config.auxiliary_weight for name in self.config.auxiliary}
+
+    def counts(self, batch: Batch) -> torch.Tensor:
+        """See Objective."""
+        return torch.full((len(self.weights),), float(len(batch.next_item.token_M)))
+
+    def sums(self, model: nn.Module, rows: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        """See Objective."""
+        outputs, next_item = model(rows, batch), batch.next_item
+        hidden_ME = outputs.hidden_TE.index_select(0, next_item.token_M)
+        item = self.manifest.feature(self.manifest.item_feature)
+        item_loss, _ = losses.sampled_softmax(
+            hidden_ME,
+            rows[item.table],
+            batch.history[item.name][next_item.target_token_M],
+            next_item.item_M,
+            next_item.negative_row_GN,
+            next_item.negative_item_GN,
+            next_item.group_offsets,
+            self.config.temperature,
+        )
+        sums = [item_loss]
+        for name in self.config.auxiliary:
+            target_M = batch.history[name][next_item.target_token_M]
+            weight_VE = outputs.auxiliary_weight[name]
+            sums.append(losses.full_softmax(hidden_ME, weight_VE, target_M, self.config.temperature)[0])
+        return torch.stack(sums)
+
+
+@dataclasses.dataclass(frozen=True)
+class RankingObjective:
+    """Cross entropy per task over the candidates whose label is observed; of a task given another, where that is 1.
+
+    With ESMM a conditional task is trained through the product of both probabilities instead, over all candidates.
+    """
+
+    config: FinetuneConfig
+    tasks: tuple[Task, ...]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """See Objective."""
+        return {task.name: self.config.task_weights.get(task.name, 1.0) for task in self.tasks}
+
+    def counts(self, batch: Batch) -> torch.Tensor:
+        """See Objective."""
+        return torch.stack([(~self._label(task, batch).isnan()).sum() for task in self.tasks]).float()
+
+    def sums(self, model: nn.Module, rows: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        """See Objective."""
+        logits = model(rows, batch)
+        return torch.stack([self._loss(task, logits, batch) for task in self.tasks])
+
+    def _loss(self, task: Task, logits: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        label_C = self._label(task, batch)
+        if self.config.esmm and task.given is not None:
+            return losses.product_cross_entropy(logits[task.given], logits[task.name], label_C)[0]
+        return losses.binary_cross_entropy(logits[task.name], label_C)[0]
+
+    def _label(self, task: Task, batch: Batch) -> torch.Tensor:
+        """float32 [C], NaN where the loss of the task does not count."""
+        label_C = batch.labels[task.name]
+        if task.given is None:
+            return label_C
+        combine = losses.product_label if self.config.esmm else losses.conditional_label
+        return combine(label_C, batch.labels[task.given])
+
+
+def trained_tasks(config: FinetuneConfig, manifest: Manifest) -> tuple[Task, ...]:
+    """Tasks with a weight above 0. ValueError for a weight of an unknown task, or one given a task that is left out."""
+    names = [task.name for task in manifest.tasks]
+    unknown = set(config.task_weights) - set(names)
+    if unknown:
+        raise ValueError(f"FinetuneConfig.task_weights names {sorted(unknown)}, but the data set has tasks {names}")
+    tasks = tuple(task for task in manifest.tasks if config.task_weights.get(task.name, 1.0) > 0)
+    kept = {task.name for task in tasks}
+    for task in tasks:
+        if config.esmm and task.given is not None and task.given not in kept:
+            raise ValueError(f"ESMM trains {task.name!r} through {task.given!r}, whose weight is 0")
+    if not tasks:
+        raise ValueError(f"no task to train: the weights of {names} are all 0")
+    return tasks

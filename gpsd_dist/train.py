@@ -1,0 +1,56 @@
+"""ENTRY: trains one run. `torchrun --nproc_per_node 2 -m gpsd_dist.train --gin_file configs/stage/pretrain.gin ...`
+
+Read this first: argv -> RunConfig -> process group -> Trainer -> train().
+"""
+
+import dataclasses
+import json
+import logging
+import pathlib
+import sys
+
+from gpsd_dist.config import RunConfig
+from gpsd_dist.distributed.runtime import Runtime, process_group
+from gpsd_dist.gin_cli import ParsedRun, load_run_config
+from gpsd_dist.provenance import environment
+from gpsd_dist.trainer import Trainer
+
+log = logging.getLogger("gpsd_dist.train")
+
+
+def main(argv: list[str]) -> int:
+    """Exit status 0 when trained or asked to stop (saved); 2 for a mistake in the options or the data."""
+    try:
+        parsed = load_run_config(argv)
+        with process_group(parsed.run.train.collective_timeout_s) as runtime:
+            trainer = Trainer(parsed.run, runtime)
+            if runtime.is_main:
+                _describe(parsed, trainer, runtime)
+            trainer.train()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _describe(parsed: ParsedRun, trainer: Trainer, runtime: Runtime) -> None:
+    """Writes what the run is into its folder, and the same in short to the log."""
+    run: RunConfig = parsed.run
+    folder = pathlib.Path(run.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.gin").write_text(parsed.gin_text)
+    (folder / "run_config.json").write_text(json.dumps(dataclasses.asdict(run), indent=1))
+    (folder / "plan.txt").write_text(trainer.assembly.tables.plan + "\n")
+    (folder / "environment.json").write_text(json.dumps(environment(runtime), indent=1))
+    sparse = sum(weight.size().numel() for weight in trainer.assembly.tables.weights().values())
+    dense = sum(parameter.numel() for parameter in trainer.model.parameters())
+    log.info("run %s: %s %s, %s on %d x %s", folder, run.stage, run.strategy, run.model.name, runtime.world_size, runtime.device.type)
+    log.info("parameters: %s in tables, %s dense", f"{sparse:,}", f"{dense:,}")
+    for line in trainer.assembly.tables.plan.splitlines():
+        log.info("%s", line)
+    steps = trainer.loader.steps_per_epoch
+    log.info("steps: %d per epoch x %d epochs, %d in all, warm-up %d", steps, run.train.epochs, trainer.total_steps, trainer.warmup_steps)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

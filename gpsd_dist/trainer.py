@@ -1,0 +1,319 @@
+"""The run, top to bottom: wire the parts, choose where weights come from, loop over steps, validate, save."""
+
+import dataclasses
+import json
+import logging
+import math
+import pathlib
+import signal
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from gpsd_dist.assembly import assemble
+from gpsd_dist.checkpoint.manager import Checkpoints, RunState, load_tensors, read_state
+from gpsd_dist.checkpoint.transfer import transfer
+from gpsd_dist.config import RunConfig
+from gpsd_dist.data.batch import Batch
+from gpsd_dist.data.collate import Collate
+from gpsd_dist.data.loader import Loader
+from gpsd_dist.distributed.collectives import all_sum
+from gpsd_dist.distributed.runtime import Runtime, seed_step
+from gpsd_dist.metrics.classification import Predictions, gather_metrics
+from gpsd_dist.metrics.progress import Progress
+from gpsd_dist.metrics.recorder import Recorder
+from gpsd_dist.metrics.throughput import Throughput
+from gpsd_dist.optim.dense import dense_optimizer, named_state
+from gpsd_dist.optim.schedule import learning_rate_factor
+from gpsd_dist.schema import read_manifest
+from gpsd_dist.scoring import add_predictions, evaluate_split
+
+log = logging.getLogger(__name__)
+_MAY_CHANGE_ON_RESUME = (
+    ("data_dir",),
+    ("output_dir",),
+    ("init_checkpoint",),
+    ("data", "num_threads"),
+    ("data", "prefetch"),
+    ("data", "eval_batch_rows_per_rank"),
+    ("train", "max_steps"),
+    ("train", "patience"),
+    ("train", "keep_last"),
+    ("train", "log_interval_steps"),
+    ("train", "save_interval_steps"),
+    ("train", "collective_timeout_s"),
+)
+
+
+@dataclasses.dataclass
+class Progression:
+    """What the loop has reached; saved with every checkpoint."""
+
+    best_value: float = -math.inf
+    best_step: int = -1
+    stale: int = 0
+    """Validations since the best one."""
+    is_finished: bool = False
+
+
+class Trainer:
+    """Wires the components in TorchRec's order and runs the loop. Owns zero_grad, clip and step of both optimizers."""
+
+    def __init__(self, run: RunConfig, runtime: Runtime):
+        """Collective. Builds everything with random weights; `train` decides where weights come from."""
+        self.run, self.runtime = run, runtime
+        self.manifest = read_manifest(run.data_dir)
+        self.assembly = assemble(run, self.manifest, runtime)
+        self.model = self.assembly.model.train()
+        self.optimizer = dense_optimizer(self.model, run.dense)
+        self.parallel = DistributedDataParallel(self.model) if runtime.world_size > 1 else self.model
+        self.loader = self._training_loader()
+        self.checkpoints = Checkpoints(run.output_dir, runtime, run.train.keep_last)
+        self.throughput = Throughput()
+        self.progression = Progression()
+        self.step = 0
+        steps_per_epoch = self.loader.steps_per_epoch
+        self.schedule_steps = run.train.epochs * steps_per_epoch
+        self.total_steps = min(self.schedule_steps, run.train.max_steps or self.schedule_steps)
+        self.eval_interval_steps = max(1, steps_per_epoch // run.train.eval_per_epoch)
+        self.warmup_steps = int(run.train.warmup_fraction * self.schedule_steps)
+        self._train_predictions: dict[str, Predictions] = {}
+        self._stop_requested = False
+
+    def train(self) -> dict[str, float]:
+        """Runs to the end, from the newest checkpoint if there is one. Returns the best validation's metrics. Collective."""
+        self._load_weights()
+        if self.progression.is_finished:
+            log.info("this run is finished (best step %d); nothing to do", self.progression.best_step)
+            return self._best_metrics()
+        progress = Progress(self.total_steps, first_step=self.step) if self.runtime.is_main else None
+        recorder = Recorder(self.run.output_dir, self.runtime.rank, resume_step=self.step, progress=progress)
+        previous = signal.signal(signal.SIGTERM, self._request_stop)
+        self.throughput.restart()
+        while not self.progression.is_finished:
+            for batches in self._waited(self.loader):
+                self._train_step(batches, recorder)
+                is_last = self.step >= self.total_steps
+                if self.step % self.run.train.log_interval_steps == 0 or is_last:
+                    self.throughput.record_to(recorder)
+                    recorder.log(self.step, self.step / self.loader.steps_per_epoch)
+                if self.step % self.eval_interval_steps == 0 or is_last:
+                    self._validate(recorder, is_last)
+                elif self._save_is_due():
+                    self._save({}, is_best=False)
+                recorder.advance(self.step)
+                if self.progression.is_finished or self._stop_requested:
+                    break
+            if self._stop_requested:
+                log.warning("asked to stop: saved step %d; the same command goes on from there", self.step)
+                break
+        self.loader.close()
+        recorder.close()
+        signal.signal(signal.SIGTERM, previous)
+        return self._best_metrics()
+
+    def _train_step(self, batches: tuple[Batch, ...], recorder: Recorder) -> None:
+        """One optimizer step over one lookup and one or more parts of a batch (gradient accumulation)."""
+        seed_step(self.run.seed, self.step, self.runtime.rank)
+        factor = learning_rate_factor(
+            self.step, self.schedule_steps, self.warmup_steps, self.run.train.final_lr_fraction
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.run.dense.peak_lr * factor
+        self.optimizer.zero_grad()
+        self.assembly.tables.set_learning_rate(self.run.sparse.peak_lr * factor)
+
+        objective = self.assembly.objective
+        batches = tuple(batch.to(self.runtime.device) for batch in batches)
+        counts = all_sum(sum(objective.counts(batch) for batch in batches).to(self.runtime.device))
+        weight = torch.tensor(list(objective.weights.values()), device=counts.device)
+        # DDP and TorchRec both average gradients over ranks: times world size gives the sum over the global count
+        scale = weight * self.runtime.world_size / counts.clamp(min=1)
+
+        rows = self.assembly.tables(batches[0].lookup)
+        leaves = {name: value.detach().requires_grad_(value.requires_grad) for name, value in rows.items()}
+        sums = torch.zeros_like(counts)
+        for index, batch in enumerate(batches):
+            is_last = index == len(batches) - 1
+            if isinstance(self.parallel, DistributedDataParallel):
+                self.parallel.require_backward_grad_sync = is_last
+            with torch.autocast(self.runtime.device.type, torch.bfloat16, enabled=self.run.train.bf16):
+                part = objective.sums(self.parallel, leaves, batch)
+            sums += part.detach()
+            if is_last:
+                self._check_finite(sums, counts)
+            (part * scale).sum().backward()
+        trained = [name for name, value in rows.items() if value.requires_grad]
+        # rows of a table that no loss reaches have no gradient, but every rank must join the exchange
+        gradients = [torch.zeros_like(rows[n]) if leaves[n].grad is None else leaves[n].grad for n in trained]
+        if trained:
+            torch.autograd.backward([rows[name] for name in trained], gradients)  # updates the tables
+        if self.run.train.clip_norm:
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.train.clip_norm)
+            recorder.record("train/gradient_norm", norm)
+        self.optimizer.step()
+        self.step += 1
+        self._record(recorder, batches, sums, counts, factor)
+
+    def _check_finite(self, sums: torch.Tensor, counts: torch.Tensor) -> None:
+        """Before weights move. ValueError names rank and step. On a GPU only at log steps, because it waits for it."""
+        if sums.is_cuda and self.step % self.run.train.log_interval_steps:
+            return
+        if not torch.isfinite(sums).all():
+            last = self.checkpoints.latest()
+            found = dict(zip(self.assembly.objective.weights, (sums / counts.clamp(min=1)).tolist(), strict=True))
+            raise ValueError(
+                f"rank {self.runtime.rank}, step {self.step}: the loss is not finite ({found}); last good checkpoint: "
+                f"{last}. Lower DENSE_LR or SPARSE_LR, or look for extreme numerical features in this batch"
+            )
+
+    def _record(self, recorder: Recorder, batches: tuple[Batch, ...], sums, counts, factor: float) -> None:
+        total = 0.0
+        for index, (name, weight) in enumerate(self.assembly.objective.weights.items()):
+            # counts are global already, so that the sums of the ranks add up to the mean
+            mean = sums[index] * self.runtime.world_size / counts[index].clamp(min=1)
+            recorder.record(f"train/{name}_loss", mean)
+            total = total + weight * mean
+        recorder.record("train/loss", total)
+        recorder.record("train/dense_lr", self.run.dense.peak_lr * factor, reduce="last")
+        self.throughput.step(
+            sum(batch.num_requests for batch in batches), sum(batch.packing.num_history_tokens for batch in batches)
+        )
+
+    def _waited(self, loader: Loader):
+        """Batches of the rest of an epoch, with the time spent waiting for them counted."""
+        iterator = iter(loader)
+        while True:
+            with self.throughput.data_wait():
+                batches = next(iterator, None)
+            if batches is None:
+                return
+            yield batches
+
+    def _validate(self, recorder: Recorder, is_last: bool) -> None:
+        """Scores `valid`, judges it, saves. Collective."""
+        metrics = evaluate_split(self.run, self.manifest, self.assembly, "valid", self.runtime)
+        for task, values in metrics.items():
+            recorder.record_all(f"valid/{task}", values)
+        name = self.run.train.best_metric or ("next_item/mrr" if self.run.stage == "pretrain" else _first_auc(metrics))
+        flat = {f"{task}/{key}": value for task, values in metrics.items() for key, value in values.items()}
+        if name not in flat:
+            raise ValueError(f"TrainConfig.best_metric {name!r} is not one of {sorted(flat)}")
+        value, progression = flat[name], self.progression
+        is_best = value > progression.best_value or progression.best_step < 0
+        if is_best:
+            progression.best_value, progression.best_step, progression.stale = value, self.step, 0
+        else:
+            progression.stale += 1
+        patience = self.run.train.patience
+        progression.is_finished = is_last or (patience > 0 and progression.stale >= patience)
+        log.info("step %d: valid %s %.5f (best %.5f at step %d)", self.step, name, value, progression.best_value, progression.best_step)
+        recorder.log(self.step, self.step / self.loader.steps_per_epoch)
+        self._save(flat, is_best)
+        self.throughput.restart()
+
+    def _save_is_due(self) -> bool:
+        """Every `save_interval_steps`, and when any rank was asked to stop. Collective where it asks the ranks."""
+        interval = self.run.train.save_interval_steps
+        return self._stop_requested or (interval > 0 and self.step % interval == 0)
+
+    def _request_stop(self, signum, frame) -> None:
+        self._stop_requested = True
+
+    def _save(self, metrics: dict[str, float], is_best: bool) -> None:
+        state = RunState(
+            step=self.step,
+            data_position=self.loader.state_dict(),
+            progress=dataclasses.asdict(self.progression),
+            metrics=metrics,
+            run_config=dataclasses.asdict(self.run),
+            manifest=dataclasses.asdict(self.manifest),
+            world_size=self.runtime.world_size,
+        )
+        self.checkpoints.save(self._tensors(), state, is_best)
+
+    def _tensors(self) -> dict:
+        """Everything that a resumed run needs, aliasing the live state."""
+        return self.assembly.weights() | {
+            "table_optimizer": self.assembly.tables.optimizer_state(),
+            "dense_optimizer": named_state(self.optimizer, self.model),
+        }
+
+    def _load_weights(self) -> None:
+        """Own checkpoint, else transfer, else random. Says which. Collective."""
+        latest = self.checkpoints.latest()
+        if latest is not None:
+            state = read_state(latest)
+            _check_resumable(dataclasses.asdict(self.run), state.run_config, latest)
+            load_tensors(latest, self._tensors())
+            self.loader.load_state_dict(state.data_position)
+            self.step, self.progression = state.step, Progression(**state.progress)
+            self.progression.is_finished &= self.step >= self.total_steps or self.run.train.patience > 0
+            log.info("weights: resumed from %s", latest)
+        elif self.run.init_checkpoint:
+            weights = self.assembly.weights()
+            log.info("weights: %s", transfer(self.run, self.manifest, weights["table"], weights["dense"]))
+        else:
+            log.info("weights: random, seed %d", self.run.seed)
+
+    def _training_loader(self) -> Loader:
+        run = self.run
+        is_pretraining = run.stage == "pretrain"
+        collate = Collate(
+            self.manifest,
+            self.assembly.lookup_names,
+            run.data.max_history_length,
+            with_candidates=not is_pretraining,
+            num_negative_groups=run.pretrain.num_negative_groups if is_pretraining else 0,
+            num_negatives=run.pretrain.num_negatives,
+            seed=run.seed,
+            num_parts=run.train.micro_batches,
+        )
+        is_pinned = self.runtime.device.type == "cuda"
+
+        def make_batch(rows, key):
+            parts = collate(rows, key)
+            return tuple(part.pin_memory() for part in parts) if is_pinned else parts
+
+        return Loader(
+            run.data_dir,
+            self.manifest,
+            "pretrain" if is_pretraining else "train",
+            make_batch=make_batch,
+            columns=collate.columns(),
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            num_data_shards=run.data.num_data_shards,
+            global_batch_rows=run.data.global_batch_rows or None,
+            global_batch_tokens=run.data.global_batch_tokens or None,
+            seed=run.seed,
+            num_threads=run.data.num_threads,
+            prefetch=run.data.prefetch,
+        )
+
+    def _best_metrics(self) -> dict[str, float]:
+        folder = self.checkpoints.folder / f"step_{self.progression.best_step:08d}"
+        return read_state(folder).metrics if folder.is_dir() else {}
+
+
+def _first_auc(metrics: dict) -> str:
+    return f"{next(iter(metrics))}/auc"
+
+
+def _check_resumable(mine: dict, theirs: dict, checkpoint: pathlib.Path) -> None:
+    """A run goes on only as what it was: ValueError lists options that differ and may not."""
+
+    def differences(a: dict, b: dict, path: tuple[str, ...] = ()):
+        for key in sorted(set(a) | set(b)):
+            here, there = a.get(key), b.get(key)
+            if isinstance(here, dict) and isinstance(there, dict) and here:
+                yield from differences(here, there, (*path, key))
+            elif here != there and (*path, key) not in _MAY_CHANGE_ON_RESUME:
+                yield f"{'.'.join((*path, key))}: {there!r} there, {here!r} now"
+
+    changed = list(differences(json.loads(json.dumps(mine)), theirs))
+    if changed:
+        raise ValueError(
+            f"{checkpoint} belongs to a run with other options ({'; '.join(changed)}); "
+            "use another OUTPUT_DIR, or the same options"
+        )
