@@ -9,6 +9,10 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((num_cores / NPROC) > 1 ? (num_cor
 # Python's output reaches the log when it is written, not when a buffer is full; the last lines before a crash matter.
 export PYTHONUNBUFFERED="${PYTHONUNBUFFERED:-1}"
 
+# Seconds between SIGTERM and SIGKILL when torchrun stops its ranks: enough to finish the step and write a checkpoint.
+# Slurm and Kubernetes wait 120 s here (torchrun's default of 30 s would cut into a large checkpoint).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}"
+
 # NCCL: a collective that fails or times out brings its rank down, so that torchrun can restart the job (1 is also the
 # default of recent PyTorch; older ones hang).
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"

@@ -21,7 +21,7 @@ PASSED_ON = ["--gin_file", "configs/a b.gin", "--gin.OUTPUT_DIR=runs/x"]  # the 
 def clean_env(**changes: str) -> dict[str, str]:
     """The environment without what a scheduler or a user may have set, and without GPUs."""
     dropped = ("NPROC", "NNODES", "MAX_RESTARTS", "TORCHRUN", "LOCAL_ADDR", "PYTHONPATH", "OMP_NUM_THREADS")
-    prefixes = ("SLURM_", "RDZV_", "NCCL_", "TORCHELASTIC_")
+    prefixes = ("SLURM_", "RDZV_", "NCCL_", "TORCHELASTIC_", "TORCH_ELASTIC_")
     env = {key: value for key, value in os.environ.items() if key not in dropped and not key.startswith(prefixes)}
     return env | {"CUDA_VISIBLE_DEVICES": ""} | changes
 
@@ -172,6 +172,14 @@ def test_kubernetes_manifest_agrees_with_itself():
     assert (REPO_ROOT / container["command"][0]).is_file()
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert pod["securityContext"]["runAsNonRoot"] is True
+
+
+def test_ranks_have_time_to_save_before_the_scheduler_kills_them(fake_bin):
+    _, env = launched(LAUNCH / "local.sh", fake_bin)
+    _, job = yaml.safe_load_all((LAUNCH / "k8s" / "job.yaml").read_text())
+    grace_s = job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert 30 < int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < grace_s
+    assert f"#SBATCH --signal=TERM@{grace_s}\n" in (LAUNCH / "slurm" / "train.sbatch").read_text()
 
 
 def test_every_exported_variable_has_a_comment():
