@@ -90,7 +90,8 @@ def _wait(ranks: list, folder: pathlib.Path, timeout_s: float) -> None:
         raise RuntimeError(f"ranks ended without a Python error, (rank, exit code): {dead}")
     stuck = [rank for rank, process in enumerate(ranks) if process.is_alive()]
     if stuck:
-        stacks = "\n".join(f"rank {rank}:\n{(folder / f'stack_{rank}').read_text()}" for rank in stuck)
+        files = {rank: folder / f"stack_{rank}" for rank in stuck}
+        stacks = "\n".join(f"rank {r}:\n{f.read_text() if f.exists() else 'not started'}" for r, f in files.items())
         raise TimeoutError(f"ranks {stuck} still ran after {timeout_s} s\n{stacks}")
 
 

@@ -1,4 +1,4 @@
-"""Recorder: reductions, one history per curve, JSON without NaN, and agreement of ranks."""
+"""Recorder: reductions over steps, one history per curve, JSON without NaN, and what a person sees."""
 
 import json
 import logging
@@ -9,7 +9,6 @@ import torch
 from tensorboard.backend.event_processing import event_accumulator
 
 from gpsd_dist.metrics import progress, recorder
-from tests.helpers import distributed
 
 
 def _entries(folder):
@@ -117,27 +116,6 @@ def test_other_ranks_write_nothing(tmp_path):
     recorded.log(1, 0)
     recorded.close()
     assert not list(tmp_path.iterdir())
-
-
-def _rank_records(rank, world_size, folder):
-    recorded = recorder.Recorder(folder, rank)
-    for name, value in (("b/max", 10.0 - rank), ("a/sum", rank + 1.0))[:: 1 - 2 * rank]:  # another order per rank
-        recorded.record(name, value, reduce=name[2:])
-    recorded.record("train/loss", torch.tensor(6.0 * rank), count=rank + 1)
-    recorded.record("c/last", float(rank), reduce="last")
-    metrics = recorded.log(1, 0)
-    recorded.record("only/rank_0" if rank == 0 else "only/rank_1", 1.0)
-    try:
-        recorded.log(2, 0)
-    except RuntimeError as error:
-        return metrics, str(error)
-
-
-def test_ranks_are_reduced_together_and_different_names_are_an_error(tmp_path):
-    for metrics, error in distributed.run_distributed(_rank_records, 2, tmp_path, tmp_path / "run"):
-        assert metrics == {"b/max": 10.0, "a/sum": 3.0, "train/loss": 2.0, "c/last": 0.0}
-        assert "ranks [1] recorded other metrics than rank 0" in error
-    assert len(_entries(tmp_path / "run")) == 1
 
 
 def test_progress_without_a_terminal_is_one_line_per_log_step(tmp_path, caplog):
