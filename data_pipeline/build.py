@@ -1,7 +1,7 @@
 """Entry: raw files -> Parquet + manifest.json.
 
-    python -m data_pipeline.build --source amazon_grocery --raw_dir DIR --out_dir OUT
-    python -m data_pipeline.build --source kuairand_pure --raw_dir DIR_WITH_A_LATER_DAY --out_dir OUT --split holdout
+python -m data_pipeline.build --source amazon_grocery --raw_dir DIR --out_dir OUT
+python -m data_pipeline.build --source kuairand_pure --raw_dir DIR_WITH_A_LATER_DAY --out_dir OUT --split holdout
 """
 
 import argparse
@@ -11,11 +11,32 @@ import shlex
 import sys
 import time
 
-from data_pipeline import canonical, engine, fingerprint, holdout, negatives, sequences, sources, splits, validate, vocab, write
+from data_pipeline import (
+    canonical,
+    engine,
+    fingerprint,
+    holdout,
+    negatives,
+    progress,
+    sequences,
+    sources,
+    splits,
+    validate,
+    vocab,
+    write,
+)
 from gpsd_dist import schema
 
 SPLITS = ("pretrain", "train", "valid", "test")
-NOT_RECORDED = ("source", "raw_dir", "out_dir", "split", "memory_limit", "threads", "force")  # options that leave the rows alone
+NOT_RECORDED = (
+    "source",
+    "raw_dir",
+    "out_dir",
+    "split",
+    "memory_limit",
+    "threads",
+    "force",
+)  # options that leave the rows alone
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         options = parse(argv)
         build(options, "python -m data_pipeline.build " + shlex.join(argv))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        progress.say(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -37,25 +58,36 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--source", required=True, choices=sorted(sources.SOURCES))
     parser.add_argument("--raw_dir", type=pathlib.Path, help="folder with the raw files")
     parser.add_argument("--out_dir", type=pathlib.Path, required=True, help="folder of the data set")
-    parser.add_argument("--split", choices=("all", "holdout"), default="all", help="holdout: add a later day to a built data set")
+    parser.add_argument(
+        "--split", choices=("all", "holdout"), default="all", help="holdout: add a later day to a built data set"
+    )
     parser.add_argument("--max_history_length", type=int, default=50, help="most recent events kept per row")
     parser.add_argument("--min_count", type=int, default=1, help="ids with fewer training occurrences become unknown")
-    parser.add_argument("--valid_fraction", type=float, default=0.15, help="part of the train users, where a rule carves valid out")
+    parser.add_argument(
+        "--valid_fraction", type=float, default=0.15, help="part of the train users, where a rule carves valid out"
+    )
     parser.add_argument("--num_negatives", type=int, default=1, help="drawn per positive, where the log has no labels")
     parser.add_argument("--negatives", choices=negatives.DISTRIBUTIONS, default="uniform")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn negatives")
     parser.add_argument("--compression", choices=write.COMPRESSIONS, default="zstd")
-    parser.add_argument("--row_group_rows", type=int, default=4096, help="small groups shuffle better, large ones read faster")
+    parser.add_argument(
+        "--row_group_rows", type=int, default=4096, help="small groups shuffle better, large ones read faster"
+    )
     parser.add_argument("--file_rows", type=int, default=1 << 20, help="rows per part file")
     parser.add_argument("--engine", choices=engine.ENGINES, default="duckdb")
-    parser.add_argument("--memory_limit", default="4GB", help="of the engine; beyond it, it spills to disk beside --out_dir")
+    parser.add_argument(
+        "--memory_limit", default="4GB", help="of the engine; beyond it, it spills to disk beside --out_dir"
+    )
     parser.add_argument("--threads", type=int, help="of the engine; default: all cores")
     parser.add_argument("--force", action="store_true", help="build even if nothing changed")
     known, _ = parser.parse_known_args(argv)
     sources.load(known.source).add_arguments(parser)
     options = parser.parse_args(argv)
-    problems = [f"--{name} {getattr(options, name)} must be at least 1" for name in
-                ("max_history_length", "min_count", "num_negatives", "row_group_rows", "file_rows") if getattr(options, name) < 1]
+    problems = [
+        f"--{name} {getattr(options, name)} must be at least 1"
+        for name in ("max_history_length", "min_count", "num_negatives", "row_group_rows", "file_rows")
+        if getattr(options, name) < 1
+    ]
     if not 0 < options.valid_fraction < 1:
         problems.append(f"--valid_fraction {options.valid_fraction} must lie between 0 and 1")
     if problems:
@@ -64,7 +96,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def build(options: argparse.Namespace, command: str) -> None:
-    """Builds, checks and moves the data set (or its holdout split) into place. ValueError for every problem of the input."""
+    """Builds, checks and moves the data set (or its holdout split) into place. ValueError for every problem of the
+    input.
+    """
     started = time.monotonic()
     source = sources.load(options.source)
     out_dir = options.out_dir
@@ -75,16 +109,17 @@ def build(options: argparse.Namespace, command: str) -> None:
         files = source.find_files(options.raw_dir, options)
         prints = fingerprint.describe(files, recorded(options), options.source)
         if has_previous and not options.force and _is_current(out_dir, prints):
-            print(f"{out_dir} is up to date: same sources, options and pipeline code; nothing to do")
+            progress.say(f"{out_dir} is up to date: same sources, options and pipeline code; nothing to do")
             return
-        print(f"build {options.source} -> {out_dir}", flush=True)
-        with write.staged(out_dir) as aside, engine.scratch(
-            options.engine, out_dir.parent, options.memory_limit, options.threads
-        ) as running:
+        progress.say(f"build {options.source} -> {out_dir}")
+        with (
+            write.staged(out_dir) as aside,
+            engine.scratch(options.engine, out_dir.parent, options.memory_limit, options.threads) as running,
+        ):
             _build_all(running, options, source.read(running, files, options), prints, aside, command)
             validate.check(aside)
     report(schema.read_manifest(out_dir))
-    print(f"done in {time.monotonic() - started:.1f} s: {out_dir / schema.MANIFEST_NAME}")
+    progress.say(f"done in {time.monotonic() - started:.1f} s: {out_dir / schema.MANIFEST_NAME}")
 
 
 def recorded(options: argparse.Namespace) -> dict:
@@ -96,13 +131,15 @@ def _is_current(out_dir: pathlib.Path, prints: dict) -> bool:
     try:
         previous = schema.read_manifest(out_dir)
     except ValueError as error:
-        print(f"building again: {error}")
+        progress.say(f"building again: {error}")
         return False
     is_complete = all((out_dir / file).is_file() for split in previous.splits for file in split.files)
     return is_complete and previous.options.get("fingerprint") == prints["fingerprint"]
 
 
-def _build_all(running: engine.Engine, options, log: canonical.Log, prints: dict, root: pathlib.Path, command: str) -> None:
+def _build_all(
+    running: engine.Engine, options, log: canonical.Log, prints: dict, root: pathlib.Path, command: str
+) -> None:
     """Vocabularies, all splits, items and the manifest, into `root`."""
     canonical.check(log)
     events = splits.number_events(running, log)
@@ -117,7 +154,9 @@ def _build_all(running: engine.Engine, options, log: canonical.Log, prints: dict
         item_vocab = vocabs[sequences.item_table(log)]
         candidates, short = negatives.add(running, log, candidates, events, item_vocab, options)
         skipped |= short
-    raw_dir = None if options.raw_dir is None else str(options.raw_dir.resolve())  # where a later holdout finds the rest
+    raw_dir = (
+        None if options.raw_dir is None else str(options.raw_dir.resolve())
+    )  # where a later holdout finds the rest
     manifest = schema.Manifest(
         source=options.source,
         features=tuple(spec.feature() for spec in log.features),
@@ -129,7 +168,8 @@ def _build_all(running: engine.Engine, options, log: canonical.Log, prints: dict
         split_rule=f"{cut.words}; order of events: {log.order_words}",
         skipped=skipped,
         sources=prints["sources"],
-        options=prints["options"] | {"fingerprint": prints["fingerprint"], "split_rule": type(log.split).__name__, "raw_dir": raw_dir},
+        options=prints["options"]
+        | {"fingerprint": prints["fingerprint"], "split_rule": type(log.split).__name__, "raw_dir": raw_dir},
         command=command,
     )
     encoder = sequences.Encoder(running, log, vocabs)
@@ -143,11 +183,15 @@ def _build_all(running: engine.Engine, options, log: canonical.Log, prints: dict
     rows |= {name: requests.filter(requests.split == name) for name in SPLITS[1:]}
     written = [write_split(running, rows[name], name, manifest, root, options) for name in SPLITS]
     item_features = tuple(spec.feature() for spec in log.features if spec.origin == "items")
-    write.write_items(running, sequences.item_rows(encoder, items), item_features, root / "items.parquet", options.compression)
+    write.write_items(
+        running, sequences.item_rows(encoder, items), item_features, root / "items.parquet", options.compression
+    )
     schema.write_manifest(dataclasses.replace(manifest, splits=tuple(written), skipped=skipped), root)
 
 
-def write_split(running: engine.Engine, rows, name: str, manifest: schema.Manifest, root: pathlib.Path, options: argparse.Namespace) -> schema.Split:
+def write_split(
+    running: engine.Engine, rows, name: str, manifest: schema.Manifest, root: pathlib.Path, options: argparse.Namespace
+) -> schema.Split:
     """One split, with the file options of the command line."""
     return write.write_split(
         running,
@@ -164,11 +208,14 @@ def write_split(running: engine.Engine, rows, name: str, manifest: schema.Manife
 def report(manifest: schema.Manifest) -> None:
     """Prints what was built and what was left out."""
     for split in manifest.splits:
-        print(f"  {split.name:<9} {split.num_rows:>11,} rows {split.num_history_tokens:>13,} history tokens {split.num_candidates:>12,} candidates")
+        print(
+            f"  {split.name:<9} {split.num_rows:>11,} rows {split.num_history_tokens:>13,} history tokens "
+            f"{split.num_candidates:>12,} candidates"
+        )
     for table in manifest.tables:
-        print(f"  table {table.name:<24} {table.num_rows:>11,} rows")
+        progress.say(f"  table {table.name:<24} {table.num_rows:>11,} rows")
     for reason, count in manifest.skipped.items():
-        print(f"  skipped {count:,}: {reason}")
+        progress.say(f"  skipped {count:,}: {reason}")
 
 
 if __name__ == "__main__":

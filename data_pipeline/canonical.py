@@ -7,8 +7,8 @@ A source is a module in `data_pipeline/sources/` with
     def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Namespace) -> Log: ...
 
 `find_files` names every raw file that `read` will open (they are hashed for the no-op check and the manifest); it raises
-ValueError for a missing one. `read` uses `raw_files.read_columns`, which checks columns and types, and counts every raw row
-that it leaves out in `Log.skipped`.
+ValueError for a missing one. `read` uses `raw_files.read_columns`, which checks columns and types, and counts every raw
+row that it leaves out in `Log.skipped`.
 """
 
 import dataclasses
@@ -49,7 +49,9 @@ class FeatureSpec:
         if self.origin in ("item_id", "items") and "context" in self.places:
             raise ValueError(f"feature {self.name!r}: an item column occurs in history and candidate, not in context")
         if self.is_bag and self.origin != "items":
-            raise ValueError(f"feature {self.name!r}: a bag must be an item attribute (origin 'items'), not {self.origin!r}")
+            raise ValueError(
+                f"feature {self.name!r}: a bag must be an item attribute (origin 'items'), not {self.origin!r}"
+            )
         self.feature()  # the rules of the contract
 
     @property
@@ -95,14 +97,17 @@ class LastItemByTime:
 
 @dataclasses.dataclass(frozen=True)
 class LeaveLastOut:
-    """Per user: test = last event, valid = second last, train = third last; pretraining = everything but the last two."""
+    """Per user: test = last event, valid = second last, train = third last; pretraining = everything but the last
+    two.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class Given:
     """`Log.exposures` has a column `split` ("train" or "test"): one request per user, whose last event is the target.
 
-    valid = the latest `valid_fraction` of the train requests. Pretraining rows: everything but the last event, of all users.
+    valid = the latest `valid_fraction` of the train requests. Pretraining rows: everything but the last event, of all
+    users.
     """
 
     valid_fraction: float = 0.15
@@ -116,10 +121,10 @@ class Log:
     """Canonical tables of one source. Ids and categorical values are strings, null where unknown."""
 
     events: ir.Table
-    """What becomes history: user_id, item_id (string), time_s (int64, null: before every timed event of the user), order
-    (int64, breaks ties: a user's events are sorted by time_s with nulls first, then order, which must make them total),
-    and the "log" features of history. Optional column latest_s (int64): an event without a time_s happened no later than
-    this; it takes the place of time_s in sorting and in "strictly earlier than the request"."""
+    """What becomes history: user_id, item_id (string), time_s (int64, null: before every timed event of the user),
+    order (int64, breaks ties: a user's events are sorted by time_s with nulls first, then order, which must make them
+    total), and the "log" features of history. Optional column latest_s (int64): an event without a time_s happened no
+    later than this; it takes the place of time_s in sorting and in "strictly earlier than the request"."""
     items: ir.Table
     """item_id (string, unique) and the "items" features: string, array<string> for a bag, or float64."""
     features: tuple[FeatureSpec, ...]
@@ -127,8 +132,9 @@ class Log:
     order_words: str
     """The tie rule in words, for the manifest."""
     exposures: ir.Table | None = None
-    """What becomes candidates: user_id, item_id, time_s (int64, never null), order, one column per task (0, 1 or null for not
-    observed), and the "log" features of candidate and context. None: candidates are events plus drawn negatives."""
+    """What becomes candidates: user_id, item_id, time_s (int64, never null), order, one column per task (0, 1 or null
+    for not observed), and the "log" features of candidate and context. None: candidates are events plus drawn
+    negatives."""
     users: ir.Table | None = None
     """user_id (string, unique) and the "users" features: string or float64."""
     tasks: tuple[schema.Task, ...] = (schema.Task("click"),)
@@ -188,4 +194,6 @@ def _check_columns(name: str, table: ir.Table, columns: dict[str, str]) -> None:
         if column not in found:
             raise ValueError(f"table {name!r} has no column {column!r}; it has {list(found)}")
         if found[column] != ibis.dtype(kind):
-            raise ValueError(f"table {name!r}, column {column!r}: found {found[column]}, expected {kind}; cast it in the source")
+            raise ValueError(
+                f"table {name!r}, column {column!r}: found {found[column]}, expected {kind}; cast it in the source"
+            )

@@ -6,11 +6,17 @@ import tempfile
 import time
 import typing
 
+import duckdb
 import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 
+from data_pipeline import progress
+
 ENGINES = ("duckdb",)
+
+
+READ_ERRORS = (duckdb.Error,)  # what the engine raises for a file that it cannot parse
 
 
 class Engine:
@@ -31,7 +37,7 @@ class Engine:
         """Runs the query once and returns the stored result; `name` must be new."""
         started = time.monotonic()
         stored = self.con.create_table(name, table)
-        print(f"  {name:<24} {stored.count().execute():>12,} rows  {time.monotonic() - started:6.1f} s", flush=True)
+        progress.say(f"  {name:<24} {stored.count().execute():>12,} rows  {time.monotonic() - started:6.1f} s")
         return stored
 
     def batches(self, table: ir.Table, num_rows: int) -> typing.Iterator[pa.RecordBatch]:

@@ -1,4 +1,6 @@
-"""Did anything change since the data set was built? One hash over the raw files, the options and this package's code."""
+"""Did anything change since the data set was built? One hash over the raw files, the options and this package's
+code.
+"""
 
 import hashlib
 import json
@@ -19,9 +21,12 @@ def file_sha256(path: pathlib.Path) -> str:
 
 
 def describe(files: dict[str, pathlib.Path], options: dict, source: str) -> dict:
-    """{"sources": entries for the manifest, "options": JSON-able options, "fingerprint": hash over both and the code}."""
+    """{"sources": entries for the manifest, "options": JSON-able options, "fingerprint": hash over both and the
+    code}.
+    """
     entries = [
-        {"name": name, "path": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path)} for name, path in files.items()
+        {"name": name, "path": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for name, path in files.items()
     ]
     plain = {name: str(value) if isinstance(value, pathlib.Path) else value for name, value in options.items()}
     identity = {

@@ -7,7 +7,18 @@ import pathlib
 import shutil
 import types
 
-from data_pipeline import canonical, engine, fingerprint, sequences, splits, validate, validate_rows, vocab, write
+from data_pipeline import (
+    canonical,
+    engine,
+    fingerprint,
+    progress,
+    sequences,
+    splits,
+    validate,
+    validate_rows,
+    vocab,
+    write,
+)
 from gpsd_dist import schema
 
 NAME = "holdout"
@@ -15,7 +26,9 @@ PREFIX = "holdout: "
 
 
 def build(options: argparse.Namespace, source: types.ModuleType, command: str) -> None:
-    """Writes OUT/holdout and adds it to the manifest; an existing one is replaced. ValueError for every problem of the input."""
+    """Writes OUT/holdout and adds it to the manifest; an existing one is replaced. ValueError for every problem of the
+    input.
+    """
     out_dir = options.out_dir
     previous = schema.read_manifest(out_dir)
     options = _as_built(options, previous)
@@ -24,9 +37,9 @@ def build(options: argparse.Namespace, source: types.ModuleType, command: str) -
     before = previous.options.get(NAME, {})
     has_split = any(split.name == NAME for split in previous.splits)
     if has_split and before.get("fingerprint") == prints["fingerprint"] and not options.force:
-        print(f"{out_dir / NAME} is up to date: same raw files and pipeline code; nothing to do")
+        progress.say(f"{out_dir / NAME} is up to date: same raw files and pipeline code; nothing to do")
         return
-    print(f"build {options.source}, split {NAME} -> {out_dir / NAME}", flush=True)
+    progress.say(f"build {options.source}, split {NAME} -> {out_dir / NAME}")
     aside = out_dir.parent / f".{out_dir.name}.{NAME}-{os.getpid()}"
     aside.mkdir()
     try:
@@ -54,11 +67,17 @@ def _as_built(options: argparse.Namespace, previous: schema.Manifest) -> argpars
     if options.raw_dir is None:
         raise ValueError("--split holdout needs --raw_dir, the folder with the later log")
     if previous.source != options.source:
-        raise ValueError(f"{options.out_dir} was built with --source {previous.source}, not {options.source}; use that source")
+        raise ValueError(
+            f"{options.out_dir} was built with --source {previous.source}, not {options.source}; use that source"
+        )
     built_from = previous.options.get("raw_dir")
     if built_from is None or not pathlib.Path(built_from).is_dir():
         built_from = options.raw_dir  # then raw_dir must hold everything, and find_files says what it lacks
-    known = {name: value for name, value in previous.options.items() if hasattr(options, name) and name not in ("raw_dir", "split")}
+    known = {
+        name: value
+        for name, value in previous.options.items()
+        if hasattr(options, name) and name not in ("raw_dir", "split")
+    }
     return argparse.Namespace(**(vars(options) | known | {"built_from_dir": pathlib.Path(built_from)}))
 
 
@@ -72,7 +91,9 @@ def _write(
 ) -> tuple[schema.Split, dict[str, int]]:
     canonical.check(log)
     if tuple(spec.feature() for spec in log.features) != previous.features or log.tasks != previous.tasks:
-        raise ValueError(f"{out_dir} was built with other features or tasks than this version has; build it again first")
+        raise ValueError(
+            f"{out_dir} was built with other features or tasks than this version has; build it again first"
+        )
     vocabs = {}
     for table in previous.tables:
         path = out_dir / "vocab" / f"{table.name}.parquet"

@@ -1,9 +1,9 @@
 """Negatives for logs without labels: hashed draws, the same on every engine and for every partitioning.
 
-Draw d of a request is md5(seed, user, num_before, d) read as an integer modulo a number of slots; slots are allotted to items
-(one each for "uniform"; by training count, at least one each, for "popularity") and found by an equality join. A draw of the
-positive, of an item of the user's whole history before the request, or of an item already drawn is thrown away and the next
-draw takes its place, which is exact rejection sampling.
+Draw d of a request is md5(seed, user, num_before, d) read as an integer modulo a number of slots; slots are allotted to
+items (one each for "uniform"; by training count, at least one each, for "popularity") and found by an equality join. A
+draw of the positive, of an item of the user's whole history before the request, or of an item already drawn is thrown
+away and the next draw takes its place, which is exact rejection sampling.
 """
 
 import ibis
@@ -13,7 +13,9 @@ from data_pipeline import canonical, hashing
 from data_pipeline.engine import Engine
 
 DISTRIBUTIONS = ("uniform", "popularity")
-POPULARITY_SLOTS = 1 << 20  # resolution of the popularity distribution: shares below one in a million are rounded up to it
+POPULARITY_SLOTS = (
+    1 << 20
+)  # resolution of the popularity distribution: shares below one in a million are rounded up to it
 DRAW_DIGITS = 13  # 52 bits: modulo a billion slots, the bias is below 1e-6
 MAX_ROUNDS = 6
 SPARE_DRAWS = 2
@@ -30,21 +32,35 @@ def slots(engine: Engine, item_vocab: ir.Table, distribution: str) -> tuple[ir.T
         share = (item_vocab["count"].cast("float64") * (POPULARITY_SLOTS / total)).round().cast("int64")
         width = ibis.greatest(share, ibis.literal(1, type="int64"))
     widths = item_vocab.select("index", item_id=item_vocab.raw_id, width=width)
-    until = widths.width.sum().over(ibis.window(order_by=widths["index"], preceding=None, following=0)).cast("int64")
+    up_to_here = ibis.window(order_by=widths["index"], preceding=None, following=0)
+    # DuckDB sums int64 to HUGEINT, and Ibis, which does not know it, drops a cast to int64: sum as float64 (exact
+    # below 2^53)
+    until = widths.width.cast("float64").sum().over(up_to_here).cast("int64")
     spans = widths.mutate(until=until)
     filled = spans.select("item_id", slot=ibis.range(spans.until - spans.width, spans.until).unnest().cast("int64"))
     table = engine.materialise("negative_slots", filled)
     return table, int(table.count().execute())
 
 
-def draw(engine: Engine, positives: ir.Table, events: ir.Table, slot_table: ir.Table, *, num_slots: int, per_positive: int, seed: int):
+def draw(
+    engine: Engine,
+    positives: ir.Table,
+    events: ir.Table,
+    slot_table: ir.Table,
+    *,
+    num_slots: int,
+    per_positive: int,
+    seed: int,
+):
     """Candidates of the negatives: REQUEST_KEY, position (1 ... per_positive), item_id, time_s.
 
-    `positives`: one row per request with its item_id. Returns (table, number of requests that got fewer than per_positive
-    negatives because the user has seen nearly every item).
+    `positives`: one row per request with its item_id. Returns (table, number of requests that got fewer than
+    per_positive negatives because the user has seen nearly every item).
     """
     seen = events.group_by(["user_id", "item_id"]).agg(first_rank=events["rank"].min())
-    requests = engine.materialise("negative_requests", positives.select("user_id", "split", "num_before", "item_id", "time_s"))
+    requests = engine.materialise(
+        "negative_requests", positives.select("user_id", "split", "num_before", "item_id", "time_s")
+    )
     wanted, first_draw, accepted = requests, 0, None
     for round_number in range(MAX_ROUNDS):
         num_draws = (per_positive + SPARE_DRAWS) << round_number
@@ -57,7 +73,9 @@ def draw(engine: Engine, positives: ir.Table, events: ir.Table, slot_table: ir.T
             accepted.mutate(repeat=ibis.row_number().over(in_draw_order)).filter(ibis._.repeat == 0).drop("repeat"),
         )
         counts = accepted.group_by(["user_id", "split", "num_before"]).agg(num=accepted.count())
-        counted = requests.left_join(counts, ["user_id", "split", "num_before"]).drop("split_right", "num_before_right", "user_id_right")
+        counted = requests.left_join(counts, ["user_id", "split", "num_before"]).drop(
+            "split_right", "num_before_right", "user_id_right"
+        )
         wanted = engine.materialise(
             f"negatives_wanted_{round_number}", counted.filter(ibis.coalesce(counted.num, 0) < per_positive).drop("num")
         )
@@ -73,7 +91,9 @@ def draw(engine: Engine, positives: ir.Table, events: ir.Table, slot_table: ir.T
 def _round(requests: ir.Table, slot_table: ir.Table, num_slots: int, draws: range, seed: int) -> ir.Table:
     """All draws of one round: REQUEST_KEY, positive_id, time_s, draw, item_id."""
     numbered = requests.mutate(draw=ibis.range(draws.start, draws.stop).unnest().cast("int64"))
-    text = numbered.user_id.concat(":", numbered.num_before.cast("string"), ":", numbered.draw.cast("string"), f":{seed}")
+    text = numbered.user_id.concat(
+        ":", numbered.num_before.cast("string"), ":", numbered.draw.cast("string"), f":{seed}"
+    )
     slot = hashing.digits_to_int(text.hexdigest("md5"), 0, DRAW_DIGITS) % num_slots
     keyed = numbered.rename(positive_id="item_id").mutate(slot=slot.cast("int64"))
     return keyed.inner_join(slot_table, "slot").drop("slot")
@@ -84,14 +104,24 @@ def _reject(drawn: ir.Table, seen: ir.Table) -> ir.Table:
     met = seen.rename(seen_user="user_id", seen_item="item_id")
     joined = drawn.left_join(met, [drawn.user_id == met.seen_user, drawn.item_id == met.seen_item])
     is_new = joined.first_rank.isnull() | (joined.first_rank >= joined.num_before)
-    return joined.filter(is_new & (joined.item_id != joined.positive_id)).drop("seen_user", "seen_item", "first_rank", "positive_id")
+    return joined.filter(is_new & (joined.item_id != joined.positive_id)).drop(
+        "seen_user", "seen_item", "first_rank", "positive_id"
+    )
 
 
-def add(engine: Engine, log: canonical.Log, candidates: ir.Table, events: ir.Table, item_vocab: ir.Table, options) -> tuple[ir.Table, dict]:
+def add(
+    engine: Engine, log: canonical.Log, candidates: ir.Table, events: ir.Table, item_vocab: ir.Table, options
+) -> tuple[ir.Table, dict]:
     """`candidates` (positives only) with options.num_negatives drawn ones each, and the skipped counts."""
     slot_table, num_slots = slots(engine, item_vocab, options.negatives)
     drawn, num_short = draw(
-        engine, candidates, events, slot_table, num_slots=num_slots, per_positive=options.num_negatives, seed=options.seed
+        engine,
+        candidates,
+        events,
+        slot_table,
+        num_slots=num_slots,
+        per_positive=options.num_negatives,
+        seed=options.seed,
     )
     missing = {name: ibis.null(kind) for name, kind in candidates.schema().items() if name not in drawn.columns}
     labels = {task.name: ibis.literal(0.0, type="float64") for task in log.tasks}

@@ -1,4 +1,6 @@
-"""Reading raw files with the checks that a user's own data needs: every problem is a ValueError that says what to do."""
+"""Reading raw files with the checks that a user's own data needs: every problem is a ValueError that says what to
+do.
+"""
 
 import csv
 import gzip
@@ -9,7 +11,7 @@ import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.engine import Engine
+from data_pipeline.engine import READ_ERRORS, Engine
 
 FILE_ORDER = "file_order"
 
@@ -23,26 +25,48 @@ def require_file(path: pathlib.Path, what: str) -> pathlib.Path:
     return path
 
 
+def require_folder(raw_dir: pathlib.Path | None) -> pathlib.Path:
+    """The folder of raw files; ValueError if none is named or it does not exist."""
+    if raw_dir is None:
+        raise ValueError("this source reads files: give their folder with --raw_dir")
+    if not raw_dir.is_dir():
+        raise ValueError(f"--raw_dir {raw_dir} is not a folder; give the one with the raw files")
+    return raw_dir
+
+
 def read_columns(
-    engine: Engine, path: pathlib.Path, columns: dict[str, str], *, separator: str = ",", header: list[str] | None = None
+    engine: Engine,
+    path: pathlib.Path,
+    columns: dict[str, str],
+    *,
+    separator: str = ",",
+    header: list[str] | None = None,
 ) -> ir.Table:
     """Named columns of a CSV (.csv, .csv.gz, .dat, .tsv, .txt) or Parquet file, cast to Ibis types such as "int64".
 
     `header`: names of the columns of a text file without a header line. The result also has the int64 column
-    `file_order`, the row's place in the file. An empty text field is null. ValueError for an empty or unreadable file, a
-    missing column, or a value that is not of its type.
+    `file_order`, the row's place in the file (0-based data rows). An empty text field is null. ValueError for an empty
+    or unreadable file, a missing column, or a value that is not of its type.
     """
     require_file(path, f"the columns {list(columns)}")
     if path.suffix == ".parquet":
         table = _open_parquet(engine, path, columns)
     else:
         table = _open_text(engine, path, columns, separator, header)
-    # row_number without an order follows the file on DuckDB, which keeps insertion order; another engine must add it itself
-    raw = engine.con.create_table(
-        ibis.util.gen_name("raw"), table.select(*columns).mutate(**{FILE_ORDER: ibis.row_number().cast("int64")})
-    )
+    # row_number without an order follows the file on DuckDB, which keeps insertion order; another engine must add it
+    # itself
+    numbered = table.select(*columns).mutate(**{FILE_ORDER: ibis.row_number().cast("int64")})
+    try:
+        raw = engine.con.create_table(ibis.util.gen_name("raw"), numbered)
+    except READ_ERRORS as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{path} cannot be read to its end ({first_line}); it may be truncated or malformed: fetch it again"
+        ) from error
     if raw.count().execute() == 0:
-        raise ValueError(f"{path} has no rows, only a header; it should hold the columns {list(columns)}: fetch it again")
+        raise ValueError(
+            f"{path} has no rows, only a header; it should hold the columns {list(columns)}: fetch it again"
+        )
     typed = raw.mutate(**{name: _typed(raw, name, kind) for name, kind in columns.items()})
     _check_values(path, raw, typed, columns)
     return typed
@@ -52,18 +76,23 @@ def _open_parquet(engine: Engine, path: pathlib.Path, columns: dict[str, str]) -
     try:
         found = pq.read_schema(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is not a readable Parquet file, perhaps truncated ({error}); fetch it again") from error
+        raise ValueError(
+            f"{path} is not a readable Parquet file, perhaps truncated ({error}); fetch it again"
+        ) from error
     _check_names(path, found.names, columns)
     for name, kind in columns.items():
         found_is_list, expected_is_list = pa.types.is_list(found.field(name).type), kind.startswith("array")
         if found_is_list != expected_is_list:
             raise ValueError(
-                f"{path}, column {name!r}: found {found.field(name).type}, expected {kind}; convert the column to that type"
+                f"{path}, column {name!r}: found {found.field(name).type}, expected {kind}; convert the column to "
+                "that type"
             )
     return engine.con.read_parquet(path)
 
 
-def _open_text(engine: Engine, path: pathlib.Path, columns: dict[str, str], separator: str, header: list[str] | None) -> ir.Table:
+def _open_text(
+    engine: Engine, path: pathlib.Path, columns: dict[str, str], separator: str, header: list[str] | None
+) -> ir.Table:
     if header is None:
         names = _first_fields(path, separator)
         _check_names(path, names, columns)
@@ -71,13 +100,22 @@ def _open_text(engine: Engine, path: pathlib.Path, columns: dict[str, str], sepa
         names = header
         found = len(_first_fields(path, separator))
         if found != len(names):
-            raise ValueError(f"{path}: the first line has {found} fields, expected {len(names)}: {names}; check the separator")
+            raise ValueError(
+                f"{path}: the first line has {found} fields, expected {len(names)}: {names}; check the separator"
+            )
     try:
         return engine.con.read_csv(
-            path, columns=dict.fromkeys(names, "VARCHAR"), header=header is None, delim=separator, auto_detect=False, quote='"'
+            path,
+            columns=dict.fromkeys(names, "VARCHAR"),
+            header=header is None,
+            delim=separator,
+            auto_detect=False,
+            quote='"',
         )
-    except Exception as error:  # DuckDB's own exception types are no part of Ibis
-        raise ValueError(f"{path} cannot be read as text with separator {separator!r} ({error}); check the file") from error
+    except READ_ERRORS as error:
+        raise ValueError(
+            f"{path} cannot be read as text with separator {separator!r} ({error}); check the file"
+        ) from error
 
 
 def _first_fields(path: pathlib.Path, separator: str) -> list[str]:
@@ -96,7 +134,8 @@ def _check_names(path: pathlib.Path, found: list[str], columns: dict[str, str]) 
     for name, kind in columns.items():
         if name not in found:
             raise ValueError(
-                f"{path} has no column {name!r} (expected as {kind}); found columns {found}: rename the column or use another file"
+                f"{path} has no column {name!r} (expected as {kind}); found columns {found}: rename the column or use "
+                "another file"
             )
 
 
@@ -117,13 +156,16 @@ def _check_values(path: pathlib.Path, raw: ir.Table, typed: ir.Table, columns: d
         if raw[name].type() == ibis.dtype(kind):
             continue
         given = raw[name].strip().nullif("") if isinstance(raw[name], ir.StringColumn) else raw[name]
-        both = raw.select(row=raw[FILE_ORDER], value=given.cast("string"), is_bad=given.notnull() & _typed(raw, name, kind).isnull())
+        both = raw.select(
+            row=raw[FILE_ORDER], value=given.cast("string"), is_bad=given.notnull() & _typed(raw, name, kind).isnull()
+        )
         bad = both.filter(both.is_bad)
         count = bad.count().execute()
         if count:
             first = bad.order_by("row").limit(1).execute().iloc[0]
             raise ValueError(
-                f"{path}, column {name!r}, data row {first['row']}: found {first['value']!r}, expected {kind} ({count:,} such rows); "
+                f"{path}, column {name!r}, data row {first['row']}: found {first['value']!r}, expected {kind} "
+                f"({count:,} such rows); "
                 "correct the values or leave those rows out"
             )
 
@@ -135,7 +177,8 @@ def require_none(path: pathlib.Path, bad: ir.Table, column: str, expected: str, 
         first = bad.order_by(FILE_ORDER).limit(1).select(FILE_ORDER, value=bad[column].cast("string")).execute().iloc[0]
         found = "nothing" if first["value"] is None else repr(first["value"])
         raise ValueError(
-            f"{path}, column {column!r}, data row {first[FILE_ORDER]}: found {found}, expected {expected} ({count:,} such rows); {fix}"
+            f"{path}, column {column!r}, data row {first[FILE_ORDER]}: found {found}, expected {expected} ({count:,} "
+            f"such rows); {fix}"
         )
 
 

@@ -1,4 +1,6 @@
-"""From a cut log to the rows of the contract: encode with the vocabularies, collect each user's sequence, cut histories."""
+"""From a cut log to the rows of the contract: encode with the vocabularies, collect each user's sequence, cut
+histories.
+"""
 
 import dataclasses
 
@@ -35,11 +37,13 @@ def occurrences(log: canonical.Log, cut: splits.Cut) -> dict[str, tuple[ir.Table
     return {name: (_union(parts), min_counts[name]) for name, parts in by_table.items()}
 
 
-def _occurrences_of(spec: canonical.FeatureSpec, log: canonical.Log, cut: splits.Cut, item_counts: ir.Table, users: ir.Table):
+def _occurrences_of(
+    spec: canonical.FeatureSpec, log: canonical.Log, cut: splits.Cut, item_counts: ir.Table, users: ir.Table
+):
     if spec.origin == "item_id":
         return [item_counts]
     if spec.origin == "items":
-        counts = item_counts.group_by("raw_id").agg(count=item_counts["count"].sum().cast("int64"))
+        counts = item_counts.group_by("raw_id").agg(count=item_counts["count"].cast("float64").sum().cast("int64"))
         joined = log.items.inner_join(counts, log.items.item_id == counts.raw_id)
         value = joined[spec.column].unnest() if spec.is_bag else joined[spec.column]
         return [joined.select(raw_id=value, count=joined["count"])]
@@ -97,7 +101,9 @@ class Encoder:
         return self.engine.materialise("users_encoded", encoded.select("user_id", **columns))
 
     def attach(self, rows: ir.Table, items: ir.Table, place: str) -> ir.Table:
-        """`rows` (with item_id) plus `_<feature>` for the item and log features of `place`; items without attributes get 1."""
+        """`rows` (with item_id) plus `_<feature>` for the item and log features of `place`; items without attributes
+        get 1.
+        """
         specs = [spec for spec in self.log.specs_in(place) if spec.origin in ("item_id", "items")]
         found = items.select(_key=items.item_id, **{f"_{spec.name}": items[spec.name] for spec in specs})
         joined = rows.left_join(found, rows.item_id == found["_key"])
@@ -106,12 +112,19 @@ class Encoder:
         return self.encode(table, [spec for spec in self.log.specs_in(place) if spec.origin == "log"], prefix="_")
 
     def encode(self, table: ir.Table, specs: list[canonical.FeatureSpec], prefix: str) -> ir.Table:
-        """Adds `<prefix><feature>` for features that are no bags: an index, or float64 with 0.0 for a missing number."""
+        """Adds `<prefix><feature>` for features that are no bags: an index, or float64 with 0.0 for a missing
+        number.
+        """
         numbers = [spec for spec in specs if spec.kind == "numerical"]
-        filled = {f"{prefix}{spec.name}": ibis.coalesce(table[spec.column], ibis.literal(0.0)).cast("float64") for spec in numbers}
+        filled = {
+            f"{prefix}{spec.name}": ibis.coalesce(table[spec.column], ibis.literal(0.0)).cast("float64")
+            for spec in numbers
+        }
         table = table.mutate(**filled) if filled else table
         words = {
-            f"{prefix}{spec.name}": (spec.column, self.vocabs[spec.feature().table]) for spec in specs if spec.kind == "categorical"
+            f"{prefix}{spec.name}": (spec.column, self.vocabs[spec.feature().table])
+            for spec in specs
+            if spec.kind == "categorical"
         }
         return vocab.encode(table, words) if words else table
 
@@ -127,11 +140,14 @@ def _default(spec: canonical.FeatureSpec) -> ir.Value:
 def user_sequences(encoder: Encoder, events: ir.Table, items: ir.Table) -> ir.Table:
     """user_id and `sequence`: array of structs (rank, <history features>, time_s) in rank order."""
     names = [spec.name for spec in encoder.log.specs_in("history")]
-    encoded = encoder.engine.materialise("events_encoded", encoder.attach(events, items, "history").select(
-        "user_id", "rank", "time_s", *[f"_{name}" for name in names]
-    ))
+    encoded = encoder.engine.materialise(
+        "events_encoded",
+        encoder.attach(events, items, "history").select("user_id", "rank", "time_s", *[f"_{name}" for name in names]),
+    )
     # `rank` comes first and is unique per user, so sorting the structs sorts by it (an ordered collect is not portable)
-    token = ibis.struct({"rank": encoded["rank"]} | {name: encoded[f"_{name}"] for name in names} | {"time_s": encoded.time_s})
+    token = ibis.struct(
+        {"rank": encoded["rank"]} | {name: encoded[f"_{name}"] for name in names} | {"time_s": encoded.time_s}
+    )
     return encoder.engine.materialise("sequences", encoded.group_by("user_id").agg(sequence=token.collect().sort()))
 
 
@@ -144,7 +160,12 @@ def pretrain_rows(encoder: Encoder, lengths: ir.Table, sequences: ir.Table, max_
 
 
 def request_rows(
-    encoder: Encoder, candidates: ir.Table, items: ir.Table, users: ir.Table | None, sequences: ir.Table, max_history_length: int
+    encoder: Encoder,
+    candidates: ir.Table,
+    items: ir.Table,
+    users: ir.Table | None,
+    sequences: ir.Table,
+    max_history_length: int,
 ) -> ir.Table:
     """Rows of all other splits: contract columns plus `split` and `shuffle_key`."""
     log = encoder.log
@@ -172,11 +193,15 @@ def request_rows(
     return rows.mutate(shuffle_key=key.hexdigest("md5")).drop("num_before")
 
 
-def _with_history(log: canonical.Log, rows: ir.Table, until: ir.IntegerValue, limit: int, kept: tuple[str, ...] = ()) -> ir.Table:
+def _with_history(
+    log: canonical.Log, rows: ir.Table, until: ir.IntegerValue, limit: int, kept: tuple[str, ...] = ()
+) -> ir.Table:
     """Adds the history columns: the last `limit` of the first `until` events of `rows.sequence`."""
     length = ibis.least(until, ibis.literal(limit, type="int64"))
     sliced = rows.select("user_id", *kept, _length=length, _window=rows.sequence[until - length : until])
-    columns = {f"history.{spec.name}": _field_or_empty(sliced["_window"], spec.name) for spec in log.specs_in("history")}
+    columns = {
+        f"history.{spec.name}": _field_or_empty(sliced["_window"], spec.name) for spec in log.specs_in("history")
+    }
     columns["history.time_s"] = _field_or_empty(sliced["_window"], "time_s")
     return sliced.select(
         "user_id", *kept, user_hash=hashing.user_hash(sliced.user_id), history_length=sliced["_length"], **columns

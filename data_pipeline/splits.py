@@ -21,7 +21,8 @@ class Cut:
     """What a split rule makes of a log."""
 
     candidates: ir.Table
-    """REQUEST_KEY, position (0, 1, ...), item_id, time_s, one column per task, the "log" columns of candidate and context."""
+    """REQUEST_KEY, position (0, 1, ...), item_id, time_s, one column per task, the "log" columns of candidate and
+    context."""
     pretrain: ir.Table
     """user_id, num_events: a pretraining row holds the user's first `num_events` events."""
     training_events: ir.Table
@@ -44,7 +45,9 @@ def number_events(engine: Engine, log: canonical.Log) -> ir.Table:
 
 
 def cut(engine: Engine, log: canonical.Log, events: ir.Table, is_holdout: bool) -> Cut:
-    """Applies the log's split rule to numbered events. `is_holdout`: requests after the test period instead of those before."""
+    """Applies the log's split rule to numbered events. `is_holdout`: requests after the test period instead of those
+    before.
+    """
     if isinstance(log.split, canonical.TimeBoundaries):
         return _cut_by_time(engine, log, events, is_holdout)
     if is_holdout:
@@ -57,7 +60,9 @@ def cut(engine: Engine, log: canonical.Log, events: ir.Table, is_holdout: bool) 
 def _cut_by_time(engine: Engine, log: canonical.Log, events: ir.Table, is_holdout: bool) -> Cut:
     rule = log.split
     exposures = log.exposures
-    split = ibis.cases((exposures.time_s < rule.valid_from_s, "train"), (exposures.time_s < rule.test_from_s, "valid"), else_="test")
+    split = ibis.cases(
+        (exposures.time_s < rule.valid_from_s, "train"), (exposures.time_s < rule.test_from_s, "valid"), else_="test"
+    )
     if rule.test_until_s is not None:
         split = ibis.cases((exposures.time_s >= rule.test_until_s, "holdout"), else_=split)
     labelled = engine.materialise("exposures", exposures.mutate(split=split))
@@ -66,9 +71,14 @@ def _cut_by_time(engine: Engine, log: canonical.Log, events: ir.Table, is_holdou
     num_other = labelled.count().execute() - used.count().execute()
     if is_holdout and used.count().execute() == 0:
         raise ValueError(
-            f"no exposure lies at or after {rule.test_until_s} (epoch s), the end of the test period; --split holdout needs a later log"
+            f"no exposure lies at or after {rule.test_until_s} (epoch s), the end of the test period; --split holdout "
+            "needs a later log"
         )
-    reason = "exposures before the holdout period (used as history only)" if is_holdout else "exposures after the test period"
+    reason = (
+        "exposures before the holdout period (used as history only)"
+        if is_holdout
+        else "exposures after the test period"
+    )
     counted = _count_earlier_events(events, used)
     in_order = ibis.window(group_by=list(REQUEST_KEY), order_by=[counted.time_s, counted.order, counted.item_id])
     candidates = counted.mutate(position=ibis.row_number().over(in_order).cast("int64"))
@@ -80,28 +90,36 @@ def _cut_by_time(engine: Engine, log: canonical.Log, events: ir.Table, is_holdou
         training_events=events.filter(events.known_s < rule.valid_from_s),
         training_exposures=labelled.filter(labelled.split == "train"),
         counts_exposed_items=True,
-        words=rule.words or f"train < {rule.valid_from_s} <= valid < {rule.test_from_s} <= test < {rule.test_until_s} (epoch s)",
+        words=rule.words
+        or f"train < {rule.valid_from_s} <= valid < {rule.test_from_s} <= test < {rule.test_until_s} (epoch s)",
         skipped={reason: int(num_other)} if num_other else {},
     )
 
 
 def _count_earlier_events(events: ir.Table, exposures: ir.Table) -> ir.Table:
     """Adds num_before: the user's events strictly earlier (in whole seconds) than the exposure."""
-    one, zero = ibis.literal(1, type="int64"), ibis.literal(0, type="int64")
+    # float64, exact below 2^53: DuckDB sums int64 to HUGEINT, and Ibis, which does not know it, drops a cast to int64
+    one, zero = ibis.literal(1.0), ibis.literal(0.0)
     moments = events.select("user_id", moment_s=events.known_s, num=one).union(
         exposures.select("user_id", moment_s=exposures.time_s, num=zero)
     )
-    per_moment = moments.group_by(["user_id", "moment_s"]).agg(num=moments.num.sum().cast("int64"))
+    per_moment = moments.group_by(["user_id", "moment_s"]).agg(num=moments.num.sum())
     so_far = ibis.window(group_by="user_id", order_by=per_moment.moment_s, preceding=None, following=0)
-    earlier = per_moment.select("user_id", "moment_s", num_before=(per_moment.num.sum().over(so_far) - per_moment.num).cast("int64"))
+    earlier = per_moment.select(
+        "user_id", "moment_s", num_before=(per_moment.num.sum().over(so_far) - per_moment.num).cast("int64")
+    )
     joined = exposures.inner_join(earlier, [exposures.user_id == earlier.user_id, exposures.time_s == earlier.moment_s])
     return joined.select(exposures, earlier.num_before)
 
 
 def _cut_last_item(engine: Engine, log: canonical.Log, events: ir.Table) -> Cut:
-    """One request per user whose target is the last event: `Given` splits, or splits by the quantile of the last time."""
+    """One request per user whose target is the last event: `Given` splits, or splits by the quantile of the last
+    time.
+    """
     rule = log.split
-    last = engine.materialise("targets", events.filter((events["rank"] == events.num_events - 1) & (events.num_events >= 2)))
+    last = engine.materialise(
+        "targets", events.filter((events["rank"] == events.num_events - 1) & (events.num_events >= 2))
+    )
     num_short = events.filter(events.num_events < 2).count().execute()
     if isinstance(rule, canonical.Given):
         sides = log.exposures.select("user_id", side=log.exposures.split).distinct()
@@ -111,8 +129,13 @@ def _cut_last_item(engine: Engine, log: canonical.Log, events: ir.Table) -> Cut:
         place = min(max(math.ceil(rule.train_quantile * num_users), 1), num_users)
         boundary_s = int(last.order_by("known_s").limit(1, offset=place - 1).known_s.execute().iloc[0])
         sides = last.select("user_id", side=ibis.cases((last.known_s <= boundary_s, "train"), else_="test"))
-        words = f"users whose last event is at or before {boundary_s} (epoch s, the {rule.train_quantile} quantile) train, others test"
-    timed = engine.materialise("users_split", last.select("user_id", "known_s", "num_events").inner_join(sides, "user_id"))
+        words = (
+            f"users whose last event is at or before {boundary_s} (epoch s, the {rule.train_quantile} quantile) train, "
+            "others test"
+        )
+    timed = engine.materialise(
+        "users_split", last.select("user_id", "known_s", "num_events").inner_join(sides, "user_id")
+    )
     split = _carve_valid(engine, timed, rule.valid_fraction)
     if isinstance(rule, canonical.Given):
         candidates = _given_candidates(log, split)
@@ -129,21 +152,25 @@ def _cut_last_item(engine: Engine, log: canonical.Log, events: ir.Table) -> Cut:
         training_events=events.filter(is_training & (events.num_events >= 2)),
         training_exposures=None if exposures is None else exposures.filter(exposures.user_id.isin(trains.user_id)),
         counts_exposed_items=False,
-        words=f"one request per user, target = last event; {words}; valid = latest {rule.valid_fraction} of the train users by "
+        words=f"one request per user, target = last event; {words}; valid = latest {rule.valid_fraction} of the train "
+        "users by "
         "(last time, user_hash); pretraining = everything but the last event of every user",
         skipped={"events of users with fewer than 2 events": int(num_short)} if num_short else {},
     )
 
 
 def _carve_valid(engine: Engine, timed: ir.Table, fraction: float) -> ir.Table:
-    """user_id, num_before, time_s, split: the latest `fraction` of the train users becomes valid. Ties: by user hash."""
+    """user_id, num_before, time_s, split: the latest `fraction` of the train users becomes valid. Ties: by user
+    hash.
+    """
     num_valid = math.floor(fraction * timed.filter(timed.side == "train").count().execute())
     hashed = timed.mutate(tie=timed.user_id.hexdigest("md5"))
     latest_first = ibis.window(group_by="side", order_by=[hashed.known_s.desc(), hashed.tie, hashed.user_id])
     placed = hashed.mutate(place=ibis.row_number().over(latest_first))
     split = ibis.cases(((placed.side == "train") & (placed.place < num_valid), "valid"), else_=placed.side)
     return engine.materialise(
-        "requests_split", placed.select("user_id", split=split, num_before=placed.num_events - 1, request_s=placed.known_s)
+        "requests_split",
+        placed.select("user_id", split=split, num_before=placed.num_events - 1, request_s=placed.known_s),
     )
 
 
@@ -155,7 +182,9 @@ def _given_candidates(log: canonical.Log, split: ir.Table) -> ir.Table:
 
 
 def _positives(log: canonical.Log, targets: ir.Table, split: ir.Table) -> ir.Table:
-    """Target events as the candidate at position 0 with label 1 for every task; their history is what ranks before them."""
+    """Target events as the candidate at position 0 with label 1 for every task; their history is what ranks before
+    them.
+    """
     joined = targets.inner_join(split, "user_id")
     kept = ["user_id", "split", "item_id", "order", *[s.name for s in log.specs_in("context") if s.origin == "log"]]
     labels = {task.name: ibis.literal(1.0, type="float64") for task in log.tasks}
@@ -186,6 +215,7 @@ def _cut_leave_last_out(engine: Engine, log: canonical.Log, events: ir.Table) ->
         training_events=events.filter(is_training),
         training_exposures=None,
         counts_exposed_items=False,
-        words="per user: test = last event, valid = second last, train = third last; pretraining = everything but the last two",
+        words="per user: test = last event, valid = second last, train = third last; pretraining = everything but "
+        "the last two",
         skipped={reason: num for reason, num in skipped.items() if num},
     )

@@ -6,6 +6,7 @@ Each problem is reported once, at its first offender: file, column and row (0-ba
 """
 
 import argparse
+import itertools
 import pathlib
 import sys
 
@@ -17,7 +18,9 @@ import pyarrow.parquet as pq
 from data_pipeline import validate_rows, vocab
 from gpsd_dist import schema
 
-EXACT_TIME_RULE = "TimeBoundaries"  # the one rule that cuts by time alone; the others break ties of equal times by order
+EXACT_TIME_RULE = (
+    "TimeBoundaries"  # the one rule that cuts by time alone; the others break ties of equal times by order
+)
 USER_RULES = ("LastItemByTime", "Given")  # a user lies in one of train, valid, test
 
 
@@ -36,7 +39,9 @@ def check(root: pathlib.Path) -> schema.Manifest:
     return manifest
 
 
-def check_split(root: pathlib.Path, manifest: schema.Manifest, split: schema.Split, problems: validate_rows.Problems) -> np.ndarray:
+def check_split(
+    root: pathlib.Path, manifest: schema.Manifest, split: schema.Split, problems: validate_rows.Problems
+) -> np.ndarray:
     """Every file of one split, and its counts; returns the user hashes of all rows."""
     expected = schema.arrow_schema(manifest, split.name)
     checker = validate_rows.RowChecker(manifest, problems, has_exact_times=_rule(manifest) == EXACT_TIME_RULE)
@@ -67,7 +72,8 @@ def check_split(root: pathlib.Path, manifest: schema.Manifest, split: schema.Spl
     for key, value in found.items():
         if value != getattr(split, key):
             problems.add(
-                f"{split.name}.{key}", f"split {split.name!r}: the files hold {key} = {value}, the manifest says {getattr(split, key)}"
+                f"{split.name}.{key}",
+                f"split {split.name!r}: the files hold {key} = {value}, the manifest says {getattr(split, key)}",
             )
     return np.concatenate(users)
 
@@ -95,7 +101,9 @@ def _has_schema(path: pathlib.Path, found: pa.Schema, expected: pa.Schema, probl
         return False
     for field in expected:
         if found.field(field.name).type != field.type:
-            problems.add("type", f"{path}, column {field.name!r}: found {found.field(field.name).type}, expected {field.type}")
+            problems.add(
+                "type", f"{path}, column {field.name!r}: found {found.field(field.name).type}, expected {field.type}"
+            )
             return False
     return True
 
@@ -109,18 +117,23 @@ def _check_vocab(path: pathlib.Path, table: schema.Table, problems: validate_row
     wanted = np.arange(len(index)) + schema.NUM_RESERVED_ROWS
     if not np.array_equal(index, wanted):
         row = int(np.argmax(index != wanted))
-        problems.add("vocabulary index", f"{path}, column 'index', row {row}: found {index[row]}, expected {wanted[row]}")
+        problems.add(
+            "vocabulary index", f"{path}, column 'index', row {row}: found {index[row]}, expected {wanted[row]}"
+        )
     if pc.count_distinct(words["raw_id"]).as_py() != len(index):
         problems.add("vocabulary id", f"{path}, column 'raw_id': a raw id occurs twice")
     num_rows, fingerprint = vocab.measure(path)
     if (num_rows, fingerprint) != (table.num_rows, table.fingerprint):
         problems.add(
             f"vocabulary {table.name}",
-            f"{path}: {num_rows} table rows with fingerprint {fingerprint}; the manifest says {table.num_rows}, {table.fingerprint}",
+            f"{path}: {num_rows} table rows with fingerprint {fingerprint}; the manifest says {table.num_rows}, "
+            f"{table.fingerprint}",
         )
 
 
-def _check_items(path: pathlib.Path, manifest: schema.Manifest, sizes: dict[str, int], problems: validate_rows.Problems) -> None:
+def _check_items(
+    path: pathlib.Path, manifest: schema.Manifest, sizes: dict[str, int], problems: validate_rows.Problems
+) -> None:
     file = _open(path, problems)
     if file is None:
         return
@@ -128,12 +141,19 @@ def _check_items(path: pathlib.Path, manifest: schema.Manifest, sizes: dict[str,
     table_name = manifest.feature(manifest.item_feature).table
     index = items["index"].to_numpy() if "index" in items.column_names else np.zeros(0, np.int64)
     if not np.array_equal(index, np.arange(schema.NUM_RESERVED_ROWS, sizes[table_name])):
-        problems.add("items", f"{path}, column 'index': expected every index 2 ... {sizes[table_name] - 1} of {table_name!r}, ascending")
+        problems.add(
+            "items",
+            f"{path}, column 'index': expected every index 2 ... {sizes[table_name] - 1} of {table_name!r}, ascending",
+        )
     for name in items.column_names[1:]:
         feature = manifest.feature(name)
         values = items[name].combine_chunks()
         values = (pc.list_flatten(values) if feature.is_bag else values).to_numpy(zero_copy_only=False)
-        if feature.kind == "categorical" and len(values) and not (values.min() >= 1 and values.max() < sizes[feature.table]):
+        if (
+            feature.kind == "categorical"
+            and len(values)
+            and not (values.min() >= 1 and values.max() < sizes[feature.table])
+        ):
             problems.add("items", f"{path}, column {name!r}: an index lies outside 1 ... {sizes[feature.table] - 1}")
 
 
@@ -146,15 +166,19 @@ def _check_order(manifest: schema.Manifest, users: dict[str, np.ndarray], proble
             if len(np.unique(users[split.name])) != len(users[split.name]):
                 problems.add("users", f"split {split.name!r}, column 'user_hash': a user has two rows, expected one")
         return
-    for early, late in zip(splits, splits[1:], strict=False):
+    for early, late in itertools.pairwise(splits):
         if early.time_to_s > late.time_from_s or (rule == EXACT_TIME_RULE and early.time_to_s == late.time_from_s):
             problems.add(
                 "split order",
-                f"split {late.name!r} starts at {late.time_from_s}, before split {early.name!r} ends at {early.time_to_s} (epoch s)",
+                f"split {late.name!r} starts at {late.time_from_s}, before split {early.name!r} ends at "
+                f"{early.time_to_s} (epoch s)",
             )
         both = np.intersect1d(users[early.name], users[late.name]) if rule in USER_RULES else ()
         if len(both):
-            problems.add("split users", f"{len(both)} users lie in {early.name!r} and in {late.name!r}, first user_hash {both[0]}")
+            problems.add(
+                "split users",
+                f"{len(both)} users lie in {early.name!r} and in {late.name!r}, first user_hash {both[0]}",
+            )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -168,7 +192,10 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{options.out_dir} is valid: " + ", ".join(f"{split.name} {split.num_rows:,} rows" for split in manifest.splits))
+    print(
+        f"{options.out_dir} is valid: "
+        + ", ".join(f"{split.name} {split.num_rows:,} rows" for split in manifest.splits)
+    )
     return 0
 
 

@@ -30,7 +30,9 @@ class RowChecker:
     """Invariants that hold inside one row."""
 
     def __init__(self, manifest: schema.Manifest, problems: Problems, has_exact_times: bool):
-        """`has_exact_times`: history must be earlier than the request in whole seconds, not only in the order of ties."""
+        """`has_exact_times`: history must be earlier than the request in whole seconds, not only in the order of
+        ties.
+        """
         self.manifest, self.problems, self.has_exact_times = manifest, problems, has_exact_times
         self.sizes = {table.name: table.num_rows for table in manifest.tables}
 
@@ -59,14 +61,19 @@ class RowChecker:
         if is_bad.any():
             row = int(np.argmax(is_bad))
             found = found if isinstance(found, str) else found[row]
-            message = f"{self._path}, column {column!r}, row {self._first_row + row}: found {found}, expected {expected}"
+            message = (
+                f"{self._path}, column {column!r}, row {self._first_row + row}: found {found}, expected {expected}"
+            )
             self.problems.add(f"{kind} {column}", message)
 
-    def _report_value(self, kind: str, column: str, is_bad: np.ndarray, rows: np.ndarray, values: np.ndarray, expected: str) -> None:
+    def _report_value(
+        self, kind: str, column: str, is_bad: np.ndarray, rows: np.ndarray, values: np.ndarray, expected: str
+    ) -> None:
         """The same for values inside lists; `rows` gives the row of each value."""
         if is_bad.any():
             place = int(np.argmax(is_bad))
-            message = f"{self._path}, column {column!r}, row {self._first_row + rows[place]}: found {values[place]}, expected {expected}"
+            at = f"{self._path}, column {column!r}, row {self._first_row + rows[place]}"
+            message = f"{at}: found {values[place]}, expected {expected}"
             self.problems.add(f"{kind} {column}", message)
 
     def _check_lengths(self, columns: dict[str, pa.Array]) -> None:
@@ -94,22 +101,32 @@ class RowChecker:
             rows, values = _flatten(rows, values)
         if feature.is_bag:
             if values.null_count:
-                self._report_value("null", name, np.asarray(values.is_null()), rows, np.full(len(values), "nothing"), "a bag")
+                self._report_value(
+                    "null", name, np.asarray(values.is_null()), rows, np.full(len(values), "nothing"), "a bag"
+                )
                 return
             empty = _lengths(values) == 0
-            self._report_value("bag", name, empty, rows, np.full(len(values), "an empty bag"), "at least one index (1 = unknown)")
+            self._report_value(
+                "bag", name, empty, rows, np.full(len(values), "an empty bag"), "at least one index (1 = unknown)"
+            )
             rows, values = _flatten(rows, values)
         if values.null_count:
-            self._report_value("null", name, np.asarray(values.is_null()), rows, np.full(len(values), "nothing"), "a value")
+            self._report_value(
+                "null", name, np.asarray(values.is_null()), rows, np.full(len(values), "nothing"), "a value"
+            )
             return
         numbers = values.to_numpy(zero_copy_only=False)
         if feature.kind == "numerical":
             self._report_value("number", name, ~np.isfinite(numbers), rows, numbers, "a finite number")
             return
-        self._report_value("padding", name, numbers == schema.PADDING_INDEX, rows, numbers, "no padding index inside a row")
+        self._report_value(
+            "padding", name, numbers == schema.PADDING_INDEX, rows, numbers, "no padding index inside a row"
+        )
         size = self.sizes[feature.table]
         is_outside = (numbers < 0) | (numbers >= size)
-        self._report_value("index", name, is_outside, rows, numbers, f"an index 1 ... {size - 1} of table {feature.table!r}")
+        self._report_value(
+            "index", name, is_outside, rows, numbers, f"an index 1 ... {size - 1} of table {feature.table!r}"
+        )
 
     def _check_times(self, columns: dict[str, pa.Array]) -> None:
         name = "history.time_s"
@@ -130,17 +147,24 @@ class RowChecker:
         rows, labels = _flatten(np.arange(len(columns[name])), columns[name])
         values = labels.to_numpy(zero_copy_only=False)  # null becomes NaN
         is_known = np.asarray(labels.is_valid())
-        self._report_value("label", name, is_known & (values != 0) & (values != 1), rows, values, "0, 1 or null (not observed)")
+        self._report_value(
+            "label", name, is_known & (values != 0) & (values != 1), rows, values, "0, 1 or null (not observed)"
+        )
         item = f"candidate.{self.manifest.item_feature}"
         item_rows, items = _flatten(np.arange(len(columns[item])), columns[item])
         if self.has_exact_times or len(items) != len(values) or items.null_count:
-            return  # a log of exposures may show an item twice, clicked once; drawn negatives must differ from the positive
+            # a log of exposures may show an item twice, clicked once; drawn negatives must differ from the positive
+            return
         pairs = np.stack([item_rows, items.to_numpy()], axis=1)
         positives, negatives = pairs[values == 1], pairs[values == 0]
         is_known_item = negatives[:, 1] != schema.UNKNOWN_INDEX
         base = self.sizes[self.manifest.feature(self.manifest.item_feature).table]
-        clashes = np.isin(negatives[:, 0] * base + negatives[:, 1], positives[:, 0] * base + positives[:, 1]) & is_known_item
-        self._report_value("negative", item, clashes, negatives[:, 0], negatives[:, 1], "no negative that equals the row's positive")
+        clashes = (
+            np.isin(negatives[:, 0] * base + negatives[:, 1], positives[:, 0] * base + positives[:, 1]) & is_known_item
+        )
+        self._report_value(
+            "negative", item, clashes, negatives[:, 0], negatives[:, 1], "no negative that equals the row's positive"
+        )
 
 
 def _lengths(column: pa.Array) -> np.ndarray:

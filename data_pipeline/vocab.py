@@ -1,7 +1,7 @@
 """Vocabularies: raw id -> row of an embedding table, from the training period only.
 
-Index 0 is padding, 1 is unknown (never seen in training, or fewer times than min_count); known ids follow from 2 by falling
-count, equal counts by raw id, so that the same training data always gives the same table.
+Index 0 is padding, 1 is unknown (never seen in training, or fewer times than min_count); known ids follow from 2 by
+falling count, equal counts by raw id, so that the same training data always gives the same table.
 """
 
 import hashlib
@@ -19,8 +19,14 @@ VOCAB_SCHEMA = pa.schema([("raw_id", pa.string()), ("index", pa.int64()), ("coun
 
 
 def build(engine: Engine, name: str, occurrences: ir.Table, min_count: int) -> ir.Table:
-    """Vocabulary table (raw_id, index, count) from `occurrences` (raw_id string, count int64), several rows per id allowed."""
-    counts = occurrences.filter(occurrences.raw_id.notnull()).group_by("raw_id").agg(count=lambda t: t["count"].sum().cast("int64"))
+    """Vocabulary table (raw_id, index, count) from `occurrences` (raw_id string, count int64), several rows per id
+    allowed.
+    """
+    counts = (
+        occurrences.filter(occurrences.raw_id.notnull())
+        .group_by("raw_id")
+        .agg(count=lambda t: t["count"].cast("float64").sum().cast("int64"))
+    )
     known = counts.filter(counts["count"] >= min_count)
     place = ibis.row_number().over(ibis.window(order_by=[known["count"].desc(), known.raw_id.asc()]))
     index = (place + schema.NUM_RESERVED_ROWS).cast("int64")
@@ -52,17 +58,21 @@ def measure(path: pathlib.Path) -> tuple[int, str]:
 def read(engine: Engine, name: str, path: pathlib.Path) -> ir.Table:
     """An existing vocabulary, to encode further data with the same indices. ValueError where the file is missing."""
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: the data set is incomplete; build it again before adding a split to it")
+        raise ValueError(
+            f"{path} does not exist: the data set is incomplete; build it again before adding a split to it"
+        )
     return engine.materialise(f"vocab_{name}", engine.con.read_parquet(path))
 
 
 def encode(table: ir.Table, columns: dict[str, tuple[str, ir.Table]]) -> ir.Table:
     """Adds int64 columns of indices; unknown or null becomes 1. `columns`: new column -> (string column, vocabulary).
 
-    All lookups are one chain of joins: nested one by one, a table with 30 columns is too deep a query for the SQL generator.
+    All lookups are one chain of joins: nested one by one, a table with 30 columns is too deep a query for the SQL
+    generator.
     """
     lookups = {
-        into: words.select(**{f"_id_{into}": words.raw_id, f"_index_{into}": words["index"]}) for into, (_, words) in columns.items()
+        into: words.select(**{f"_id_{into}": words.raw_id, f"_index_{into}": words["index"]})
+        for into, (_, words) in columns.items()
     }
     table = table.view()  # Ibis would else add to the chain of a table that is a join itself, and refuse its columns
     joined = table

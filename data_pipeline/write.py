@@ -10,8 +10,8 @@ import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import tqdm
 
+from data_pipeline import progress
 from data_pipeline.engine import Engine
 from gpsd_dist import schema
 
@@ -25,8 +25,12 @@ def staged(out_dir: pathlib.Path) -> typing.Iterator[pathlib.Path]:
 
     ValueError if `out_dir` holds something that is no data set: it would be lost.
     """
-    if out_dir.exists() and (not out_dir.is_dir() or (any(out_dir.iterdir()) and not (out_dir / schema.MANIFEST_NAME).is_file())):
-        raise ValueError(f"--out_dir {out_dir} exists and is not a data set (no {schema.MANIFEST_NAME}); choose another or remove it")
+    if out_dir.exists() and (
+        not out_dir.is_dir() or (any(out_dir.iterdir()) and not (out_dir / schema.MANIFEST_NAME).is_file())
+    ):
+        raise ValueError(
+            f"--out_dir {out_dir} exists and is not a data set (no {schema.MANIFEST_NAME}); choose another or remove it"
+        )
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     aside = out_dir.parent / f".{out_dir.name}.building-{os.getpid()}"
     aside.mkdir()
@@ -65,17 +69,20 @@ def write_split(
     counts = {"num_rows": 0, "num_history_tokens": 0, "num_candidates": 0}
     times: list[int] = []
     writer = _PartWriter(folder, target_schema, row_group_rows, file_rows, compression)
-    with tqdm.tqdm(total=total, unit="rows", desc=f"  write {name}", mininterval=1.0) as bar, writer:
+    with progress.bar() as shown, writer:
+        bar = shown.add_task(f"  write {name}", total=total)
         for batch in engine.batches(ordered, row_group_rows):
             table = _to_schema(pa.Table.from_batches([batch]), target_schema)
             writer.write(table)
             counts["num_rows"] += table.num_rows
             counts["num_history_tokens"] += pc.sum(table["history_length"]).as_py() or 0
             if "request_time_s" in table.column_names and table.num_rows:
-                counts["num_candidates"] += pc.sum(pc.list_value_length(table[_first_candidate_column(target_schema)])).as_py()
+                counts["num_candidates"] += pc.sum(
+                    pc.list_value_length(table[_first_candidate_column(target_schema)])
+                ).as_py()
                 bounds = pc.min_max(table["request_time_s"]).as_py()
                 times += [bounds["min"], bounds["max"]]
-            bar.update(table.num_rows)
+            shown.update(bar, advance=table.num_rows)
     files = tuple(f"{name}/{path.name}" for path in writer.paths)
     return schema.Split(name, files, **counts, time_from_s=min(times, default=None), time_to_s=max(times, default=None))
 
@@ -93,9 +100,15 @@ def _to_schema(table: pa.Table, target_schema: pa.Schema) -> pa.Table:
 class _PartWriter:
     """Parquet files of at most `file_rows` rows in groups of `row_group_rows`; `paths` lists them in reading order."""
 
-    def __init__(self, folder: pathlib.Path, target_schema: pa.Schema, row_group_rows: int, file_rows: int, compression: str):
+    def __init__(
+        self, folder: pathlib.Path, target_schema: pa.Schema, row_group_rows: int, file_rows: int, compression: str
+    ):
         self.folder, self.schema = folder, target_schema
-        self.row_group_rows, self.file_rows, self.compression = row_group_rows, max(file_rows, row_group_rows), compression
+        self.row_group_rows, self.file_rows, self.compression = (
+            row_group_rows,
+            max(file_rows, row_group_rows),
+            compression,
+        )
         self.paths: list[pathlib.Path] = []
         self._writer: pq.ParquetWriter | None = None
         self._rows_in_file = 0
@@ -132,11 +145,14 @@ class _PartWriter:
         path = self.folder / f"part-{len(self.paths):05d}.parquet"
         self.paths.append(path)
         self._rows_in_file = 0
-        # ids of one column repeat within a group, times ascend: dictionary pages serve both; "none" is Arrow's word for raw
+        # ids of one column repeat within a group, times ascend: dictionary pages serve both; "none" is Arrow's word
+        # for raw
         self._writer = pq.ParquetWriter(path, self.schema, compression=self.compression)
 
 
-def write_items(engine: Engine, rows: ir.Table, features: tuple[schema.Feature, ...], path: pathlib.Path, compression: str) -> None:
+def write_items(
+    engine: Engine, rows: ir.Table, features: tuple[schema.Feature, ...], path: pathlib.Path, compression: str
+) -> None:
     """items.parquet: `index` (int64, ascending from 2) and one column per item attribute."""
     fields = [pa.field("index", pa.int64())] + [pa.field(f.name, f.arrow_type("context")) for f in features]
     target_schema = pa.schema(fields)

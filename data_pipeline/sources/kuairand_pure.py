@@ -4,11 +4,12 @@ log_*.parquet / log_*.csv           labelled exposures, the columns of the offic
 user_histories_until_apr24.parquet  per user the last <= 50 exposures before Apr 25, without a time per event
 video_features_basic_pure.csv, user_features_pure.csv
 
-What a request may know: the video, the tab it is shown in, the hour, the user's profile, and what happened strictly earlier.
-Play time, stay times and every other is_* column are outcomes, so they are not even read.
+What a request may know: the video, the tab it is shown in, the hour, the user's profile, and what happened strictly
+earlier. Play time, stay times and every other is_* column are outcomes, so they are not even read.
 """
 
 import argparse
+import itertools
 import pathlib
 
 import ibis
@@ -27,14 +28,19 @@ SPLIT = canonical.TimeBoundaries(
     test_from_s=APR_25_S + 5 * DAY_S,
     test_until_s=APR_25_S + 6 * DAY_S,
     pretrain_until_s=APR_25_S,
-    words="by time_ms, midnight UTC+8 of 2022: pretrain until Apr 24, train Apr 25-28, valid Apr 29, test Apr 30, holdout May 1 on",
+    words="by time_ms, midnight UTC+8 of 2022: pretrain until Apr 24, train Apr 25-28, valid Apr 29, test Apr 30, "
+    "holdout May 1 on",
 )
 LOG = dict.fromkeys(("user_id", "video_id"), "string") | dict.fromkeys(
     ("date", "time_ms", "is_click", "long_view", "tab"), "int64"
 )
 HISTORIES = {
-    "user_id": "string", "history_len": "int64", "last_time_ms": "int64", "watch_seq": "array<string>", "long_watch_seq": "array<string>",
-}  # fmt: skip
+    "user_id": "string",
+    "history_len": "int64",
+    "last_time_ms": "int64",
+    "watch_seq": "array<string>",
+    "long_watch_seq": "array<string>",
+}
 VIDEOS = {"video_id": "string", "author_id": "string", "video_duration": "float64", "tag": "string"}
 DURATION_EDGES_S = (7, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 300, 600)  # untuned
 USER_CATEGORIES = (
@@ -54,8 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """No options of its own."""
 
 
-def find_files(raw_dir: pathlib.Path, options: argparse.Namespace) -> dict[str, pathlib.Path]:
-    """Every log file and the three others; under --split holdout, what raw_dir lacks comes from options.built_from_dir."""
+def find_files(raw_dir: pathlib.Path | None, options: argparse.Namespace) -> dict[str, pathlib.Path]:
+    """Every log file and the three others; under --split holdout, what raw_dir lacks comes from
+    options.built_from_dir.
+    """
+    raw_dir = raw_files.require_folder(raw_dir)
     folders = [raw_dir] if options.split == "all" else [raw_dir, options.built_from_dir]
     logs: dict[str, pathlib.Path] = {}
     for folder in folders:
@@ -81,6 +90,7 @@ def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Names
     exposures, skipped = _read_log(engine, [path for key, path in files.items() if key.startswith("log:")])
     histories = engine.materialise("histories", raw_files.read_columns(engine, files["histories"], HISTORIES))
     raw_files.require_values(files["histories"], histories, ("user_id", "last_time_ms", "watch_seq"))
+    raw_files.require_unique(files["histories"], histories, "user_id")
     places = ("history", "candidate")
     spec = canonical.FeatureSpec
     features = [
@@ -161,7 +171,9 @@ def _with_earlier_counts(log: ir.Table) -> ir.Table:
 
 
 def _events(histories: ir.Table, exposures: ir.Table) -> ir.Table:
-    """History events have no time, only the user's last one as an upper bound; of the log, clicks extend the history."""
+    """History events have no time, only the user's last one as an upper bound; of the log, clicks extend the
+    history.
+    """
     placed = histories.mutate(place=ibis.range(0, histories.watch_seq.length()).unnest().cast("int64"))
     video = placed.watch_seq[placed.place]
     is_long = ibis.coalesce(placed.long_watch_seq.contains(video), False)
@@ -191,7 +203,7 @@ def _read_videos(engine: Engine, path: pathlib.Path) -> ir.Table:
     raw_files.require_unique(path, raw, "video_id")
     seconds = raw.video_duration / 1000
     edges = (0, *DURATION_EDGES_S)
-    branches = [(seconds < high, f"{low}-{high}s") for low, high in zip(edges, edges[1:], strict=False)]
+    branches = [(seconds < high, f"{low}-{high}s") for low, high in itertools.pairwise(edges)]
     bucket = ibis.cases((seconds.isnull(), ibis.null("string")), *branches, else_=f"{edges[-1]}s-")
     return raw.select(item_id=raw.video_id, author=raw.author_id, tag=raw.tag.split(","), duration_bucket=bucket)
 
