@@ -1,0 +1,111 @@
+"""ENTRY: scores one split with a trained run, or with a baseline that needs no model, and writes one JSON file.
+
+    python -m gpsd_dist.evaluate --checkpoint runs/kr/st_sf --data data/kuairand --split test --metrics_out test.json
+    python -m gpsd_dist.evaluate --baseline rates --data data/kuairand --split test
+
+A finetuned run gives {"<task>": {"auc", "gauc", "log_loss", "ne", "calibration", "rows", ...}}; a pretrained one
+{"next_item": {"hr@10", "ndcg@10", "mrr", ...}}. Also runs under torchrun, with the same result.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import pathlib
+import sys
+
+import rich.console
+import rich.table
+
+from gpsd_dist.assembly import assemble
+from gpsd_dist.baselines.rates import BASELINES, evaluate_baseline
+from gpsd_dist.checkpoint import manager
+from gpsd_dist.config import run_config_from_dict
+from gpsd_dist.distributed.runtime import Runtime, process_group
+from gpsd_dist.metrics.recorder import json_safe
+from gpsd_dist.schema import Manifest, read_manifest
+from gpsd_dist.scoring import Metrics, evaluate_split
+
+log = logging.getLogger(__name__)
+_TIMEOUT_S = 600
+_DESCRIBING_FIELDS = ("features", "tables", "tasks", "item_feature", "max_history_length")
+
+
+def evaluate_checkpoint(
+    checkpoint: str | pathlib.Path, data_dir: str | None, split: str, runtime: Runtime, which: str = "best"
+) -> Metrics:
+    """Exact metrics of a run folder's best (or last) checkpoint, or of a checkpoint folder, on one split. Collective.
+
+    `data_dir` None: the folder that the run was trained on. ValueError if the data set has other features,
+    vocabularies or tasks than the run was trained with.
+    """
+    folder = manager.find(checkpoint, which)
+    state = manager.read_state(folder)
+    run = run_config_from_dict(state.run_config)
+    run = dataclasses.replace(run, data_dir=data_dir or run.data_dir)
+    manifest = read_manifest(run.data_dir)
+    _check_same_schema(manifest, state.manifest, folder, run.data_dir)
+    manifest.split(split)
+    assembly = assemble(run, manifest, runtime)
+    manager.load_tensors(folder, assembly.weights())
+    log.info("scoring %s of %s with %s (step %d)", split, run.data_dir, folder, state.step)
+    return evaluate_split(run, manifest, assembly, split, runtime)
+
+
+def _check_same_schema(manifest: Manifest, saved: dict, folder: pathlib.Path, data_dir: str) -> None:
+    current = json.loads(json.dumps(dataclasses.asdict(manifest)))
+    different = [name for name in _DESCRIBING_FIELDS if current[name] != saved[name]]
+    if different:
+        raise ValueError(
+            f"{data_dir} differs from what {folder} was trained on in {different}; score it on data that was built "
+            "with the same vocabularies (build a later day with --split holdout)"
+        )
+
+
+def _print(metrics: Metrics) -> None:
+    for task, values in metrics.items():
+        table = rich.table.Table("metric", task)
+        for name, value in values.items():
+            table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.5f}")
+        rich.console.Console().print(table)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    scorer = parser.add_mutually_exclusive_group(required=True)
+    scorer.add_argument("--checkpoint", help="run folder, or one checkpoint in it")
+    scorer.add_argument("--baseline", choices=sorted(BASELINES), help="score without a model")
+    parser.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run folder (best on valid)")
+    parser.add_argument("--data", help="prepared data; default: the data the run was trained on")
+    parser.add_argument("--split", default="test", help="split to score (default: test)")
+    parser.add_argument("--metrics_out", type=pathlib.Path, help="JSON file to write")
+    args = parser.parse_args(argv)
+    if args.baseline and not args.data:
+        parser.error("--baseline needs --data")
+    return args
+
+
+def main(argv: list[str]) -> int:
+    """Exit status 0, or 2 for a mistake in the options or the data."""
+    args = _parse(argv)
+    try:
+        if args.baseline:
+            return _report(evaluate_baseline(args.baseline, args.data, args.split), args.metrics_out)
+        with process_group(_TIMEOUT_S) as runtime:
+            metrics = evaluate_checkpoint(args.checkpoint, args.data, args.split, runtime, args.which)
+        return _report(metrics, args.metrics_out) if runtime.is_main else 0
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _report(metrics: Metrics, metrics_out: pathlib.Path | None) -> int:
+    _print(metrics)
+    if metrics_out is not None:
+        metrics_out.parent.mkdir(parents=True, exist_ok=True)
+        metrics_out.write_text(json.dumps(json_safe(metrics), indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
