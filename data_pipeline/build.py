@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         options = parse(argv)
         build(options, "python -m data_pipeline.build " + shlex.join(argv))
     except ValueError as error:
-        progress.say(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -83,10 +83,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     known, _ = parser.parse_known_args(argv)
     sources.load(known.source).add_arguments(parser)
     options = parser.parse_args(argv)
+    # a pretraining row needs two events: one to read and one to predict
+    smallest = {"max_history_length": 2, "min_count": 1, "num_negatives": 1, "row_group_rows": 1, "file_rows": 1}
     problems = [
-        f"--{name} {getattr(options, name)} must be at least 1"
-        for name in ("max_history_length", "min_count", "num_negatives", "row_group_rows", "file_rows")
-        if getattr(options, name) < 1
+        f"--{name} {getattr(options, name)} must be at least {least}"
+        for name, least in smallest.items()
+        if getattr(options, name) < least
     ]
     if not 0 < options.valid_fraction < 1:
         problems.append(f"--valid_fraction {options.valid_fraction} must lie between 0 and 1")

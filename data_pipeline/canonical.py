@@ -6,9 +6,9 @@ A source is a module in `data_pipeline/sources/` with
     def find_files(raw_dir: pathlib.Path | None, options: argparse.Namespace) -> dict[str, pathlib.Path]: ...
     def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Namespace) -> Log: ...
 
-`find_files` names every raw file that `read` will open (they are hashed for the no-op check and the manifest); it raises
-ValueError for a missing one. `read` uses `raw_files.read_columns`, which checks columns and types, and counts every raw
-row that it leaves out in `Log.skipped`.
+`find_files` names every raw file that `read` will open (they are hashed for the no-op check and the manifest); it
+raises ValueError for a missing one. `read` uses `raw_files.read_columns`, which checks columns and types, and counts
+every raw row that it leaves out in `Log.skipped`.
 """
 
 import dataclasses

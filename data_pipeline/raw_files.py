@@ -175,7 +175,7 @@ def require_none(path: pathlib.Path, bad: ir.Table, column: str, expected: str, 
     count = bad.count().execute()
     if count:
         first = bad.order_by(FILE_ORDER).limit(1).select(FILE_ORDER, value=bad[column].cast("string")).execute().iloc[0]
-        found = "nothing" if first["value"] is None else repr(first["value"])
+        found = "nothing" if first["value"] is None or first["value"] != first["value"] else repr(first["value"])
         raise ValueError(
             f"{path}, column {column!r}, data row {first[FILE_ORDER]}: found {found}, expected {expected} ({count:,} "
             f"such rows); {fix}"
