@@ -23,7 +23,7 @@ def attend(qkv_S3HK: torch.Tensor, packing: Packing) -> torch.Tensor:
 def bucketed(qkv_S3HK: torch.Tensor, packing: Packing) -> torch.Tensor:
     """Pads only inside a length bucket. The causal mask hides the padding to the right of every token."""
     buckets = packing.buckets
-    if not buckets:
+    if not len(qkv_S3HK):  # no requests, or only such without history and candidates
         return qkv_S3HK[:, 0].flatten(1)
     # One split: its backward is one concatenation, a slice per bucket would write all S tokens once per bucket.
     parts = qkv_S3HK.split([b.num_tokens for b in buckets] + [b.num_candidates for b in buckets])
