@@ -1,0 +1,215 @@
+"""The hand-written gradients of the losses against autograd on a reference with explicit masks."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpsd_dist import losses
+from tests.helpers import reference
+
+NAN = math.nan
+TEMPERATURE = 0.3
+
+
+def make_problem(num_positions, num_groups, num_negatives, *, num_items=9, width=5, seed=0, group_offsets=None):
+    """Few items, so that negatives repeat and hit targets. Row r of the lookup holds item 2 + permuted r."""
+    random = torch.Generator().manual_seed(seed)
+    item_U = torch.randperm(num_items, generator=random) + 2
+    row_of = {int(item): row for row, item in enumerate(item_U)}
+
+    def draw(*shape):
+        items = torch.randint(2, 2 + num_items, shape, generator=random)
+        return items, torch.tensor([row_of[int(i)] for i in items.flatten()], dtype=torch.int64).view(shape)
+
+    target_item, target_row = draw(num_positions)
+    negative_item, negative_row = draw(num_groups, num_negatives)
+    if group_offsets is None:
+        group_offsets = tuple(np.linspace(0, num_positions, num_groups + 1).astype(int).tolist())
+    return {
+        "hidden": torch.randn(num_positions, width, generator=random),
+        "rows": torch.randn(num_items, width, generator=random),
+        "target_row": target_row,
+        "target_item": target_item,
+        "negative_row": negative_row,
+        "negative_item": negative_item,
+        "group_offsets": group_offsets,
+    }
+
+
+def run_ours(p, hidden, rows):
+    indices = (p["target_row"], p["target_item"], p["negative_row"], p["negative_item"])
+    return losses.sampled_softmax(hidden, rows, *indices, p["group_offsets"], TEMPERATURE)
+
+
+def run_reference(p, hidden, rows):
+    group_M = np.repeat(np.arange(len(p["group_offsets"]) - 1), np.diff(p["group_offsets"]))
+    indices = (p["target_row"], p["target_item"], p["negative_row"], p["negative_item"])
+    return reference.sampled_softmax(hidden, rows, *indices, group_M, TEMPERATURE)
+
+
+PROBLEMS = {
+    "one group": {"num_positions": 7, "num_groups": 1, "num_negatives": 20},
+    "8 groups": {"num_positions": 21, "num_groups": 8, "num_negatives": 6},
+    "more groups than positions": {"num_positions": 3, "num_groups": 8, "num_negatives": 4},
+    "per request, some empty": {
+        "num_positions": 6,
+        "num_groups": 5,
+        "num_negatives": 4,
+        "group_offsets": (0, 0, 1, 1, 6, 6),
+    },
+    "one negative": {"num_positions": 5, "num_groups": 2, "num_negatives": 1},
+    "all negatives hit": {"num_positions": 4, "num_groups": 1, "num_negatives": 6, "num_items": 1},
+    "no positions": {"num_positions": 0, "num_groups": 3, "num_negatives": 4},
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_sampled_softmax_equals_masked_reference(name):
+    """float32, because the loss computes in float32; the reference in float64. Sums of <= 21 terms: 1e-4 is ample."""
+    p = make_problem(**PROBLEMS[name])
+    leaves = [p["hidden"].requires_grad_(), p["rows"].requires_grad_()]
+    loss, count = run_ours(p, *leaves)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = run_reference(p, *exact)
+    assert count.item() == PROBLEMS[name]["num_positions"]
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    if PROBLEMS[name]["num_positions"]:
+        got, wanted = torch.autograd.grad(3.0 * loss, leaves), torch.autograd.grad(3.0 * expected, exact)
+        for ours, theirs in zip(got, wanted):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_problems_hold_hits_and_duplicates():
+    p = make_problem(**PROBLEMS["8 groups"])
+    hits = sum(
+        int((p["negative_item"][g] == p["target_item"][m]).sum())
+        for g in range(8)
+        for m in range(p["group_offsets"][g], p["group_offsets"][g + 1])
+    )
+    assert hits >= 5 and any(len(set(group.tolist())) < 6 for group in p["negative_item"])
+
+
+@pytest.mark.parametrize("name", [name for name in PROBLEMS if name != "no positions"])
+def test_gradients_of_the_autograd_function_in_float64(name):
+    p = make_problem(**PROBLEMS[name])
+    query = (2.0 * p["hidden"].double()).requires_grad_()
+    target = p["rows"].double()[p["target_row"]].requires_grad_()
+    negative = p["rows"].double()[p["negative_row"]].requires_grad_()
+    items = (p["target_item"], p["negative_item"])
+
+    def loss(query, target, negative):
+        return losses._SampledSoftmax.apply(query, target, negative, *items, p["group_offsets"])
+
+    assert torch.autograd.gradcheck(loss, (query, target, negative))
+
+
+def test_a_position_whose_negatives_all_hit_costs_nothing():
+    p = make_problem(**PROBLEMS["all negatives hit"])
+    loss, count = run_ours(p, p["hidden"].requires_grad_(), p["rows"])
+    loss.backward()
+    assert count.item() == 4 and abs(loss.item()) < 1e-6 and p["hidden"].grad.abs().max() < 1e-6
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    target=st.lists(st.integers(2, 9), max_size=12),
+    negative=st.lists(st.integers(2, 9), min_size=1, max_size=12),
+)
+def test_accidental_hits_are_all_equal_pairs(target, negative):
+    target_M, negative_N = (torch.tensor(ids, dtype=torch.int64) for ids in (target, negative))
+    position, nth = losses._accidental_hits(target_M, negative_N)
+    expected = {(m, n) for m, a in enumerate(target) for n, b in enumerate(negative) if a == b}
+    got = list(zip(position.tolist(), nth.tolist()))
+    assert len(got) == len(expected) and set(got) == expected
+
+
+def test_full_softmax_equals_reference():
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, 5, generator=random).requires_grad_()
+    weight = torch.randn(7, 5, generator=random).requires_grad_()
+    target = torch.tensor([0, 6, 3, 3, 1, 2])
+    loss, count = losses.full_softmax(hidden, weight, target, TEMPERATURE)
+    exact = [leaf.detach().double().requires_grad_() for leaf in (hidden, weight)]
+    cosine = torch.stack([torch.stack([h @ w / h.norm() / w.norm() for w in exact[1]]) for h in exact[0]])
+    expected = -(cosine / TEMPERATURE).log_softmax(-1)[range(6), target].sum()
+    assert count.item() == 6
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, exact)):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_product_cross_entropy_equals_direct_formula():
+    """float64: log of a product of sigmoids, and log of one minus it."""
+    a, b = torch.meshgrid(torch.linspace(-6, 6, 13), torch.linspace(-6, 6, 13), indexing="ij")
+    given_logit, logit = (x.flatten().double().requires_grad_() for x in (a, b))
+    label = (torch.arange(169) % 2).double()
+    loss, count = losses.product_cross_entropy(given_logit, logit, label)
+    probability = torch.sigmoid(given_logit) * torch.sigmoid(logit)
+    expected = -(label * probability.log() + (1 - label) * (1 - probability).log()).sum()
+    assert count.item() == 169
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    got, wanted = (torch.autograd.grad(value, (given_logit, logit)) for value in (loss, expected))
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("given_logit", [-200.0, -1e4, 200.0, 1e4])
+@pytest.mark.parametrize("logit", [-200.0, -1e4, 200.0, 1e4])
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_product_cross_entropy_is_stable_at_extreme_logits(given_logit, logit, label):
+    logits = [torch.tensor([value], requires_grad=True) for value in (given_logit, logit)]
+    loss, _ = losses.product_cross_entropy(*logits, torch.tensor([label]))
+    # -log(ab): what falls short of 0. -log(1 - ab): with both probabilities at 1, 1 - ab = e^-x + e^-y.
+    yes = sum(max(-value, 0.0) for value in (given_logit, logit))
+    low, both_sure = min(given_logit, logit), min(given_logit, logit) > 0
+    no = low - (math.log(2) if given_logit == logit else 0.0) if both_sure else 0.0
+    assert loss.item() == pytest.approx(yes if label else no, rel=1e-6, abs=1e-6)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, logits))
+
+
+def test_binary_cross_entropy_equals_torch_and_skips_unobserved():
+    random = torch.Generator().manual_seed(0)
+    logit = torch.randn(8, generator=random).requires_grad_()
+    label = torch.tensor([0.0, 1.0, NAN, 1.0, NAN, 0.0, 0.0, 1.0])
+    is_observed = ~label.isnan()
+    loss, count = losses.binary_cross_entropy(logit, label)
+    expected = F.binary_cross_entropy_with_logits(logit[is_observed], label[is_observed], reduction="sum")
+    assert count.item() == 6
+    torch.testing.assert_close(loss, expected)
+    [ours], [theirs] = torch.autograd.grad(loss, logit), torch.autograd.grad(expected, logit)
+    torch.testing.assert_close(ours, theirs)
+    assert (ours[~is_observed] == 0).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(cut=st.integers(0, 12), seed=st.integers(0, 100))
+def test_sums_do_not_depend_on_how_rows_are_split(cut, seed):
+    random = torch.Generator().manual_seed(seed)
+    logit, given_logit = torch.randn(2, 12, generator=random, dtype=torch.float64)
+    label = torch.tensor([0.0, 1.0, NAN, 1.0] * 3, dtype=torch.float64)
+    hidden, weight = torch.randn(12, 4, generator=random), torch.randn(6, 4, generator=random)
+    target = torch.randint(6, (12,), generator=random)
+    whole = slice(0, 12)
+    for run in (
+        lambda part: losses.binary_cross_entropy(logit[part], label[part]),
+        lambda part: losses.product_cross_entropy(given_logit[part], logit[part], label[part]),
+        lambda part: losses.full_softmax(hidden[part], weight, target[part], TEMPERATURE),
+    ):
+        parts = [run(part) for part in (slice(0, cut), slice(cut, 12))]
+        for index in (0, 1):
+            torch.testing.assert_close(parts[0][index] + parts[1][index], run(whole)[index])
+
+
+def test_sampled_softmax_sums_do_not_depend_on_how_positions_are_split():
+    p = make_problem(12, 1, 10)
+    whole = run_ours(p, p["hidden"], p["rows"])
+    total = [torch.zeros(()), torch.zeros(())]
+    for part in (slice(0, 5), slice(5, 5), slice(5, 12)):
+        piece = p | {key: p[key][part] for key in ("target_row", "target_item")}
+        piece["group_offsets"] = (0, len(piece["target_row"]))
+        total = [a + b for a, b in zip(total, run_ours(piece, p["hidden"][part], p["rows"]))]
+    torch.testing.assert_close(total, list(whole))

@@ -1,0 +1,90 @@
+import pytest
+import torch
+from torch import nn
+
+from gpsd_dist.config import ModelConfig, OptimizerConfig, TablesConfig
+from gpsd_dist.model.embeddings import lookup_tables
+from gpsd_dist.model.gpsd import RankingModel
+from gpsd_dist.optim.dense import dense_optimizer, named_state
+from tests.helpers.synthetic import make_manifest
+
+CONFIG = OptimizerConfig("adamw", 0.01, weight_decay=0.5, beta1=0.8, beta2=0.7, eps=1e-6)
+
+
+@pytest.fixture
+def model():
+    manifest, tables = make_manifest(), TablesConfig(embedding_dim=8)
+    sharded = lookup_tables(manifest, tables, with_candidates=True)
+    return RankingModel(manifest, tables, ModelConfig(layers=1, width=16, heads=2), sharded, ("click", "buy"))
+
+
+def test_only_matrices_of_linear_layers_decay(model):
+    optimizer = dense_optimizer(model, CONFIG)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    decaying = {name for name, parameter in model.named_parameters() if decay[id(parameter)]}
+    assert {decay[id(p)] for p in model.parameters()} == {0.0, 0.5}
+    assert decaying == {
+        "backbone.project_in.layers.1.weight",
+        "backbone.tower.blocks.0.qkv.weight",
+        "backbone.tower.blocks.0.attention_out.weight",
+        "backbone.tower.blocks.0.gate_up.weight",
+        "backbone.tower.blocks.0.down.weight",
+        *(f"heads.mlps.{task}.{layer}.weight" for task in ("click", "buy") for layer in (0, 2)),
+    }
+
+
+def test_every_parameter_is_in_exactly_one_group(model):
+    listed = [id(p) for group in dense_optimizer(model, CONFIG).param_groups for p in group["params"]]
+    assert sorted(listed) == sorted(id(p) for p in model.parameters())
+
+
+def test_settings_arrive():
+    for group in dense_optimizer(nn.Linear(2, 2), CONFIG).param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (0.01, (0.8, 0.7), 1e-6)
+
+
+def test_decay_shrinks_a_matrix_and_leaves_a_bias():
+    layer = nn.Linear(3, 2)
+    before = [p.detach().clone() for p in (layer.weight, layer.bias)]
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    dense_optimizer(layer, CONFIG).step()
+    torch.testing.assert_close(layer.weight, before[0] * (1 - 0.01 * 0.5))
+    assert torch.equal(layer.bias, before[1])
+
+
+def test_named_state_is_allocated_and_live(model):
+    optimizer = dense_optimizer(model, CONFIG)
+    state = named_state(optimizer, model)
+    assert set(state) == {name for name, _ in model.named_parameters()}
+    assert all(set(entry) == {"step", "exp_avg", "exp_avg_sq"} for entry in state.values())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, entry in state.items():
+        assert entry["step"].item() == 1, name
+        torch.testing.assert_close(entry["exp_avg"], torch.full_like(entry["exp_avg"], 0.2))
+
+
+def test_restoring_named_state_in_place_continues_the_run():
+    def steps(layer, optimizer, first, last):
+        for step in range(first, last):
+            for index, parameter in enumerate(layer.parameters()):
+                parameter.grad = torch.full_like(parameter, 0.1 * (step + index + 1))
+            optimizer.step()
+
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2)
+    other = nn.Linear(3, 2)
+    other.load_state_dict(layer.state_dict())
+    optimizer = dense_optimizer(layer, CONFIG)
+    steps(layer, optimizer, 0, 5)
+    first = dense_optimizer(other, CONFIG)
+    steps(other, first, 0, 2)
+    resumed = dense_optimizer(other, CONFIG)
+    saved = named_state(first, other)
+    for name, entry in named_state(resumed, other).items():
+        for key, value in entry.items():
+            value.copy_(saved[name][key])
+    steps(other, resumed, 2, 5)
+    assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), other.parameters()))
