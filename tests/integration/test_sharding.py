@@ -1,0 +1,137 @@
+"""Sharded = unsharded: 1 and 2 ranks with the same global batches give the same run, for every kind of plan.
+
+Tolerances: sums over a batch are split differently over ranks, so float32 results agree to about 1e-6 relative per step.
+Dense eps is 1e-4 here: Adam divides by the gradient's own size, so with 1e-8 rounding of a near-zero gradient would be
+amplified to a full step.
+"""
+
+import pathlib
+
+import pytest
+import torch
+
+from gpsd_dist.config import OptimizerConfig
+from gpsd_dist.data import collate
+from tests.helpers.distributed import run_distributed
+from tests.integration.tiny_data import (
+    NUM_ITEMS,
+    SHARDED_TABLES,
+    differing,
+    read_checkpoint,
+    step_folder,
+    tiny_run,
+    train_losses,
+    train_runs,
+    write_tiny_data,
+)
+
+STEPS = 8  # an epoch has 6
+PLANS = {
+    "row_wise": {},
+    "table_wise": {"item": "table_wise", "tag": "table_wise"},
+    "column_wise": {"item": "column_wise", "tag": "column_wise"},
+    "mixed": {"item": "column_wise", "tag": "row_wise"},
+}
+EMBEDDING_DIM = 256  # TorchRec's planner cuts columns into pieces of 128 at least
+
+
+def _run(stage: str, data_dir, output_dir, sharding=None, **train):
+    return tiny_run(
+        stage,
+        data_dir,
+        output_dir,
+        tables={"sharding": sharding or {}, "embedding_dim": EMBEDDING_DIM},
+        pretrain={"num_negative_groups": 1},
+        dense=OptimizerConfig("adamw", 1e-2, weight_decay=0.1, eps=1e-4),
+        train={"max_steps": STEPS, "save_interval_steps": 1, "keep_last": 100} | train,
+    )
+
+
+def _train_with_fixed_negatives(rank: int, world_size: int, runs):
+    """Ranks draw different negatives, so pretraining depends on the world size; here every step has the same ones."""
+    original = collate.Collate._draw_negatives
+    negatives = (torch.arange(20).reshape(1, 20) * 7 % (NUM_ITEMS - 2) + 2).numpy()
+    collate.Collate._draw_negatives = lambda self, random, packing: (
+        collate._Negatives(negatives.copy()) if self.num_negative_groups else None
+    )
+    try:
+        return train_runs(rank, world_size, runs)
+    finally:
+        collate.Collate._draw_negatives = original
+
+
+STAGES = ("pretrain", "finetune")
+
+
+def _runs(data_dir, single_row_dir, folder):
+    finetune = [_run("finetune", data_dir, folder / name, sharding) for name, sharding in PLANS.items()]
+    single = [_run(stage, single_row_dir, folder / f"single_row_{stage}", max_steps=2) for stage in STAGES]
+    return [*finetune, _run("pretrain", data_dir, folder / "pretrain"), *single]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data_dir, one_rank):
+    """Run name -> (folder of the 1-rank run, folder of the 2-rank run, plan on 2 ranks)."""
+    one, two, single_row_dir = (tmp_path_factory.mktemp(name) for name in ("one", "two", "single_row"))
+    write_tiny_data(single_row_dir, rows={"pretrain": 1, "train": 1, "valid": 1})
+    _train_with_fixed_negatives(0, 1, _runs(data_dir, single_row_dir, one))
+    runs = _runs(data_dir, single_row_dir, two)
+    plans = run_distributed(_train_with_fixed_negatives, 2, two, runs, timeout_s=150)[0]
+    return {pathlib.Path(run.output_dir).name: (one / pathlib.Path(run.output_dir).name, pathlib.Path(run.output_dir), plan) for run, plan in zip(runs, plans)}
+
+
+@pytest.mark.parametrize("name", [*PLANS, "pretrain"])
+def test_initial_weights_do_not_depend_on_world_size_or_plan(trained, name):
+    reference = read_checkpoint(trained["pretrain" if name == "pretrain" else "row_wise"][0] / "initial")
+    one, two, _ = trained[name]
+    assert not differing(read_checkpoint(one / "initial"), reference)
+    assert not differing(read_checkpoint(two / "initial"), reference)
+
+
+def test_both_stages_begin_with_the_same_tables(trained):
+    pretrained, finetuned = (read_checkpoint(trained[name][0] / "initial") for name in ("pretrain", "row_wise"))
+    for table in ("table.item", "table.tag"):
+        assert torch.equal(pretrained[table], finetuned[table])
+        assert 0.018 < float(pretrained[table].std()) < 0.022
+    assert len(pretrained["table.item"].unique(dim=0)) == NUM_ITEMS
+
+
+def test_tables_are_laid_out_as_asked(trained):
+    row = next(line for line in trained["row_wise"][2].splitlines() if line.startswith("table item"))
+    assert "row_wise" in row and "31x256 on rank:0" in row and "30x256 on rank:1" in row
+    column = next(line for line in trained["column_wise"][2].splitlines() if line.startswith("table item"))
+    assert "column_wise" in column and column.count("61x128") == 2
+    assert "table tag: trainable, table_wise, fused: 37x256 on rank:" in trained["table_wise"][2]
+    assert "table item: trainable, column_wise" in trained["mixed"][2]
+    assert "table tag: trainable, row_wise" in trained["mixed"][2]
+
+
+@pytest.mark.parametrize("name", [*PLANS, "pretrain"])
+def test_one_step_gives_the_same_gradients_and_tables(trained, name):
+    one, two = (read_checkpoint(step_folder(folder, 1)) for folder in trained[name][:2])
+    gradients = [{k: v for k, v in side.items() if k.endswith("exp_avg")} for side in (one, two)]  # (1 - beta1) gradient
+    assert any(float(value.abs().max()) > 1e-3 for value in gradients[0].values())
+    assert not differing(*gradients, atol=1e-6)
+    tables = [{k: v for k, v in side.items() if k.startswith("table.")} for side in (one, two)]
+    assert not differing(*tables, atol=1e-5)
+    states = [{k: v for k, v in side.items() if k.startswith("table_optimizer.")} for side in (one, two)]
+    assert set(states[0]) == {f"table_optimizer.{table}.momentum1" for table in SHARDED_TABLES}
+    assert not differing(*states, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*PLANS, "pretrain"])
+def test_training_does_not_depend_on_world_size(trained, name):
+    one, two, _ = trained[name]
+    losses, losses_two = train_losses(one), train_losses(two)
+    assert list(losses) == list(losses_two) == list(range(1, STEPS + 1))
+    assert losses_two == pytest.approx(losses, rel=1e-4)
+    first, last = read_checkpoint(one / "initial"), read_checkpoint(step_folder(one, STEPS))
+    assert float((first["table.item"] - last["table.item"]).abs().max()) > 0.05  # there was something to compare
+    assert not differing(last, read_checkpoint(step_folder(two, STEPS)), atol=2e-3)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_rank_without_rows_takes_part(trained, stage):
+    """The split has one row: one of the two ranks never has a request."""
+    one, two = (train_losses(folder) for folder in trained[f"single_row_{stage}"][:2])
+    assert len(one) == 2 and two == pytest.approx(one, rel=1e-4)

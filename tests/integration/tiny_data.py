@@ -1,0 +1,109 @@
+"""Runs of seconds on a tiny data set, for one rank or several, and what they leave behind.
+
+Nothing here is learnable: the tests compare runs with each other. The sizes are odd, so that nothing divides evenly.
+"""
+
+import dataclasses
+import json
+import pathlib
+import typing
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from gpsd_dist import config, schema
+from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.trainer import Trainer
+from tests.helpers.synthetic import write_dataset
+
+NUM_ITEMS = 61
+SHARDED_TABLES = ("item", "tag")  # the others are below `small_table_max_rows`
+GLOBAL_BATCH_ROWS = 8
+STEPS_PER_EPOCH = 6  # 46 rows in batches of 8
+
+
+def write_tiny_data(data_dir: pathlib.Path, *, seed: int = 0, num_items: int = NUM_ITEMS, rows=None) -> schema.Manifest:
+    """`rows`: split -> number of rows, where it should differ."""
+    return write_dataset(
+        data_dir,
+        seed=seed,
+        num_rows={"pretrain": 46, "train": 46, "valid": 21, "test": 13} | (rows or {}),
+        num_files=1,
+        row_group_rows=7,
+        table_rows={"item": num_items, "tag": 37},
+        max_history_length=12,
+    )
+
+
+def tiny_run(stage: str, data_dir, output_dir, strategy: str = "NT", init_checkpoint="", **changes) -> config.RunConfig:
+    """A run of seconds. `changes` are fields of RunConfig's parts: `model={"dropout": 0.1}, train={"max_steps": 5}`."""
+    run = config.RunConfig(
+        stage=stage,
+        data_dir=str(data_dir),
+        output_dir=str(output_dir),
+        strategy=strategy,
+        init_checkpoint=str(init_checkpoint),
+        data=config.DataConfig(
+            max_history_length=10, global_batch_rows=GLOBAL_BATCH_ROWS, eval_batch_rows_per_rank=4, num_data_shards=2
+        ),
+        tables=config.TablesConfig(embedding_dim=16, small_table_max_rows=20),
+        model=config.ModelConfig(layers=1, width=16, heads=2, context_dim=4, head_hidden=1),
+        pretrain=config.PretrainConfig(num_negative_groups=2, num_negatives=16, auxiliary=("category",)),
+        dense=config.OptimizerConfig("adamw", 1e-2, weight_decay=0.1),
+        train=config.TrainConfig(epochs=3, log_interval_steps=1, keep_last=3),
+    )
+    for part, fields in changes.items():
+        new = dataclasses.replace(getattr(run, part), **fields) if isinstance(fields, dict) else fields
+        run = dataclasses.replace(run, **{part: new})
+    return run
+
+
+def cpu_runtime(rank: int, world_size: int) -> Runtime:
+    return Runtime(rank, world_size, rank, torch.device("cpu"))
+
+
+def train_runs(rank: int, world_size: int, runs: list[config.RunConfig]) -> list[str]:
+    """For `run_distributed`: trains run after run, leaving the random weights of each in OUTPUT_DIR/initial."""
+    plans = []
+    for run in runs:
+        trainer = Trainer(run, cpu_runtime(rank, world_size))
+        dcp.save(trainer.assembly.weights(), checkpoint_id=f"{run.output_dir}/initial")
+        trainer.train()
+        plans.append(trainer.assembly.tables.plan)
+    return plans
+
+
+def train_losses(output_dir) -> dict[int, float]:
+    """Step -> `train/loss`. Fails if a step has two."""
+    losses: dict[int, float] = {}
+    for line in (pathlib.Path(output_dir) / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if "train/loss" in entry:
+            assert entry["step"] not in losses, f"two losses of step {entry['step']}"
+            losses[entry["step"]] = entry["train/loss"]
+    return losses
+
+
+def read_checkpoint(checkpoint: pathlib.Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole, under its dotted name; needs no process group."""
+    metadata = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+    tensors = {key: torch.empty(value.size, dtype=value.properties.dtype) for key, value in metadata.items()}
+    dcp.load(tensors, checkpoint_id=str(checkpoint), no_dist=True)
+    return tensors
+
+
+def step_folder(output_dir, step: int) -> pathlib.Path:
+    return pathlib.Path(output_dir) / "checkpoints" / f"step_{step:08d}"
+
+
+def differing(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], *, atol: float = 0.0) -> dict[str, typing.Any]:
+    """Names that are missing on one side or differ by more than `atol`: {} means equal (bitwise for atol 0)."""
+    problems: dict[str, typing.Any] = {name: "only on one side" for name in set(left) ^ set(right)}
+    for name in set(left) & set(right):
+        if left[name].shape != right[name].shape:
+            problems[name] = (left[name].shape, right[name].shape)
+        elif atol == 0 and not torch.equal(left[name], right[name]):
+            problems[name] = float((left[name] - right[name]).abs().max())
+        elif atol and float((left[name] - right[name]).abs().max()) > atol:
+            problems[name] = float((left[name] - right[name]).abs().max())
+    return problems
