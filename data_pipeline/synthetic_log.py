@@ -56,7 +56,7 @@ class SyntheticConfig:
     test_days: int = 1
     requests_per_day: int = 4_000
     candidates_per_request: int = 4
-    max_history_length: int = 30
+    max_history_length: int = 40
     """Written to schema.toml: what the prepared data keep of a history."""
     min_count: int = 1
     """Written to schema.toml: items seen less often in training become unknown."""

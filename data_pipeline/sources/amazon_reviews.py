@@ -1,10 +1,10 @@
 """Amazon product reviews, releases 2014 and 2018: JSON-lines files of reviews and of product metadata, also gzipped.
 
-Reviews: reviewerID, asin, unixReviewTime. Metadata: asin, brand, and the category as `categories` (2014: list of paths; also
-a plain list) or `category` (2018: one path); the category of an item is the last name of the last path. Lines are parsed as
-JSON. A line that is not JSON (the "loose" metadata of 2014 hold Python dict literals) goes through `ast.literal_eval`, which
-evaluates constants only, up to a length limit; one that is neither is counted under "skipped", and more than 1 % of such
-lines is an error. Split as in GPSD: one request per user, target = last review.
+Reviews: reviewerID, asin, unixReviewTime. Metadata: asin, brand, and the category as `categories` (2014: list of
+paths; also a plain list) or `category` (2018: one path); the category of an item is the last name of the last path.
+Lines are parsed as JSON. A line that is not JSON (the "loose" metadata of 2014 hold Python dict literals) goes
+through `ast.literal_eval`, which evaluates constants only, up to a length limit; one that is neither is counted under
+"skipped", and more than 1 % of such lines is an error. Split as in GPSD: one request per user, target = last review.
 """
 
 import argparse

@@ -1,7 +1,6 @@
-"""MovieLens and files of its format (MovieTweetings): ratings.dat + movies.dat (fields parted by "::") or ratings.csv + movies.csv.
+"""MovieLens and files of its format, such as MovieTweetings: ratings and movies, as .dat (parted by "::") or .csv.
 
-Every rating is an event, whatever its stars. Default split: leave the last out, as HSTU and SASRec are evaluated; with
---catalogue all the vocabulary holds every id of the movies file, as in the protocol of generative-recommenders.
+Every rating is an event, whatever its stars. Default split: leave the last out, as HSTU and SASRec are evaluated.
 """
 
 import argparse
@@ -22,13 +21,11 @@ NO_GENRES = "(no genres listed)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--split_rule, --train_quantile and --catalogue."""
+    """--split_rule and --train_quantile."""
     parser.add_argument("--split_rule", choices=("leave_last_out", "last_item_by_time"), default="leave_last_out")
     parser.add_argument(
         "--train_quantile", type=float, default=0.7, help="of last_item_by_time: part of the users that train"
     )
-    words = "seen: movies rated at least --min_count times in training; all: every id of the movies file"
-    parser.add_argument("--catalogue", choices=("seen", "all"), default="seen", help=words)
 
 
 def find_files(raw_dir: pathlib.Path | None, options: argparse.Namespace) -> dict[str, pathlib.Path]:
@@ -59,9 +56,7 @@ def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Names
         events=engine.materialise("ratings", events),
         items=_movies(engine, files["movies"]),
         features=(
-            canonical.FeatureSpec(
-                "item", ("history", "candidate"), "item_id", min_count=0 if options.catalogue == "all" else None
-            ),
+            canonical.FeatureSpec("item", ("history", "candidate"), "item_id"),
             canonical.FeatureSpec("genres", ("history", "candidate"), "items", is_bag=True),
         ),
         split=split,
@@ -70,7 +65,7 @@ def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Names
 
 
 def _movies(engine: Engine, path: pathlib.Path) -> ir.Table:
-    """item_id and genres of every movie. A few tens of thousands of lines, so read by Python: titles hold any character."""
+    """item_id and genres of every movie. Tens of thousands of lines, read by Python: titles hold any character."""
     text = _decode(path)
     genres_of: dict[str, list[str]] = {}
     lines = _csv_rows(path, text) if path.suffix == ".csv" else _dat_rows(path, text)
@@ -119,6 +114,6 @@ def _csv_rows(path: pathlib.Path, text: str):
     for fields in reader:
         if len(fields) != len(header):
             raise ValueError(
-                f"{path}, line {reader.line_num}: found {len(fields)} fields, expected {len(header)}; correct the line"
+                f"{path}, line {reader.line_num}: found {len(fields)} fields, expected {len(header)}; correct it"
             )
         yield reader.line_num, fields[movie].strip(), fields[genres]

@@ -1,8 +1,8 @@
 """Taobao UserBehavior.csv: user, item, category, behaviour (pv, cart, fav, buy), epoch seconds; no header; 100 M rows.
 
-The protocol of GPSD (arXiv:2506.03699): one request per user whose target is the last event, one drawn negative, and a
-history of at most 200 events. Rows outside the nine days of the data set (2017-11-25 to 2017-12-03, UTC+8) and repeated rows
-are left out and counted. DuckDB works on disk beyond --memory_limit.
+The protocol of GPSD (arXiv:2506.03699): one request per user whose target is the last event, one drawn negative, and
+a history of at most 200 events. Rows outside the nine days of the data set (2017-11-25 to 2017-12-03, UTC+8) and
+repeated rows are left out and counted. DuckDB works on disk beyond --memory_limit.
 """
 
 import argparse

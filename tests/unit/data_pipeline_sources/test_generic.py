@@ -1,0 +1,230 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+SCHEMA = """
+[history]
+files = "events/*.csv"
+user = "uid"
+item = "sku"
+time = "ts"
+time_unit = "ms"
+event = "action"
+event_types = ["view", "buy"]
+feature = [{ column = "action" }, { column = "seconds", kind = "numerical" }]
+
+[exposure]
+files = "shown.jsonl"
+user = "uid"
+item = "sku"
+time = "at"
+time_unit = "iso"
+request = "page"
+extends_history = "click"
+task = [{ column = "click" }, { column = "bought", name = "buy", given = "click" }]
+feature = [{ column = "slot", place = "candidate" }, { column = "device", place = "context" }]
+
+[items]
+files = "items.csv"
+item = "sku"
+feature = [
+  { column = "kind", name = "category" },
+  { column = "tags", kind = "bag", separator = "|" },
+  { column = "price", kind = "numerical" },
+]
+
+[users]
+files = "users.parquet"
+user = "uid"
+feature = [{ column = "city" }, { column = "age", kind = "numerical" }]
+
+[split]
+time_zone = "Asia/Shanghai"
+valid_from = 2024-01-02
+test_from = 2024-01-03
+
+[options]
+max_history_length = 3
+"""
+# 2024-01-01 00:00 UTC+8 is 1704038400
+EVENTS_1 = "uid,sku,action,ts,seconds\na,x,view,1704038401000,1.5\na,y,cart,1704038402000,\nb,z,view,1704038400000,2\n"
+EVENTS_2 = "uid,sku,action,ts,seconds\na,y,buy,1704038401999,\n,x,view,1704038401000,1\na,z,view,1704124000000,7\n"
+_SHOWN_NAMES = ("uid", "sku", "at", "page", "click", "bought", "slot", "device")
+SHOWN = "".join(
+    json.dumps(dict(zip(_SHOWN_NAMES, row))) + "\n"
+    for row in [
+        ("a", "x", "2024-01-01T00:00:05", 1, 1, 0, "top", "pc"),
+        ("a", "z", "2024-01-01T00:00:06", 1, 0, None, "low", "pc"),
+        ("b", "x", "2023-12-31T16:00:09Z", 2, 0, None, "top", "tv"),
+        ("a", "new", "2024-01-02T12:00:00+08:00", 3, 1, 1, "top", "pc"),
+        ("b", "z", "2024-01-03 00:00:00", 4, 0, None, "far", "pc"),
+    ]
+)
+ITEMS = "sku,kind,tags,price\nx,K1,red|blue,1.5\ny,K1,,2\nz,K2,red,\nnew,K9,green,4\n"
+
+
+@pytest.fixture
+def shop(raw, tmp_path):
+    raw("schema.toml", SCHEMA)
+    raw("events/1.csv", EVENTS_1)
+    raw("events/2.csv", EVENTS_2)
+    raw("shown.jsonl", SHOWN)
+    raw("items.csv", ITEMS)
+    pq.write_table(
+        pa.table({"uid": ["a", "b"], "city": ["P", None], "age": [30, 40]}), tmp_path / "raw" / "users.parquet"
+    )
+    return raw
+
+
+def test_every_kind_of_column_reaches_its_place(shop, prepare):
+    data = prepare("generic")
+    train = data.rows("train")
+    assert set(train) == {("a", 1704038405), ("b", 1704038409)}
+    row = train["a", 1704038405]
+    assert row["history.item"] == ["x", "y"]  # the cart event is of a type that does not count
+    assert row["history.action"] == ["view", "buy"]
+    assert row["history.seconds"] == [1.5, 0.0]
+    assert row["history.time_s"] == [1704038401, 1704038401]  # tie: file 1 before file 2
+    assert row["history.category"] == ["K1", "K1"]
+    assert [sorted(tags) for tags in row["history.tags"]] == [["blue", "red"], ["UNKNOWN"]]
+    assert row["candidate.item"] == ["x", "z"]  # one page, one request
+    assert row["candidate.slot"] == ["top", "low"]
+    assert row["candidate.price"] == [1.5, 0.0]
+    assert row["label.click"] == [1.0, 0.0]
+    assert row["label.buy"] == [0.0, None]
+    assert row["context.device"] == "pc"
+    assert row["context.city"] == "P"
+    assert row["context.age"] == 30.0
+    assert train["b", 1704038409]["context.city"] == "UNKNOWN"
+    assert data.manifest.skipped["history rows of other event types"] == 1
+    assert data.manifest.skipped["history rows without user_id"] == 1
+    _check_later_splits(data)
+
+
+def _check_later_splits(data):
+    """Clicked exposures extend later histories, and times have zones."""
+    ((key, valid),) = data.rows("valid").items()
+    assert key == ("a", 1704168000)
+    assert valid["history.item"] == ["y", "x", "z"]  # the three latest of x, y, x (clicked), z
+    assert valid["history.action"] == ["buy", "UNKNOWN", "view"]
+    assert valid["candidate.item"] == ["UNKNOWN"]  # first seen after training
+    assert valid["candidate.category"] == ["UNKNOWN"]
+    assert valid["label.buy"] == [1.0]
+    ((key, test),) = data.rows("test").items()
+    assert key == ("b", 1704211200)
+    assert test["candidate.slot"] == ["UNKNOWN"]
+    assert data.rows("pretrain")["a",]["history.item"] == ["y", "x", "z"]
+    assert data.manifest.tasks[1].given == "click"
+
+
+LABELLESS = """
+[history]
+files = "log.parquet"
+user = "u"
+item = "i"
+time = "t"
+feature = []
+[items]
+feature = [{ column = "cat" }, { column = "tags", kind = "bag" }]
+[split]
+rule = "leave_last_out"
+[options]
+num_negatives = 2
+"""
+
+
+def test_without_exposures_negatives_are_drawn_and_attributes_come_from_the_log(raw, prepare, tmp_path):
+    raw("schema.toml", LABELLESS)
+    users = [user for user in "abcdef" for _ in range(4)]
+    items = [f"i{(number + step) % 6}" for number in range(6) for step in range(4)]
+    log = {
+        "u": users,
+        "i": items,
+        "t": list(range(24)),
+        "cat": [f"c{item}" for item in items],
+        "tags": [["t", item] for item in items],
+    }
+    pq.write_table(pa.table(log), tmp_path / "raw" / "log.parquet")
+    data = prepare("generic")
+    for split, step in (("train", 1), ("valid", 2), ("test", 3)):
+        rows = data.rows(split)
+        assert len(rows) == 6
+        for number, user in enumerate("abcdef"):
+            row = rows[user, 4 * number + step]
+            history = items[4 * number : 4 * number + step]
+            assert row["history.item"] == history
+            assert row["label.click"][row["candidate.item"].index(items[4 * number + step])] == 1.0
+            assert sum(row["label.click"]) == 1.0
+            assert len(row["candidate.item"]) == 3
+            negatives = [item for item, label in zip(row["candidate.item"], row["label.click"]) if not label]
+            assert not set(negatives) & set(items[4 * number : 4 * number + step + 1])
+            assert row["history.cat"] == [f"c{item}" for item in history]
+
+
+def test_fractions_cut_the_exposures_by_time(shop, read_log):
+    shop(
+        "schema.toml",
+        SCHEMA.replace("valid_from = 2024-01-02\ntest_from = 2024-01-03", "valid_fraction = 0.2\ntest_fraction = 0.2"),
+    )
+    split = read_log("generic").split
+    assert (split.valid_from_s, split.test_from_s) == (1704168000, 1704211200)
+
+
+def test_a_later_log_is_bounded_by_test_until(shop, read_log):
+    shop(
+        "schema.toml",
+        SCHEMA.replace("test_from = 2024-01-03", 'test_from = 2024-01-03\ntest_until = "2024-01-04T00:00:00+08:00"'),
+    )
+    assert read_log("generic").split.test_until_s == 1704211200 + 86400
+
+
+CHANGES = {
+    "missing column": ("items.csv", ITEMS.replace("kind", "sort"), ["items.csv", "'kind'", "sort"]),
+    "wrong type": ("items.csv", ITEMS.replace("1.5", "cheap"), ["items.csv", "'price'", "row 0", "'cheap'", "float64"]),
+    "wrong time": (
+        "events/2.csv",
+        EVENTS_2.replace("1704124000000", "soon"),
+        ["2.csv", "'ts'", "row 2", "'soon'", "int64"],
+    ),
+    "wrong unit": (
+        "events/2.csv",
+        EVENTS_2.replace("1704124000000", "1704124000000000000"),
+        ["2.csv", "'ts'", "time_unit"],
+    ),
+    "wrong iso": (
+        "shown.jsonl",
+        SHOWN.replace("2024-01-02T12", "yesterday"),
+        ["shown.jsonl", "'at'", "row 3", "yesterday"],
+    ),
+    "label": ("shown.jsonl", SHOWN.replace('"click": 0', '"click": 2', 1), ["shown.jsonl", "'click'", "row 1", "2"]),
+    "no json": ("shown.jsonl", SHOWN + "{oops\n", ["shown.jsonl", "row 5", "JSON object", "oops"]),
+    "missing key": ("shown.jsonl", SHOWN.replace('"slot"', '"place"'), ["shown.jsonl", "'slot'", "place"]),
+    "conflict": ("items.csv", ITEMS + "x,K2,red,3\n", ["items.csv", "'x'", "several"]),
+    "empty file": ("items.csv", "", ["items.csv", "empty"]),
+    "header only": ("items.csv", "sku,kind,tags,price\n", ["items.csv", "no rows"]),
+    "truncated": ("users.parquet", b"PAR1 and then nothing", ["users.parquet", "truncated"]),
+    "types": ("schema.toml", SCHEMA.replace('"view", "buy"', '"click"'), ["event_types", "'click'", "view"]),
+    "no file": ("schema.toml", SCHEMA.replace("items.csv", "goods.csv"), ["goods.csv", "items.csv"]),
+    "outside": ("schema.toml", SCHEMA.replace('"items.csv"', '"../items.csv"'), ["../items.csv", "leaves the folder"]),
+    "ending": ("schema.toml", SCHEMA.replace("items.csv", "schema.toml"), ["schema.toml", "ending"]),
+    "boundaries": ("schema.toml", SCHEMA.replace("2024-01-03", "2024-01-01"), ["do not ascend"]),
+    "empty train": ("schema.toml", SCHEMA.replace("2024-01-02", "2023-01-02"), ["train or test is empty"]),
+    "text bag": ("schema.toml", SCHEMA.replace(', separator = "|"', ""), ["items.csv", "'tags'", "separator"]),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_bad_input_is_named(shop, read_log, name):
+    file, content, words = CHANGES[name]
+    shop(file, content)
+    with pytest.raises(ValueError) as error:
+        read_log("generic")
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_missing_schema_and_folder_are_named(read_log, tmp_path):
+    with pytest.raises(ValueError, match=r"schema\.toml does not exist"):
+        read_log("generic")
