@@ -188,7 +188,8 @@ def _build_all(
     write.write_items(
         running, sequences.item_rows(encoder, items), item_features, root / "items.parquet", options.compression
     )
-    schema.write_manifest(dataclasses.replace(manifest, splits=tuple(written), skipped=skipped), root)
+    features = write.with_statistics(manifest, dict(zip(SPLITS, written, strict=True))["train"], root)
+    schema.write_manifest(dataclasses.replace(manifest, features=features, splits=tuple(written), skipped=skipped), root)
 
 
 def write_split(

@@ -1,6 +1,8 @@
 """Parquet part files with exactly the types of the contract, a staging folder, and its move into place."""
 
 import contextlib
+import dataclasses
+import math
 import os
 import pathlib
 import shutil
@@ -160,3 +162,36 @@ def write_items(
         for batch in engine.batches(rows, 1 << 16):
             if batch.num_rows:
                 writer.write_table(_to_schema(pa.Table.from_batches([batch]), target_schema))
+
+
+def with_statistics(manifest: schema.Manifest, train: schema.Split, root: pathlib.Path) -> tuple[schema.Feature, ...]:
+    """The manifest's features, numerical ones with mean and standard deviation over the written training split.
+
+    A feature in several places is measured at the candidate, then the context, then the history. Without rows, or for
+    a constant, the values stay 0 and 1.
+    """
+    features = []
+    for feature in manifest.features:
+        if feature.kind == "numerical":
+            place = next(place for place in ("candidate", "context", "history") if place in feature.places)
+            mean, std = _mean_and_std(root, train.files, f"{place}.{feature.name}")
+            feature = dataclasses.replace(feature, mean=mean, std=std)
+        features.append(feature)
+    return tuple(features)
+
+
+def _mean_and_std(root: pathlib.Path, files: tuple[str, ...], column: str) -> tuple[float, float]:
+    """Of all values of a column, one row group in memory; Chan's merge of moments, stable for large values."""
+    count, mean, squares = 0, 0.0, 0.0
+    for name in files:
+        file = pq.ParquetFile(root / name)
+        for group in range(file.num_row_groups):
+            values = file.read_row_group(group, columns=[column])[column].combine_chunks()
+            values = values.flatten() if pa.types.is_list(values.type) else values
+            part = values.drop_null().to_numpy(zero_copy_only=False).astype("float64")
+            if len(part):
+                delta, total = part.mean() - mean, count + len(part)
+                squares += ((part - part.mean()) ** 2).sum() + delta**2 * count * len(part) / total
+                mean, count = mean + delta * len(part) / total, total
+    std = math.sqrt(squares / count) if count else 0.0
+    return (float(mean), std) if std > 0 else (float(mean), 1.0)

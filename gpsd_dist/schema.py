@@ -13,6 +13,7 @@ Needs only pyarrow: neither torch nor ibis.
 
 import dataclasses
 import json
+import math
 import pathlib
 import typing
 
@@ -39,6 +40,10 @@ class Feature:
     """Embedding table that its indices point into; None for a numerical feature."""
     is_bag: bool = False
     """Several indices per token (tags of a video): the column has one more list level. Categorical only."""
+    mean: float = 0.0
+    """Numerical: over the training split; the model sees (value - mean) / std."""
+    std: float = 1.0
+    """Numerical: over the training split, above 0."""
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -47,6 +52,8 @@ class Feature:
             raise ValueError(f"feature {self.name!r}: places {self.places!r} must be a non-empty part of {PLACES}")
         if (self.kind == "categorical") != (self.table is not None):
             raise ValueError(f"feature {self.name!r} is {self.kind}, but its table is {self.table!r}")
+        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
+            raise ValueError(f"feature {self.name!r}: mean {self.mean} and std {self.std} must be finite, std above 0")
         if self.is_bag and self.kind != "categorical":
             raise ValueError(f"feature {self.name!r}: only a categorical feature can be a bag")
 
