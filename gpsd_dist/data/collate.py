@@ -19,6 +19,7 @@ from gpsd_dist.data.parquet_dataset import BadValue
 from gpsd_dist.packing import Packing
 from gpsd_dist.schema import NUM_RESERVED_ROWS, Feature, Manifest
 
+_MAX_DEVIATIONS = 5.0  # a numerical feature is standardised and cut here: one outlier must not drown a token (untuned)
 _DENSE_UNIQUE_ROWS = 4_000_000  # below this a mark per table row beats sorting the ids (5x at 100 k ids, 1 M rows)
 
 
@@ -62,7 +63,9 @@ class Collate:
             take = slice(part, None, self.num_parts)
             part_rows = rows if self.num_parts == 1 else rows.take(pa.array(np.arange(len(order))[take]))
             parts.append(self._read(part_rows, order[take], length[take]))
-        random = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, key.epoch, key.step, key.rank))))
+        random = np.random.Generator(
+            np.random.Philox(np.random.SeedSequence((self.seed, key.epoch, key.step, key.rank)))
+        )
         negatives = [self._draw_negatives(random, part.packing) for part in parts]
         lookup = self._deduplicate(parts, negatives)
         return tuple(self._batch(part, drawn, lookup) for part, drawn in zip(parts, negatives, strict=True))
@@ -73,6 +76,7 @@ class Collate:
         item = self.manifest.item_feature
         kept = _last(_offsets_of(rows[f"history.{item}"].combine_chunks()), length)
         columns: dict[str, dict] = {"history": {}, "candidate": {}, "context": {}}
+        scalars = {"user_hash": reader.integers("user_hash"), "request_time_s": np.zeros(0, np.int64)}
         for feature in self.manifest.features_in("history"):
             columns["history"][feature.name] = reader.jagged(f"history.{feature.name}", feature, kept=kept)
         labels, counts = {}, np.zeros(len(order), np.int64)
@@ -83,7 +87,9 @@ class Collate:
             for feature in self.manifest.features_in("context"):
                 columns["context"][feature.name] = reader.flat(f"context.{feature.name}", feature)
             labels = {task.name: reader.labels(f"label.{task.name}", counts) for task in self.manifest.tasks}
-        return _Part(rows, order, Packing.from_lengths(length, counts), columns, labels, reader.history_time_s()[kept])
+            scalars["request_time_s"] = reader.integers("request_time_s")
+        packing = Packing.from_lengths(length, counts)
+        return _Part(order, packing, columns, labels, scalars, reader.history_time_s()[kept])
 
     def _batch(self, part: "_Part", negatives: "_Negatives | None", lookup: KeyedJaggedTensor) -> Batch:
         empty, item = np.zeros(0, np.int64), self.manifest.item_feature
@@ -91,24 +97,24 @@ class Collate:
             lookup=lookup,
             packing=part.packing,
             **{place: {name: _tensor(c) for name, c in features.items()} for place, features in part.rows.items()},
-            labels={task: torch.from_numpy(label) for task, label in part.labels.items()},
-            history_item_T=torch.from_numpy(part.columns["history"][item]),
-            candidate_item_C=torch.from_numpy(part.columns["candidate"].get(item, empty)),
+            labels={task: _tensor(label) for task, label in part.labels.items()},
+            history_item_T=_tensor(part.columns["history"][item]),
+            candidate_item_C=_tensor(part.columns["candidate"].get(item, empty)),
             history_time_s_T=torch.from_numpy(part.history_time_s),
-            request_time_s_B=torch.from_numpy(_column(part.table, "request_time_s") if self.with_candidates else empty),
-            user_hash_B=torch.from_numpy(_column(part.table, "user_hash")),
+            request_time_s_B=_tensor(part.scalars["request_time_s"]),
+            user_hash_B=_tensor(part.scalars["user_hash"]),
             source_row_B=torch.from_numpy(part.order),
             next_item=None if negatives is None else self._next_item(part, negatives),
         )
 
     def _sort_by_length(self, rows: pa.Table) -> tuple[np.ndarray, np.ndarray, pa.Table]:
         """Requests by ascending (truncated) history length, stable; (order [B], length [B], sorted rows)."""
-        full_length = _column(rows, "history_length").astype(np.int64)
+        full_length = pc.fill_null(rows["history_length"].combine_chunks(), -1).to_numpy().astype(np.int64)
         too_long = np.flatnonzero((full_length > self.manifest.max_history_length) | (full_length < 0))
         if len(too_long):
             allowed = f"0 .. {self.manifest.max_history_length} (max_history_length of the manifest)"
             row = int(too_long[0])
-            raise BadValue("history_length", row, f"{full_length[row]} is outside {allowed}")
+            raise BadValue("history_length", row, f"{rows['history_length'][row]} is outside {allowed}")
         length = np.minimum(full_length, self.max_history_length)
         order = np.argsort(length, kind="stable")
         return order, length[order], rows.take(pa.array(order))
@@ -138,7 +144,9 @@ class Collate:
             drawn = [draw for draw in negatives if draw is not None and table == item_table]
             indices = [_indices(part.columns[place][name]) for part, place, name in users]
             indices += [draw.item_GN.reshape(-1) for draw in drawn]
-            unique, inverse = _unique(np.concatenate([*indices, np.zeros(0, np.int64)]), self.manifest.table(table).num_rows)
+            unique, inverse = _unique(
+                np.concatenate([*indices, np.zeros(0, np.int64)]), self.manifest.table(table).num_rows
+            )
             uniques.append(unique)
             pieces = np.split(inverse, np.cumsum([len(piece) for piece in indices]))
             for (part, place, name), piece in zip(users, pieces, strict=False):
@@ -177,12 +185,13 @@ class Collate:
 class _Part:
     """Columns of one batch while it is made. A bag is a pair (values, offsets)."""
 
-    table: pa.Table
     order: np.ndarray
     packing: Packing
     columns: dict[str, dict]
     """place -> feature -> table indices or numbers"""
     labels: dict[str, np.ndarray]
+    scalars: dict[str, np.ndarray]
+    """Columns that are no features: column -> int64 [B]"""
     history_time_s: np.ndarray
     rows: dict[str, dict] = dataclasses.field(default_factory=dict)
     """`columns` with indices replaced by rows of the lookup."""
@@ -206,12 +215,7 @@ class _Reader:
         """Values of a list column: those at `kept`, or all of them where each row must hold `lengths` entries."""
         column = self.rows[name].combine_chunks()
         offsets = _offsets_of(column)
-        expected = _column(self.rows, "history_length") if lengths is None else lengths
-        wrong = np.flatnonzero(np.diff(offsets) != expected)
-        if len(wrong):
-            row = int(wrong[0])
-            found = f"{offsets[row + 1] - offsets[row]} entries, expected {expected[row]}"
-            raise BadValue(name, int(self.order[row]), f"{found} (lists of a place must be aligned)")
+        self._check_lengths(name, offsets, self.integers("history_length") if lengths is None else lengths)
         values = column.flatten()  # respects the offset of a sliced array
         if feature.is_bag:
             self._checked(name, feature, values.flatten(), _offsets_of(values)[offsets])
@@ -230,8 +234,17 @@ class _Reader:
 
     def history_time_s(self) -> np.ndarray:
         """int64 [all history tokens], -1 where null."""
-        times = self.rows["history.time_s"].combine_chunks().flatten()
-        return pc.fill_null(times, -1).to_numpy(zero_copy_only=False)
+        column = self.rows["history.time_s"].combine_chunks()
+        self._check_lengths("history.time_s", _offsets_of(column), self.integers("history_length"))
+        return pc.fill_null(column.flatten(), -1).to_numpy(zero_copy_only=False)
+
+    def integers(self, name: str) -> np.ndarray:
+        """A column with one integer per request; null is an error."""
+        values = self.rows[name].combine_chunks()
+        if values.null_count:
+            row = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
+            raise BadValue(name, int(self.order[row]), "is null, expected an integer")
+        return values.to_numpy()
 
     def labels(self, name: str, candidate_counts: np.ndarray) -> np.ndarray:
         """float32 [C], NaN where null; anything but 0, 1 and null is an error."""
@@ -246,11 +259,19 @@ class _Reader:
         self._raise_if(is_bad, values, name, "a label must be 0, 1 or null (not observed)", offsets)
         return values
 
+    def _check_lengths(self, name: str, offsets: np.ndarray, expected: np.ndarray) -> None:
+        wrong = np.flatnonzero(np.diff(offsets) != expected)
+        if len(wrong):
+            row = int(wrong[0])
+            found = f"{offsets[row + 1] - offsets[row]} entries, expected {expected[row]}"
+            raise BadValue(name, int(self.order[row]), f"{found} (lists of a place must be aligned)")
+
     def _checked(self, name: str, feature: Feature, values: pa.Array, offsets: np.ndarray) -> np.ndarray:
         array = values.to_numpy(zero_copy_only=False)
         if feature.kind == "numerical":
             self._raise_if(~np.isfinite(array), array, name, "a numerical feature must be finite and not null", offsets)
-            return array.astype(np.float32, copy=False)
+            standard = (array - feature.mean) / feature.std
+            return np.clip(standard, -_MAX_DEVIATIONS, _MAX_DEVIATIONS).astype(np.float32)
         num_rows = self.manifest.table(feature.table).num_rows
         is_bad = np.isnan(array) if values.null_count else (array < 1) | (array >= num_rows)
         self._raise_if(is_bad, array, name, f"outside 1 .. {num_rows - 1} of table {feature.table!r}", offsets)
@@ -262,10 +283,6 @@ class _Reader:
             entry = int(np.flatnonzero(is_bad)[0])
             row = int(np.searchsorted(offsets, entry, side="right")) - 1
             raise BadValue(name, int(self.order[row]), f"value {values[entry]} is wrong: {rule}")
-
-
-def _column(rows: pa.Table, name: str) -> np.ndarray:
-    return rows[name].combine_chunks().to_numpy(zero_copy_only=False)
 
 
 def _offsets_of(column: pa.ListArray) -> np.ndarray:
@@ -287,8 +304,8 @@ def _indices(column: typing.Any) -> np.ndarray:
 
 def _tensor(column: typing.Any) -> torch.Tensor | Bag:
     if isinstance(column, tuple):
-        return Bag(torch.from_numpy(column[0]), torch.from_numpy(column[1]))
-    return torch.from_numpy(column)
+        return Bag(_tensor(column[0]), _tensor(column[1]))
+    return torch.from_numpy(column if column.flags.writeable else column.copy())  # Arrow's own memory is read-only
 
 
 def _unique(indices: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
