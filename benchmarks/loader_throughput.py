@@ -52,30 +52,34 @@ def write_split(data_dir: pathlib.Path, num_rows: int, compression: str) -> sche
     return manifest
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=400_000)
-    parser.add_argument("--passes", type=int, default=3)
-    args = parser.parse_args()
+def report(num_rows: int, num_passes: int) -> None:
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
     with tempfile.TemporaryDirectory() as folder:
         for compression in ("zstd", "lz4", "none"):
-            manifest = write_split(pathlib.Path(folder), args.rows, compression)
+            manifest = write_split(pathlib.Path(folder), num_rows, compression)
             num_tokens = manifest.splits[0].num_history_tokens
             for cache_bytes, label in ((0, "cold"), (2**30, "cached")):
                 options = {"global_batch_rows": 4096, "columns": COLUMNS, "cache_bytes": cache_bytes}
                 loader = Loader(folder, manifest, "pretrain", make_batch=lambda table, key: table.num_rows, **options)
                 cpu_s, wall_s = [], []
-                for _ in range(args.passes + (cache_bytes > 0)):
+                for _ in range(num_passes + (cache_bytes > 0)):
                     cpu, wall = time.process_time(), time.perf_counter()
-                    assert sum(loader) == args.rows
+                    assert sum(loader) == num_rows
                     cpu_s.append(time.process_time() - cpu)
                     wall_s.append(time.perf_counter() - wall)
                 print(
                     f"{compression:5s} {label:7s} {num_tokens / min(cpu_s) / 1e6:6.1f} M tokens per CPU-second, "
                     f"{num_tokens / min(wall_s) / 1e6:6.1f} M tokens/s (best of {len(cpu_s)} passes)"
                 )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=400_000)
+    parser.add_argument("--passes", type=int, default=3)
+    args = parser.parse_args()
+    report(args.rows, args.passes)
 
 
 if __name__ == "__main__":
