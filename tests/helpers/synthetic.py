@@ -5,6 +5,7 @@ can learn something from 200 rows.
 """
 
 import dataclasses
+import itertools
 import pathlib
 
 import numpy as np
@@ -132,7 +133,7 @@ def write_split(
     """Writes the rows of one split as given, right or wrong, and returns its entry in the manifest."""
     (path / split).mkdir(parents=True, exist_ok=True)
     files, cuts = [], np.linspace(0, len(table), num_files + 1).astype(int)
-    for index, (start, stop) in enumerate(zip(cuts, cuts[1:])):
+    for index, (start, stop) in enumerate(itertools.pairwise(cuts)):
         files.append(f"{split}/part-{index:05d}.parquet")
         pq.write_table(table.slice(start, stop - start), path / files[-1], row_group_size=row_group_rows)
     has_candidates = "label.click" in table.column_names

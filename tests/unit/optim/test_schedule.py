@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -29,8 +30,8 @@ def test_without_warmup_it_starts_at_the_peak():
 
 def test_rises_then_falls():
     factors = [learning_rate_factor(step, 50, 7, 0.1) for step in range(60)]
-    assert all(a < b for a, b in zip(factors[:6], factors[1:7]))
-    assert all(a > b for a, b in zip(factors[7:50], factors[8:51]))
+    assert all(a < b for a, b in itertools.pairwise(factors[:7]))
+    assert all(a > b for a, b in itertools.pairwise(factors[7:51]))
 
 
 @pytest.mark.parametrize("total", [0, 1, 5])
