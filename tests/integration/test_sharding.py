@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from gpsd_dist.config import OptimizerConfig
-from gpsd_dist.data import collate
 from tests.helpers.distributed import run_distributed
 from tests.integration.tiny_data import (
     NUM_ITEMS,
     SHARDED_TABLES,
     differing,
+    fixed_negatives,
     read_checkpoint,
     step_folder,
     tiny_run,
@@ -48,16 +48,8 @@ def _run(stage: str, data_dir, output_dir, sharding=None, **train):
 
 
 def _train_with_fixed_negatives(rank: int, world_size: int, runs):
-    """Ranks draw different negatives, so pretraining depends on the world size; here every step has the same ones."""
-    original = collate.Collate._draw_negatives
-    negatives = (torch.arange(20).reshape(1, 20) * 7 % (NUM_ITEMS - 2) + 2).numpy()
-    collate.Collate._draw_negatives = lambda self, random, packing: (
-        collate._Negatives(negatives.copy()) if self.num_negative_groups else None
-    )
-    try:
+    with fixed_negatives():
         return train_runs(rank, world_size, runs)
-    finally:
-        collate.Collate._draw_negatives = original
 
 
 STAGES = ("pretrain", "finetune")
@@ -77,7 +69,8 @@ def trained(tmp_path_factory, data_dir, one_rank):
     _train_with_fixed_negatives(0, 1, _runs(data_dir, single_row_dir, one))
     runs = _runs(data_dir, single_row_dir, two)
     plans = run_distributed(_train_with_fixed_negatives, 2, two, runs, timeout_s=150)[0]
-    return {pathlib.Path(run.output_dir).name: (one / pathlib.Path(run.output_dir).name, pathlib.Path(run.output_dir), plan) for run, plan in zip(runs, plans)}
+    names = [pathlib.Path(run.output_dir).name for run in runs]
+    return {name: (one / name, two / name, plan) for name, plan in zip(names, plans)}
 
 
 @pytest.mark.parametrize("name", [*PLANS, "pretrain"])

@@ -3,20 +3,23 @@
 Nothing here is learnable: the tests compare runs with each other. The sizes are odd, so that nothing divides evenly.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import typing
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 
 from gpsd_dist import config, schema
+from gpsd_dist.data import collate
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.trainer import Trainer
 from tests.helpers.synthetic import write_dataset
 
-NUM_ITEMS = 61
+NUM_ITEMS, NUM_TAGS = 61, 37
 SHARDED_TABLES = ("item", "tag")  # the others are below `small_table_max_rows`
 GLOBAL_BATCH_ROWS = 8
 STEPS_PER_EPOCH = 6  # 46 rows in batches of 8
@@ -30,7 +33,7 @@ def write_tiny_data(data_dir: pathlib.Path, *, seed: int = 0, num_items: int = N
         num_rows={"pretrain": 46, "train": 46, "valid": 21, "test": 13} | (rows or {}),
         num_files=1,
         row_group_rows=7,
-        table_rows={"item": num_items, "tag": 37},
+        table_rows={"item": num_items, "tag": NUM_TAGS},
         max_history_length=12,
     )
 
@@ -71,6 +74,22 @@ def train_runs(rank: int, world_size: int, runs: list[config.RunConfig]) -> list
         trainer.train()
         plans.append(trainer.assembly.tables.plan)
     return plans
+
+
+@contextlib.contextmanager
+def fixed_negatives() -> typing.Iterator[None]:
+    """Ranks and parts of a batch draw different negatives; inside, all get the same ones, to be comparable."""
+    original = collate.Collate._draw_negatives
+    items = (np.arange(20).reshape(1, 20) * 7) % (NUM_ITEMS - 2) + 2
+
+    def draw(self, random, packing):
+        return collate._Negatives(items.copy()) if self.num_negative_groups else None
+
+    collate.Collate._draw_negatives = draw
+    try:
+        yield
+    finally:
+        collate.Collate._draw_negatives = original
 
 
 def train_losses(output_dir) -> dict[int, float]:

@@ -1,0 +1,101 @@
+"""Evaluation over ranks equals evaluation on one, counts every row once, and ranks like a loop over all items."""
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpsd_dist.schema import NUM_RESERVED_ROWS, read_manifest
+from gpsd_dist.scoring import evaluate_split, evaluation_loader
+from gpsd_dist.trainer import Trainer
+from tests.helpers.distributed import run_distributed
+from tests.integration.tiny_data import NUM_ITEMS, cpu_runtime, tiny_run, train_runs, write_tiny_data
+
+RUNS = ("pretrain", "finetune")
+PLAN = {"item": "row_wise", "tag": "table_wise"}
+
+
+def _scores(rank: int, world_size: int, runs):
+    """[run][split] -> metrics"""
+    runtime, results = cpu_runtime(rank, world_size), []
+    for run in runs:
+        trainer = Trainer(run, runtime)
+        trainer._load_weights()
+        splits = ("valid", "test")
+        results.append({s: evaluate_split(run, trainer.manifest, trainer.assembly, s, runtime) for s in splits})
+    return results
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, one_rank):
+    """World size -> rank -> run -> split -> metrics. `valid` has 21 rows, `test` one row: fewer than ranks."""
+    root = tmp_path_factory.mktemp("evaluation")
+    write_tiny_data(root / "data", rows={"test": 1})
+    runs = [tiny_run(stage, root / "data", root / stage, tables={"sharding": PLAN}, train={"max_steps": 4}) for stage in RUNS]
+    train_runs(0, 1, runs)
+    return {
+        "root": root,
+        1: [_scores(0, 1, runs)],
+        2: run_distributed(_scores, 2, root, runs, timeout_s=150),
+    }
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+@pytest.mark.parametrize("run", range(len(RUNS)))
+def test_metrics_do_not_depend_on_world_size(scored, run, split):
+    one, (two, two_other) = scored[1][0][run][split], (ranks[run][split] for ranks in scored[2])
+    for task, values in one.items():
+        assert two[task] == pytest.approx(values, abs=1e-6, nan_ok=True)
+        assert two_other[task] == pytest.approx(two[task], abs=0, nan_ok=True)  # every rank knows the result
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_every_row_counts_once(scored, split):
+    labels = _labels(scored["root"] / "data", split)
+    click, buy = (np.array(labels[task], float) for task in ("click", "buy"))
+    positive = click == 1
+    for world_size in (1, 2):
+        pretrained, finetuned = scored[world_size][0]
+        assert finetuned[split]["click"]["rows"] == np.isfinite(click).sum()
+        assert finetuned[split]["buy"]["rows"] == (np.isfinite(buy) & positive).sum()
+        assert pretrained[split]["next_item"]["rows"] == positive.sum()
+
+
+def _labels(data_dir, split: str):
+    table = pq.read_table(data_dir / f"{split}/part-00000.parquet")
+    names = {"click": "label.click", "buy": "label.buy"}
+    return {task: [value for row in table[name].to_pylist() for value in row] for task, name in names.items()}
+
+
+def test_next_item_ranking_equals_a_loop_over_all_items(scored, one_rank):
+    root = scored["root"]
+    run = tiny_run("pretrain", root / "data", root / "pretrain", tables={"sharding": PLAN}, train={"max_steps": 4})
+    trainer = Trainer(run, one_rank)
+    trainer._load_weights()
+    model, tables = trainer.model.eval(), trainer.assembly.tables
+    item_VE = F.normalize(trainer.assembly.weights()["table"]["item"].local_shards()[0].tensor.double(), dim=-1)
+    ranks = []
+    loader = evaluation_loader(run, read_manifest(run.data_dir), trainer.assembly.lookup_names, "valid", one_rank)
+    for (batch,) in loader:
+        with torch.no_grad():
+            hidden_TE = model(tables(batch.lookup), batch).hidden_TE.double()
+        offsets = batch.packing.history_offsets.tolist()
+        for candidate, request in enumerate(batch.packing.request_C.tolist()):
+            if batch.labels["click"][candidate] != 1:
+                continue
+            start, stop = offsets[request], offsets[request + 1]
+            target, seen = int(batch.candidate_item_C[candidate]), set(batch.history_item_T[start:stop].tolist())
+            rivals = [i for i in range(NUM_RESERVED_ROWS, NUM_ITEMS) if i != target and i not in seen]
+            if target < NUM_RESERVED_ROWS or start == stop:
+                ranks.append(1 + len(rivals))
+                continue
+            query_E = F.normalize(hidden_TE[stop - 1], dim=-1)
+            score = float((query_E @ item_VE[target]).float())
+            ranks.append(1 + sum(float((query_E @ item_VE[i]).float()) >= score for i in rivals))
+    metrics = scored[1][0][0]["valid"]["next_item"]
+    assert metrics["rows"] == len(ranks)
+    assert metrics["mrr"] == pytest.approx(np.mean([1 / rank for rank in ranks]), abs=1e-6)
+    assert metrics["hr@10"] == pytest.approx(np.mean([rank <= 10 for rank in ranks]), abs=1e-6)
+    gains = [1 / np.log2(rank + 1) if rank <= 10 else 0 for rank in ranks]
+    assert metrics["ndcg@10"] == pytest.approx(np.mean(gains), abs=1e-6)

@@ -1,0 +1,165 @@
+"""The training loop on one rank: accumulation, early stopping, saving, and errors that stop it."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from gpsd_dist import trainer as trainer_module
+from gpsd_dist.checkpoint import manager
+from gpsd_dist.config import OptimizerConfig
+from gpsd_dist.trainer import Trainer
+from tests.integration.tiny_data import (
+    NUM_ITEMS,
+    NUM_TAGS,
+    STEPS_PER_EPOCH,
+    differing,
+    fixed_negatives,
+    read_checkpoint,
+    step_folder,
+    tiny_run,
+    train_losses,
+)
+
+
+def _train(data_dir, output_dir, runtime, stage="finetune", **changes) -> Trainer:
+    trainer = Trainer(tiny_run(stage, data_dir, output_dir, **changes), runtime)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_gradient_accumulation_gives_the_same_update(data_dir, tmp_path, one_rank, stage):
+    final = []
+    for parts in (1, 3):
+        with fixed_negatives():
+            _train(
+                data_dir,
+                tmp_path / str(parts),
+                one_rank,
+                stage,
+                train={"micro_batches": parts, "max_steps": 2},
+                pretrain={"num_negative_groups": 1},
+                dense=OptimizerConfig("adamw", 1e-2, weight_decay=0.1, eps=1e-4),
+            )
+        final.append(read_checkpoint(step_folder(tmp_path / str(parts), 2)))
+    assert not differing(*final, atol=2e-5)
+    assert train_losses(tmp_path / "3") == pytest.approx(train_losses(tmp_path / "1"), rel=1e-5)
+
+
+def test_more_parts_than_requests_still_train(data_dir, tmp_path, one_rank):
+    """The last batch of an epoch has 6 requests; some of 7 parts are empty."""
+    for parts in (1, 7):
+        _train(data_dir, tmp_path / str(parts), one_rank, train={"micro_batches": parts, "max_steps": STEPS_PER_EPOCH})
+    assert train_losses(tmp_path / "7") == pytest.approx(train_losses(tmp_path / "1"), rel=1e-4)
+
+
+def test_steps_learning_rate_and_length_follow_the_options(data_dir, tmp_path, one_rank):
+    trainer = _train(data_dir, tmp_path, one_rank, train={"epochs": 2, "warmup_fraction": 0.25})
+    assert trainer.schedule_steps == trainer.step == 2 * STEPS_PER_EPOCH
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [entry["train/dense_lr"] for entry in entries if "train/dense_lr" in entry]
+    assert rates[:3] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])  # 3 warm-up steps
+    assert all(a > b for a, b in zip(rates[3:], rates[4:])) and rates[-1] > 1e-3
+
+
+def _with_metrics(monkeypatch, values):
+    """Validation gives these values of click/auc, one after the other."""
+    left = iter(values)
+    monkeypatch.setattr(trainer_module, "evaluate_split", lambda *args: {"click": {"auc": next(left)}})
+
+
+def _checkpoint_steps(output_dir) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in (output_dir / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.parametrize(("patience", "stop"), [(1, 3), (2, 6), (0, 8)])
+def test_early_stopping_counts_validations_without_a_better_one(data_dir, tmp_path, one_rank, monkeypatch, patience, stop):
+    _with_metrics(monkeypatch, [0.5, 0.6, 0.6, 0.7, 0.1, 0.2, 0.9, 0.3, 0.3])
+    train = {"patience": patience, "eval_per_epoch": 6, "max_steps": 8, "keep_last": 2}
+    trainer = _train(data_dir, tmp_path, one_rank, train=train)
+    assert trainer.step == stop
+    best = {1: 2, 2: 4, 0: 7}[patience]
+    assert manager.best_step(tmp_path / "checkpoints") == best
+    assert json.loads((tmp_path / "checkpoints/best.json").read_text())["metrics"] == {"click/auc": max(
+        [0.5, 0.6, 0.6, 0.7, 0.1, 0.2, 0.9, 0.3][:stop])}  # fmt: skip
+    assert manager.find(tmp_path) == step_folder(tmp_path, best)
+    assert manager.find(tmp_path, "last") == step_folder(tmp_path, stop)
+    assert _checkpoint_steps(tmp_path) == sorted({best, stop - 1, stop})
+
+
+def test_undefined_metric_is_never_the_best_for_good(data_dir, tmp_path, one_rank, monkeypatch):
+    """AUC is NaN where all labels are alike; a number that comes later is better."""
+    _with_metrics(monkeypatch, [math.nan, 0.6, math.nan, 0.5])
+    _train(data_dir, tmp_path, one_rank, train={"eval_per_epoch": 6, "max_steps": 4})
+    assert manager.best_step(tmp_path / "checkpoints") == 2
+
+
+def test_best_metric_can_be_chosen(data_dir, tmp_path, one_rank):
+    _train(data_dir, tmp_path, one_rank, train={"best_metric": "buy/gauc", "max_steps": 2, "eval_per_epoch": 6})
+    with pytest.raises(ValueError, match="TrainConfig.best_metric 'gauc' is not one of .*buy/gauc"):
+        _train(data_dir, tmp_path / "b", one_rank, train={"best_metric": "gauc", "max_steps": 2, "eval_per_epoch": 6})
+
+
+def test_saves_at_the_interval_and_keeps_best_and_last(data_dir, tmp_path, one_rank):
+    train = {"save_interval_steps": 2, "max_steps": 11, "keep_last": 2}
+    _train(data_dir, tmp_path, one_rank, train=train)
+    best = manager.best_step(tmp_path / "checkpoints")
+    assert best in (6, 11) and _checkpoint_steps(tmp_path) == sorted({best, 10, 11})
+    assert manager.read_state(step_folder(tmp_path, 10)).metrics == {}
+    assert "click/auc" in manager.read_state(step_folder(tmp_path, 11)).metrics
+
+
+def test_sigterm_during_any_step_saves_that_step(data_dir, tmp_path, one_rank, monkeypatch):
+    """Also where the step is one of the validation, or the signal comes late in the step."""
+    for stop_at, method in ((3, "_record"), (STEPS_PER_EPOCH, "_validate"), (4, "_check_finite")):
+        trainer = Trainer(tiny_run("finetune", data_dir, tmp_path / method), one_rank)
+        original = getattr(trainer, method)
+
+        def stopping(*args, trainer=trainer, original=original, stop_at=stop_at):
+            if trainer.step >= stop_at:
+                trainer._request_stop(15, None)
+            return original(*args)
+
+        monkeypatch.setattr(trainer, method, stopping)
+        trainer.train()
+        assert manager.find(tmp_path / method, "last") == step_folder(tmp_path / method, trainer.step)
+        assert trainer.step in (stop_at, stop_at + 1)
+
+
+def test_loss_that_is_not_finite_stops_before_weights_move(data_dir, tmp_path, one_rank):
+    trainer = Trainer(tiny_run("finetune", data_dir, tmp_path, train={"save_interval_steps": 2}), one_rank)
+    original = trainer._train_step
+
+    def poisoned(*args):
+        if trainer.step == 3:
+            with torch.no_grad():
+                trainer.model.heads.mlps["click"][2].bias.fill_(math.nan)
+        original(*args)
+
+    trainer._train_step = poisoned
+    with pytest.raises(ValueError, match="rank 0, step 3: the loss is not finite") as error:
+        trainer.train()
+    assert f"last good checkpoint: {step_folder(tmp_path, 2)}" in str(error.value)
+    assert re.search(r"'click': nan, 'buy': \d", str(error.value))
+    tables = {name: value.local_shards()[0].tensor for name, value in trainer.assembly.weights()["table"].items()}
+    assert all(torch.isfinite(table).all() for table in tables.values())
+
+
+@pytest.mark.parametrize("index", [NUM_ITEMS, -1, 2**40])
+def test_index_outside_a_table_is_an_error_not_row_0(data_dir, tmp_path, one_rank, index):
+    """Collate checks indices; this is the net below it."""
+    tables = Trainer(tiny_run("finetune", data_dir, tmp_path), one_rank).assembly.tables
+
+    def rows(item: int):
+        lookup = KeyedJaggedTensor(
+            keys=["item", "tag"], values=torch.tensor([2, item, NUM_TAGS - 1]), lengths=torch.tensor([2, 1])
+        )
+        return tables(lookup)["item"]
+
+    assert rows(NUM_ITEMS - 1).shape == (2, 16)
+    with pytest.raises(RuntimeError):
+        rows(index)

@@ -1,0 +1,233 @@
+"""Transfer and freezing: exactly the tensors that a strategy names move, and a frozen table keeps every byte."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+from gpsd_dist.checkpoint import manager
+from gpsd_dist.config import STRATEGIES
+from gpsd_dist.schema import read_manifest, write_manifest
+from gpsd_dist.trainer import Trainer
+from tests.helpers.distributed import run_distributed
+from tests.integration.tiny_data import (
+    NUM_ITEMS,
+    NUM_TAGS,
+    differing,
+    read_checkpoint,
+    step_folder,
+    tiny_run,
+    train_losses,
+    train_runs,
+    write_tiny_data,
+)
+
+FROZEN = ("ST_SF", "FT_SF")
+TRANSFERRING = ("ST", "FT", "ST_SF", "FT_SF")
+STEPS = 4
+
+
+def _run(data_dir, source, output_dir, strategy: str, **changes):
+    init = "" if strategy == "NT" else source
+    changes = {"seed": 7, "train": {"max_steps": STEPS}} | changes
+    return tiny_run("finetune", data_dir, output_dir, strategy, init, **changes)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data_dir, one_rank):
+    """Root of `source` (pretraining, 1 rank) and of `<strategy>` (2 ranks, the random weights in `initial`)."""
+    root = tmp_path_factory.mktemp("transfer")
+    train_runs(0, 1, [tiny_run("pretrain", data_dir, root / "source", train={"max_steps": 4})])
+    runs = [_run(data_dir, root / "source", root / strategy, strategy) for strategy in STRATEGIES]
+    run_distributed(train_runs, 2, root, runs, timeout_s=150)
+    return root
+
+
+def _whole(assembly) -> dict[str, torch.Tensor]:
+    """All weights of a run of one rank."""
+    weights = assembly.weights()
+    tables = {f"table.{name}": value.local_shards()[0].tensor.clone() for name, value in weights["table"].items()}
+    return tables | {f"dense.{name}": value.clone() for name, value in weights["dense"].items()}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_exactly_the_named_tensors_load(trained, data_dir, tmp_path, one_rank, strategy):
+    source = read_checkpoint(manager.find(trained / "source"))
+    trainer = Trainer(_run(data_dir, trained / "source", tmp_path, strategy), one_rank)
+    random = _whole(trainer.assembly)
+    trainer._load_weights()
+    loaded = _whole(trainer.assembly)
+    expected = set() if strategy == "NT" else {"table.item"}
+    if strategy in ("FT", "FT_SF"):
+        expected |= {name for name in loaded if name.startswith("dense.backbone.")}
+        assert "dense.backbone.embedder.small.category.weight" in expected
+        assert "dense.backbone.embedder.numerical.price" in expected
+        assert "dense.backbone.tower.blocks.0.qkv.weight" in expected
+    for name, value in loaded.items():
+        assert torch.equal(value, source[name] if name in expected else random[name]), name
+    # nothing is equal by accident: pretraining moved these, and another seed made the random ones
+    assert all(not torch.equal(source[name], random[name]) for name in expected if "norm" not in name)
+    assert not trainer.optimizer.state and trainer.step == 0
+
+
+def test_several_tables_can_be_transferred(trained, data_dir, tmp_path, one_rank):
+    source = read_checkpoint(manager.find(trained / "source"))
+    run = _run(data_dir, trained / "source", tmp_path, "ST_SF", tables={"transfer": ("item", "tag")})
+    trainer = Trainer(run, one_rank)
+    trainer.train()
+    trained_weights = _whole(trainer.assembly)
+    for table in ("table.item", "table.tag"):
+        assert torch.equal(trained_weights[table], source[table])
+    assert not any(trainer.assembly.tables.optimizer_state().values())
+
+
+def test_dense_weights_train_where_all_tables_are_frozen(trained, data_dir, tmp_path, one_rank):
+    run = _run(data_dir, trained / "source", tmp_path, "ST_SF", tables={"transfer": ("item", "tag")})
+    trainer = Trainer(run, one_rank)
+    before = _whole(trainer.assembly)["dense.backbone.tower.blocks.0.qkv.weight"]
+    trainer.train()
+    assert not torch.equal(before, _whole(trainer.assembly)["dense.backbone.tower.blocks.0.qkv.weight"])
+
+
+@pytest.mark.parametrize("strategy", TRANSFERRING)
+def test_frozen_table_is_bit_identical_after_training(trained, strategy):
+    source = read_checkpoint(manager.find(trained / "source"))
+    after = read_checkpoint(step_folder(trained / strategy, STEPS))
+    assert torch.equal(after["table.item"], source["table.item"]) == (strategy in FROZEN)
+    assert differing({"": after["table.tag"]}, {"": read_checkpoint(trained / strategy / "initial")["table.tag"]})
+
+
+def _kernel_tensor_sizes(collection) -> set[int]:
+    """Numbers of elements of all tensors that the kernels of a sharded collection hold."""
+    kernels = [kernel.emb_module for lookup in collection._lookups for kernel in lookup._emb_modules]
+    assert kernels
+    held = [tensor for kernel in kernels for tensor in (*kernel.parameters(), *kernel.buffers())]
+    held += [value for kernel in kernels for value in vars(kernel).values() if isinstance(value, torch.Tensor)]
+    return {tensor.numel() for tensor in held}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_frozen_table_has_no_optimizer_state(trained, data_dir, tmp_path, one_rank, strategy):
+    saved = read_checkpoint(step_folder(trained / strategy, STEPS))
+    assert ("table_optimizer.item.momentum1" in saved) == (strategy not in FROZEN)
+    assert "table_optimizer.tag.momentum1" in saved
+    trainer = Trainer(_run(data_dir, trained / "source", tmp_path, strategy), one_rank)
+    trainer.train()
+    tables = trainer.assembly.tables
+    with_state = {name for name, state in tables.optimizer_state().items() if state}
+    assert with_state == ({"tag"} if strategy in FROZEN else {"item", "tag"})
+    # nothing in FBGEMM has an entry per row of a frozen table, whatever it is called; weights have 16
+    sizes = _kernel_tensor_sizes(tables.module.module.frozen if strategy in FROZEN else tables.module.module.trainable)
+    assert NUM_ITEMS * 16 in sizes or (NUM_ITEMS + NUM_TAGS) * 16 in sizes
+    has_row_state = NUM_ITEMS in sizes or NUM_ITEMS + NUM_TAGS in sizes
+    assert has_row_state == (strategy not in FROZEN), sizes
+    assert ("frozen" in tables.plan) == (strategy in FROZEN)
+
+
+def test_rows_of_a_frozen_table_carry_no_gradient(trained, data_dir, tmp_path, one_rank):
+    trainer = Trainer(_run(data_dir, trained / "source", tmp_path, "FT_SF"), one_rank)
+    (batch,) = next(iter(trainer.loader))
+    rows = trainer.assembly.tables(batch.lookup)
+    assert not rows["item"].requires_grad and rows["tag"].requires_grad
+
+
+def test_strategies_differ(trained):
+    """Each strategy is another run: no two have the same loss after some steps."""
+    last = {strategy: train_losses(trained / strategy)[STEPS] for strategy in STRATEGIES}
+    assert len(set(last.values())) == len(STRATEGIES), last
+
+
+def test_transfer_starts_from_the_best_checkpoint(trained, data_dir, tmp_path, one_rank):
+    folder = tmp_path / "source"
+    shutil.copytree(trained / "source", folder)
+    best = step_folder(folder, 4)
+    shutil.copytree(best, step_folder(folder, 9))
+    assert manager.find(folder) == best
+    assert manager.find(folder, "last") == step_folder(folder, 9)
+    assert manager.find(step_folder(folder, 9)) == step_folder(folder, 9)
+
+
+def _refused(run, runtime, match: str) -> str:
+    with pytest.raises(ValueError, match=match) as error:
+        Trainer(run, runtime).train()
+    return str(error.value)
+
+
+def test_unknown_transfer_table_is_refused(trained, data_dir, tmp_path, one_rank):
+    run = _run(data_dir, trained / "source", tmp_path, "ST", tables={"transfer": ("item", "itme")})
+    message = _refused(run, one_rank, "itme")
+    assert "tag" in message  # says what there is
+
+
+@pytest.mark.parametrize("strategy", ["ST", "ST_SF"])
+def test_small_table_cannot_be_transferred_alone(trained, data_dir, tmp_path, one_rank, strategy):
+    """`category` exists, but lives in the dense part."""
+    _refused(_run(data_dir, trained / "source", tmp_path, strategy, tables={"transfer": ("category",)}), one_rank, "category")
+
+
+def test_table_that_pretraining_did_not_have_is_refused(trained, data_dir, tmp_path, one_rank):
+    """`segment` is a context table: large enough here, but not part of a pretraining."""
+    tables = {"transfer": ("item", "segment"), "small_table_max_rows": 8}
+    message = _refused(_run(data_dir, trained / "source", tmp_path, "ST", tables=tables), one_rank, "table.segment")
+    assert str(trained / "source") in message
+
+
+def test_other_vocabulary_is_refused_with_both_sizes(trained, tmp_path, one_rank):
+    write_tiny_data(tmp_path / "data", num_items=53)
+    message = _refused(_run(tmp_path / "data", trained / "source", tmp_path / "run", "ST"), one_rank, "another vocabulary")
+    assert "61 rows there, 53 here" in message
+
+
+def test_other_vocabulary_of_the_same_size_is_refused(trained, data_dir, tmp_path, one_rank):
+    shutil.copytree(data_dir, tmp_path / "data")
+    manifest = read_manifest(data_dir)
+    tables = tuple(dataclasses.replace(t, fingerprint=f"other-{t.name}") for t in manifest.tables)
+    write_manifest(dataclasses.replace(manifest, tables=tables), tmp_path / "data")
+    _refused(_run(tmp_path / "data", trained / "source", tmp_path / "run", "FT_SF"), one_rank, "table 'category' has another")
+
+
+def test_small_vocabulary_matters_to_full_transfer_only(trained, data_dir, tmp_path, one_rank):
+    shutil.copytree(data_dir, tmp_path / "data")
+    manifest = read_manifest(data_dir)
+    tables = tuple(dataclasses.replace(t, fingerprint="x") if t.name == "category" else t for t in manifest.tables)
+    write_manifest(dataclasses.replace(manifest, tables=tables), tmp_path / "data")
+    Trainer(_run(tmp_path / "data", trained / "source", tmp_path / "st", "ST"), one_rank)._load_weights()
+    _refused(_run(tmp_path / "data", trained / "source", tmp_path / "ft", "FT"), one_rank, "category")
+
+
+def test_other_embedding_width_is_refused_with_shapes(trained, data_dir, tmp_path, one_rank):
+    run = _run(data_dir, trained / "source", tmp_path, "ST", tables={"embedding_dim": 8})
+    message = _refused(run, one_rank, "does not fit")
+    assert "table.item has shape (61, 16) there and (61, 8) here" in message
+
+
+def test_other_tower_is_refused_by_full_transfer(trained, data_dir, tmp_path, one_rank):
+    run = _run(data_dir, trained / "source", tmp_path, "FT", model={"layers": 2})
+    message = _refused(run, one_rank, "does not fit")
+    assert "dense.backbone.tower.blocks.1.qkv.weight is not in it" in message
+    Trainer(dataclasses.replace(run, strategy="ST"), one_rank)._load_weights()  # needs the table alone
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "half"])
+def test_missing_checkpoint_is_refused(trained, data_dir, tmp_path, one_rank, kind):
+    source = tmp_path / "source"
+    if kind != "missing":
+        source.mkdir()
+    if kind == "half":
+        shutil.copytree(trained / "source", source, dirs_exist_ok=True)
+        for path in source.glob("checkpoints/step_*"):
+            (path / manager.STATE_NAME).unlink()
+    assert str(source) in _refused(_run(data_dir, source, tmp_path / "run", "ST"), one_rank, "checkpoint")
+
+
+def test_missing_tensor_is_refused_not_skipped(trained, data_dir, tmp_path, one_rank):
+    """A finetuned FT run is no pretraining, but has all that is needed; a pretraining of other features has not."""
+    source = tmp_path / "source"
+    shutil.copytree(trained / "source", source)
+    path = step_folder(source, 4) / manager.STATE_NAME
+    state = json.loads(path.read_text())
+    state["manifest"]["tables"] = [t for t in state["manifest"]["tables"] if t["name"] != "item"]
+    path.write_text(json.dumps(state))
+    _refused(_run(data_dir, source, tmp_path / "run", "ST"), one_rank, "no table 'item'")
