@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import types
 import typing
 
 import pyarrow as pa
@@ -26,6 +27,7 @@ NUM_RESERVED_ROWS = 2  # index 0 is padding, 1 is unknown; the first known id ha
 MANIFEST_NAME = "manifest.json"
 PLACES = ("history", "candidate", "context")
 KINDS = ("categorical", "numerical")
+T = typing.TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Feature:
 
     name: str
     places: tuple[str, ...]
-    """Where it occurs: any of "history", "candidate", "context". A feature in history and candidate is a token feature."""
+    """Where it occurs: any of "history", "candidate", "context". One in history and candidate is a token feature."""
     kind: str = "categorical"
     table: str | None = None
     """Embedding table that its indices point into; None for a numerical feature."""
@@ -148,7 +150,11 @@ def _named(entries, name: str, what: str):
 
 def arrow_schema(manifest: Manifest, split: str) -> pa.Schema:
     """Columns of one split's files, in order. `pretrain` has no candidates, labels, context or request time."""
-    fields = [pa.field("user_id", pa.string()), pa.field("user_hash", pa.int64()), pa.field("history_length", pa.int32())]
+    fields = [
+        pa.field("user_id", pa.string()),
+        pa.field("user_hash", pa.int64()),
+        pa.field("history_length", pa.int32()),
+    ]
     fields += [pa.field(f"history.{f.name}", f.arrow_type("history")) for f in manifest.features_in("history")]
     fields += [pa.field("history.time_s", pa.list_(pa.int64()))]  # null element: the log does not say when
     if split == "pretrain":
@@ -172,40 +178,72 @@ def read_manifest(data_dir: str | pathlib.Path) -> Manifest:
     """Reads and checks `manifest.json`; every problem is a ValueError that names the file and what to do."""
     path = pathlib.Path(data_dir) / MANIFEST_NAME
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; prepare the data first: python -m data_pipeline.build --out_dir {data_dir} ...")
+        raise ValueError(
+            f"{path} does not exist; prepare the data first: python -m data_pipeline.build --out_dir {data_dir} ..."
+        )
     try:
         raw = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); build the data set again") from error
     if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION:
         found = raw.get("schema_version") if isinstance(raw, dict) else type(raw).__name__
-        raise ValueError(f"{path} has schema version {found!r}, this code reads {SCHEMA_VERSION}; build the data set again")
+        raise ValueError(
+            f"{path} has schema version {found!r}, this code reads {SCHEMA_VERSION}; build the data set again"
+        )
     parts = {"features": Feature, "tables": Table, "tasks": Task, "splits": Split}
     try:
         for key, cls in parts.items():
             raw[key] = tuple(_from_dict(cls, entry) for entry in raw[key])
         raw["sources"] = tuple(raw.get("sources", ()))
-        manifest = Manifest(**raw)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} does not fit the schema: {error!r}; build the data set again") from error
+        manifest = _typed(Manifest(**raw))
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} does not fit the schema: {type(error).__name__}: {error}; build the data set again"
+        ) from error
     _check(manifest, path)
     return manifest
 
 
 def _from_dict(cls: type, entry: dict) -> typing.Any:
-    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
+    return _typed(cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}))
+
+
+def _typed(made: T) -> T:
+    """The object itself; TypeError if a field does not hold what its annotation says."""
+    for name, hint in typing.get_type_hints(type(made)).items():
+        if not _is_instance(getattr(made, name), hint):
+            expected = getattr(hint, "__name__", hint)
+            raise TypeError(f"{type(made).__name__}.{name} is {getattr(made, name)!r}, expected {expected}")
+    return made
+
+
+def _is_instance(value: typing.Any, hint: typing.Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_instance(entry, arguments[0]) for entry in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is_instance(entry, arguments[1]) for entry in value.values())
+    if origin is types.UnionType:
+        return any(_is_instance(value, argument) for argument in arguments)
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
 
 def _check(manifest: Manifest, path: pathlib.Path) -> None:
     """Cross references and paths inside the manifest."""
     problems = []
+    for what in ("features", "tables", "tasks", "splits"):
+        names = [entry.name for entry in getattr(manifest, what)]
+        if len(set(names)) < len(names):
+            problems.append(f"names of {what} must differ, they are {names}")
     tables = {table.name: table for table in manifest.tables}
     for feature in manifest.features:
         if feature.table is not None and feature.table not in tables:
             problems.append(f"feature {feature.name!r} points into table {feature.table!r}, which is not listed")
     for table in manifest.tables:
-        if not isinstance(table.num_rows, int) or table.num_rows < NUM_RESERVED_ROWS:
-            problems.append(f"table {table.name!r} has num_rows {table.num_rows!r}, expected an int >= {NUM_RESERVED_ROWS}")
+        if table.num_rows < NUM_RESERVED_ROWS:
+            problems.append(
+                f"table {table.name!r} has num_rows {table.num_rows}, expected at least {NUM_RESERVED_ROWS}"
+            )
     names = [task.name for task in manifest.tasks]
     for task in manifest.tasks:
         if task.given is not None and task.given not in names:
