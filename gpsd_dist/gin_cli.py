@@ -32,9 +32,13 @@ class ParsedRun:
 
 
 def load_run_config(argv: list[str]) -> ParsedRun:
-    """Parses `argv` and builds the whole config tree once. ValueError for anything that has no effect or does not fit."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, usage=_USAGE, description="Options: docstrings of gpsd_dist/config.py")
-    parser.add_argument("--gin_file", action="append", required=True, help="repeatable, later files win; the first may include")
+    """Parses `argv`, builds the whole config tree once. ValueError for what has no effect or does not fit."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, usage=_USAGE, description="Options: docstrings of gpsd_dist/config.py"
+    )
+    parser.add_argument(
+        "--gin_file", action="append", required=True, help="repeatable, later files win; the first may include"
+    )
     args, rest = parser.parse_known_args(_join_values(argv))
     unknown = [argument for argument in rest if not (argument.startswith("--gin.") and "=" in argument)]
     if unknown:
@@ -68,7 +72,9 @@ def _binding(override: str) -> str:
     """`X=Y` -> gin's `X = Y`; a value that is neither a Python literal nor a gin reference is quoted."""
     name, value = override.split("=", 1)
     if not _NAME.fullmatch(name):
-        raise ValueError(f"--gin.{override}: {name!r} is not a name like SEED, TrainConfig.epochs or dense/OptimizerConfig.peak_lr")
+        raise ValueError(
+            f"--gin.{override}: {name!r} is not a name like SEED, TrainConfig.epochs or dense/OptimizerConfig.peak_lr"
+        )
     if not value.startswith(("%", "@")):
         try:
             ast.literal_eval(value)
@@ -88,7 +94,9 @@ def _checked_file(file: str, is_first: bool) -> pathlib.Path:
         raise ValueError(f"--gin_file {file} does not exist; there are {known}")
     text = path.read_text()
     if not is_first and re.search(r"^\s*include\b", text, re.MULTILINE):
-        raise ValueError(f"{path} has an `include`, so it must be the first --gin_file (its base would undo earlier files)")
+        raise ValueError(
+            f"{path} has an `include`, so it must be the first --gin_file (its base would undo earlier files)"
+        )
     names = [match.group().strip() for match in _ASSIGNMENT.finditer(text)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -97,21 +105,30 @@ def _checked_file(file: str, is_first: bool) -> pathlib.Path:
 
 
 def _explain(error: BaseException) -> str:
-    """gin's messages, with what to do."""
+    """Messages of gin, with what to do."""
     text = str(error).strip()
-    if "REQUIRED" in text or "required" in text.lower() or "Required" in text:
-        missing = sorted(set(re.findall(r"\b[A-Z][A-Z_]{2,}\b", text)) - {"REQUIRED"})
-        names = missing or re.findall(r"'(\w+)'", text)
+    names = re.findall(r"(\w+)/(?:gin\.)?macro\.value set to `%gin\.REQUIRED`", text)
+    if not names and re.search(r"missing \d+ required .*argument|Required bindings for", text):
+        names = re.findall(r"'(\w+)'", text)
+    if names:
         return f"a required option is missing ({', '.join(names)}): set it with --gin.NAME=VALUE. gin says: {text}"
     return text
 
 
 def _check_overrides_are_read(bindings: list[str]) -> None:
-    """gin accepts a misspelt macro or scope silently: every override must show up in what was read."""
+    """A misspelt macro or scope is silently accepted by gin: every override must show up in what was read.
+
+    One without a scope must reach a reader whose own scope does not set the field.
+    """
     read = {(match["scope"], match["leaf"]) for match in _BINDING.finditer(gin.operative_config_str())}
+    set_in_scope = {(match["scope"], match["leaf"]) for match in _BINDING.finditer(gin.config_str()) if match["scope"]}
     for binding in bindings:
         match = _BINDING.match(binding)
         assert match is not None, binding
-        if not any(leaf == match["leaf"] and match["scope"] in (None, scope) for scope, leaf in read):
-            known = sorted({leaf for _, leaf in read})
-            raise ValueError(f"override `{binding}` changed nothing: no such macro, scope or field is read; there are {known}")
+        readers = {entry for entry in read if entry[1] == match["leaf"]}
+        reached = readers & {(match["scope"], match["leaf"])} if match["scope"] else readers - set_in_scope
+        if not reached:
+            known = sorted({f"{scope}/{leaf}" if scope else leaf for scope, leaf in read})
+            raise ValueError(
+                f"override `{binding}` changed nothing: no such macro, scope or field is read; there are {known}"
+            )
