@@ -94,18 +94,25 @@ def test_problems_hold_hits_and_duplicates():
     assert hits >= 5 and any(len(set(group.tolist())) < 6 for group in p["negative_item"])
 
 
+@pytest.mark.parametrize("bound", [20.0, 100.0], ids=["fixed shift", "shift by the maximum"])
 @pytest.mark.parametrize("name", [name for name in PROBLEMS if name != "no positions"])
-def test_gradients_of_the_autograd_function_in_float64(name):
+def test_gradients_of_the_autograd_function_in_float64(name, bound):
     p = make_problem(**PROBLEMS[name])
     query = (2.0 * p["hidden"].double()).requires_grad_()
-    target = p["rows"].double()[p["target_row"]].requires_grad_()
-    negative = p["rows"].double()[p["negative_row"]].requires_grad_()
-    items = (p["target_item"], p["negative_item"])
+    rows = p["rows"].double().requires_grad_()
+    indices = (p["target_row"], p["target_item"], p["negative_row"], p["negative_item"])
 
-    def loss(query, target, negative):
-        return losses._SampledSoftmax.apply(query, target, negative, *items, p["group_offsets"])
+    def loss(query, rows):
+        return losses._SampledSoftmax.apply(query, rows, *indices, p["group_offsets"], bound)
 
-    assert torch.autograd.gradcheck(loss, (query, target, negative))
+    assert torch.autograd.gradcheck(loss, (query, rows))
+
+
+def test_a_tiny_temperature_does_not_underflow():
+    p = make_problem(**PROBLEMS["8 groups"])
+    indices = (p["target_row"], p["target_item"], p["negative_row"], p["negative_item"], p["group_offsets"])
+    loss, count = losses.sampled_softmax(p["hidden"], p["rows"], *indices, temperature=0.002)
+    assert torch.isfinite(loss) and count == 21
 
 
 def test_a_position_whose_negatives_all_hit_costs_nothing():
