@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 _FIRST_WIDTH, _GROWTH = 8, 1.5  # bucket widths 8, 12, 18, 27, ...: 1.1-2x faster than exact lengths, ~15 % padding
+_MAX_MASKED_CANDIDATES = 8  # up to here one masked call over history and candidates is faster; untuned above 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Bucket:
     """How t tokens fill n x W slots; None if every slot holds its token (t = n W)."""
     candidate: "Slots | None"
     """How c candidates fill n x K slots; None if every slot holds its candidate."""
+    candidate_mask: torch.Tensor | None
+    """bool [n, 1, K, W + K]: keys of a candidate: its history and itself; None for no or many candidates."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +81,9 @@ class Packing:
         return cls(
             history_offsets=torch.from_numpy(history_offsets),
             candidate_offsets=torch.from_numpy(candidate_offsets),
-            position_S=torch.from_numpy(np.concatenate([history_position_T, history_length_B[request_C]]).astype(np.int64)),
+            position_S=torch.from_numpy(
+                np.concatenate([history_position_T, history_length_B[request_C]]).astype(np.int64)
+            ),
             request_C=torch.from_numpy(request_C),
             num_history_tokens=num_tokens,
             num_candidates=num_candidates,
@@ -110,14 +115,16 @@ def _buckets(history_length_B, history_offsets, candidate_count_B, candidate_off
 
 def _bucket(start, stop, history_length_B, history_offsets, candidate_count_B, candidate_offsets) -> Bucket:
     width, max_candidates = int(history_length_B[stop - 1]), int(candidate_count_B[start:stop].max())
+    history = _slots(history_offsets[start : stop + 1], width)
     return Bucket(
         num_requests=stop - start,
         width=width,
         num_tokens=int(history_offsets[stop] - history_offsets[start]),
         num_candidates=int(candidate_offsets[stop] - candidate_offsets[start]),
         max_candidates=max_candidates,
-        history=_slots(history_offsets[start : stop + 1], width),
+        history=history,
         candidate=_slots(candidate_offsets[start : stop + 1], max_candidates),
+        candidate_mask=_candidate_mask(history, stop - start, width, max_candidates),
     )
 
 
@@ -129,4 +136,17 @@ def _slots(offsets: np.ndarray, width: int) -> Slots | None:
     if is_entry.all():
         return None
     entry = np.minimum(offsets[:-1, None] + slot_W[None], max(int(offsets[-1]) - 1, 0))
-    return Slots(torch.from_numpy(entry.reshape(-1)), torch.from_numpy(is_entry), torch.from_numpy(np.flatnonzero(is_entry)))
+    return Slots(
+        torch.from_numpy(entry.reshape(-1)), torch.from_numpy(is_entry), torch.from_numpy(np.flatnonzero(is_entry))
+    )
+
+
+def _candidate_mask(history: Slots | None, num_requests: int, width: int, max_candidates: int) -> torch.Tensor | None:
+    """See Bucket. A padded candidate slot attends to itself and what is made of it is dropped."""
+    if not 0 < max_candidates <= _MAX_MASKED_CANDIDATES:
+        return None
+    mask = torch.ones(num_requests, 1, max_candidates, width + max_candidates, dtype=torch.bool)
+    if history is not None:
+        mask[..., :width] = history.is_entry[:, None, None]
+    mask[..., width:] = torch.eye(max_candidates, dtype=torch.bool)
+    return mask

@@ -44,6 +44,14 @@ def _candidates_attend(candidate_3nHJK: torch.Tensor, history_3nHWK: torch.Tenso
     """Softmax over {tokens of the own history, the candidate itself}: what K separate causal passes would compute."""
     query, own_key, own_value = candidate_3nHJK.unbind(0)
     _, key, value = history_3nHWK.unbind(0)
+    if bucket.candidate_mask is None:
+        return _many_candidates_attend(query, own_key, own_value, key, value, bucket)
+    keys, values = torch.cat((key, own_key), dim=2), torch.cat((value, own_value), dim=2)
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=bucket.candidate_mask)
+
+
+def _many_candidates_attend(query, own_key, own_value, key, value, bucket: Bucket) -> torch.Tensor:
+    """The same without scores of candidates against each other: linear in their number. All [n, H, slots, K]."""
     query = query * query.shape[-1] ** -0.5
     score_nHJW = query @ key.transpose(-1, -2)
     if bucket.history is not None:
@@ -82,7 +90,9 @@ def varlen(qkv_S3HK: torch.Tensor, packing: Packing) -> torch.Tensor:
         length_C = packing.history_offsets.diff()[packing.request_C] + 1
         offsets_C1 = F.pad(length_C.cumsum(0), (1, 0))
         total = packing.candidate_key_count
-        owner = torch.repeat_interleave(torch.arange(len(length_C), device=length_C.device), length_C, output_size=total)
+        owner = torch.repeat_interleave(
+            torch.arange(len(length_C), device=length_C.device), length_C, output_size=total
+        )
         slot = torch.arange(total, device=owner.device) - offsets_C1[owner]
         is_self = slot == length_C[owner] - 1
         source = torch.where(is_self, num_tokens + owner, packing.history_offsets[packing.request_C][owner] + slot)
