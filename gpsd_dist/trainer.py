@@ -69,6 +69,11 @@ class Trainer:
         self.parallel = DistributedDataParallel(self.model) if runtime.world_size > 1 else self.model
         self.loader = self._training_loader()
         self.checkpoints = Checkpoints(run.output_dir, runtime, run.train.keep_last)
+        latest = self.checkpoints.latest()
+        if latest is not None:  # before anything is written into the folder of another run
+            state = read_state(latest)
+            _check_resumable(dataclasses.asdict(run), state.run_config, latest)
+            _check_same_tables(dataclasses.asdict(self.manifest), state.manifest, latest)
         self.throughput = Throughput()
         self.progression = Progression()
         self.step = 0
@@ -93,18 +98,18 @@ class Trainer:
         while not self.progression.is_finished:
             for batches in self._waited(self.loader):
                 self._train_step(batches, recorder)
-                is_last = self.step >= self.total_steps
+                is_last, is_stopping = self.step >= self.total_steps, self._is_asked_to_stop()
                 if self.step % self.run.train.log_interval_steps == 0 or is_last:
                     self.throughput.record_to(recorder)
                     recorder.log(self.step, self.step / self.loader.steps_per_epoch)
                 if self.step % self.eval_interval_steps == 0 or is_last:
                     self._validate(recorder, is_last)
-                elif self._save_is_due():
+                elif is_stopping or self._save_is_due():
                     self._save({}, is_best=False)
                 recorder.advance(self.step)
-                if self.progression.is_finished or self._stop_requested:
+                if self.progression.is_finished or is_stopping:
                     break
-            if self._stop_requested:
+            if is_stopping:
                 log.warning("asked to stop: saved step %d; the same command goes on from there", self.step)
                 break
         self.loader.close()
@@ -200,22 +205,27 @@ class Trainer:
         if name not in flat:
             raise ValueError(f"TrainConfig.best_metric {name!r} is not one of {sorted(flat)}")
         value, progression = flat[name], self.progression
-        is_best = value > progression.best_value or progression.best_step < 0
+        is_best = value > progression.best_value or progression.best_step < 0 or math.isnan(progression.best_value)
         if is_best:
             progression.best_value, progression.best_step, progression.stale = value, self.step, 0
         else:
             progression.stale += 1
-        patience = self.run.train.patience
-        progression.is_finished = is_last or (patience > 0 and progression.stale >= patience)
+        progression.is_finished = is_last or self._is_out_of_patience()
         log.info("step %d: valid %s %.5f (best %.5f at step %d)", self.step, name, value, progression.best_value, progression.best_step)
         recorder.log(self.step, self.step / self.loader.steps_per_epoch)
         self._save(flat, is_best)
         self.throughput.restart()
 
     def _save_is_due(self) -> bool:
-        """Every `save_interval_steps`, and when any rank was asked to stop. Collective where it asks the ranks."""
         interval = self.run.train.save_interval_steps
-        return self._stop_requested or (interval > 0 and self.step % interval == 0)
+        return interval > 0 and self.step % interval == 0
+
+    def _is_asked_to_stop(self) -> bool:
+        """Whether any rank has got the signal: it comes at different moments. Collective, on the CPU: no GPU sync."""
+        return bool(all_sum(torch.tensor([float(self._stop_requested)])))
+
+    def _is_out_of_patience(self) -> bool:
+        return 0 < self.run.train.patience <= self.progression.stale
 
     def _request_stop(self, signum, frame) -> None:
         self._stop_requested = True
@@ -244,11 +254,10 @@ class Trainer:
         latest = self.checkpoints.latest()
         if latest is not None:
             state = read_state(latest)
-            _check_resumable(dataclasses.asdict(self.run), state.run_config, latest)
             load_tensors(latest, self._tensors())
             self.loader.load_state_dict(state.data_position)
             self.step, self.progression = state.step, Progression(**state.progress)
-            self.progression.is_finished &= self.step >= self.total_steps or self.run.train.patience > 0
+            self.progression.is_finished = self.step >= self.total_steps or self._is_out_of_patience()
             log.info("weights: resumed from %s", latest)
         elif self.run.init_checkpoint:
             weights = self.assembly.weights()
@@ -316,4 +325,14 @@ def _check_resumable(mine: dict, theirs: dict, checkpoint: pathlib.Path) -> None
         raise ValueError(
             f"{checkpoint} belongs to a run with other options ({'; '.join(changed)}); "
             "use another OUTPUT_DIR, or the same options"
+        )
+
+
+def _check_same_tables(mine: dict, theirs: dict, checkpoint: pathlib.Path) -> None:
+    """ValueError if row numbers mean other ids than they did (the data was built anew, or DATA_DIR is another one)."""
+    changed = [table["name"] for table in mine["tables"] if table not in theirs["tables"]]
+    if changed:
+        raise ValueError(
+            f"{checkpoint} was trained with other vocabularies of {changed} than those of the data now; use the data "
+            "of that run, or another OUTPUT_DIR"
         )
