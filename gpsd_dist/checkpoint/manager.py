@@ -76,15 +76,8 @@ class Checkpoints:
 
     def latest(self) -> pathlib.Path | None:
         """The newest complete checkpoint."""
-        complete = self._complete()
+        complete = _complete(self.folder)
         return complete[-1] if complete else None
-
-    def _complete(self) -> list[pathlib.Path]:
-        """Complete checkpoints by ascending step."""
-        if not self.folder.is_dir():
-            return []
-        named = sorted(path for path in self.folder.iterdir() if _FOLDER.fullmatch(path.name))
-        return [path for path in named if (path / STATE_NAME).is_file()]
 
     def _write_best(self, state: RunState) -> None:
         aside = self.folder / "best.json.tmp"
@@ -93,9 +86,17 @@ class Checkpoints:
 
     def _prune(self) -> None:
         best = best_step(self.folder)
-        for path in self._complete()[: -self._keep_last]:
+        for path in _complete(self.folder)[: -self._keep_last]:
             if path.name != f"step_{best:08d}":
                 shutil.rmtree(path)
+
+
+def _complete(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Complete checkpoints by ascending step."""
+    if not folder.is_dir():
+        return []
+    named = sorted(path for path in folder.iterdir() if _FOLDER.fullmatch(path.name))
+    return [path for path in named if (path / STATE_NAME).is_file()]
 
 
 def best_step(folder: pathlib.Path) -> int:
@@ -110,12 +111,14 @@ def find(path: str | pathlib.Path, which: str = "best") -> pathlib.Path:
     if (path / STATE_NAME).is_file():
         return path
     folder = path / "checkpoints"
-    complete = sorted(p for p in folder.glob("step_*") if (p / STATE_NAME).is_file()) if folder.is_dir() else []
+    complete = _complete(folder)
     best = folder / f"step_{best_step(folder):08d}"
     if which == "best" and best in complete:
         return best
     if not complete:
-        raise ValueError(f"{path} is neither a run folder with a finished checkpoint nor a checkpoint; has the run saved one?")
+        raise ValueError(
+            f"{path} is neither a run folder with a finished checkpoint nor a checkpoint; has the run saved one?"
+        )
     return complete[-1]
 
 
