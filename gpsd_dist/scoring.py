@@ -1,14 +1,14 @@
 """One pass over a split without training: ranking tasks, or next item against all items. Every row counts once."""
 
+import itertools
 import typing
 
 import torch
 import torch.nn.functional as F
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from gpsd_dist.assembly import Assembly
 from gpsd_dist.config import RunConfig
-from gpsd_dist.data.batch import Batch
+from gpsd_dist.data.batch import Batch, lookup_of
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.loader import Loader
 from gpsd_dist.distributed.collectives import all_gather_rows, all_sum
@@ -80,9 +80,14 @@ def add_predictions(
         predictions[task.name].add(logits[task.name].detach(), label_C, user_C, ~label_C.isnan())
 
 
-def _rank_items(manifest: Manifest, assembly: Assembly, loader: typing.Iterable, runtime: Runtime) -> dict[str, float | int]:
-    """The last history state of each request against every item that is not in its history; targets are the
-    positive candidates of the first task. Each rank scores its part of the items for the queries of all ranks."""
+def _rank_items(
+    manifest: Manifest, assembly: Assembly, loader: typing.Iterable, runtime: Runtime
+) -> dict[str, float | int]:
+    """The last history state of each request against every item that is not in its history.
+
+    Targets are the positive candidates of the first task. Each rank scores its part of the items for the queries of
+    all ranks.
+    """
     item = manifest.feature(manifest.item_feature)
     num_rows = manifest.table(item.table).num_rows
     first, block_RE = _item_block(assembly, item.table, num_rows, runtime)
@@ -115,17 +120,13 @@ def _last_states(assembly: Assembly, rows: dict[str, torch.Tensor], batch: Batch
 def _item_block(assembly: Assembly, table: str, num_rows: int, runtime: Runtime) -> tuple[int, torch.Tensor]:
     """(first row, unit rows [R, E]) of this rank's part of the item table, by lookup: right for any sharding."""
     cuts = [num_rows * rank // runtime.world_size for rank in range(runtime.world_size + 1)]
-    largest = max(stop - start for start, stop in zip(cuts, cuts[1:], strict=False))
+    largest = max(stop - start for start, stop in itertools.pairwise(cuts))
     first, stop = cuts[runtime.rank], cuts[runtime.rank + 1]
     parts = []
     for offset in range(0, largest, _LOOKUP_CHUNK_ROWS):  # the same number of lookups on every rank
         index = torch.arange(min(first + offset, stop), min(first + offset + _LOOKUP_CHUNK_ROWS, stop))
-        lengths = [len(index) if name == table else 0 for name in assembly.lookup_names]
-        lookup = KeyedJaggedTensor(
-            keys=list(assembly.lookup_names),
-            values=index.to(runtime.device),
-            lengths=torch.tensor(lengths, dtype=torch.int64, device=runtime.device),
-        )
+        sizes = [len(index) if name == table else 0 for name in assembly.lookup_names]
+        lookup = lookup_of(assembly.lookup_names, index.to(runtime.device), sizes)
         parts.append(F.normalize(assembly.tables(lookup)[table].float(), dim=-1))
     return first, torch.cat(parts)
 

@@ -23,7 +23,7 @@ class Bag:
     """int64 [tokens + 1]"""
 
 
-Column = torch.Tensor | Bag
+Column: typing.TypeAlias = torch.Tensor | Bag
 """Categorical: int64 row numbers, [tokens] or Bag. For a table in `Batch.lookup` they count inside its U unique rows,
 for any other table they are table indices. Numerical: float32 [tokens]."""
 
@@ -93,6 +93,12 @@ class Batch:
             return tensor
 
         _map_tensors(self, record)
+
+
+def lookup_of(tables: tuple[str, ...], index_U: torch.Tensor, sizes: list[int]) -> KeyedJaggedTensor:
+    """What `Batch.lookup` holds: `index_U` int64, table after table; `sizes`: how many of them belong to each."""
+    lengths = torch.tensor(sizes, dtype=torch.int64, device=index_U.device)
+    return KeyedJaggedTensor(keys=list(tables), values=index_U, lengths=lengths)
 
 
 _CONTAINERS = (Bag, NextItem, Packing, Bucket, Slots, Batch)

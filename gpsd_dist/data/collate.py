@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from gpsd_dist.data.batch import Bag, Batch, NextItem
+from gpsd_dist.data.batch import Bag, Batch, NextItem, lookup_of
 from gpsd_dist.data.loader import BatchKey
 from gpsd_dist.data.parquet_dataset import BadValue
 from gpsd_dist.packing import Packing
@@ -154,11 +154,8 @@ class Collate:
                 part.rows[place][name] = (piece, old[1]) if isinstance(old, tuple) else piece
             for draw, piece in zip(drawn, pieces[len(users) :], strict=False):
                 draw.row_GN = piece.reshape(draw.item_GN.shape)
-        return KeyedJaggedTensor(
-            keys=list(self.lookup_tables),
-            values=torch.from_numpy(np.concatenate([*uniques, np.zeros(0, np.int64)])),
-            lengths=torch.tensor([len(unique) for unique in uniques], dtype=torch.int64),
-        )
+        index = torch.from_numpy(np.concatenate([*uniques, np.zeros(0, np.int64)]))
+        return lookup_of(self.lookup_tables, index, [len(unique) for unique in uniques])
 
     def _next_item(self, part: "_Part", negatives: "_Negatives") -> NextItem:
         """Every history token but the last of a request predicts its successor; unknown items are no targets."""
