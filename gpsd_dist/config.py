@@ -34,7 +34,7 @@ class DataConfig:
     prefetch: int = 2
     """Batches per thread that may wait."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_types(self)
         problems = []
         if (self.global_batch_rows > 0) == (self.global_batch_tokens > 0):
@@ -60,7 +60,7 @@ class TablesConfig:
     init_std: float = 0.02
     """Standard deviation of the normal initial weights (official settings)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_types(self)
         problems = _below(self, "embedding_dim", 4) + _below(self, "small_table_max_rows", 0)
         if self.embedding_dim % 4:
@@ -90,7 +90,7 @@ class ModelConfig:
     compile: bool = False
     """torch.compile the tower: 1.7x at width 256 on CPU, after some 40 s of compilation."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_types(self)
         problems = []
         for name in ("layers", "width", "heads", "context_dim", "head_hidden"):
@@ -116,7 +116,7 @@ class PretrainConfig:
     """Token features (not bags) that are predicted too, e.g. ("category",)."""
     auxiliary_weight: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_types(self)
         problems = []
         if self.num_negative_groups < 1 and self.num_negative_groups != -1:
@@ -137,7 +137,7 @@ class FinetuneConfig:
     """Train a task given another one on P(given) x P(task | given) over all candidates (arXiv:1804.07931)
     instead of on the candidates where the other label is 1."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_types(self)
         problems = [f"weight of task {t!r} is {w}, must be >= 0" for t, w in self.task_weights.items() if w < 0]
         _raise(self, problems)
@@ -155,7 +155,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_types(self)
         problems = []
         if self.name not in ("adamw", *SPARSE_OPTIMIZERS):
@@ -198,7 +198,7 @@ class TrainConfig:
     collective_timeout_s: int = 600
     """A rank that waits longer for its peers fails with an error."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_types(self)
         problems = []
         for name in ("epochs", "micro_batches", "eval_per_epoch", "keep_last", "log_interval_steps"):
@@ -233,7 +233,7 @@ class RunConfig:
     sparse: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig("rowwise_adagrad", 0.1))
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_types(self)
         problems = []
         if self.stage not in STAGES:
@@ -242,7 +242,8 @@ class RunConfig:
             problems.append(f"STRATEGY {self.strategy!r} is not one of {STRATEGIES}")
         if self.stage == "finetune" and (self.strategy == "NT") == bool(self.init_checkpoint):
             needed = "must stay empty" if self.strategy == "NT" else "must name a pretraining run"
-            problems.append(f"STRATEGY {self.strategy} with INIT_CHECKPOINT={self.init_checkpoint!r}: INIT_CHECKPOINT {needed}")
+            given = f"STRATEGY {self.strategy} with INIT_CHECKPOINT={self.init_checkpoint!r}"
+            problems.append(f"{given}: INIT_CHECKPOINT {needed}")
         if self.stage == "pretrain" and (self.strategy != "NT" or self.init_checkpoint):
             problems.append("pretraining starts from random weights: leave out STRATEGY and INIT_CHECKPOINT")
         if self.dense.name != "adamw":
@@ -291,7 +292,7 @@ def run_config_from_dict(raw: dict[str, typing.Any]) -> RunConfig:
 
 
 def _part(hint: typing.Any, value: typing.Any) -> typing.Any:
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return hint(**value)
     return value
 
@@ -302,7 +303,7 @@ def _below(config: typing.Any, name: str, minimum: float) -> list[str]:
 
 
 def _check_types(config: typing.Any) -> None:
-    """gin checks no types: `layers = 4.5` or `dropout = "0.1"` would get through."""
+    """Gin checks no types: `layers = 4.5` or `dropout = "0.1"` would get through."""
     hints = typing.get_type_hints(type(config))
     problems = []
     for field in dataclasses.fields(config):

@@ -28,6 +28,7 @@ MANIFEST_NAME = "manifest.json"
 PLACES = ("history", "candidate", "context")
 KINDS = ("categorical", "numerical")
 T = typing.TypeVar("T")
+Named = typing.TypeVar("Named", "Feature", "Table", "Split")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Feature:
     std: float = 1.0
     """Numerical: over the training split, above 0."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"feature {self.name!r}: kind {self.kind!r} is not one of {KINDS}")
         if not self.places or any(place not in PLACES for place in self.places):
@@ -118,9 +119,9 @@ class Manifest:
     """How the splits were cut, in words and numbers."""
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
     """Raw rows that were not used, by reason."""
-    sources: tuple[dict, ...] = ()
+    sources: tuple[dict[str, typing.Any], ...] = ()
     """Raw files: {"path", "bytes", "sha256"}."""
-    options: dict = dataclasses.field(default_factory=dict)
+    options: dict[str, typing.Any] = dataclasses.field(default_factory=dict)
     command: str = ""
     schema_version: int = SCHEMA_VERSION
 
@@ -141,7 +142,7 @@ class Manifest:
         return tuple(feature for feature in self.features if place in feature.places)
 
 
-def _named(entries, name: str, what: str):
+def _named(entries: tuple[Named, ...], name: str, what: str) -> Named:
     for entry in entries:
         if entry.name == name:
             return entry
@@ -204,7 +205,7 @@ def read_manifest(data_dir: str | pathlib.Path) -> Manifest:
     return manifest
 
 
-def _from_dict(cls: type, entry: dict) -> typing.Any:
+def _from_dict(cls: type, entry: dict[str, typing.Any]) -> typing.Any:
     return _typed(cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}))
 
 
@@ -219,6 +220,8 @@ def _typed(made: T) -> T:
 
 def _is_instance(value: typing.Any, hint: typing.Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is typing.Any:
+        return True
     if origin is tuple:
         return isinstance(value, tuple) and all(_is_instance(entry, arguments[0]) for entry in value)
     if origin is dict:

@@ -12,11 +12,12 @@ _TOWER_PREFIX = "backbone."
 """Token embedder (small tables, segment), projection in and tower: what FT moves and ST leaves random."""
 
 
-def transfer(run: RunConfig, manifest: Manifest, weights: dict, dense: dict) -> str:
-    """Loads what the strategy takes over into `weights` (table -> ShardedTensor) and `dense` (name -> parameter), in place.
+def transfer(run: RunConfig, manifest: Manifest, weights: manager.Tensors, dense: manager.Tensors) -> str:
+    """Loads what the strategy takes over, in place.
 
-    Collective. Returns the report. ValueError if a table's vocabulary differs from the checkpoint's, or a tensor that
-    the strategy names is missing or has another shape: nothing is skipped silently.
+    `weights`: table -> ShardedTensor, `dense`: name -> parameter. Collective. Returns the report. ValueError if a
+    table's vocabulary differs from the checkpoint's, or a tensor that the strategy names is missing or has another
+    shape: nothing is skipped silently.
     """
     checkpoint = manager.find(run.init_checkpoint)
     state = manager.read_state(checkpoint)
@@ -45,11 +46,18 @@ def _check_vocabularies(run: RunConfig, manifest: Manifest, state: manager.RunSt
             problems.append(f"table {name!r} has another vocabulary ({sizes}): its row numbers mean other ids")
     if problems:
         raise ValueError(
-            f"checkpoint {checkpoint} was trained on another data set: " + "; ".join(problems) + "; pretrain on this one"
+            f"checkpoint {checkpoint} was trained on another data set: {'; '.join(problems)}; pretrain on this one"
         )
 
 
-def _report(run, checkpoint, state, tables: dict, moved: dict, dense: dict) -> str:
+def _report(
+    run: RunConfig,
+    checkpoint: pathlib.Path,
+    state: manager.RunState,
+    tables: manager.Tensors,
+    moved: manager.Tensors,
+    dense: manager.Tensors,
+) -> str:
     fate = "frozen" if run.freezes_tables else "trained on"
     lines = [f"{run.strategy} from {checkpoint} (pretraining step {state.step})"]
     lines += [f"  loaded table.{name} {tuple(value.size())}, {fate}" for name, value in tables.items()]
@@ -57,6 +65,8 @@ def _report(run, checkpoint, state, tables: dict, moved: dict, dense: dict) -> s
     fresh = [name for name in dense if name not in moved]
     lines += [f"  random {len(fresh)} dense tensors: {', '.join(sorted({n.split('.')[0] for n in fresh})) or 'none'}"]
     used = {f"table.{name}" for name in tables} | {f"dense.{name}" for name in moved}
-    skipped = [key for key in manager.saved_keys(checkpoint) if key not in used and "optimizer" not in key.split(".")[0]]
-    lines += [f"  not taken from the checkpoint: {len(skipped)} tensors ({', '.join(skipped[:4])}{' ...' * (len(skipped) > 4)})"]
+    weights = [key for key in manager.saved_keys(checkpoint) if "optimizer" not in key.split(".")[0]]
+    skipped = [key for key in weights if key not in used]
+    examples = ", ".join(skipped[:4]) + " ..." * (len(skipped) > 4)
+    lines += [f"  not taken from the checkpoint: {len(skipped)} tensors ({examples})"]
     return "\n".join(lines)
