@@ -93,7 +93,8 @@ class SyntheticConfig:
     def boundaries_s(self) -> tuple[int, int, int, int]:
         """Epoch seconds at which train, valid and test exposures start, and the end of the log."""
         days = np.cumsum([self.history_days, self.train_days, self.valid_days, self.test_days])
-        return tuple(START_TIME_S + int(day) * DAY_S for day in days)
+        train_s, valid_s, test_s, end_s = (START_TIME_S + int(day) * DAY_S for day in days)
+        return train_s, valid_s, test_s, end_s
 
 
 class Items(typing.NamedTuple):

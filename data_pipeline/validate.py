@@ -173,7 +173,7 @@ def _check_order(manifest: schema.Manifest, users: dict[str, np.ndarray], proble
                 f"split {late.name!r} starts at {late.time_from_s}, before split {early.name!r} ends at "
                 f"{early.time_to_s} (epoch s)",
             )
-        both = np.intersect1d(users[early.name], users[late.name]) if rule in USER_RULES else ()
+        both = np.intersect1d(users[early.name], users[late.name]) if rule in USER_RULES else np.zeros(0)
         if len(both):
             problems.add(
                 "split users",

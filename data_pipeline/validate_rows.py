@@ -30,9 +30,7 @@ class RowChecker:
     """Invariants that hold inside one row."""
 
     def __init__(self, manifest: schema.Manifest, problems: Problems, has_exact_times: bool):
-        """`has_exact_times`: history must be earlier than the request in whole seconds, not only in the order of
-        ties.
-        """
+        """`has_exact_times`: history is earlier than the request in whole seconds, not only in the order of ties."""
         self.manifest, self.problems, self.has_exact_times = manifest, problems, has_exact_times
         self.sizes = {table.name: table.num_rows for table in manifest.tables}
 
@@ -55,7 +53,7 @@ class RowChecker:
             if f"label.{task.name}" in columns:
                 self._check_labels(columns, task)
 
-    def _report(self, kind: str, column: str, is_bad, found: str, expected: str) -> None:
+    def _report(self, kind: str, column: str, is_bad, found: str | np.ndarray, expected: str) -> None:
         """Adds the first row where `is_bad` (bool per row) is true."""
         is_bad = np.asarray(is_bad)
         if is_bad.any():

@@ -18,8 +18,9 @@ from gpsd_dist.schema import Manifest, Task
 class Objective(typing.Protocol):
     """One per stage. L losses in a fixed order."""
 
-    weights: dict[str, float]
-    """Loss -> weight, in order."""
+    @property
+    def weights(self) -> dict[str, float]:
+        """Loss -> weight, in order."""
 
     def counts(self, batch: Batch) -> torch.Tensor:
         """float32 [L]: positions or labels of this batch; needs no model, so ranks can add them up beforehand."""

@@ -204,7 +204,7 @@ def _value(hint: typing.Any, raw: typing.Any, where: str, problems: list[str]) -
     """`raw` as the annotated type: a scalar, a tuple of scalars or of dataclasses, or a dataclass."""
     if isinstance(hint, types.UnionType):  # X | None: TOML has no null, so X
         hint = typing.get_args(hint)[0]
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(raw, dict):
             return _build(hint, raw, where, problems)
         problems.append(f"{where!r} is {raw!r}, expected a table [{where}]")

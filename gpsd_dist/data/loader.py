@@ -210,7 +210,7 @@ class Loader(typing.Generic[T]):
         """Runs in a worker thread."""
         plan = planned.result()
         try:
-            batch = self._make_batch(plan.to_table(), plan.key)
+            batch: typing.Any = self._make_batch(plan.to_table(), plan.key)
         except BadValue as error:
             path, row = self._split.origin(*plan.locate(error.row_in_batch))
             raise ValueError(

@@ -46,8 +46,8 @@ class RowGroup(typing.NamedTuple):
     """Where a row group lies."""
 
     path: pathlib.Path
-    index: int
-    """Its number in the file."""
+    number: int
+    """Of the row group in the file, from 0."""
     first_row: int
     """Row in the file of its first row."""
     num_rows: int
@@ -123,7 +123,7 @@ class ParquetSplit:
         if column.null_count:
             raise ValueError(
                 f"{self.groups[group].path}: column 'history_length' has {column.null_count} nulls in row group "
-                f"{self.groups[group].index}, expected none; build the data set again"
+                f"{self.groups[group].number}, expected none; build the data set again"
             )
         return column.to_numpy()
 
@@ -217,7 +217,7 @@ def _read_footer(path: pathlib.Path, needed: list[pa.Field]) -> tuple[list[RowGr
                 "build the data set again"
             )
     starts = np.cumsum([0, *rows])
-    groups = [RowGroup(path, index, int(starts[index]), num) for index, num in enumerate(rows) if num]
+    groups = [RowGroup(path, number, int(starts[number]), num) for number, num in enumerate(rows) if num]
     return groups, problems
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import typing
 
 import numpy as np
 import torch
@@ -96,8 +97,8 @@ def shard_tables(
     return sharded
 
 
-def _optimizer_arguments(optimizer: OptimizerConfig) -> dict:
-    arguments = {"lr": optimizer.peak_lr}
+def _optimizer_arguments(optimizer: OptimizerConfig) -> dict[str, typing.Any]:
+    arguments: dict[str, typing.Any] = {"lr": optimizer.peak_lr}
     if optimizer.name != "sgd":
         arguments["eps"] = optimizer.eps
     if optimizer.name in ("adam", "partial_rowwise_adam", "lamb"):
@@ -115,7 +116,8 @@ def _readable(plan, embedding_dim: int, frozen_rows: int) -> str:
         for name, sharding in parameters.items():
             fate = "frozen" if path.endswith("frozen") else "trainable"
             shards = [f"{'x'.join(map(str, s.shard_sizes))} on {s.placement}" for s in sharding.sharding_spec.shards]
-            lines.append(f"table {name}: {fate}, {sharding.sharding_type}, {sharding.compute_kernel}: {'; '.join(shards)}")
+            layout = f"{sharding.sharding_type}, {sharding.compute_kernel}: {'; '.join(shards)}"
+            lines.append(f"table {name}: {fate}, {layout}")
     if frozen_rows:
         megabytes = frozen_rows * 4 / 2**20
         lines.append(
