@@ -189,7 +189,8 @@ def _build_all(
         running, sequences.item_rows(encoder, items), item_features, root / "items.parquet", options.compression
     )
     features = write.with_statistics(manifest, dict(zip(SPLITS, written, strict=True))["train"], root)
-    schema.write_manifest(dataclasses.replace(manifest, features=features, splits=tuple(written), skipped=skipped), root)
+    manifest = dataclasses.replace(manifest, features=features, splits=tuple(written), skipped=skipped)
+    schema.write_manifest(manifest, root)
 
 
 def write_split(

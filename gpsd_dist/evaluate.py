@@ -71,11 +71,13 @@ def _print(metrics: Metrics) -> None:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawTextHelpFormatter
     scorer = parser.add_mutually_exclusive_group(required=True)
     scorer.add_argument("--checkpoint", help="run folder, or one checkpoint in it")
     scorer.add_argument("--baseline", choices=sorted(BASELINES), help="score without a model")
-    parser.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run folder (best on valid)")
+    which_help = "checkpoint of a run folder (best on valid)"
+    parser.add_argument("--which", choices=("best", "last"), default="best", help=which_help)
     parser.add_argument("--data", help="prepared data; default: the data the run was trained on")
     parser.add_argument("--split", default="test", help="split to score (default: test)")
     parser.add_argument("--metrics_out", type=pathlib.Path, help="JSON file to write")

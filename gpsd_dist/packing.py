@@ -42,7 +42,7 @@ class Slots:
     """Padded view of n consecutive jagged rows."""
 
     entry: torch.Tensor
-    """int64 [n * width]: the entry in each slot, counted from the bucket's first; some other valid entry where padded."""
+    """int64 [n * width]: the entry in each slot, counted from the bucket's first; any valid entry where padded."""
     is_entry: torch.Tensor
     """bool [n, width]: the slot is not padding."""
     slot: torch.Tensor

@@ -44,12 +44,13 @@ def _describe(parsed: ParsedRun, trainer: Trainer, runtime: Runtime) -> None:
     (folder / "environment.json").write_text(json.dumps(environment(runtime), indent=1))
     sparse = sum(weight.size().numel() for weight in trainer.assembly.tables.weights().values())
     dense = sum(parameter.numel() for parameter in trainer.model.parameters())
-    log.info("run %s: %s %s, %s on %d x %s", folder, run.stage, run.strategy, run.model.name, runtime.world_size, runtime.device.type)
+    devices = f"{runtime.world_size} x {runtime.device.type}"
+    log.info("run %s: %s %s, %s on %s", folder, run.stage, run.strategy, run.model.name, devices)
     log.info("parameters: %s in tables, %s dense", f"{sparse:,}", f"{dense:,}")
     for line in trainer.assembly.tables.plan.splitlines():
         log.info("%s", line)
-    steps = trainer.loader.steps_per_epoch
-    log.info("steps: %d per epoch x %d epochs, %d in all, warm-up %d", steps, run.train.epochs, trainer.total_steps, trainer.warmup_steps)
+    epochs = f"{trainer.loader.steps_per_epoch} per epoch x {run.train.epochs} epochs"
+    log.info("steps: %s, %d in all, warm-up %d", epochs, trainer.total_steps, trainer.warmup_steps)
 
 
 if __name__ == "__main__":

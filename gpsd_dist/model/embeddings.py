@@ -44,7 +44,8 @@ class Tables(nn.Module):
         super().__init__()
         missing = set(frozen) - {table.name for table in tables}
         if missing:
-            raise ValueError(f"cannot freeze tables {sorted(missing)}: the sharded tables are {[t.name for t in tables]}")
+            names = [table.name for table in tables]
+            raise ValueError(f"cannot freeze tables {sorted(missing)}: the sharded tables are {names}")
         self.trainable = _collection([t for t in tables if t.name not in frozen], config, device)
         self.frozen = _collection([t for t in tables if t.name in frozen], config, device)
 
@@ -148,7 +149,8 @@ class ContextEmbedder(nn.Module):
             nn.init.normal_(embedding.weight, std=config.init_std)
         self.numerical_scale = nn.ParameterDict({f.name: torch.ones(1) for f in features if f.kind == "numerical"})
         widths = [
-            1 if f.kind == "numerical" else context_dim if f.name in self.small else config.embedding_dim for f in features
+            1 if f.kind == "numerical" else context_dim if f.name in self.small else config.embedding_dim
+            for f in features
         ]
         self.width = sum(widths)
         """Width of the output; 0 if the data set has no such feature."""
@@ -164,5 +166,3 @@ class ContextEmbedder(nn.Module):
         if feature.kind == "numerical":
             return column[:, None] * self.numerical_scale[feature.name]
         return embed(self.small[feature.name].weight if feature.name in self.small else rows[feature.table], column)
-
-

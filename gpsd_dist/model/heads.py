@@ -37,7 +37,8 @@ class ProjectionOut(nn.Module):
         super().__init__()
         self.layers = nn.Sequential()
         if width != embedding_dim:
-            self.layers = nn.Sequential(nn.Linear(width, embedding_dim, bias=False), nn.RMSNorm(embedding_dim, eps=1e-5))
+            projection = nn.Linear(width, embedding_dim, bias=False)
+            self.layers = nn.Sequential(projection, nn.RMSNorm(embedding_dim, eps=1e-5))
             nn.init.normal_(self.layers[0].weight, std=_INIT_STD)
 
     def forward(self, hidden_TD: torch.Tensor) -> torch.Tensor:
@@ -52,7 +53,8 @@ class ProjectionIn(nn.Module):
         super().__init__()
         self.layers = nn.Sequential()
         if width != embedding_dim:
-            self.layers = nn.Sequential(nn.RMSNorm(embedding_dim, eps=1e-5), nn.Linear(embedding_dim, width, bias=False))
+            projection = nn.Linear(embedding_dim, width, bias=False)
+            self.layers = nn.Sequential(nn.RMSNorm(embedding_dim, eps=1e-5), projection)
             nn.init.normal_(self.layers[1].weight, std=_INIT_STD)
 
     def forward(self, x_SE: torch.Tensor) -> torch.Tensor:
