@@ -19,14 +19,13 @@ from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.loader import Loader
 from gpsd_dist.distributed.collectives import all_sum
 from gpsd_dist.distributed.runtime import Runtime, seed_step
-from gpsd_dist.metrics.classification import Predictions, gather_metrics
 from gpsd_dist.metrics.progress import Progress
 from gpsd_dist.metrics.recorder import Recorder
 from gpsd_dist.metrics.throughput import Throughput
 from gpsd_dist.optim.dense import dense_optimizer, named_state
 from gpsd_dist.optim.schedule import learning_rate_factor
 from gpsd_dist.schema import read_manifest
-from gpsd_dist.scoring import add_predictions, evaluate_split
+from gpsd_dist.scoring import evaluate_split
 
 log = logging.getLogger(__name__)
 _MAY_CHANGE_ON_RESUME = (
@@ -82,11 +81,10 @@ class Trainer:
         self.total_steps = min(self.schedule_steps, run.train.max_steps or self.schedule_steps)
         self.eval_interval_steps = max(1, steps_per_epoch // run.train.eval_per_epoch)
         self.warmup_steps = int(run.train.warmup_fraction * self.schedule_steps)
-        self._train_predictions: dict[str, Predictions] = {}
         self._stop_requested = False
 
     def train(self) -> dict[str, float]:
-        """Runs to the end, from the newest checkpoint if there is one. Returns the best validation's metrics. Collective."""
+        """Runs to the end, from the newest checkpoint if there is one; returns the best validation. Collective."""
         self._load_weights()
         if self.progression.is_finished:
             log.info("this run is finished (best step %d); nothing to do", self.progression.best_step)
@@ -211,7 +209,8 @@ class Trainer:
         else:
             progression.stale += 1
         progression.is_finished = is_last or self._is_out_of_patience()
-        log.info("step %d: valid %s %.5f (best %.5f at step %d)", self.step, name, value, progression.best_value, progression.best_step)
+        best = f"best {progression.best_value:.5f} at step {progression.best_step}"
+        log.info("step %d: valid %s %.5f (%s)", self.step, name, value, best)
         recorder.log(self.step, self.step / self.loader.steps_per_epoch)
         self._save(flat, is_best)
         self.throughput.restart()

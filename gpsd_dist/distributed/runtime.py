@@ -1,4 +1,4 @@
-"""Process group, device and rank facts, seeds and log format of one process. The only reader of torchrun's variables."""
+"""Process group, device, rank facts, seeds and log format of one process. The only reader of torchrun's variables."""
 
 import contextlib
 import dataclasses
@@ -51,8 +51,10 @@ def process_group(timeout_s: int) -> typing.Iterator[Runtime]:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seeds torch for one step. Random numbers (dropout) are a function of (seed, step, rank), so a checkpoint needs
-    no generator state and a resumed run draws what the uninterrupted one would have drawn."""
+    """Seeds torch for one step. Random numbers (dropout) are a function of (seed, step, rank).
+
+    So a checkpoint needs no generator state, and a resumed run draws what the uninterrupted one would have drawn.
+    """
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
 
 
