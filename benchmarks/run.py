@@ -1,6 +1,6 @@
 """Training throughput of the product against the official scheme, measured side by side in one process.
 
-    python -m benchmarks.run --suite cpu [--names pretrain/grocery/h64,...] [--seconds 45] [--out runs/bench/bench.json]
+    python -m benchmarks.run --suite cpu [--names pretrain/grocery/h64,...] [--seconds 30] [--out runs/bench/bench.json]
     python -m benchmarks.run --suite loader
 
 A name is kind/data/width: kind pretrain | discriminative | discriminative_k2 (two candidates per request), data
@@ -197,7 +197,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--suite", choices=("cpu", "loader"), default="cpu")
     parser.add_argument("--names", default="", help="comma-separated, or all; default: a subset of some minutes")
     parser.add_argument(
-        "--seconds", type=float, default=45.0, help="CPU time per name after warm-up (at least 3 pairs)"
+        "--seconds", type=float, default=30.0, help="CPU time per name after warm-up (at least 3 pairs)"
     )
     parser.add_argument("--data_root", type=pathlib.Path, default=pathlib.Path("data"), help="prepared data sets")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/bench/bench.json"))
