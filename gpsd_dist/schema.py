@@ -228,7 +228,8 @@ def _is_instance(value: typing.Any, hint: typing.Any) -> bool:
         return isinstance(value, dict) and all(_is_instance(entry, arguments[1]) for entry in value.values())
     if origin is types.UnionType:
         return any(_is_instance(value, argument) for argument in arguments)
-    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    kind = (int, float) if hint is float else hint
+    return isinstance(value, kind) and not (hint in (int, float) and isinstance(value, bool))
 
 
 def _check(manifest: Manifest, path: pathlib.Path) -> None:

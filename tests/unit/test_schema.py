@@ -50,6 +50,19 @@ def test_round_trip(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
+def test_a_whole_number_is_a_number(tmp_path):
+    raw = changed("features", 3, "mean", to=2)
+    assert schema.read_manifest(write(tmp_path, raw)).features[3].mean == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("mean", "2"), ("mean", None), ("std", True), ("std", 0.0), ("std", -1.0)]
+)
+def test_wrong_moments_are_value_errors(tmp_path, field, value):
+    with pytest.raises(ValueError, match=r"manifest\.json"):
+        schema.read_manifest(write(tmp_path, changed("features", 3, field, to=value)))
+
+
 def test_writing_replaces_the_old_one(tmp_path):
     write(tmp_path, "old")
     schema.write_manifest(MANIFEST, tmp_path)
