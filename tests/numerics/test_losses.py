@@ -105,7 +105,7 @@ def test_gradients_of_the_autograd_function_in_float64(name, bound):
     def loss(query, rows):
         return losses._SampledSoftmax.apply(query, rows, *indices, p["group_offsets"], bound)
 
-    assert torch.autograd.gradcheck(loss, (query, rows))
+    assert torch.autograd.gradcheck(loss, (query, rows), fast_mode=True)
 
 
 def test_a_tiny_temperature_does_not_underflow():

@@ -38,7 +38,7 @@ COLUMNS = {
     "candidate.tags": [[[2]], [[], [9, 10]], [[8], [], [11]]],
     "candidate.price": [[0.1], [0.2, 0.3], [0.4, 0.5, 0.6]],
     "candidate.tab": [[2], [3, 4], [1, 2, 3]],
-    "candidate.discount": [[1.0], [2.0, 3.0], [4.0, 5.0, 6.0]],
+    "candidate.discount": [[1.0], [2.0, 3.0], [4.0, -0.5, 0.5]],
     "label.click": [[1.0], [None, 0.0], [1.0, 0.0, None]],
     "label.buy": [[0.0], [None, None], [1.0, None, None]],
     "context.segment": [2, 3, 4],
@@ -94,7 +94,7 @@ def test_batch_of_a_table_by_hand():
     assert bags(batch.candidate["tags"], tag) == [[], [9, 10], [2], [8], [], [11]]
     torch.testing.assert_close(batch.candidate["price"], torch.tensor([0.2, 0.3, 0.1, 0.4, 0.5, 0.6]))
     assert batch.candidate["tab"].tolist() == [3, 4, 2, 1, 2, 3]
-    assert batch.candidate["discount"].tolist() == [2.0, 3.0, 1.0, 4.0, 5.0, 6.0]
+    assert batch.candidate["discount"].tolist() == [2.0, 3.0, 1.0, 4.0, -0.5, 0.5]
     nan = torch.nan
     expected = {"click": [nan, 0, 1, 1, 0, nan], "buy": [nan, nan, 0, 1, nan, nan]}
     for task, labels in expected.items():
@@ -107,6 +107,18 @@ def test_batch_of_a_table_by_hand():
     assert item.tolist() == [1, 3, 5, 7, 8, 20]  # each once
     assert tag.tolist() == [2, 8, 9, 10, 11, 31, 39]  # of three columns
     assert batch.lookup.stride() == 1
+
+
+def test_numbers_are_standardised_and_outliers_cut():
+    features = tuple(
+        dataclasses.replace(f, mean=2.0, std=0.5) if f.kind == "numerical" else f for f in MANIFEST.features
+    )
+    collate = dataclasses.replace(make_collate(), manifest=dataclasses.replace(MANIFEST, features=features))
+    table = make_table(**{"context.age": [2.25, 1e30, -1e30]})
+    [batch] = collate(table, KEY)
+    assert batch.context["age"].tolist() == [5.0, 0.5, -5.0]  # rows b, a, c
+    assert batch.history["price"].tolist() == [-3.0, -1.0, 1.0, 3.0, 5.0]
+    assert batch.candidate["discount"].tolist() == [0.0, 2.0, -2.0, 4.0, -5.0, -3.0]
 
 
 def test_types_are_those_that_the_model_needs():
