@@ -32,7 +32,8 @@ def scored(tmp_path_factory, one_rank):
     """World size -> rank -> run -> split -> metrics. `valid` has 21 rows, `test` one row: fewer than ranks."""
     root = tmp_path_factory.mktemp("evaluation")
     write_tiny_data(root / "data", rows={"test": 1})
-    runs = [tiny_run(stage, root / "data", root / stage, tables={"sharding": PLAN}, train={"max_steps": 4}) for stage in RUNS]
+    options = {"tables": {"sharding": PLAN}, "train": {"max_steps": 4}}
+    runs = [tiny_run(stage, root / "data", root / stage, **options) for stage in RUNS]
     train_runs(0, 1, runs)
     return {
         "root": root,

@@ -1,6 +1,6 @@
 """Sharded = unsharded: 1 and 2 ranks with the same global batches give the same run, for every kind of plan.
 
-Tolerances: sums over a batch are split differently over ranks, so float32 results agree to about 1e-6 relative per step.
+Tolerances: sums over a batch are split differently over ranks, so float32 results agree to some 1e-6 relative per step.
 Dense eps is 1e-4 here: Adam divides by the gradient's own size, so with 1e-8 rounding of a near-zero gradient would be
 amplified to a full step.
 """
@@ -102,7 +102,8 @@ def test_tables_are_laid_out_as_asked(trained):
 @pytest.mark.parametrize("name", [*PLANS, "pretrain"])
 def test_one_step_gives_the_same_gradients_and_tables(trained, name):
     one, two = (read_checkpoint(step_folder(folder, 1)) for folder in trained[name][:2])
-    gradients = [{k: v for k, v in side.items() if k.endswith("exp_avg")} for side in (one, two)]  # (1 - beta1) gradient
+    # exp_avg of the first step is (1 - beta1) times the gradient
+    gradients = [{k: v for k, v in side.items() if k.endswith("exp_avg")} for side in (one, two)]
     assert any(float(value.abs().max()) > 1e-3 for value in gradients[0].values())
     assert not differing(*gradients, atol=1e-6)
     tables = [{k: v for k, v in side.items() if k.startswith("table.")} for side in (one, two)]

@@ -1,5 +1,6 @@
 """The training loop on one rank: accumulation, early stopping, saving, and errors that stop it."""
 
+import itertools
 import json
 import math
 import re
@@ -63,7 +64,7 @@ def test_steps_learning_rate_and_length_follow_the_options(data_dir, tmp_path, o
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rates = [entry["train/dense_lr"] for entry in entries if "train/dense_lr" in entry]
     assert rates[:3] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])  # 3 warm-up steps
-    assert all(a > b for a, b in zip(rates[3:], rates[4:])) and rates[-1] > 1e-3
+    assert all(a > b for a, b in itertools.pairwise(rates[3:])) and rates[-1] > 1e-3
 
 
 def _with_metrics(monkeypatch, values):
@@ -77,7 +78,7 @@ def _checkpoint_steps(output_dir) -> list[int]:
 
 
 @pytest.mark.parametrize(("patience", "stop"), [(1, 3), (2, 6), (0, 8)])
-def test_early_stopping_counts_validations_without_a_better_one(data_dir, tmp_path, one_rank, monkeypatch, patience, stop):
+def test_early_stopping_counts_stale_validations(data_dir, tmp_path, one_rank, monkeypatch, patience, stop):
     _with_metrics(monkeypatch, [0.5, 0.6, 0.6, 0.7, 0.1, 0.2, 0.9, 0.3, 0.3])
     train = {"patience": patience, "eval_per_epoch": 6, "max_steps": 8, "keep_last": 2}
     trainer = _train(data_dir, tmp_path, one_rank, train=train)
@@ -100,7 +101,7 @@ def test_undefined_metric_is_never_the_best_for_good(data_dir, tmp_path, one_ran
 
 def test_best_metric_can_be_chosen(data_dir, tmp_path, one_rank):
     _train(data_dir, tmp_path, one_rank, train={"best_metric": "buy/gauc", "max_steps": 2, "eval_per_epoch": 6})
-    with pytest.raises(ValueError, match="TrainConfig.best_metric 'gauc' is not one of .*buy/gauc"):
+    with pytest.raises(ValueError, match=r"TrainConfig\.best_metric 'gauc' is not one of .*buy/gauc"):
         _train(data_dir, tmp_path / "b", one_rank, train={"best_metric": "gauc", "max_steps": 2, "eval_per_epoch": 6})
 
 

@@ -164,7 +164,8 @@ def test_unknown_transfer_table_is_refused(trained, data_dir, tmp_path, one_rank
 @pytest.mark.parametrize("strategy", ["ST", "ST_SF"])
 def test_small_table_cannot_be_transferred_alone(trained, data_dir, tmp_path, one_rank, strategy):
     """`category` exists, but lives in the dense part."""
-    _refused(_run(data_dir, trained / "source", tmp_path, strategy, tables={"transfer": ("category",)}), one_rank, "category")
+    run = _run(data_dir, trained / "source", tmp_path, strategy, tables={"transfer": ("category",)})
+    _refused(run, one_rank, "category")
 
 
 def test_table_that_pretraining_did_not_have_is_refused(trained, data_dir, tmp_path, one_rank):
@@ -176,7 +177,8 @@ def test_table_that_pretraining_did_not_have_is_refused(trained, data_dir, tmp_p
 
 def test_other_vocabulary_is_refused_with_both_sizes(trained, tmp_path, one_rank):
     write_tiny_data(tmp_path / "data", num_items=53)
-    message = _refused(_run(tmp_path / "data", trained / "source", tmp_path / "run", "ST"), one_rank, "another vocabulary")
+    run = _run(tmp_path / "data", trained / "source", tmp_path / "run", "ST")
+    message = _refused(run, one_rank, "another vocabulary")
     assert "61 rows there, 53 here" in message
 
 
@@ -185,7 +187,8 @@ def test_other_vocabulary_of_the_same_size_is_refused(trained, data_dir, tmp_pat
     manifest = read_manifest(data_dir)
     tables = tuple(dataclasses.replace(t, fingerprint=f"other-{t.name}") for t in manifest.tables)
     write_manifest(dataclasses.replace(manifest, tables=tables), tmp_path / "data")
-    _refused(_run(tmp_path / "data", trained / "source", tmp_path / "run", "FT_SF"), one_rank, "table 'category' has another")
+    run = _run(tmp_path / "data", trained / "source", tmp_path / "run", "FT_SF")
+    _refused(run, one_rank, "table 'category' has another")
 
 
 def test_small_vocabulary_matters_to_full_transfer_only(trained, data_dir, tmp_path, one_rank):

@@ -115,14 +115,12 @@ def step_folder(output_dir, step: int) -> pathlib.Path:
     return pathlib.Path(output_dir) / "checkpoints" / f"step_{step:08d}"
 
 
-def differing(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], *, atol: float = 0.0) -> dict[str, typing.Any]:
+def differing(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], *, atol: float = 0.0) -> dict:
     """Names that are missing on one side or differ by more than `atol`: {} means equal (bitwise for atol 0)."""
-    problems: dict[str, typing.Any] = {name: "only on one side" for name in set(left) ^ set(right)}
+    problems: dict[str, typing.Any] = dict.fromkeys(set(left) ^ set(right), "only on one side")
     for name in set(left) & set(right):
         if left[name].shape != right[name].shape:
             problems[name] = (left[name].shape, right[name].shape)
-        elif atol == 0 and not torch.equal(left[name], right[name]):
-            problems[name] = float((left[name] - right[name]).abs().max())
-        elif atol and float((left[name] - right[name]).abs().max()) > atol:
+        elif not (left[name] - right[name]).abs().max() <= atol:  # NaN differs from everything
             problems[name] = float((left[name] - right[name]).abs().max())
     return problems

@@ -1,0 +1,244 @@
+"""The real commands: `python -m gpsd_dist.train`, the same under torchrun, and `python -m gpsd_dist.evaluate`."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet as pq
+import pytest
+
+from gpsd_dist.config import STRATEGIES, run_config_from_dict
+from gpsd_dist.schema import read_manifest
+from tests.integration.tiny_data import differing, read_checkpoint, step_folder, train_losses
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TIMEOUT_S = 150
+STEPS = 7
+TINY = """
+LAYERS = 1
+WIDTH = 16
+HEADS = 2
+EMBEDDING_DIM = 16
+GLOBAL_BATCH_ROWS = 8
+MAX_HISTORY_LENGTH = 10
+EPOCHS = 2
+TablesConfig.small_table_max_rows = 20
+DataConfig.num_data_shards = 2
+DataConfig.eval_batch_rows_per_rank = 4
+PretrainConfig.num_negative_groups = 2
+PretrainConfig.num_negatives = 16
+TrainConfig.log_interval_steps = 1
+"""
+IN_TORCHRUN = ("pretrain", "ST_SF")
+PLAIN = (sys.executable, "-m")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
+            "--rdzv_endpoint", "localhost:0", "-m")  # fmt: skip
+
+
+def _environment() -> dict[str, str]:
+    """Without a group that this process may be in."""
+    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    ours = {name: value for name, value in os.environ.items() if name not in group}
+    return ours | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def _run(*command, launcher=PLAIN) -> subprocess.CompletedProcess:
+    command = [*launcher, *map(str, command)]
+    return subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=TIMEOUT_S)
+
+
+def _options(folder, data_dir, name: str, *overrides) -> list:
+    """Arguments of gpsd_dist.train for a tiny run; a strategy starts from `<folder>/pretrain`."""
+    stage = "pretrain" if name.startswith("pretrain") else "finetune"
+    options = ["--gin_file", f"configs/stage/{stage}.gin", "--gin_file", folder / "tiny.gin"]
+    options += [f"--gin.DATA_DIR={data_dir}", f"--gin.OUTPUT_DIR={folder / name}"]
+    options += [f"--gin.TrainConfig.max_steps={STEPS}"]
+    if stage == "finetune":
+        options.append(f"--gin.STRATEGY={name}")
+        options += [] if name == "NT" else [f"--gin.INIT_CHECKPOINT={folder / 'pretrain'}"]
+    return [*options, *overrides]
+
+
+def _train(folder, data_dir, name: str, *overrides, launcher=PLAIN) -> subprocess.CompletedProcess:
+    return _run("gpsd_dist.train", *_options(folder, data_dir, name, *overrides), launcher=launcher)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, data_dir):
+    """Runs `pretrain` and one per strategy."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "tiny.gin").write_text(TINY)
+    for name in ("pretrain", *STRATEGIES):
+        result = _train(root, data_dir, name, launcher=TORCHRUN if name in IN_TORCHRUN else PLAIN)
+        assert result.returncode == 0, result.stderr
+        (root / f"{name}.stderr").write_text(result.stderr)
+    return root
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["pretrain", *STRATEGIES])
+def test_run_folder_is_complete(folder, data_dir, name):
+    run = folder / name
+    config = json.loads((run / "run_config.json").read_text())
+    assert config["strategy"] == ("NT" if name == "pretrain" else name) and config["data_dir"] == str(data_dir)
+    assert run_config_from_dict(config).model.width == 16
+    assert "TrainConfig.max_steps = 7" in (run / "config.gin").read_text()
+    plan = (run / "plan.txt").read_text()
+    assert ("table item: frozen" if name.endswith("SF") else "table item: trainable") in plan
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["world_size"] == (2 if name in IN_TORCHRUN else 1) and environment["versions"]["torch"]
+    assert list(train_losses(run)) == list(range(1, STEPS + 1))
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert any(("valid/next_item/mrr" if name == "pretrain" else "valid/buy/gauc") in entry for entry in entries)
+    assert list(run.glob("events.out.tfevents.*"))
+    assert step_folder(run, STEPS).is_dir() and (run / "checkpoints/best.json").is_file()
+    assert not list((run / "checkpoints").glob(".*partial"))
+
+
+@pytest.mark.timeout(600)
+def test_log_says_where_weights_come_from(folder):
+    assert "weights: random, seed 0" in (folder / "pretrain.stderr").read_text()
+    log = (folder / "FT_SF.stderr").read_text()
+    assert f"weights: FT_SF from {folder / 'pretrain'}" in log and "loaded table.item (61, 16), frozen" in log
+
+
+@pytest.mark.timeout(600)
+def test_config_gin_reproduces_the_run(folder):
+    again = folder / "NT_again"
+    result = _run("gpsd_dist.train", "--gin_file", folder / "NT/config.gin", f"--gin.OUTPUT_DIR={again}")
+    assert result.returncode == 0, result.stderr
+    assert train_losses(again) == train_losses(folder / "NT")
+    assert not differing(read_checkpoint(step_folder(again, STEPS)), read_checkpoint(step_folder(folder / "NT", STEPS)))
+
+
+def _evaluate(folder, data_dir, name: str, launcher=PLAIN) -> dict:
+    out = folder / f"{name}_{'one' if launcher is PLAIN else 'two'}.json"
+    command = ("gpsd_dist.evaluate", "--checkpoint", folder / name, "--data", data_dir, "--metrics_out", out)
+    result = _run(*command, "--split", "test", launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    return json.loads(out.read_text())
+
+
+def _test_clicks(data_dir) -> list[float | None]:
+    table = pq.read_table(data_dir / read_manifest(data_dir).split("test").files[0])
+    return [label for row in table["label.click"].to_pylist() for label in row]
+
+
+@pytest.mark.timeout(600)
+def test_evaluate_gives_the_same_result_on_one_and_two_ranks(folder, data_dir):
+    one, two = (_evaluate(folder, data_dir, "ST_SF", launcher) for launcher in (PLAIN, TORCHRUN))
+    assert list(one) == list(two) == ["click", "buy"]
+    for task, values in one.items():
+        assert two[task] == pytest.approx(values, abs=1e-6, nan_ok=True)
+    assert one["click"]["rows"] == sum(label is not None for label in _test_clicks(data_dir))
+
+
+@pytest.mark.timeout(600)
+def test_evaluate_ranks_items_with_a_pretrained_run(folder, data_dir):
+    metrics = _evaluate(folder, data_dir, "pretrain")
+    assert list(metrics) == ["next_item"]
+    assert metrics["next_item"]["rows"] == _test_clicks(data_dir).count(1.0)
+
+
+MISTAKES = {
+    "unknown file": (["--gin_file", "configs/stage/nothing.gin"], "configs/stage/pretrain.gin"),
+    "unknown option": (["--gin.TrainConfig.max_stepz=3"], "max_stepz"),
+    "unused macro": (["--gin.WIDHT=3"], "WIDHT"),
+    "wrong type": (["--gin.LAYERS=1.5"], "layers is 1.5"),
+    "wrong value": (["--gin.STRATEGY=SF"], "STRATEGY 'SF'"),
+    "no checkpoint": (["--gin.STRATEGY=ST", "--gin.INIT_CHECKPOINT=/nowhere"], "/nowhere"),
+    "no data": (["--gin.DATA_DIR=/nowhere"], "data_pipeline.build"),
+    "unknown table": (["--gin.TRANSFER_TABLES=('itme',)"], "itme"),
+    "sparse adam": (["--gin.sparse/OptimizerConfig.name=adam"], "no CPU kernel"),
+    "unknown metric": (["--gin.TrainConfig.best_metric=auc", "--gin.TrainConfig.max_steps=1"], "click/auc"),
+}
+
+
+@pytest.mark.timeout(600)
+def test_mistakes_end_with_one_message_and_status_2(tmp_path, data_dir):
+    """All in one process: each start of Python costs seconds."""
+    (tmp_path / "tiny.gin").write_text(TINY)
+    commands = [[str(a) for a in _options(tmp_path, data_dir, "NT", *extra)] for extra, _ in MISTAKES.values()]
+    code = (
+        "import json, sys\nfrom gpsd_dist.train import main\n"
+        "for command in json.load(sys.stdin):\n"
+        "    print('-----', file=sys.stderr)\n    print(main(command))\n"
+        "    import torch.distributed as dist\n    dist.is_initialized() and dist.destroy_process_group()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=_environment(), input=json.dumps(commands),
+                            capture_output=True, text=True, timeout=TIMEOUT_S)  # fmt: skip
+    assert result.stdout.split() == ["2"] * len(MISTAKES), result.stderr
+    assert "Traceback" not in result.stderr
+    for (mistake, (_, expected)), text in zip(MISTAKES.items(), result.stderr.split("-----\n")[1:], strict=True):
+        assert expected in text and text.count("error: ") == 1, (mistake, text)
+
+
+@pytest.mark.timeout(600)
+def test_mistake_ends_the_command_with_status_2(tmp_path, data_dir):
+    (tmp_path / "tiny.gin").write_text(TINY)
+    result = _train(tmp_path, data_dir, "NT", "--gin.LAYERS=0")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "layers 0 must be >= 1" in lines[0]
+
+
+@pytest.mark.timeout(600)
+def test_refused_resume_leaves_the_run_folder_alone(folder, data_dir):
+    run = folder / "ST"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    result = _train(folder, data_dir, "ST", "--gin.SEED=9")
+    assert result.returncode == 2 and "seed: 0 there, 9 now" in result.stderr
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def _diverging(folder, data_dir, launcher):
+    overrides = ["--gin.DENSE_LR=1e38", "--gin.TrainConfig.clip_norm=0.0", "--gin.TrainConfig.save_interval_steps=1"]
+    overrides += ["--gin.TrainConfig.warmup_fraction=0.0"]
+    return _train(folder, data_dir, "pretrain_diverging", *overrides, launcher=launcher)
+
+
+@pytest.mark.timeout(600)
+def test_nan_loss_stops_all_ranks_with_rank_step_and_last_checkpoint(tmp_path, data_dir):
+    (tmp_path / "tiny.gin").write_text(TINY)
+    result = _diverging(tmp_path, data_dir, TORCHRUN)
+    assert result.returncode != 0
+    message = next(line for line in result.stderr.splitlines() if "the loss is not finite" in line)
+    assert "error: rank " in message and "step 1:" in message
+    assert f"last good checkpoint: {step_folder(tmp_path / 'pretrain_diverging', 1)}" in message
+    assert not step_folder(tmp_path / "pretrain_diverging", 2).exists()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("launcher", [PLAIN, TORCHRUN], ids=["plain", "torchrun"])
+def test_sigterm_saves_and_the_same_command_goes_on(folder, data_dir, tmp_path, launcher):
+    """The signal reaches ranks at different moments; the run after it equals one that was never stopped."""
+    (tmp_path / "tiny.gin").write_text(TINY)
+    overrides = ("--gin.EPOCHS=400", "--gin.ModelConfig.dropout=0.1", "--gin.TrainConfig.eval_per_epoch=1")
+    name = "pretrain_stopped"
+    command = [*launcher, "gpsd_dist.train", *map(str, _options(tmp_path, data_dir, name, *overrides))]
+    command = [part.replace("max_steps=7", "max_steps=100000") for part in command]
+    metrics = tmp_path / name / "metrics.jsonl"
+    process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not (metrics.is_file() and metrics.read_text().count("\n") > 20):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "asked to stop: saved step" in stderr, stderr
+    if launcher is PLAIN:
+        assert process.returncode == 0
+    stopped = max(train_losses(tmp_path / name))
+    assert step_folder(tmp_path / name, stopped).is_dir()
+    again = [part.replace("max_steps=100000", f"max_steps={stopped + 3}") for part in command]
+    result = subprocess.run(again, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert result.returncode == 0, result.stderr
+    assert f"resumed from {step_folder(tmp_path / name, stopped)}" in result.stderr
+    assert list(train_losses(tmp_path / name)) == list(range(1, stopped + 4))
