@@ -90,7 +90,13 @@ class Trainer:
             log.info("this run is finished (best step %d); nothing to do", self.progression.best_step)
             return self._best_metrics()
         progress = Progress(self.total_steps, first_step=self.step) if self.runtime.is_main else None
-        recorder = Recorder(self.run.output_dir, self.runtime.rank, resume_step=self.step, progress=progress)
+        recorder = Recorder(
+            self.run.output_dir,
+            self.runtime.rank,
+            resume_step=self.step or None,
+            progress=progress,
+            device=self.runtime.device,
+        )
         previous = signal.signal(signal.SIGTERM, self._request_stop)
         self.throughput.restart()
         while not self.progression.is_finished:

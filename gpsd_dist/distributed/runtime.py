@@ -6,6 +6,7 @@ import datetime
 import logging
 import os
 import typing
+import warnings
 
 import numpy as np
 import torch
@@ -66,3 +67,9 @@ def _configure_logging(rank: int) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
     logger.handlers = [handler]
+    # Deprecations and hints that are addressed to TorchRec's own authors, dozens of lines per process
+    for name in ("ShardedTensor", "HeuristicalStorageReservation"):
+        warnings.filterwarnings("ignore", category=FutureWarning, message=f".*{name}.*")
+    warnings.filterwarnings("ignore", category=UserWarning, message=".*not writable.*")
+    for library in ("torchrec", "torch.fx", "torch.distributed"):
+        logging.getLogger(library).setLevel(logging.ERROR)

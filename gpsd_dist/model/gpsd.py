@@ -27,9 +27,9 @@ class Backbone(nn.Module):
         if model.name not in TOWERS:
             raise ValueError(f"model {model.name!r} is not one of {sorted(TOWERS)}")
         self.embedder = TokenEmbedder(manifest, tables, sharded)
-        self.project_in = ProjectionIn(tables.embedding_dim, model.width)
+        self.project_in = ProjectionIn(tables.embedding_dim, model.width, model.init_std)
         self.dropout = nn.Dropout(model.dropout)
-        self.tower = TOWERS[model.name](model.layers, model.width, model.heads, model.dropout)
+        self.tower = TOWERS[model.name](model.layers, model.width, model.heads, model.dropout, model.init_std)
         if model.compile:
             self.tower.compile(dynamic=True)  # in place: parameter names stay
 
@@ -60,7 +60,7 @@ class NextItemModel(nn.Module):
     ):
         super().__init__()
         self.backbone = Backbone(manifest, tables, model, sharded)
-        self.project_out = ProjectionOut(model.width, tables.embedding_dim)
+        self.project_out = ProjectionOut(model.width, tables.embedding_dim, model.init_std)
         self.auxiliary_table = {name: manifest.feature(name).table for name in auxiliary}
         for name, table in self.auxiliary_table.items():
             if table not in self.backbone.embedder.small or manifest.feature(name).is_bag:
@@ -92,7 +92,8 @@ class RankingModel(nn.Module):
         super().__init__()
         self.backbone = Backbone(manifest, tables, model, sharded)
         self.context = ContextEmbedder(manifest, tables, model.context_dim, sharded)
-        self.heads = RankingHeads(tasks, model.width + self.context.width, model.head_hidden * model.width)
+        in_width, hidden_width = model.width + self.context.width, model.head_hidden * model.width
+        self.heads = RankingHeads(tasks, in_width, hidden_width, model.init_std)
 
     def forward(self, rows: dict[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
         """-> task -> logits float32 [C]"""

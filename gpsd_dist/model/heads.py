@@ -6,13 +6,13 @@ Shape letters: C candidates, T history tokens, D width, E embedding width.
 import torch
 from torch import nn
 
-_INIT_STD = 0.02
+from gpsd_dist.model.transformer import init_linear
 
 
 class RankingHeads(nn.Module):
     """One MLP (D + context -> hidden -> 1, ReLU) per task."""
 
-    def __init__(self, tasks: tuple[str, ...], in_width: int, hidden_width: int):
+    def __init__(self, tasks: tuple[str, ...], in_width: int, hidden_width: int, init_std: float):
         super().__init__()
         self.mlps = nn.ModuleDict(
             {
@@ -22,8 +22,7 @@ class RankingHeads(nn.Module):
         )
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=_INIT_STD)
-                nn.init.zeros_(module.bias)
+                init_linear(module, init_std)
 
     def forward(self, x_C: torch.Tensor) -> dict[str, torch.Tensor]:
         """[C, in_width] -> task -> logits float32 [C]. For a task given another one: of the conditional probability."""
@@ -33,13 +32,13 @@ class RankingHeads(nn.Module):
 class ProjectionOut(nn.Module):
     """Hidden state [T, D] -> item space [T, E]: linear + RMSNorm where the widths differ, else nothing."""
 
-    def __init__(self, width: int, embedding_dim: int):
+    def __init__(self, width: int, embedding_dim: int, init_std: float):
         super().__init__()
         self.layers = nn.Sequential()
         if width != embedding_dim:
             projection = nn.Linear(width, embedding_dim, bias=False)
             self.layers = nn.Sequential(projection, nn.RMSNorm(embedding_dim, eps=1e-5))
-            nn.init.normal_(self.layers[0].weight, std=_INIT_STD)
+            init_linear(self.layers[0], init_std)
 
     def forward(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [T, E]"""
@@ -49,13 +48,13 @@ class ProjectionOut(nn.Module):
 class ProjectionIn(nn.Module):
     """Token vectors [S, E] -> [S, D]: RMSNorm + linear where the widths differ, else nothing."""
 
-    def __init__(self, embedding_dim: int, width: int):
+    def __init__(self, embedding_dim: int, width: int, init_std: float):
         super().__init__()
         self.layers = nn.Sequential()
         if width != embedding_dim:
             projection = nn.Linear(embedding_dim, width, bias=False)
             self.layers = nn.Sequential(nn.RMSNorm(embedding_dim, eps=1e-5), projection)
-            nn.init.normal_(self.layers[1].weight, std=_INIT_STD)
+            init_linear(self.layers[1], init_std)
 
     def forward(self, x_SE: torch.Tensor) -> torch.Tensor:
         """[S, E] -> [S, D]"""

@@ -23,6 +23,13 @@ def ffn_width(width: int) -> int:
     return _FFN_MULTIPLE * -(-int(8 * width / 3) // _FFN_MULTIPLE)
 
 
+def init_linear(linear: nn.Linear, std: float) -> None:
+    """Normal(0, std), zero bias; std 0 means 1 / sqrt(fan-in): outputs as large as inputs at any width."""
+    nn.init.normal_(linear.weight, std=std or linear.in_features**-0.5)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
 class RotaryPositions(nn.Module):
     """cos and sin of every token's rotary angles, shared by all layers (arXiv:2104.09864)."""
 
@@ -72,14 +79,14 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """`l{layers}h{width}a{heads}` of the paper."""
 
-    def __init__(self, layers: int, width: int, heads: int, dropout: float = 0.0):
+    def __init__(self, layers: int, width: int, heads: int, dropout: float = 0.0, init_std: float = 0.02):
         super().__init__()
         self.rotary = RotaryPositions(width // heads)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
         self.norm = nn.RMSNorm(width, eps=_NORM_EPS)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
+                init_linear(module, init_std)
 
     def forward(self, x_SD: torch.Tensor, packing: Packing) -> torch.Tensor:
         """Token vectors [S, D] -> hidden states [S, D]; a token sees its own request's earlier history and itself."""

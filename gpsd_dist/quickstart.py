@@ -1,0 +1,111 @@
+"""ENTRY: the whole path on synthetic data, as the commands that a user would type: generate and prepare, pretrain,
+train NT, ST&SF and FT&SF with torchrun, score the test split, one table. `make quickstart` calls it.
+
+A rerun goes on where the last one stopped: prepared data and finished runs are kept (delete the folder to start over).
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+
+import rich.console
+import rich.table
+
+STRATEGIES = ("NT", "ST_SF", "FT_SF")
+METRICS = ("auc", "gauc", "log_loss", "ne", "calibration", "rows")
+_REPO_ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    synthesize: tuple[str, ...]
+    """Options of data_pipeline.synthesize."""
+    pretrain: tuple[str, ...]
+    """gin overrides of the pretraining."""
+    finetune: tuple[str, ...]
+    """gin overrides of every discriminative run."""
+
+
+FULL = Size((), ("--gin.EPOCHS=6",), ("--gin.EPOCHS=3",))
+SMALL = Size(
+    ("--num_users", "2000", "--num_items", "1500", "--exposures_per_user", "10"),
+    ("--gin.EPOCHS=2", "--gin_file", "configs/model/l1h32a4.gin"),
+    ("--gin.EPOCHS=1", "--gin_file", "configs/model/l1h32a4.gin"),
+)
+
+
+def main(argv: list[str]) -> int:
+    """Exit status 0, or that of the first command that failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out_dir", type=pathlib.Path, default=pathlib.Path("runs/quickstart"))
+    parser.add_argument("--small", action="store_true", help="a tenth of the data, a tiny model: does it run at all?")
+    parser.add_argument("--nproc", type=int, default=2, help="training processes (default 2)")
+    args = parser.parse_args(argv)
+    started_s = time.monotonic()
+    try:
+        rows = run(args.out_dir.resolve(), SMALL if args.small else FULL, args.nproc)
+    except subprocess.CalledProcessError as error:
+        print(f"error: this command failed with status {error.returncode}:\n  {shlex.join(error.cmd)}", file=sys.stderr)
+        return error.returncode
+    (args.out_dir / "summary.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    _print(rows)
+    print(f"{args.out_dir / 'summary.json'} written after {time.monotonic() - started_s:.0f} s")
+    print(f"curves: {sys.executable} -m tensorboard.main --logdir {args.out_dir}")
+    return 0
+
+
+def run(out_dir: pathlib.Path, size: Size, num_processes: int) -> list[dict]:
+    """All steps; returns the rows of the table. subprocess.CalledProcessError names the command that failed."""
+    raw, data = out_dir / "raw", out_dir / "data"
+    if not (raw / "schema.toml").is_file():
+        _python("data_pipeline.synthesize", "--out_dir", str(raw), *size.synthesize)
+    _python("data_pipeline.build", "--source", "synthetic", "--raw_dir", str(raw), "--out_dir", str(data))
+    common = ("--gin_file", "configs/data/synthetic.gin", f"--gin.DATA_DIR={data}")
+    _train(num_processes, "pretrain", *common, f"--gin.OUTPUT_DIR={out_dir / 'pretrain'}", *size.pretrain)
+    rows = []
+    for strategy in STRATEGIES:
+        folder = out_dir / strategy.lower()
+        init = () if strategy == "NT" else (f"--gin.INIT_CHECKPOINT={out_dir / 'pretrain'}",)
+        options = (*common, f"--gin.OUTPUT_DIR={folder}", f"--gin.STRATEGY={strategy}", *init, *size.finetune)
+        _train(num_processes, "finetune", *options)
+        metrics_file = folder / "test.json"
+        scored = ("--checkpoint", str(folder), "--data", str(data))
+        _python("gpsd_dist.evaluate", *scored, "--metrics_out", str(metrics_file))
+        for task, metrics in json.loads(metrics_file.read_text()).items():
+            row = {"strategy": strategy, "task": task, "split": "test"}
+            rows.append(row | {name: metrics[name] for name in METRICS})
+    return rows
+
+
+def _train(num_processes: int, stage: str, *options: str) -> None:
+    launcher = ("torch.distributed.run", "--nproc_per_node", str(num_processes), "--standalone")
+    _python(*launcher, "-m", "gpsd_dist.train", "--gin_file", f"configs/stage/{stage}.gin", *options)
+
+
+def _python(module: str, *options: str) -> None:
+    """Runs one command of ours and shows it, so that it can be typed again."""
+    command = [sys.executable, "-m", module, *options]
+    print(f"\n$ {shlex.join(['python', *command[1:]])}", flush=True)
+    search_path = os.pathsep.join(filter(None, (str(_REPO_ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": search_path}
+    subprocess.run(command, check=True, env=environment, stdin=subprocess.DEVNULL)
+
+
+def _print(rows: list[dict]) -> None:
+    table = rich.table.Table("strategy", "task", *METRICS, title="Test split")
+    for row in rows:
+        numbers = ["-" if row[m] is None else f"{row[m]:,}" if m == "rows" else f"{row[m]:.4f}" for m in METRICS]
+        table.add_row(row["strategy"], row["task"], *numbers)
+    rich.console.Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
