@@ -12,7 +12,7 @@ from gpsd_dist import schema
 class Problems:
     """The first offender of each kind."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._first: dict[str, str] = {}
 
     def add(self, kind: str, message: str) -> None:

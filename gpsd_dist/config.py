@@ -84,8 +84,8 @@ class ModelConfig:
     dropout: float = 0.0
     """On token embeddings, and on what attention and feed-forward add; off in evaluation. The paper uses none."""
     init_std: float = 0.02
-    """Standard deviation of initial linear weights (official settings). 0: 1 / sqrt(fan-in), which learns in half the steps
-    at width 64, but generalised worse from the few labels of Grocery (docs/results.md)."""
+    """Standard deviation of initial linear weights (official settings). 0: 1 / sqrt(fan-in), which learns in half the
+    steps at width 64, but generalised worse from the few labels of Grocery (docs/results.md)."""
     context_dim: int = 16
     """Width of the embedding of a context or candidate-only feature with a small table."""
     head_hidden: int = 4
