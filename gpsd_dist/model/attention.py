@@ -13,24 +13,27 @@ import torch.nn.functional as F
 from gpsd_dist.packing import Bucket, Packing, Slots
 
 
-def attend(qkv_S3HK: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """Attention output [S, H * K] for queries, keys and values of all tokens in packed order."""
+def attend(qkv_S3HK: torch.Tensor, packing: Packing, candidates_only: bool = False) -> torch.Tensor:
+    """Attention output [S, H * K] for queries, keys and values of all tokens in packed order.
+
+    `candidates_only` leaves out the histories' own output: [C, H * K], for a last layer that only candidates leave.
+    """
     if qkv_S3HK.is_cuda and qkv_S3HK.dtype in (torch.bfloat16, torch.float16):
-        return varlen(qkv_S3HK, packing)
-    return bucketed(qkv_S3HK, packing)
+        return varlen(qkv_S3HK, packing, candidates_only)
+    return bucketed(qkv_S3HK, packing, candidates_only)
 
 
-def bucketed(qkv_S3HK: torch.Tensor, packing: Packing) -> torch.Tensor:
+def bucketed(qkv_S3HK: torch.Tensor, packing: Packing, candidates_only: bool = False) -> torch.Tensor:
     """Pads only inside a length bucket. The causal mask hides the padding to the right of every token."""
     buckets = packing.buckets
-    if not len(qkv_S3HK):  # no requests, or only such without history and candidates
-        return qkv_S3HK[:, 0].flatten(1)
+    if not (packing.num_candidates or (packing.num_history_tokens and not candidates_only)):
+        return qkv_S3HK[:0, 0].flatten(1)  # no token to attend
     # One split: its backward is one concatenation, a slice per bucket would write all S tokens once per bucket.
     parts = qkv_S3HK.split([b.num_tokens for b in buckets] + [b.num_candidates for b in buckets])
     history_parts, candidate_parts = [], []
     for bucket, history_t3HK, candidate_c3HK in zip(buckets, parts[: len(buckets)], parts[len(buckets) :], strict=True):
         history_3nHWK = _to_slots(history_t3HK, bucket.history, bucket.num_requests, bucket.width)
-        if bucket.num_tokens:
+        if bucket.num_tokens and not candidates_only:
             out_nHWK = F.scaled_dot_product_attention(*history_3nHWK.unbind(0), is_causal=True)
             history_parts.append(_from_slots(out_nHWK, bucket.history))
         if bucket.num_candidates:
@@ -74,14 +77,14 @@ def _from_slots(out_nHWK: torch.Tensor, slots: Slots | None) -> torch.Tensor:
     return out if slots is None else out.index_select(0, slots.slot)
 
 
-def varlen(qkv_S3HK: torch.Tensor, packing: Packing) -> torch.Tensor:
+def varlen(qkv_S3HK: torch.Tensor, packing: Packing, candidates_only: bool = False) -> torch.Tensor:
     """Flash kernel without padding: one causal call for the histories, one for candidates over (history + self)."""
     from torch.nn.attention.varlen import varlen_attn  # needs a CUDA build
 
     num_tokens = packing.num_history_tokens
     history, candidate = qkv_S3HK.split([num_tokens, packing.num_candidates])
     outputs = []
-    if num_tokens:
+    if num_tokens and not candidates_only:
         offsets, longest = packing.history_offsets.int(), packing.max_history_length
         outputs.append(varlen_attn(*history.unbind(1), offsets, offsets, longest, longest, window_size=(-1, 0)))
     if packing.num_candidates:
@@ -108,4 +111,4 @@ def varlen(qkv_S3HK: torch.Tensor, packing: Packing) -> torch.Tensor:
                 packing.max_history_length + 1,
             )
         )
-    return torch.cat(outputs).flatten(1) if outputs else qkv_S3HK[:, 0].flatten(1)
+    return torch.cat(outputs).flatten(1) if outputs else qkv_S3HK[:0, 0].flatten(1)

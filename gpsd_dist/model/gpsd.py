@@ -33,9 +33,10 @@ class Backbone(nn.Module):
         if model.compile:
             self.tower.compile(dynamic=True)  # in place: parameter names stay
 
-    def forward(self, rows: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
-        """-> hidden states [S, D]"""
-        return self.tower(self.dropout(self.project_in(self.embedder(rows, batch))), batch.packing)
+    def forward(self, rows: dict[str, torch.Tensor], batch: Batch, candidates_only: bool = False) -> torch.Tensor:
+        """-> hidden states [S, D], or those of the candidates [C, D]"""
+        x_SD = self.dropout(self.project_in(self.embedder(rows, batch)))
+        return self.tower(x_SD, batch.packing, candidates_only)
 
 
 class NextItemOutputs(typing.NamedTuple):
@@ -97,7 +98,7 @@ class RankingModel(nn.Module):
 
     def forward(self, rows: dict[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
         """-> task -> logits float32 [C]"""
-        x_C = self.backbone(rows, batch)[batch.packing.num_history_tokens :]
+        x_C = self.backbone(rows, batch, candidates_only=True)
         if self.context.width:
             x_C = torch.cat((x_C, self.context(rows, batch)), dim=-1)
         return self.heads(x_C)

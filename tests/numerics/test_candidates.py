@@ -113,3 +113,17 @@ def test_tower_runs_forward_and_backward_without_history(tower, lengths, counts)
     out = tower(x, Packing.from_lengths(np.array(lengths, np.int64), np.array(counts, np.int64)))
     gradients = torch.autograd.grad(out.sum(), [x, *tower.parameters()])
     assert out.shape == x.shape and all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("counts", [[2, 1, 4, 1], [0, 0, 0, 0], [9, 12, 1, 10]], ids=str)
+def test_candidates_only_gives_the_candidates_of_the_full_pass(tower, counts):
+    lengths = [0, 3, 8, 20]
+    history, candidates = make_rows(lengths, counts)
+    x_SD = torch.cat([*history, *candidates]).requires_grad_()
+    packing = Packing.from_lengths(np.array(lengths), np.array(counts))
+    full, alone = tower(x_SD, packing)[sum(lengths) :], tower(x_SD, packing, candidates_only=True)
+    torch.testing.assert_close(alone, full, rtol=1e-12, atol=1e-12)
+    if sum(counts):
+        upstream = torch.randn(full.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        wanted, got = (torch.autograd.grad(out, x_SD, upstream, retain_graph=True)[0] for out in (full, alone))
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
