@@ -214,7 +214,7 @@ def test_nan_loss_stops_all_ranks_with_rank_step_and_last_checkpoint(tmp_path, d
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("launcher", [PLAIN, TORCHRUN], ids=["plain", "torchrun"])
-def test_sigterm_saves_and_the_same_command_goes_on(folder, data_dir, tmp_path, launcher):
+def test_sigterm_saves_and_the_same_command_goes_on(data_dir, tmp_path, launcher):
     """The signal reaches ranks at different moments; the run after it equals one that was never stopped."""
     (tmp_path / "tiny.gin").write_text(TINY)
     overrides = ("--gin.EPOCHS=400", "--gin.ModelConfig.dropout=0.1", "--gin.TrainConfig.eval_per_epoch=1")
