@@ -1,4 +1,4 @@
-"""Names of `ModelConfig.name`: towers map (token vectors [S, D], Packing, candidates_only) to hidden states [S or C, D]."""
+"""Names of `ModelConfig.name`: towers map token vectors [S, D] and Packing to hidden states [S, D] (or [C, D])."""
 
 from gpsd_dist.model.transformer import Transformer
 
