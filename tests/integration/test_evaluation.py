@@ -12,6 +12,8 @@ from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed
 from tests.integration.tiny_data import NUM_ITEMS, cpu_runtime, tiny_run, train_runs, write_tiny_data
 
+pytestmark = pytest.mark.timeout(420)  # the fixture starts ranks, each call with its own limit of 150 s
+
 RUNS = ("pretrain", "finetune")
 PLAN = {"item": "row_wise", "tag": "table_wise"}
 

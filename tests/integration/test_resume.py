@@ -23,6 +23,8 @@ from tests.integration.tiny_data import (
     write_tiny_data,
 )
 
+pytestmark = pytest.mark.timeout(420)  # the fixture starts ranks, each call with its own limit of 150 s
+
 HALF, FULL = 5, 10  # an epoch has 6 steps, so the second part crosses its end
 KINDS = ("pretrain", "ST", "ST_SF")
 OTHER_PLAN = {"item": "table_wise", "tag": "column_wise"}

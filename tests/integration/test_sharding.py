@@ -25,6 +25,8 @@ from tests.integration.tiny_data import (
     write_tiny_data,
 )
 
+pytestmark = pytest.mark.timeout(420)  # the fixture starts ranks, each call with its own limit of 150 s
+
 STEPS = 8  # an epoch has 6
 PLANS = {
     "row_wise": {},

@@ -24,6 +24,8 @@ from tests.integration.tiny_data import (
     write_tiny_data,
 )
 
+pytestmark = pytest.mark.timeout(420)  # the fixture starts ranks, each call with its own limit of 150 s
+
 FROZEN = ("ST_SF", "FT_SF")
 TRANSFERRING = ("ST", "FT", "ST_SF", "FT_SF")
 STEPS = 4
