@@ -40,6 +40,8 @@ class ShardedTables:
     module: DistributedModelParallel
     plan: str
     """Readable plan: one line per table and one on what freezing saves."""
+    names: dict[str, str]
+    """Module key -> table name."""
 
     def __call__(self, lookup):
         """Rows [U, E] of every table. Collective: all ranks must call."""
@@ -47,12 +49,15 @@ class ShardedTables:
 
     def weights(self) -> dict[str, ShardedTensor]:
         """Table name -> its weight, whichever collection it is in. Local shards alias the live weights."""
-        return {key.split(".")[-2]: value for key, value in self.module.state_dict().items()}
+        return {self.names[key.split(".")[-2]]: value for key, value in self.module.state_dict().items()}
 
     def optimizer_state(self) -> dict[str, dict[str, ShardedTensor]]:
         """Table name -> state name -> value, for trainable tables. Aliases the live state."""
         state = self.module.fused_optimizer.state_dict()["state"]
-        return {key.split(".")[-2]: {k.split(".")[-1]: v for k, v in entry.items()} for key, entry in state.items()}
+        return {
+            self.names[key.split(".")[-2]]: {name.split(".")[-1]: value for name, value in entry.items()}
+            for key, entry in state.items()
+        }
 
     def set_learning_rate(self, lr: float) -> None:
         """Takes effect in the next backward. A fused table reads its group's rate in `zero_grad` (or `step`) only."""
@@ -74,13 +79,14 @@ def shard_tables(
         apply_optimizer_in_backward(
             _OPTIMIZERS[optimizer.name], tables.trainable.parameters(), _optimizer_arguments(optimizer)
         )
-    names = [c.name for ec in (tables.trainable, tables.frozen) if ec is not None for c in ec.embedding_configs()]
+    collections = [collection for collection in (tables.trainable, tables.frozen) if collection is not None]
+    names = {entry.name: entry.feature_names[0] for part in collections for entry in part.embedding_configs()}
     constraints = {  # every table is constrained: left alone, the planner makes small ones dense, wrong on CPU
-        name: ParameterConstraints(
+        key: ParameterConstraints(
             sharding_types=[config.sharding.get(name, "row_wise")],
             compute_kernels=[EmbeddingComputeKernel.FUSED.value],
         )
-        for name in names
+        for key, name in names.items()
     }
     # An id outside the table would silently read row 0 or another rank's first row: make it an error.
     sharder = EmbeddingCollectionSharder(fused_params={"bounds_check_mode": BoundsCheckMode.FATAL})
@@ -91,7 +97,7 @@ def shard_tables(
     module = DistributedModelParallel(
         module=tables, device=runtime.device, plan=plan, sharders=[sharder], init_data_parallel=False
     )
-    sharded = ShardedTables(module, _readable(plan, config.embedding_dim, frozen_rows))
+    sharded = ShardedTables(module, _readable(plan, config.embedding_dim, frozen_rows), names)
     for name, weight in sharded.weights().items():
         _initialise(weight, name, config.init_std, seed)
     return sharded

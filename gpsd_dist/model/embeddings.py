@@ -32,6 +32,13 @@ def lookup_tables(manifest: Manifest, config: TablesConfig, with_candidates: boo
     )
 
 
+def module_key(name: str) -> str:
+    """Key of a feature, table or task in a module dict: `type` and the like are attributes there, dots separate modules."""
+    key = name.replace(".", "_")
+    is_taken = any(hasattr(cls(), key) for cls in (nn.ModuleDict, nn.ParameterDict))
+    return f"{key}_" if is_taken else key
+
+
 class Tables(nn.Module):
     """Two EmbeddingCollections, because freezing is a property of a collection: the frozen one runs without autograd,
     gets no optimizer, allocates no state and exchanges no gradient.
@@ -65,7 +72,7 @@ def _collection(tables: list[Table], config: TablesConfig, device: torch.device)
         return None
     configs = [
         EmbeddingConfig(
-            name=table.name,
+            name=module_key(table.name),
             feature_names=[table.name],
             num_embeddings=table.num_rows,
             embedding_dim=config.embedding_dim,
@@ -88,13 +95,17 @@ class TokenEmbedder(nn.Module):
         token_features = {f.name: f for place in self.features.values() for f in place}
         self.small = nn.ModuleDict(
             {
-                f.table: nn.Embedding(manifest.table(f.table).num_rows, config.embedding_dim)
+                module_key(f.table): nn.Embedding(manifest.table(f.table).num_rows, config.embedding_dim)
                 for f in token_features.values()
                 if f.kind == "categorical" and f.table not in sharded_names
             }
         )
         self.numerical = nn.ParameterDict(
-            {f.name: torch.zeros(config.embedding_dim) for f in token_features.values() if f.kind == "numerical"}
+            {
+                module_key(f.name): torch.zeros(config.embedding_dim)
+                for f in token_features.values()
+                if f.kind == "numerical"
+            }
         )
         self.segment = nn.Embedding(2, config.embedding_dim)
         for embedding in (*self.small.values(), self.segment):
@@ -113,8 +124,9 @@ class TokenEmbedder(nn.Module):
 
     def _embed(self, rows: dict[str, torch.Tensor], feature: Feature, column: Column) -> torch.Tensor:
         if feature.kind == "numerical":
-            return column[:, None] * self.numerical[feature.name]
-        return embed(self.small[feature.table].weight if feature.table in self.small else rows[feature.table], column)
+            return column[:, None] * self.numerical[module_key(feature.name)]
+        key = module_key(feature.table)
+        return embed(self.small[key].weight if key in self.small else rows[feature.table], column)
 
 
 def embed(weight: torch.Tensor, column: Column) -> torch.Tensor:
@@ -140,16 +152,18 @@ class ContextEmbedder(nn.Module):
         sharded_names = {table.name for table in sharded}
         self.small = nn.ModuleDict(
             {
-                f.name: nn.Embedding(manifest.table(f.table).num_rows, context_dim)
+                module_key(f.name): nn.Embedding(manifest.table(f.table).num_rows, context_dim)
                 for f in features
                 if f.kind == "categorical" and f.table not in sharded_names
             }
         )
         for embedding in self.small.values():
             nn.init.normal_(embedding.weight, std=config.init_std)
-        self.numerical_scale = nn.ParameterDict({f.name: torch.ones(1) for f in features if f.kind == "numerical"})
+        self.numerical_scale = nn.ParameterDict(
+            {module_key(f.name): torch.ones(1) for f in features if f.kind == "numerical"}
+        )
         widths = [
-            1 if f.kind == "numerical" else context_dim if f.name in self.small else config.embedding_dim
+            1 if f.kind == "numerical" else context_dim if module_key(f.name) in self.small else config.embedding_dim
             for f in features
         ]
         self.width = sum(widths)
@@ -164,5 +178,6 @@ class ContextEmbedder(nn.Module):
 
     def _embed(self, rows: dict[str, torch.Tensor], feature: Feature, column: Column) -> torch.Tensor:
         if feature.kind == "numerical":
-            return column[:, None] * self.numerical_scale[feature.name]
-        return embed(self.small[feature.name].weight if feature.name in self.small else rows[feature.table], column)
+            return column[:, None] * self.numerical_scale[module_key(feature.name)]
+        key = module_key(feature.name)
+        return embed(self.small[key].weight if key in self.small else rows[feature.table], column)

@@ -13,7 +13,7 @@ from torch import nn
 
 from gpsd_dist.config import ModelConfig, TablesConfig
 from gpsd_dist.data.batch import Batch
-from gpsd_dist.model.embeddings import ContextEmbedder, TokenEmbedder
+from gpsd_dist.model.embeddings import ContextEmbedder, TokenEmbedder, module_key
 from gpsd_dist.model.heads import ProjectionIn, ProjectionOut, RankingHeads
 from gpsd_dist.model.registry import TOWERS
 from gpsd_dist.schema import Manifest, Table
@@ -64,7 +64,7 @@ class NextItemModel(nn.Module):
         self.project_out = ProjectionOut(model.width, tables.embedding_dim, model.init_std)
         self.auxiliary_table = {name: manifest.feature(name).table for name in auxiliary}
         for name, table in self.auxiliary_table.items():
-            if table not in self.backbone.embedder.small or manifest.feature(name).is_bag:
+            if module_key(table) not in self.backbone.embedder.small or manifest.feature(name).is_bag:
                 small = sorted(self.backbone.embedder.small)
                 raise ValueError(
                     f"auxiliary target {name!r} needs a full softmax, so it must be a token feature with one value "
@@ -75,7 +75,7 @@ class NextItemModel(nn.Module):
         """See NextItemOutputs."""
         hidden_SD = self.backbone(rows, batch)
         hidden_TE = self.project_out(hidden_SD[: batch.packing.num_history_tokens]).float()
-        weights = {name: self.backbone.embedder.small[t].weight for name, t in self.auxiliary_table.items()}
+        weights = {name: self.backbone.embedder.small[module_key(t)].weight for name, t in self.auxiliary_table.items()}
         return NextItemOutputs(hidden_TE, weights)
 
 

@@ -6,6 +6,7 @@ Shape letters: C candidates, T history tokens, D width, E embedding width.
 import torch
 from torch import nn
 
+from gpsd_dist.model.embeddings import module_key
 from gpsd_dist.model.transformer import init_linear
 
 
@@ -14,9 +15,12 @@ class RankingHeads(nn.Module):
 
     def __init__(self, tasks: tuple[str, ...], in_width: int, hidden_width: int, init_std: float):
         super().__init__()
+        self.tasks = tasks
         self.mlps = nn.ModuleDict(
             {
-                task: nn.Sequential(nn.Linear(in_width, hidden_width), nn.ReLU(), nn.Linear(hidden_width, 1))
+                module_key(task): nn.Sequential(
+                    nn.Linear(in_width, hidden_width), nn.ReLU(), nn.Linear(hidden_width, 1)
+                )
                 for task in tasks
             }
         )
@@ -26,7 +30,7 @@ class RankingHeads(nn.Module):
 
     def forward(self, x_C: torch.Tensor) -> dict[str, torch.Tensor]:
         """[C, in_width] -> task -> logits float32 [C]. For a task given another one: of the conditional probability."""
-        return {task: mlp(x_C).squeeze(-1).float() for task, mlp in self.mlps.items()}
+        return {task: self.mlps[module_key(task)](x_C).squeeze(-1).float() for task in self.tasks}
 
 
 class ProjectionOut(nn.Module):

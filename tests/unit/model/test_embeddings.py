@@ -2,13 +2,14 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
 from gpsd_dist import schema
 from gpsd_dist.config import TablesConfig
 from gpsd_dist.data.batch import Bag
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.parquet_dataset import BatchKey
-from gpsd_dist.model.embeddings import ContextEmbedder, Tables, TokenEmbedder, embed, lookup_tables
+from gpsd_dist.model.embeddings import ContextEmbedder, Tables, TokenEmbedder, embed, lookup_tables, module_key
 from tests.helpers.reference import fill_
 from tests.helpers.synthetic import make_manifest, make_rows
 
@@ -198,3 +199,14 @@ def test_context_of_one_place_alone(kept):
     tables = fill_(Tables(sharded(("item",)), (), config(), CPU))
     embedder = ContextEmbedder(manifest, config(), CONTEXT_WIDTH, sharded(("item",)))
     assert embedder(tables(batch.lookup), batch).shape == (batch.packing.num_candidates, embedder.width)
+
+
+def test_names_that_modules_use_themselves_are_fine_as_feature_names():
+    assert [module_key(name) for name in ("item", "type", "values", "forward", "a.b")] == [
+        "item",
+        "type_",
+        "values_",
+        "forward_",
+        "a_b",
+    ]
+    nn.ModuleDict({module_key(name): nn.Linear(1, 1) for name in ("type", "values", "keys", "training")})
