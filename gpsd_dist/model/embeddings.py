@@ -33,7 +33,7 @@ def lookup_tables(manifest: Manifest, config: TablesConfig, with_candidates: boo
 
 
 def module_key(name: str) -> str:
-    """Key of a feature, table or task in a module dict: `type` and the like are attributes there, dots separate modules."""
+    """Key of a feature, table or task in a module dict; `type` and the like are attributes there, dots separate."""
     key = name.replace(".", "_")
     is_taken = any(hasattr(cls(), key) for cls in (nn.ModuleDict, nn.ParameterDict))
     return f"{key}_" if is_taken else key
