@@ -1,10 +1,8 @@
 """The run, top to bottom: wire the parts, choose where weights come from, loop over steps, validate, save."""
 
 import dataclasses
-import json
 import logging
 import math
-import pathlib
 import signal
 
 import torch
@@ -12,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpsd_dist.assembly import assemble
 from gpsd_dist.checkpoint.manager import Checkpoints, RunState, load_tensors, read_state
+from gpsd_dist.checkpoint.resume import check_resumable
 from gpsd_dist.checkpoint.transfer import transfer
 from gpsd_dist.config import RunConfig
 from gpsd_dist.data.batch import Batch
@@ -25,23 +24,9 @@ from gpsd_dist.metrics.throughput import Throughput
 from gpsd_dist.optim.dense import dense_optimizer, named_state
 from gpsd_dist.optim.schedule import learning_rate_factor
 from gpsd_dist.schema import read_manifest
-from gpsd_dist.scoring import evaluate_split
+from gpsd_dist.scoring import Metrics, evaluate_split
 
 log = logging.getLogger(__name__)
-_MAY_CHANGE_ON_RESUME = (
-    ("data_dir",),
-    ("output_dir",),
-    ("init_checkpoint",),
-    ("data", "num_threads"),
-    ("data", "prefetch"),
-    ("data", "eval_batch_rows_per_rank"),
-    ("train", "max_steps"),
-    ("train", "patience"),
-    ("train", "keep_last"),
-    ("train", "log_interval_steps"),
-    ("train", "save_interval_steps"),
-    ("train", "collective_timeout_s"),
-)
 
 
 @dataclasses.dataclass
@@ -71,8 +56,7 @@ class Trainer:
         latest = self.checkpoints.latest()
         if latest is not None:  # before anything is written into the folder of another run
             state = read_state(latest)
-            _check_resumable(dataclasses.asdict(run), state.run_config, latest)
-            _check_same_tables(dataclasses.asdict(self.manifest), state.manifest, latest)
+            check_resumable(dataclasses.asdict(run), dataclasses.asdict(self.manifest), state, latest)
         self.throughput = Throughput()
         self.progression = Progression()
         self.step = 0
@@ -81,6 +65,7 @@ class Trainer:
         self.total_steps = min(self.schedule_steps, run.train.max_steps or self.schedule_steps)
         self.eval_interval_steps = max(1, steps_per_epoch // run.train.eval_per_epoch)
         self.warmup_steps = int(run.train.warmup_fraction * self.schedule_steps)
+        self._since_validation: tuple[torch.Tensor, torch.Tensor] | None = None
         self._stop_requested = False
 
     def train(self) -> dict[str, float]:
@@ -124,22 +109,36 @@ class Trainer:
     def _train_step(self, batches: tuple[Batch, ...], recorder: Recorder) -> None:
         """One optimizer step over one lookup and one or more parts of a batch (gradient accumulation)."""
         seed_step(self.run.seed, self.step, self.runtime.rank)
-        factor = learning_rate_factor(
-            self.step, self.schedule_steps, self.warmup_steps, self.run.train.final_lr_fraction
-        )
+        self._set_learning_rates(recorder)
+        self.optimizer.zero_grad()
+        batches = tuple(batch.to(self.runtime.device) for batch in batches)
+        counts = all_sum(sum(self.assembly.objective.counts(batch) for batch in batches).to(self.runtime.device))
+        sums = self._backward(batches, counts)  # updates the tables
+        if self.run.train.clip_norm:
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.train.clip_norm)
+            recorder.record("train/gradient_norm", norm)
+        self.optimizer.step()
+        self.step += 1
+        self._record(recorder, batches, sums, counts)
+
+    def _set_learning_rates(self, recorder: Recorder) -> None:
+        train = self.run.train
+        factor = learning_rate_factor(self.step, self.schedule_steps, self.warmup_steps, train.final_lr_fraction)
         for group in self.optimizer.param_groups:
             group["lr"] = self.run.dense.peak_lr * factor
-        self.optimizer.zero_grad()
         self.assembly.tables.set_learning_rate(self.run.sparse.peak_lr * factor)
+        recorder.record("train/dense_lr", self.run.dense.peak_lr * factor, reduce="last")
 
-        objective = self.assembly.objective
-        batches = tuple(batch.to(self.runtime.device) for batch in batches)
-        counts = all_sum(sum(objective.counts(batch) for batch in batches).to(self.runtime.device))
+    def _backward(self, batches: tuple[Batch, ...], counts: torch.Tensor) -> torch.Tensor:
+        """Gradients of the dense part, and the update of the tables, whose optimizer is fused into their backward.
+
+        `counts` [L] are over all ranks. Returns this rank's loss sums [L].
+        """
+        objective, tables = self.assembly.objective, self.assembly.tables
         weight = torch.tensor(list(objective.weights.values()), device=counts.device)
         # DDP and TorchRec both average gradients over ranks: times world size gives the sum over the global count
         scale = weight * self.runtime.world_size / counts.clamp(min=1)
-
-        rows = self.assembly.tables(batches[0].lookup)
+        rows = tables(batches[0].lookup)
         leaves = {name: value.detach().requires_grad_(value.requires_grad) for name, value in rows.items()}
         sums = torch.zeros_like(counts)
         for index, batch in enumerate(batches):
@@ -156,13 +155,8 @@ class Trainer:
         # rows of a table that no loss reaches have no gradient, but every rank must join the exchange
         gradients = [torch.zeros_like(rows[n]) if leaves[n].grad is None else leaves[n].grad for n in trained]
         if trained:
-            torch.autograd.backward([rows[name] for name in trained], gradients)  # updates the tables
-        if self.run.train.clip_norm:
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.train.clip_norm)
-            recorder.record("train/gradient_norm", norm)
-        self.optimizer.step()
-        self.step += 1
-        self._record(recorder, batches, sums, counts, factor)
+            torch.autograd.backward([rows[name] for name in trained], gradients)
+        return sums
 
     def _check_finite(self, sums: torch.Tensor, counts: torch.Tensor) -> None:
         """Before weights move. ValueError names rank and step. On a GPU only at log steps, because it waits for it."""
@@ -176,18 +170,30 @@ class Trainer:
                 f"{last}. Lower DENSE_LR or SPARSE_LR, or look for extreme numerical features in this batch"
             )
 
-    def _record(self, recorder: Recorder, batches: tuple[Batch, ...], sums, counts, factor: float) -> None:
+    def _record(self, recorder: Recorder, batches: tuple[Batch, ...], sums: torch.Tensor, counts: torch.Tensor) -> None:
         total = 0.0
         for index, (name, weight) in enumerate(self.assembly.objective.weights.items()):
-            # counts are global already, so that the sums of the ranks add up to the mean
+            # counts are global already: the mean over ranks of world size * sum / count is the global mean
             mean = sums[index] * self.runtime.world_size / counts[index].clamp(min=1)
             recorder.record(f"train/{name}_loss", mean)
             total = total + weight * mean
         recorder.record("train/loss", total)
-        recorder.record("train/dense_lr", self.run.dense.peak_lr * factor, reduce="last")
+        since = self._since_validation
+        self._since_validation = (sums, counts) if since is None else (since[0] + sums, since[1] + counts)
         self.throughput.step(
             sum(batch.num_requests for batch in batches), sum(batch.packing.num_history_tokens for batch in batches)
         )
+
+    def _record_gap(self, recorder: Recorder, metrics: Metrics) -> None:
+        """Generalization gap: log loss on `valid` minus mean training loss since the last validation. Collective."""
+        if self._since_validation is None or self.run.stage == "pretrain":
+            return
+        sums, counts = self._since_validation
+        means = all_sum(sums) / counts.clamp(min=1)
+        for task, mean in zip(self.assembly.tasks, means, strict=True):
+            if not (self.run.finetune.esmm and task.given):  # trained on another quantity than it is scored on
+                recorder.record(f"gap/{task.name}_log_loss", metrics[task.name]["log_loss"] - mean, reduce="last")
+        self._since_validation = None
 
     def _waited(self, loader: Loader):
         """Batches of the rest of an epoch, with the time spent waiting for them counted."""
@@ -204,6 +210,7 @@ class Trainer:
         metrics = evaluate_split(self.run, self.manifest, self.assembly, "valid", self.runtime)
         for task, values in metrics.items():
             recorder.record_all(f"valid/{task}", values)
+        self._record_gap(recorder, metrics)
         name = self.run.train.best_metric or ("next_item/mrr" if self.run.stage == "pretrain" else _first_auc(metrics))
         flat = {f"{task}/{key}": value for task, values in metrics.items() for key, value in values.items()}
         if name not in flat:
@@ -312,32 +319,3 @@ class Trainer:
 
 def _first_auc(metrics: dict) -> str:
     return f"{next(iter(metrics))}/auc"
-
-
-def _check_resumable(mine: dict, theirs: dict, checkpoint: pathlib.Path) -> None:
-    """A run goes on only as what it was: ValueError lists options that differ and may not."""
-
-    def differences(a: dict, b: dict, path: tuple[str, ...] = ()):
-        for key in sorted(set(a) | set(b)):
-            here, there = a.get(key), b.get(key)
-            if isinstance(here, dict) and isinstance(there, dict) and here:
-                yield from differences(here, there, (*path, key))
-            elif here != there and (*path, key) not in _MAY_CHANGE_ON_RESUME:
-                yield f"{'.'.join((*path, key))}: {there!r} there, {here!r} now"
-
-    changed = list(differences(json.loads(json.dumps(mine)), theirs))
-    if changed:
-        raise ValueError(
-            f"{checkpoint} belongs to a run with other options ({'; '.join(changed)}); "
-            "use another OUTPUT_DIR, or the same options"
-        )
-
-
-def _check_same_tables(mine: dict, theirs: dict, checkpoint: pathlib.Path) -> None:
-    """ValueError if row numbers mean other ids than they did (the data was built anew, or DATA_DIR is another one)."""
-    changed = [table["name"] for table in mine["tables"] if table not in theirs["tables"]]
-    if changed:
-        raise ValueError(
-            f"{checkpoint} was trained with other vocabularies of {changed} than those of the data now; use the data "
-            "of that run, or another OUTPUT_DIR"
-        )

@@ -15,6 +15,7 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.constants import MIN_CW_DIM
 from torchrec.distributed.planner.types import ParameterConstraints
 
 from gpsd_dist.config import CUDA_ONLY_SPARSE_OPTIMIZERS, OptimizerConfig, TablesConfig
@@ -81,6 +82,14 @@ def shard_tables(
         )
     collections = [collection for collection in (tables.trainable, tables.frozen) if collection is not None]
     names = {entry.name: entry.feature_names[0] for part in collections for entry in part.embedding_configs()}
+    for name in names.values():
+        if config.sharding.get(name) == "column_wise" and config.embedding_dim < 2 * MIN_CW_DIM:
+            log.warning(
+                "table %s: column_wise keeps it whole on one rank, a shard has at least %d columns and EMBEDDING_DIM is %d",
+                name,
+                MIN_CW_DIM,
+                config.embedding_dim,
+            )
     constraints = {  # every table is constrained: left alone, the planner makes small ones dense, wrong on CPU
         key: ParameterConstraints(
             sharding_types=[config.sharding.get(name, "row_wise")],

@@ -217,7 +217,7 @@ def test_other_vocabulary_is_refused_on_resume(data_dir, tmp_path, one_rank, cap
     tables = tuple(dataclasses.replace(t, fingerprint="new") if t.name == "item" else t for t in manifest.tables)
     _train(tiny_run("finetune", data_dir, output, train={"max_steps": 2}), one_rank, caplog)
     write_manifest(dataclasses.replace(manifest, tables=tables), other)
-    with pytest.raises(ValueError, match=r"other vocabularies of \['item'\]"):
+    with pytest.raises(ValueError, match=r"other data: tables \['item'\]"):
         Trainer(tiny_run("finetune", other, output, train={"max_steps": 4}), one_rank).train()
 
 
@@ -225,7 +225,7 @@ def test_other_rows_are_refused_on_resume(data_dir, tmp_path, one_rank, caplog):
     other, output = tmp_path / "data", tmp_path / "run"
     write_tiny_data(other, rows={"train": 47})
     _train(tiny_run("finetune", data_dir, output, train={"max_steps": 2}), one_rank, caplog)
-    with pytest.raises(ValueError, match="rows was 46, is 47"):
+    with pytest.raises(ValueError, match=r"splits \[.train.\]"):
         Trainer(tiny_run("finetune", other, output, train={"max_steps": 4}), one_rank).train()
 
 

@@ -1,0 +1,67 @@
+"""May a run go on from this checkpoint? Only as what it was: the same options, and the same data."""
+
+import json
+import pathlib
+import typing
+
+from gpsd_dist.checkpoint.manager import RunState
+
+_MAY_CHANGE_ON_RESUME = (
+    ("data_dir",),
+    ("output_dir",),
+    ("init_checkpoint",),
+    ("tables", "sharding"),
+    ("data", "num_threads"),
+    ("data", "prefetch"),
+    ("data", "eval_batch_rows_per_rank"),
+    ("train", "max_steps"),
+    ("train", "patience"),
+    ("train", "keep_last"),
+    ("train", "log_interval_steps"),
+    ("train", "save_interval_steps"),
+    ("train", "collective_timeout_s"),
+)
+_SAME_DATA = ("features", "tables", "tasks", "splits")
+"""Parts of the manifest that a run depends on; paths, commands and times of building may differ."""
+_OTHER_SPLITS = ("test", "holdout")
+"""Splits that a run never reads: a holdout may be added while it is paused."""
+
+
+def check_resumable(
+    run: dict[str, typing.Any], manifest: dict[str, typing.Any], state: RunState, checkpoint: pathlib.Path
+) -> None:
+    """`run`, `manifest`: as plain dicts. ValueError lists options that differ and may not, or the parts of the data."""
+    run, manifest = json.loads(json.dumps(run)), json.loads(json.dumps(manifest))
+    changed = [change for _, change in _differences(run, state.run_config)]
+    if changed:
+        raise ValueError(
+            f"{checkpoint} belongs to a run with other options ({'; '.join(changed)}); "
+            "use another OUTPUT_DIR, or the same options"
+        )
+    parts = [part for part in (_named_differences(part, manifest, state.manifest) for part in _SAME_DATA) if part]
+    if parts:
+        raise ValueError(
+            f"{checkpoint} was trained on other data: {'; '.join(parts)} differ from those of the data now (built "
+            "anew, or another DATA_DIR); use the data of that run, or another OUTPUT_DIR"
+        )
+
+
+def _named_differences(part: str, mine: dict[str, typing.Any], theirs: dict[str, typing.Any]) -> str:
+    """The part and the names in it that differ; empty if none does."""
+    here, there = ([entry for entry in raw[part] if entry["name"] not in _OTHER_SPLITS] for raw in (mine, theirs))
+    names = sorted({entry["name"] for entry in (*here, *there) if entry not in here or entry not in there})
+    return f"{part} {names}" if names else ""
+
+
+def _differences(
+    mine: dict[str, typing.Any], theirs: dict[str, typing.Any], path: tuple[str, ...] = ()
+) -> typing.Iterator[tuple[tuple[str, ...], str]]:
+    """(path of an option, what it is in both) for every option that differs."""
+    for key in sorted(set(mine) | set(theirs)):
+        here, there = mine.get(key), theirs.get(key)
+        if (*path, key) in _MAY_CHANGE_ON_RESUME:
+            continue
+        if isinstance(here, dict) and isinstance(there, dict):
+            yield from _differences(here, there, (*path, key))
+        elif here != there:
+            yield (*path, key), f"{'.'.join((*path, key))}: {there!r} there, {here!r} now"
