@@ -34,11 +34,12 @@ class Size:
     """gin overrides of every discriminative run."""
 
 
-FULL = Size((), ("--gin.EPOCHS=6",), ("--gin.EPOCHS=3",))
+FULL = Size((), (), ())
+_TINY_MODEL = ("--gin_file", "configs/model/l1h32a4.gin")
 SMALL = Size(
-    ("--num_users", "2000", "--num_items", "1500", "--exposures_per_user", "10"),
-    ("--gin.EPOCHS=2", "--gin_file", "configs/model/l1h32a4.gin"),
-    ("--gin.EPOCHS=1", "--gin_file", "configs/model/l1h32a4.gin"),
+    ("--num_users", "1500", "--num_items", "1000", "--requests_per_day", "600"),
+    (*_TINY_MODEL, "--gin.EPOCHS=2"),
+    (*_TINY_MODEL, "--gin.EPOCHS=1"),
 )
 
 
@@ -68,7 +69,7 @@ def run(out_dir: pathlib.Path, size: Size, num_processes: int) -> list[dict]:
     if not (raw / "schema.toml").is_file():
         _python("data_pipeline.synthesize", "--out_dir", str(raw), *size.synthesize)
     _python("data_pipeline.build", "--source", "synthetic", "--raw_dir", str(raw), "--out_dir", str(data))
-    common = ("--gin_file", "configs/data/synthetic.gin", f"--gin.DATA_DIR={data}")
+    common = (f"--gin.DATA_DIR={data}",)
     _train(num_processes, "pretrain", *common, f"--gin.OUTPUT_DIR={out_dir / 'pretrain'}", *size.pretrain)
     rows = []
     for strategy in STRATEGIES:
@@ -87,7 +88,7 @@ def run(out_dir: pathlib.Path, size: Size, num_processes: int) -> list[dict]:
 
 def _train(num_processes: int, stage: str, *options: str) -> None:
     launcher = ("torch.distributed.run", "--nproc_per_node", str(num_processes), "--standalone")
-    _python(*launcher, "-m", "gpsd_dist.train", "--gin_file", f"configs/stage/{stage}.gin", *options)
+    _python(*launcher, "-m", "gpsd_dist.train", "--gin_file", f"configs/experiments/quickstart_{stage}.gin", *options)
 
 
 def _python(module: str, *options: str) -> None:
