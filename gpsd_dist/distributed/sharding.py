@@ -85,7 +85,7 @@ def shard_tables(
     for name in names.values():
         if config.sharding.get(name) == "column_wise" and config.embedding_dim < 2 * MIN_CW_DIM:
             log.warning(
-                "table %s: column_wise keeps it whole on one rank, a shard has at least %d columns and EMBEDDING_DIM is %d",
+                "table %s: column_wise keeps it whole on one rank: a shard has >= %d columns, EMBEDDING_DIM is %d",
                 name,
                 MIN_CW_DIM,
                 config.embedding_dim,
