@@ -90,7 +90,8 @@ def _write(
     options: argparse.Namespace,
 ) -> tuple[schema.Split, dict[str, int]]:
     canonical.check(log)
-    if tuple(spec.feature() for spec in log.features) != previous.features or log.tasks != previous.tasks:
+    unmeasured = tuple(dataclasses.replace(feature, mean=0.0, std=1.0) for feature in previous.features)
+    if tuple(spec.feature() for spec in log.features) != unmeasured or log.tasks != previous.tasks:
         raise ValueError(
             f"{out_dir} was built with other features or tasks than this version has; build it again first"
         )

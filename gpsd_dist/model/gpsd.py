@@ -64,7 +64,7 @@ class NextItemModel(nn.Module):
         self.project_out = ProjectionOut(model.width, tables.embedding_dim, model.init_std)
         self.auxiliary_table = {name: manifest.feature(name).table for name in auxiliary}
         for name, table in self.auxiliary_table.items():
-            if module_key(table) not in self.backbone.embedder.small or manifest.feature(name).is_bag:
+            if table is None or module_key(table) not in self.backbone.embedder.small or manifest.feature(name).is_bag:
                 small = sorted(self.backbone.embedder.small)
                 raise ValueError(
                     f"auxiliary target {name!r} needs a full softmax, so it must be a token feature with one value "

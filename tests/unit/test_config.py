@@ -164,7 +164,7 @@ def full_run():
         seed=7,
         data=DataConfig(7, 0, 640, 9, 8, 3, 4),
         tables=TablesConfig(32, 9, {"item": "table_wise"}, ("item", "tag"), 0.1),
-        model=ModelConfig("transformer", 2, 32, 2, 0.1, 8, 3, True),
+        model=ModelConfig("transformer", 2, 32, 2, 0.1, 0.05, 8, 3, True),
         pretrain=PretrainConfig(0.1, -1, 5, ("category", "brand"), 0.5),
         finetune=FinetuneConfig({"click": 0.5, "buy": 2}, True),
         dense=OptimizerConfig("adamw", 0.2, 0.8, 0.7, 1e-6, 0.3),
