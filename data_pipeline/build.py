@@ -132,7 +132,7 @@ def recorded(options: argparse.Namespace) -> dict:
 def _is_current(out_dir: pathlib.Path, prints: dict) -> bool:
     try:
         previous = schema.read_manifest(out_dir)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         progress.say(f"building again: {error}")
         return False
     is_complete = all((out_dir / file).is_file() for split in previous.splits for file in split.files)

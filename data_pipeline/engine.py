@@ -30,7 +30,13 @@ class Engine:
         config: dict[str, typing.Any] = {"memory_limit": memory_limit, "temp_directory": str(scratch_dir / "spill")}
         if threads is not None:
             config["threads"] = threads
-        self.con = ibis.duckdb.connect(scratch_dir / "scratch.duckdb", **config)
+        try:
+            self.con = ibis.duckdb.connect(scratch_dir / "scratch.duckdb", **config)
+        except duckdb.Error as error:
+            raise ValueError(
+                f"the engine cannot start with --memory_limit {memory_limit} and --threads {threads} "
+                f"({str(error).splitlines()[0]}); give a size such as 4GB, and at least 1 thread"
+            ) from error
         self.con.raw_sql("SET enable_progress_bar = false")
 
     def materialise(self, name: str, table: ir.Table) -> ir.Table:

@@ -20,7 +20,7 @@ import rich.table
 from gpsd_dist.assembly import assemble
 from gpsd_dist.baselines.rates import BASELINES, evaluate_baseline
 from gpsd_dist.checkpoint import manager
-from gpsd_dist.config import run_config_from_dict
+from gpsd_dist.config import OptimizerConfig, run_config_from_dict
 from gpsd_dist.distributed.runtime import Runtime, process_group
 from gpsd_dist.metrics.recorder import json_safe
 from gpsd_dist.schema import Manifest, read_manifest
@@ -28,6 +28,7 @@ from gpsd_dist.scoring import Metrics, evaluate_split
 
 log = logging.getLogger(__name__)
 _TIMEOUT_S = 600
+_ANY_SPARSE = OptimizerConfig("rowwise_adagrad", 0.0)  # never steps; runs anywhere, a CUDA-only one would not
 _DESCRIBING_FIELDS = ("features", "tables", "tasks", "item_feature", "max_history_length")
 
 
@@ -42,7 +43,7 @@ def evaluate_checkpoint(
     folder = manager.find(checkpoint, which)
     state = manager.read_state(folder)
     run = run_config_from_dict(state.run_config)
-    run = dataclasses.replace(run, data_dir=data_dir or run.data_dir)
+    run = dataclasses.replace(run, data_dir=data_dir or run.data_dir, sparse=_ANY_SPARSE)
     manifest = read_manifest(run.data_dir)
     _check_same_schema(manifest, state.manifest, folder, run.data_dir)
     manifest.split(split)
@@ -96,7 +97,7 @@ def main(argv: list[str]) -> int:
         with process_group(_TIMEOUT_S) as runtime:
             metrics = evaluate_checkpoint(args.checkpoint, args.data, args.split, runtime, args.which)
         return _report(metrics, args.metrics_out) if runtime.is_main else 0
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
 

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
             if runtime.is_main:
                 _describe(parsed, trainer, runtime)
             trainer.train()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0

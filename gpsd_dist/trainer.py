@@ -23,8 +23,8 @@ from gpsd_dist.metrics.recorder import Recorder
 from gpsd_dist.metrics.throughput import Throughput
 from gpsd_dist.optim.dense import dense_optimizer, named_state
 from gpsd_dist.optim.schedule import learning_rate_factor
-from gpsd_dist.schema import read_manifest
-from gpsd_dist.scoring import Metrics, evaluate_split
+from gpsd_dist.schema import Manifest, read_manifest
+from gpsd_dist.scoring import Metrics, evaluate_split, evaluation_loader
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,8 @@ class Trainer:
         self.optimizer = dense_optimizer(self.model, run.dense)
         self.parallel = DistributedDataParallel(self.model) if runtime.world_size > 1 else self.model
         self.loader = self._training_loader()
+        evaluation_loader(run, self.manifest, self.assembly.lookup_names, "valid", runtime).close()  # is it readable?
+        _warn_about_options_without_effect(run, self.manifest)
         self.checkpoints = Checkpoints(run.output_dir, runtime, run.train.keep_last)
         latest = self.checkpoints.latest()
         if latest is not None:  # before anything is written into the folder of another run
@@ -315,6 +317,17 @@ class Trainer:
     def _best_metrics(self) -> dict[str, float]:
         folder = self.checkpoints.folder / f"step_{self.progression.best_step:08d}"
         return read_state(folder).metrics if folder.is_dir() else {}
+
+
+def _warn_about_options_without_effect(run: RunConfig, manifest: Manifest) -> None:
+    if run.data.max_history_length > manifest.max_history_length:
+        log.warning(
+            "max_history_length %d has no effect: the data was built with histories of at most %d",
+            run.data.max_history_length,
+            manifest.max_history_length,
+        )
+    if run.finetune.esmm and not any(task.given for task in manifest.tasks):
+        log.warning("esmm has no effect: no task of the data set is given another one")
 
 
 def _first_auc(metrics: dict) -> str:

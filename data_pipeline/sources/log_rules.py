@@ -27,6 +27,7 @@ RESERVED_NAMES = (
         "known_s",
     ),
     *("sequence", "shuffle_key", "request_time_s", "history_length", "user_hash"),  # columns of the pipeline itself
+    *("count", "index", "place"),  # columns of vocabularies, of items.parquet, of the choice of the latest attributes
 )
 SPLIT_RULES = ("time", "last_item_by_time", "leave_last_out")
 DRAWS = ("uniform", "popularity")

@@ -239,7 +239,7 @@ def _check_shards(rank: int, world_size: int, num_data_shards: int) -> None:
     if world_size > num_data_shards:
         raise ValueError(
             f"world_size {world_size} is larger than num_data_shards {num_data_shards}, some ranks would have no data; "
-            f"set num_data_shards to {world_size} or a multiple of it"
+            f"set num_data_shards to {world_size} or a multiple of it (--gin.DataConfig.num_data_shards={world_size})"
         )
     if num_data_shards % world_size and rank == 0:
         _logger.warning(

@@ -1,11 +1,16 @@
 """Evaluation over ranks equals evaluation on one, counts every row once, and ranks like a loop over all items."""
 
+import json
+import shutil
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
 
+from gpsd_dist.checkpoint import manager
+from gpsd_dist.evaluate import evaluate_checkpoint
 from gpsd_dist.schema import NUM_RESERVED_ROWS, read_manifest
 from gpsd_dist.scoring import evaluate_split, evaluation_loader
 from gpsd_dist.trainer import Trainer
@@ -102,3 +107,13 @@ def test_next_item_ranking_equals_a_loop_over_all_items(scored, one_rank):
     assert metrics["hr@10"] == pytest.approx(np.mean([rank <= 10 for rank in ranks]), abs=1e-6)
     gains = [1 / np.log2(rank + 1) if rank <= 10 else 0 for rank in ranks]
     assert metrics["ndcg@10"] == pytest.approx(np.mean(gains), abs=1e-6)
+
+
+def test_a_run_with_a_cuda_only_table_optimizer_is_scored_on_a_cpu(scored, one_rank, tmp_path):
+    shutil.copytree(scored["root"] / "finetune", tmp_path / "run")
+    path = manager.find(tmp_path / "run", "last") / manager.STATE_NAME
+    state = json.loads(path.read_text())
+    state["run_config"]["sparse"]["name"] = "adam"
+    path.write_text(json.dumps(state))
+    metrics = evaluate_checkpoint(tmp_path / "run", None, "valid", one_rank, which="last")
+    assert metrics["click"]["rows"] == scored[1][0][1]["valid"]["click"]["rows"]

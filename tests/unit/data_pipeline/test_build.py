@@ -123,6 +123,14 @@ def test_bad_options_are_errors(tmp_path, capsys):
         build.main([*common, "--no_such_option", "1"])
 
 
+@pytest.mark.parametrize("option", [("--memory_limit", "lots"), ("--threads", "0")])
+def test_options_that_the_engine_refuses_are_errors(grocery_raw, tmp_path, capsys, option):
+    assert build_grocery(grocery_raw, tmp_path / "out", *option) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the engine cannot start") and " ".join(option) in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_manifest_of_another_version_is_built_again(grocery_raw, tmp_path):
     out = tmp_path / "out"
     assert build_grocery(grocery_raw, out) == 0
