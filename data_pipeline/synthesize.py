@@ -113,16 +113,22 @@ def area_under_curve(score: np.ndarray, label: np.ndarray) -> float | None:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Command line: one option per field of `synthetic_log.SyntheticConfig`."""
+def main(argv: list[str] | None = None) -> int:
+    """Command line: one option per field of `synthetic_log.SyntheticConfig`. Exit status 2 for sizes that do not fit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out_dir", required=True, type=pathlib.Path)
     for field in dataclasses.fields(synthetic_log.SyntheticConfig):
         parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=f"default {field.default}")
     options = vars(parser.parse_args(argv))
     out_dir = options.pop("out_dir")
-    sys.stdout.write(json.dumps(write(synthetic_log.SyntheticConfig(**options), out_dir), indent=1) + "\n")
+    try:
+        about = write(synthetic_log.SyntheticConfig(**options), out_dir)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    sys.stdout.write(json.dumps(about, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

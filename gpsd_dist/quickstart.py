@@ -37,7 +37,7 @@ class Size:
 FULL = Size((), (), ())
 _TINY_MODEL = ("--gin_file", "configs/model/l1h32a4.gin")
 SMALL = Size(
-    ("--num_users", "1500", "--num_items", "1000", "--requests_per_day", "600"),
+    ("--num_users", "1500", "--num_items", "1600", "--requests_per_day", "600"),
     (*_TINY_MODEL, "--gin.EPOCHS=2"),
     (*_TINY_MODEL, "--gin.EPOCHS=1"),
 )
