@@ -114,7 +114,7 @@ def area_under_curve(score: np.ndarray, label: np.ndarray) -> float | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: one option per field of `synthetic_log.SyntheticConfig`. Exit status 2 for sizes that do not fit."""
+    """Command line: one option per field of `synthetic_log.SyntheticConfig`. Status 2: sizes that do not fit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out_dir", required=True, type=pathlib.Path)
     for field in dataclasses.fields(synthetic_log.SyntheticConfig):
