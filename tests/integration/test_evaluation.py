@@ -45,7 +45,7 @@ def scored(tmp_path_factory, one_rank):
     return {
         "root": root,
         1: [_scores(0, 1, runs)],
-        2: run_distributed(_scores, 2, root, runs, timeout_s=150),
+        2: run_distributed(_scores, 2, root, runs, timeout_s=300),
     }
 
 

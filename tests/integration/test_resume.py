@@ -86,7 +86,7 @@ def resumed(tmp_path_factory, data_dir, one_rank):
     train_runs(0, 1, runs(1, "parts", FULL))
 
     first = [*runs(2, "whole", FULL), *runs(2, "parts", HALF)]
-    run_distributed(train_runs, 2, root, first, timeout_s=150)
+    run_distributed(train_runs, 2, root, first, timeout_s=300)
     _as_if_killed_later(root, 2)
     # 1 -> 2 -> 1 ranks: a run of one rank goes on with two, and its checkpoint goes through another plan
     moving = _run("ST", data_dir, source, root / "moving", 3, model={"dropout": 0.0})
@@ -96,7 +96,7 @@ def resumed(tmp_path_factory, data_dir, one_rank):
     relayouts = [(moving, checkpoint, root / "relayout/same"), (other_plan, checkpoint, root / "relayout/other")]
     moved = dataclasses.replace(moving, train=_steps(moving, 6))
     stopped = tiny_run("pretrain", data_dir, root / "stopped")
-    run_distributed(_second_part, 2, root, [*runs(2, "parts", FULL), moved], relayouts, stopped, timeout_s=150)
+    run_distributed(_second_part, 2, root, [*runs(2, "parts", FULL), moved], relayouts, stopped, timeout_s=300)
     _load_and_save(0, 1, other_plan, root / "relayout/other", root / "relayout/back")
     train_runs(0, 1, [dataclasses.replace(moving, train=_steps(moving, 9))])
     return root

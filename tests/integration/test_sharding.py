@@ -70,7 +70,7 @@ def trained(tmp_path_factory, data_dir, one_rank):
     write_tiny_data(single_row_dir, rows={"pretrain": 1, "train": 1, "valid": 1})
     _train_with_fixed_negatives(0, 1, _runs(data_dir, single_row_dir, one))
     runs = _runs(data_dir, single_row_dir, two)
-    plans = run_distributed(_train_with_fixed_negatives, 2, two, runs, timeout_s=150)[0]
+    plans = run_distributed(_train_with_fixed_negatives, 2, two, runs, timeout_s=300)[0]
     names = [pathlib.Path(run.output_dir).name for run in runs]
     return {name: (one / name, two / name, plan) for name, plan in zip(names, plans)}
 

@@ -43,7 +43,7 @@ def trained(tmp_path_factory, data_dir, one_rank):
     root = tmp_path_factory.mktemp("transfer")
     train_runs(0, 1, [tiny_run("pretrain", data_dir, root / "source", train={"max_steps": 4})])
     runs = [_run(data_dir, root / "source", root / strategy, strategy) for strategy in STRATEGIES]
-    run_distributed(train_runs, 2, root, runs, timeout_s=150)
+    run_distributed(train_runs, 2, root, runs, timeout_s=300)
     return root
 
 
