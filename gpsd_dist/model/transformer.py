@@ -95,7 +95,7 @@ class Transformer(nn.Module):
     def forward(self, x_SD: torch.Tensor, packing: Packing, candidates_only: bool = False) -> torch.Tensor:
         """Token vectors [S, D] -> hidden states [S, D]; a token sees its own request's earlier history and itself.
 
-        `candidates_only` -> [C, D]: in the last layer histories only give keys and values (10-15 % of a step saved).
+        `candidates_only` -> [C, D]: in the last layer histories only give keys and values.
         """
         rotation = self.rotary(packing.position_S)
         for index, block in enumerate(self.blocks):
