@@ -4,8 +4,12 @@ log_*.parquet / log_*.csv           labelled exposures, the columns of the offic
 user_histories_until_apr24.parquet  per user the last <= 50 exposures before Apr 25, without a time per event
 video_features_basic_pure.csv, user_features_pure.csv
 
-What a request may know: the video, the tab it is shown in, the hour, the user's profile, and what happened strictly
-earlier. Play time, stay times and every other is_* column are outcomes, so they are not even read.
+What a request may know: the video, the tab it is shown in, the hour, the user's profile, the history until then, and
+how often the user and the video were shown, clicked and viewed long on earlier days. Play time, stay times and every
+other is_* column are outcomes, so they are not even read.
+
+The counts stop at midnight on purpose. A user's rate up to the second of the request falls after each skip and rises
+after each click of that user's own few rows of the day, so it orders them against their labels (docs/results.md).
 """
 
 import argparse
@@ -49,6 +53,8 @@ USER_CATEGORIES = (
     *(f"onehot_feat{n}" for n in range(18) if n not in (3, 8)),  # 3 and 8 have about 1,500 and 450 values
 )  # fmt: skip
 USER_NUMBERS = ("follow_user_num", "fans_user_num", "friend_user_num", "register_days")
+DAILY_COUNTS = ("log_exposures", "click_log_odds", "long_view_log_odds")
+RATE_PSEUDO_COUNTS = 20.0  # weight of the overall rate in a smoothed one; as in the baseline, untuned
 FEATURE_FILES = {
     "histories": ("user_histories_until_apr24.parquet", "each user's exposures before Apr 25"),
     "videos": ("video_features_basic_pure.csv", "the video attributes"),
@@ -103,12 +109,14 @@ def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Names
         spec("hour", ("candidate",), "log"),
         *[spec(name, ("context",), "users") for name in USER_CATEGORIES],
         *[spec(f"log_{name}", ("context",), "users", kind="numerical") for name in (*USER_NUMBERS, "history_len")],
-        *[spec(name, ("context",), "log", kind="numerical") for name in ("log_user_exposures", "log_user_clicks")],
+        *[spec(f"user_{name}", ("context",), "log", kind="numerical") for name in DAILY_COUNTS],
+        *[spec(f"item_{name}", ("candidate",), "log", kind="numerical") for name in DAILY_COUNTS],
+        *[spec(name, ("candidate",), "items", kind="numerical") for name in ("log_watches", "long_watch_ratio")],
     ]
     return canonical.Log(
         events=_events(histories, exposures),
         exposures=exposures,
-        items=_read_videos(engine, files["videos"]),
+        items=_read_videos(engine, files["videos"], histories),
         users=_read_users(engine, files["users"], histories),
         features=tuple(features),
         tasks=(schema.Task("click"), schema.Task("long_view", given="click")),
@@ -153,21 +161,38 @@ def _read_log(engine: Engine, paths: list[pathlib.Path]) -> tuple[ir.Table, dict
         f"log rows dated before {FIRST_LOG_DATE} (the histories stand for them)": num_read - num_dated,
         "repeated log rows (same user, video and time_ms)": num_dated - int(once.count().execute()),
     }
-    return _with_earlier_counts(once), {reason: count for reason, count in skipped.items() if count}
+    counted = _with_earlier_days(_with_earlier_days(once, "user_id", "user"), "item_id", "item")
+    return engine.materialise("counted_log", counted), {reason: count for reason, count in skipped.items() if count}
 
 
-def _with_earlier_counts(log: ir.Table) -> ir.Table:
-    """Adds log1p of the user's exposures and clicks in strictly earlier seconds of the log."""
-    per_second = log.group_by(["user_id", "time_s"]).agg(shown=log.count().cast("float64"), clicked=log.click.sum())
-    so_far = ibis.window(group_by="user_id", order_by=per_second.time_s, preceding=None, following=0)
-    earlier = per_second.select(
-        "user_id",
-        "time_s",
-        log_user_exposures=(per_second.shown.sum().over(so_far) - per_second.shown + 1).ln(),
-        log_user_clicks=(per_second.clicked.sum().over(so_far) - per_second.clicked + 1).ln(),
+def _with_earlier_days(log: ir.Table, key: str, prefix: str) -> ir.Table:
+    """Adds `<prefix>_<DAILY_COUNTS>`: what the log holds of the same `key` on earlier days (midnight UTC+8)."""
+    dated = log.mutate(day=(log.time_s + UTC8_S) // DAY_S)
+    trained = dated.filter(dated.time_s < SPLIT.valid_from_s)
+    click_rate = trained.click.mean().as_scalar()
+    long_rate = trained.filter(trained.click == 1).long_view.mean().as_scalar()
+    clicked_long = ibis.ifelse(dated.click == 1, dated.long_view, 0.0)
+    per_day = dated.group_by([key, "day"]).agg(
+        shown=dated.count().cast("float64"), clicked=dated.click.sum(), viewed=clicked_long.sum()
     )
-    joined = log.inner_join(earlier, ["user_id", "time_s"])
-    return joined.select(log, earlier.log_user_exposures, earlier.log_user_clicks)
+    so_far = ibis.window(group_by=key, order_by=per_day.day, preceding=None, following=0)
+    earlier = per_day.mutate(
+        **{name: per_day[name].sum().over(so_far) - per_day[name] for name in ("shown", "clicked", "viewed")}
+    )
+    joined = dated.inner_join(earlier, [key, "day"])
+    numbers = (
+        (earlier.shown + 1).ln(),
+        _log_odds(earlier.clicked, earlier.shown, click_rate),
+        _log_odds(earlier.viewed, earlier.clicked, long_rate),
+    )
+    return joined.select(log, **{f"{prefix}_{name}": number for name, number in zip(DAILY_COUNTS, numbers)})
+
+
+def _log_odds(positives: ir.NumericValue, rows: ir.NumericValue, overall_rate: ir.NumericValue) -> ir.NumericValue:
+    """Log-odds of the rate positives / rows, smoothed towards `overall_rate`."""
+    yes = positives + RATE_PSEUDO_COUNTS * overall_rate
+    no = rows - positives + RATE_PSEUDO_COUNTS * (1 - overall_rate)
+    return (yes / no).ln()
 
 
 def _events(histories: ir.Table, exposures: ir.Table) -> ir.Table:
@@ -197,7 +222,8 @@ def _events(histories: ir.Table, exposures: ir.Table) -> ir.Table:
     return before.union(after)
 
 
-def _read_videos(engine: Engine, path: pathlib.Path) -> ir.Table:
+def _read_videos(engine: Engine, path: pathlib.Path, histories: ir.Table) -> ir.Table:
+    """Attributes, and how often the video stands in the histories, watched and watched long."""
     raw = engine.materialise("videos", raw_files.read_columns(engine, path, VIDEOS))
     raw_files.require_values(path, raw, ("video_id",))
     raw_files.require_unique(path, raw, "video_id")
@@ -205,7 +231,27 @@ def _read_videos(engine: Engine, path: pathlib.Path) -> ir.Table:
     edges = (0, *DURATION_EDGES_S)
     branches = [(seconds < high, f"{low}-{high}s") for low, high in itertools.pairwise(edges)]
     bucket = ibis.cases((seconds.isnull(), ibis.null("string")), *branches, else_=f"{edges[-1]}s-")
-    return raw.select(item_id=raw.video_id, author=raw.author_id, tag=raw.tag.split(","), duration_bucket=bucket)
+    watched, viewed_long = _per_video(histories, "watch_seq"), _per_video(histories, "long_watch_seq")
+    joined = raw.left_join(watched, raw.video_id == watched.watch_seq)
+    joined = joined.left_join(viewed_long, joined.video_id == viewed_long.long_watch_seq)
+    zero = ibis.literal(0.0)
+    watches, long_views = ibis.coalesce(watched.times, zero), ibis.coalesce(viewed_long.times, zero)
+    # Not a rate: both sequences are cut at 50, so a video can stand in more of the long ones.
+    ratio = (long_views + RATE_PSEUDO_COUNTS) / (watches + RATE_PSEUDO_COUNTS)
+    return joined.select(
+        item_id=raw.video_id,
+        author=raw.author_id,
+        tag=raw.tag.split(","),
+        duration_bucket=bucket,
+        log_watches=(watches + 1).ln(),
+        long_watch_ratio=ratio.ln(),
+    )
+
+
+def _per_video(histories: ir.Table, sequence: str) -> ir.Table:
+    """`sequence` (video id) and `times`: in how many places of all users' sequences the video stands."""
+    videos = histories.select(histories[sequence].unnest().name(sequence))
+    return videos.group_by(sequence).agg(times=videos.count().cast("float64"))
 
 
 def _read_users(engine: Engine, path: pathlib.Path, histories: ir.Table) -> ir.Table:

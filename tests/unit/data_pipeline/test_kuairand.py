@@ -68,11 +68,30 @@ def test_attributes_labels_and_context(kuairand):
     assert stranger["context.log_follow_user_num"] == 0.0
 
 
-def test_user_counts_are_of_strictly_earlier_seconds(kuairand):
+def daily_counts(shown, clicked, viewed):
+    """log(1 + shown) and the smoothed log-odds, where 2 of 8 training rows are clicks and 1 of the 2 a long view."""
+    return pytest.approx([math.log(1 + shown), math.log((clicked + 5) / (shown - clicked + 15)),
+                          math.log((viewed + 10) / (clicked - viewed + 10))])  # fmt: skip
+
+
+def test_counts_of_user_and_item_stop_at_the_midnight_before_the_request(kuairand):
     rows = [row for split in ("train", "valid", "test") for row in rows_of(kuairand, split) if row["user_id"] == "1"]
-    found = [(row["context.log_user_exposures"], row["context.log_user_clicks"]) for row in rows]
-    assert found == [pytest.approx((math.log(1 + shown), math.log(1 + clicked))) for shown, clicked in
-                     [(0, 0), (3, 1), (5, 1), (6, 2)]]  # fmt: skip
+    names = ("log_exposures", "click_log_odds", "long_view_log_odds")
+    users = [[row[f"context.user_{name}"] for name in names] for row in rows]
+    # both train rows start on Apr 25, the first day of the log; valid is four days later, test five
+    assert users == [daily_counts(0, 0, 0), daily_counts(0, 0, 0), daily_counts(5, 1, 1), daily_counts(6, 2, 1)]
+    items = [list(zip(*(row[f"candidate.item_{name}"] for name in names))) for row in rows]
+    # the second row shows video 13 on Apr 25 and video 10 on Apr 28, after two rows and a click on Apr 25
+    assert [list(map(list, row)) for row in items[1:3]] == [
+        [daily_counts(0, 0, 0), daily_counts(2, 1, 0)],
+        [daily_counts(2, 1, 1)],
+    ]
+
+
+def test_watches_of_a_video_are_counted_in_the_histories(kuairand):
+    row = rows_of(kuairand, "train")[0]
+    assert row["candidate.log_watches"] == pytest.approx([math.log(2), math.log(2), math.log(3)])
+    assert row["candidate.long_watch_ratio"] == pytest.approx([0.0, math.log(20 / 21), math.log(20 / 22)])
 
 
 def test_pretrain_rows_are_the_histories_with_at_least_two_events(kuairand):

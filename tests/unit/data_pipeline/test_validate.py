@@ -106,6 +106,6 @@ def test_a_history_event_in_the_second_of_the_request_is_a_leak_where_splits_are
     set_value("history.time_s", 0, [None, None, None, time_s])(path)
     with pytest.raises(ValueError, match=f"found {time_s}, expected times earlier than request_time_s"):
         validate.check(out)
-    set_value("context.log_user_clicks", 0, float("nan"))(path)
+    set_value("context.user_click_log_odds", 0, float("nan"))(path)
     with pytest.raises(ValueError, match="expected a finite number"):
         validate.check(out)
