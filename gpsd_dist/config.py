@@ -88,15 +88,13 @@ class ModelConfig:
     steps at width 64, but generalised worse from the few labels of Grocery (docs/results.md)."""
     context_dim: int = 16
     """Width of the embedding of a context or candidate-only feature with a small table."""
-    head_hidden: int = 4
-    """Hidden width of a ranking head as a multiple of D."""
     compile: bool = False
     """torch.compile the tower: 1.7x at width 256 on CPU, after some 40 s of compilation."""
 
     def __post_init__(self) -> None:
         _check_types(self)
         problems = []
-        for name in ("layers", "width", "heads", "context_dim", "head_hidden"):
+        for name in ("layers", "width", "heads", "context_dim"):
             problems += _below(self, name, 1)
         if self.heads > 0 and self.width % (2 * self.heads):
             problems.append(f"width {self.width} must be a multiple of 2 x heads = {2 * self.heads} (rotary pairs)")

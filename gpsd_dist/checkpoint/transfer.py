@@ -22,6 +22,12 @@ def transfer(run: RunConfig, manifest: Manifest, weights: manager.Tensors, dense
     checkpoint = manager.find(run.init_checkpoint)
     state = manager.read_state(checkpoint)
     _check_vocabularies(run, manifest, state, checkpoint)
+    pretrained = state.run_config["model"]["name"]
+    if run.transfers_tower and pretrained != run.model.name:
+        raise ValueError(
+            f"{run.strategy} copies the tower, but {checkpoint} is a {pretrained!r} and this run a {run.model.name!r}; "
+            "take the tables alone with STRATEGY ST or ST_SF"
+        )
     missing = [table for table in run.tables.transfer if table not in weights]
     if missing:
         raise ValueError(f"TRANSFER_TABLES names {missing}, but the sharded tables are {sorted(weights)}")

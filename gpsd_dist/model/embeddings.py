@@ -83,13 +83,21 @@ def _collection(tables: list[Table], config: TablesConfig, device: torch.device)
 
 
 class TokenEmbedder(nn.Module):
-    """Token vectors as the sum of the token's features and its segment (history or candidate).
+    """Token vectors: the sum of the token's features and its segment (history or candidate), or one per feature.
 
     Features of sharded tables arrive as looked-up rows; small tables and numerical features are parameters here.
     """
 
-    def __init__(self, manifest: Manifest, config: TablesConfig, sharded: tuple[Table, ...]):
+    def __init__(
+        self,
+        manifest: Manifest,
+        config: TablesConfig,
+        sharded: tuple[Table, ...],
+        as_fields: bool = False,
+        has_segments: bool = True,
+    ):
         super().__init__()
+        self.as_fields = as_fields
         self.features = {place: _token_features(manifest, place) for place in ("history", "candidate")}
         sharded_names = {table.name for table in sharded}
         token_features = {f.name: f for place in self.features.values() for f in place}
@@ -107,20 +115,33 @@ class TokenEmbedder(nn.Module):
                 if f.kind == "numerical"
             }
         )
-        self.segment = nn.Embedding(2, config.embedding_dim)
-        for embedding in (*self.small.values(), self.segment):
+        self.segment = nn.Embedding(2, config.embedding_dim) if has_segments and not as_fields else None
+        for embedding in (*self.small.values(), *([self.segment] if self.segment is not None else [])):
             nn.init.normal_(embedding.weight, std=config.init_std)
 
+    @property
+    def num_fields(self) -> int:
+        """F: features of a history token."""
+        return len(self.features["history"])
+
     def forward(self, rows: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
-        """Looked-up rows and a batch -> token vectors [S, E]."""
-        tokens = [self._sum(rows, "history", batch.history)]
+        """Looked-up rows and a batch -> token vectors [S, E], or [S, F, E] one per feature of a history token.
+
+        Candidates lack some of these features (what the user did with the item): their vectors are zero.
+        """
+        tokens = [self._tokens(rows, "history", batch.history)]
         if batch.packing.num_candidates:
-            tokens.append(self._sum(rows, "candidate", batch.candidate))
+            tokens.append(self._tokens(rows, "candidate", batch.candidate))
         return torch.cat(tokens)
 
-    def _sum(self, rows: dict[str, torch.Tensor], place: str, columns: dict[str, Column]) -> torch.Tensor:
-        segment = self.segment.weight[0 if place == "history" else 1]
-        return sum((self._embed(rows, f, columns[f.name]) for f in self.features[place]), start=segment)
+    def _tokens(self, rows: dict[str, torch.Tensor], place: str, columns: dict[str, Column]) -> torch.Tensor:
+        vectors = {f.name: self._embed(rows, f, columns[f.name]) for f in self.features[place]}
+        if self.as_fields:
+            missing = torch.zeros_like(next(iter(vectors.values())))
+            return torch.stack([vectors.get(f.name, missing) for f in self.features["history"]], dim=1)
+        if self.segment is None:
+            return sum(vectors.values())
+        return sum(vectors.values(), start=self.segment.weight[0 if place == "history" else 1])
 
     def _embed(self, rows: dict[str, torch.Tensor], feature: Feature, column: Column) -> torch.Tensor:
         if feature.kind == "numerical":

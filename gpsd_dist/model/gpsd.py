@@ -15,8 +15,15 @@ from gpsd_dist.config import ModelConfig, TablesConfig
 from gpsd_dist.data.batch import Batch
 from gpsd_dist.model.embeddings import ContextEmbedder, TokenEmbedder, module_key
 from gpsd_dist.model.heads import ProjectionIn, ProjectionOut, RankingHeads
-from gpsd_dist.model.registry import TOWERS
+from gpsd_dist.model.registry import TOWERS, Times, Tower
 from gpsd_dist.schema import Manifest, Table
+
+
+def find_tower(name: str) -> type[Tower]:
+    """The class behind `ModelConfig.name`; ValueError if there is none."""
+    if name not in TOWERS:
+        raise ValueError(f"model {name!r} is not one of {sorted(TOWERS)}")
+    return TOWERS[name]
 
 
 class Backbone(nn.Module):
@@ -24,19 +31,19 @@ class Backbone(nn.Module):
 
     def __init__(self, manifest: Manifest, tables: TablesConfig, model: ModelConfig, sharded: tuple[Table, ...]):
         super().__init__()
-        if model.name not in TOWERS:
-            raise ValueError(f"model {model.name!r} is not one of {sorted(TOWERS)}")
-        self.embedder = TokenEmbedder(manifest, tables, sharded)
+        tower = find_tower(model.name)
+        self.embedder = TokenEmbedder(manifest, tables, sharded, tower.reads_fields, tower.has_segments)
         self.project_in = ProjectionIn(tables.embedding_dim, model.width, model.init_std)
         self.dropout = nn.Dropout(model.dropout)
-        self.tower = TOWERS[model.name](model.layers, model.width, model.heads, model.dropout, model.init_std)
+        self.tower = tower.build(model, self.embedder.num_fields)
         if model.compile:
             self.tower.compile(dynamic=True)  # in place: parameter names stay
 
     def forward(self, rows: dict[str, torch.Tensor], batch: Batch, candidates_only: bool = False) -> torch.Tensor:
-        """-> hidden states [S, D], or those of the candidates [C, D]"""
-        x_SD = self.dropout(self.project_in(self.embedder(rows, batch)))
-        return self.tower(x_SD, batch.packing, candidates_only)
+        """-> hidden states [S, D], or those of the candidates [C, out_width]"""
+        x = self.dropout(self.project_in(self.embedder(rows, batch)))
+        times = Times(batch.history_time_s_T, batch.request_time_s_B)
+        return self.tower(x, batch.packing, candidates_only, times)
 
 
 class NextItemOutputs(typing.NamedTuple):
@@ -60,6 +67,9 @@ class NextItemModel(nn.Module):
         auxiliary: tuple[str, ...],
     ):
         super().__init__()
+        if not find_tower(model.name).is_generative:
+            generative = sorted(name for name, tower in TOWERS.items() if tower.is_generative)
+            raise ValueError(f"model {model.name!r} predicts no next item; pretrain one of {generative}")
         self.backbone = Backbone(manifest, tables, model, sharded)
         self.project_out = ProjectionOut(model.width, tables.embedding_dim, model.init_std)
         self.auxiliary_table = {name: manifest.feature(name).table for name in auxiliary}
@@ -93,8 +103,8 @@ class RankingModel(nn.Module):
         super().__init__()
         self.backbone = Backbone(manifest, tables, model, sharded)
         self.context = ContextEmbedder(manifest, tables, model.context_dim, sharded)
-        in_width, hidden_width = model.width + self.context.width, model.head_hidden * model.width
-        self.heads = RankingHeads(tasks, in_width, hidden_width, model.init_std)
+        tower = self.backbone.tower
+        self.heads = RankingHeads(tasks, tower.out_width + self.context.width, tower.mlp_widths, model.init_std)
 
     def forward(self, rows: dict[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
         """-> task -> logits float32 [C]"""

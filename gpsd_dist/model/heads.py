@@ -1,7 +1,9 @@
-"""What is read off the hidden states: one ranking MLP per task, and the state that next-item prediction compares.
+"""What is read off a tower's states: one ranking MLP per task, and the state that next-item prediction compares.
 
 Shape letters: C candidates, T history tokens, D width, E embedding width.
 """
+
+import itertools
 
 import torch
 from torch import nn
@@ -11,19 +13,12 @@ from gpsd_dist.model.transformer import init_linear
 
 
 class RankingHeads(nn.Module):
-    """One MLP (D + context -> hidden -> 1, ReLU) per task."""
+    """One MLP (state + context -> hidden widths -> 1, ReLU) per task."""
 
-    def __init__(self, tasks: tuple[str, ...], in_width: int, hidden_width: int, init_std: float):
+    def __init__(self, tasks: tuple[str, ...], in_width: int, hidden_widths: tuple[int, ...], init_std: float):
         super().__init__()
         self.tasks = tasks
-        self.mlps = nn.ModuleDict(
-            {
-                module_key(task): nn.Sequential(
-                    nn.Linear(in_width, hidden_width), nn.ReLU(), nn.Linear(hidden_width, 1)
-                )
-                for task in tasks
-            }
-        )
+        self.mlps = nn.ModuleDict({module_key(task): _mlp(in_width, hidden_widths) for task in tasks})
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 init_linear(module, init_std)
@@ -31,6 +26,13 @@ class RankingHeads(nn.Module):
     def forward(self, x_C: torch.Tensor) -> dict[str, torch.Tensor]:
         """[C, in_width] -> task -> logits float32 [C]. For a task given another one: of the conditional probability."""
         return {task: self.mlps[module_key(task)](x_C).squeeze(-1).float() for task in self.tasks}
+
+
+def _mlp(in_width: int, hidden_widths: tuple[int, ...]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for left, right in itertools.pairwise((in_width, *hidden_widths)):
+        layers += [nn.Linear(left, right), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear((in_width, *hidden_widths)[-1], 1))
 
 
 class ProjectionOut(nn.Module):
@@ -50,7 +52,7 @@ class ProjectionOut(nn.Module):
 
 
 class ProjectionIn(nn.Module):
-    """Token vectors [S, E] -> [S, D]: RMSNorm + linear where the widths differ, else nothing."""
+    """Token vectors [..., E] -> [..., D]: RMSNorm + linear where the widths differ, else nothing."""
 
     def __init__(self, embedding_dim: int, width: int, init_std: float):
         super().__init__()
@@ -60,6 +62,6 @@ class ProjectionIn(nn.Module):
             self.layers = nn.Sequential(nn.RMSNorm(embedding_dim, eps=1e-5), projection)
             init_linear(self.layers[1], init_std)
 
-    def forward(self, x_SE: torch.Tensor) -> torch.Tensor:
-        """[S, E] -> [S, D]"""
-        return self.layers(x_SE)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., E] -> [..., D]"""
+        return self.layers(x)

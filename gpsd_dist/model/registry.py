@@ -1,5 +1,53 @@
-"""Names of `ModelConfig.name`: towers map token vectors [S, D] and Packing to hidden states [S, D] (or [C, D])."""
+"""Names of `ModelConfig.name`, and what a tower has to offer. An explicit dict: one line per model."""
 
+import typing
+
+import torch
+
+from gpsd_dist.config import ModelConfig
 from gpsd_dist.model.transformer import Transformer
+from gpsd_dist.packing import Packing
 
-TOWERS = {"transformer": Transformer}
+
+class Times(typing.NamedTuple):
+    """When things happened, epoch seconds int64; -1 where the log does not say."""
+
+    history_T: torch.Tensor
+    """Of every history token."""
+    request_B: torch.Tensor
+    """Of every request: the time of its candidates, or of what comes after the history."""
+
+
+class Tower(typing.Protocol):
+    """An nn.Module between the token vectors and the heads. One file, one paper each.
+
+    Shape letters: S tokens in packed order (T of histories, then C candidates), F token features, D width.
+    """
+
+    reads_fields: typing.ClassVar[bool]
+    """False: a token is one vector, the sum of its features [S, D]. True: one vector per feature [S, F, D]."""
+    has_segments: typing.ClassVar[bool]
+    """Whether a learned vector is added to tell candidates from histories (sums only)."""
+    is_generative: typing.ClassVar[bool]
+    """Whether histories have states of their own: needed for pretraining and full transfer."""
+    out_width: int
+    """Width of a candidate's state."""
+    mlp_widths: tuple[int, ...]
+    """Hidden widths of the ranking MLP that reads a candidate's state and its context; empty: a linear layer."""
+
+    @classmethod
+    def build(cls, config: ModelConfig, num_fields: int) -> "Tower":
+        """The tower for tokens of `num_fields` features. ValueError for options that the paper's model cannot have."""
+
+    def compile(self, *, dynamic: bool) -> None:
+        """As nn.Module.compile."""
+
+    def __call__(
+        self, x: torch.Tensor, packing: Packing, candidates_only: bool = False, times: Times | None = None
+    ) -> torch.Tensor:
+        """Token vectors -> states [S, D], or [C, out_width] with `candidates_only` (towers that are not generative
+        are only called so). Candidates see their own request's history and themselves, never each other.
+        """
+
+
+TOWERS: dict[str, type[Tower]] = {"transformer": Transformer}

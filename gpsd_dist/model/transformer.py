@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gpsd_dist.config import ModelConfig
 from gpsd_dist.model.attention import attend
 from gpsd_dist.packing import Packing
 
 _NORM_EPS = 1e-5
 _ROPE_THETA = 1e4
 _FFN_MULTIPLE = 32
+_MLP_MULTIPLE = 4  # hidden width of the ranking MLP over D (official settings)
 
 
 def ffn_width(width: int) -> int:
@@ -81,10 +83,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`l{layers}h{width}a{heads}` of the paper."""
+    """`l{layers}h{width}a{heads}` of the paper. A `registry.Tower`."""
+
+    reads_fields, has_segments, is_generative = False, True, True
 
     def __init__(self, layers: int, width: int, heads: int, dropout: float = 0.0, init_std: float = 0.02):
         super().__init__()
+        self.out_width, self.mlp_widths = width, (_MLP_MULTIPLE * width,)
         self.rotary = RotaryPositions(width // heads)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
         self.norm = nn.RMSNorm(width, eps=_NORM_EPS)
@@ -92,7 +97,12 @@ class Transformer(nn.Module):
             if isinstance(module, nn.Linear):
                 init_linear(module, init_std)
 
-    def forward(self, x_SD: torch.Tensor, packing: Packing, candidates_only: bool = False) -> torch.Tensor:
+    @classmethod
+    def build(cls, config: ModelConfig, num_fields: int) -> "Transformer":
+        """See registry.Tower."""
+        return cls(config.layers, config.width, config.heads, config.dropout, config.init_std)
+
+    def forward(self, x_SD: torch.Tensor, packing: Packing, candidates_only: bool = False, times=None) -> torch.Tensor:
         """Token vectors [S, D] -> hidden states [S, D]; a token sees its own request's earlier history and itself.
 
         `candidates_only` -> [C, D]: in the last layer histories only give keys and values.

@@ -50,7 +50,7 @@ def tiny_run(stage: str, data_dir, output_dir, strategy: str = "NT", init_checkp
             max_history_length=10, global_batch_rows=GLOBAL_BATCH_ROWS, eval_batch_rows_per_rank=4, num_data_shards=2
         ),
         tables=config.TablesConfig(embedding_dim=16, small_table_max_rows=20),
-        model=config.ModelConfig(layers=1, width=16, heads=2, context_dim=4, head_hidden=1),
+        model=config.ModelConfig(layers=1, width=16, heads=2, context_dim=4),
         pretrain=config.PretrainConfig(num_negative_groups=2, num_negatives=16, auxiliary=("category",)),
         dense=config.OptimizerConfig("adamw", 1e-2, weight_decay=0.1),
         train=config.TrainConfig(epochs=3, log_interval_steps=1, keep_last=3),

@@ -40,10 +40,7 @@ INVALID = [
     (TablesConfig, {"embedding_dim": 30}, "multiple of 4"),
     (TablesConfig, {"small_table_max_rows": -1}, "small_table_max_rows"),
     (TablesConfig, {"sharding": {"item": "diagonal"}}, "'item' is 'diagonal'"),
-    *[
-        (ModelConfig, {name: 0}, f"{name} 0 must be >= 1")
-        for name in ("layers", "width", "heads", "context_dim", "head_hidden")
-    ],
+    *[(ModelConfig, {name: 0}, f"{name} 0 must be >= 1") for name in ("layers", "width", "heads", "context_dim")],
     (ModelConfig, {"width": 36, "heads": 4}, "multiple of 2 x heads = 8"),
     (ModelConfig, {"dropout": 1.0}, "dropout"),
     (ModelConfig, {"dropout": -0.1}, "dropout"),
@@ -164,7 +161,7 @@ def full_run():
         seed=7,
         data=DataConfig(7, 0, 640, 9, 8, 3, 4),
         tables=TablesConfig(32, 9, {"item": "table_wise"}, ("item", "tag"), 0.1),
-        model=ModelConfig("transformer", 2, 32, 2, 0.1, 0.05, 8, 3, True),
+        model=ModelConfig("transformer", 2, 32, 2, 0.1, 0.05, 8, True),
         pretrain=PretrainConfig(0.1, -1, 5, ("category", "brand"), 0.5),
         finetune=FinetuneConfig({"click": 0.5, "buy": 2}, True),
         dense=OptimizerConfig("adamw", 0.2, 0.8, 0.7, 1e-6, 0.3),

@@ -90,7 +90,7 @@ def test_logits_are_the_head_on_candidate_state_and_context():
         first, second = model.heads.mlps[task][0], model.heads.mlps[task][2]
         expected = (x @ first.weight.T + first.bias).clamp(min=0) @ second.weight[0] + second.bias
         torch.testing.assert_close(logit, expected, rtol=1e-4, atol=1e-4)
-        assert first.weight.shape[0] == MODEL.head_hidden * MODEL.width
+        assert first.weight.shape[0] == 4 * MODEL.width
     assert not torch.equal(logits["click"], logits["buy"])
 
 
