@@ -225,6 +225,9 @@ class RunConfig:
     """Finetuning only: NT | ST | FT | ST_SF | FT_SF"""
     init_checkpoint: str = ""
     """Run folder (its best checkpoint is used) or checkpoint folder of a pretraining; needed unless strategy is NT."""
+    refit_of: str = ""
+    """Finetuning only: a finished run folder of the same options. Trains on `train` and `valid` for as many epochs as
+    that run took to its best validation; nothing is left to validate on, and the last checkpoint is the result."""
     seed: int = 0
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     tables: TablesConfig = dataclasses.field(default_factory=TablesConfig)
@@ -248,6 +251,8 @@ class RunConfig:
             problems.append(f"{given}: INIT_CHECKPOINT {needed}")
         if self.stage == "pretrain" and (self.strategy != "NT" or self.init_checkpoint):
             problems.append("pretraining starts from random weights: leave out STRATEGY and INIT_CHECKPOINT")
+        if self.stage == "pretrain" and self.refit_of:
+            problems.append(f"REFIT_OF={self.refit_of!r}: pretraining does not train on `train`; leave it out")
         if self.dense.name != "adamw":
             problems.append(f"dense optimizer {self.dense.name!r}: only adamw is built")
         if self.sparse.name not in SPARSE_OPTIMIZERS:

@@ -134,12 +134,27 @@ class Manifest:
         return _named(self.tables, name, "table")
 
     def split(self, name: str) -> Split:
-        """The split of that name; ValueError lists the known ones."""
-        return _named(self.splits, name, "split")
+        """The split of that name, or several one after the other ("train+valid"); ValueError lists the known ones."""
+        parts = [_named(self.splits, part, "split") for part in name.split("+")]
+        if len(set(parts)) < len(parts) or (len(parts) > 1 and "pretrain" in name.split("+")):
+            raise ValueError(f"splits {name!r}: they must differ, and `pretrain` has other columns than the others")
+        return parts[0] if len(parts) == 1 else _joined(name, parts)
 
     def features_in(self, place: str) -> tuple[Feature, ...]:
         """Features that occur in `place`, in manifest order."""
         return tuple(feature for feature in self.features if place in feature.places)
+
+
+def _joined(name: str, parts: list[Split]) -> Split:
+    return Split(
+        name,
+        files=tuple(file for part in parts for file in part.files),
+        num_rows=sum(part.num_rows for part in parts),
+        num_history_tokens=sum(part.num_history_tokens for part in parts),
+        num_candidates=sum(part.num_candidates for part in parts),
+        time_from_s=min((part.time_from_s for part in parts if part.time_from_s is not None), default=None),
+        time_to_s=max((part.time_to_s for part in parts if part.time_to_s is not None), default=None),
+    )
 
 
 def _named(entries: tuple[Named, ...], name: str, what: str) -> Named:

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpsd_dist.assembly import assemble
 from gpsd_dist.checkpoint.manager import Checkpoints, RunState, load_tensors, read_state
-from gpsd_dist.checkpoint.resume import check_resumable
+from gpsd_dist.checkpoint.resume import check_resumable, epochs_to_best
 from gpsd_dist.checkpoint.transfer import transfer
 from gpsd_dist.config import RunConfig
 from gpsd_dist.data.batch import Batch
@@ -52,7 +52,8 @@ class Trainer:
         self.optimizer = dense_optimizer(self.model, run.dense)
         self.parallel = DistributedDataParallel(self.model) if runtime.world_size > 1 else self.model
         self.loader = self._training_loader()
-        evaluation_loader(run, self.manifest, self.assembly.lookup_names, "valid", runtime).close()  # is it readable?
+        if not run.refit_of:  # is it readable?
+            evaluation_loader(run, self.manifest, self.assembly.lookup_names, "valid", runtime).close()
         _warn_about_options_without_effect(run, self.manifest)
         self.checkpoints = Checkpoints(run.output_dir, runtime, run.train.keep_last)
         latest = self.checkpoints.latest()
@@ -65,6 +66,9 @@ class Trainer:
         steps_per_epoch = self.loader.steps_per_epoch
         self.schedule_steps = run.train.epochs * steps_per_epoch
         self.total_steps = min(self.schedule_steps, run.train.max_steps or self.schedule_steps)
+        if run.refit_of:
+            epochs = epochs_to_best(dataclasses.asdict(run), dataclasses.asdict(self.manifest))
+            self.total_steps = min(self.total_steps, max(1, round(epochs * steps_per_epoch)))
         self.eval_interval_steps = max(1, steps_per_epoch // run.train.eval_per_epoch)
         self.warmup_steps = int(run.train.warmup_fraction * self.schedule_steps)
         self._since_validation: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -93,7 +97,9 @@ class Trainer:
                 if self.step % self.run.train.log_interval_steps == 0 or is_last:
                     self.throughput.record_to(recorder)
                     recorder.log(self.step, self.step / self.loader.steps_per_epoch)
-                if self.step % self.eval_interval_steps == 0 or is_last:
+                if is_last and self.run.refit_of:
+                    self._finish_refit()
+                elif is_last or (self.step % self.eval_interval_steps == 0 and not self.run.refit_of):
                     self._validate(recorder, is_last)
                 elif is_stopping or self._save_is_due():
                     self._save({}, is_best=False)
@@ -230,6 +236,12 @@ class Trainer:
         self._save(flat, is_best)
         self.throughput.restart()
 
+    def _finish_refit(self) -> None:
+        """The last step is the result: `valid` was trained on. Collective."""
+        self.progression.best_step, self.progression.is_finished = self.step, True
+        log.info("step %d: trained on train+valid as long as %s; this is the result", self.step, self.run.refit_of)
+        self._save({}, is_best=True)
+
     def _save_is_due(self) -> bool:
         interval = self.run.train.save_interval_steps
         return interval > 0 and self.step % interval == 0
@@ -301,7 +313,7 @@ class Trainer:
         return Loader(
             run.data_dir,
             self.manifest,
-            "pretrain" if is_pretraining else "train",
+            "pretrain" if is_pretraining else "train+valid" if run.refit_of else "train",
             make_batch=make_batch,
             columns=collate.columns(),
             rank=self.runtime.rank,

@@ -1,9 +1,10 @@
-"""May a run go on from this checkpoint? Only as what it was: the same options, and the same data."""
+"""May a run go on from this checkpoint, or repeat it on more data? Only as what it was: same options, same data."""
 
 import json
 import pathlib
 import typing
 
+from gpsd_dist.checkpoint import manager
 from gpsd_dist.checkpoint.manager import RunState
 
 _MAY_CHANGE_ON_RESUME = (
@@ -44,6 +45,26 @@ def check_resumable(
             f"{checkpoint} was trained on other data: {'; '.join(parts)} differ from those of the data now (built "
             "anew, or another DATA_DIR); use the data of that run, or another OUTPUT_DIR"
         )
+
+
+def epochs_to_best(run: dict[str, typing.Any], manifest: dict[str, typing.Any]) -> float:
+    """How many epochs the run `refit_of` had trained when it was best on `valid`.
+
+    `run`, `manifest`: of the refit, as plain dicts. ValueError if that run is not finished, or is no run of these
+    options on this data (seed and what may change on resume aside).
+    """
+    checkpoint = manager.find(run["refit_of"])
+    state = manager.read_state(checkpoint)
+    if not manager.read_state(manager.find(run["refit_of"], "last")).progress["is_finished"]:
+        raise ValueError(
+            f"REFIT_OF={run['refit_of']!r} is not finished: its best step may change; let it run to its end"
+        )
+    alike = run | {name: state.run_config[name] for name in ("seed", "refit_of")}
+    check_resumable(alike, manifest, state, checkpoint)
+    position, order = state.data_position, state.data_position["order"]
+    train = next(split for split in state.manifest["splits"] if split["name"] == "train")
+    total = train["num_history_tokens"] if order["batch_by"] == "tokens" else order["rows"]
+    return float(position["epoch"] + position["step"] / -(-total // order["global_batch"]))
 
 
 def _named_differences(part: str, mine: dict[str, typing.Any], theirs: dict[str, typing.Any]) -> str:

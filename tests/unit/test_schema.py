@@ -233,3 +233,19 @@ def test_columns_of_a_split():
         "label.click": pa.list_(pa.float32()),
     }
     assert {name: columns.field(name).type for name in types} == types
+
+
+def test_splits_can_be_read_one_after_the_other():
+    train, valid = (
+        schema.Split(name, (f"{name}/a.parquet",), n, 2 * n, n, 5 * n, 9 * n)
+        for name, n in (("train", 4), ("valid", 3))
+    )
+    manifest = dataclasses.replace(make_manifest(), splits=(train, valid, dataclasses.replace(train, name="pretrain")))
+    both = manifest.split("train+valid")
+    assert (both.files, both.num_rows) == (train.files + valid.files, train.num_rows + valid.num_rows)
+    assert (both.num_history_tokens, both.time_from_s, both.time_to_s) == (14, 15, 36)
+    for wrong in ("train+train", "pretrain+train"):
+        with pytest.raises(ValueError, match="they must differ"):
+            manifest.split(wrong)
+    with pytest.raises(ValueError, match="no split 'hold'"):
+        manifest.split("train+hold")
