@@ -150,6 +150,12 @@ def saved_keys(checkpoint: pathlib.Path) -> list[str]:
     return sorted(dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata)
 
 
+def saved_sizes(checkpoint: pathlib.Path) -> dict[str, int]:
+    """Dotted name -> number of elements of every tensor in a checkpoint. Reads no tensor, needs no process group."""
+    saved = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+    return {name: value.size.numel() for name, value in sorted(saved.items()) if hasattr(value, "size")}
+
+
 def _flat(tensors: Tensors, prefix: str = "") -> typing.Iterator[tuple[str, torch.Tensor]]:
     for key, value in tensors.items():
         if isinstance(value, dict):

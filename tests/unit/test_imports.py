@@ -17,12 +17,14 @@ LAYERS = {
     "packing": BASE,
     "gin_cli": COMPOSITION,
     "trainer": COMPOSITION,
+    "scaling_law": COMPOSITION,
     "train": ENTRY,
     "evaluate": ENTRY,
     "export": ENTRY,
     "predict": ENTRY,
     "quickstart": ENTRY,
     "doctor": ENTRY,
+    "scaling": ENTRY,
 }
 # Third-party packages of single files; None: not restricted by name.
 ALLOWED_LIBRARIES = {
