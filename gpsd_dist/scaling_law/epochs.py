@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gpsd_dist.config import STRATEGIES, RunConfig, run_config_from_dict
+from gpsd_dist.config import STRATEGIES
 from gpsd_dist.metrics.recorder import JSONL_NAME
 from gpsd_dist.scaling_law.figures import panels
 from gpsd_dist.scaling_law.ladder import Command, Rung
@@ -34,7 +34,8 @@ class RunCurves:
     """What one run reported while it trained."""
 
     folder: pathlib.Path
-    run: RunConfig
+    options: dict[str, typing.Any]
+    """`run_config.json` as it is: runs of older versions can be drawn, too."""
     valid_auc: dict[str, Curve]
     """By task."""
     gap: dict[str, Curve]
@@ -45,11 +46,16 @@ class RunCurves:
     """By task; empty unless every epoch was scored on test."""
 
     @property
+    def strategy(self) -> str:
+        """NT | ST | FT | ST_SF | FT_SF"""
+        return self.options["strategy"]
+
+    @property
     def label(self) -> str:
         """Runs with the same one differ in their seed only, as far as the figure goes."""
-        model = self.run.model
-        size = Rung(model.layers, model.width, model.heads).name
-        return f"{self.run.strategy} {size}" + ("" if model.name == "transformer" else f" {model.name}")
+        model = self.options["model"]
+        size = Rung(model["layers"], model["width"], model["heads"]).name
+        return f"{self.strategy} {size}" + ("" if model["name"] == "transformer" else f" {model['name']}")
 
 
 def read_run(folder: pathlib.Path) -> RunCurves:
@@ -57,9 +63,9 @@ def read_run(folder: pathlib.Path) -> RunCurves:
     config, metrics = folder / "run_config.json", folder / JSONL_NAME
     if not config.is_file() or not metrics.is_file():
         raise ValueError(f"{folder} is not a run folder: run_config.json and {JSONL_NAME} expected")
-    run = run_config_from_dict(json.loads(config.read_text()))
-    if run.stage != "finetune":
-        raise ValueError(f"{folder} is a {run.stage} run; the figure is about finetuning runs")
+    options = json.loads(config.read_text())
+    if options["stage"] != "finetune":
+        raise ValueError(f"{folder} is a {options['stage']} run; the figure is about finetuning runs")
     entries = _entries(metrics)
     validations = [entry for entry in entries if any(map(_VALID_AUC.fullmatch, entry))]
     if not validations:
@@ -67,7 +73,8 @@ def read_run(folder: pathlib.Path) -> RunCurves:
     tasks = [match[1] for match in map(_VALID_AUC.fullmatch, validations[0]) if match]
     auc = {task: [(e["epoch"], _number(e[f"valid/{task}/auc"])) for e in validations] for task in tasks}
     steps = [(entry["epoch"], entry["step"]) for entry in validations]
-    return RunCurves(folder, run, auc, {task: _gap(entries, task, run) for task in tasks}, steps)
+    gap = {task: _gap(entries, task, options["finetune"]["esmm"]) for task in tasks}
+    return RunCurves(folder, options, auc, gap, steps)
 
 
 def _entries(path: pathlib.Path) -> list[dict[str, typing.Any]]:
@@ -79,12 +86,12 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _gap(entries: list[dict[str, typing.Any]], task: str, run: RunConfig) -> Curve:
+def _gap(entries: list[dict[str, typing.Any]], task: str, is_esmm: bool) -> Curve:
     """As recorded; for runs that did not record it yet, from the windows of the training loss, weighted by steps."""
     name = f"gap/{task}_log_loss"
     if any(name in entry for entry in entries):
         return [(entry["epoch"], _number(entry[name])) for entry in entries if name in entry]
-    if run.finetune.esmm:
+    if is_esmm:
         return []
     curve: Curve = []
     total, since, last_step = 0.0, 0, 0
@@ -123,7 +130,7 @@ def scoring_command(curves: RunCurves, checkpoint: pathlib.Path, out_dir: pathli
 def check_comparable(runs: collections.abc.Sequence[RunCurves]) -> None:
     """ValueError unless all runs have the same data set and tasks."""
     for attribute, values in (
-        ("data_dir", {str(pathlib.Path(curves.run.data_dir).resolve()) for curves in runs}),
+        ("data_dir", {str(pathlib.Path(curves.options["data_dir"]).resolve()) for curves in runs}),
         ("tasks", {tuple(curves.valid_auc) for curves in runs}),
     ):
         if len(values) > 1:
@@ -133,13 +140,13 @@ def check_comparable(runs: collections.abc.Sequence[RunCurves]) -> None:
 def epochs_figure(runs: collections.abc.Sequence[RunCurves]) -> Figure:
     """One row of panels per task: AUC and gap over epochs; thin lines are seeds, thick ones their mean."""
     tasks = list(runs[0].valid_auc)
-    figure = panels(len(tasks), 2, f"Metrics over epochs, {runs[0].run.data_dir}")
+    figure = panels(len(tasks), 2, f"Metrics over epochs, {runs[0].options['data_dir']}")
     groups = collections.defaultdict(list)
-    for curves in sorted(runs, key=lambda c: (STRATEGIES.index(c.run.strategy), c.label)):
+    for curves in sorted(runs, key=lambda c: (STRATEGIES.index(c.strategy), c.label)):
         groups[curves.label].append(curves)
     seen: collections.Counter[str] = collections.Counter()
     for label, members in groups.items():
-        strategy = members[0].run.strategy
+        strategy = members[0].strategy
         look = {"color": _COLORS[strategy], "linestyle": _STYLES[seen[strategy] % len(_STYLES)]}
         seen[strategy] += 1
         for row, task in enumerate(tasks):
@@ -184,8 +191,8 @@ def as_json(runs: collections.abc.Sequence[RunCurves]) -> list[dict[str, typing.
         {
             "run": str(curves.folder),
             "label": curves.label,
-            "strategy": curves.run.strategy,
-            "seed": curves.run.seed,
+            "strategy": curves.strategy,
+            "seed": curves.options["seed"],
             "valid_auc": curves.valid_auc,
             "log_loss_gap": curves.gap,
             "test_auc": curves.test_auc,
