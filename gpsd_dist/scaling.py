@@ -111,9 +111,10 @@ def _request(args: argparse.Namespace, overrides: list[str]) -> Request:
 def _ladder(request: Request) -> int:
     trials = plan(request)
     runs.check_unchanged(trials)
+    points = []
     for number, trial in enumerate(trials, 1):
         runs.run_trial(trial, functools.partial(print, f"[{number}/{len(trials)}]", flush=True))
-    points = [point for trial in trials for point in runs.points_of(trial)]
+        points += runs.points_of(trial)
     fits, notes = fit_all(points)
     summary = {
         "strategy": request.strategy,

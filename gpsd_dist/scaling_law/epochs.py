@@ -16,6 +16,7 @@ import typing
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from gpsd_dist.config import STRATEGIES
 from gpsd_dist.metrics.recorder import JSONL_NAME
@@ -162,6 +163,7 @@ def epochs_figure(runs: collections.abc.Sequence[RunCurves]) -> Figure:
         right.axhline(0, color="black", linewidth=0.6)
     for axes in figure.axes:
         axes.set(xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.axvline(1, color="black", linewidth=0.6, linestyle=":")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7, frameon=False)

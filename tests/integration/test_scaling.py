@@ -7,8 +7,9 @@ import pytest
 
 from gpsd_dist import scaling
 from gpsd_dist.checkpoint import manager
+from gpsd_dist.trainer import Trainer
 from tests.integration.test_command_line import TINY
-from tests.integration.tiny_data import NUM_ITEMS, NUM_TAGS
+from tests.integration.tiny_data import NUM_ITEMS, NUM_TAGS, tiny_run
 
 EMBEDDING_DIM = 16  # of TINY
 
@@ -29,24 +30,27 @@ def saved_at(out_dir) -> dict:
     return {path: path.stat().st_mtime_ns for path in out_dir.rglob("s?/**/*") if path.is_file()}
 
 
-@pytest.mark.timeout(600)
-def test_ladder_is_trained_once(tmp_path, data_dir, capfd):
+@pytest.mark.timeout(900)
+def test_ladder_is_trained_once(tmp_path, data_dir, one_rank, capfd):
+    start = tmp_path / "pretrain"
+    Trainer(tiny_run("pretrain", data_dir, start, train={"max_steps": 2}), one_rank).train()
     out = tmp_path / "out"
-    options = command(tmp_path, data_dir, out, "--ladder", "l1h16a2,l1h32a2", "--strategy", "FT_SF")
-    options += ["--gin.EPOCHS=1", *with_pretraining(tmp_path, data_dir, "TrainConfig.max_steps=2")]
+    options = command(tmp_path, data_dir, out, "--ladder", "l1h16a2,l1h32a2", "--strategy", "ST_SF")
+    options += ["--init_checkpoint", str(start), "--gin.EPOCHS=1"]
+    capfd.readouterr()
     assert scaling.main(options) == 0, capfd.readouterr().err
     first, log = capfd.readouterr()
     summary = json.loads((out / "scaling.json").read_text())
     shown = [line.split("$ ", 1)[1] for line in first.splitlines() if "] $ python" in line]
-    assert shown == summary["commands"] and [shlex.split(line)[2] for line in shown] == [
-        "gpsd_dist.train", "gpsd_dist.train", "gpsd_dist.evaluate"] * 2  # fmt: skip
-    assert log.count("weights: random") == 2 and log.count("weights: FT_SF from") == 2
+    assert shown == summary["commands"]
+    assert [shlex.split(line)[2] for line in shown] == ["gpsd_dist.train", "gpsd_dist.evaluate"] * 2
+    assert log.count(f"weights: ST_SF from {start}") == 2
 
-    assert (summary["strategy"], summary["split"]) == ("FT_SF", "test")
+    assert (summary["strategy"], summary["split"]) == ("ST_SF", "test")
     assert [(p["rung"], p["seed"], p["task"]) for p in summary["points"]] == [
         (rung, 0, task) for rung in ("l1h16a2", "l1h32a2") for task in ("click", "buy")]  # fmt: skip
     for point in summary["points"]:
-        run = out / point["rung"] / "s0" / "ft_sf"
+        run = out / point["rung"] / "s0" / "st_sf"
         measured = json.loads((run / "test.json").read_text())[point["task"]]
         assert point | measured == point and point["embedding_dim"] == EMBEDDING_DIM
         assert point["table_parameters"] > (NUM_ITEMS + NUM_TAGS) * EMBEDDING_DIM
@@ -67,7 +71,7 @@ def test_ladder_is_trained_once(tmp_path, data_dir, capfd):
 
     assert scaling.main([*options, "--gin.DENSE_LR=0.5"]) == 2
     error = capfd.readouterr().err
-    assert "l1h16a2/s0/ft_sf holds a run with other options: dense.peak_lr: 0.001 there, 0.5 now" in error
+    assert "l1h16a2/s0/st_sf holds a run with other options: dense.peak_lr: 0.001 there, 0.5 now" in error
     assert saved_at(out) == before
 
 
@@ -76,10 +80,12 @@ def test_ladder_is_trained_once(tmp_path, data_dir, capfd):
 def test_ladder_of_four_is_fitted_and_goes_on_where_it_stopped(tmp_path, data_dir, capfd):
     """Two processes, tables as wide as the tower, a rung that lost its last epoch, and test by epoch."""
     out = tmp_path / "out"
-    options = command(tmp_path, data_dir, out, "--ladder", "l1h8a2,l1h16a2,l2h16a2,l1h32a2", "--strategy", "NT")
+    options = command(tmp_path, data_dir, out, "--ladder", "l1h8a2,l1h16a2,l2h16a2,l1h32a2", "--strategy", "FT_SF")
     options += ["--embedding_dim_follows_width", "--nproc_per_node", "2", "--gin.TrainConfig.keep_last=9"]
+    options += with_pretraining(tmp_path, data_dir, "TrainConfig.max_steps=2")
     assert scaling.main(options) == 0, capfd.readouterr().err
-    first = capfd.readouterr().out
+    first, log = capfd.readouterr()
+    assert log.count("weights: random") == 4 and log.count("weights: FT_SF from") == 4
     summary = json.loads((out / "scaling.json").read_text())
     assert all(line.split()[2] == "torch.distributed.run" for line in summary["commands"])
     widths = {point["rung"]: point["embedding_dim"] for point in summary["points"]}
@@ -90,7 +96,7 @@ def test_ladder_of_four_is_fitted_and_goes_on_where_it_stopped(tmp_path, data_di
             assert fit["sizes"] == fit["points"] == 4 and fit["largest_left_out"]["sizes_fitted"] == 3
     assert "95 % intervals" in first
 
-    run = out / "l2h16a2" / "s0" / "nt"
+    run = out / "l2h16a2" / "s0" / "ft_sf"
     steps = sorted((run / "checkpoints").glob("step_*"))
     for path in steps[-1].iterdir():  # killed in the last epoch
         path.unlink()
