@@ -7,6 +7,7 @@ Shape letters: B requests, T history tokens, C candidates, S = T + C tokens, W w
 """
 
 import dataclasses
+import typing
 
 import numpy as np
 import torch
@@ -68,6 +69,10 @@ class Packing:
     """Sum over candidates of history length + 1: keys that candidates attend to."""
     buckets: tuple[Bucket, ...]
     """Consecutive, covering all requests; empty on CUDA-only use is not supported: they cost microseconds."""
+    history_length_B: np.ndarray
+    """int64 [B], ascending. Stays on the host: recurrent models need sizes there without asking the GPU."""
+    candidate_count_B: np.ndarray
+    """int64 [B]. Stays on the host."""
 
     @classmethod
     def from_lengths(cls, history_length_B: np.ndarray, candidate_count_B: np.ndarray) -> "Packing":
@@ -90,12 +95,38 @@ class Packing:
             max_history_length=int(history_length_B[-1]) if num_requests else 0,
             candidate_key_count=int(history_length_B[request_C].sum()) + num_candidates,
             buckets=tuple(_buckets(history_length_B, history_offsets, candidate_count_B, candidate_offsets)),
+            history_length_B=history_length_B,
+            candidate_count_B=candidate_count_B,
         )
 
     @property
     def num_requests(self) -> int:
         """B"""
         return len(self.history_offsets) - 1
+
+    @property
+    def num_pairs(self) -> int:
+        """Sum over candidates of history length: pairs of a candidate and a token of its own history."""
+        return self.candidate_key_count - self.num_candidates
+
+    def without_candidates(self) -> "Packing":
+        """The same histories alone."""
+        none: dict[str, typing.Any] = {
+            "num_candidates": 0,
+            "max_candidates": 0,
+            "candidate": None,
+            "candidate_mask": None,
+        }
+        return dataclasses.replace(
+            self,
+            candidate_offsets=torch.zeros_like(self.candidate_offsets),
+            position_S=self.position_S[: self.num_history_tokens],
+            request_C=self.request_C[:0],
+            num_candidates=0,
+            candidate_key_count=0,
+            buckets=tuple(dataclasses.replace(bucket, **none) for bucket in self.buckets),
+            candidate_count_B=np.zeros_like(self.candidate_count_B),
+        )
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -27,6 +29,29 @@ def test_offsets_positions_and_owners(requests):
     assert (packing.num_history_tokens, packing.num_candidates) == (lengths.sum(), counts.sum())
     assert packing.max_history_length == max(lengths, default=0)
     assert packing.candidate_key_count == sum((length + 1) * count for length, count in zip(lengths, counts))
+    assert packing.num_pairs == sum(length * count for length, count in zip(lengths, counts))
+    assert packing.history_length_B.tolist() == lengths.tolist()
+    assert packing.candidate_count_B.tolist() == counts.tolist()
+
+
+@settings(max_examples=50, deadline=None)
+@given(requests=REQUESTS)
+def test_without_candidates_is_the_plan_of_the_histories_alone(requests):
+    lengths, counts, packing = plan(requests)
+    got, expected = packing.without_candidates(), Packing.from_lengths(lengths, np.zeros_like(counts))
+    for field in dataclasses.fields(Packing):
+        ours, theirs = getattr(got, field.name), getattr(expected, field.name)
+        if isinstance(ours, torch.Tensor | np.ndarray):
+            assert ours.tolist() == theirs.tolist(), field.name
+        elif field.name != "buckets":
+            assert ours == theirs, field.name
+    for ours, theirs in zip(got.buckets, expected.buckets, strict=True):
+        assert (ours.num_requests, ours.width, ours.num_tokens) == (
+            theirs.num_requests,
+            theirs.width,
+            theirs.num_tokens,
+        )
+        assert (ours.num_candidates, ours.max_candidates, ours.candidate_mask) == (0, 0, None)
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,0 +1,78 @@
+"""Candidates against the histories of their own requests, without padding: what models with target attention share.
+
+Shape letters: S tokens in packed order (T of histories, then C candidates), F token features, D width, N = F D channels
+of a token, P pairs of a candidate and a token of its own history, B requests.
+"""
+
+import typing
+
+import torch
+import torch.nn.functional as F
+
+from gpsd_dist.packing import Packing
+
+
+class Pairs(typing.NamedTuple):
+    """Every candidate with every token of its history, in the order of candidates, then of time."""
+
+    candidate_P: torch.Tensor
+    """int64"""
+    token_P: torch.Tensor
+    """int64"""
+    offsets: torch.Tensor
+    """int64 [C + 1]: pairs [offsets c, offsets c + 1) belong to candidate c; none if its history is empty."""
+
+
+def pair_up(packing: Packing) -> Pairs:
+    """All pairs of a batch; their number is known on the host, so nothing waits for the device."""
+    length_C = packing.history_offsets.diff()[packing.request_C]
+    offsets = F.pad(length_C.cumsum(0), (1, 0))
+    candidate_C = torch.arange(packing.num_candidates, device=offsets.device)
+    candidate_P = torch.repeat_interleave(candidate_C, length_C, output_size=packing.num_pairs)
+    start_C = packing.history_offsets[packing.request_C] - offsets[:-1]
+    token_P = torch.arange(packing.num_pairs, device=offsets.device) + start_C[candidate_P]
+    return Pairs(candidate_P, token_P, offsets)
+
+
+def softmax(score_P: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """Softmax over the history of each candidate, float32 at least: [P] -> [P]."""
+    score_P = score_P.to(torch.promote_types(score_P.dtype, torch.float32))
+    zero_C = score_P.new_zeros(len(pairs.offsets) - 1)
+    largest_C = zero_C.scatter_reduce(0, pairs.candidate_P, score_P.detach(), "amax", include_self=False)
+    power_P = (score_P - largest_C[pairs.candidate_P]).exp()
+    return power_P / zero_C.index_add(0, pairs.candidate_P, power_P)[pairs.candidate_P]
+
+
+def pool(value_TN: torch.Tensor, weight_P: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """Weighted sum over the history of each candidate: [T, N] -> [C, N], zero for an empty history."""
+    return F.embedding_bag(  # gathers, weighs and adds at once: no [P, N] in memory
+        pairs.token_P,
+        value_TN.to(weight_P.dtype),
+        pairs.offsets,
+        mode="sum",
+        per_sample_weights=weight_P,
+        include_last_offset=True,
+    )
+
+
+def request_of_tokens(packing: Packing) -> torch.Tensor:
+    """int64 [T]: request of each history token."""
+    request_B = torch.arange(packing.num_requests, device=packing.history_offsets.device)
+    return torch.repeat_interleave(request_B, packing.history_offsets.diff(), output_size=packing.num_history_tokens)
+
+
+def sum_histories(x_TN: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Sum over each request's history: [T, ...] -> [B, ...], zero for an empty one."""
+    zero_BN = x_TN.new_zeros(packing.num_requests, *x_TN.shape[1:])
+    return zero_BN.index_add(0, request_of_tokens(packing), x_TN)
+
+
+def split_tokens(x_SFD: torch.Tensor, packing: Packing, candidates_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fields of the histories [T, F, D] and of the candidates [C, F, D].
+
+    ValueError unless `candidates_only`: the models that begin with this call give no states to histories.
+    """
+    if not candidates_only:
+        raise ValueError("this model scores candidates and gives histories no states: call it with candidates_only")
+    history_TFD, candidate_CFD = x_SFD.split([packing.num_history_tokens, packing.num_candidates])
+    return history_TFD, candidate_CFD
