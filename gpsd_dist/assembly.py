@@ -9,7 +9,8 @@ from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.distributed.sharding import ShardedTables, shard_tables
 from gpsd_dist.model.embeddings import Tables, lookup_tables
-from gpsd_dist.model.gpsd import NextItemModel, RankingModel
+from gpsd_dist.model.gpsd import NextItemModel, RankingModel, find_tower
+from gpsd_dist.model.registry import TOWERS
 from gpsd_dist.objective import NextItemObjective, Objective, RankingObjective, trained_tasks
 from gpsd_dist.schema import Manifest, Task
 
@@ -48,6 +49,12 @@ def assemble(run: RunConfig, manifest: Manifest, runtime: Runtime) -> Assembly:
         objective = NextItemObjective(run.pretrain, manifest)
     else:
         tasks = trained_tasks(run.finetune, manifest)
+        if run.finetune.next_behaviour_weight and not find_tower(run.model.name).supervises_history:
+            able = sorted(name for name, tower in TOWERS.items() if tower.supervises_history)
+            raise ValueError(
+                f"next_behaviour_weight {run.finetune.next_behaviour_weight}: model {run.model.name!r} has no history "
+                f"states to supervise, only {able} have; leave the option out"
+            )
         model = RankingModel(manifest, run.tables, run.model, sharded, tuple(task.name for task in tasks))
         objective = RankingObjective(run.finetune, tasks)
     return Assembly(placed, model.to(runtime.device), objective, tasks, tuple(table.name for table in sharded))

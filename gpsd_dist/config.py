@@ -90,11 +90,13 @@ class ModelConfig:
     """Width of the embedding of a context or candidate-only feature with a small table."""
     compile: bool = False
     """torch.compile the tower: 1.7x at width 256 on CPU, after some 40 s of compilation."""
+    max_positions: int = 211
+    """Positions that a model with learned or fixed slots has (wukong); histories may be at most this long."""
 
     def __post_init__(self) -> None:
         _check_types(self)
         problems = []
-        for name in ("layers", "width", "heads", "context_dim"):
+        for name in ("layers", "width", "heads", "context_dim", "max_positions"):
             problems += _below(self, name, 1)
         if self.heads > 0 and self.width % (2 * self.heads):
             problems.append(f"width {self.width} must be a multiple of 2 x heads = {2 * self.heads} (rotary pairs)")
@@ -138,10 +140,14 @@ class FinetuneConfig:
     esmm: bool = False
     """Train a task given another one on P(given) x P(task | given) over all candidates (arXiv:1804.07931)
     instead of on the candidates where the other label is 1."""
+    next_behaviour_weight: float = 0.0
+    """dien, dmin: weight of the auxiliary loss of arXiv:1809.03672, which predicts each next history token from the
+    state before it, against a random one of the batch. 0, as in the official variants: without."""
 
     def __post_init__(self) -> None:
         _check_types(self)
         problems = [f"weight of task {t!r} is {w}, must be >= 0" for t, w in self.task_weights.items() if w < 0]
+        problems += _below(self, "next_behaviour_weight", 0)
         _raise(self, problems)
 
 
@@ -257,6 +263,9 @@ class RunConfig:
             problems.append(f"dense optimizer {self.dense.name!r}: only adamw is built")
         if self.sparse.name not in SPARSE_OPTIMIZERS:
             problems.append(f"sparse optimizer {self.sparse.name!r} is not one of {SPARSE_OPTIMIZERS}")
+        if self.model.name == "wukong" and self.data.max_history_length > self.model.max_positions:
+            given = f"max_history_length {self.data.max_history_length} with max_positions {self.model.max_positions}"
+            problems.append(f"{given}: wukong has a slot for every event; raise --gin.ModelConfig.max_positions")
         for name in ("data_dir", "output_dir"):
             if not getattr(self, name):
                 problems.append(f"{name} is empty; set --gin.{name.upper()}=PATH")

@@ -1,7 +1,8 @@
 """Losses. Each returns local (sum, count); the trainer divides by the count over all ranks, so that the result does
 not depend on how rows fell on ranks.
 
-Shape letters: M next-item positions, G negative groups, N negatives per group, E embedding width, C candidates.
+Shape letters: M next-item positions, G negative groups, N negatives per group, E embedding width, C candidates,
+T history tokens (there N is the width of a token).
 """
 
 import itertools
@@ -93,6 +94,27 @@ def full_softmax(
     logits_MV = F.normalize(hidden_ME.float(), dim=-1) @ F.normalize(weight_VE.float(), dim=-1).t() / temperature
     loss = F.cross_entropy(logits_MV, target_M, reduction="sum")
     return loss, loss.new_tensor(float(len(target_M)))
+
+
+def next_behaviour(
+    state_TN: torch.Tensor,
+    token_TN: torch.Tensor,
+    position_T: torch.Tensor,
+    item_T: torch.Tensor,
+    negative_T: torch.Tensor,
+) -> LossSum:
+    """Auxiliary loss of DIEN (arXiv:1809.03672, interest extractor layer): the inner product of the state before a
+    history token with that token is a logit of label 1, with another token of the batch one of label 0.
+
+    `position_T`: 0 for a history's first token, which nothing predicts. `negative_T` int64 [T]: the other token; one
+    with the same item is left out. Counts the predicted tokens.
+    """
+    state, token = state_TN[:-1].float(), token_TN.float()
+    yes = F.softplus(-(state * token[1:]).sum(-1))
+    no = F.softplus((state * token[negative_T[1:]]).sum(-1))
+    no = torch.where(item_T[negative_T[1:]] == item_T[1:], 0.0, no)
+    is_predicted = position_T[1:] > 0
+    return torch.where(is_predicted, yes + no, 0.0).sum(), is_predicted.sum().float()
 
 
 def binary_cross_entropy(logit_C: torch.Tensor, label_C: torch.Tensor) -> LossSum:

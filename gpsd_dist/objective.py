@@ -14,6 +14,9 @@ from gpsd_dist.config import FinetuneConfig, PretrainConfig
 from gpsd_dist.data.batch import Batch
 from gpsd_dist.schema import Manifest, Task
 
+NEXT_BEHAVIOUR = "next_behaviour"
+"""Name of the auxiliary loss of `RankingObjective`."""
+
 
 class Objective(typing.Protocol):
     """One per stage. L losses in a fixed order."""
@@ -73,6 +76,8 @@ class RankingObjective:
     """Cross entropy per task over the candidates whose label is observed; of a task given another, where that is 1.
 
     With ESMM a conditional task is trained through the product of both probabilities instead, over all candidates.
+    With `next_behaviour_weight` the histories' states predict the next behaviour too; negatives are drawn from torch's
+    generator, which is seeded every step.
     """
 
     config: FinetuneConfig
@@ -81,16 +86,32 @@ class RankingObjective:
     @property
     def weights(self) -> dict[str, float]:
         """See Objective."""
-        return {task.name: self.config.task_weights.get(task.name, 1.0) for task in self.tasks}
+        weights = {task.name: self.config.task_weights.get(task.name, 1.0) for task in self.tasks}
+        return weights | ({NEXT_BEHAVIOUR: self.config.next_behaviour_weight} if self._has_auxiliary else {})
 
     def counts(self, batch: Batch) -> torch.Tensor:
         """See Objective."""
-        return torch.stack([(~self._label(task, batch).isnan()).sum() for task in self.tasks]).float()
+        counts = [(~self._label(task, batch).isnan()).sum() for task in self.tasks]
+        if self._has_auxiliary:
+            counts.append((_history_position(batch) > 0).sum())
+        return torch.stack(counts).float()
 
     def sums(self, model: nn.Module, rows: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
         """See Objective."""
-        logits = model(rows, batch)
-        return torch.stack([self._loss(task, logits, batch) for task in self.tasks])
+        if not self._has_auxiliary:
+            logits = model(rows, batch)
+            return torch.stack([self._loss(task, logits, batch) for task in self.tasks])
+        logits, history = model(rows, batch, with_history=True)
+        item_T = batch.history_item_T
+        negative_T = torch.randint(max(len(item_T), 1), item_T.shape, device=item_T.device)
+        auxiliary, _ = losses.next_behaviour(
+            history.state_TN, history.token_TN, _history_position(batch), item_T, negative_T
+        )
+        return torch.stack([*(self._loss(task, logits, batch) for task in self.tasks), auxiliary])
+
+    @property
+    def _has_auxiliary(self) -> bool:
+        return self.config.next_behaviour_weight > 0
 
     def _loss(self, task: Task, logits: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
         label_C = self._label(task, batch)
@@ -107,6 +128,11 @@ class RankingObjective:
         return combine(label_C, batch.labels[task.given])
 
 
+def _history_position(batch: Batch) -> torch.Tensor:
+    """int64 [T]: place of each token in its history."""
+    return batch.packing.position_S[: batch.packing.num_history_tokens]
+
+
 def trained_tasks(config: FinetuneConfig, manifest: Manifest) -> tuple[Task, ...]:
     """Tasks with a weight above 0. ValueError for a weight of an unknown task, or one given a task that is left out."""
     names = [task.name for task in manifest.tasks]
@@ -118,6 +144,8 @@ def trained_tasks(config: FinetuneConfig, manifest: Manifest) -> tuple[Task, ...
     for task in tasks:
         if config.esmm and task.given is not None and task.given not in kept:
             raise ValueError(f"ESMM trains {task.name!r} through {task.given!r}, whose weight is 0")
+    if NEXT_BEHAVIOUR in kept and config.next_behaviour_weight:
+        raise ValueError(f"task {NEXT_BEHAVIOUR!r} has the name of the auxiliary loss: rename it in the data set")
     if not tasks:
         raise ValueError(f"no task to train: the weights of {names} are all 0")
     return tasks

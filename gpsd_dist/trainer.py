@@ -197,10 +197,11 @@ class Trainer:
         if self._since_validation is None or self.run.stage == "pretrain":
             return
         sums, counts = self._since_validation
-        means = all_sum(sums) / counts.clamp(min=1)
-        for task, mean in zip(self.assembly.tasks, means, strict=True):
+        means = dict(zip(self.assembly.objective.weights, all_sum(sums) / counts.clamp(min=1), strict=True))
+        for task in self.assembly.tasks:
             if not (self.run.finetune.esmm and task.given):  # trained on another quantity than it is scored on
-                recorder.record(f"gap/{task.name}_log_loss", metrics[task.name]["log_loss"] - mean, reduce="last")
+                gap = metrics[task.name]["log_loss"] - means[task.name]
+                recorder.record(f"gap/{task.name}_log_loss", gap, reduce="last")
         self._since_validation = None
 
     def _waited(self, loader: Loader):

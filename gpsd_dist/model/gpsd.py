@@ -41,9 +41,29 @@ class Backbone(nn.Module):
 
     def forward(self, rows: dict[str, torch.Tensor], batch: Batch, candidates_only: bool = False) -> torch.Tensor:
         """-> hidden states [S, D], or those of the candidates [C, out_width]"""
-        x = self.dropout(self.project_in(self.embedder(rows, batch)))
-        times = Times(batch.history_time_s_T, batch.request_time_s_B)
-        return self.tower(x, batch.packing, candidates_only, times)
+        return self.tower(self._tokens(rows, batch), batch.packing, candidates_only, _times(batch))
+
+    def with_history(self, rows: dict[str, torch.Tensor], batch: Batch) -> tuple[torch.Tensor, "HistoryStates"]:
+        """The candidates' states [C, out_width], and those of their histories (towers that `supervises_history`)."""
+        x_SFD = self._tokens(rows, batch)
+        state_C, state_TN = self.tower(x_SFD, batch.packing, True, _times(batch), with_history=True)
+        return state_C, HistoryStates(state_TN, x_SFD[: batch.packing.num_history_tokens].flatten(1))
+
+    def _tokens(self, rows: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        return self.dropout(self.project_in(self.embedder(rows, batch)))
+
+
+def _times(batch: Batch) -> Times:
+    return Times(batch.history_time_s_T, batch.request_time_s_B)
+
+
+class HistoryStates(typing.NamedTuple):
+    """What the next-behaviour loss compares."""
+
+    state_TN: torch.Tensor
+    """What the model knows after each history token."""
+    token_TN: torch.Tensor
+    """Vector of each history token: its features side by side."""
 
 
 class NextItemOutputs(typing.NamedTuple):
@@ -104,11 +124,17 @@ class RankingModel(nn.Module):
         self.backbone = Backbone(manifest, tables, model, sharded)
         self.context = ContextEmbedder(manifest, tables, model.context_dim, sharded)
         tower = self.backbone.tower
-        self.heads = RankingHeads(tasks, tower.out_width + self.context.width, tower.mlp_widths, model.init_std)
+        in_width = tower.out_width + self.context.width
+        self.heads = RankingHeads(tasks, in_width, tower.mlp_widths, model.init_std, tower.direct_width)
 
-    def forward(self, rows: dict[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
-        """-> task -> logits float32 [C]"""
-        x_C = self.backbone(rows, batch, candidates_only=True)
+    def forward(self, rows: dict[str, torch.Tensor], batch: Batch, with_history: bool = False):
+        """-> task -> logits float32 [C]; `with_history`: (the same, HistoryStates)"""
+        if not with_history:
+            return self._logits(self.backbone(rows, batch, candidates_only=True), rows, batch)
+        state_C, history = self.backbone.with_history(rows, batch)
+        return self._logits(state_C, rows, batch), history
+
+    def _logits(self, x_C: torch.Tensor, rows: dict[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
         if self.context.width:
             x_C = torch.cat((x_C, self.context(rows, batch)), dim=-1)
         return self.heads(x_C)

@@ -13,26 +13,42 @@ from gpsd_dist.model.transformer import init_linear
 
 
 class RankingHeads(nn.Module):
-    """One MLP (state + context -> hidden widths -> 1, ReLU) per task."""
+    """One MLP (state + context -> hidden widths -> 1, ReLU) per task. The first `direct_width` columns of the state
+    skip the hidden layers: they are inputs of the last one.
+    """
 
-    def __init__(self, tasks: tuple[str, ...], in_width: int, hidden_widths: tuple[int, ...], init_std: float):
+    def __init__(
+        self,
+        tasks: tuple[str, ...],
+        in_width: int,
+        hidden_widths: tuple[int, ...],
+        init_std: float,
+        direct_width: int = 0,
+    ):
         super().__init__()
-        self.tasks = tasks
-        self.mlps = nn.ModuleDict({module_key(task): _mlp(in_width, hidden_widths) for task in tasks})
+        self.tasks, self.direct_width = tasks, direct_width
+        self.mlps = nn.ModuleDict({module_key(task): _mlp(in_width, hidden_widths, direct_width) for task in tasks})
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 init_linear(module, init_std)
 
     def forward(self, x_C: torch.Tensor) -> dict[str, torch.Tensor]:
         """[C, in_width] -> task -> logits float32 [C]. For a task given another one: of the conditional probability."""
-        return {task: self.mlps[module_key(task)](x_C).squeeze(-1).float() for task in self.tasks}
+        return {task: self._logit(self.mlps[module_key(task)], x_C).squeeze(-1).float() for task in self.tasks}
+
+    def _logit(self, mlp: nn.Sequential, x_C: torch.Tensor) -> torch.Tensor:
+        if not self.direct_width:
+            return mlp(x_C)
+        direct_C, x_C = x_C.tensor_split([self.direct_width], dim=1)
+        return mlp[-1](torch.cat((mlp[:-1](x_C), direct_C), dim=1))
 
 
-def _mlp(in_width: int, hidden_widths: tuple[int, ...]) -> nn.Sequential:
+def _mlp(in_width: int, hidden_widths: tuple[int, ...], direct_width: int) -> nn.Sequential:
+    widths = (in_width - direct_width, *hidden_widths)
     layers: list[nn.Module] = []
-    for left, right in itertools.pairwise((in_width, *hidden_widths)):
+    for left, right in itertools.pairwise(widths):
         layers += [nn.Linear(left, right), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear((in_width, *hidden_widths)[-1], 1))
+    return nn.Sequential(*layers, nn.Linear(widths[-1] + direct_width, 1))
 
 
 class ProjectionOut(nn.Module):

@@ -5,7 +5,12 @@ import typing
 import torch
 
 from gpsd_dist.config import ModelConfig
+from gpsd_dist.model.deepfm import DeepFM
+from gpsd_dist.model.dien import DIEN
+from gpsd_dist.model.din import DIN
+from gpsd_dist.model.dmin import DMIN
 from gpsd_dist.model.transformer import Transformer
+from gpsd_dist.model.wukong import Wukong
 from gpsd_dist.packing import Packing
 
 
@@ -30,10 +35,14 @@ class Tower(typing.Protocol):
     """Whether a learned vector is added to tell candidates from histories (sums only)."""
     is_generative: typing.ClassVar[bool]
     """Whether histories have states of their own: needed for pretraining and full transfer."""
+    supervises_history: typing.ClassVar[bool]
+    """Whether a call `with_history` also returns states [T, F D] of the histories, for the next-behaviour loss."""
     out_width: int
     """Width of a candidate's state."""
+    direct_width: int
+    """First columns of a candidate's state that skip the ranking MLP's hidden layers and enter its last one."""
     mlp_widths: tuple[int, ...]
-    """Hidden widths of the ranking MLP that reads a candidate's state and its context; empty: a linear layer."""
+    """Hidden widths of the ranking MLP that reads the rest of the state and the context; empty: a linear layer."""
 
     @classmethod
     def build(cls, config: ModelConfig, num_fields: int) -> "Tower":
@@ -43,11 +52,24 @@ class Tower(typing.Protocol):
         """As nn.Module.compile."""
 
     def __call__(
-        self, x: torch.Tensor, packing: Packing, candidates_only: bool = False, times: Times | None = None
+        self,
+        x: torch.Tensor,
+        packing: Packing,
+        candidates_only: bool = False,
+        times: Times | None = None,
+        with_history: bool = False,
     ) -> torch.Tensor:
         """Token vectors -> states [S, D], or [C, out_width] with `candidates_only` (towers that are not generative
         are only called so). Candidates see their own request's history and themselves, never each other.
+        `with_history`, known to towers that `supervises_history` alone: (these states, those of the histories).
         """
 
 
-TOWERS: dict[str, type[Tower]] = {"transformer": Transformer}
+TOWERS: dict[str, type[Tower]] = {
+    "transformer": Transformer,
+    "deepfm": DeepFM,
+    "din": DIN,
+    "dien": DIEN,
+    "dmin": DMIN,
+    "wukong": Wukong,
+}

@@ -85,7 +85,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """`l{layers}h{width}a{heads}` of the paper. A `registry.Tower`."""
 
-    reads_fields, has_segments, is_generative = False, True, True
+    reads_fields, has_segments, is_generative, supervises_history = False, True, True, False
+    direct_width = 0
 
     def __init__(self, layers: int, width: int, heads: int, dropout: float = 0.0, init_std: float = 0.02):
         super().__init__()

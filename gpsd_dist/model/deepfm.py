@@ -1,0 +1,42 @@
+"""DeepFM: a factorisation machine beside an MLP, on the same fields. arXiv:1703.04247.
+
+The fields of the official GPSD variant: the candidate's features and the means of the history's.
+
+Shape letters: S tokens in packed order, T history tokens, C candidates, B requests, F token features, D width.
+"""
+
+import torch
+from torch import nn
+
+from gpsd_dist.config import ModelConfig
+from gpsd_dist.model.pairs import split_tokens, sum_histories
+from gpsd_dist.packing import Packing
+
+
+class DeepFM(nn.Module):
+    """[interactions, fields]: the deep part is the ranking MLP, which the interactions skip. A `registry.Tower`."""
+
+    reads_fields, has_segments, is_generative, supervises_history = True, False, False, False
+    direct_width = 1
+
+    def __init__(self, num_fields: int, width: int):
+        super().__init__()
+        self.out_width, self.mlp_widths = 1 + 2 * num_fields * width, (2 * width, width, width)
+
+    @classmethod
+    def build(cls, config: ModelConfig, num_fields: int) -> "DeepFM":
+        """See registry.Tower."""
+        return cls(num_fields, config.width)
+
+    def forward(self, x_SFD: torch.Tensor, packing: Packing, candidates_only: bool = False, times=None) -> torch.Tensor:
+        """Token vectors [S, F, D] -> [C, 1 + 2 F D]"""
+        history_TFD, candidate_CFD = split_tokens(x_SFD, packing, candidates_only)
+        length_B11 = packing.history_offsets.diff().clamp(min=1)[:, None, None]
+        mean_BFD = sum_histories(history_TFD, packing) / length_B11
+        fields = torch.cat((candidate_CFD, mean_BFD[packing.request_C]), dim=1)
+        return torch.cat((pairwise_products(fields)[:, None], fields.flatten(1)), dim=1)
+
+
+def pairwise_products(fields: torch.Tensor) -> torch.Tensor:
+    """Sum of the inner products of all pairs of fields, eq. 2 of the paper: [C, fields, D] -> [C]."""
+    return 0.5 * (fields.sum(1).square() - fields.square().sum(1)).sum(-1)

@@ -1,0 +1,129 @@
+"""DIEN: a GRU extracts interests from a history, a second one follows those near the candidate. arXiv:1809.03672.
+
+Sizes, and target attention by DIN's activation unit, are those of the official GPSD variant; the second GRU is the
+paper's AUGRU. Both run over time on the sequences that are still alive, never on padding.
+
+Shape letters: S tokens in packed order, T history tokens, C candidates, P pairs, B requests, F token features, D width,
+N = F D channels of a token and of a state.
+"""
+
+import typing
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+
+from gpsd_dist.config import ModelConfig
+from gpsd_dist.model.din import ActivationUnit
+from gpsd_dist.model.pairs import pair_up, softmax, split_tokens, sum_histories
+from gpsd_dist.packing import Packing
+
+
+class TimeMajor(typing.NamedTuple):
+    """Entries of jagged rows step by step, the longest row first: the order of a PackedSequence."""
+
+    alive_L: np.ndarray
+    """int64 on the host: rows that have an entry at each step; at least one step, which may be empty."""
+    row_N: torch.Tensor
+    """int64: row of each entry."""
+    step_N: torch.Tensor
+    """int64: its place in the row."""
+
+
+def time_major(length_R: np.ndarray, device: torch.device) -> TimeMajor:
+    """Lengths on the host, ascending."""
+    steps = np.arange(max(length_R.max(initial=0), 1))
+    alive_L = len(length_R) - np.searchsorted(length_R, steps, side="right")
+    alive = torch.from_numpy(alive_L).to(device, non_blocking=True)
+    num_entries = int(alive_L.sum())
+    step_N = torch.repeat_interleave(alive, output_size=num_entries)
+    place_N = torch.arange(num_entries, device=device) - (alive.cumsum(0) - alive)[step_N]
+    return TimeMajor(alive_L, len(length_R) - 1 - place_N, step_N)
+
+
+class AttentionalGRU(nn.Module):
+    """AUGRU: a GRU whose update gate is scaled by attention (interest evolving layer of the paper)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.of_input = nn.Linear(width, 3 * width)
+        self.of_state = nn.Linear(width, 3 * width)
+        for parameter in self.parameters():  # as torch.nn.GRU
+            nn.init.uniform_(parameter, -(width**-0.5), width**-0.5)
+
+    @torch.compiler.disable  # a loop over sizes that differ in every batch
+    def forward(self, gates_P: torch.Tensor, weight_P: torch.Tensor, alive_L: np.ndarray, num_rows: int):
+        """Last states [rows, N] in ascending order of length, zero for rows without entries.
+
+        `gates_P` [P, 3 N]: `of_input` of the inputs, and `weight_P` [P] their attention, both time-major.
+        """
+        state = gates_P.new_zeros(num_rows, gates_P.shape[1] // 3)
+        finished = []
+        steps = zip(gates_P.split(alive_L.tolist()), weight_P[:, None].split(alive_L.tolist()), strict=True)
+        for gates, weight in steps:  # the longest rows come first, so those that end are the last ones
+            state, ended = state.split([len(gates), len(state) - len(gates)])
+            finished.append(ended)
+            reset_in, update_in, new_in = gates.chunk(3, dim=-1)
+            reset_state, update_state, new_state = self.of_state(state).chunk(3, dim=-1)
+            update = weight * torch.sigmoid(update_in + update_state)
+            new = torch.tanh(new_in + torch.sigmoid(reset_in + reset_state) * new_state)
+            state = torch.lerp(state, new, update.to(state.dtype))
+        return torch.cat((state, *reversed(finished))).flip(0)
+
+
+class DIEN(nn.Module):
+    """[final interest, sum of the history, its product with the candidate, candidate]. A `registry.Tower`."""
+
+    reads_fields, has_segments, is_generative, supervises_history = True, False, False, True
+    direct_width = 0
+
+    def __init__(self, num_fields: int, width: int, init_std: float = 0.02):
+        super().__init__()
+        channels = num_fields * width
+        self.out_width, self.mlp_widths = 4 * channels, (2 * width, width)
+        self.extractor = nn.GRU(channels, channels)
+        self.attention = ActivationUnit(channels, (4 * width, 2 * width), init_std)
+        self.evolution = AttentionalGRU(channels)
+
+    @classmethod
+    def build(cls, config: ModelConfig, num_fields: int) -> "DIEN":
+        """See registry.Tower."""
+        return cls(num_fields, config.width, config.init_std)
+
+    def forward(
+        self,
+        x_SFD: torch.Tensor,
+        packing: Packing,
+        candidates_only: bool = False,
+        times=None,
+        with_history: bool = False,
+    ):
+        """Token vectors [S, F, D] -> [C, 4 N]; `with_history` also the first GRU's states [T, N]."""
+        history_TN, candidate_CN = (part.flatten(1) for part in split_tokens(x_SFD, packing, candidates_only))
+        state_TN = self._extract(history_TN, packing)
+        final_CN = self._evolve(candidate_CN, state_TN, packing)
+        sum_CN = sum_histories(history_TN, packing)[packing.request_C]
+        out = torch.cat((final_CN, sum_CN, sum_CN * candidate_CN, candidate_CN), dim=-1)
+        return (out, state_TN) if with_history else out
+
+    @torch.compiler.disable
+    def _extract(self, history_TN: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """One pass per request, whatever the number of its candidates: [T, N] -> [T, N]"""
+        if not packing.num_history_tokens:  # GRU refuses empty batches, but its weights must be in the graph
+            return self.extractor(history_TN.new_zeros(1, history_TN.shape[1]))[0][:0]
+        order = time_major(packing.history_length_B, history_TN.device)
+        token_T = packing.history_offsets[order.row_N] + order.step_N
+        packed = PackedSequence(history_TN[token_T], torch.from_numpy(order.alive_L))
+        state = self.extractor(packed)[0].data
+        return torch.zeros_like(state).index_copy(0, token_T, state)
+
+    def _evolve(self, candidate_CN: torch.Tensor, state_TN: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """[C, N], [T, N] -> [C, N]: the history once per candidate, its input gates once per token."""
+        pairs = pair_up(packing)
+        weight_P = softmax(self.attention(candidate_CN, state_TN, pairs), pairs)
+        length_C = np.repeat(packing.history_length_B, packing.candidate_count_B)
+        order = time_major(length_C, candidate_CN.device)
+        pair_P = pairs.offsets[order.row_N] + order.step_N
+        gates_P = self.evolution.of_input(state_TN)[pairs.token_P[pair_P]]
+        return self.evolution(gates_P, weight_P[pair_P], order.alive_L, packing.num_candidates)

@@ -1,0 +1,96 @@
+"""DIN: the interest of a history as one candidate sees it, by an activation unit per pair. arXiv:1706.06978.
+
+Sizes and the softmax over the history (the paper has none) are those of the official GPSD variant.
+
+Shape letters: S tokens in packed order, T history tokens, C candidates, P pairs, F token features, D width, N = F D.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gpsd_dist.config import ModelConfig
+from gpsd_dist.model.pairs import Pairs, pair_up, pool, softmax, split_tokens
+from gpsd_dist.model.transformer import init_linear
+from gpsd_dist.packing import Packing
+
+
+class Dice(nn.Module):
+    """s where the gate p(s) is 1, alpha s where it is 0 (section 5.2 of the paper), per channel.
+
+    The paper's gate is a sigmoid of s standardised by the mean and variance of the mini-batch, of running averages in
+    evaluation. Here slope and threshold are learned instead, which spans the same functions in evaluation; what a
+    candidate gets then depends neither on the rest of the batch nor on how many ranks share it.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(width))
+        self.slope = nn.Parameter(torch.ones(width))
+        self.threshold = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., width] -> [..., width]"""
+        gate = torch.sigmoid(self.slope * (x - self.threshold))
+        return x * (self.alpha + (1 - self.alpha) * gate)
+
+
+class ActivationUnit(nn.Module):
+    """Score of every pair: MLP over [candidate, token, candidate - token, candidate * token] (figure 2)."""
+
+    def __init__(self, width: int, hidden_widths: tuple[int, ...], init_std: float):
+        super().__init__()
+        widths = itertools.pairwise((4 * width, *hidden_widths))
+        self.linears = nn.ModuleList(nn.Linear(left, right) for left, right in widths)
+        self.linears.append(nn.Linear(hidden_widths[-1], 1, bias=False))  # the softmax would not see a bias
+        self.dices = nn.ModuleList(Dice(hidden) for hidden in hidden_widths)
+        for linear in self.linears:
+            init_linear(linear, init_std)
+
+    def forward(self, candidate_CN: torch.Tensor, history_TN: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        """-> score [P]
+
+        The first layer is linear in the four parts, so only the product is computed per pair; the rest is computed
+        once per candidate and once per history token.
+        """
+        first, *rest = self.linears
+        of_candidate, of_token, of_difference, of_product = first.weight.chunk(4, dim=1)
+        from_candidate_CH = F.linear(candidate_CN, of_candidate + of_difference, first.bias)
+        from_token_TH = F.linear(history_TN, of_token - of_difference)
+        product_PN = candidate_CN[pairs.candidate_P] * history_TN[pairs.token_P]
+        x_P = F.linear(product_PN, of_product) + from_candidate_CH[pairs.candidate_P] + from_token_TH[pairs.token_P]
+        for dice, linear in zip(self.dices, rest, strict=True):
+            x_P = linear(dice(x_P))
+        return x_P.squeeze(-1)
+
+
+class DIN(nn.Module):
+    """Candidate and attended history. A `registry.Tower`."""
+
+    reads_fields, has_segments, is_generative, supervises_history = True, False, False, False
+    direct_width = 0
+
+    def __init__(self, num_fields: int, width: int, init_std: float = 0.02):
+        super().__init__()
+        channels = num_fields * width
+        self.out_width, self.mlp_widths = 2 * channels, (2 * width, width)
+        self.attention = ActivationUnit(channels, attention_widths(width), init_std)
+
+    @classmethod
+    def build(cls, config: ModelConfig, num_fields: int) -> "DIN":
+        """See registry.Tower."""
+        return cls(num_fields, config.width, config.init_std)
+
+    def forward(self, x_SFD: torch.Tensor, packing: Packing, candidates_only: bool = False, times=None) -> torch.Tensor:
+        """Token vectors [S, F, D] -> [C, 2 N]"""
+        history_TN, candidate_CN = (part.flatten(1) for part in split_tokens(x_SFD, packing, candidates_only))
+        pairs = pair_up(packing)
+        weight_P = softmax(self.attention(candidate_CN, history_TN, pairs), pairs)
+        return torch.cat((pool(history_TN, weight_P, pairs), candidate_CN), dim=-1)
+
+
+def attention_widths(width: int) -> tuple[int, int]:
+    """Hidden widths of the activation unit (official settings: d / 2, d / 4)."""
+    return max(width // 2, 1), max(width // 4, 1)

@@ -1,0 +1,93 @@
+"""DMIN: self-attention refines a history, the heads of another are interests. doi:10.1145/3340531.3412092 (CIKM'20).
+
+Sizes are those of the official GPSD variant. Both self-attentions are causal, so that a refined behaviour can be
+supervised by the next one.
+
+Shape letters: S tokens in packed order, T history tokens, C candidates, F token features, D width, N = F D channels of
+a token, H heads, K = N / H head width.
+"""
+
+import torch
+from torch import nn
+
+from gpsd_dist.config import ModelConfig
+from gpsd_dist.model.attention import attend
+from gpsd_dist.model.din import ActivationUnit, attention_widths
+from gpsd_dist.model.pairs import Pairs, pair_up, pool, softmax, split_tokens, sum_histories
+from gpsd_dist.model.transformer import init_linear
+from gpsd_dist.packing import Packing
+
+_FFN_MULTIPLE = 2  # hidden width of a feed-forward over N: 4 d with two features (official settings)
+
+
+class Refinement(nn.Module):
+    """What follows an attention: norm(x + projected attention), then norm(x + FFN(x)), ReLU inside."""
+
+    def __init__(self, in_width: int, width: int, dropout: float):
+        super().__init__()
+        self.project = nn.Linear(in_width, width, bias=False)
+        self.attention_norm = nn.LayerNorm(width)
+        hidden = _FFN_MULTIPLE * width
+        self.ffn = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
+        self.ffn_norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_TN: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """[T, N], [T, in_width] -> [T, N]"""
+        x_TN = self.attention_norm(x_TN + self.dropout(self.project(attended)))
+        return self.ffn_norm(x_TN + self.dropout(self.ffn(x_TN)))
+
+
+class DMIN(nn.Module):
+    """[H interests, sum of the history, its product with the candidate, candidate]. A `registry.Tower`."""
+
+    reads_fields, has_segments, is_generative, supervises_history = True, False, False, True
+    direct_width = 0
+
+    def __init__(self, num_fields: int, width: int, heads: int, dropout: float = 0.0, init_std: float = 0.02):
+        super().__init__()
+        self.heads = heads
+        channels = num_fields * width
+        self.out_width, self.mlp_widths = (heads + 3) * channels, (2 * width, width)
+        self.refiner_qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.refiner = Refinement(channels, channels, dropout)
+        self.extractor_qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.interests = nn.ModuleList(Refinement(channels // heads, channels, dropout) for _ in range(heads))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init_linear(module, init_std)
+        widths = attention_widths(width)
+        self.attentions = nn.ModuleList(ActivationUnit(channels, widths, init_std) for _ in range(heads))
+
+    @classmethod
+    def build(cls, config: ModelConfig, num_fields: int) -> "DMIN":
+        """See registry.Tower."""
+        return cls(num_fields, config.width, config.heads, config.dropout, config.init_std)
+
+    def forward(
+        self,
+        x_SFD: torch.Tensor,
+        packing: Packing,
+        candidates_only: bool = False,
+        times=None,
+        with_history: bool = False,
+    ):
+        """Token vectors [S, F, D] -> [C, (H + 3) N]; `with_history` also the refined behaviours [T, N]."""
+        history_TN, candidate_CN = (part.flatten(1) for part in split_tokens(x_SFD, packing, candidates_only))
+        histories, pairs = packing.without_candidates(), pair_up(packing)
+        refined_TN = self.refiner(history_TN, self._attend(self.refiner_qkv(history_TN), histories))
+        head_THK = self._attend(self.extractor_qkv(refined_TN), histories).unflatten(-1, (self.heads, -1))
+        parts = [self._interest(h, candidate_CN, refined_TN, head_THK[:, h], pairs) for h in range(self.heads)]
+        sum_CN = sum_histories(history_TN, packing)[packing.request_C]
+        out = torch.cat((*parts, sum_CN, sum_CN * candidate_CN, candidate_CN), dim=-1)
+        return (out, refined_TN) if with_history else out
+
+    def _attend(self, qkv: torch.Tensor, histories: Packing) -> torch.Tensor:
+        """[T, 3 N] -> [T, N], causal over each history."""
+        return attend(qkv.unflatten(-1, (3, self.heads, -1)), histories)
+
+    def _interest(self, index: int, candidate_CN, refined_TN, head_TK, pairs: Pairs) -> torch.Tensor:
+        """What the candidate attends to in one head: [C, N]"""
+        interest_TN = self.interests[index](refined_TN, head_TK)
+        weight_P = softmax(self.attentions[index](candidate_CN, interest_TN, pairs), pairs)
+        return pool(interest_TN, weight_P, pairs)
