@@ -220,3 +220,29 @@ def test_sampled_softmax_sums_do_not_depend_on_how_positions_are_split():
         piece["group_offsets"] = (0, len(piece["target_row"]))
         total = [a + b for a, b in zip(total, run_ours(piece, p["hidden"][part], p["rows"]))]
     torch.testing.assert_close(total, list(whole))
+
+
+@pytest.mark.parametrize("lengths", [[4, 1, 3], [1, 1], [0], [2]], ids=str)
+def test_next_behaviour_compares_each_state_with_the_next_token_and_another(lengths):
+    """The auxiliary loss of DIEN, position by position."""
+    random = torch.Generator().manual_seed(0)
+    num_tokens = sum(lengths)
+    state, token = (torch.randn(num_tokens, 5, generator=random).requires_grad_() for _ in range(2))
+    item = torch.randint(3, (num_tokens,), generator=random)  # few items: some negatives are the item itself
+    negative = torch.randint(max(num_tokens, 1), (num_tokens,), generator=random)
+    position = torch.tensor([i for length in lengths for i in range(length)], dtype=torch.int64)
+    expected, count, hits = torch.zeros(()), 0, 0
+    for t in range(num_tokens):
+        if position[t] == 0:
+            continue
+        expected = expected - torch.sigmoid(state[t - 1] @ token[t]).log()
+        is_hit = item[negative[t]] == item[t]
+        expected = expected if is_hit else expected - (1 - torch.sigmoid(state[t - 1] @ token[negative[t]])).log()
+        count, hits = count + 1, hits + int(is_hit)
+    total, number = losses.next_behaviour(state, token, position, item, negative)
+    assert number == count and (hits > 0 or lengths != [4, 1, 3])
+    torch.testing.assert_close(total, expected)
+    if count:
+        wanted = torch.autograd.grad(expected, (state, token))
+        for ours, theirs in zip(torch.autograd.grad(total, (state, token)), wanted):
+            torch.testing.assert_close(ours, theirs)

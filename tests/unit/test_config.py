@@ -40,7 +40,10 @@ INVALID = [
     (TablesConfig, {"embedding_dim": 30}, "multiple of 4"),
     (TablesConfig, {"small_table_max_rows": -1}, "small_table_max_rows"),
     (TablesConfig, {"sharding": {"item": "diagonal"}}, "'item' is 'diagonal'"),
-    *[(ModelConfig, {name: 0}, f"{name} 0 must be >= 1") for name in ("layers", "width", "heads", "context_dim")],
+    *[
+        (ModelConfig, {name: 0}, f"{name} 0 must be >= 1")
+        for name in ("layers", "width", "heads", "context_dim", "max_positions")
+    ],
     (ModelConfig, {"width": 36, "heads": 4}, "multiple of 2 x heads = 8"),
     (ModelConfig, {"dropout": 1.0}, "dropout"),
     (ModelConfig, {"dropout": -0.1}, "dropout"),
@@ -50,6 +53,7 @@ INVALID = [
     (PretrainConfig, {"temperature": 0}, "temperature"),
     (PretrainConfig, {"temperature": -0.1}, "temperature"),
     (FinetuneConfig, {"task_weights": {"click": -1.0}}, "'click' is -1.0"),
+    (FinetuneConfig, {"next_behaviour_weight": -0.5}, "next_behaviour_weight -0.5 must be >= 0"),
     (OptimizerConfig, {"name": "adamax"}, "'adamax' is not one of"),
     *[(OptimizerConfig, {name: -1.0}, f"{name} -1.0 must be >= 0") for name in ("peak_lr", "eps", "weight_decay")],
     *[
@@ -126,6 +130,16 @@ def test_lists_become_tuples_and_ints_pass_as_floats():
     assert TrainConfig(clip_norm=2).clip_norm == 2
 
 
+@pytest.mark.parametrize(("name", "longest", "fits"), [("wukong", 30, True), ("wukong", 31, False), ("din", 31, True)])
+def test_histories_must_fit_into_the_slots_of_a_model_that_has_them(name, longest, fits):
+    options = {"data": DataConfig(max_history_length=longest), "model": ModelConfig(name=name, max_positions=30)}
+    if fits:
+        assert make_run(**options).model.max_positions == 30
+    else:
+        with pytest.raises(ValueError, match="max_history_length 31 with max_positions 30"):
+            make_run(**options)
+
+
 @pytest.mark.parametrize("strategy", config.STRATEGIES)
 @pytest.mark.parametrize("init_checkpoint", ["", "runs/p"])
 def test_finetuning_needs_a_checkpoint_unless_nothing_is_transferred(strategy, init_checkpoint):
@@ -161,9 +175,9 @@ def full_run():
         seed=7,
         data=DataConfig(7, 0, 640, 9, 8, 3, 4),
         tables=TablesConfig(32, 9, {"item": "table_wise"}, ("item", "tag"), 0.1),
-        model=ModelConfig("transformer", 2, 32, 2, 0.1, 0.05, 8, True),
+        model=ModelConfig("transformer", 2, 32, 2, 0.1, 0.05, 8, True, 99),
         pretrain=PretrainConfig(0.1, -1, 5, ("category", "brand"), 0.5),
-        finetune=FinetuneConfig({"click": 0.5, "buy": 2}, True),
+        finetune=FinetuneConfig({"click": 0.5, "buy": 2}, True, 0.5),
         dense=OptimizerConfig("adamw", 0.2, 0.8, 0.7, 1e-6, 0.3),
         sparse=OptimizerConfig("sgd", 0.3, 0.5, 0.6, 1e-5, 0.0),
         train=TrainConfig(3, 9, 0.2, 0.3, 0.5, 2, True, 3, "click/auc", 4, 5, 6, 7, 8),

@@ -4,8 +4,13 @@ import pathlib
 import re
 
 import pytest
+import torch
 
 from gpsd_dist.gin_cli import load_run_config
+from gpsd_dist.model.embeddings import lookup_tables
+from gpsd_dist.model.gpsd import RankingModel
+from gpsd_dist.model.registry import TOWERS
+from tests.helpers.synthetic import make_manifest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -33,7 +38,30 @@ def test_every_combination_builds_a_run(stage, data, model):
     parsed = load([f"configs/stage/{stage}", f"configs/data/{data}", f"configs/model/{model}"], OUT)
     run = parsed.run
     assert run.stage == stage.removesuffix(".gin") and run.output_dir == "runs/a" and run.data_dir.startswith("data/")
-    assert model == f"l{run.model.layers}h{run.model.width}a{run.model.heads}.gin"
+    size = f"l{run.model.layers}h{run.model.width}a{run.model.heads}"
+    assert model == f"{size if run.model.name == 'transformer' else run.model.name}.gin"
+
+
+@pytest.mark.parametrize("name", sorted(set(TOWERS) - {"transformer"}))
+@pytest.mark.parametrize("data", FILES["data"])
+@pytest.mark.parametrize("strategy", ["NT", "ST", "ST_SF"])
+def test_every_other_model_builds_on_every_data_set(name, data, strategy):
+    init = [] if strategy == "NT" else ["--gin.INIT_CHECKPOINT=runs/p"]
+    files = ("configs/stage/finetune.gin", f"configs/data/{data}", f"configs/model/{name}.gin")
+    run = load(files, OUT, f"--gin.STRATEGY={strategy}", *init).run
+    assert (run.strategy, run.model.name) == (strategy, name)
+    manifest = make_manifest()
+    with torch.device("meta"):
+        model = RankingModel(manifest, run.tables, run.model, lookup_tables(manifest, run.tables, True), ("click",))
+    assert sum(parameter.numel() for parameter in model.backbone.tower.parameters()) > 0 or name == "deepfm"
+
+
+def test_wukong_has_as_many_slots_as_events():
+    files = (*FINETUNE, "configs/model/wukong.gin")
+    assert load(files, OUT).run.model.max_positions == 50
+    assert load(files, OUT, "--gin.MAX_HISTORY_LENGTH=7").run.model.max_positions == 7
+    with pytest.raises(ValueError, match=r"max_history_length 50 with max_positions 49.*--gin.ModelConfig.max_pos"):
+        load(files, OUT, "--gin.ModelConfig.max_positions=49")
 
 
 @pytest.mark.parametrize("scale", FILES["scale"])

@@ -11,7 +11,7 @@ from gpsd_dist.config import FinetuneConfig, ModelConfig, PretrainConfig, Tables
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.parquet_dataset import BatchKey
 from gpsd_dist.model.embeddings import Tables, lookup_tables
-from gpsd_dist.model.gpsd import NextItemModel
+from gpsd_dist.model.gpsd import NextItemModel, RankingModel
 from gpsd_dist.objective import NextItemObjective, RankingObjective, trained_tasks
 from gpsd_dist.schema import Task
 from tests.helpers.reference import fill_
@@ -40,6 +40,49 @@ def entropy(probability, label):
 
 def p(task, index):
     return 1 / (1 + math.exp(-LOGITS[task][index].item()))
+
+
+def ranking(name, weight, num_rows=8):
+    tables_config = TablesConfig(embedding_dim=8)
+    sharded = lookup_tables(MANIFEST, tables_config, with_candidates=True)
+    collate = Collate(MANIFEST, tuple(table.name for table in sharded), 20, True)
+    [batch] = collate(make_rows(MANIFEST, "train", seed=0, num_rows=num_rows), BatchKey(0, 0, 0))
+    rows = fill_(Tables(sharded, (), tables_config, torch.device("cpu")))(batch.lookup)
+    model = RankingModel(MANIFEST, tables_config, ModelConfig(name=name, width=16), sharded, ("click", "buy"))
+    return RankingObjective(FinetuneConfig(next_behaviour_weight=weight), MANIFEST.tasks), fill_(model), rows, batch
+
+
+@pytest.mark.parametrize("name", ["dien", "dmin"])
+def test_next_behaviour_is_one_more_loss_over_tokens_that_have_a_predecessor(name):
+    plain, model, rows, batch = ranking(name, 0.0)
+    objective = ranking(name, 0.5)[0]
+    assert list(objective.weights.items()) == [("click", 1.0), ("buy", 1.0), ("next_behaviour", 0.5)]
+    lengths = batch.packing.history_offsets.diff()
+    assert objective.counts(batch).tolist() == [*plain.counts(batch).tolist(), (lengths - 1).clamp(min=0).sum()]
+
+    torch.manual_seed(3)
+    sums = objective.sums(model, rows, batch)
+    torch.testing.assert_close(sums[:2], plain.sums(model, rows, batch), rtol=0, atol=0)
+    _, history = model(rows, batch, with_history=True)
+    item, position = batch.history_item_T, batch.packing.position_S[: len(batch.history_item_T)]
+    torch.manual_seed(3)
+    negative = torch.randint(len(item), item.shape)
+    torch.testing.assert_close(sums[2], losses.next_behaviour(*history, position, item, negative)[0])
+    assert sums[2] > 0 and len(negative.unique()) > len(negative) / 4
+
+
+@pytest.mark.parametrize("num_rows", [8, 0])
+def test_next_behaviour_reaches_every_parameter_that_the_task_does(num_rows):
+    objective, model, rows, batch = ranking("dien", 0.5, num_rows)
+    objective.sums(model, rows, batch).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_task_with_the_name_of_the_auxiliary_loss_is_an_error():
+    manifest = dataclasses.replace(MANIFEST, tasks=(Task("next_behaviour"),))
+    assert trained_tasks(FinetuneConfig(), manifest)
+    with pytest.raises(ValueError, match="rename it"):
+        trained_tasks(FinetuneConfig(next_behaviour_weight=0.1), manifest)
 
 
 def test_conditional_task_counts_where_the_other_label_is_one():

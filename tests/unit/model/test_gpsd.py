@@ -8,6 +8,7 @@ from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.parquet_dataset import BatchKey
 from gpsd_dist.model.embeddings import Tables, lookup_tables
 from gpsd_dist.model.gpsd import NextItemModel, RankingModel
+from gpsd_dist.model.registry import TOWERS
 from gpsd_dist.objective import NextItemObjective
 from tests.helpers.reference import fill_, rms_norm
 from tests.helpers.synthetic import make_manifest, make_rows
@@ -94,11 +95,19 @@ def test_logits_are_the_head_on_candidate_state_and_context():
     assert not torch.equal(logits["click"], logits["buy"])
 
 
+def of_name(name):
+    return dataclasses.replace(MODEL, name=name, max_positions=10)
+
+
 @pytest.mark.parametrize("num_rows", [9, 0])
-@pytest.mark.parametrize("tasks", [("click",), ("buy",), ("click", "buy")], ids=str)
-def test_every_parameter_of_ranking_gets_a_gradient(tasks, num_rows):
+@pytest.mark.parametrize(
+    ("name", "tasks"),
+    [("transformer", ("click",)), ("transformer", ("buy",)), *((name, ("click", "buy")) for name in TOWERS)],
+    ids=str,
+)
+def test_every_parameter_of_ranking_gets_a_gradient(name, tasks, num_rows):
     """DistributedDataParallel waits for each: one without would hang or fail a multi-rank run. Empty batches too."""
-    model, rows, batch = ranking(tasks=tasks, num_rows=num_rows)
+    model, rows, batch = ranking(of_name(name), tasks=tasks, num_rows=num_rows)
     sum(logit.sum() for logit in model(rows, batch).values()).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
@@ -117,13 +126,25 @@ def test_backbone_of_pretraining_fits_the_one_of_ranking():
     assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
 
 
-def test_dropout_is_off_in_evaluation():
-    model, rows, batch = ranking(dataclasses.replace(MODEL, dropout=0.5))
+@pytest.mark.parametrize("name", TOWERS)
+def test_dropout_is_off_in_evaluation(name):
+    model, rows, batch = ranking(dataclasses.replace(of_name(name), dropout=0.5))
     assert not torch.equal(model(rows, batch)["click"], model(rows, batch)["click"])
     model.eval()
     assert torch.equal(model(rows, batch)["click"], model(rows, batch)["click"])
 
 
+@pytest.mark.parametrize("name", TOWERS)
+def test_ranking_runs_in_bf16(name):
+    model, rows, batch = ranking(of_name(name))
+    exact = model(rows, batch)["click"]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(rows, batch)["click"]
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.1 * float(exact.abs().max()))
+    rounded.sum().backward()
+
+
 def test_unknown_model_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"'transfomer' is not one of \['transformer'"):
+    with pytest.raises(ValueError, match=r"'transfomer' is not one of .*'transformer'"):
         ranking(dataclasses.replace(MODEL, name="transfomer"))
