@@ -114,7 +114,7 @@ class DIEN(nn.Module):
             return self.extractor(history_TN.new_zeros(1, history_TN.shape[1]))[0][:0]
         order = time_major(packing.history_length_B, history_TN.device)
         token_T = packing.history_offsets[order.row_N] + order.step_N
-        packed = PackedSequence(history_TN[token_T], torch.from_numpy(order.alive_L))
+        packed = PackedSequence(history_TN.index_select(0, token_T), torch.from_numpy(order.alive_L))
         state = self.extractor(packed)[0].data
         return torch.zeros_like(state).index_copy(0, token_T, state)
 
@@ -125,5 +125,5 @@ class DIEN(nn.Module):
         length_C = np.repeat(packing.history_length_B, packing.candidate_count_B)
         order = time_major(length_C, candidate_CN.device)
         pair_P = pairs.offsets[order.row_N] + order.step_N
-        gates_P = self.evolution.of_input(state_TN)[pairs.token_P[pair_P]]
+        gates_P = self.evolution.of_input(state_TN).index_select(0, pairs.token_P[pair_P])
         return self.evolution(gates_P, weight_P[pair_P], order.alive_L, packing.num_candidates)

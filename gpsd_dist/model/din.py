@@ -59,8 +59,9 @@ class ActivationUnit(nn.Module):
         of_candidate, of_token, of_difference, of_product = first.weight.chunk(4, dim=1)
         from_candidate_CH = F.linear(candidate_CN, of_candidate + of_difference, first.bias)
         from_token_TH = F.linear(history_TN, of_token - of_difference)
-        product_PN = candidate_CN[pairs.candidate_P] * history_TN[pairs.token_P]
-        x_P = F.linear(product_PN, of_product) + from_candidate_CH[pairs.candidate_P] + from_token_TH[pairs.token_P]
+        candidate_PN, candidate_PH = (x.index_select(0, pairs.candidate_P) for x in (candidate_CN, from_candidate_CH))
+        token_PN, token_PH = (x.index_select(0, pairs.token_P) for x in (history_TN, from_token_TH))
+        x_P = F.linear(candidate_PN * token_PN, of_product) + candidate_PH + token_PH
         for dice, linear in zip(self.dices, rest, strict=True):
             x_P = linear(dice(x_P))
         return x_P.squeeze(-1)

@@ -62,6 +62,11 @@ class DMIN(nn.Module):
     @classmethod
     def build(cls, config: ModelConfig, num_fields: int) -> "DMIN":
         """See registry.Tower."""
+        if num_fields * config.width % config.heads:
+            raise ValueError(
+                f"dmin splits {num_fields} token features x width {config.width} channels into {config.heads} heads: "
+                "choose a WIDTH that is a multiple of HEADS"
+            )
         return cls(num_fields, config.width, config.heads, config.dropout, config.init_std)
 
     def forward(

@@ -1,5 +1,6 @@
 """The packed click models against loops over candidates and tokens (float64, so agreement is to rounding)."""
 
+import types
 import unittest.mock
 
 import numpy as np
@@ -190,6 +191,12 @@ def test_history_states_do_not_see_what_they_predict(name):
     candidates[0] += 1.0
     changed = (before - run(tower, histories, candidates, with_history=True)[1]).abs().amax(-1) > 1e-9
     assert changed.tolist() == [False] * 6 + [True] * 3
+
+
+def test_dmin_refuses_heads_that_do_not_divide_a_token():
+    config = types.SimpleNamespace(width=8, heads=5)
+    with pytest.raises(ValueError, match="3 token features x width 8 channels into 5 heads"):
+        TOWERS["dmin"].build(config, FIELDS)
 
 
 def test_wukong_refuses_a_history_that_has_no_slots():

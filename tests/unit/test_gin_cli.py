@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import os
 import pathlib
@@ -50,9 +51,9 @@ def test_every_other_model_builds_on_every_data_set(name, data, strategy):
     files = ("configs/stage/finetune.gin", f"configs/data/{data}", f"configs/model/{name}.gin")
     run = load(files, OUT, f"--gin.STRATEGY={strategy}", *init).run
     assert (run.strategy, run.model.name) == (strategy, name)
-    manifest = make_manifest()
+    manifest, tables = make_manifest(), dataclasses.replace(run.tables, transfer=("item",))
     with torch.device("meta"):
-        model = RankingModel(manifest, run.tables, run.model, lookup_tables(manifest, run.tables, True), ("click",))
+        model = RankingModel(manifest, tables, run.model, lookup_tables(manifest, tables, True), ("click",))
     assert sum(parameter.numel() for parameter in model.backbone.tower.parameters()) > 0 or name == "deepfm"
 
 
