@@ -5,8 +5,9 @@ Sizes of tables are not options: they come from the data set's manifest.
 """
 
 import dataclasses
-import types
 import typing
+
+from gpsd_dist.option_checks import below, check_types, raise_all
 
 STAGES = ("pretrain", "finetune")
 STRATEGIES = ("NT", "ST", "FT", "ST_SF", "FT_SF")  # arXiv:2506.03699, section 3.3
@@ -35,14 +36,14 @@ class DataConfig:
     """Batches per thread that may wait."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         problems = []
         if (self.global_batch_rows > 0) == (self.global_batch_tokens > 0):
             given = f"global_batch_rows={self.global_batch_rows}, global_batch_tokens={self.global_batch_tokens}"
             problems.append(f"{given}: set exactly one of them above 0")
         for name in ("max_history_length", "eval_batch_rows_per_rank", "num_data_shards", "num_threads", "prefetch"):
-            problems += _below(self, name, 1)
-        _raise(self, problems)
+            problems += below(self, name, 1)
+        raise_all(self, problems)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +62,14 @@ class TablesConfig:
     """Standard deviation of the normal initial weights (official settings)."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        problems = _below(self, "embedding_dim", 4) + _below(self, "small_table_max_rows", 0)
+        check_types(self)
+        problems = below(self, "embedding_dim", 4) + below(self, "small_table_max_rows", 0)
         if self.embedding_dim % 4:
             problems.append(f"embedding_dim {self.embedding_dim} must be a multiple of 4 (FBGEMM kernels)")
         for table, sharding in self.sharding.items():
             if sharding not in SHARDING_TYPES:
                 problems.append(f"sharding of table {table!r} is {sharding!r}, not one of {SHARDING_TYPES}")
-        _raise(self, problems)
+        raise_all(self, problems)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,16 +95,16 @@ class ModelConfig:
     """Positions that a model with learned or fixed slots has (wukong); histories may be at most this long."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         problems = []
         for name in ("layers", "width", "heads", "context_dim", "max_positions"):
-            problems += _below(self, name, 1)
+            problems += below(self, name, 1)
         if self.heads > 0 and self.width % (2 * self.heads):
             problems.append(f"width {self.width} must be a multiple of 2 x heads = {2 * self.heads} (rotary pairs)")
-        problems += _below(self, "init_std", 0)
+        problems += below(self, "init_std", 0)
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout {self.dropout} must be in [0, 1)")
-        _raise(self, problems)
+        raise_all(self, problems)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,14 +122,14 @@ class PretrainConfig:
     auxiliary_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         problems = []
         if self.num_negative_groups < 1 and self.num_negative_groups != -1:
             problems.append(f"num_negative_groups {self.num_negative_groups} must be >= 1, or -1 for one per request")
-        problems += _below(self, "num_negatives", 1)
+        problems += below(self, "num_negatives", 1)
         if self.temperature <= 0:
             problems.append(f"temperature {self.temperature} must be > 0")
-        _raise(self, problems)
+        raise_all(self, problems)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,10 +146,10 @@ class FinetuneConfig:
     state before it, against a random one of the batch. 0, as in the official variants: without."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         problems = [f"weight of task {t!r} is {w}, must be >= 0" for t, w in self.task_weights.items() if w < 0]
-        problems += _below(self, "next_behaviour_weight", 0)
-        _raise(self, problems)
+        problems += below(self, "next_behaviour_weight", 0)
+        raise_all(self, problems)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,13 +165,13 @@ class OptimizerConfig:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         problems = []
         if self.name not in ("adamw", *SPARSE_OPTIMIZERS):
             problems.append(f"name {self.name!r} is not one of {('adamw', *SPARSE_OPTIMIZERS)}")
         for name in ("peak_lr", "eps", "weight_decay"):
-            problems += _below(self, name, 0)
-        _raise(self, problems)
+            problems += below(self, name, 0)
+        raise_all(self, problems)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,16 +208,16 @@ class TrainConfig:
     """A rank that waits longer for its peers fails with an error."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         problems = []
         for name in ("epochs", "micro_batches", "eval_per_epoch", "keep_last", "log_interval_steps"):
-            problems += _below(self, name, 1)
+            problems += below(self, name, 1)
         for name in ("max_steps", "clip_norm", "patience", "save_interval_steps"):
-            problems += _below(self, name, 0)
+            problems += below(self, name, 0)
         for name in ("warmup_fraction", "final_lr_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 problems.append(f"{name} {getattr(self, name)} must be in [0, 1)")
-        _raise(self, problems)
+        raise_all(self, problems)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +246,7 @@ class RunConfig:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         problems = []
         if self.stage not in STAGES:
             problems.append(f"stage {self.stage!r} is not one of {STAGES}")
@@ -269,7 +270,7 @@ class RunConfig:
         for name in ("data_dir", "output_dir"):
             if not getattr(self, name):
                 problems.append(f"{name} is empty; set --gin.{name.upper()}=PATH")
-        _raise(self, problems)
+        raise_all(self, problems)
 
     @property
     def transfers_tower(self) -> bool:
@@ -311,44 +312,3 @@ def _part(hint: typing.Any, value: typing.Any) -> typing.Any:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return hint(**value)
     return value
-
-
-def _below(config: typing.Any, name: str, minimum: float) -> list[str]:
-    value = getattr(config, name)
-    return [f"{name} {value} must be >= {minimum}"] if isinstance(value, int | float) and value < minimum else []
-
-
-def _check_types(config: typing.Any) -> None:
-    """Gin checks no types: `layers = 4.5` or `dropout = "0.1"` would get through."""
-    hints = typing.get_type_hints(type(config))
-    problems = []
-    for field in dataclasses.fields(config):
-        value, hint = getattr(config, field.name), hints[field.name]
-        if isinstance(value, list) and typing.get_origin(hint) is tuple:  # gin has no tuples in older files
-            value = tuple(value)
-            object.__setattr__(config, field.name, value)
-        if not _is_instance(value, hint):
-            problems.append(f"{field.name} is {value!r}, expected {getattr(hint, '__name__', hint)}")
-    _raise(config, problems)
-
-
-def _is_instance(value: typing.Any, hint: typing.Any) -> bool:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_is_instance(entry, arguments[0]) for entry in value)
-    if origin is dict:
-        entries = value.items() if isinstance(value, dict) else [(None, None)]
-        return all(_is_instance(k, arguments[0]) and _is_instance(v, arguments[1]) for k, v in entries)
-    if origin is types.UnionType:
-        return any(_is_instance(value, argument) for argument in arguments)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _raise(config: typing.Any, problems: list[str]) -> None:
-    """All problems of one dataclass at once."""
-    if problems:
-        raise ValueError(f"{type(config).__name__}: " + "; ".join(problems))
