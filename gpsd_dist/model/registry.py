@@ -5,6 +5,8 @@ import typing
 import torch
 
 from gpsd_dist.config import ModelConfig
+from gpsd_dist.model.hstu import HSTU
+from gpsd_dist.model.sasrec import SASRec
 from gpsd_dist.model.transformer import Transformer
 from gpsd_dist.packing import Packing
 
@@ -15,7 +17,7 @@ class Times(typing.NamedTuple):
     history_T: torch.Tensor
     """Of every history token."""
     request_B: torch.Tensor
-    """Of every request: the time of its candidates, or of what comes after the history."""
+    """Of every request: the time of its candidates, or of what comes after the history; -1 in pretraining."""
 
 
 class Tower(typing.Protocol):
@@ -30,6 +32,8 @@ class Tower(typing.Protocol):
     """Whether a learned vector is added to tell candidates from histories (sums only)."""
     is_generative: typing.ClassVar[bool]
     """Whether histories have states of their own: needed for pretraining and full transfer."""
+    drops_inputs: typing.ClassVar[bool]
+    """Whether the tower applies dropout to its input itself, after what it adds to it; else the backbone does."""
     out_width: int
     """Width of a candidate's state."""
     mlp_widths: tuple[int, ...]
@@ -50,4 +54,4 @@ class Tower(typing.Protocol):
         """
 
 
-TOWERS: dict[str, type[Tower]] = {"transformer": Transformer}
+TOWERS: dict[str, type[Tower]] = {"transformer": Transformer, "sasrec": SASRec, "hstu": HSTU}

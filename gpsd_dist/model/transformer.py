@@ -85,7 +85,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """`l{layers}h{width}a{heads}` of the paper. A `registry.Tower`."""
 
-    reads_fields, has_segments, is_generative = False, True, True
+    reads_fields, has_segments, is_generative, drops_inputs = False, True, True, False
 
     def __init__(self, layers: int, width: int, heads: int, dropout: float = 0.0, init_std: float = 0.02):
         super().__init__()
@@ -100,6 +100,7 @@ class Transformer(nn.Module):
     @classmethod
     def build(cls, config: ModelConfig, num_fields: int) -> "Transformer":
         """See registry.Tower."""
+        config.refuse("head_width", "ffn_width", "time_bias")
         return cls(config.layers, config.width, config.heads, config.dropout, config.init_std)
 
     def forward(self, x_SD: torch.Tensor, packing: Packing, candidates_only: bool = False, times=None) -> torch.Tensor:

@@ -8,6 +8,7 @@ from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.parquet_dataset import BatchKey
 from gpsd_dist.model.embeddings import Tables, lookup_tables
 from gpsd_dist.model.gpsd import NextItemModel, RankingModel
+from gpsd_dist.model.registry import TOWERS
 from gpsd_dist.objective import NextItemObjective
 from tests.helpers.reference import fill_, rms_norm
 from tests.helpers.synthetic import make_manifest, make_rows
@@ -15,14 +16,15 @@ from tests.helpers.synthetic import make_manifest, make_rows
 MANIFEST = make_manifest()
 CONFIG = TablesConfig(embedding_dim=8, small_table_max_rows=20)
 MODEL = ModelConfig(layers=1, width=16, heads=2)
+GENERATIVE = [name for name, tower in TOWERS.items() if tower.is_generative]
 
 
 def make_batch(split, sharded, num_rows=9):
     lookup = tuple(table.name for table in sharded)
     rows = make_rows(MANIFEST, split, seed=3, num_rows=num_rows)
-    [batch] = Collate(MANIFEST, lookup, 10, split != "pretrain", num_negative_groups=2, num_negatives=4)(
-        rows, BatchKey(0, 0, 0)
-    )
+    with_candidates = split != "pretrain"
+    options = {} if with_candidates else {"negatives_per": "group", "num_negative_groups": 2, "num_negatives": 4}
+    [batch] = Collate(MANIFEST, lookup, 10, with_candidates, **options)(rows, BatchKey(0, 0, 0))
     return batch
 
 
@@ -96,23 +98,27 @@ def test_logits_are_the_head_on_candidate_state_and_context():
 
 @pytest.mark.parametrize("num_rows", [9, 0])
 @pytest.mark.parametrize("tasks", [("click",), ("buy",), ("click", "buy")], ids=str)
-def test_every_parameter_of_ranking_gets_a_gradient(tasks, num_rows):
+@pytest.mark.parametrize("name", TOWERS)
+def test_every_parameter_of_ranking_gets_a_gradient(name, tasks, num_rows):
     """DistributedDataParallel waits for each: one without would hang or fail a multi-rank run. Empty batches too."""
-    model, rows, batch = ranking(tasks=tasks, num_rows=num_rows)
+    model, rows, batch = ranking(dataclasses.replace(MODEL, name=name), tasks=tasks, num_rows=num_rows)
     sum(logit.sum() for logit in model(rows, batch).values()).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
 @pytest.mark.parametrize("num_rows", [9, 0])
-def test_every_parameter_of_pretraining_gets_a_gradient(num_rows):
-    model, rows, batch = pretraining(num_rows=num_rows)
+@pytest.mark.parametrize("name", GENERATIVE)
+def test_every_parameter_of_pretraining_gets_a_gradient(name, num_rows):
+    model, rows, batch = pretraining(model=dataclasses.replace(MODEL, name=name), num_rows=num_rows)
     NextItemObjective(PretrainConfig(auxiliary=("category",)), MANIFEST).sums(model, rows, batch).sum().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-def test_backbone_of_pretraining_fits_the_one_of_ranking():
+@pytest.mark.parametrize("name", GENERATIVE)
+def test_backbone_of_pretraining_fits_the_one_of_ranking(name):
     """What full transfer copies: names and shapes agree, candidates bring no token feature of their own."""
-    pretrained, ranker = pretraining()[0], ranking()[0]
+    model = dataclasses.replace(MODEL, name=name)
+    pretrained, ranker = pretraining(model=model)[0], ranking(model)[0]
     ours, theirs = pretrained.backbone.state_dict(), ranker.backbone.state_dict()
     assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
 
@@ -125,5 +131,5 @@ def test_dropout_is_off_in_evaluation():
 
 
 def test_unknown_model_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"'transfomer' is not one of \['transformer'"):
+    with pytest.raises(ValueError, match=r"'transfomer' is not one of \['hstu', 'sasrec', 'transformer'\]"):
         ranking(dataclasses.replace(MODEL, name="transfomer"))
