@@ -38,7 +38,7 @@ class Collate:
     with_candidates: bool
     """False in pretraining: the rows' candidates and context are not read."""
     negatives_per: str | None = None
-    """Draw negatives for next-item targets, one set for each "group", "request" or "position"; None: no such targets."""
+    """Draw negatives for next-item targets: a set for each "group", "request" or "position". None: no such targets."""
     num_negative_groups: int = 1
     """G, of "group"."""
     num_negatives: int = 0
@@ -295,7 +295,7 @@ def _offsets_of(column: pa.ListArray) -> np.ndarray:
 
 
 def _targets(packing: Packing, item_T: np.ndarray) -> np.ndarray:
-    """int64 [M]: every history token but the first of a request is the target of the one before; unknown items are none."""
+    """int64 [M]: each history token but a request's first is the target of the one before, if its item is known."""
     is_target = item_T >= NUM_RESERVED_ROWS
     offsets = packing.history_offsets.numpy()
     is_target[offsets[:-1][np.diff(offsets) > 0]] = False

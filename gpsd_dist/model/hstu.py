@@ -103,16 +103,16 @@ class HSTU(nn.Module):
         `candidates_only` -> [C, D]: in the last layer histories only give keys and values. `times`: registry.Times;
         None counts as unknown.
         """
-        relations = self._relations(packing, times)
+        relations = self._relations(packing, times, hstu_attention.has_kernel(x_SD))
         x_SD = self.positions(x_SD, packing.position_S)
         for index, block in enumerate(self.blocks):
             x_SD = block(x_SD, relations, candidates_only and index == len(self.blocks) - 1)
         return x_SD
 
-    def _relations(self, packing: Packing, times) -> hstu_attention.Relations:
+    def _relations(self, packing: Packing, times, for_kernel: bool) -> hstu_attention.Relations:
         if not self.time_bias:
             return hstu_attention.Relations(packing, None, None)
         if times is None:
             unknown_S = torch.full_like(packing.position_S, -1)
             times = unknown_S[: packing.num_history_tokens], torch.full_like(packing.history_offsets[1:], -1)
-        return hstu_attention.relate(packing, *times)
+        return hstu_attention.relate(packing, *times, for_kernel)

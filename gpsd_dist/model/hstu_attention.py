@@ -9,6 +9,7 @@ of a bucket, W slots per history, J candidates per request of a bucket, P positi
 """
 
 import dataclasses
+import importlib.util
 
 import torch
 import torch.nn.functional as F
@@ -73,8 +74,6 @@ class BucketPairs:
     """int64 [n, W, W], query x key."""
     candidate_nW: torch.Tensor
     """int64 [n, W]: a request's candidates share their time."""
-    own_n: torch.Tensor
-    """int64 [n]: candidate with itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +84,20 @@ class Relations:
     times: EventTimes | None
     """None without a time bias."""
     pairs: tuple[BucketPairs, ...] | None
-    """One per length bucket of the packing; None without a time bias."""
+    """What `bucketed` needs: one per length bucket of the packing; None without a time bias, or for the kernel."""
 
 
-def relate(packing: Packing, history_T: torch.Tensor, request_B: torch.Tensor) -> Relations:
+def has_kernel(x: torch.Tensor) -> bool:
+    """Whether `attend` runs the Triton kernel on tensors like this; else, and without Triton, it runs `bucketed`."""
+    is_cuda = x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return is_cuda and importlib.util.find_spec("triton") is not None
+
+
+def relate(packing: Packing, history_T: torch.Tensor, request_B: torch.Tensor, for_kernel: bool) -> Relations:
     """With a time bias. Times are int64 seconds, -1 unknown."""
     times = event_times(history_T, request_B, packing)
+    if for_kernel:
+        return Relations(packing, times, None)
     sizes = [bucket.num_tokens for bucket in packing.buckets]
     queries = times.query_S[: packing.num_history_tokens].split(sizes)
     requests = request_B.split([bucket.num_requests for bucket in packing.buckets])
@@ -99,13 +106,8 @@ def relate(packing: Packing, history_T: torch.Tensor, request_B: torch.Tensor) -
         packing.buckets, queries, history_T.split(sizes), requests, strict=True
     ):
         query_nW, key_nW = (_slots(part, bucket) for part in (query_t, key_t))
-        pairs.append(
-            BucketPairs(
-                time_bucket(query_nW[:, :, None], key_nW[:, None]),
-                time_bucket(request_n[:, None], key_nW),
-                time_bucket(request_n, request_n),
-            )
-        )
+        history_nWW = time_bucket(query_nW[:, :, None], key_nW[:, None])
+        pairs.append(BucketPairs(history_nWW, time_bucket(request_n[:, None], key_nW)))
     return Relations(packing, times, tuple(pairs))
 
 
@@ -119,20 +121,47 @@ def _slots(packed_t: torch.Tensor, bucket: Bucket) -> torch.Tensor:
 def attend(
     qkv_S3HK: torch.Tensor, bias: BiasWeights, relations: Relations, candidates_only: bool = False
 ) -> torch.Tensor:
-    """Attention output [S, H * K], or [C, H * K] of the candidates alone, for tokens in packed order."""
-    return bucketed(qkv_S3HK, bias, relations, candidates_only)
+    """Attention output [S, H * K], or [C, H * K] of the candidates alone, for tokens in packed order.
 
-
-def bucketed(
-    qkv_S3HK: torch.Tensor, bias: BiasWeights, relations: Relations, candidates_only: bool = False
-) -> torch.Tensor:
-    """Pads only inside a length bucket. Divides by P, whatever the length."""
-    packing, pairs = relations.packing, relations.pairs
-    buckets = packing.buckets
+    Divides by P, whatever the length. A candidate attends to the tokens of its own history and to itself: what K
+    separate causal passes would compute.
+    """
+    packing = relations.packing
     if not (packing.num_candidates or (packing.num_history_tokens and not candidates_only)):
         weights = [weight for weight in (bias.position, bias.time) if weight is not None]
         # no token to attend; DDP still waits for the gradients of the weights
         return qkv_S3HK[:0, 0].flatten(1) + sum(weight.sum() * 0.0 for weight in weights)
+    if has_kernel(qkv_S3HK):
+        from gpsd_dist.model import hstu_triton  # Triton comes with CUDA builds of torch alone
+
+        parts_HK = hstu_triton.attend_to_histories(qkv_S3HK, bias, relations, candidates_only)
+    else:
+        parts_HK = bucketed(qkv_S3HK, bias, relations, candidates_only)
+    if packing.num_candidates:
+        own_CHK = _own_part(qkv_S3HK[packing.num_history_tokens :], bias, relations)
+        parts_HK[-1] = parts_HK[-1] + own_CHK.flatten(1)
+    return torch.cat(parts_HK)
+
+
+def _own_part(candidate_C3HK: torch.Tensor, bias: BiasWeights, relations: Relations) -> torch.Tensor:
+    """[C, H, K]: what a candidate takes from itself."""
+    query, key, value = candidate_C3HK.unbind(1)
+    positions = num_positions(bias)
+    score_CH1 = (query * key).sum(-1, keepdim=True) + bias.position[positions - 1]
+    if bias.time is not None:
+        request_C = relations.times.key_S[relations.packing.num_history_tokens :]
+        score_CH1 = score_CH1 + bias.time[time_bucket(request_C, request_C)][:, None, None]
+    return (F.silu(score_CH1) / positions).to(value.dtype) * value
+
+
+def bucketed(
+    qkv_S3HK: torch.Tensor, bias: BiasWeights, relations: Relations, candidates_only: bool = False
+) -> list[torch.Tensor]:
+    """[T, H * K] of the histories unless `candidates_only`, [C, H * K] of the candidates if there are any: what they
+    take from the histories. Pads only inside a length bucket.
+    """
+    packing, pairs = relations.packing, relations.pairs
+    buckets = packing.buckets
     parts = qkv_S3HK.split([b.num_tokens for b in buckets] + [b.num_candidates for b in buckets])
     history_parts, candidate_parts = [], []
     for index, bucket in enumerate(buckets):
@@ -144,12 +173,12 @@ def bucketed(
         if bucket.num_candidates:
             packed = parts[len(buckets) + index]
             candidate_3nHJK = to_slots(packed, bucket.candidate, bucket.num_requests, bucket.max_candidates)
-            out_nHJK = _candidates_attend(candidate_3nHJK, history_3nHWK, bias, pair, bucket)
+            out_nHJK = _candidates_attend(candidate_3nHJK[0], history_3nHWK, bias, pair, bucket)
             candidate_parts.append(from_slots(out_nHJK, bucket.candidate))
-    return torch.cat(history_parts + candidate_parts)
+    return [torch.cat(parts) for parts in (history_parts, candidate_parts) if parts]
 
 
-def _num_positions(bias: BiasWeights) -> int:
+def num_positions(bias: BiasWeights) -> int:
     """P"""
     return (len(bias.position) + 1) // 2
 
@@ -159,31 +188,25 @@ def _history_attends(history_3nHWK: torch.Tensor, bias: BiasWeights, pair: Bucke
     query, key, value = history_3nHWK.unbind(0)
     slot_W = torch.arange(query.shape[2], device=query.device)
     distance_WW = slot_W[None] - slot_W[:, None]
-    score_nHWW = query @ key.transpose(-1, -2) + bias.position[_num_positions(bias) - 1 + distance_WW]
+    score_nHWW = query @ key.transpose(-1, -2) + bias.position[num_positions(bias) - 1 + distance_WW]
     if pair is not None:
         score_nHWW = score_nHWW + bias.time[pair.history_nWW][:, None]
-    weight = F.silu(score_nHWW) / _num_positions(bias)
+    weight = F.silu(score_nHWW) / num_positions(bias)
     return weight.masked_fill(distance_WW > 0, 0.0).to(value.dtype) @ value
 
 
 def _candidates_attend(
-    candidate_3nHJK: torch.Tensor,
+    query_nHJK: torch.Tensor,
     history_3nHWK: torch.Tensor,
     bias: BiasWeights,
     pair: BucketPairs | None,
     bucket: Bucket,
 ) -> torch.Tensor:
-    """Every token of the own history, and the candidate itself: what K separate causal passes would compute."""
-    query, own_key, own_value = candidate_3nHJK.unbind(0)
     _, key, value = history_3nHWK.unbind(0)
-    position = _num_positions(bias)
-    slot_W = torch.arange(bucket.width, device=query.device)
+    slot_W = torch.arange(bucket.width, device=key.device)
     is_entry = torch.ones_like(slot_W, dtype=torch.bool)[None] if bucket.history is None else bucket.history.is_entry
-    bias_nW = bias.position[position - 1 + slot_W - is_entry.sum(-1, keepdim=True)]
-    own_bias_n = bias.position[position - 1]
+    bias_nW = bias.position[num_positions(bias) - 1 + slot_W - is_entry.sum(-1, keepdim=True)]
     if pair is not None:
-        bias_nW, own_bias_n = bias_nW + bias.time[pair.candidate_nW], own_bias_n + bias.time[pair.own_n]
-    weight_nHJW = F.silu(query @ key.transpose(-1, -2) + bias_nW[:, None, None]) / position
-    out = weight_nHJW.masked_fill(~is_entry[:, None, None], 0.0).to(value.dtype) @ value
-    own_score_nHJ1 = (query * own_key).sum(-1, keepdim=True) + own_bias_n.view(-1, 1, 1, 1)
-    return out + (F.silu(own_score_nHJ1) / position).to(own_value.dtype) * own_value
+        bias_nW = bias_nW + bias.time[pair.candidate_nW]
+    weight_nHJW = F.silu(query_nHJK @ key.transpose(-1, -2) + bias_nW[:, None, None]) / num_positions(bias)
+    return weight_nHJW.masked_fill(~is_entry[:, None, None], 0.0).to(value.dtype) @ value
