@@ -52,9 +52,10 @@ class Trainer:
         self.optimizer = dense_optimizer(self.model, run.dense)
         self.parallel = DistributedDataParallel(self.model) if runtime.world_size > 1 else self.model
         self.loader = self._training_loader()
-        if not run.refit_of:  # is it readable?
+        self.validates = not run.refit_of and self.manifest.split("valid").num_rows > 0
+        if self.validates:  # is it readable?
             evaluation_loader(run, self.manifest, self.assembly.lookup_names, "valid", runtime).close()
-        _warn_about_options_without_effect(run, self.manifest)
+        _check_options_against_data(run, self.manifest)
         self.checkpoints = Checkpoints(run.output_dir, runtime, run.train.keep_last)
         latest = self.checkpoints.latest()
         if latest is not None:  # before anything is written into the folder of another run
@@ -97,9 +98,9 @@ class Trainer:
                 if self.step % self.run.train.log_interval_steps == 0 or is_last:
                     self.throughput.record_to(recorder)
                     recorder.log(self.step, self.step / self.loader.steps_per_epoch)
-                if is_last and self.run.refit_of:
-                    self._finish_refit()
-                elif is_last or (self.step % self.eval_interval_steps == 0 and not self.run.refit_of):
+                if is_last and not self.validates:
+                    self._finish_unvalidated()
+                elif is_last or (self.step % self.eval_interval_steps == 0 and self.validates):
                     self._validate(recorder, is_last)
                 elif is_stopping or self._save_is_due():
                     self._save({}, is_best=False)
@@ -236,10 +237,11 @@ class Trainer:
         self._save(flat, is_best)
         self.throughput.restart()
 
-    def _finish_refit(self) -> None:
-        """The last step is the result: `valid` was trained on. Collective."""
+    def _finish_unvalidated(self) -> None:
+        """The last step is the result: `valid` was trained on, or has no rows. Collective."""
         self.progression.best_step, self.progression.is_finished = self.step, True
-        log.info("step %d: trained on train+valid as long as %s; this is the result", self.step, self.run.refit_of)
+        why = f"trained on train+valid as long as {self.run.refit_of}" if self.run.refit_of else "there is no valid row"
+        log.info("step %d: %s; this is the result", self.step, why)
         self._save({}, is_best=True)
 
     def _save_is_due(self) -> bool:
@@ -332,13 +334,19 @@ class Trainer:
         return read_state(folder).metrics if folder.is_dir() else {}
 
 
-def _warn_about_options_without_effect(run: RunConfig, manifest: Manifest) -> None:
+def _check_options_against_data(run: RunConfig, manifest: Manifest) -> None:
+    """Warns of options without effect; ValueError for those that cannot be followed."""
     if run.data.max_history_length > manifest.max_history_length:
         log.warning(
             "max_history_length %d has no effect: the data was built with histories of at most %d",
             run.data.max_history_length,
             manifest.max_history_length,
         )
+    if manifest.split("valid").num_rows == 0:
+        if run.train.patience or run.train.best_metric:
+            given = f"patience {run.train.patience} and best_metric {run.train.best_metric!r}"
+            raise ValueError(f"{given} need a valid split, and that of {run.data_dir} has no rows: leave them out")
+        log.warning("%s has no valid rows: nothing is validated, and the last checkpoint counts", run.data_dir)
     if run.finetune.esmm and not any(task.given for task in manifest.tasks):
         log.warning("esmm has no effect: no task of the data set is given another one")
 

@@ -73,9 +73,9 @@ class HSTU(nn.Module):
         self.out_width, self.mlp_widths = width, (4 * width,)  # the ranking MLP is ours: as the Transformer's
         self.time_bias = time_bias
         self.positions = LearnedPositions(max_positions, width, dropout)
-        options = {"dropout": dropout, "time_bias": time_bias}
         self.blocks = nn.ModuleList(
-            HSTUBlock(width, heads, head_width, max_positions, **options) for _ in range(layers)
+            HSTUBlock(width, heads, head_width, max_positions, dropout=dropout, time_bias=time_bias)
+            for _ in range(layers)
         )
         for block in self.blocks:
             init_linear(block.uvqk, init_std)
@@ -113,6 +113,8 @@ class HSTU(nn.Module):
         if not self.time_bias:
             return hstu_attention.Relations(packing, None, None)
         if times is None:
-            unknown_S = torch.full_like(packing.position_S, -1)
-            times = unknown_S[: packing.num_history_tokens], torch.full_like(packing.history_offsets[1:], -1)
-        return hstu_attention.relate(packing, *times, for_kernel)
+            history_T = torch.full_like(packing.position_S[: packing.num_history_tokens], -1)
+            request_B = torch.full_like(packing.history_offsets[1:], -1)
+        else:
+            history_T, request_B = times
+        return hstu_attention.relate(packing, history_T, request_B, for_kernel)

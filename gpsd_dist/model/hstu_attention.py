@@ -9,7 +9,9 @@ of a bucket, W slots per history, J candidates per request of a bucket, P positi
 """
 
 import dataclasses
+import functools
 import importlib.util
+import logging
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from gpsd_dist.model.attention import from_slots, to_slots
 from gpsd_dist.packing import Bucket, Packing
 
+log = logging.getLogger(__name__)
 NUM_TIME_BUCKETS = 129
 LOG_STEP = 0.301  # of the authors' code: a bucket ends where the next is 1.35 times as long ago
 UNKNOWN_BUCKET = NUM_TIME_BUCKETS - 1  # one of both times is not known; a known pair gets here after 10^9 years
@@ -89,8 +92,15 @@ class Relations:
 
 def has_kernel(x: torch.Tensor) -> bool:
     """Whether `attend` runs the Triton kernel on tensors like this; else, and without Triton, it runs `bucketed`."""
-    is_cuda = x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return is_cuda and importlib.util.find_spec("triton") is not None
+    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    is_found = importlib.util.find_spec("triton") is not None
+    if not is_found:
+        log.warning("Triton is not installed: HSTU's attention runs in padded length buckets on this GPU")
+    return is_found
 
 
 def relate(packing: Packing, history_T: torch.Tensor, request_B: torch.Tensor, for_kernel: bool) -> Relations:

@@ -172,6 +172,18 @@ def test_attention_weights_of_sasrec_are_dropped_too():
     assert not torch.equal(run_packed(tower, *arguments)[1:], run_packed(tower, *arguments)[1:])
 
 
+def test_autocast_to_bfloat16_stays_close(kind):
+    """8 bits of mantissa through two layers."""
+    tower = make_tower(kind).float()
+    arguments = (*([row.float() for row in rows] for rows in make_rows([0, 4, 9], [2, 1, 12])), *make_times([0, 4, 9]))
+    expected = run_packed(tower, *arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        for candidates_only in (False, True):
+            got = run_packed(tower, *arguments, candidates_only=candidates_only)
+            wanted = expected[13:] if candidates_only else expected
+            torch.testing.assert_close(got.float(), wanted, rtol=0.05, atol=0.05 * expected.abs().max().item())
+
+
 # Every power of 1.35 is one bucket; the second column is floor(ln(gap) / 0.301) by hand.
 BY_HAND = [(0, 0), (1, 0), (2, 2), (3, 3), (60, 13), (3_600, 27), (86_400, 37), (31_536_000, 57), (10**12, 91)]
 
