@@ -99,7 +99,12 @@ class LastItemByTime:
 class LeaveLastOut:
     """Per user: test = last event, valid = second last, train = third last; pretraining = everything but the last
     two.
+
+    Without valid, training goes on up to the test event: train = second last, pretraining = everything but the last. So
+    HSTU and SASRec are trained for publication; what is chosen then is chosen on test.
     """
+
+    has_valid: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +144,8 @@ class Log:
     """user_id (string, unique) and the "users" features: string or float64."""
     tasks: tuple[schema.Task, ...] = (schema.Task("click"),)
     item_feature: str = "item"
+    all_items_known: bool = False
+    """Every row of `items` gets an index of the item vocabulary, even if it never occurs in the training period."""
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
     """Raw rows that `read` left out, by reason."""
 

@@ -34,6 +34,9 @@ def occurrences(log: canonical.Log, cut: splits.Cut) -> dict[str, tuple[ir.Table
         parts = by_table.setdefault(spec.feature().table, [])
         parts += _occurrences_of(spec, log, cut, item_counts, users)
         min_counts[spec.feature().table] = spec.min_count
+        if spec.name == log.item_feature and log.all_items_known:
+            parts.append(log.items.select(raw_id=log.items.item_id, count=ibis.literal(0, type="int64")))
+            min_counts[spec.feature().table] = 0
     return {name: (_union(parts), min_counts[name]) for name, parts in by_table.items()}
 
 

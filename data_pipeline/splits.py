@@ -194,28 +194,38 @@ def _positives(log: canonical.Log, targets: ir.Table, split: ir.Table) -> ir.Tab
 
 
 def _cut_leave_last_out(engine: Engine, log: canonical.Log, events: ir.Table) -> Cut:
+    names = ("test", "valid", "train") if log.split.has_valid else ("test", "train")
+    num_kept_out = len(names) - 1  # the last events of a user, which nobody trains on
     from_end = events.num_events - 1 - events["rank"]  # 0 = last event
-    split = ibis.cases((from_end == 0, "test"), (from_end == 1, "valid"), else_="train")
-    is_target = (from_end <= 2) & (events["rank"] >= 1) & (events.num_events >= 3)
+    is_long = events.num_events > num_kept_out
+    split = ibis.cases(*[(from_end == place, name) for place, name in enumerate(names[:-1])], else_=names[-1])
+    is_target = (from_end <= num_kept_out) & (events["rank"] >= 1) & is_long
     targets = engine.materialise("targets", events.filter(is_target).mutate(split=split.name("split")))
     kept = ["user_id", "split", "item_id", "order", *[s.name for s in log.specs_in("context") if s.origin == "log"]]
     labels = {task.name: ibis.literal(1.0, type="float64") for task in log.tasks}
     candidates = targets.select(
         *kept, num_before=targets["rank"], time_s=targets.known_s, position=ibis.literal(0, type="int64"), **labels
     )
-    is_training = (from_end >= 2) & (events.num_events >= 3)
-    lengths = events.filter(events.num_events >= 4).group_by("user_id").agg(num_events=events.num_events.max() - 2)
-    short = events.filter(events.num_events < 3)
-    skipped = {"events of users with fewer than 3 events": int(short.count().execute())}
-    num_three = events.filter((events.num_events == 3) & (events["rank"] == 0)).count().execute()
-    skipped["users with exactly 3 events (no train request: its history would be empty)"] = int(num_three)
+    # a pretraining row needs two events: one to read and one to predict
+    long_enough = events.filter(events.num_events >= num_kept_out + 2)
+    lengths = long_enough.group_by("user_id").agg(num_events=long_enough.num_events.max() - num_kept_out)
+    num_shortest = num_kept_out + 1
+    shortest = events.filter((events.num_events == num_shortest) & (events["rank"] == 0))
+    skipped = {
+        f"events of users with fewer than {num_shortest} events": int(events.filter(~is_long).count().execute()),
+        f"users with exactly {num_shortest} events (no train request: its history would be empty)": int(
+            shortest.count().execute()
+        ),
+    }
+    words = "test = last event, valid = second last, train = third last; pretraining = everything but the last two"
+    if not log.split.has_valid:
+        words = "test = last event, train = second last, no valid; pretraining = everything but the last"
     return Cut(
         candidates=engine.materialise("candidates", candidates),
         pretrain=lengths,
-        training_events=events.filter(is_training),
+        training_events=events.filter((from_end >= num_kept_out) & is_long),
         training_exposures=None,
         counts_exposed_items=False,
-        words="per user: test = last event, valid = second last, train = third last; pretraining = everything but "
-        "the last two",
+        words=f"per user: {words}",
         skipped={reason: num for reason, num in skipped.items() if num},
     )

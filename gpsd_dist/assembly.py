@@ -1,6 +1,7 @@
 """Builds the sharded tables and the dense model of a run, in TorchRec's order. Shared by training and evaluation."""
 
 import dataclasses
+import logging
 
 import torch
 from torch import nn
@@ -13,6 +14,8 @@ from gpsd_dist.model.gpsd import NextItemModel, RankingModel, find_tower
 from gpsd_dist.model.registry import TOWERS
 from gpsd_dist.objective import NextItemObjective, Objective, RankingObjective, trained_tasks
 from gpsd_dist.schema import Manifest, Task
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,3 +61,20 @@ def assemble(run: RunConfig, manifest: Manifest, runtime: Runtime) -> Assembly:
         model = RankingModel(manifest, run.tables, run.model, sharded, tuple(task.name for task in tasks))
         objective = RankingObjective(run.finetune, tasks)
     return Assembly(placed, model.to(runtime.device), objective, tasks, tuple(table.name for table in sharded))
+
+
+def check_options_against_data(run: RunConfig, manifest: Manifest) -> None:
+    """Warns of options without effect; ValueError for those that cannot be followed."""
+    if run.data.max_history_length > manifest.max_history_length:
+        log.warning(
+            "max_history_length %d has no effect: the data was built with histories of at most %d",
+            run.data.max_history_length,
+            manifest.max_history_length,
+        )
+    if manifest.split("valid").num_rows == 0:
+        if run.train.patience or run.train.best_metric:
+            given = f"patience {run.train.patience} and best_metric {run.train.best_metric!r}"
+            raise ValueError(f"{given} need a valid split, and that of {run.data_dir} has no rows: leave them out")
+        log.warning("%s has no valid rows: nothing is validated, and the last checkpoint counts", run.data_dir)
+    if run.finetune.esmm and not any(task.given for task in manifest.tasks):
+        log.warning("esmm has no effect: no task of the data set is given another one")

@@ -11,9 +11,12 @@ from gpsd_dist.option_checks import below, check_types, raise_all
 
 STAGES = ("pretrain", "finetune")
 STRATEGIES = ("NT", "ST", "FT", "ST_SF", "FT_SF")  # arXiv:2506.03699, section 3.3
+NEGATIVES_PER = ("group", "request", "position")
 SHARDING_TYPES = ("row_wise", "table_wise", "column_wise")
 SPARSE_OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam", "lamb")
 CUDA_ONLY_SPARSE_OPTIMIZERS = ("adam", "partial_rowwise_adam", "lamb")  # no fbgemm CPU kernel
+POSITION_TABLE_MODELS = ("sasrec", "hstu")  # a learned vector per position: histories must fit
+_STORED_MULTIPLE = 4  # FBGEMM's kernels read rows in pieces of 4 columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,8 @@ class TablesConfig:
     """Embedding tables."""
 
     embedding_dim: int = 64
-    """E, width of every token table. Differs from the model width if a projection is wanted."""
+    """E, width of every token table. Differs from the model width if a projection is wanted. Sharded rows are stored
+    at the next multiple of 4 (FBGEMM's kernels); the padding is zero, never trained, and cut off after the lookup."""
     small_table_max_rows: int = 512
     """A table with at most this many rows is replicated with the dense part instead of sharded."""
     sharding: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -63,13 +67,16 @@ class TablesConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        problems = below(self, "embedding_dim", 4) + below(self, "small_table_max_rows", 0)
-        if self.embedding_dim % 4:
-            problems.append(f"embedding_dim {self.embedding_dim} must be a multiple of 4 (FBGEMM kernels)")
+        problems = below(self, "embedding_dim", 1) + below(self, "small_table_max_rows", 0)
         for table, sharding in self.sharding.items():
             if sharding not in SHARDING_TYPES:
                 problems.append(f"sharding of table {table!r} is {sharding!r}, not one of {SHARDING_TYPES}")
         raise_all(self, problems)
+
+    @property
+    def stored_dim(self) -> int:
+        """Columns of a sharded table's rows: `embedding_dim`, padded."""
+        return _STORED_MULTIPLE * -(-self.embedding_dim // _STORED_MULTIPLE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +84,7 @@ class ModelConfig:
     """Dense tower and heads; `l{layers}h{width}a{heads}` in the paper."""
 
     name: str = "transformer"
-    """Key of `gpsd_dist.model.registry.TOWERS`."""
+    """transformer | sasrec | hstu: a key of `gpsd_dist.model.registry.TOWERS`."""
     layers: int = 4
     width: int = 64
     """D"""
@@ -92,19 +99,35 @@ class ModelConfig:
     compile: bool = False
     """torch.compile the tower: 1.7x at width 256 on CPU, after some 40 s of compilation."""
     max_positions: int = 211
-    """Positions that a model with learned or fixed slots has (wukong); histories may be at most this long."""
+    """sasrec, hstu: rows of the position table; must exceed max_history_length. hstu divides attention by it. 211: the
+    200 of ML-1M and ML-20M plus the 11 that the authors add. wukong: slots of a history."""
+    head_width: int = 0
+    """hstu: width of a head's queries, keys and values; 0: width / heads."""
+    ffn_width: int = 0
+    """sasrec: hidden width of the feed-forward part; 0: width."""
+    time_bias: bool = True
+    """hstu: attention also sees the time from every event to the *next* one, up to the predicted one itself."""
 
     def __post_init__(self) -> None:
         check_types(self)
         problems = []
         for name in ("layers", "width", "heads", "context_dim", "max_positions"):
             problems += below(self, name, 1)
-        if self.heads > 0 and self.width % (2 * self.heads):
+        for name in ("init_std", "head_width", "ffn_width"):
+            problems += below(self, name, 0)
+        if self.heads > 0 and self.name == "transformer" and self.width % (2 * self.heads):
             problems.append(f"width {self.width} must be a multiple of 2 x heads = {2 * self.heads} (rotary pairs)")
-        problems += below(self, "init_std", 0)
+        if self.heads > 0 and self.name in POSITION_TABLE_MODELS and self.head_width == 0 and self.width % self.heads:
+            problems.append(f"width {self.width} must be a multiple of heads = {self.heads}")
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout {self.dropout} must be in [0, 1)")
         raise_all(self, problems)
+
+    def refuse(self, *names: str) -> None:
+        """ValueError if one of these options, which the model does not have, was set."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        changed = [name for name in names if getattr(self, name) != defaults[name]]
+        raise_all(self, [f"{name} {getattr(self, name)} has no effect on {self.name!r}" for name in changed])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +136,13 @@ class PretrainConfig:
 
     temperature: float = 0.05
     """Cosine similarity is divided by this (official settings)."""
+    negatives_per: str = "group"
+    """What shares a set of negatives. group: a part of the rank's positions; request: one history (official GPSD,
+    12-20x the cost); position: nothing, every position draws its own (HSTU and SASRec, with num_negatives = 128)."""
     num_negative_groups: int = 8
-    """G sets of negatives per rank and step; -1: one set per request (the official scheme, 12-20x the cost)."""
+    """G sets per rank and step; of negatives_per = group alone."""
     num_negatives: int = 1024
-    """N negatives per group, uniform over the known items."""
+    """N negatives per set, uniform over the known items, with replacement."""
     auxiliary: tuple[str, ...] = ()
     """Token features (not bags) that are predicted too, e.g. ("category",)."""
     auxiliary_weight: float = 1.0
@@ -124,8 +150,11 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         check_types(self)
         problems = []
-        if self.num_negative_groups < 1 and self.num_negative_groups != -1:
-            problems.append(f"num_negative_groups {self.num_negative_groups} must be >= 1, or -1 for one per request")
+        if self.negatives_per not in NEGATIVES_PER:
+            problems.append(f"negatives_per {self.negatives_per!r} is not one of {NEGATIVES_PER}")
+        if self.num_negative_groups < 1:
+            given = f"num_negative_groups {self.num_negative_groups}"
+            problems.append(f"{given} must be >= 1; for one set per request set negatives_per='request'")
         problems += below(self, "num_negatives", 1)
         if self.temperature <= 0:
             problems.append(f"temperature {self.temperature} must be > 0")
@@ -185,7 +214,7 @@ class TrainConfig:
     warmup_fraction: float = 0.1
     """Part of all steps with rising learning rate."""
     final_lr_fraction: float = 0.1
-    """Learning rate at the end of the cosine, as a part of the peak (official settings)."""
+    """Learning rate at the end of the cosine, as a part of the peak (official settings); 1: a constant rate."""
     clip_norm: float = 1.0
     """Global norm of the dense gradients; 0 turns clipping off. Fused tables are never clipped."""
     micro_batches: int = 1
@@ -214,9 +243,10 @@ class TrainConfig:
             problems += below(self, name, 1)
         for name in ("max_steps", "clip_norm", "patience", "save_interval_steps"):
             problems += below(self, name, 0)
-        for name in ("warmup_fraction", "final_lr_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                problems.append(f"{name} {getattr(self, name)} must be in [0, 1)")
+        if not 0 <= self.warmup_fraction < 1:
+            problems.append(f"warmup_fraction {self.warmup_fraction} must be in [0, 1)")
+        if not 0 <= self.final_lr_fraction <= 1:
+            problems.append(f"final_lr_fraction {self.final_lr_fraction} must be in [0, 1]")
         raise_all(self, problems)
 
 
@@ -270,6 +300,12 @@ class RunConfig:
         for name in ("data_dir", "output_dir"):
             if not getattr(self, name):
                 problems.append(f"{name} is empty; set --gin.{name.upper()}=PATH")
+        longest, positions = self.data.max_history_length, self.model.max_positions
+        if self.model.name in POSITION_TABLE_MODELS and longest >= positions:  # a candidate takes one more
+            problems.append(
+                f"max_history_length {longest} does not fit {self.model.name!r} with max_positions {positions}: set "
+                f"--gin.ModelConfig.max_positions={longest + 11}, or a shorter MAX_HISTORY_LENGTH"
+            )
         raise_all(self, problems)
 
     @property

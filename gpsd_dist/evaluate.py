@@ -4,7 +4,8 @@
     python -m gpsd_dist.evaluate --baseline rates --data data/kuairand --split test
 
 A finetuned run gives {"<task>": {"auc", "gauc", "log_loss", "ne", "calibration", "rows", ...}}; a pretrained one
-{"next_item": {"hr@10", "ndcg@10", "mrr", ...}}. Also runs under torchrun, with the same result.
+{"next_item": {"hr@10", "ndcg@10", "mrr", ...}}: exact ranks, or with --rank_cut 2500 those of HSTU's authors, which
+changes the MRR alone. Also runs under torchrun, with the same result.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from gpsd_dist.baselines.rates import BASELINES, evaluate_baseline
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.config import OptimizerConfig, run_config_from_dict
 from gpsd_dist.distributed.runtime import Runtime, process_group
+from gpsd_dist.metrics.ranking import RANK_CUT
 from gpsd_dist.metrics.recorder import json_safe
 from gpsd_dist.schema import Manifest, read_manifest
 from gpsd_dist.scoring import Metrics, evaluate_split
@@ -33,12 +35,18 @@ _DESCRIBING_FIELDS = ("features", "tables", "tasks", "item_feature", "max_histor
 
 
 def evaluate_checkpoint(
-    checkpoint: str | pathlib.Path, data_dir: str | None, split: str, runtime: Runtime, which: str = "best"
+    checkpoint: str | pathlib.Path,
+    data_dir: str | None,
+    split: str,
+    runtime: Runtime,
+    which: str = "best",
+    *,
+    rank_cut: int | None = None,
 ) -> Metrics:
     """Exact metrics of a run folder's best (or last) checkpoint, or of a checkpoint folder, on one split. Collective.
 
-    `data_dir` None: the folder that the run was trained on. ValueError if the data set has other features,
-    vocabularies or tasks than the run was trained with.
+    `data_dir` None: the folder that the run was trained on. `rank_cut`: see scoring.evaluate_split. ValueError if the
+    data set has other features, vocabularies or tasks than the run was trained with, or nothing is ranked.
     """
     folder = manager.find(checkpoint, which)
     state = manager.read_state(folder)
@@ -50,7 +58,9 @@ def evaluate_checkpoint(
     assembly = assemble(run, manifest, runtime)
     manager.load_tensors(folder, assembly.weights())
     log.info("scoring %s of %s with %s (step %d)", split, run.data_dir, folder, state.step)
-    return evaluate_split(run, manifest, assembly, split, runtime)
+    if rank_cut is not None and assembly.tasks:
+        raise ValueError(f"--rank_cut belongs to next-item ranking; {folder} scores {[t.name for t in assembly.tasks]}")
+    return evaluate_split(run, manifest, assembly, split, runtime, rank_cut)
 
 
 def _check_same_schema(manifest: Manifest, saved: dict, folder: pathlib.Path, data_dir: str) -> None:
@@ -81,10 +91,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--which", choices=("best", "last"), default="best", help=which_help)
     parser.add_argument("--data", help="prepared data; default: the data the run was trained on")
     parser.add_argument("--split", default="test", help="split to score (default: test)")
+    parser.add_argument("--rank_cut", type=int, help=f"next item: worse ranks count as this + 1 (HSTU: {RANK_CUT})")
     parser.add_argument("--metrics_out", type=pathlib.Path, help="JSON file to write")
     args = parser.parse_args(argv)
     if args.baseline and not args.data:
         parser.error("--baseline needs --data")
+    if args.rank_cut is not None and (args.baseline or args.rank_cut < 1):
+        parser.error(f"--rank_cut {args.rank_cut} must be at least 1, and goes with --checkpoint")
     return args
 
 
@@ -95,7 +108,9 @@ def main(argv: list[str]) -> int:
         if args.baseline:
             return _report(evaluate_baseline(args.baseline, args.data, args.split), args.metrics_out)
         with process_group(_TIMEOUT_S) as runtime:
-            metrics = evaluate_checkpoint(args.checkpoint, args.data, args.split, runtime, args.which)
+            metrics = evaluate_checkpoint(
+                args.checkpoint, args.data, args.split, runtime, args.which, rank_cut=args.rank_cut
+            )
         return _report(metrics, args.metrics_out) if runtime.is_main else 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 LossSum = tuple[torch.Tensor, torch.Tensor]
 """(sum float32 [], count float32 [])"""
+_CHUNK_ELEMENTS = 1 << 21  # floats of gathered rows: 8 MiB stay in a cache; 0.04 s per 1000 positions x 128 on one core
 _MAX_EXPONENT = 80.0  # exp(-80) is still a normal float32
 
 
@@ -22,19 +23,23 @@ def sampled_softmax(
     target_item_M: torch.Tensor,
     negative_row_GN: torch.Tensor,
     negative_item_GN: torch.Tensor,
-    group_offsets: tuple[int, ...],
+    group_offsets: tuple[int, ...] | None,
     temperature: float,
 ) -> LossSum:
     """Next-item loss: cosine / temperature against the target and the N negatives of the position's group.
 
-    Positions [group_offsets[g], group_offsets[g + 1]) share group g. `*_row` point into the looked-up item rows,
-    `*_item` are table indices; a negative that is the position's target (accidental hit) is masked. Uniform draws,
-    so no log-Q term. arXiv:2506.03699, section 3.2; temperature 0.05 from its official settings.
+    Positions [group_offsets[g], group_offsets[g + 1]) share group g; None: every position has its own (G = M). `*_row`
+    point into the looked-up item rows, `*_item` are table indices; a negative that is the position's target (accidental
+    hit) is masked. Uniform draws, so no log-Q term. arXiv:2506.03699, section 3.2; temperature 0.05 from its official
+    settings, and from those of HSTU (arXiv:2402.17152), which draws per position.
     """
     unit_UE = F.normalize(rows_UE.float(), dim=-1)
     query_ME = F.normalize(hidden_ME.float(), dim=-1) / temperature
     indices = (target_row_M, target_item_M, negative_row_GN, negative_item_GN)
-    loss = _SampledSoftmax.apply(query_ME, unit_UE, *indices, group_offsets, 1 / temperature)
+    if group_offsets is None:
+        loss = _OwnNegativesSoftmax.apply(query_ME, unit_UE, *indices)
+    else:
+        loss = _SampledSoftmax.apply(query_ME, unit_UE, *indices, group_offsets, 1 / temperature)
     return loss, loss.new_tensor(float(len(target_row_M)))
 
 
@@ -75,6 +80,39 @@ class _SampledSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         return (*(grad * grad_loss for grad in ctx.saved_tensors), *[None] * 6)
+
+
+class _OwnNegativesSoftmax(torch.autograd.Function):
+    """The same where every position has its own negatives: rows [m, 1 + N, E] exist for one chunk of them at a time.
+
+    Gradients are computed in forward, so that no chunk's rows have to be kept or looked up again.
+    """
+
+    @staticmethod
+    def forward(ctx, query_ME, unit_UE, target_row_M, target_item_M, negative_row_MN, negative_item_MN):
+        grad_query, grad_unit = torch.empty_like(query_ME), torch.zeros_like(unit_UE)
+        loss = query_ME.new_zeros(())
+        size = max(1, _CHUNK_ELEMENTS // ((1 + negative_row_MN.shape[1]) * unit_UE.shape[1]))
+        for start in range(0, len(query_ME), size):
+            part = slice(start, start + size)
+            query_mE = query_ME[part]
+            row_mN = torch.cat((target_row_M[part, None], negative_row_MN[part]), dim=1)  # the target comes first
+            unit_mNE = unit_UE.index_select(0, row_mN.flatten()).unflatten(0, row_mN.shape)
+            logits_mN = torch.bmm(unit_mNE, query_mE[:, :, None]).squeeze(-1)
+            logits_mN[:, 1:].masked_fill_(negative_item_MN[part] == target_item_M[part, None], float("-inf"))
+            log_weight_mN = logits_mN.log_softmax(-1)
+            loss -= log_weight_mN[:, 0].sum()
+            residual_mN = log_weight_mN.exp_()
+            residual_mN[:, 0] -= 1
+            grad_query[part] = torch.bmm(residual_mN[:, None], unit_mNE).squeeze(1)
+            outer_mNE = torch.bmm(residual_mN[:, :, None], query_mE[:, None])
+            grad_unit.index_add_(0, row_mN.flatten(), outer_mNE.flatten(0, 1))
+        ctx.save_for_backward(grad_query, grad_unit)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        return (*(grad * grad_loss for grad in ctx.saved_tensors), *[None] * 4)
 
 
 def _accidental_hits(target_M: torch.Tensor, negative_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

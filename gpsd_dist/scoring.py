@@ -41,10 +41,18 @@ def evaluation_loader(run: RunConfig, manifest: Manifest, lookup_names: tuple[st
     )
 
 
-def evaluate_split(run: RunConfig, manifest: Manifest, assembly: Assembly, split: str, runtime: Runtime) -> Metrics:
+def evaluate_split(
+    run: RunConfig,
+    manifest: Manifest,
+    assembly: Assembly,
+    split: str,
+    runtime: Runtime,
+    rank_cut: int | None = None,
+) -> Metrics:
     """Exact metrics over all rows and ranks; the same dict on every rank. Collective.
 
-    Finetuned: task -> auc, gauc, log_loss, ne, calibration, rows. Pretrained: "next_item" -> hr@K, ndcg@K, mrr, rows.
+    Finetuned: task -> auc, gauc, log_loss, ne, calibration, rows. Pretrained: "next_item" -> hr@K, ndcg@K, mrr, rows;
+    a target beyond `rank_cut` then has rank `rank_cut` + 1 (see metrics.ranking.RANK_CUT).
     """
     was_training = assembly.model.training
     assembly.model.eval()
@@ -53,7 +61,7 @@ def evaluate_split(run: RunConfig, manifest: Manifest, assembly: Assembly, split
         if assembly.tasks:
             metrics = _score_candidates(assembly, loader, runtime)
         else:
-            metrics = {"next_item": _rank_items(manifest, assembly, loader, runtime)}
+            metrics = {"next_item": _rank_items(manifest, assembly, loader, runtime, rank_cut)}
     assembly.model.train(was_training)
     return metrics
 
@@ -81,9 +89,9 @@ def add_predictions(
 
 
 def _rank_items(
-    manifest: Manifest, assembly: Assembly, loader: typing.Iterable, runtime: Runtime
+    manifest: Manifest, assembly: Assembly, loader: typing.Iterable, runtime: Runtime, rank_cut: int | None
 ) -> dict[str, float | int]:
-    """The last history state of each request against every item that is not in its history.
+    """The last history state of each request against every item that is not in its (visible) history.
 
     Targets are the positive candidates of the first task. Each rank scores its part of the items for the queries of
     all ranks.
@@ -100,8 +108,8 @@ def _rank_items(
         request_P = batch.packing.request_C[is_positive_C]
         target_P = batch.candidate_item_C[is_positive_C]
         excluded = _own_history(batch, request_P)
-        rank_P = _ranks_over_all(query_BE[request_P], target_P, excluded, block_RE, first, num_rows, runtime)
-        sums.update(rank_P, target_P)
+        queries = query_BE[request_P], target_P, excluded
+        sums.update(_ranks_over_all(*queries, block_RE, first, num_rows, runtime, rank_cut=rank_cut), target_P)
     sums.reduce()
     return sums.metrics()
 
@@ -148,6 +156,8 @@ def _ranks_over_all(
     first: int,
     num_rows: int,
     runtime: Runtime,
+    *,
+    rank_cut: int | None,
 ) -> torch.Tensor:
     """Ranks [P] of this rank's targets: queries travel to every rank, counts of better items are summed back."""
     targets = all_gather_rows(target_P)
@@ -161,6 +171,7 @@ def _ranks_over_all(
         excluded=Excluded(
             torch.cat(all_gather_rows(excluded.item_N)), torch.cat(all_gather_rows(excluded.query_N + start))
         ),
+        rank_cut=rank_cut,
         sum_over_blocks=all_sum,
     )
     return rank_A[start : start + len(target_P)]

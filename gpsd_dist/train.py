@@ -42,12 +42,13 @@ def _describe(parsed: ParsedRun, trainer: Trainer, runtime: Runtime) -> None:
     (folder / "run_config.json").write_text(json.dumps(dataclasses.asdict(run), indent=1))
     (folder / "plan.txt").write_text(trainer.assembly.tables.plan + "\n")
     (folder / "environment.json").write_text(json.dumps(environment(runtime), indent=1))
-    sparse = sum(weight.size().numel() for weight in trainer.assembly.tables.weights().values())
+    tables = trainer.assembly.tables
+    sparse = sum(weight.size()[0] * tables.width for weight in tables.weights().values())
     dense = sum(parameter.numel() for parameter in trainer.model.parameters())
     devices = f"{runtime.world_size} x {runtime.device.type}"
     log.info("run %s: %s %s, %s on %s", folder, run.stage, run.strategy, run.model.name, devices)
     log.info("parameters: %s in tables, %s dense", f"{sparse:,}", f"{dense:,}")
-    for line in trainer.assembly.tables.plan.splitlines():
+    for line in tables.plan.splitlines():
         log.info("%s", line)
     epochs = f"{trainer.loader.steps_per_epoch} per epoch x {run.train.epochs} epochs"
     log.info("steps: %s, %d in all, warm-up %d", epochs, trainer.total_steps, trainer.warmup_steps)

@@ -8,7 +8,7 @@ import signal
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from gpsd_dist.assembly import assemble
+from gpsd_dist.assembly import assemble, check_options_against_data
 from gpsd_dist.checkpoint.manager import Checkpoints, RunState, load_tensors, read_state
 from gpsd_dist.checkpoint.resume import check_resumable, epochs_to_best
 from gpsd_dist.checkpoint.transfer import transfer
@@ -23,7 +23,7 @@ from gpsd_dist.metrics.recorder import Recorder
 from gpsd_dist.metrics.throughput import Throughput
 from gpsd_dist.optim.dense import dense_optimizer, named_state
 from gpsd_dist.optim.schedule import learning_rate_factor
-from gpsd_dist.schema import Manifest, read_manifest
+from gpsd_dist.schema import read_manifest
 from gpsd_dist.scoring import Metrics, evaluate_split, evaluation_loader
 
 log = logging.getLogger(__name__)
@@ -52,9 +52,10 @@ class Trainer:
         self.optimizer = dense_optimizer(self.model, run.dense)
         self.parallel = DistributedDataParallel(self.model) if runtime.world_size > 1 else self.model
         self.loader = self._training_loader()
-        if not run.refit_of:  # is it readable?
+        self.validates = not run.refit_of and self.manifest.split("valid").num_rows > 0
+        if self.validates:  # is it readable?
             evaluation_loader(run, self.manifest, self.assembly.lookup_names, "valid", runtime).close()
-        _warn_about_options_without_effect(run, self.manifest)
+        check_options_against_data(run, self.manifest)
         self.checkpoints = Checkpoints(run.output_dir, runtime, run.train.keep_last)
         latest = self.checkpoints.latest()
         if latest is not None:  # before anything is written into the folder of another run
@@ -97,9 +98,9 @@ class Trainer:
                 if self.step % self.run.train.log_interval_steps == 0 or is_last:
                     self.throughput.record_to(recorder)
                     recorder.log(self.step, self.step / self.loader.steps_per_epoch)
-                if is_last and self.run.refit_of:
-                    self._finish_refit()
-                elif is_last or (self.step % self.eval_interval_steps == 0 and not self.run.refit_of):
+                if is_last and not self.validates:
+                    self._finish_unvalidated()
+                elif is_last or (self.step % self.eval_interval_steps == 0 and self.validates):
                     self._validate(recorder, is_last)
                 elif is_stopping or self._save_is_due():
                     self._save({}, is_best=False)
@@ -237,10 +238,11 @@ class Trainer:
         self._save(flat, is_best)
         self.throughput.restart()
 
-    def _finish_refit(self) -> None:
-        """The last step is the result: `valid` was trained on. Collective."""
+    def _finish_unvalidated(self) -> None:
+        """The last step is the result: `valid` was trained on, or has no rows. Collective."""
         self.progression.best_step, self.progression.is_finished = self.step, True
-        log.info("step %d: trained on train+valid as long as %s; this is the result", self.step, self.run.refit_of)
+        why = f"trained on train+valid as long as {self.run.refit_of}" if self.run.refit_of else "there is no valid row"
+        log.info("step %d: %s; this is the result", self.step, why)
         self._save({}, is_best=True)
 
     def _save_is_due(self) -> bool:
@@ -300,7 +302,8 @@ class Trainer:
             self.assembly.lookup_names,
             run.data.max_history_length,
             with_candidates=not is_pretraining,
-            num_negative_groups=run.pretrain.num_negative_groups if is_pretraining else 0,
+            negatives_per=run.pretrain.negatives_per if is_pretraining else None,
+            num_negative_groups=run.pretrain.num_negative_groups,
             num_negatives=run.pretrain.num_negatives,
             seed=run.seed,
             num_parts=run.train.micro_batches,
@@ -330,17 +333,6 @@ class Trainer:
     def _best_metrics(self) -> dict[str, float]:
         folder = self.checkpoints.folder / f"step_{self.progression.best_step:08d}"
         return read_state(folder).metrics if folder.is_dir() else {}
-
-
-def _warn_about_options_without_effect(run: RunConfig, manifest: Manifest) -> None:
-    if run.data.max_history_length > manifest.max_history_length:
-        log.warning(
-            "max_history_length %d has no effect: the data was built with histories of at most %d",
-            run.data.max_history_length,
-            manifest.max_history_length,
-        )
-    if run.finetune.esmm and not any(task.given for task in manifest.tasks):
-        log.warning("esmm has no effect: no task of the data set is given another one")
 
 
 def _first_auc(metrics: dict) -> str:

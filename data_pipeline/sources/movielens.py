@@ -21,11 +21,21 @@ NO_GENRES = "(no genres listed)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--split_rule and --train_quantile."""
+    """--split_rule, --train_quantile, --no_valid, --vocabulary and --no_genres."""
     parser.add_argument("--split_rule", choices=("leave_last_out", "last_item_by_time"), default="leave_last_out")
     parser.add_argument(
         "--train_quantile", type=float, default=0.7, help="of last_item_by_time: part of the users that train"
     )
+    parser.add_argument(
+        "--no_valid", action="store_true", help="of leave_last_out: train right up to the test event, as published"
+    )
+    parser.add_argument(
+        "--vocabulary",
+        choices=("training", "all_items"),
+        default="training",
+        help="all_items: every movie of the movies file competes, whatever --min_count says",
+    )
+    parser.add_argument("--no_genres", action="store_true", help="items have no attributes, as published")
 
 
 def find_files(raw_dir: pathlib.Path | None, options: argparse.Namespace) -> dict[str, pathlib.Path]:
@@ -49,17 +59,19 @@ def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Names
     raw_files.require_values(path, raw, tuple(names))
     user, movie, _, time = (raw[name] for name in names)
     events = raw.select(user_id=user, item_id=movie, time_s=time, order=raw[raw_files.FILE_ORDER])
-    split: canonical.SplitRule = canonical.LeaveLastOut()
+    split: canonical.SplitRule = canonical.LeaveLastOut(has_valid=not options.no_valid)
     if options.split_rule == "last_item_by_time":
+        if options.no_valid:
+            raise ValueError("--no_valid belongs to --split_rule leave_last_out; leave it out with last_item_by_time")
         split = canonical.LastItemByTime(train_quantile=options.train_quantile, valid_fraction=options.valid_fraction)
+    places = ("history", "candidate")
+    genres = () if options.no_genres else (canonical.FeatureSpec("genres", places, "items", is_bag=True),)
     return canonical.Log(
         events=engine.materialise("ratings", events),
         items=_movies(engine, files["movies"]),
-        features=(
-            canonical.FeatureSpec("item", ("history", "candidate"), "item_id"),
-            canonical.FeatureSpec("genres", ("history", "candidate"), "items", is_bag=True),
-        ),
+        features=(canonical.FeatureSpec("item", places, "item_id"), *genres),
         split=split,
+        all_items_known=options.vocabulary == "all_items",
         order_words=f"by second, then by the order of the lines in {path.name}",
     )
 

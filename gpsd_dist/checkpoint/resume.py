@@ -1,11 +1,13 @@
 """May a run go on from this checkpoint, or repeat it on more data? Only as what it was: same options, same data."""
 
+import dataclasses
 import json
 import pathlib
 import typing
 
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.checkpoint.manager import RunState
+from gpsd_dist.config import run_config_from_dict
 
 _MAY_CHANGE_ON_RESUME = (
     ("data_dir",),
@@ -31,9 +33,13 @@ _OTHER_SPLITS = ("test", "holdout")
 def check_resumable(
     run: dict[str, typing.Any], manifest: dict[str, typing.Any], state: RunState, checkpoint: pathlib.Path
 ) -> None:
-    """`run`, `manifest`: as plain dicts. ValueError lists options that differ and may not, or the parts of the data."""
-    run, manifest = json.loads(json.dumps(run)), json.loads(json.dumps(manifest))
-    changed = [change for _, change in _differences(run, state.run_config)]
+    """`run`, `manifest`: as plain dicts. ValueError lists options that differ and may not, or the parts of the data.
+
+    An option that is younger than the saved run counts there with its default.
+    """
+    saved = dataclasses.asdict(run_config_from_dict(state.run_config))
+    run, manifest, saved = (json.loads(json.dumps(part)) for part in (run, manifest, saved))
+    changed = [change for _, change in _differences(run, saved)]
     if changed:
         raise ValueError(
             f"{checkpoint} belongs to a run with other options ({'; '.join(changed)}); "

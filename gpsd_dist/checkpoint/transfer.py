@@ -22,6 +22,7 @@ def transfer(run: RunConfig, manifest: Manifest, weights: manager.Tensors, dense
     checkpoint = manager.find(run.init_checkpoint)
     state = manager.read_state(checkpoint)
     _check_vocabularies(run, manifest, state, checkpoint)
+    _check_width(run, state, checkpoint)
     pretrained = state.run_config["model"]["name"]
     if run.transfers_tower and pretrained != run.model.name:
         raise ValueError(
@@ -54,6 +55,13 @@ def _check_vocabularies(run: RunConfig, manifest: Manifest, state: manager.RunSt
         raise ValueError(
             f"checkpoint {checkpoint} was trained on another data set: {'; '.join(problems)}; pretrain on this one"
         )
+
+
+def _check_width(run: RunConfig, state: manager.RunState, checkpoint: pathlib.Path) -> None:
+    """Shapes alone do not tell: rows of 50 and of 52 are both stored with 52 columns."""
+    theirs, mine = state.run_config["tables"]["embedding_dim"], run.tables.embedding_dim
+    if theirs != mine:
+        raise ValueError(f"the tables of {checkpoint} are {theirs} wide, this run's {mine}: set EMBEDDING_DIM={theirs}")
 
 
 def _report(

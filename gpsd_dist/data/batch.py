@@ -38,8 +38,8 @@ class NextItem:
     """int64: history token that is to be predicted (the next one of the same request)."""
     item_M: torch.Tensor
     """int64 item-table index of the target, to find accidental hits."""
-    group_offsets: tuple[int, ...]
-    """G + 1 cuts of M: positions [cut g, cut g + 1) see the negatives of group g."""
+    group_offsets: tuple[int, ...] | None
+    """G + 1 cuts of M: positions [cut g, cut g + 1) see the negatives of group g. None: G = M, each has its own."""
     negative_item_GN: torch.Tensor
     """int64 item-table indices, uniform over known items."""
     negative_row_GN: torch.Tensor
@@ -67,6 +67,7 @@ class Batch:
     history_time_s_T: torch.Tensor
     """int64, -1 where the log does not say."""
     request_time_s_B: torch.Tensor
+    """int64, -1 in pretraining, which has no requests."""
     user_hash_B: torch.Tensor
     source_row_B: torch.Tensor
     """int64: position of each request in the Arrow table that the batch was made of."""

@@ -37,10 +37,12 @@ class Collate:
     """Keeps this many most recent history tokens."""
     with_candidates: bool
     """False in pretraining: the rows' candidates and context are not read."""
-    num_negative_groups: int = 0
-    """G > 0: draw negatives for next-item targets; -1: one group per request (the official scheme)."""
+    negatives_per: str | None = None
+    """Draw negatives for next-item targets: a set for each "group", "request" or "position". None: no such targets."""
+    num_negative_groups: int = 1
+    """G, of "group"."""
     num_negatives: int = 0
-    """N per group."""
+    """N per set."""
     seed: int = 0
     num_parts: int = 1
     """Rows are dealt round over this many batches by length, so that all cost about the same."""
@@ -66,7 +68,7 @@ class Collate:
         random = np.random.Generator(
             np.random.Philox(np.random.SeedSequence((self.seed, key.epoch, key.step, key.rank)))
         )
-        negatives = [self._draw_negatives(random, part.packing) for part in parts]
+        negatives = [self._draw_negatives(random, part) for part in parts]
         lookup = self._deduplicate(parts, negatives)
         return tuple(self._batch(part, drawn, lookup) for part, drawn in zip(parts, negatives, strict=True))
 
@@ -76,7 +78,7 @@ class Collate:
         item = self.manifest.item_feature
         kept = _last(_offsets_of(rows[f"history.{item}"].combine_chunks()), length)
         columns: dict[str, dict] = {"history": {}, "candidate": {}, "context": {}}
-        scalars = {"user_hash": reader.integers("user_hash"), "request_time_s": np.zeros(0, np.int64)}
+        scalars = {"user_hash": reader.integers("user_hash"), "request_time_s": np.full(len(order), -1, np.int64)}
         for feature in self.manifest.features_in("history"):
             columns["history"][feature.name] = reader.jagged(f"history.{feature.name}", feature, kept=kept)
         labels, counts = {}, np.zeros(len(order), np.int64)
@@ -89,7 +91,8 @@ class Collate:
             labels = {task.name: reader.labels(f"label.{task.name}", counts) for task in self.manifest.tasks}
             scalars["request_time_s"] = reader.integers("request_time_s")
         packing = Packing.from_lengths(length, counts)
-        return _Part(order, packing, columns, labels, scalars, reader.history_time_s()[kept])
+        target_M = _targets(packing, columns["history"][item]) if self.negatives_per else np.zeros(0, np.int64)
+        return _Part(order, packing, columns, labels, scalars, reader.history_time_s()[kept], target_M)
 
     def _batch(self, part: "_Part", negatives: "_Negatives | None", lookup: KeyedJaggedTensor) -> Batch:
         empty, item = np.zeros(0, np.int64), self.manifest.item_feature
@@ -119,13 +122,18 @@ class Collate:
         order = np.argsort(length, kind="stable")
         return order, length[order], rows.take(pa.array(order))
 
-    def _draw_negatives(self, random: np.random.Generator, packing: Packing) -> "_Negatives | None":
-        """Uniform draws over the known items; a function of (seed, epoch, step, rank) alone."""
-        if self.num_negative_groups == 0:
+    def _draw_negatives(self, random: np.random.Generator, part: "_Part") -> "_Negatives | None":
+        """Uniform draws over the known items; a function of (seed, epoch, step, rank) and their number alone."""
+        if self.negatives_per is None:
             return None
         num_rows = self.manifest.table(self.manifest.feature(self.manifest.item_feature).table).num_rows
-        groups = packing.num_requests if self.num_negative_groups == -1 else self.num_negative_groups
-        return _Negatives(random.integers(NUM_RESERVED_ROWS, num_rows, (groups, self.num_negatives)))
+        sets = {
+            "group": self.num_negative_groups,
+            "request": part.packing.num_requests,
+            "position": len(part.target_token_M),
+        }
+        shape = (sets[self.negatives_per], self.num_negatives)
+        return _Negatives(random.integers(NUM_RESERVED_ROWS, num_rows, shape))
 
     def _deduplicate(self, parts: list["_Part"], negatives: list["_Negatives | None"]) -> KeyedJaggedTensor:
         """Fills `rows` of parts and negatives with positions in the distinct indices of each table; returns those."""
@@ -158,21 +166,17 @@ class Collate:
         return lookup_of(self.lookup_tables, index, [len(unique) for unique in uniques])
 
     def _next_item(self, part: "_Part", negatives: "_Negatives") -> NextItem:
-        """Every history token but the last of a request predicts its successor; unknown items are no targets."""
-        offsets, item_T = part.packing.history_offsets.numpy(), part.columns["history"][self.manifest.item_feature]
-        has_next = np.ones(part.packing.num_history_tokens, bool)
-        has_next[offsets[1:][np.diff(offsets) > 0] - 1] = False
-        token = np.flatnonzero(has_next)
-        token = token[item_T[token + 1] >= NUM_RESERVED_ROWS]
-        if self.num_negative_groups == -1:
-            cuts = np.searchsorted(token, offsets)
-        else:  # any partition of the positions will do: equal parts
-            cuts = np.linspace(0, len(token), len(negatives.item_GN) + 1).astype(np.int64)
+        target = part.target_token_M
+        group_offsets: tuple[int, ...] | None = None
+        if self.negatives_per == "request":
+            group_offsets = tuple(np.searchsorted(target - 1, part.packing.history_offsets.numpy()).tolist())
+        elif self.negatives_per == "group":  # any partition of the positions will do: equal parts
+            group_offsets = tuple(np.linspace(0, len(target), len(negatives.item_GN) + 1).astype(np.int64).tolist())
         return NextItem(
-            token_M=torch.from_numpy(token),
-            target_token_M=torch.from_numpy(token + 1),
-            item_M=torch.from_numpy(item_T[token + 1]),
-            group_offsets=tuple(cuts.tolist()),
+            token_M=torch.from_numpy(target - 1),
+            target_token_M=torch.from_numpy(target),
+            item_M=torch.from_numpy(part.columns["history"][self.manifest.item_feature][target]),
+            group_offsets=group_offsets,
             negative_item_GN=torch.from_numpy(negatives.item_GN),
             negative_row_GN=torch.from_numpy(negatives.row_GN),
         )
@@ -190,6 +194,8 @@ class _Part:
     scalars: dict[str, np.ndarray]
     """Columns that are no features: column -> int64 [B]"""
     history_time_s: np.ndarray
+    target_token_M: np.ndarray
+    """History tokens that the ones before them predict."""
     rows: dict[str, dict] = dataclasses.field(default_factory=dict)
     """`columns` with indices replaced by rows of the lookup."""
 
@@ -286,6 +292,14 @@ def _offsets_of(column: pa.ListArray) -> np.ndarray:
     """Offsets into `column.flatten()`, which begins at the first row's first value: [rows + 1] int64 from 0."""
     offsets = column.offsets.to_numpy().astype(np.int64)
     return offsets - offsets[0]
+
+
+def _targets(packing: Packing, item_T: np.ndarray) -> np.ndarray:
+    """int64 [M]: each history token but a request's first is the target of the one before, if its item is known."""
+    is_target = item_T >= NUM_RESERVED_ROWS
+    offsets = packing.history_offsets.numpy()
+    is_target[offsets[:-1][np.diff(offsets) > 0]] = False
+    return np.flatnonzero(is_target)
 
 
 def _last(offsets: np.ndarray, keep: np.ndarray) -> np.ndarray:

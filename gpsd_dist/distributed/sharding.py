@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import typing
 
 import numpy as np
@@ -24,6 +25,7 @@ from gpsd_dist.model.embeddings import Tables
 
 log = logging.getLogger(__name__)
 _INIT_BLOCK_ROWS = 4096
+_ROW_MEAN_OPTIMIZERS = ("rowwise_adagrad", "partial_rowwise_adam")  # one second moment per row: a mean over its columns
 _OPTIMIZERS = {
     "rowwise_adagrad": torchrec.optim.RowWiseAdagrad,
     "adagrad": torch.optim.Adagrad,
@@ -43,13 +45,17 @@ class ShardedTables:
     """Readable plan: one line per table and one on what freezing saves."""
     names: dict[str, str]
     """Module key -> table name."""
+    width: int
+    """E. `weights()` holds more columns where E is no multiple of 4; those are zero."""
+    lr_factor: float
+    """Corrects what padding does to a mean over the columns of a row."""
 
     def __call__(self, lookup):
         """Rows [U, E] of every table. Collective: all ranks must call."""
         return self.module(lookup)
 
     def weights(self) -> dict[str, ShardedTensor]:
-        """Table name -> its weight, whichever collection it is in. Local shards alias the live weights."""
+        """Table name -> its weight [rows, stored_dim], whichever collection it is in. Shards alias live weights."""
         return {self.names[key.split(".")[-2]]: value for key, value in self.module.state_dict().items()}
 
     def optimizer_state(self) -> dict[str, dict[str, ShardedTensor]]:
@@ -63,7 +69,7 @@ class ShardedTables:
     def set_learning_rate(self, lr: float) -> None:
         """Takes effect in the next backward. A fused table reads its group's rate in `zero_grad` (or `step`) only."""
         for group in self.module.fused_optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * self.lr_factor
         self.module.fused_optimizer.zero_grad()
 
 
@@ -83,7 +89,7 @@ def shard_tables(
     collections = [collection for collection in (tables.trainable, tables.frozen) if collection is not None]
     names = {entry.name: entry.feature_names[0] for part in collections for entry in part.embedding_configs()}
     for name in names.values():
-        if config.sharding.get(name) == "column_wise" and config.embedding_dim < 2 * MIN_CW_DIM:
+        if config.sharding.get(name) == "column_wise" and config.stored_dim < 2 * MIN_CW_DIM:
             log.warning(
                 "table %s: column_wise keeps it whole on one rank: a shard has >= %d columns, EMBEDDING_DIM is %d",
                 name,
@@ -106,10 +112,20 @@ def shard_tables(
     module = DistributedModelParallel(
         module=tables, device=runtime.device, plan=plan, sharders=[sharder], init_data_parallel=False
     )
-    sharded = ShardedTables(module, _readable(plan, config.embedding_dim, frozen_rows), names)
+    factor = _lr_factor(config, optimizer)
+    sharded = ShardedTables(module, _readable(plan, config, frozen_rows), names, config.embedding_dim, factor)
     for name, weight in sharded.weights().items():
-        _initialise(weight, name, config.init_std, seed)
+        _initialise(weight, name, config, seed)
     return sharded
+
+
+def _lr_factor(config: TablesConfig, optimizer: OptimizerConfig) -> float:
+    """A row's second moment is its sum of squares over the stored columns, too small by E / stored_dim: the step, which
+    is divided by its root, would be longer by the root of the inverse. This shortens it again (exact up to eps; a
+    column-wise shard has a moment of its own, so there it is exact on average alone).
+    """
+    is_mean = optimizer.name in _ROW_MEAN_OPTIMIZERS
+    return math.sqrt(config.embedding_dim / config.stored_dim) if is_mean else 1.0
 
 
 def _optimizer_arguments(optimizer: OptimizerConfig) -> dict[str, typing.Any]:
@@ -124,7 +140,7 @@ def _optimizer_arguments(optimizer: OptimizerConfig) -> dict[str, typing.Any]:
     return arguments
 
 
-def _readable(plan, embedding_dim: int, frozen_rows: int) -> str:
+def _readable(plan, config: TablesConfig, frozen_rows: int) -> str:
     """One line per table: kind, layout, and rows x columns on each rank."""
     lines = []
     for path, parameters in plan.plan.items():
@@ -137,20 +153,23 @@ def _readable(plan, embedding_dim: int, frozen_rows: int) -> str:
         megabytes = frozen_rows * 4 / 2**20
         lines.append(
             f"frozen: {frozen_rows:,} rows without optimizer state ({megabytes:.1f} MiB of row-wise Adagrad, "
-            f"{2 * megabytes * embedding_dim:.1f} MiB of Adam saved), no gradient exchange, no backward lookup"
+            f"{2 * megabytes * config.embedding_dim:.1f} MiB of Adam saved), no gradient exchange, no backward lookup"
         )
+    if config.stored_dim != config.embedding_dim:
+        lines.append(f"rows are {config.embedding_dim} wide and stored as {config.stored_dim}, padded with zeros")
     return "\n".join(lines)
 
 
-def _initialise(weight: ShardedTensor, table: str, std: float, seed: int) -> None:
-    """Normal(0, std) as a function of (seed, table, row): the same table for any world size and plan."""
-    columns_total = weight.size()[1]
+def _initialise(weight: ShardedTensor, table: str, config: TablesConfig, seed: int) -> None:
+    """Normal(0, std) as a function of (seed, table, row): the same table for any world size and plan. Padding is 0."""
+    width, padding = config.embedding_dim, config.stored_dim - config.embedding_dim
     for shard in weight.local_shards():
         (first, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
         for block in range(first // _INIT_BLOCK_ROWS, -(-(first + rows) // _INIT_BLOCK_ROWS)):
             entropy = (seed, block, *table.encode())
             random = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
-            values = random.standard_normal((_INIT_BLOCK_ROWS, columns_total), dtype=np.float32) * std
+            values = random.standard_normal((_INIT_BLOCK_ROWS, width), dtype=np.float32) * config.init_std
+            values = np.pad(values, ((0, 0), (0, padding)))
             start = block * _INIT_BLOCK_ROWS
             low, high = max(first, start), min(first + rows, start + _INIT_BLOCK_ROWS)
             piece = torch.from_numpy(values[low - start : high - start, column : column + columns])

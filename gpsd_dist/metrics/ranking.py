@@ -1,8 +1,9 @@
 """Full-ranking metrics of next-item prediction: exact rank of the target among all items, HR@K, NDCG@K, MRR.
 
-Every item of the table competes; nothing is sampled. A table that is sharded by rows is ranked block by block: the rank
-is one plus the number of better items, and counts add up over blocks. Shape letters: B queries, D width, V items of the
-whole table, R rows of one block of it, N excluded (query, item) pairs.
+Every item of the table competes, but for what the caller excludes (the visible history); nothing is sampled. A table
+that is sharded by rows is ranked block by block: the rank is one plus the number of better items, and counts add up
+over blocks. Shape letters: B queries, D width, V items of the whole table, R rows of one block of it, N excluded
+(query, item) pairs.
 """
 
 import collections.abc

@@ -16,7 +16,8 @@ from gpsd_dist.packing import Packing
 class DeepFM(nn.Module):
     """[interactions, fields]: the deep part is the ranking MLP, which the interactions skip. A `registry.Tower`."""
 
-    reads_fields, has_segments, is_generative, supervises_history = True, False, False, False
+    reads_fields, has_segments, drops_inputs = True, False, False
+    is_generative, supervises_history = False, False
     direct_width = 1
 
     def __init__(self, num_fields: int, width: int):

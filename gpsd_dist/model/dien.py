@@ -75,7 +75,8 @@ class AttentionalGRU(nn.Module):
 class DIEN(nn.Module):
     """[final interest, sum of the history, its product with the candidate, candidate]. A `registry.Tower`."""
 
-    reads_fields, has_segments, is_generative, supervises_history = True, False, False, True
+    reads_fields, has_segments, drops_inputs = True, False, False
+    is_generative, supervises_history = False, True
     direct_width = 0
 
     def __init__(self, num_fields: int, width: int, init_std: float = 0.02):

@@ -70,7 +70,8 @@ class ActivationUnit(nn.Module):
 class DIN(nn.Module):
     """Candidate and attended history. A `registry.Tower`."""
 
-    reads_fields, has_segments, is_generative, supervises_history = True, False, False, False
+    reads_fields, has_segments, drops_inputs = True, False, False
+    is_generative, supervises_history = False, False
     direct_width = 0
 
     def __init__(self, num_fields: int, width: int, init_std: float = 0.02):

@@ -41,7 +41,8 @@ class Refinement(nn.Module):
 class DMIN(nn.Module):
     """[H interests, sum of the history, its product with the candidate, candidate]. A `registry.Tower`."""
 
-    reads_fields, has_segments, is_generative, supervises_history = True, False, False, True
+    reads_fields, has_segments, drops_inputs = True, False, False
+    is_generative, supervises_history = False, True
     direct_width = 0
 
     def __init__(self, num_fields: int, width: int, heads: int, dropout: float = 0.0, init_std: float = 0.02):

@@ -53,18 +53,25 @@ class Tables(nn.Module):
         if missing:
             names = [table.name for table in tables]
             raise ValueError(f"cannot freeze tables {sorted(missing)}: the sharded tables are {names}")
+        self.width = config.embedding_dim
         self.trainable = _collection([t for t in tables if t.name not in frozen], config, device)
         self.frozen = _collection([t for t in tables if t.name in frozen], config, device)
 
     def forward(self, lookup: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
-        """Rows [U, E] of every table. Collective when the collections are sharded: all ranks must call."""
+        """Rows [U, E] of every table, without their padding. Collective when the collections are sharded: all ranks
+        must call.
+        """
         rows = {}
         if self.trainable is not None:
-            rows |= {name: jagged.values() for name, jagged in self.trainable(lookup).items()}
+            rows |= {name: self._unpadded(jagged.values()) for name, jagged in self.trainable(lookup).items()}
         if self.frozen is not None:
             with torch.no_grad():  # .values() waits for the exchange, so it belongs inside
-                rows |= {name: jagged.values() for name, jagged in self.frozen(lookup).items()}
+                rows |= {name: self._unpadded(jagged.values()) for name, jagged in self.frozen(lookup).items()}
         return rows
+
+    def _unpadded(self, stored: torch.Tensor) -> torch.Tensor:
+        """[U, stored_dim] -> [U, E]; the gradient of the padding is zero, so it stays what it was."""
+        return stored if stored.shape[1] == self.width else stored[:, : self.width]
 
 
 def _collection(tables: list[Table], config: TablesConfig, device: torch.device) -> EmbeddingCollection | None:
@@ -75,7 +82,7 @@ def _collection(tables: list[Table], config: TablesConfig, device: torch.device)
             name=module_key(table.name),
             feature_names=[table.name],
             num_embeddings=table.num_rows,
-            embedding_dim=config.embedding_dim,
+            embedding_dim=config.stored_dim,
         )
         for table in tables
     ]

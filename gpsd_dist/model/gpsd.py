@@ -34,7 +34,7 @@ class Backbone(nn.Module):
         tower = find_tower(model.name)
         self.embedder = TokenEmbedder(manifest, tables, sharded, tower.reads_fields, tower.has_segments)
         self.project_in = ProjectionIn(tables.embedding_dim, model.width, model.init_std)
-        self.dropout = nn.Dropout(model.dropout)
+        self.dropout = nn.Dropout(0.0 if tower.drops_inputs else model.dropout)
         self.tower = tower.build(model, self.embedder.num_fields)
         if model.compile:
             self.tower.compile(dynamic=True)  # in place: parameter names stay

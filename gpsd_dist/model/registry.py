@@ -9,6 +9,8 @@ from gpsd_dist.model.deepfm import DeepFM
 from gpsd_dist.model.dien import DIEN
 from gpsd_dist.model.din import DIN
 from gpsd_dist.model.dmin import DMIN
+from gpsd_dist.model.hstu import HSTU
+from gpsd_dist.model.sasrec import SASRec
 from gpsd_dist.model.transformer import Transformer
 from gpsd_dist.model.wukong import Wukong
 from gpsd_dist.packing import Packing
@@ -20,7 +22,7 @@ class Times(typing.NamedTuple):
     history_T: torch.Tensor
     """Of every history token."""
     request_B: torch.Tensor
-    """Of every request: the time of its candidates, or of what comes after the history."""
+    """Of every request: the time of its candidates, or of what comes after the history; -1 in pretraining."""
 
 
 class Tower(typing.Protocol):
@@ -37,6 +39,8 @@ class Tower(typing.Protocol):
     """Whether histories have states of their own: needed for pretraining and full transfer."""
     supervises_history: typing.ClassVar[bool]
     """Whether a call `with_history` also returns states [T, F D] of the histories, for the next-behaviour loss."""
+    drops_inputs: typing.ClassVar[bool]
+    """Whether the tower applies dropout to its input itself, after what it adds to it; else the backbone does."""
     out_width: int
     """Width of a candidate's state."""
     direct_width: int
@@ -67,6 +71,8 @@ class Tower(typing.Protocol):
 
 TOWERS: dict[str, type[Tower]] = {
     "transformer": Transformer,
+    "hstu": HSTU,
+    "sasrec": SASRec,
     "deepfm": DeepFM,
     "din": DIN,
     "dien": DIEN,

@@ -85,7 +85,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """`l{layers}h{width}a{heads}` of the paper. A `registry.Tower`."""
 
-    reads_fields, has_segments, is_generative, supervises_history = False, True, True, False
+    reads_fields, has_segments, drops_inputs = False, True, False
+    is_generative, supervises_history = True, False
     direct_width = 0
 
     def __init__(self, layers: int, width: int, heads: int, dropout: float = 0.0, init_std: float = 0.02):
@@ -101,6 +102,7 @@ class Transformer(nn.Module):
     @classmethod
     def build(cls, config: ModelConfig, num_fields: int) -> "Transformer":
         """See registry.Tower."""
+        config.refuse("head_width", "ffn_width", "time_bias")
         return cls(config.layers, config.width, config.heads, config.dropout, config.init_std)
 
     def forward(self, x_SD: torch.Tensor, packing: Packing, candidates_only: bool = False, times=None) -> torch.Tensor:

@@ -68,7 +68,8 @@ def interactions(x_CnD: torch.Tensor, mixed_CMD: torch.Tensor) -> torch.Tensor:
 class Wukong(nn.Module):
     """All fields of the last layer. A `registry.Tower`."""
 
-    reads_fields, has_segments, is_generative, supervises_history = True, False, False, False
+    reads_fields, has_segments, drops_inputs = True, False, False
+    is_generative, supervises_history = False, False
     direct_width = 0
 
     def __init__(self, num_fields: int, max_positions: int, layers: int, width: int, init_std: float = 0.02):

@@ -4,7 +4,7 @@ import math
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, final_fraction: float) -> float:
-    """Linear warm-up from 1 / warmup_steps to 1, then cosine to `final_fraction`. `step` counts from 0."""
+    """Linear warm-up from 1 / warmup_steps to 1, then cosine to `final_fraction` (1: constant). Steps count from 0."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))

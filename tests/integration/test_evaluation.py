@@ -109,6 +109,21 @@ def test_next_item_ranking_equals_a_loop_over_all_items(scored, one_rank):
     assert metrics["ndcg@10"] == pytest.approx(np.mean(gains), abs=1e-6)
 
 
+def test_a_rank_cut_changes_the_mrr_alone(scored, one_rank):
+    """59 known items; ranks beyond 10 count as 11, so the cut MRR is that of the ranks clamped."""
+    root = scored["root"]
+    exact = evaluate_checkpoint(root / "pretrain", None, "valid", one_rank, which="last")["next_item"]
+    cut = evaluate_checkpoint(root / "pretrain", None, "valid", one_rank, which="last", rank_cut=10)["next_item"]
+    assert cut["mrr"] > exact["mrr"] and cut["rows"] == exact["rows"]
+    within_10 = exact["hr@10"] * exact["rows"]
+    assert cut["mrr"] * cut["rows"] >= (exact["rows"] - within_10) / 11
+    assert {n: v for n, v in cut.items() if n in ("hr@1", "hr@10", "ndcg@10")} == {
+        n: v for n, v in exact.items() if n in ("hr@1", "hr@10", "ndcg@10")
+    }
+    with pytest.raises(ValueError, match=r"--rank_cut belongs to next-item ranking; .* scores \['click', 'buy'\]"):
+        evaluate_checkpoint(root / "finetune", None, "valid", one_rank, which="last", rank_cut=10)
+
+
 def test_a_run_with_a_cuda_only_table_optimizer_is_scored_on_a_cpu(scored, one_rank, tmp_path):
     shutil.copytree(scored["root"] / "finetune", tmp_path / "run")
     path = manager.find(tmp_path / "run", "last") / manager.STATE_NAME

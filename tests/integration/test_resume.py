@@ -26,20 +26,20 @@ from tests.integration.tiny_data import (
 pytestmark = pytest.mark.timeout(420)  # the fixture starts ranks, each call with its own limit of 150 s
 
 HALF, FULL = 5, 10  # an epoch has 6 steps, so the second part crosses its end
-KINDS = ("pretrain", "ST", "ST_SF")
+KINDS = ("pretrain", "hstu", "ST", "ST_SF")  # hstu: pretraining too, with negatives per position and padded rows
+HSTU = {
+    "model": {"name": "hstu", "dropout": 0.2, "max_positions": 11},
+    "tables": {"embedding_dim": 14},
+    "pretrain": {"negatives_per": "position", "num_negatives": 5, "auxiliary": ()},
+}
 OTHER_PLAN = {"item": "table_wise", "tag": "column_wise"}
 
 
 def _run(kind: str, data_dir, source, output_dir, max_steps: int, **changes):
-    stage, strategy = ("pretrain", "NT") if kind == "pretrain" else ("finetune", kind)
-    return tiny_run(
-        stage,
-        data_dir,
-        output_dir,
-        strategy,
-        "" if kind == "pretrain" else source,
-        **{"model": {"dropout": 0.2}, "train": {"max_steps": max_steps}} | changes,
-    )
+    is_pretraining = kind in ("pretrain", "hstu")
+    stage, strategy = ("pretrain", "NT") if is_pretraining else ("finetune", kind)
+    options = {"train": {"max_steps": max_steps}} | (HSTU if kind == "hstu" else {"model": {"dropout": 0.2}})
+    return tiny_run(stage, data_dir, output_dir, strategy, "" if is_pretraining else source, **options | changes)
 
 
 def _load_and_save(rank: int, world_size: int, run, checkpoint, saved) -> None:
@@ -207,6 +207,19 @@ def test_harmless_options_may_change_on_resume(data_dir, tmp_path, one_rank, cap
     train = {"max_steps": 4, "patience": 9, "keep_last": 1, "log_interval_steps": 2, "save_interval_steps": 3}
     _train(tiny_run("finetune", data_dir, tmp_path, train=train, data={"num_threads": 2}), one_rank, caplog)
     assert list(train_losses(tmp_path)) == [1, 2, 4]
+
+
+def test_a_run_from_before_an_option_existed_goes_on_with_its_default(data_dir, tmp_path, one_rank, caplog):
+    _train(tiny_run("pretrain", data_dir, tmp_path, train={"max_steps": 2}), one_rank, caplog)
+    path = step_folder(tmp_path, 2) / "run_state.json"
+    state = json.loads(path.read_text())
+    del state["run_config"]["pretrain"]["negatives_per"], state["run_config"]["model"]["max_positions"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="negatives_per: 'group' there, 'position' now"):
+        changed = {"pretrain": {"negatives_per": "position"}, "train": {"max_steps": 4}}
+        Trainer(tiny_run("pretrain", data_dir, tmp_path, **changed), one_rank).train()
+    _train(tiny_run("pretrain", data_dir, tmp_path, train={"max_steps": 4}), one_rank, caplog)
+    assert list(train_losses(tmp_path)) == [1, 2, 3, 4]
 
 
 def test_other_vocabulary_is_refused_on_resume(data_dir, tmp_path, one_rank, caplog):

@@ -10,7 +10,11 @@ import pathlib
 import pytest
 import torch
 
-from gpsd_dist.config import OptimizerConfig
+from gpsd_dist import schema
+from gpsd_dist.config import OptimizerConfig, TablesConfig
+from gpsd_dist.data.batch import lookup_of
+from gpsd_dist.distributed.sharding import shard_tables
+from gpsd_dist.model.embeddings import Tables
 from tests.helpers.distributed import run_distributed
 from tests.integration.tiny_data import (
     NUM_ITEMS,
@@ -37,13 +41,19 @@ PLANS = {
 EMBEDDING_DIM = 256  # TorchRec's planner cuts columns into pieces of 128 at least
 
 
-def _run(stage: str, data_dir, output_dir, sharding=None, **train):
+# Rows of 254 are stored with 256 columns: the padding lies in the second of two column shards.
+PADDED = {"item": "column_wise", "tag": "row_wise"}
+GENERATIVE = {"name": "hstu", "max_positions": 11}
+
+
+def _run(stage: str, data_dir, output_dir, sharding=None, *, width=EMBEDDING_DIM, model=None, per="group", **train):
     return tiny_run(
         stage,
         data_dir,
         output_dir,
-        tables={"sharding": sharding or {}, "embedding_dim": EMBEDDING_DIM},
-        pretrain={"num_negative_groups": 1},
+        tables={"sharding": sharding or {}, "embedding_dim": width},
+        model=model or {},
+        pretrain={"num_negative_groups": 1, "negatives_per": per},
         dense=OptimizerConfig("adamw", 1e-2, weight_decay=0.1, eps=1e-4),
         train={"max_steps": STEPS, "save_interval_steps": 1, "keep_last": 100} | train,
     )
@@ -60,7 +70,9 @@ STAGES = ("pretrain", "finetune")
 def _runs(data_dir, single_row_dir, folder):
     finetune = [_run("finetune", data_dir, folder / name, sharding) for name, sharding in PLANS.items()]
     single = [_run(stage, single_row_dir, folder / f"single_row_{stage}", max_steps=2) for stage in STAGES]
-    return [*finetune, _run("pretrain", data_dir, folder / "pretrain"), *single]
+    padded = _run("finetune", data_dir, folder / "padded", PADDED, width=254, model={"name": "sasrec"})
+    hstu = _run("pretrain", data_dir, folder / "hstu", PADDED, width=254, model=GENERATIVE, per="position")
+    return [*finetune, _run("pretrain", data_dir, folder / "pretrain"), padded, hstu, *single]
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +95,36 @@ def test_initial_weights_do_not_depend_on_world_size_or_plan(trained, name):
     assert not differing(read_checkpoint(two / "initial"), reference)
 
 
+@pytest.mark.parametrize("name", ["padded", "hstu"])
+def test_padding_is_zero_before_and_after_training(trained, name):
+    for folder in trained[name][:2]:
+        first, last = read_checkpoint(folder / "initial"), read_checkpoint(step_folder(folder, STEPS))
+        for table in ("table.item", "table.tag"):
+            assert first[table].shape[1] == 256 and first[table][:, :254].std() > 0.01
+            assert (first[table][:, 254:] == 0).all() and (last[table][:, 254:] == 0).all()
+            assert not torch.equal(first[table], last[table])
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad"])
+@pytest.mark.parametrize("width", [1, 14, 16])
+def test_padding_does_not_change_the_step(one_rank, optimizer, width):
+    """First step of Adagrad, from the state 0: the gradient over the root of its mean square over the own width."""
+    options = TablesConfig(embedding_dim=width)
+    tables = Tables((schema.Table("item", NUM_ITEMS, "x"),), (), options, torch.device("meta"))
+    sharded = shard_tables(tables, options, OptimizerConfig(optimizer, 0.1), one_rank, seed=0)
+    sharded.set_learning_rate(0.1)
+    before = sharded.weights()["item"].local_shards()[0].tensor.clone()
+    rows = sharded(lookup_of(("item",), torch.tensor([5, 7]), [2]))["item"]
+    assert torch.equal(rows, before[[5, 7], :width])
+    gradient = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
+    torch.autograd.backward(rows, gradient)
+    square = gradient.pow(2)
+    moment = square.mean(-1, keepdim=True) if optimizer == "rowwise_adagrad" else square
+    expected = before.clone()
+    expected[[5, 7], :width] -= 0.1 * gradient / moment.sqrt()
+    torch.testing.assert_close(sharded.weights()["item"].local_shards()[0].tensor, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_both_stages_begin_with_the_same_tables(trained):
     pretrained, finetuned = (read_checkpoint(trained[name][0] / "initial") for name in ("pretrain", "row_wise"))
     for table in ("table.item", "table.tag"):
@@ -101,7 +143,7 @@ def test_tables_are_laid_out_as_asked(trained):
     assert "table tag: trainable, row_wise" in trained["mixed"][2]
 
 
-@pytest.mark.parametrize("name", [*PLANS, "pretrain"])
+@pytest.mark.parametrize("name", [*PLANS, "pretrain", "padded", "hstu"])
 def test_one_step_gives_the_same_gradients_and_tables(trained, name):
     one, two = (read_checkpoint(step_folder(folder, 1)) for folder in trained[name][:2])
     # exp_avg of the first step is (1 - beta1) times the gradient
@@ -115,7 +157,7 @@ def test_one_step_gives_the_same_gradients_and_tables(trained, name):
     assert not differing(*states, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*PLANS, "pretrain"])
+@pytest.mark.parametrize("name", [*PLANS, "pretrain", "padded", "hstu"])
 def test_training_does_not_depend_on_world_size(trained, name):
     one, two, _ = trained[name]
     losses, losses_two = train_losses(one), train_losses(two)

@@ -78,12 +78,18 @@ def train_runs(rank: int, world_size: int, runs: list[config.RunConfig]) -> list
 
 @contextlib.contextmanager
 def fixed_negatives() -> typing.Iterator[None]:
-    """Ranks and parts of a batch draw different negatives; inside, all get the same ones, to be comparable."""
+    """Ranks and parts of a batch draw different negatives; inside, all get the same ones, to be comparable.
+
+    For one group, or one set per position: then they depend on the position's own target.
+    """
     original = collate.Collate._draw_negatives
     items = (np.arange(20).reshape(1, 20) * 7) % (NUM_ITEMS - 2) + 2
 
-    def draw(self, random, packing):
-        return collate._Negatives(items.copy()) if self.num_negative_groups else None
+    def draw(self, random, part):
+        if self.negatives_per == "position":
+            target_M = part.columns["history"][self.manifest.item_feature][part.target_token_M]
+            return collate._Negatives((items - 2 + target_M[:, None]) % (NUM_ITEMS - 2) + 2)
+        return collate._Negatives(items.copy()) if self.negatives_per else None
 
     collate.Collate._draw_negatives = draw
     try:

@@ -84,6 +84,41 @@ def test_sampled_softmax_equals_masked_reference(name):
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
 
 
+OWN = {
+    "some positions": {"num_positions": 11, "num_groups": 11, "num_negatives": 8},
+    "one negative": {"num_positions": 5, "num_groups": 5, "num_negatives": 1},
+    "all negatives hit": {"num_positions": 4, "num_groups": 4, "num_negatives": 6, "num_items": 1},
+    "no positions": {"num_positions": 0, "num_groups": 0, "num_negatives": 4},
+}
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 4 * 9 * 5, 1 << 21])  # one, four, all positions at a time
+@pytest.mark.parametrize("name", OWN)
+def test_negatives_per_position_equal_the_masked_reference(name, chunk_elements, monkeypatch):
+    """Tolerances as above."""
+    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", chunk_elements)
+    p = make_problem(**OWN[name])
+    leaves = [p["hidden"].requires_grad_(), p["rows"].requires_grad_()]
+    loss, count = run_ours(p | {"group_offsets": None}, *leaves)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = run_reference(p | {"group_offsets": range(OWN[name]["num_positions"] + 1)}, *exact)
+    assert count.item() == OWN[name]["num_positions"]
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    if OWN[name]["num_positions"]:
+        got, wanted = torch.autograd.grad(3.0 * loss, leaves), torch.autograd.grad(3.0 * expected, exact)
+        for ours, theirs in zip(got, wanted):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_own_negatives_in_float64():
+    p = make_problem(**OWN["some positions"])
+    indices = (p["target_row"], p["target_item"], p["negative_row"], p["negative_item"])
+    assert (p["negative_item"] == p["target_item"][:, None]).any()
+    query, rows = (2.0 * p["hidden"].double()).requires_grad_(), p["rows"].double().requires_grad_()
+    loss = losses._OwnNegativesSoftmax.apply
+    assert torch.autograd.gradcheck(lambda q, r: loss(q, r, *indices), (query, rows), fast_mode=True)
+
+
 def test_problems_hold_hits_and_duplicates():
     p = make_problem(**PROBLEMS["8 groups"])
     hits = sum(

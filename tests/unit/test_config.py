@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import typing
 
@@ -36,19 +37,23 @@ INVALID = [
         (DataConfig, {name: 0}, f"{name} 0 must be >= 1")
         for name in ("max_history_length", "eval_batch_rows_per_rank", "num_data_shards", "num_threads", "prefetch")
     ],
-    (TablesConfig, {"embedding_dim": 0}, "embedding_dim 0 must be >= 4"),
-    (TablesConfig, {"embedding_dim": 30}, "multiple of 4"),
+    (TablesConfig, {"embedding_dim": 0}, "embedding_dim 0 must be >= 1"),
     (TablesConfig, {"small_table_max_rows": -1}, "small_table_max_rows"),
     (TablesConfig, {"sharding": {"item": "diagonal"}}, "'item' is 'diagonal'"),
     *[
         (ModelConfig, {name: 0}, f"{name} 0 must be >= 1")
         for name in ("layers", "width", "heads", "context_dim", "max_positions")
     ],
+    *[(ModelConfig, {name: -1}, f"{name} -1 must be >= 0") for name in ("init_std", "head_width", "ffn_width")],
     (ModelConfig, {"width": 36, "heads": 4}, "multiple of 2 x heads = 8"),
+    (ModelConfig, {"name": "hstu", "width": 50, "heads": 4}, "multiple of heads = 4"),
+    (RunConfig, {"model": ModelConfig("hstu", max_positions=50)}, "--gin.ModelConfig.max_positions=61"),
+    (RunConfig, {"model": ModelConfig("sasrec", max_positions=50)}, "max_history_length 50 does not fit 'sasrec'"),
     (ModelConfig, {"dropout": 1.0}, "dropout"),
     (ModelConfig, {"dropout": -0.1}, "dropout"),
     (PretrainConfig, {"num_negative_groups": 0}, "num_negative_groups 0"),
-    (PretrainConfig, {"num_negative_groups": -2}, "num_negative_groups -2"),
+    (PretrainConfig, {"num_negative_groups": -1}, "negatives_per='request'"),
+    (PretrainConfig, {"negatives_per": "batch"}, "'batch' is not one of ('group', 'request', 'position')"),
     (PretrainConfig, {"num_negatives": 0}, "num_negatives"),
     (PretrainConfig, {"temperature": 0}, "temperature"),
     (PretrainConfig, {"temperature": -0.1}, "temperature"),
@@ -66,9 +71,9 @@ INVALID = [
     ],
     *[
         (TrainConfig, {name: value}, f"{name} {value} must be in")
-        for name in ("warmup_fraction", "final_lr_fraction")
-        for value in (-0.1, 1.0)
+        for name, value in itertools.product(("warmup_fraction", "final_lr_fraction"), (-0.1, 1.5))
     ],
+    (TrainConfig, {"warmup_fraction": 1.0}, "warmup_fraction 1.0 must be in"),
     (RunConfig, {"stage": "train"}, "stage 'train' is not one of"),
     (RunConfig, {"stage": "finetune", "strategy": "SF"}, "STRATEGY 'SF' is not one of"),
     (RunConfig, {"data_dir": ""}, "--gin.DATA_DIR=PATH"),
@@ -125,6 +130,24 @@ def test_all_problems_of_a_part_come_at_once():
     assert all(word in str(caught.value) for word in ("epochs", "patience", "warmup_fraction"))
 
 
+@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+def test_histories_may_be_as_long_as_positions_less_one(name):
+    """A candidate takes the position after the last event."""
+    make_run(model=ModelConfig(name, width=50, heads=1, max_positions=51))
+
+
+def test_options_without_effect_are_refused():
+    config = ModelConfig("sasrec", head_width=5)
+    config.refuse("time_bias", "ffn_width")
+    with pytest.raises(ValueError, match=r"ModelConfig: head_width 5 has no effect on 'sasrec'"):
+        config.refuse("time_bias", "head_width")
+
+
+@pytest.mark.parametrize(("width", "stored"), [(1, 4), (4, 4), (50, 52), (52, 52), (61, 64)])
+def test_stored_width_is_the_next_multiple_of_4(width, stored):
+    assert TablesConfig(embedding_dim=width).stored_dim == stored
+
+
 def test_lists_become_tuples_and_ints_pass_as_floats():
     assert PretrainConfig(auxiliary=["category"]).auxiliary == ("category",)
     assert TrainConfig(clip_norm=2).clip_norm == 2
@@ -175,8 +198,8 @@ def full_run():
         seed=7,
         data=DataConfig(7, 0, 640, 9, 8, 3, 4),
         tables=TablesConfig(32, 9, {"item": "table_wise"}, ("item", "tag"), 0.1),
-        model=ModelConfig("transformer", 2, 32, 2, 0.1, 0.05, 8, True, 99),
-        pretrain=PretrainConfig(0.1, -1, 5, ("category", "brand"), 0.5),
+        model=ModelConfig("hstu", 2, 32, 2, 0.1, 0.05, 8, True, 99, 5, 7, False),
+        pretrain=PretrainConfig(0.1, "position", 3, 5, ("category", "brand"), 0.5),
         finetune=FinetuneConfig({"click": 0.5, "buy": 2}, True, 0.5),
         dense=OptimizerConfig("adamw", 0.2, 0.8, 0.7, 1e-6, 0.3),
         sparse=OptimizerConfig("sgd", 0.3, 0.5, 0.6, 1e-5, 0.0),
@@ -198,7 +221,7 @@ def test_the_round_trip_covers_every_field():
         for name, value in values.items()
         if value == plain[part][name]
     }
-    assert same <= {"model.name", "dense.name", "sparse.weight_decay"}
+    assert same <= {"dense.name", "sparse.weight_decay"}
 
 
 def saved(**changed):

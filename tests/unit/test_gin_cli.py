@@ -10,7 +10,6 @@ import torch
 from gpsd_dist.gin_cli import load_run_config
 from gpsd_dist.model.embeddings import lookup_tables
 from gpsd_dist.model.gpsd import RankingModel
-from gpsd_dist.model.registry import TOWERS
 from tests.helpers.synthetic import make_manifest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -40,21 +39,21 @@ def test_every_combination_builds_a_run(stage, data, model):
     run = parsed.run
     assert run.stage == stage.removesuffix(".gin") and run.output_dir == "runs/a" and run.data_dir.startswith("data/")
     size = f"l{run.model.layers}h{run.model.width}a{run.model.heads}"
-    assert model == f"{size if run.model.name == 'transformer' else run.model.name}.gin"
+    assert model.startswith(size if run.model.name == "transformer" else run.model.name)
 
 
-@pytest.mark.parametrize("name", sorted(set(TOWERS) - {"transformer"}))
+@pytest.mark.parametrize("leaf", [leaf for leaf in FILES["model"] if not re.fullmatch(r"l\d+h\d+a\d+\.gin", leaf)])
 @pytest.mark.parametrize("data", FILES["data"])
 @pytest.mark.parametrize("strategy", ["NT", "ST", "ST_SF"])
-def test_every_other_model_builds_on_every_data_set(name, data, strategy):
+def test_every_other_model_builds_on_every_data_set(leaf, data, strategy):
     init = [] if strategy == "NT" else ["--gin.INIT_CHECKPOINT=runs/p"]
-    files = ("configs/stage/finetune.gin", f"configs/data/{data}", f"configs/model/{name}.gin")
+    files = ("configs/stage/finetune.gin", f"configs/data/{data}", f"configs/model/{leaf}")
     run = load(files, OUT, f"--gin.STRATEGY={strategy}", *init).run
-    assert (run.strategy, run.model.name) == (strategy, name)
+    assert run.strategy == strategy and leaf.startswith(run.model.name)
     manifest, tables = make_manifest(), dataclasses.replace(run.tables, transfer=("item",))
     with torch.device("meta"):
         model = RankingModel(manifest, tables, run.model, lookup_tables(manifest, tables, True), ("click",))
-    assert sum(parameter.numel() for parameter in model.backbone.tower.parameters()) > 0 or name == "deepfm"
+    assert sum(parameter.numel() for parameter in model.backbone.tower.parameters()) > 0 or run.model.name == "deepfm"
 
 
 def test_wukong_has_as_many_slots_as_events():

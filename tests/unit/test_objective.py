@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gpsd_dist import losses
-from gpsd_dist.config import FinetuneConfig, ModelConfig, PretrainConfig, TablesConfig
+from gpsd_dist.config import NEGATIVES_PER, FinetuneConfig, ModelConfig, PretrainConfig, TablesConfig
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.parquet_dataset import BatchKey
 from gpsd_dist.model.embeddings import Tables, lookup_tables
@@ -150,20 +150,22 @@ def test_three_tasks_in_another_order():
 # --- pretraining ---------------------------------------------------------------------------------------------------
 
 
-def pretraining(rows, groups=3, num_parts=1):
+def pretraining(rows, negatives_per="group", num_parts=1):
     tables_config = TablesConfig(embedding_dim=8)
     config = PretrainConfig(auxiliary=("category",), auxiliary_weight=0.25, temperature=0.2)
     sharded = lookup_tables(MANIFEST, tables_config, with_candidates=False)
     lookup = tuple(table.name for table in sharded)
-    collate = Collate(MANIFEST, lookup, 20, False, num_negative_groups=groups, num_negatives=4, num_parts=num_parts)
-    batches = collate(rows, BatchKey(0, 0, 0))
+    options = {"negatives_per": negatives_per, "num_negative_groups": 3, "num_negatives": 4, "num_parts": num_parts}
+    batches = Collate(MANIFEST, lookup, 20, False, **options)(rows, BatchKey(0, 0, 0))
     tables = fill_(Tables(sharded, (), tables_config, torch.device("cpu")))
     model = NextItemModel(MANIFEST, tables_config, ModelConfig(layers=1, width=16, heads=2), sharded, config.auxiliary)
     return NextItemObjective(config, MANIFEST), fill_(model), tables, batches
 
 
-def test_next_item_sums_compare_each_state_with_the_next_token():
-    objective, model, tables, [batch] = pretraining(make_rows(MANIFEST, "pretrain", seed=0, num_rows=8))
+@pytest.mark.parametrize("negatives_per", ["group", "position"])
+def test_next_item_sums_compare_each_state_with_the_next_token(negatives_per):
+    rows = make_rows(MANIFEST, "pretrain", seed=0, num_rows=8)
+    objective, model, tables, [batch] = pretraining(rows, negatives_per)
     rows = tables(batch.lookup)
     assert list(objective.weights.items()) == [("next_item", 1.0), ("next_category", 0.25)]
     hidden = model(rows, batch).hidden_TE
@@ -175,7 +177,9 @@ def test_next_item_sums_compare_each_state_with_the_next_token():
     pairs = [(t, n) for t, n in pairs if batch.history_item_T[n] >= 2]
     for position, (token, target) in enumerate(pairs):
         query = nn.functional.normalize(hidden[token], dim=-1) / 0.2
-        group = next(g for g in range(3) if batch.next_item.group_offsets[g + 1] > position)
+        group = position
+        if negatives_per == "group":
+            group = next(g for g in range(3) if batch.next_item.group_offsets[g + 1] > position)
         item = int(batch.history_item_T[target])
         others = [i for i in batch.next_item.negative_item_GN[group].tolist() if i != item]
         item_sum -= (unit[[item, *others]] @ query).log_softmax(0)[0]
@@ -199,10 +203,10 @@ def test_category_sums_and_counts_do_not_depend_on_micro_batches(num_parts):
     torch.testing.assert_close(totals[0], totals[1])
 
 
-@pytest.mark.parametrize("groups", [3, -1])
-def test_empty_batches_count_nothing_and_still_run(groups):
+@pytest.mark.parametrize("negatives_per", NEGATIVES_PER)
+def test_empty_batches_count_nothing_and_still_run(negatives_per):
     empty = make_rows(MANIFEST, "pretrain", seed=0, num_rows=3).slice(0, 0)
-    objective, model, tables, [batch] = pretraining(empty, groups)
+    objective, model, tables, [batch] = pretraining(empty, negatives_per)
     sums = objective.sums(model, tables(batch.lookup), batch)
     assert objective.counts(batch).tolist() == [0, 0] and sums.tolist() == [0, 0]
     sums.sum().backward()

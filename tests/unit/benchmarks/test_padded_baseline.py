@@ -36,7 +36,7 @@ def test_padded_tower_equals_packed_tower():
 
 def test_padded_item_loss_equals_the_product_with_one_group_per_request(small_source, tmp_path):
     data = datasets.prepare("pretrain", "grocery", tmp_path, tmp_path)
-    collate = Collate(data.manifest, ("item",), 12, False, num_negative_groups=-1, num_negatives=8)
+    collate = Collate(data.manifest, ("item",), 12, False, negatives_per="request", num_negatives=8)
     with_batch = Loader(
         data.data_dir, data.manifest, "pretrain", make_batch=collate, columns=collate.columns(), global_batch_rows=16
     )

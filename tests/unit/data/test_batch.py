@@ -22,7 +22,7 @@ def make_batch(split):
         ("item", "tag"),
         max_history_length=20,
         with_candidates=not is_pretraining,
-        num_negative_groups=2 if is_pretraining else 0,
+        negatives_per="group" if is_pretraining else None,
         num_negatives=3,
     )
     [batch] = collate(make_rows(MANIFEST, split, seed=0, num_rows=12), BatchKey(0, 0, 0))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gpsd_dist import schema
-from gpsd_dist.config import ModelConfig, TablesConfig
+from gpsd_dist.config import NEGATIVES_PER, ModelConfig, TablesConfig
 from gpsd_dist.data.batch import Bag
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.loader import Loader
@@ -172,9 +172,8 @@ def test_lookup_rows_reproduce_the_indices_of_every_feature(lookup, num_parts, s
 
 
 def test_no_row_is_looked_up_that_nobody_uses():
-    batches = make_collate(num_parts=2, num_negative_groups=2, num_negatives=3, with_candidates=False)(
-        make_rows(MANIFEST, "pretrain", seed=1, num_rows=9), KEY
-    )
+    options = {"num_parts": 2, "negatives_per": "group", "num_negatives": 3, "with_candidates": False}
+    batches = make_collate(**options)(make_rows(MANIFEST, "pretrain", seed=1, num_rows=9), KEY)
     used = torch.cat(
         [batch.history["item"] for batch in batches] + [b.next_item.negative_row_GN.flatten() for b in batches]
     )
@@ -207,7 +206,12 @@ def test_parts_cover_every_row_once_and_are_alike(num_parts):
 
 
 def collate_next(table=None, key=KEY, **options):
-    options = {"num_negative_groups": 2, "num_negatives": 5, "with_candidates": False} | options
+    options = {
+        "negatives_per": "group",
+        "num_negative_groups": 2,
+        "num_negatives": 5,
+        "with_candidates": False,
+    } | options
     return collate_one(table, key, **options)
 
 
@@ -247,11 +251,25 @@ def test_groups_share_positions_evenly(groups):
 
 def test_one_group_per_request():
     table = make_rows(MANIFEST, "pretrain", seed=5, num_rows=30)
-    batch = collate_next(table, num_negative_groups=-1)
+    batch = collate_next(table, negatives_per="request")
     owner = torch.repeat_interleave(torch.arange(30), batch.packing.history_offsets.diff())
     group = np.repeat(np.arange(30), np.diff(batch.next_item.group_offsets))
     assert group.tolist() == owner[batch.next_item.token_M].tolist()
     assert batch.next_item.negative_item_GN.shape == (30, 5)
+
+
+def test_a_set_per_position():
+    table = make_rows(MANIFEST, "pretrain", seed=5, num_rows=30)
+    batch = collate_next(table, negatives_per="position")
+    next_item = batch.next_item
+    assert next_item.group_offsets is None
+    assert next_item.negative_item_GN.shape == next_item.negative_row_GN.shape == (len(next_item.token_M), 5)
+    assert len(next_item.negative_item_GN.unique(dim=0)) > 0.99 * len(next_item.token_M)  # drawn independently
+    assert torch.equal(indices_of(batch, "item")[next_item.negative_row_GN], next_item.negative_item_GN)
+    again = collate_next(table, negatives_per="position").next_item
+    assert torch.equal(again.negative_item_GN, next_item.negative_item_GN)
+    other = collate_next(table, dataclasses.replace(KEY, step=KEY.step + 1), negatives_per="position").next_item
+    assert not torch.equal(other.negative_item_GN, next_item.negative_item_GN)
 
 
 def draws(key, seed=0, **options):
@@ -280,7 +298,7 @@ def test_negatives_are_uniform_over_the_known_items():
 
 
 def test_parts_draw_their_own_negatives():
-    options = {"num_parts": 2, "num_negative_groups": 1, "num_negatives": 20, "with_candidates": False}
+    options = {"num_parts": 2, "negatives_per": "group", "num_negatives": 20, "with_candidates": False}
     first, second = make_collate(**options)(make_table(), KEY)
     assert not torch.equal(first.next_item.negative_item_GN, second.next_item.negative_item_GN)
 
@@ -300,15 +318,15 @@ def models(with_candidates):
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize("groups", [-1, 2])
-def test_no_rows_give_an_empty_batch_that_the_pretraining_model_takes(chunked, groups):
+@pytest.mark.parametrize("negatives_per", NEGATIVES_PER)
+def test_no_rows_give_an_empty_batch_that_the_pretraining_model_takes(chunked, negatives_per):
     empty = make_table().slice(0, 0)
     empty = empty.select(make_collate(with_candidates=False).columns())
     if chunked:
         empty = pa.table(
             {name: pa.chunked_array([], field.type) for name, field in zip(empty.column_names, empty.schema)}
         )
-    batch = collate_next(empty, num_negative_groups=groups).to(torch.device("cpu"))
+    batch = collate_next(empty, negatives_per=negatives_per).to(torch.device("cpu"))
     assert batch.num_requests == 0 and len(batch.next_item.token_M) == 0
     tables, model = models(with_candidates=False)
     outputs = model(tables(batch.lookup), batch)

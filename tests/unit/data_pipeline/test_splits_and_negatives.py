@@ -67,6 +67,17 @@ def test_leave_last_out(running):
     assert sum(cut.skipped.values()) == 2 + 1  # both events of c; user b has no train request
 
 
+def test_leave_last_out_without_valid_trains_up_to_the_test_event(running):
+    rows = [("a", item, n) for n, item in enumerate("pqrst")] + [("b", item, n) for n, item in enumerate("xy")]
+    log = make_log(running, [*rows, ("c", "p", 1)], canonical.LeaveLastOut(has_valid=False))
+    cut = splits.cut(running, log, splits.number_events(running, log), is_holdout=False)
+    assert requests_of(cut) == [("a", "test", 4, "t", 4), ("a", "train", 3, "s", 3), ("b", "test", 1, "y", 1)]
+    assert cut.pretrain.execute().values.tolist() == [["a", 4]]
+    assert sorted(cut.training_events.item_id.execute()) == ["p", "q", "r", "s", "x"]
+    assert sum(cut.skipped.values()) == 1 + 1  # the event of c; user b has no train request
+    assert "no valid" in cut.words
+
+
 def test_equal_times_follow_the_order_column(running):
     log = make_log(running, [("a", "z", 5), ("a", "y", 5), ("a", "x", 5)], canonical.LastItemByTime())
     events = splits.number_events(running, log).execute().sort_values("rank")

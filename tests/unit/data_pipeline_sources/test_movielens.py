@@ -30,6 +30,37 @@ def test_leave_last_out(raw, prepare):
     assert data.rows("pretrain")["1",]["history.item"] == ["2", "3"]
 
 
+def test_protocol_of_hstu(raw, prepare):
+    """Movie 5 has no rating, movies 1 to 4 do: all five compete. Training ends right before the test item."""
+    raw("ratings.dat", DAT)
+    raw("movies.dat", MOVIES)
+    data = prepare("movielens", "--no_valid", "--vocabulary", "all_items", "--no_genres")
+    assert [feature.name for feature in data.manifest.features] == ["item"]
+    assert data.manifest.table("item").num_rows == 2 + 5
+    assert data.words["item"][6] == "5"  # by falling count
+    items = ["2", "3", "4", "1"]
+    assert data.rows("pretrain")["1",]["history.item"] == items[:3]
+    assert data.rows("train")["1", 101]["history.item"] == items[:2]
+    test = data.rows("test")["1", 101]
+    assert test["history.item"] == items[:3] and test["candidate.item"][test["label.click"].index(1.0)] == items[3]
+    assert data.manifest.split("valid").num_rows == 0 and data.rows("valid") == {}
+
+
+def test_all_items_whatever_min_count_says(raw, prepare):
+    raw("ratings.dat", DAT)
+    raw("movies.dat", MOVIES)
+    data = prepare("movielens", "--vocabulary", "all_items", "--min_count", "4")
+    assert data.manifest.table("item").num_rows == 2 + 5
+    assert data.manifest.table("genres").num_rows < 2 + 3  # genres keep the rule
+
+
+def test_without_valid_belongs_to_leave_last_out(raw, read_log):
+    raw("ratings.dat", DAT)
+    raw("movies.dat", MOVIES)
+    with pytest.raises(ValueError, match="--no_valid belongs to --split_rule leave_last_out"):
+        read_log("movielens", "--no_valid", "--split_rule", "last_item_by_time")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
 def test_dat_files_in_both_encodings(raw, read_log, encoding):
     raw("ratings.dat", DAT)

@@ -16,14 +16,15 @@ from tests.helpers.synthetic import make_manifest, make_rows
 MANIFEST = make_manifest()
 CONFIG = TablesConfig(embedding_dim=8, small_table_max_rows=20)
 MODEL = ModelConfig(layers=1, width=16, heads=2)
+GENERATIVE = [name for name, tower in TOWERS.items() if tower.is_generative]
 
 
 def make_batch(split, sharded, num_rows=9):
     lookup = tuple(table.name for table in sharded)
     rows = make_rows(MANIFEST, split, seed=3, num_rows=num_rows)
-    [batch] = Collate(MANIFEST, lookup, 10, split != "pretrain", num_negative_groups=2, num_negatives=4)(
-        rows, BatchKey(0, 0, 0)
-    )
+    with_candidates = split != "pretrain"
+    options = {} if with_candidates else {"negatives_per": "group", "num_negative_groups": 2, "num_negatives": 4}
+    [batch] = Collate(MANIFEST, lookup, 10, with_candidates, **options)(rows, BatchKey(0, 0, 0))
     return batch
 
 
@@ -96,7 +97,7 @@ def test_logits_are_the_head_on_candidate_state_and_context():
 
 
 def of_name(name):
-    return dataclasses.replace(MODEL, name=name, max_positions=10)
+    return dataclasses.replace(MODEL, name=name, max_positions=11)
 
 
 @pytest.mark.parametrize("num_rows", [9, 0])
@@ -113,15 +114,18 @@ def test_every_parameter_of_ranking_gets_a_gradient(name, tasks, num_rows):
 
 
 @pytest.mark.parametrize("num_rows", [9, 0])
-def test_every_parameter_of_pretraining_gets_a_gradient(num_rows):
-    model, rows, batch = pretraining(num_rows=num_rows)
+@pytest.mark.parametrize("name", GENERATIVE)
+def test_every_parameter_of_pretraining_gets_a_gradient(name, num_rows):
+    model, rows, batch = pretraining(model=dataclasses.replace(MODEL, name=name), num_rows=num_rows)
     NextItemObjective(PretrainConfig(auxiliary=("category",)), MANIFEST).sums(model, rows, batch).sum().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-def test_backbone_of_pretraining_fits_the_one_of_ranking():
+@pytest.mark.parametrize("name", GENERATIVE)
+def test_backbone_of_pretraining_fits_the_one_of_ranking(name):
     """What full transfer copies: names and shapes agree, candidates bring no token feature of their own."""
-    pretrained, ranker = pretraining()[0], ranking()[0]
+    model = dataclasses.replace(MODEL, name=name)
+    pretrained, ranker = pretraining(model=model)[0], ranking(model)[0]
     ours, theirs = pretrained.backbone.state_dict(), ranker.backbone.state_dict()
     assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
 

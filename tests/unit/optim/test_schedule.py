@@ -37,3 +37,7 @@ def test_rises_then_falls():
 @pytest.mark.parametrize("total", [0, 1, 5])
 def test_a_warmup_as_long_as_the_run_divides_by_nothing(total):
     assert [learning_rate_factor(step, total, total, 0.1) for step in (total, total + 1)] == [1.0, 0.1]
+
+
+def test_a_final_fraction_of_one_keeps_the_rate_to_the_bit():
+    assert {learning_rate_factor(step, 50, 0, 1.0) for step in range(60)} == {1.0}

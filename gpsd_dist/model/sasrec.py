@@ -1,0 +1,83 @@
+"""SASRec (arXiv:1808.09781, section III) in the form that HSTU's authors compare with: post-norm blocks whose queries
+alone are normalised, and the sampled softmax of pretraining instead of binary cross entropy.
+
+Linear weights from Xavier's normal distribution, biases 0. Shape letters: S tokens in packed order (T of histories,
+then C candidates), D width, H heads, K head width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gpsd_dist.config import ModelConfig
+from gpsd_dist.model.attention import attend
+from gpsd_dist.model.learned_positions import LearnedPositions
+from gpsd_dist.packing import Packing
+
+_NORM_EPS = 1e-8
+
+
+class SASRecBlock(nn.Module):
+    """q = norm(x), h = norm(q + attention(q, x, x)), then h + W2 relu(W1 h). Norms have no weights."""
+
+    def __init__(self, width: int, heads: int, ffn_width: int, dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.up = nn.Linear(width, ffn_width)
+        self.down = nn.Linear(ffn_width, width)
+        self.dropout = nn.Dropout(dropout)
+        for linear in (self.attention_out, self.up, self.down):
+            nn.init.xavier_normal_(linear.weight)
+        for linear in (self.query, self.key_value):  # one matrix [3 D, D] in the authors' code
+            nn.init.normal_(linear.weight, std=(2 / (4 * width)) ** 0.5)
+        for linear in (self.query, self.key_value, self.attention_out, self.up, self.down):
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x_SD: torch.Tensor, packing: Packing, candidates_only: bool = False) -> torch.Tensor:
+        """[S, D] -> [S, D], or [C, D] if only the candidates' outputs are wanted."""
+        query_SD = _norm(x_SD)
+        qkv_S3D = torch.cat((self.query(query_SD), self.key_value(x_SD)), dim=-1)
+        weight_dropout = self.dropout.p if self.training else 0.0
+        attended = attend(qkv_S3D.unflatten(-1, (3, self.heads, -1)), packing, candidates_only, weight_dropout)
+        if candidates_only:
+            query_SD = query_SD[packing.num_history_tokens :]
+        h = _norm(query_SD + self.attention_out(attended))
+        return h + self.dropout(self.down(self.dropout(F.relu(self.up(h)))))
+
+
+def _norm(x_SD: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x_SD, x_SD.shape[-1:], eps=_NORM_EPS)
+
+
+class SASRec(nn.Module):
+    """A `registry.Tower`. Candidates take the position after the last event."""
+
+    reads_fields, has_segments, drops_inputs = False, False, True
+    is_generative, supervises_history = True, False
+    direct_width = 0
+
+    def __init__(self, layers: int, width: int, heads: int, ffn_width: int, max_positions: int, dropout: float = 0.0):
+        super().__init__()
+        self.out_width, self.mlp_widths = width, (4 * width,)  # the ranking MLP is ours: as the Transformer's
+        self.positions = LearnedPositions(max_positions, width, dropout)
+        self.blocks = nn.ModuleList(SASRecBlock(width, heads, ffn_width, dropout) for _ in range(layers))
+
+    @classmethod
+    def build(cls, config: ModelConfig, num_fields: int) -> "SASRec":
+        """See registry.Tower."""
+        config.refuse("head_width", "time_bias")
+        ffn_width = config.ffn_width or config.width
+        return cls(config.layers, config.width, config.heads, ffn_width, config.max_positions, config.dropout)
+
+    def forward(self, x_SD: torch.Tensor, packing: Packing, candidates_only: bool = False, times=None) -> torch.Tensor:
+        """Token vectors [S, D] -> hidden states [S, D]; a token sees its own request's earlier history and itself.
+
+        `candidates_only` -> [C, D]: in the last layer histories only give keys and values.
+        """
+        x_SD = self.positions(x_SD, packing.position_S)
+        for index, block in enumerate(self.blocks):
+            x_SD = block(x_SD, packing, candidates_only and index == len(self.blocks) - 1)
+        return x_SD
