@@ -23,6 +23,7 @@ LAYERS = {
     "predict": ENTRY,
     "quickstart": ENTRY,
     "doctor": ENTRY,
+    "report": ENTRY,
 }
 # Third-party packages of single files; None: not restricted by name.
 ALLOWED_LIBRARIES = {
@@ -144,6 +145,7 @@ def test_ordinary_import_is_allowed(module, source):
         ("gpsd_dist", {"torch", "gin", "pyarrow"}),
         ("gpsd_dist.config", {"torch", "gin"}),
         ("gpsd_dist.schema", {"torch", "gin", "ibis"}),
+        ("gpsd_dist.report", {"torch", "gin", "ibis"}),
         ("data_pipeline.build", {"torch", "gin"}),
     ],
 )
