@@ -180,8 +180,10 @@ def _names(family: Family, prefix: str, suffix: str) -> list[str]:
 
 
 def _absent(family: Family, name: str) -> str:
-    """Names the runs that did not record it."""
-    absent = [run.label for run in family.runs if not any(math.isfinite(value) for _, value in run.series(name))]
+    """Names the runs that did not record it, but should have."""
+    is_of_valid = name.startswith(("valid/", "gap/"))
+    runs = [run for made in family.configurations if not (made.is_refit and is_of_valid) for run in made.runs]
+    absent = [run.label for run in runs if not any(math.isfinite(value) for _, value in run.series(name))]
     return f"not recorded by {listed(absent)}" if absent else ""
 
 

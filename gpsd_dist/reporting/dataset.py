@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import typing
@@ -39,7 +40,7 @@ class DataSet:
 
 
 def data_sets(runs: typing.Sequence[Run]) -> tuple[list[DataSet], list[str]]:
-    """Every data set of the runs, sorted by folder, and sentences about what is gone, broken or rebuilt since.
+    """Every data set of the runs, by folder and age, and sentences about what is gone, broken or rebuilt since.
 
     A checkpoint holds the manifest that its run was trained with; that one counts, because a folder can be rebuilt. The
     folder's own is used for runs without a checkpoint.
@@ -59,7 +60,7 @@ def data_sets(runs: typing.Sequence[Run]) -> tuple[list[DataSet], list[str]]:
         found.setdefault((data_dir, _content(manifest)), []).append((run, manifest, origin))
     versions: dict[str, int] = {}
     result = []
-    for data_dir, content in sorted(found, key=lambda key: (key[0], found[key][0][0].label)):
+    for data_dir, content in sorted(found, key=lambda key: (key[0], min(_start_s(run) for run, _, _ in found[key]))):
         members = found[data_dir, content]
         versions[data_dir] = versions.get(data_dir, 0) + 1
         is_one = sum(other == data_dir for other, _ in found) == 1
@@ -68,6 +69,11 @@ def data_sets(runs: typing.Sequence[Run]) -> tuple[list[DataSet], list[str]]:
         result.append(made)
         problems += _remarks(made, *on_disk[data_dir])
     return result, problems
+
+
+def _start_s(run: Run) -> float:
+    """When it logged first: older versions of a folder come first."""
+    return min((entry.get("wall_time_s", math.inf) for entry in run.entries), default=math.inf)
 
 
 def _read(data_dir: str) -> tuple[dict[str, typing.Any], str]:

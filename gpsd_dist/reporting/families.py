@@ -29,6 +29,11 @@ class Configuration:
     runs: tuple[Run, ...]
 
     @property
+    def is_refit(self) -> bool:
+        """Trained on `valid` too: there is no validation."""
+        return any(run.config.get("refit_of") for run in self.runs)
+
+    @property
     def seeds(self) -> str:
         """0, 1, 2"""
         return ", ".join(seed_text(run) for run in self.runs)
@@ -152,10 +157,7 @@ def _options_of(place: str, runs: typing.Sequence[Run], depth: int) -> typing.An
     folder, step = pathlib.Path(place), ""
     if folder.parent.name == CHECKPOINTS_NAME:
         folder, step = folder.parent.parent, folder.name
-    recorded = os.path.normpath(folder)
-    found = [run.config for run in runs if _is_at(run, recorded)]
-    # a run that was moved or copied afterwards is still known by the folder that it was written to
-    found += [run.config for run in runs if os.path.normpath(f"{run.config.get('output_dir')}") == recorded]
+    found = [run.config for run in _runs_at(folder, runs)]
     if not found:
         try:
             found = [json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))]
@@ -166,12 +168,27 @@ def _options_of(place: str, runs: typing.Sequence[Run], depth: int) -> typing.An
     return [step, _key_parts(found[0], runs, depth + 1)]
 
 
-def _is_at(run: Run, recorded: str) -> bool:
-    """Whether a recorded path means this run. A relative one was relative to a folder that the report does not know."""
-    absolute = pathlib.PurePath(os.path.realpath(run.folder)).parts
-    if os.path.isabs(recorded):
-        return absolute == pathlib.PurePath(os.path.realpath(recorded)).parts
-    return absolute[-len(pathlib.PurePath(recorded).parts) :] == pathlib.PurePath(recorded).parts
+def _runs_at(folder: pathlib.Path, runs: typing.Sequence[Run]) -> list[Run]:
+    """Runs that a recorded path may mean, the likeliest first.
+
+    A relative path was relative to a folder that the report does not know, so its end has to do. A run that was moved
+    or copied afterwards is still known by the folder that it was written to.
+    """
+    recorded = pathlib.PurePath(os.path.realpath(folder) if folder.is_absolute() else os.path.normpath(folder))
+    places = [pathlib.PurePath(os.path.realpath(run.folder)).parts for run in runs]
+    found = [run for run, place in zip(runs, places, strict=True) if place[-len(recorded.parts) :] == recorded.parts]
+    return found + [
+        run for run in runs if os.path.normpath(f"{run.config.get('output_dir')}") == os.path.normpath(folder)
+    ]
+
+
+def refits(configuration: Configuration, others: typing.Sequence[Configuration]) -> Configuration | None:
+    """The one of `others` that repeats a run of this configuration on more data."""
+    for other in others:
+        places = [run.config.get("refit_of") for run in other.runs]
+        if any(_runs_at(pathlib.Path(f"{place}"), configuration.runs) for place in places if place):
+            return other
+    return None
 
 
 def _digest(parts: typing.Any) -> str:

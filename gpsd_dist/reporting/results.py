@@ -7,7 +7,7 @@ import typing
 
 from gpsd_dist.reporting import curves
 from gpsd_dist.reporting.curves import tasks, value_of
-from gpsd_dist.reporting.families import Configuration, Family, model_text, seed_text, strategy_text
+from gpsd_dist.reporting.families import Configuration, Family, model_text, refits, seed_text, strategy_text
 from gpsd_dist.reporting.run_folder import Run
 from gpsd_dist.reporting.tables import (
     MISSING,
@@ -159,16 +159,27 @@ def _metrics(run: Run, task: str, columns: list[tuple[str, str]]) -> list[Cell]:
     return [number_cell(metric_text(metric, value_of(run, split, task, metric))) for split, metric in columns]
 
 
+def _is_scored(configuration: Configuration, task: str, column: tuple[str, str]) -> bool:
+    return _mean(_values(configuration, task, column)) is not None
+
+
 def _highlight(family: Family, task: str, metric: str, splits: typing.Sequence[str]) -> Highlight | None:
-    """Chosen by its mean on `valid`, shown with its mean on the scored split: no look at test decides."""
+    """Chosen by its mean on `valid`, shown with its mean on the scored split: no look at test decides.
+
+    If it was not scored itself, but repeated on more data, the repetition's score counts.
+    """
     means = [_mean(_values(made, task, ("valid", metric))) for made in family.configurations]
     known = [index for index, mean in enumerate(means) if mean is not None and math.isfinite(mean)]
     if not known and len(family.configurations) > 1:
         return None
     index = best_index(metric, means)
     chosen = family.configurations[index if index is not None else known[0] if known else 0]
-    split = next((s for s in splits if s != "valid" and _mean(_values(chosen, task, (s, metric))) is not None), "valid")
-    values = _values(chosen, task, (split, metric))
+    candidates = [made for made in (chosen, refits(chosen, family.configurations)) if made is not None]
+    shown, split = next(
+        ((made, s) for made in candidates for s in splits if s != "valid" and _is_scored(made, task, (s, metric))),
+        (chosen, "valid"),
+    )
+    values = _values(shown, task, (split, metric))
     if _mean(values) is None:
         return None
     num_seeds = len(values)
@@ -176,4 +187,4 @@ def _highlight(family: Family, task: str, metric: str, splits: typing.Sequence[s
     if len(family.configurations) > 1:
         note += f"; best of {len(known)} on valid"
     word = _METRIC_WORDS.get(metric, metric)
-    return Highlight(f"{task}, {split} {word}", chosen.label, metric_text(metric, _mean(values)), note)
+    return Highlight(f"{task}, {split} {word}", shown.label, metric_text(metric, _mean(values)), note)

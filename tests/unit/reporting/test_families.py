@@ -84,14 +84,15 @@ def test_label_says_what_is_different(tmp_path, options, label):
 
 
 def test_data_that_was_rebuilt_between_runs_is_two_data_sets(tmp_path):
-    write_run(tmp_path / "a")
-    folder = write_run(tmp_path / "b", seed=1)
+    write_run(tmp_path / "b")
+    folder = write_run(tmp_path / "a", seed=1)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "wall_time_s": 1e10}\n')  # later than b: version 2
     state = folder / "checkpoints/step_00000040/run_state.json"
     state.write_text(state.read_text().replace('"num_rows": 1234', '"num_rows": 1235'))
-    assert [family.title for family in families(tmp_path)] == [
-        "data/handmade, version 1: finetuning",
-        "data/handmade, version 2: finetuning",
-    ]
+    assert {family.title: family.runs[0].label for family in families(tmp_path)} == {
+        "data/handmade, version 1: finetuning": "b",
+        "data/handmade, version 2: finetuning": "a",
+    }
 
 
 def test_run_without_configuration_stands_alone(tmp_path):

@@ -170,6 +170,17 @@ def test_not_finite_values_leave_the_others(tmp_path):
     assert "training loss" not in titles and "training loss, click" in titles
 
 
+def test_refit_is_not_blamed_for_having_no_validation(tmp_path):
+    tuned = write_run(tmp_path / "a")
+    shutil.copytree(tuned, tmp_path / "c")
+    for name, options in (("b", {"refit_of": str(tuned)}), ("d", {})):
+        folder = write_run(tmp_path / name, options=options)
+        (folder / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.1, "train/loss": 1.0}\n')
+    text = make_report([tmp_path]).html
+    assert "not recorded by d<" in text and "not recorded by b" not in text
+    assert "A refit trains on valid too" in text
+
+
 def test_command_writes_the_page_and_says_so(tmp_path, capsys):
     several_runs(tmp_path / "runs")
     out = tmp_path / "new/folder/page.html"

@@ -91,6 +91,23 @@ def test_refit_has_no_valid_and_is_shown_with_its_test(tmp_path):
     assert (result.highlight.configuration, result.highlight.value) == ("NT refit", "0.8000")
 
 
+def test_choice_on_valid_is_shown_with_the_test_of_its_refit(tmp_path):
+    """The tuned runs were not scored; ST_SF's refit is better on test, but NT was better on valid."""
+    for strategy, valid, test in (("NT", 0.8, 0.6), ("ST_SF", 0.7, 0.9)):
+        tuned = write_run(
+            tmp_path / f"tune/{strategy}", strategy, auc=valid, init_checkpoint="" if strategy == "NT" else "p"
+        )
+        for seed in (0, 1):
+            options = {"refit_of": str(tuned), "init_checkpoint": "" if strategy == "NT" else "p"}
+            folder = write_run(
+                tmp_path / f"final/{strategy}{seed}", strategy, seed, options=options, scores={"test": scored(test)}
+            )
+            write_json(folder / "checkpoints/best.json", {"step": STEPS[-1], "metrics": {}})
+    highlight = results(tmp_path)["click"].highlight
+    assert (highlight.configuration, highlight.value, highlight.what) == ("NT refit", "0.6000", "click, test AUC")
+    assert highlight.note == "mean of 2 seeds; best of 2 on valid"
+
+
 def test_pretraining_is_judged_by_its_ranks(tmp_path):
     write_run(tmp_path / "a", stage="pretrain")
     result = results(tmp_path)["next_item"]
