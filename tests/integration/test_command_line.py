@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -142,6 +143,25 @@ def test_evaluate_ranks_items_with_a_pretrained_run(folder, data_dir):
     metrics = _evaluate(folder, data_dir, "pretrain")
     assert list(metrics) == ["next_item"]
     assert metrics["next_item"]["rows"] == _test_clicks(data_dir).count(1.0)
+
+
+@pytest.mark.timeout(600)
+def test_report_finds_everything_that_the_commands_write(folder, data_dir):
+    scores = folder / "ST_SF/test.json"
+    result = _run("gpsd_dist.evaluate", "--checkpoint", folder / "ST_SF", "--metrics_out", scores)
+    assert result.returncode == 0, result.stderr
+    out = folder / "report.html"
+    result = _run("gpsd_dist.report", *(folder / name for name in ("pretrain", *STRATEGIES)), "--out", out)
+    assert result.returncode == 0 and f"{out}: {1 + len(STRATEGIES)} runs" in result.stdout, result.stderr
+    page = out.read_text()
+    problems = re.findall(r"<li>([^<]*/[^<]*)</li>", page)
+    assert [problem for problem in problems if "not finite" not in problem] == []  # a tiny split may have no AUC
+    clicks = json.loads(scores.read_text())["click"]
+    assert f"{clicks['auc']:.4f}" in page and f"{clicks['log_loss']:.4f}" in page and "(best step)" in page
+    for words in ("generalization gap, click", "valid MRR, next_item", "buy (given click)", "table item: frozen"):
+        assert words in page, words
+    assert page.count("<pre>torchrun --nproc_per_node 2 -m gpsd_dist.train --gin_file") == len(IN_TORCHRUN)
+    assert page.count("<pre>python -m gpsd_dist.train --gin_file") == 1 + len(STRATEGIES) - len(IN_TORCHRUN)
 
 
 MISTAKES = {

@@ -26,6 +26,7 @@ LAYERS = {
     "quickstart": ENTRY,
     "doctor": ENTRY,
     "scaling": ENTRY,
+    "report": ENTRY,
 }
 # Third-party packages of single files; None: not restricted by name.
 ALLOWED_LIBRARIES = {
@@ -148,6 +149,7 @@ def test_ordinary_import_is_allowed(module, source):
         ("gpsd_dist", {"torch", "gin", "pyarrow"}),
         ("gpsd_dist.config", {"torch", "gin"}),
         ("gpsd_dist.schema", {"torch", "gin", "ibis"}),
+        ("gpsd_dist.report", {"torch", "gin", "ibis"}),
         ("data_pipeline.build", {"torch", "gin"}),
     ],
 )

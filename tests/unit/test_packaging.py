@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 
 import pytest
 
@@ -64,6 +65,20 @@ def test_package_dependencies_are_pinned_and_version_is_the_package_version():
         project = tomllib.load(file)
     assert direct_names(project["project"]["dependencies"]) <= pins("cpu").keys()
     assert project["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "gpsd_dist.__version__"
+
+
+def test_built_package_holds_every_file_that_the_code_reads(tmp_path):
+    """The report's templates are no modules: without package data an installed package would lack them."""
+    for name in ("gpsd_dist", "data_pipeline", "pyproject.toml", "README.md", "LICENSE"):
+        source = REPO_ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    code = "import setuptools.build_meta as backend; print(backend.build_wheel('wheels'))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (tmp_path / "wheels").glob("*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    needed = {path for path in (REPO_ROOT / "gpsd_dist").rglob("*") if path.suffix in (".py", ".jinja", ".css")}
+    assert len(needed) > 50 and {path.relative_to(REPO_ROOT).as_posix() for path in needed} <= packed
 
 
 # ---- set-up script --------------------------------------------------------------------------------------------------
