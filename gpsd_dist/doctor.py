@@ -44,6 +44,8 @@ DEPENDENCIES = (
     "fsspec",
     "psutil",
     "rich",
+    "scipy",
+    "matplotlib",
 )
 
 
