@@ -35,10 +35,10 @@ def check_resumable(
 ) -> None:
     """`run`, `manifest`: as plain dicts. ValueError lists options that differ and may not, or the parts of the data.
 
-    An option that is younger than the saved run counts there with its default.
+    An option that is younger than one of the two runs counts there with its default.
     """
-    saved = dataclasses.asdict(run_config_from_dict(state.run_config))
-    run, manifest, saved = (json.loads(json.dumps(part)) for part in (run, manifest, saved))
+    run, saved = (_plain(dataclasses.asdict(run_config_from_dict(part))) for part in (run, state.run_config))
+    manifest = _plain(manifest)
     changed = [change for _, change in _differences(run, saved)]
     if changed:
         raise ValueError(
@@ -71,6 +71,11 @@ def epochs_to_best(run: dict[str, typing.Any], manifest: dict[str, typing.Any]) 
     train = next(split for split in state.manifest["splits"] if split["name"] == "train")
     total = train["num_history_tokens"] if order["batch_by"] == "tokens" else order["rows"]
     return float(position["epoch"] + position["step"] / -(-total // order["global_batch"]))
+
+
+def _plain(raw: dict[str, typing.Any]) -> dict[str, typing.Any]:
+    """As JSON keeps it: lists instead of tuples."""
+    return dict(json.loads(json.dumps(raw)))
 
 
 def _named_differences(part: str, mine: dict[str, typing.Any], theirs: dict[str, typing.Any]) -> str:
