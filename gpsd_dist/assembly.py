@@ -13,7 +13,7 @@ from gpsd_dist.model.embeddings import Tables, lookup_tables
 from gpsd_dist.model.gpsd import NextItemModel, RankingModel, find_tower
 from gpsd_dist.model.registry import TOWERS
 from gpsd_dist.objective import NextItemObjective, Objective, RankingObjective, trained_tasks
-from gpsd_dist.schema import Manifest, Task
+from gpsd_dist.schema import Manifest, Table, Task
 
 log = logging.getLogger(__name__)
 
@@ -38,29 +38,36 @@ class Assembly:
 
 def assemble(run: RunConfig, manifest: Manifest, runtime: Runtime) -> Assembly:
     """Random weights, a function of the seed alone. Collective: all ranks must call."""
-    is_pretraining = run.stage == "pretrain"
-    sharded = lookup_tables(manifest, run.tables, with_candidates=not is_pretraining)
-    frozen = run.tables.transfer if run.freezes_tables else ()
-    tables = Tables(sharded, frozen, run.tables, torch.device("meta"))
+    sharded, tables = meta_tables(run, manifest)
     placed = shard_tables(tables, run.tables, run.sparse, runtime, run.seed)
     torch.manual_seed(run.seed)
-    tasks: tuple[Task, ...] = ()
-    model: nn.Module
-    objective: Objective
-    if is_pretraining:
-        model = NextItemModel(manifest, run.tables, run.model, sharded, run.pretrain.auxiliary)
-        objective = NextItemObjective(run.pretrain, manifest)
-    else:
-        tasks = trained_tasks(run.finetune, manifest)
-        if run.finetune.next_behaviour_weight and not find_tower(run.model.name).supervises_history:
-            able = sorted(name for name, tower in TOWERS.items() if tower.supervises_history)
-            raise ValueError(
-                f"next_behaviour_weight {run.finetune.next_behaviour_weight}: model {run.model.name!r} has no history "
-                f"states to supervise, only {able} have; leave the option out"
-            )
-        model = RankingModel(manifest, run.tables, run.model, sharded, tuple(task.name for task in tasks))
-        objective = RankingObjective(run.finetune, tasks)
+    model, objective, tasks = dense_model(run, manifest, sharded)
     return Assembly(placed, model.to(runtime.device), objective, tasks, tuple(table.name for table in sharded))
+
+
+def meta_tables(run: RunConfig, manifest: Manifest) -> tuple[tuple[Table, ...], Tables]:
+    """The tables that are sharded, and their module without memory: `shard_tables` or a plan allocates nothing yet."""
+    sharded = lookup_tables(manifest, run.tables, with_candidates=run.stage != "pretrain")
+    frozen = run.tables.transfer if run.freezes_tables else ()
+    return sharded, Tables(sharded, frozen, run.tables, torch.device("meta"))
+
+
+def dense_model(
+    run: RunConfig, manifest: Manifest, sharded: tuple[Table, ...]
+) -> tuple[nn.Module, Objective, tuple[Task, ...]]:
+    """NextItemModel or RankingModel on torch's current default device, its objective and its tasks."""
+    if run.stage == "pretrain":
+        next_item = NextItemModel(manifest, run.tables, run.model, sharded, run.pretrain.auxiliary)
+        return next_item, NextItemObjective(run.pretrain, manifest), ()
+    tasks = trained_tasks(run.finetune, manifest)
+    if run.finetune.next_behaviour_weight and not find_tower(run.model.name).supervises_history:
+        able = sorted(name for name, tower in TOWERS.items() if tower.supervises_history)
+        raise ValueError(
+            f"next_behaviour_weight {run.finetune.next_behaviour_weight}: model {run.model.name!r} has no history "
+            f"states to supervise, only {able} have; leave the option out"
+        )
+    ranking = RankingModel(manifest, run.tables, run.model, sharded, tuple(task.name for task in tasks))
+    return ranking, RankingObjective(run.finetune, tasks), tasks
 
 
 def check_options_against_data(run: RunConfig, manifest: Manifest) -> None:

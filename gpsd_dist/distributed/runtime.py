@@ -21,6 +21,13 @@ class Runtime:
     world_size: int
     local_rank: int
     device: torch.device
+    ranks_per_machine: int = 0
+    """0: all of them are on this one."""
+
+    @property
+    def local_world_size(self) -> int:
+        """Ranks of this machine."""
+        return self.ranks_per_machine or self.world_size
 
     @property
     def is_main(self) -> bool:
@@ -47,7 +54,7 @@ def process_group(timeout_s: int) -> typing.Iterator[Runtime]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     _configure_logging(rank)
-    yield Runtime(rank, world_size, local_rank, device)
+    yield Runtime(rank, world_size, local_rank, device, int(os.environ.get("LOCAL_WORLD_SIZE", 0)))
     dist.destroy_process_group()
 
 
@@ -67,6 +74,11 @@ def _configure_logging(rank: int) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
     logger.handlers = [handler]
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """Errors of TorchRec and torch only."""
     # Deprecations and hints that are addressed to TorchRec's own authors, dozens of lines per process
     for name in ("ShardedTensor", "HeuristicalStorageReservation"):
         warnings.filterwarnings("ignore", category=FutureWarning, message=f".*{name}.*")

@@ -17,7 +17,8 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.constants import MIN_CW_DIM
-from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
+from torchrec.distributed.types import ShardingPlan
 
 from gpsd_dist.config import CUDA_ONLY_SPARSE_OPTIMIZERS, OptimizerConfig, TablesConfig
 from gpsd_dist.distributed.runtime import Runtime
@@ -34,6 +35,31 @@ _OPTIMIZERS = {
     "partial_rowwise_adam": torchrec.optim.PartialRowWiseAdam,
     "lamb": torchrec.optim.LAMB,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """What the planner has to know of the machines."""
+
+    world_size: int
+    local_world_size: int
+    """Ranks of one machine."""
+    device_type: str
+    """cuda | cpu"""
+    memory_bytes: int | None = None
+    """Of one rank: HBM, or host memory on CPU; None: what TorchRec assumes (32 GiB HBM, 128 GiB host)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A piece of a table on one rank."""
+
+    table: str
+    is_frozen: bool
+    sharding: str
+    rank: int
+    rows: int
+    columns: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +108,70 @@ def shard_tables(
     """
     if runtime.device.type != "cuda" and optimizer.name in CUDA_ONLY_SPARSE_OPTIMIZERS:
         raise ValueError(f"sparse optimizer {optimizer.name!r} has no CPU kernel in FBGEMM; use 'rowwise_adagrad'")
+    sharder = _sharder()
+    planner = _planner(tables, config, optimizer, _cluster(runtime))
+    try:
+        plan = planner.collective_plan(tables, [sharder], dist.group.WORLD)
+    except PlannerError as error:
+        raise ValueError(
+            f"the tables do not fit into the memory of {runtime.world_size} ranks; `python -m gpsd_dist.plan` with the "
+            f"same options says what would help. TorchRec says: {error}"
+        ) from error
+    names = table_names(tables)
+    frozen_rows = 0 if tables.frozen is None else sum(c.num_embeddings for c in tables.frozen.embedding_configs())
+    module = DistributedModelParallel(
+        module=tables, device=runtime.device, plan=plan, sharders=[sharder], init_data_parallel=False
+    )
+    factor = _lr_factor(config, optimizer)
+    sharded = ShardedTables(module, readable(plan, config, frozen_rows), names, config.embedding_dim, factor)
+    for name, weight in sharded.weights().items():
+        _initialise(weight, name, config, seed)
+    return sharded
+
+
+def plan_tables(tables: Tables, config: TablesConfig, optimizer: OptimizerConfig, cluster: Cluster) -> ShardingPlan:
+    """The plan that `shard_tables` would follow on this cluster; needs neither its devices nor a process group.
+
+    Consumes `tables` (on `meta`). ValueError if they do not fit, with what TorchRec's planner says.
+    """
+    planner = _planner(tables, config, optimizer, cluster)
+    try:
+        return planner.plan(tables, [_sharder()])
+    except PlannerError as error:
+        raise ValueError(str(error)) from error
+
+
+def table_names(tables: Tables) -> dict[str, str]:
+    """Module key -> table name."""
+    collections = [collection for collection in (tables.trainable, tables.frozen) if collection is not None]
+    return {entry.name: entry.feature_names[0] for part in collections for entry in part.embedding_configs()}
+
+
+def shards_of(plan: ShardingPlan, names: dict[str, str]) -> tuple[Shard, ...]:
+    """Where the rows and columns of every table are; `names`: module key -> table name."""
+    return tuple(
+        Shard(
+            names[key],
+            path.endswith("frozen"),
+            parameter.sharding_type,
+            shard.placement.rank(),
+            *shard.shard_sizes,
+        )
+        for path, parameters in plan.plan.items()
+        for key, parameter in parameters.items()
+        for shard in parameter.sharding_spec.shards
+    )
+
+
+def _planner(
+    tables: Tables, config: TablesConfig, optimizer: OptimizerConfig, cluster: Cluster
+) -> EmbeddingShardingPlanner:
+    """Attaches the optimizer to the trainable tables (its state is part of the plan) and constrains every table."""
     if tables.trainable is not None:
         apply_optimizer_in_backward(
             _OPTIMIZERS[optimizer.name], tables.trainable.parameters(), _optimizer_arguments(optimizer)
         )
-    collections = [collection for collection in (tables.trainable, tables.frozen) if collection is not None]
-    names = {entry.name: entry.feature_names[0] for part in collections for entry in part.embedding_configs()}
+    names = table_names(tables)
     for name in names.values():
         if config.sharding.get(name) == "column_wise" and config.stored_dim < 2 * MIN_CW_DIM:
             log.warning(
@@ -103,20 +187,26 @@ def shard_tables(
         )
         for key, name in names.items()
     }
-    # An id outside the table would silently read row 0 or another rank's first row: make it an error.
-    sharder = EmbeddingCollectionSharder(fused_params={"bounds_check_mode": BoundsCheckMode.FATAL})
-    topology = Topology(world_size=runtime.world_size, compute_device=runtime.device.type)
-    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints, debug=False)
-    plan = planner.collective_plan(tables, [sharder], dist.group.WORLD)
-    frozen_rows = 0 if tables.frozen is None else sum(c.num_embeddings for c in tables.frozen.embedding_configs())
-    module = DistributedModelParallel(
-        module=tables, device=runtime.device, plan=plan, sharders=[sharder], init_data_parallel=False
+    on_device = {"cuda": "hbm_cap", "cpu": "ddr_cap"}[cluster.device_type]
+    topology = Topology(
+        world_size=cluster.world_size,
+        local_world_size=cluster.local_world_size,
+        compute_device=cluster.device_type,
+        **({} if cluster.memory_bytes is None else {on_device: cluster.memory_bytes}),
     )
-    factor = _lr_factor(config, optimizer)
-    sharded = ShardedTables(module, _readable(plan, config, frozen_rows), names, config.embedding_dim, factor)
-    for name, weight in sharded.weights().items():
-        _initialise(weight, name, config, seed)
-    return sharded
+    return EmbeddingShardingPlanner(topology=topology, constraints=constraints, debug=False)
+
+
+def _sharder() -> EmbeddingCollectionSharder:
+    # An id outside the table would silently read row 0 or another rank's first row: make it an error.
+    return EmbeddingCollectionSharder(fused_params={"bounds_check_mode": BoundsCheckMode.FATAL})
+
+
+def _cluster(runtime: Runtime) -> Cluster:
+    memory_bytes = None
+    if runtime.device.type == "cuda":
+        memory_bytes = torch.cuda.get_device_properties(runtime.device).total_memory
+    return Cluster(runtime.world_size, runtime.local_world_size, runtime.device.type, memory_bytes)
 
 
 def _lr_factor(config: TablesConfig, optimizer: OptimizerConfig) -> float:
@@ -140,7 +230,7 @@ def _optimizer_arguments(optimizer: OptimizerConfig) -> dict[str, typing.Any]:
     return arguments
 
 
-def _readable(plan, config: TablesConfig, frozen_rows: int) -> str:
+def readable(plan: ShardingPlan, config: TablesConfig, frozen_rows: int) -> str:
     """One line per table: kind, layout, and rows x columns on each rank."""
     lines = []
     for path, parameters in plan.plan.items():
