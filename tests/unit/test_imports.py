@@ -23,6 +23,7 @@ LAYERS = {
     "evaluate": ENTRY,
     "export": ENTRY,
     "predict": ENTRY,
+    "plan": ENTRY,
     "quickstart": ENTRY,
     "doctor": ENTRY,
     "scaling": ENTRY,

@@ -1,0 +1,213 @@
+"""Memory of every rank: what it holds all the time, and what a training step or a validation needs on top."""
+
+import dataclasses
+
+import numpy as np
+
+from gpsd_dist.capacity.exchange import INDEX_BYTES, VALUE_BYTES, held_rows
+from gpsd_dist.capacity.workload import Workload
+from gpsd_dist.config import RunConfig
+from gpsd_dist.distributed.sharding import Cluster, Shard
+from gpsd_dist.model.transformer import ffn_width
+
+_FLOAT, _HALF = 4, 2
+_MAX_MASKED_CANDIDATES = 8  # packing.py: with more, attention keeps the scores of candidates
+_RANKING_CHUNK_SCORES = 1 << 23  # metrics/ranking.py
+_SCORE_BYTES = 8 + 4 + 1 + 1  # of such a score: float64, float32 and two masks
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSize:
+    """What counts, besides the tables themselves."""
+
+    parameters: int
+    matrix_parameters: int
+    """Of linear layers: bf16 autocast keeps a copy of each in half precision."""
+    item_table: str
+    item_rows: int
+    """V of the item table."""
+    auxiliary_rows: int
+    """Rows of the largest table that pretraining predicts with a full softmax; 0 without one."""
+    head_parameters: int
+    """Of the ranking MLPs."""
+    context_width: int
+    """Width of what a ranking head sees besides the state."""
+    num_tasks: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes; arrays are float64 [world_size]."""
+
+    tables: np.ndarray
+    """Weights."""
+    optimizer: np.ndarray
+    """State of the tables' optimizer; 0 for frozen tables."""
+    dense: int
+    """Replicated: weights, gradients, two AdamW moments, and DDP's buckets with more than one rank."""
+    activations: float | None
+    """Kept for the backward of one part of a batch (`micro_batches`); None: there is no formula for this tower."""
+    working: float
+    """Gradients under way in the backward: two of feed-forward width and two of model width per token."""
+    loss: float
+    """Logits and gradients of the loss, and what the ranking heads keep."""
+    buffers: np.ndarray
+    """Looked-up rows on their way to the rank and, for trained tables, their gradients on the way back."""
+    validation: np.ndarray
+    """Instead of activations, working, loss and buffers, while `valid` is scored."""
+
+    @property
+    def held(self) -> np.ndarray:
+        """What is there all the time."""
+        return self.tables + self.optimizer + self.dense
+
+    @property
+    def peak(self) -> np.ndarray:
+        """Held, and the larger one of training step and validation."""
+        return self.held + np.maximum(self.step, self.validation)
+
+    @property
+    def step(self) -> np.ndarray:
+        """What a training step needs on top of `held`."""
+        return (self.activations or 0.0) + self.working + self.loss + self.buffers
+
+
+def memory(
+    run: RunConfig,
+    shards: tuple[Shard, ...],
+    size: ModelSize,
+    cluster: Cluster,
+    training: Workload,
+    validation: Workload,
+) -> Memory:
+    """`training`, `validation`: of one rank."""
+    tables, optimizer = np.zeros(cluster.world_size), np.zeros(cluster.world_size)
+    for shard in shards:
+        tables[shard.rank] += shard.rows * shard.columns * VALUE_BYTES
+        optimizer[shard.rank] += table_state_bytes(run.sparse.name, shard)
+    activations, working = None, 0.0
+    if run.model.name == "transformer":
+        activations, working = transformer_bytes(run, training, cluster.device_type)
+    return Memory(
+        tables=tables,
+        optimizer=optimizer,
+        dense=dense_bytes(run, size, cluster.world_size),
+        activations=activations,
+        working=working,
+        loss=loss_bytes(run, size, training),
+        buffers=buffer_bytes(shards, cluster, training, has_backward=True),
+        validation=validation_bytes(run, shards, cluster, validation, size.item_rows),
+    )
+
+
+def table_state_bytes(optimizer: str, shard: Shard) -> int:
+    """State that FBGEMM keeps for one piece of a table, float32."""
+    if shard.is_frozen:
+        return 0
+    values = {
+        "sgd": 0,
+        "rowwise_adagrad": shard.rows,
+        "adagrad": shard.rows * shard.columns,
+        "adam": 2 * shard.rows * shard.columns,
+        "lamb": 2 * shard.rows * shard.columns,
+        "partial_rowwise_adam": shard.rows * shard.columns + shard.rows,
+    }
+    return values[optimizer] * _FLOAT
+
+
+def dense_bytes(run: RunConfig, size: ModelSize, world_size: int) -> int:
+    """Weights, gradients, exp_avg, exp_avg_sq, all float32; DDP's buckets; bf16 copies of matrices under autocast."""
+    copies = 5 if world_size > 1 else 4
+    return copies * _FLOAT * size.parameters + (_HALF * size.matrix_parameters if run.train.bf16 else 0)
+
+
+def transformer_bytes(run: RunConfig, step: Workload, device_type: str) -> tuple[float, float]:
+    """(what the Transformer keeps for its backward, gradients under way in it).
+
+    Per token and layer, with width D, feed-forward width F and v bytes per value (4; with autocast 2): the inputs of
+    two norms 8 D (16 D on CPU, whose norm is not fused) and their outputs 2 v D; queries, keys and values 3 v D;
+    attention's output twice 2 v D, and its log-sum-exp 4 H; gate and up 2 v F, SiLU v F, product v F; two dropout
+    masks if there are any. With candidates, also copies of keys and values, 2 v D each: one per history token and
+    candidate, or, with `attention.varlen` (CUDA with autocast), one per pair of a candidate and a token that it sees.
+    Above 8 candidates per request `attention.bucketed` keeps a weight of 4 H (6 H with autocast) per pair besides. In
+    the last layer of ranking, histories give queries, keys and values only.
+    Padding inside length buckets is not counted.
+    """
+    model, width, heads = run.model, run.model.width, run.model.heads
+    parts, is_ranking = run.train.micro_batches, run.stage != "pretrain"
+    value, is_cpu = _HALF if run.train.bf16 else _FLOAT, device_type == "cpu"
+    norm = (2 if is_cpu else 1) * _FLOAT
+    tokens, candidates = step.tokens / parts, step.candidates / parts
+    mask = width * (value if is_cpu else 1) if model.dropout else 0
+    first_norm = (norm + value) * width
+    attention = 5 * value * width + _FLOAT * heads
+    feed_forward = (norm + value) * width + 4 * value * ffn_width(width) + 2 * mask
+    whole = first_norm + attention + feed_forward
+    copies = _candidate_bytes(run, step, device_type) / parts
+    every = last = (tokens + candidates) * whole + copies
+    if is_ranking:
+        last = tokens * (first_norm + 3 * value * width) + candidates * whole + copies
+    around = (candidates if is_ranking else tokens) * norm * width + (tokens + candidates) * _FLOAT * width / heads
+    if run.tables.embedding_dim != width:
+        around += (tokens + candidates) * (norm + value) * run.tables.embedding_dim
+    widest = candidates + (0 if is_ranking and model.layers == 1 else tokens)
+    return (model.layers - 1) * every + last + around, widest * 2 * value * (ffn_width(width) + width)
+
+
+def _candidate_bytes(run: RunConfig, step: Workload, device_type: str) -> float:
+    """Of one layer, see `transformer_bytes`."""
+    value, width, heads = _HALF if run.train.bf16 else _FLOAT, run.model.width, run.model.heads
+    if not step.candidates:
+        return 0.0
+    if run.train.bf16 and device_type == "cuda":
+        return 2 * value * width * step.candidate_keys
+    if step.candidates / step.requests <= _MAX_MASKED_CANDIDATES:
+        return 2 * value * width * (step.tokens + step.candidates)
+    scores = heads * step.candidate_keys * (_FLOAT + (value if run.train.bf16 else 0))
+    return 2 * value * width * (step.tokens + step.candidates) + scores
+
+
+def loss_bytes(run: RunConfig, size: ModelSize, step: Workload) -> float:
+    """Pretraining: sampled softmax (4 float32 copies of the M query states, 3 of the U rows, logits of one group) and
+    full softmax (4 copies of its logits). Ranking: what the MLPs keep, their input and 4 D hidden values per task.
+    """
+    parts = run.train.micro_batches
+    if run.stage == "pretrain":
+        positions, groups = step.positions / parts, run.pretrain.num_negative_groups
+        unique = step.unique_rows[size.item_table]
+        in_group = positions / (step.requests / parts if groups == -1 else groups)
+        states = 4 * positions * run.tables.embedding_dim + 3 * unique * run.tables.embedding_dim
+        return _FLOAT * (states + in_group * run.pretrain.num_negatives + 4 * positions * size.auxiliary_rows)
+    width = run.model.width
+    per_candidate = width + size.context_width + size.num_tasks * 4 * width
+    return _FLOAT * step.candidates / parts * per_candidate
+
+
+def buffer_bytes(shards: tuple[Shard, ...], cluster: Cluster, step: Workload, *, has_backward: bool) -> np.ndarray:
+    """[world_size]: rows as their owner looks them up, as they arrive and in order; gradients the same way back."""
+    owned, arriving = np.zeros(cluster.world_size), 0.0
+    for shard, count in zip(shards, held_rows(shards, step.unique_rows), strict=True):
+        passes = 2 if has_backward and not shard.is_frozen else 1
+        size = count * (shard.columns * VALUE_BYTES * passes + 2 * INDEX_BYTES)
+        owned[shard.rank] += size * cluster.world_size
+        arriving += 2 * size
+    return owned + arriving
+
+
+def validation_bytes(
+    run: RunConfig, shards: tuple[Shard, ...], cluster: Cluster, step: Workload, item_rows: int
+) -> np.ndarray:
+    """[world_size]: forward without saved activations (3 F + 4 D values per token of one layer) and looked-up rows.
+
+    Pretraining ranks all items: a rank's part of the item table, twice while it is put together; then the queries of
+    all ranks in float32 and float64, and a chunk of scores.
+    """
+    value, width = _HALF if run.train.bf16 else _FLOAT, run.model.width
+    forward = (step.tokens + step.candidates) * value * (3 * ffn_width(width) + 4 * width)
+    scored = forward + buffer_bytes(shards, cluster, step, has_backward=False)
+    if run.stage != "pretrain":
+        return scored
+    block_rows, dim = -(-item_rows // cluster.world_size), run.tables.embedding_dim
+    block, queries = block_rows * dim * _FLOAT, cluster.world_size * step.requests
+    chunk = min(_RANKING_CHUNK_SCORES / queries, block_rows) * (queries * _SCORE_BYTES + dim * 8)
+    return block + np.maximum(scored, max(block, queries * dim * (4 + 8) + chunk))

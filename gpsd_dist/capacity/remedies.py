@@ -1,0 +1,146 @@
+"""What would make a run fit that does not: options that exist, with their flags, and options that are not built."""
+
+import dataclasses
+import typing
+
+import numpy as np
+
+from gpsd_dist.capacity.estimate import Estimate, Layout, Scenario, estimate
+from gpsd_dist.capacity.memory import Memory
+
+_MAX_RANKS = 1024
+_MIN_COLUMNS = 256  # TorchRec cuts columns into pieces of 128 at least
+_CACHED_PART = 0.2  # of a table's rows in HBM with UVM caching; TorchRec's default
+
+
+@dataclasses.dataclass(frozen=True)
+class Remedy:
+    """One option, everything else unchanged."""
+
+    name: str
+    flags: str
+    """To add to the command line; empty if it is not built yet."""
+    peak_bytes: float
+    """Of the fullest rank."""
+    fits: bool
+    is_built: bool
+
+
+def remedies(scenario: Scenario, found: Estimate) -> list[Remedy]:
+    """Every option that would lower the peak of the fullest rank, the built ones first."""
+    built = [*_freezing(scenario), *_layouts(scenario), *_ranks(scenario), *_batches(scenario, found)]
+    useful = [remedy for remedy in (*built, *_not_built(scenario, found)) if remedy.peak_bytes < _peak(found.memory)]
+    return sorted(useful, key=lambda remedy: (not remedy.is_built, not remedy.fits))
+
+
+def _freezing(scenario: Scenario) -> typing.Iterator[Remedy]:
+    run = scenario.run
+    if run.stage == "finetune" and not run.freezes_tables:
+        strategy = {"NT": "ST_SF", "ST": "ST_SF", "FT": "FT_SF"}[run.strategy]
+        source = run.init_checkpoint or "PRETRAINED_RUN"
+        flags = f"--gin.STRATEGY={strategy}" + ("" if run.init_checkpoint else f" --gin.INIT_CHECKPOINT={source}")
+        frozen = dataclasses.replace(run, strategy=strategy, init_checkpoint=source)
+        yield _built("freeze the transferred tables", flags, dataclasses.replace(scenario, run=frozen))
+
+
+def _layouts(scenario: Scenario) -> typing.Iterator[Remedy]:
+    """Other optimizers and cuts of the tables."""
+    run = scenario.run
+    if run.sparse.name not in ("rowwise_adagrad", "sgd"):
+        changed = _replaced(scenario, "sparse", name="rowwise_adagrad")
+        yield _built("row-wise Adagrad for the tables", "--gin.sparse/OptimizerConfig.name=rowwise_adagrad", changed)
+    whole = [table for table, sharding in run.tables.sharding.items() if sharding != "row_wise"]
+    options = ["row_wise", "column_wise"] if run.tables.embedding_dim >= _MIN_COLUMNS else ["row_wise"]
+    for kind in options if whole else []:
+        sharding = run.tables.sharding | dict.fromkeys(whole, kind)
+        flags = f'"--gin.TablesConfig.sharding={sharding}"'
+        yield _built(f"{kind} tables {sorted(whole)}", flags, _replaced(scenario, "tables", sharding=sharding))
+
+
+def _ranks(scenario: Scenario) -> typing.Iterator[Remedy]:
+    """Twice as many ranks until it fits; the global batch stays."""
+    now = scenario.cluster.world_size
+    numbers = _doubles(now, min(_MAX_RANKS, now * 16))
+    changes = ((n, dataclasses.replace(scenario.cluster, world_size=n)) for n in numbers)
+    options = ((f"{n} ranks", f"--world_size {n}", dataclasses.replace(scenario, cluster=c)) for n, c in changes)
+    yield from _first_that_fits(options)
+
+
+def _batches(scenario: Scenario, found: Estimate) -> typing.Iterator[Remedy]:
+    """Smaller batches, more parts of a batch, half precision, smaller batches in validation: the tables stay."""
+    run, data = scenario.run, scenario.run.data
+    least, most = scenario.cluster.world_size, found.training.requests
+    rows, tokens = _halves(data.global_batch_rows, least), _halves(data.global_batch_tokens, least)
+    validation = _halves(data.eval_batch_rows_per_rank, 1)
+    precisions = [True] if not run.train.bf16 else []
+    for label, flag, part, field, values in (
+        ("smaller batches", "GLOBAL_BATCH_ROWS", "data", "global_batch_rows", rows),
+        ("smaller batches", "DataConfig.global_batch_tokens", "data", "global_batch_tokens", tokens),
+        ("gradient accumulation", "", "train", "micro_batches", _doubles(run.train.micro_batches, most)),
+        ("smaller batches in validation", "", "data", "eval_batch_rows_per_rank", validation),
+        ("bf16 autocast of the dense part", "", "train", "bf16", precisions),
+    ):
+        flag = flag or f"{'TrainConfig' if part == 'train' else 'DataConfig'}.{field}"
+        options = ((label, f"--gin.{flag}={v}", _replaced(scenario, part, **{field: v})) for v in values)
+        yield from _first_that_fits(options, found.layout)
+
+
+def _not_built(scenario: Scenario, found: Estimate) -> typing.Iterator[Remedy]:
+    """From the parts of the memory that each would change."""
+    run, memory, ranks = scenario.run, found.memory, scenario.cluster.world_size
+    half = dataclasses.replace(memory, tables=memory.tables / 2)
+    yield _other("tables in bf16", half, found)
+    cached = dataclasses.replace(memory, tables=memory.tables * _CACHED_PART)
+    yield _other(f"UVM caching with {_CACHED_PART:.0%} of the rows in HBM, the rest in host memory", cached, found)
+    if memory.activations is not None:
+        tokens = (found.training.tokens + found.training.candidates) / run.train.micro_batches
+        inputs = run.model.layers * tokens * run.model.width * 4
+        one_layer = memory.activations / run.model.layers
+        kept = dataclasses.replace(memory, activations=min(memory.activations, inputs + one_layer))
+        yield _other("activation checkpointing of every layer", kept, found)
+    if ranks > 1:
+        sharded = dataclasses.replace(memory, dense=round(memory.dense / ranks + memory.dense / 5 / run.model.layers))
+        yield _other("FSDP of the dense part", sharded, found)
+
+
+def _first_that_fits(
+    options: typing.Iterable[tuple[str, str, Scenario]], layout: Layout | None = None
+) -> typing.Iterator[Remedy]:
+    """The first of (name, flags, scenario) that fits, or the last one."""
+    remedy = None
+    for name, flags, changed in options:
+        remedy = _built(name, flags, changed, layout)
+        if remedy.fits:
+            break
+    if remedy is not None:
+        yield remedy
+
+
+def _halves(value: int, least: int) -> typing.Iterator[int]:
+    while value // 2 >= least:
+        value //= 2
+        yield value
+
+
+def _doubles(value: int, most: float) -> typing.Iterator[int]:
+    while value * 2 <= most:
+        value *= 2
+        yield value
+
+
+def _replaced(scenario: Scenario, part: str, **fields: typing.Any) -> Scenario:
+    new = dataclasses.replace(getattr(scenario.run, part), **fields)
+    return dataclasses.replace(scenario, run=dataclasses.replace(scenario.run, **{part: new}))
+
+
+def _built(name: str, flags: str, changed: Scenario, layout: Layout | None = None) -> Remedy:
+    found = estimate(changed, layout)
+    return Remedy(name, flags, _peak(found.memory), found.fits, is_built=True)
+
+
+def _other(name: str, changed: Memory, found: Estimate) -> Remedy:
+    return Remedy(name, "", _peak(changed), _peak(changed) <= found.usable_bytes, is_built=False)
+
+
+def _peak(memory: Memory) -> float:
+    return float(np.max(memory.peak))
