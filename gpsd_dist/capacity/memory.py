@@ -173,9 +173,9 @@ def loss_bytes(run: RunConfig, size: ModelSize, step: Workload) -> float:
     """
     parts = run.train.micro_batches
     if run.stage == "pretrain":
-        positions, groups = step.positions / parts, run.pretrain.num_negative_groups
-        unique = step.unique_rows[size.item_table]
-        in_group = positions / (step.requests / parts if groups == -1 else groups)
+        positions, unique = step.positions / parts, step.unique_rows[size.item_table]
+        sets_at_a_time = {"group": run.pretrain.num_negative_groups, "request": step.requests / parts, "position": 1}
+        in_group = positions / sets_at_a_time[run.pretrain.negatives_per]
         states = 4 * positions * run.tables.embedding_dim + 3 * unique * run.tables.embedding_dim
         return _FLOAT * (states + in_group * run.pretrain.num_negatives + 4 * positions * size.auxiliary_rows)
     width = run.model.width

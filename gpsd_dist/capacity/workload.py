@@ -138,10 +138,12 @@ def workload(
     """Of a training step with that many requests on the rank; `sharded`: tables that are looked up."""
     is_pretraining = run.stage == "pretrain"
     tokens, candidates = requests * shape.history, 0.0 if is_pretraining else requests * shape.candidates
-    groups = requests if run.pretrain.num_negative_groups == -1 else run.pretrain.num_negative_groups
-    if run.pretrain.num_negative_groups != -1:
-        groups *= run.train.micro_batches  # every part of the batch draws its own
-    negatives = round(groups * run.pretrain.num_negatives) if is_pretraining else 0
+    sets = {
+        "group": run.pretrain.num_negative_groups * run.train.micro_batches,  # every part of the batch draws its own
+        "request": requests,
+        "position": max(tokens - requests, 0.0),
+    }
+    negatives = round(sets[run.pretrain.negatives_per] * run.pretrain.num_negatives) if is_pretraining else 0
     draws = dict.fromkeys(sharded, 0.0)
     entries = {"history": tokens, "candidate": candidates, "context": 0.0 if is_pretraining else requests}
     for place, count in entries.items():

@@ -48,10 +48,13 @@ def test_step_of_a_rank_by_hand():
     assert step.candidate_keys == 12 * 11
 
 
-@pytest.mark.parametrize(("groups", "parts", "negatives"), [(2, 1, 2 * 16), (2, 3, 6 * 16), (-1, 1, 4 * 16)])
-def test_negatives_of_a_step(groups, parts, negatives):
+@pytest.mark.parametrize(
+    ("per", "parts", "negatives"),
+    [("group", 1, 2 * 16), ("group", 3, 6 * 16), ("request", 1, 4 * 16), ("position", 1, 36 * 16)],
+)
+def test_negatives_of_a_step(per, parts, negatives):
     manifest = make_manifest(table_rows={"item": 10**9})
-    pretrain = PretrainConfig(num_negative_groups=groups, num_negatives=16)
+    pretrain = PretrainConfig(negatives_per=per, num_negative_groups=2, num_negatives=16)
     run = tiny_run("pretrain", "x", "y", pretrain=pretrain, train=TrainConfig(micro_batches=parts))
     step = workloads.workload(run, manifest, ("item",), SHAPE, 4.0)
     assert step.negatives == negatives and step.candidates == 0 and step.positions == 36
