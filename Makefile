@@ -4,6 +4,7 @@ FLAVOR ?= cpu
 QUICKSTART_FLAGS ?=
 PYTEST_FLAGS ?= -n 2 --dist loadfile
 BENCH_FLAGS ?= --suite cpu
+EXPERIMENTS_FLAGS ?=
 
 BIN := $(abspath $(VENV))/bin
 # torchrun and the linters are looked up on PATH by the programs they are called from.
@@ -11,7 +12,7 @@ export PATH := $(BIN):$(PATH)
 SHELL_SCRIPTS := .ci/run $(wildcard .ci/*.sh launch/*.sh launch/slurm/*.sbatch)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all check format doctor bench lock clean
+.PHONY: help setup quickstart test test-all experiments check format doctor bench lock clean
 
 help: ## list the targets
 	@echo "make TARGET [VENV=$(VENV)] [FLAVOR=cpu|cuda] [PYTHON=python3.11]"
@@ -28,6 +29,9 @@ test: setup ## the default test suite (PYTEST_FLAGS)
 
 test-all: setup ## the default suite and what is marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not gpu and not multi_gpu"
+
+experiments: setup ## rerun reported results and compare with what is expected (EXPERIMENTS_FLAGS)
+	$(BIN)/python -m benchmarks.experiments $(EXPERIMENTS_FLAGS)
 
 check: setup ## lint, format, spelling, types, shell scripts, Dockerfile
 	$(BIN)/ruff check .

@@ -39,6 +39,7 @@ DEPENDENCIES = (
     "ibis-framework",
     "duckdb",
     "gin-config",
+    "lightgbm",
     "tensorboard",
     "safetensors",
     "fsspec",

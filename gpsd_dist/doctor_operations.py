@@ -84,6 +84,19 @@ def gin_parse() -> str:
     return "parsed one binding"
 
 
+def lightgbm_tree() -> str:
+    """One boosted tree."""
+    import lightgbm
+    import numpy as np
+
+    feature_NF = np.arange(40.0)[:, None]
+    options = {"objective": "binary", "min_data_in_leaf": 1, "num_threads": 1, "verbosity": -1}
+    booster = lightgbm.train(options, lightgbm.Dataset(feature_NF, feature_NF[:, 0] >= 20), 1)
+    low, high = booster.predict(np.array([[0.0], [39.0]]))
+    assert low < 0.5 < high, f"one split gave {low} and {high}"
+    return "one boosted tree"
+
+
 def tensorboard_writer() -> str:
     """An event file in a temporary folder."""
     from torch.utils.tensorboard import SummaryWriter
@@ -120,6 +133,7 @@ OPERATIONS: dict[str, tuple[str, Callable[[], str]]] = {  # name in the report -
     "pyarrow op": ("pyarrow", pyarrow_parquet),
     "ibis op": ("ibis-framework duckdb", ibis_duckdb),
     "gin op": ("gin-config", gin_parse),
+    "lightgbm op": ("lightgbm", lightgbm_tree),
     "tensorboard op": ("tensorboard", tensorboard_writer),
     "gloo": ("torch", gloo_group),
 }

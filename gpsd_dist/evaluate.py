@@ -1,7 +1,7 @@
 """ENTRY: scores one split with a trained run, or with a baseline that needs no model, and writes one JSON file.
 
     python -m gpsd_dist.evaluate --checkpoint runs/kr/st_sf --data data/kuairand --split test --metrics_out test.json
-    python -m gpsd_dist.evaluate --baseline rates --data data/kuairand --split test
+    python -m gpsd_dist.evaluate --baseline gbdt --data data/kuairand --split test
 
 A finetuned run gives {"<task>": {"auc", "gauc", "log_loss", "ne", "calibration", "rows", ...}}; a pretrained one
 {"next_item": {"hr@10", "ndcg@10", "mrr", ...}}: exact ranks, or with --rank_cut 2500 those of HSTU's authors, which
@@ -19,7 +19,7 @@ import rich.console
 import rich.table
 
 from gpsd_dist.assembly import assemble
-from gpsd_dist.baselines.rates import BASELINES, evaluate_baseline
+from gpsd_dist.baselines.registry import BASELINES, evaluate_baseline
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.config import OptimizerConfig, run_config_from_dict
 from gpsd_dist.distributed.runtime import Runtime, process_group

@@ -166,7 +166,7 @@ def make(*args: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "check", "bench", "doctor"])
+@pytest.mark.parametrize("target", ["quickstart", "test", "experiments", "check", "bench", "doctor"])
 def test_target_does_its_own_setup_in_the_chosen_environment(target, tmp_path):
     planned = make("--dry-run", target, f"VENV={tmp_path}/v").splitlines()
     assert planned[0] == f'.ci/setup_venv.sh "{tmp_path}/v" "cpu"'
@@ -181,7 +181,7 @@ def test_help_lists_every_target():
 
 def test_ci_runs_what_the_readme_says_in_a_fresh_environment():
     text = (REPO_ROOT / ".ci" / "run").read_text()
-    positions = [text.index(f"make {target}") for target in ("check", "test", "quickstart")]
+    positions = [text.index(f"make {target}") for target in ("check", "test", "experiments", "quickstart")]
     assert positions == sorted(positions)
     assert "export VENV=$work_dir/venv" in text and "set -euo pipefail" in text
 
@@ -212,7 +212,7 @@ def test_ci_ends_with_the_summary_of_pytest_and_stops_at_a_failure(failing, tmp_
         assert [target for _, target, _ in called] == ["setup", "check"]
     else:
         assert result.returncode == 0, result.stderr
-        assert [target for _, target, _ in called] == ["setup", "check", "test", "quickstart"]
+        assert [target for _, target, _ in called] == ["setup", "check", "test", "experiments", "quickstart"]
         assert result.stdout.splitlines()[-1] == "=== 3 passed, 1 skipped in 0.1s ==="
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from gpsd_dist import schema
 from gpsd_dist.baselines import rates
+from gpsd_dist.baselines.registry import evaluate_baseline
 
 _HISTORY = {"pretrain": [[2, 2, 3], [4], []]}
 _ROWS = {  # user_hash, items, tabs, click, buy (given click; None: not observed)
@@ -110,10 +111,10 @@ def test_popularity_counts_histories_and_positives_of_train(data_dir):
 
 
 def test_evaluate_returns_the_metrics_of_every_task(data_dir):
-    result = rates.evaluate_baseline("rates", data_dir, "test")
+    result = evaluate_baseline("rates", data_dir, "test")
     assert list(result) == ["click", "buy"]
     assert result["click"]["rows"] == 3 and result["buy"]["rows"] == 1
-    assert list(rates.evaluate_baseline("popularity", data_dir, "test", ["buy"])) == ["buy"]
+    assert list(evaluate_baseline("popularity", data_dir, "test", ["buy"])) == ["buy"]
 
 
 @pytest.mark.parametrize(
@@ -136,11 +137,11 @@ def test_bad_requests_raise(data_dir, arguments, message):
 
 def test_unknown_baseline_raises(data_dir):
     with pytest.raises(ValueError, match="no baseline 'magic'"):
-        rates.evaluate_baseline("magic", data_dir, "test")
+        evaluate_baseline("magic", data_dir, "test")
 
 
 def test_truncated_file_is_named(data_dir):
     path = data_dir / "test" / "part-00000.parquet"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"part-00000\.parquet cannot be read"):
-        rates.evaluate_baseline("rates", data_dir, "test")
+        evaluate_baseline("rates", data_dir, "test")

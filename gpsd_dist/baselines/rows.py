@@ -1,0 +1,154 @@
+"""Reads the candidates of one split that count for a task, with pyarrow and numpy: what every baseline starts from.
+
+Shape letters: B requests of one Parquet batch, N candidates, M elements of all candidates (N, or more in a bag).
+"""
+
+import collections.abc
+import dataclasses
+import os
+import pathlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from gpsd_dist import schema
+from gpsd_dist.metrics.classification import Predictions
+
+USER_KEY = "user"
+_BATCH_ROWS = 8192  # bounds the memory of what is worked out per batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Candidates of one split that count for a task."""
+
+    label_N: np.ndarray
+    """uint8, 0 or 1."""
+    user_hash_N: np.ndarray
+    """int64."""
+    keys: dict[str, np.ndarray]
+    """Column name (or "user") -> int64 [N]."""
+
+
+def predictions(kind: str, score_N: np.ndarray, label_N: np.ndarray, user_hash_N: np.ndarray) -> Predictions:
+    """One score per candidate, with its label and user."""
+    made = Predictions(kind)
+    made.add(score_N, label_N, user_hash_N)
+    return made
+
+
+def pretrain_counts(data_dir: str | os.PathLike, manifest: schema.Manifest, feature: schema.Feature) -> np.ndarray:
+    """How often each index of a token feature occurs in the pretraining histories, int64 [rows of its table].
+
+    Zeros if the data set has no pretraining split.
+    """
+    counts_V = np.zeros(manifest.table(feature.table).num_rows, np.int64)
+    if "pretrain" not in {split.name for split in manifest.splits}:
+        return counts_V
+    for batch in read_batches(data_dir, manifest, "pretrain", [f"history.{feature.name}"]):
+        index = pc.list_flatten(batch[f"history.{feature.name}"])
+        index = pc.list_flatten(index) if feature.is_bag else index
+        counts_V += np.bincount(index.to_numpy(zero_copy_only=False), minlength=len(counts_V))
+    return counts_V
+
+
+def read_batches(
+    data_dir: str | os.PathLike, manifest: schema.Manifest, split: str, columns: collections.abc.Sequence[str]
+) -> collections.abc.Iterator[pa.RecordBatch]:
+    """Row batches of one split, in file order. ValueError names a file that is missing, broken or of another schema."""
+    for name in manifest.split(split).files:
+        path = pathlib.Path(data_dir) / name
+        try:
+            file = pq.ParquetFile(path)
+            absent = [column for column in columns if column not in file.schema_arrow.names]
+            if absent:
+                raise ValueError(f"{path} has no column {absent}, it has {file.schema_arrow.names}")
+            yield from file.iter_batches(_BATCH_ROWS, columns=list(columns))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(f"{path} cannot be read ({error}); build the data set again") from error
+
+
+def read_rows(
+    data_dir: str | os.PathLike, manifest: schema.Manifest, split: str, task_name: str, keys: tuple[str, ...]
+) -> Rows:
+    """Every candidate of a split that counts for the task, flattened, with the values of `keys`."""
+    key_columns = [key for key in keys if key != USER_KEY]
+    parts = []
+    for batch in read_batches(data_dir, manifest, split, task_columns(manifest, task_name, key_columns)):
+        label_N, is_used_N = used_candidates(batch, manifest, task_name)
+        num_candidates_B = candidates_per_row(batch, task_name)
+        values = [per_candidate(batch[name], name, num_candidates_B) for name in ("user_hash", *key_columns)]
+        parts.append([column[is_used_N] for column in (label_N, *values)])
+    if not parts:
+        raise ValueError(f"split {split!r} of {data_dir} has no rows")
+    label_N, user_hash_N, *columns = (np.concatenate(column) for column in zip(*parts))
+    values_by_key = dict(zip(key_columns, columns))
+    return Rows(label_N.astype(np.uint8), user_hash_N, {key: values_by_key.get(key, user_hash_N) for key in keys})
+
+
+def find_task(manifest: schema.Manifest, name: str) -> schema.Task:
+    """The task of that name; ValueError lists the known ones."""
+    tasks = {task.name: task for task in manifest.tasks}
+    if name not in tasks:
+        raise ValueError(f"the data set has no task {name!r}; it has {list(tasks)}")
+    return tasks[name]
+
+
+def task_columns(manifest: schema.Manifest, task_name: str, others: collections.abc.Iterable[str] = ()) -> list[str]:
+    """Columns that a task needs (user, its label, the label it is given), and `others`, each once."""
+    task = find_task(manifest, task_name)
+    given = [f"label.{task.given}"] if task.given else []
+    return list(dict.fromkeys(["user_hash", f"label.{task_name}", *given, *others]))
+
+
+def candidates_per_row(batch: pa.RecordBatch, task_name: str) -> np.ndarray:
+    """Number of candidates of each request, int [B]."""
+    return pc.list_value_length(batch[f"label.{task_name}"]).to_numpy(zero_copy_only=False)
+
+
+def used_candidates(batch: pa.RecordBatch, manifest: schema.Manifest, task_name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Label of every candidate, float [N] with NaN for not observed, and whether it counts, bool [N].
+
+    One counts if its label is observed and the label that the task is given, if any, is 1.
+    """
+    num_candidates_B = candidates_per_row(batch, task_name)
+    label_N = per_candidate(batch[f"label.{task_name}"], f"label.{task_name}", num_candidates_B)
+    is_used_N = ~np.isnan(label_N)
+    given = find_task(manifest, task_name).given
+    if given:
+        is_used_N &= per_candidate(batch[f"label.{given}"], f"label.{given}", num_candidates_B) == 1
+    return label_N, is_used_N
+
+
+def per_candidate(column: pa.Array, name: str, num_candidates_B: np.ndarray) -> np.ndarray:
+    """Values of a column, one per candidate: lists flattened, values of a row repeated. Floats hold null as NaN."""
+    if pa.types.is_list(column.type):
+        column = _flat(column, name, num_candidates_B)
+        if pa.types.is_nested(column.type):
+            raise ValueError(f"column {name!r} is a bag; a key needs one value per candidate")
+        return column.to_numpy(zero_copy_only=False)
+    return np.repeat(column.to_numpy(zero_copy_only=False), num_candidates_B)
+
+
+def elements_per_candidate(
+    column: pa.Array, feature: schema.Feature, place: str, num_candidates_B: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Elements of a candidate or context column: value [M] and length [N] of every candidate; all lengths are 1 but
+    in bags. A row's value, or bag, is repeated for each of its candidates.
+    """
+    if place == "candidate":
+        column = _flat(column, f"candidate.{feature.name}", num_candidates_B)
+    else:
+        column = column.take(pa.array(np.repeat(np.arange(len(column)), num_candidates_B)))
+    if not feature.is_bag:
+        return column.to_numpy(zero_copy_only=False), np.ones(len(column), np.int64)
+    length_N = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return pc.list_flatten(column).to_numpy(zero_copy_only=False), length_N
+
+
+def _flat(column: pa.Array, name: str, num_candidates_B: np.ndarray) -> pa.Array:
+    if not np.array_equal(pc.list_value_length(column).to_numpy(zero_copy_only=False), num_candidates_B):
+        raise ValueError(f"column {name!r} does not hold one value per candidate; run data_pipeline.validate")
+    return pc.list_flatten(column)
