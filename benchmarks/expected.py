@@ -43,8 +43,9 @@ class Experiment:
     expected: float
     """Mean over seeds."""
     tolerance: float
-    """Largest difference that passes: five standard deviations over three seeds, at least 0.01. That is a 95 %
-    prediction interval for one more run, which a run is on another machine, whose rounding differs."""
+    """Largest difference that passes: five standard deviations over three seeds (2.8 over the six of the reduced ones),
+    at least 0.01. That is a 95 % prediction interval for one more seed; a run on another machine, whose rounding
+    differs, is like one."""
     minutes: float
     """About how long it takes on one CPU core, after what it needs."""
     reduced: bool
