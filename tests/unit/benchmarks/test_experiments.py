@@ -87,7 +87,7 @@ def test_the_list_can_be_ordered_and_reduced_ones_stand_alone():
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ([{"tolerence": 0.1}], r"unknown fields \['tolerence'\]"),
+        ([{"tolarance_": 0.1}], r"unknown fields \['tolarance_'\]"),
         ([{}, {}], "a/pre is there more than once"),
         ([{"name": "pre"}], "name 'pre' is not <group>/<run>"),
         ([{"name": "../pre"}], "is not <group>/<run>"),
