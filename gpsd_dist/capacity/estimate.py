@@ -83,7 +83,9 @@ def estimate(scenario: Scenario, layout: Layout | None = None) -> Estimate:
     names = tuple(table.name for table in sharded)
     requests = training_requests(run, scenario.shape, cluster.world_size)
     training = workload(run, manifest, names, scenario.shape, requests)
-    validation = workload(run, manifest, names, scenario.shape, run.data.eval_batch_rows_per_rank)
+    validation = None
+    if not run.refit_of and manifest.split("valid").num_rows:
+        validation = workload(run, manifest, names, scenario.shape, run.data.eval_batch_rows_per_rank)
     size = model_size(run, manifest)
     return Estimate(
         layout=layout,
@@ -117,7 +119,7 @@ def model_size(run: RunConfig, manifest: Manifest) -> ModelSize:
     """Counted on the model itself, built without memory."""
     sharded, _ = meta_tables(run, manifest)
     with torch.device("meta"):
-        model, _, tasks = dense_model(run, manifest, sharded)
+        model, _, _ = dense_model(run, manifest, sharded)
     matrices = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
     auxiliary = model.auxiliary_table.values() if isinstance(model, NextItemModel) else ()
     item_table = manifest.feature(manifest.item_feature).table
@@ -129,9 +131,13 @@ def model_size(run: RunConfig, manifest: Manifest) -> ModelSize:
         item_rows=manifest.table(item_table).num_rows,
         auxiliary_rows=max((manifest.table(table).num_rows for table in auxiliary), default=0),
         head_parameters=sum(p.numel() for p in model.heads.parameters()) if isinstance(model, RankingModel) else 0,
-        context_width=model.context.width if isinstance(model, RankingModel) else 0,
-        num_tasks=len(tasks),
+        head_values=_head_values(model) if isinstance(model, RankingModel) else 0,
     )
+
+
+def _head_values(model: RankingModel) -> int:
+    hidden = [layer.out_features for mlp in model.heads.mlps.values() for layer in mlp[:-1] if hasattr(layer, "weight")]
+    return model.backbone.tower.out_width + model.context.width + sum(hidden)
 
 
 def training_flops(run: RunConfig, size: ModelSize, step: Workload) -> Flops:

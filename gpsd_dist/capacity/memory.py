@@ -13,6 +13,7 @@ from gpsd_dist.model.transformer import ffn_width
 _FLOAT, _HALF = 4, 2
 _MAX_MASKED_CANDIDATES = 8  # packing.py: with more, attention keeps the scores of candidates
 _RANKING_CHUNK_SCORES = 1 << 23  # metrics/ranking.py
+_OWN_NEGATIVES_CHUNK = 1 << 21  # losses.py: values of gathered rows
 _SCORE_BYTES = 8 + 4 + 1 + 1  # of such a score: float64, float32 and two masks
 
 
@@ -30,9 +31,8 @@ class ModelSize:
     """Rows of the largest table that pretraining predicts with a full softmax; 0 without one."""
     head_parameters: int
     """Of the ranking MLPs."""
-    context_width: int
-    """Width of what a ranking head sees besides the state."""
-    num_tasks: int
+    head_values: int
+    """Values that those keep per candidate: their input and their hidden layers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +78,9 @@ def memory(
     size: ModelSize,
     cluster: Cluster,
     training: Workload,
-    validation: Workload,
+    validation: Workload | None,
 ) -> Memory:
-    """`training`, `validation`: of one rank."""
+    """`training`, `validation`: of one rank; None: nothing is validated."""
     tables, optimizer = np.zeros(cluster.world_size), np.zeros(cluster.world_size)
     for shard in shards:
         tables[shard.rank] += shard.rows * shard.columns * VALUE_BYTES
@@ -88,6 +88,9 @@ def memory(
     activations, working = None, 0.0
     if run.model.name == "transformer":
         activations, working = transformer_bytes(run, training, cluster.device_type)
+    scored = np.zeros(cluster.world_size)
+    if validation is not None:
+        scored = validation_bytes(run, shards, cluster, validation, size.item_rows)
     return Memory(
         tables=tables,
         optimizer=optimizer,
@@ -96,7 +99,7 @@ def memory(
         working=working,
         loss=loss_bytes(run, size, training),
         buffers=buffer_bytes(shards, cluster, training, has_backward=True),
-        validation=validation_bytes(run, shards, cluster, validation, size.item_rows),
+        validation=scored,
     )
 
 
@@ -168,19 +171,22 @@ def _candidate_bytes(run: RunConfig, step: Workload, device_type: str) -> float:
 
 
 def loss_bytes(run: RunConfig, size: ModelSize, step: Workload) -> float:
-    """Pretraining: sampled softmax (4 float32 copies of the M query states, 3 of the U rows, logits of one group) and
-    full softmax (4 copies of its logits). Ranking: what the MLPs keep, their input and 4 D hidden values per task.
+    """Pretraining: negatives (16 bytes each), sampled softmax (4 float32 copies of the M query states, 3 of the U rows,
+    logits of one set of negatives, or 3 chunks of rows where every position has its own), full softmax (4 copies of
+    its logits). Ranking: what the MLPs keep.
     """
     parts = run.train.micro_batches
     if run.stage == "pretrain":
         positions, unique = step.positions / parts, step.unique_rows[size.item_table]
-        sets_at_a_time = {"group": run.pretrain.num_negative_groups, "request": step.requests / parts, "position": 1}
-        in_group = positions / sets_at_a_time[run.pretrain.negatives_per]
-        states = 4 * positions * run.tables.embedding_dim + 3 * unique * run.tables.embedding_dim
-        return _FLOAT * (states + in_group * run.pretrain.num_negatives + 4 * positions * size.auxiliary_rows)
-    width = run.model.width
-    per_candidate = width + size.context_width + size.num_tasks * 4 * width
-    return _FLOAT * step.candidates / parts * per_candidate
+        logits = {
+            "group": positions / run.pretrain.num_negative_groups * run.pretrain.num_negatives,
+            "request": step.positions / max(step.requests, 1e-9) * run.pretrain.num_negatives,
+            "position": 3 * _OWN_NEGATIVES_CHUNK,
+        }[run.pretrain.negatives_per]
+        states = (4 * positions + 3 * unique) * run.tables.embedding_dim
+        values = states + logits + 4 * positions * size.auxiliary_rows
+        return _FLOAT * values + 2 * INDEX_BYTES * step.negatives
+    return _FLOAT * step.candidates / parts * size.head_values
 
 
 def buffer_bytes(shards: tuple[Shard, ...], cluster: Cluster, step: Workload, *, has_backward: bool) -> np.ndarray:

@@ -46,7 +46,7 @@ class Workload:
     context: float
     """See DataShape."""
     negatives: int
-    """Of all groups and parts of the batch; 0 in finetuning."""
+    """Of all sets and parts of the batch; 0 in finetuning."""
     unique_rows: dict[str, float]
     """Sharded table -> U, distinct rows that are looked up."""
 
@@ -139,11 +139,11 @@ def workload(
     is_pretraining = run.stage == "pretrain"
     tokens, candidates = requests * shape.history, 0.0 if is_pretraining else requests * shape.candidates
     sets = {
-        "group": run.pretrain.num_negative_groups * run.train.micro_batches,  # every part of the batch draws its own
+        "group": run.pretrain.num_negative_groups * run.train.micro_batches,  # every part of a batch draws its own
         "request": requests,
         "position": max(tokens - requests, 0.0),
-    }
-    negatives = round(sets[run.pretrain.negatives_per] * run.pretrain.num_negatives) if is_pretraining else 0
+    }[run.pretrain.negatives_per]
+    negatives = round(sets * run.pretrain.num_negatives) if is_pretraining else 0
     draws = dict.fromkeys(sharded, 0.0)
     entries = {"history": tokens, "candidate": candidates, "context": 0.0 if is_pretraining else requests}
     for place, count in entries.items():

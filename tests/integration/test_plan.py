@@ -144,7 +144,7 @@ def _planned(name, data_dir):
 def test_layout_is_that_of_training(measured, data_dir, name):
     run, _, plan, _ = _planned(name, data_dir)
     frozen_rows = NUM_ITEMS if name == "frozen" else 0
-    assert readable(plan, run.tables.embedding_dim, frozen_rows) == measured[0][0][name]["plan"]
+    assert readable(plan, run.tables, frozen_rows) == measured[0][0][name]["plan"]
 
 
 @pytest.mark.parametrize("name", CASES)

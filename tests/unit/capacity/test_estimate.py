@@ -15,6 +15,7 @@ from gpsd_dist.config import DataConfig, ModelConfig, OptimizerConfig
 from gpsd_dist.distributed.sharding import Cluster
 from gpsd_dist.model.transformer import Transformer
 from gpsd_dist.packing import Packing
+from gpsd_dist.schema import Split
 from tests.helpers.synthetic import make_manifest
 from tests.integration.tiny_data import tiny_run
 
@@ -23,7 +24,9 @@ MIB = 2**20
 
 
 def _scenario(run, *, ranks=8, memory_mib=1024.0, item_rows=1_000_002) -> Scenario:
+    valid = Split("valid", (), num_rows=9, num_history_tokens=9, num_candidates=9, time_from_s=0, time_to_s=0)
     manifest = make_manifest(table_rows={"item": item_rows, "tag": 1000})
+    manifest = dataclasses.replace(manifest, splits=(valid,))
     cluster = Cluster(ranks, min(ranks, 4), "cuda", round(memory_mib * MIB))
     return Scenario(run, manifest, SHAPE, cluster)
 
@@ -69,12 +72,14 @@ def test_table_wise_fills_one_rank():
     assert sorted(memory.tables)[-1] >= 1_000_002 * 64 and sorted(memory.tables)[-2] <= 1000 * 64
 
 
-def test_other_towers_are_not_guessed(monkeypatch):
-    from gpsd_dist.model.registry import TOWERS
-
-    monkeypatch.setitem(TOWERS, "other", Transformer)
-    found = estimate(_scenario(_run(model={"name": "other"})))
+def test_other_towers_are_not_guessed():
+    found = estimate(_scenario(_run(model={"name": "din"})))
     assert found.memory.activations is None and found.flops is None and found.memory.working == 0
+
+
+def test_a_refit_validates_nothing():
+    found = estimate(_scenario(dataclasses.replace(_run(), refit_of="a run")))
+    assert not found.memory.validation.any() and estimate(_scenario(_run())).memory.validation.all()
 
 
 def test_parameters_are_those_of_the_model():
@@ -87,8 +92,8 @@ def test_parameters_are_those_of_the_model():
     assert size.matrix_parameters == block and size.auxiliary_rows == 12 and size.head_parameters == 0
     assert size.item_rows == 1000
     ranking = model_size(_run(), manifest)
-    assert ranking.num_tasks == 2 and ranking.auxiliary_rows == 0
-    in_width = 16 + ranking.context_width
+    in_width = 16 + 4 + 4 + 1 + 1 + 16  # state, tab, segment, discount, age, interests (bag of the sharded table `tag`)
+    assert ranking.auxiliary_rows == 0 and ranking.head_values == in_width + 2 * 64
     assert ranking.head_parameters == 2 * (in_width * 64 + 64 + 64 + 1)
 
 

@@ -23,8 +23,7 @@ SIZE = ModelSize(
     item_rows=100,
     auxiliary_rows=7,
     head_parameters=50,
-    context_width=5,
-    num_tasks=2,
+    head_values=16 + 5 + 2 * 64,
 )
 
 
@@ -73,13 +72,14 @@ def test_buffers_by_hand():
 
 def test_losses_by_hand():
     step = Workload(requests=4.0, tokens=40.0, candidates=12.0, context=5.5, negatives=32, unique_rows={"item": 50.0})
-    pretrain = tiny_run("pretrain", "x", "y")  # E 16, 2 groups of 16 negatives
-    positions = 40 - 4
+    positions = 40 - 4  # E 16, 2 groups of 16 negatives
     states = 4 * positions * 16 + 3 * 50 * 16
-    expected = 4 * (states + positions / 2 * 16 + 4 * positions * 7)
-    assert memories.loss_bytes(pretrain, SIZE, step) == pytest.approx(expected)
+    for per, logits in (("group", positions / 2 * 16), ("request", positions / 4 * 16), ("position", 3 * 2**21)):
+        run = tiny_run("pretrain", "x", "y", pretrain={"negatives_per": per})
+        expected = 4 * (states + logits + 4 * positions * 7) + 32 * 16
+        assert memories.loss_bytes(run, SIZE, step) == pytest.approx(expected)
     ranking = tiny_run("finetune", "x", "y")  # D 16
-    assert memories.loss_bytes(ranking, SIZE, step) == 4 * 12 * (16 + 5 + 2 * 4 * 16)
+    assert memories.loss_bytes(ranking, SIZE, step) == 4 * 12 * (16 + 5 + 2 * 64)
 
 
 def test_validation_of_pretraining_holds_a_part_of_the_items():

@@ -50,7 +50,7 @@ def test_step_of_a_rank_by_hand():
 
 @pytest.mark.parametrize(
     ("per", "parts", "negatives"),
-    [("group", 1, 2 * 16), ("group", 3, 6 * 16), ("request", 1, 4 * 16), ("position", 1, 36 * 16)],
+    [("group", 1, 2 * 16), ("group", 3, 6 * 16), ("request", 3, 4 * 16), ("position", 1, 36 * 16)],
 )
 def test_negatives_of_a_step(per, parts, negatives):
     manifest = make_manifest(table_rows={"item": 10**9})
