@@ -235,6 +235,8 @@ class TrainConfig:
     """Steps between two lines of metrics; the only steps that wait for the device."""
     collective_timeout_s: int = 600
     """A rank that waits longer for its peers fails with an error."""
+    profile: bool = False
+    """Trace steps 10 to 12 (torch.profiler) into OUTPUT_DIR/profile, with a page of text for each rank."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -333,18 +335,12 @@ GIN_CLASSES = (
 
 def run_config_from_dict(raw: dict[str, typing.Any]) -> RunConfig:
     """The inverse of `dataclasses.asdict(run)` after a trip through JSON. ValueError names what does not fit."""
-    parts = {field.name: field for field in dataclasses.fields(RunConfig)}
+    hints = typing.get_type_hints(RunConfig)
+    unknown = set(raw) - set(hints)
+    if unknown:
+        raise ValueError(f"unknown fields {sorted(unknown)}")
+    parts = {n: value for n, value in raw.items() if dataclasses.is_dataclass(hints[n]) and isinstance(value, dict)}
     try:
-        values = {name: _part(typing.get_type_hints(RunConfig)[name], raw[name]) for name in raw if name in parts}
-        unknown = set(raw) - set(parts)
-        if unknown:
-            raise ValueError(f"unknown fields {sorted(unknown)}")
-        return RunConfig(**values)
+        return RunConfig(**raw | {name: hints[name](**value) for name, value in parts.items()})
     except TypeError as error:
         raise ValueError(f"the saved run configuration does not fit this version: {error}") from error
-
-
-def _part(hint: typing.Any, value: typing.Any) -> typing.Any:
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return hint(**value)
-    return value

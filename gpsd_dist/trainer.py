@@ -18,6 +18,7 @@ from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.loader import Loader
 from gpsd_dist.distributed.collectives import all_sum
 from gpsd_dist.distributed.runtime import Runtime, seed_step
+from gpsd_dist.metrics import profiling
 from gpsd_dist.metrics.progress import Progress
 from gpsd_dist.metrics.recorder import Recorder
 from gpsd_dist.metrics.throughput import Throughput
@@ -62,6 +63,7 @@ class Trainer:
             state = read_state(latest)
             check_resumable(dataclasses.asdict(run), dataclasses.asdict(self.manifest), state, latest)
         self.throughput = Throughput()
+        self.profiler = profiling.StepProfiler(run, runtime, self.model.backbone)
         self.progression = Progression()
         self.step = 0
         steps_per_epoch = self.loader.steps_per_epoch
@@ -91,9 +93,12 @@ class Trainer:
         )
         previous = signal.signal(signal.SIGTERM, self._request_stop)
         self.throughput.restart()
+        self.profiler.start()
         while not self.progression.is_finished:
             for batches in self._waited(self.loader):
-                self._train_step(batches, recorder)
+                with self.profiler.range(profiling.STEP):
+                    self._train_step(batches, recorder)
+                self.profiler.after_step()
                 is_last, is_stopping = self.step >= self.total_steps, self._is_asked_to_stop()
                 if self.step % self.run.train.log_interval_steps == 0 or is_last:
                     self.throughput.record_to(recorder)
@@ -110,6 +115,7 @@ class Trainer:
             if is_stopping:
                 log.warning("asked to stop: saved step %d; the same command goes on from there", self.step)
                 break
+        self.profiler.close()
         self.loader.close()
         recorder.close()
         signal.signal(signal.SIGTERM, previous)
@@ -121,12 +127,14 @@ class Trainer:
         self._set_learning_rates(recorder)
         self.optimizer.zero_grad()
         batches = tuple(batch.to(self.runtime.device) for batch in batches)
-        counts = all_sum(sum(self.assembly.objective.counts(batch) for batch in batches).to(self.runtime.device))
+        with self.profiler.range(profiling.COLLECTIVES):
+            counts = all_sum(sum(self.assembly.objective.counts(batch) for batch in batches).to(self.runtime.device))
         sums = self._backward(batches, counts)  # updates the tables
-        if self.run.train.clip_norm:
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.train.clip_norm)
-            recorder.record("train/gradient_norm", norm)
-        self.optimizer.step()
+        with self.profiler.range(profiling.OPTIMIZER):
+            if self.run.train.clip_norm:
+                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.train.clip_norm)
+                recorder.record("train/gradient_norm", norm)
+            self.optimizer.step()
         self.step += 1
         self._record(recorder, batches, sums, counts)
 
@@ -147,24 +155,28 @@ class Trainer:
         weight = torch.tensor(list(objective.weights.values()), device=counts.device)
         # DDP and TorchRec both average gradients over ranks: times world size gives the sum over the global count
         scale = weight * self.runtime.world_size / counts.clamp(min=1)
-        rows = tables(batches[0].lookup)
+        with self.profiler.range(profiling.LOOKUP):
+            rows = tables(batches[0].lookup)
         leaves = {name: value.detach().requires_grad_(value.requires_grad) for name, value in rows.items()}
         sums = torch.zeros_like(counts)
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
             if isinstance(self.parallel, DistributedDataParallel):
                 self.parallel.require_backward_grad_sync = is_last
-            with torch.autocast(self.runtime.device.type, torch.bfloat16, enabled=self.run.train.bf16):
+            autocast = torch.autocast(self.runtime.device.type, torch.bfloat16, enabled=self.run.train.bf16)
+            with autocast, self.profiler.range(profiling.FORWARD):
                 part = objective.sums(self.parallel, leaves, batch)
             sums += part.detach()
             if is_last:
                 self._check_finite(sums, counts)
-            (part * scale).sum().backward()
+            with self.profiler.range(profiling.BACKWARD):
+                (part * scale).sum().backward()
         trained = [name for name, value in rows.items() if value.requires_grad]
         # rows of a table that no loss reaches have no gradient, but every rank must join the exchange
         gradients = [torch.zeros_like(rows[n]) if leaves[n].grad is None else leaves[n].grad for n in trained]
         if trained:
-            torch.autograd.backward([rows[name] for name in trained], gradients)
+            with self.profiler.range(profiling.TABLE_UPDATE):
+                torch.autograd.backward([rows[name] for name in trained], gradients)
         return sums
 
     def _check_finite(self, sums: torch.Tensor, counts: torch.Tensor) -> None:
@@ -209,7 +221,7 @@ class Trainer:
         """Batches of the rest of an epoch, with the time spent waiting for them counted."""
         iterator = iter(loader)
         while True:
-            with self.throughput.data_wait():
+            with self.throughput.data_wait(), self.profiler.range(profiling.DATA_WAIT):
                 batches = next(iterator, None)
             if batches is None:
                 return
@@ -221,7 +233,8 @@ class Trainer:
         for task, values in metrics.items():
             recorder.record_all(f"valid/{task}", values)
         self._record_gap(recorder, metrics)
-        name = self.run.train.best_metric or ("next_item/mrr" if self.run.stage == "pretrain" else _first_auc(metrics))
+        default = "next_item/mrr" if self.run.stage == "pretrain" else f"{next(iter(metrics))}/auc"
+        name = self.run.train.best_metric or default
         flat = {f"{task}/{key}": value for task, values in metrics.items() for key, value in values.items()}
         if name not in flat:
             raise ValueError(f"TrainConfig.best_metric {name!r} is not one of {sorted(flat)}")
@@ -333,7 +346,3 @@ class Trainer:
     def _best_metrics(self) -> dict[str, float]:
         folder = self.checkpoints.folder / f"step_{self.progression.best_step:08d}"
         return read_state(folder).metrics if folder.is_dir() else {}
-
-
-def _first_auc(metrics: dict) -> str:
-    return f"{next(iter(metrics))}/auc"

@@ -23,6 +23,7 @@ _MAY_CHANGE_ON_RESUME = (
     ("train", "log_interval_steps"),
     ("train", "save_interval_steps"),
     ("train", "collective_timeout_s"),
+    ("train", "profile"),
 )
 _SAME_DATA = ("features", "tables", "tasks", "splits")
 """Parts of the manifest that a run depends on; paths, commands and times of building may differ."""
