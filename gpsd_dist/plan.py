@@ -34,6 +34,7 @@ from gpsd_dist.schema import read_manifest
 
 FITS, MISTAKE, DOES_NOT_FIT = 0, 2, 3
 _GIB, _MIB = 2**30, 2**20
+_MIN_WIDTH = 110  # of the tables, also in a log file
 
 
 def main(argv: list[str]) -> int:
@@ -97,6 +98,7 @@ def _warnings(scenario: Scenario, found: Estimate) -> list[str]:
 
 def _print(scenario: Scenario, found: Estimate, options: list[Remedy]) -> None:
     console = rich.console.Console(highlight=False)
+    console.width = max(console.width, _MIN_WIDTH)
     cluster, run, step = scenario.cluster, scenario.run, found.training
     machines = math.ceil(cluster.world_size / cluster.local_world_size)
     console.print(
@@ -192,12 +194,13 @@ def _print_verdict(console: rich.console.Console, scenario: Scenario, found: Est
         reason = found.layout.refusal.splitlines()[0]
         console.print(f"TorchRec's planner refuses the tables: {reason}", markup=False, soft_wrap=True)
     if not any(option.fits for option in options):
-        console.print("no single option is enough; what each would bring:", soft_wrap=True)
-    table = rich.table.Table("option", "peak, GiB", "fits", "how")
+        console.print("no single option is enough", soft_wrap=True)
+    if options:
+        console.print("one option at a time would make the peak", soft_wrap=True)
     for option in options:
-        how = option.flags if option.is_built else "not built yet"
-        table.add_row(option.name, f"{option.peak_bytes / _GIB:.2f}", "yes" if option.fits else "no", how)
-    console.print(table)
+        verdict = f"{'fits' if option.fits else 'no':<4} {option.peak_bytes / _GIB:>10.2f} GiB"
+        how = option.flags if option.is_built else "(not built yet)"
+        console.print(f"  {verdict}  {option.name}  {how}", markup=False, soft_wrap=True)
 
 
 def as_dict(scenario: Scenario, found: Estimate, options: list[Remedy]) -> dict[str, typing.Any]:
