@@ -1,6 +1,5 @@
 """The packed click models against loops over candidates and tokens (float64, so agreement is to rounding)."""
 
-import types
 import unittest.mock
 
 import numpy as np
@@ -194,7 +193,7 @@ def test_history_states_do_not_see_what_they_predict(name):
 
 
 def test_dmin_refuses_heads_that_do_not_divide_a_token():
-    config = types.SimpleNamespace(width=8, heads=5)
+    config = ModelConfig("dmin", width=8, heads=5)
     with pytest.raises(ValueError, match="3 token features x width 8 channels into 5 heads"):
         TOWERS["dmin"].build(config, FIELDS)
 
