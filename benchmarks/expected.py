@@ -11,8 +11,16 @@ import re
 
 EXPECTED = pathlib.Path(__file__).resolve().parents[1] / "configs" / "experiments" / "expected.json"
 PASS, MISS, FAILED, SKIPPED = "pass", "MISS", "FAILED", "skipped"
-RAW_SOURCES = ("amazon_grocery", "kuairand_pure")
-"""Data that are read from RAW_ROOT/<name>; the name is that of the pipeline's source, too."""
+RAW_SOURCES = {
+    "amazon_grocery": ("amazon_grocery", "--source amazon_grocery"),
+    "kuairand_pure": ("kuairand_pure", "--source kuairand_pure"),
+    "movietweetings": (
+        "movietweetings",
+        "--source movielens --max_history_length 200 --vocabulary all_items --no_genres",
+    ),
+    "movietweetings_ctr": ("movietweetings", "--source movielens --split_rule last_item_by_time"),
+}
+"""Data -> folder of their raw files below RAW_ROOT, options of data_pipeline.build."""
 SYNTHETIC = {
     "synthetic": "",
     # One lasting interest per user, and attributes that say nothing of it: what an item is, only its neighbours in the

@@ -1,6 +1,6 @@
 """Reruns reported results and compares them with what is expected: `make experiments`, or
 
-    python -m benchmarks.experiments --raw_root DIR      # needs DIR/amazon_grocery/ and DIR/kuairand_pure/
+    python -m benchmarks.experiments --raw_root DIR      # DIR/amazon_grocery/, kuairand_pure/, movietweetings/
     python -m benchmarks.experiments --reduced           # synthetic data, about a minute
     python -m benchmarks.experiments --names grocery/st_sf
 
@@ -28,6 +28,7 @@ from benchmarks.expected import (
     FAILED,
     MISS,
     PASS,
+    RAW_SOURCES,
     SKIPPED,
     SYNTHETIC,
     Experiment,
@@ -62,15 +63,15 @@ def run_all(chosen: list[Experiment], raw_root: pathlib.Path, out_dir: pathlib.P
 
 def prepare_data(data: str, raw_root: pathlib.Path, out_dir: pathlib.Path) -> tuple[str, str] | None:
     """Builds what is not there or out of date. None, or why there are no data: SKIPPED or FAILED, and the reason."""
-    raw_dir = (out_dir / "raw" if data in SYNTHETIC else raw_root) / data
+    raw_name, options = RAW_SOURCES.get(data, (data, "--source synthetic"))
+    raw_dir = (out_dir / "raw" if data in SYNTHETIC else raw_root) / raw_name
     if data not in SYNTHETIC and not raw_dir.is_dir():
         return SKIPPED, f"no raw data: {raw_dir} does not exist (--raw_root)"
-    source = "synthetic" if data in SYNTHETIC else data
     target = str(_data_dir(out_dir, data))
     try:
         if data in SYNTHETIC:
             _python("data_pipeline.synthesize", "--out_dir", str(raw_dir), *SYNTHETIC[data].split())
-        _python("data_pipeline.build", "--source", source, "--raw_dir", str(raw_dir), "--out_dir", target)
+        _python("data_pipeline.build", *options.split(), "--raw_dir", str(raw_dir), "--out_dir", target)
     except subprocess.CalledProcessError as error:
         return FAILED, _failure(error)
     return None

@@ -1,0 +1,168 @@
+r"""The table of models x strategies of a data set, by the ordinary commands; docs/results.md is made with it.
+
+    python -m benchmarks.model_table --gin_file configs/experiments/grocery_finetune.gin \
+        --models hstu,deepfm,din,dien,dmin,wukong --strategies NT,ST_SF,FT_SF --rates 1e-3,5e-3 --seeds 0,1,2 \
+        --tables_from 'runs/grocery/s{seed}/pretrain' --tower_from 'runs/models/grocery/{model}/pretrain' \
+        --out_dir runs/models/grocery
+
+A model is a leaf of configs/model. For each model and strategy: one run of the first seed per dense learning rate; the
+rate with the best value on `valid` and the length of that run are kept; then REFIT_OF trains on train + valid with
+every seed, and `test` is scored once with each. ST takes tables from --tables_from, FT all weights from --tower_from; a
+model that cannot be pretrained has no FT row. Finished runs are kept: the same command goes on, `--print_only` prints.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+import sys
+import time
+
+from gpsd_dist.checkpoint import manager
+from gpsd_dist.gin_cli import load_run_config
+from gpsd_dist.model.registry import TOWERS
+from gpsd_dist.scaling_law.ladder import Training
+from gpsd_dist.scaling_law.runs import execute, is_trained, parameters_of, read_result, replace_file
+
+METRICS = ("auc", "gauc", "log_loss")
+WALL_NAME = "wall_s.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A model with a strategy."""
+
+    model: str
+    strategy: str
+    args: argparse.Namespace
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """All runs of this row."""
+        return self.args.out_dir / self.model / self.strategy.lower()
+
+    def tuning(self, rate: str) -> Training:
+        """Trains on `train` and validates, with the first seed."""
+        return self._training(self.args.seeds[0], rate, self.folder / f"tune_{rate}")
+
+    def refit(self, rate: str, seed: int) -> Training:
+        """Trains on train + valid for as long as the tuning run took to its best validation."""
+        of = f"--gin.REFIT_OF={self.tuning(rate).folder}"
+        return self._training(seed, rate, self.folder / f"s{seed}", of)
+
+    def _training(self, seed: int, rate: str, folder: pathlib.Path, *more: str) -> Training:
+        files = (*self.args.gin_file, f"configs/model/{self.model}.gin")
+        options = [f"--gin.{text}" for text in self.args.gin]
+        options += [f"--gin.STRATEGY={self.strategy}", f"--gin.SEED={seed}", f"--gin.DENSE_LR={rate}"]
+        if self.strategy != "NT":
+            template = self.args.tower_from if self.strategy.startswith("FT") else self.args.tables_from
+            options.append(f"--gin.INIT_CHECKPOINT={template.format(seed=seed, model=self.model)}")
+        arguments = [part for file in files for part in ("--gin_file", file)]
+        arguments += [*options, *more, f"--gin.OUTPUT_DIR={folder}"]
+        return Training(load_run_config(arguments).run, ("-m", "gpsd_dist.train", *arguments))
+
+
+def rows_of(args: argparse.Namespace) -> list[Row]:
+    """Every combination that exists; a model without generative form has neither FT nor FT_SF."""
+    rows = []
+    for model in args.models:
+        for strategy in args.strategies:
+            row = Row(model, strategy, args)
+            name = Row(model, "NT", args).tuning(args.rates[0]).run.model.name
+            if strategy.startswith("FT") and not TOWERS[name].is_generative:
+                print(f"{model} {strategy}: {name} cannot be pretrained, so there is no tower to take over", flush=True)
+                continue
+            rows.append(row)
+    return rows
+
+
+def train(training: Training) -> None:
+    """Runs the command if its run is not finished, and notes its wall time in seconds."""
+    if is_trained(training):
+        return
+    start_s = time.monotonic()
+    execute(training.command, lambda line: print(line, flush=True))
+    path = training.folder / WALL_NAME
+    before = json.loads(path.read_text()) if path.is_file() else 0.0
+    replace_file(path, json.dumps(round(before + time.monotonic() - start_s, 1)).encode())
+
+
+def valid_value(training: Training) -> float:
+    """Best validation of a finished run, by the metric that chose its checkpoint."""
+    return manager.read_state(manager.find(training.folder)).progress["best_value"]
+
+
+def run(row: Row) -> None:
+    """Everything that a row needs and does not have yet. subprocess.CalledProcessError if a command fails."""
+    for rate in row.args.rates:
+        train(row.tuning(rate))
+    rate = best_rate(row)
+    for seed in row.args.seeds:
+        training = row.refit(rate, seed)
+        train(training)
+        result = training.folder / "test.json"
+        if read_result(result) is None:
+            source = ("--checkpoint", str(training.folder), "--data", training.run.data_dir)
+            command = ("-m", "gpsd_dist.evaluate", *source, "--split", "test", "--metrics_out", str(result))
+            execute(command, lambda line: print(line, flush=True))
+
+
+def best_rate(row: Row) -> str:
+    """The dense learning rate whose run had the best validation."""
+    return max(row.args.rates, key=lambda rate: valid_value(row.tuning(rate)))
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Markdown, one line per row and task; mean and (min - max) over seeds. Unfinished rows are left out."""
+    heads = ("model", "strategy", "task", "rate", "valid", "seeds", *METRICS, "dense parameters", "s per refit")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in rows:
+        if not all(is_trained(row.tuning(rate)) for rate in row.args.rates):
+            continue
+        rate = best_rate(row)
+        found = [row.refit(rate, seed).folder for seed in row.args.seeds]
+        results = {folder: result for folder in found if (result := read_result(folder / "test.json")) is not None}
+        for task in next(iter(results.values()), {}):
+            cells = [_cell([result[task][metric] for result in results.values()]) for metric in METRICS]
+            size = parameters_of(next(iter(results)))["dense_parameters"]
+            seconds = [json.loads((folder / WALL_NAME).read_text()) for folder in results]
+            valid = manager.read_state(manager.find(row.tuning(rate).folder)).metrics[f"{task}/auc"]
+            facts = [row.model, row.strategy.replace("_", "&"), task, rate, f"{valid:.4f}", str(len(results))]
+            lines.append("| " + " | ".join([*facts, *cells, f"{size:,}", f"{statistics.mean(seconds):.0f}"]) + " |")
+    return lines
+
+
+def _cell(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
+    return f"{statistics.mean(values):.4f} ({min(values):.4f} - {max(values):.4f})"
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gin_file", action="append", required=True, help="of the finetuning; repeatable")
+    parser.add_argument("--gin", action="append", default=[], metavar="NAME=VALUE", help="override for all; repeatable")
+    parser.add_argument("--models", required=True, type=lambda text: text.split(","))
+    parser.add_argument("--strategies", default=["NT", "ST_SF", "FT_SF"], type=lambda text: text.split(","))
+    parser.add_argument("--rates", default=["1e-3"], type=lambda text: text.split(","), help="dense learning rates")
+    parser.add_argument("--seeds", default=[0], type=lambda text: [int(part) for part in text.split(",")])
+    parser.add_argument("--tables_from", default="", help="pretraining for ST, ST_SF; may hold {seed} and {model}")
+    parser.add_argument("--tower_from", default="", help="pretraining for FT, FT_SF; may hold {seed} and {model}")
+    parser.add_argument("--out_dir", type=pathlib.Path, required=True)
+    parser.add_argument("--print_only", action="store_true", help="train nothing")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    """Command line."""
+    args = _parse(argv)
+    rows = rows_of(args)
+    if not args.print_only:
+        for row in rows:
+            run(row)
+    print("\n".join(table(rows)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
