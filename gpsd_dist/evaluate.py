@@ -19,7 +19,7 @@ import rich.console
 import rich.table
 
 from gpsd_dist.assembly import assemble
-from gpsd_dist.baselines.registry import BASELINES, evaluate_baseline
+from gpsd_dist.baselines.registry import NAMES, NEXT_ITEM, evaluate_baseline
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.config import OptimizerConfig, run_config_from_dict
 from gpsd_dist.distributed.runtime import Runtime, process_group
@@ -86,7 +86,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.formatter_class = argparse.RawTextHelpFormatter
     scorer = parser.add_mutually_exclusive_group(required=True)
     scorer.add_argument("--checkpoint", help="run folder, or one checkpoint in it")
-    scorer.add_argument("--baseline", choices=sorted(BASELINES), help="score without a model")
+    scorer.add_argument("--baseline", choices=sorted(NAMES), help="score without a model")
     which_help = "checkpoint of a run folder (best on valid)"
     parser.add_argument("--which", choices=("best", "last"), default="best", help=which_help)
     parser.add_argument("--data", help="prepared data; default: the data the run was trained on")
@@ -96,8 +96,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.baseline and not args.data:
         parser.error("--baseline needs --data")
-    if args.rank_cut is not None and (args.baseline or args.rank_cut < 1):
-        parser.error(f"--rank_cut {args.rank_cut} must be at least 1, and goes with --checkpoint")
+    if args.rank_cut is not None and (args.baseline not in (None, NEXT_ITEM) or args.rank_cut < 1):
+        parser.error(f"--rank_cut {args.rank_cut} must be at least 1, and goes with --checkpoint or {NEXT_ITEM}")
     return args
 
 
@@ -106,7 +106,9 @@ def main(argv: list[str]) -> int:
     args = _parse(argv)
     try:
         if args.baseline:
-            return _report(evaluate_baseline(args.baseline, args.data, args.split), args.metrics_out)
+            return _report(
+                evaluate_baseline(args.baseline, args.data, args.split, rank_cut=args.rank_cut), args.metrics_out
+            )
         with process_group(_TIMEOUT_S) as runtime:
             metrics = evaluate_checkpoint(
                 args.checkpoint, args.data, args.split, runtime, args.which, rank_cut=args.rank_cut

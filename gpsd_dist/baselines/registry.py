@@ -7,6 +7,7 @@ import pathlib
 
 from gpsd_dist import schema
 from gpsd_dist.baselines.gbdt import score_gbdt
+from gpsd_dist.baselines.next_item import rank_by_popularity
 from gpsd_dist.baselines.rates import score_popularity, score_rates
 from gpsd_dist.metrics.classification import Predictions
 
@@ -16,17 +17,27 @@ BASELINES: dict[str, collections.abc.Callable[..., Predictions]] = {
     "popularity": score_popularity,
     "rates": score_rates,
 }
+NEXT_ITEM = "next_item_popularity"
+NAMES = (*BASELINES, NEXT_ITEM)
 
 
 def evaluate_baseline(
-    name: str, data_dir: str | os.PathLike, split: str, tasks: collections.abc.Sequence[str] | None = None
+    name: str,
+    data_dir: str | os.PathLike,
+    split: str,
+    tasks: collections.abc.Sequence[str] | None = None,
+    *,
+    rank_cut: int | None = None,
 ) -> dict[str, dict[str, float | int]]:
-    """Metrics per task (all tasks by default) of the baseline `name`, a key of BASELINES, on one split.
+    """Metrics per task (all tasks by default) of the baseline `name`, one of NAMES, on one split.
 
-    The same keys as `metrics.classification.classification_metrics`. ValueError for an unknown name, split or task.
+    The same keys as a model's: `metrics.classification.classification_metrics`, or for NEXT_ITEM, which alone has a
+    `rank_cut`, {"next_item": hr@K, ndcg@K, mrr}. ValueError for an unknown name, split or task.
     """
-    if name not in BASELINES:
-        raise ValueError(f"there is no baseline {name!r}; choose one of {sorted(BASELINES)}")
+    if name not in NAMES:
+        raise ValueError(f"there is no baseline {name!r}; choose one of {sorted(NAMES)}")
     manifest = schema.read_manifest(pathlib.Path(data_dir))
+    if name == NEXT_ITEM:
+        return {"next_item": rank_by_popularity(data_dir, manifest, split, rank_cut)}
     tasks = [task.name for task in manifest.tasks] if tasks is None else tasks
     return {task: BASELINES[name](data_dir, manifest, split, task).metrics() for task in tasks}

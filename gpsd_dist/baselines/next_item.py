@@ -1,0 +1,38 @@
+"""Popularity as a next-item ranker: the floor of a pretrained model, ranked exactly as one is."""
+
+import os
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+
+from gpsd_dist import schema
+from gpsd_dist.baselines.rows import pretrain_counts, read_batches
+from gpsd_dist.metrics.ranking import Excluded, RankingSums, rank_targets
+
+
+def rank_by_popularity(
+    data_dir: str | os.PathLike, manifest: schema.Manifest, split: str, rank_cut: int | None = None
+) -> dict[str, float | int]:
+    """hr@K, ndcg@K, mrr and rows of ranking every item by its number of events in the `pretrain` histories.
+
+    Targets, and what does not compete, are those of a pretrained model: the positives of the first task, against all
+    items but those in the request's history (all of it that is stored). Ties count against the target.
+    """
+    name, label = manifest.item_feature, f"label.{manifest.tasks[0].name}"
+    counts_V = torch.from_numpy(pretrain_counts(data_dir, manifest, manifest.feature(name)))
+    score_V1 = torch.log1p(counts_V.float())[:, None]
+    columns = [f"history.{name}", f"candidate.{name}", label]
+    sums = RankingSums()
+    for batch in read_batches(data_dir, manifest, split, columns):
+        history, candidate, labels = (batch[column] for column in columns)
+        is_positive_C = pc.list_flatten(labels).to_numpy(zero_copy_only=False) == 1
+        request_P = pc.list_parent_indices(candidate).to_numpy()[is_positive_C]
+        target_P = torch.from_numpy(pc.list_flatten(candidate).to_numpy()[is_positive_C])
+        of_positives = history.take(request_P)
+        offsets_P1 = np.concatenate([[0], pc.list_value_length(of_positives).to_numpy().cumsum()])
+        item_N = torch.from_numpy(pc.list_flatten(of_positives).to_numpy(zero_copy_only=False).copy())
+        excluded = Excluded.from_offsets(item_N, torch.from_numpy(offsets_P1))
+        query_P1 = torch.ones(len(target_P), 1)
+        sums.update(rank_targets(query_P1, score_V1, target_P, excluded=excluded, rank_cut=rank_cut), target_P)
+    return sums.metrics()
