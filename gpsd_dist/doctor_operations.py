@@ -73,10 +73,10 @@ def gin_parse() -> str:
 
     class _Delegate(config_parser.ParserDelegate):
         def configurable_reference(self, scoped_configurable_name, evaluate):
-            raise NotImplementedError
+            raise AssertionError(f"the text below refers to nothing, gin found @{scoped_configurable_name}")
 
         def macro(self, macro_name):
-            raise NotImplementedError
+            raise AssertionError(f"the text below has no macro, gin found %{macro_name}")
 
     # The parser alone: binding a value would leave global state behind.
     (statement,) = list(config_parser.ConfigParser("Model.width = 64", _Delegate()))

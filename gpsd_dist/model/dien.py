@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gpsd_dist.config import ModelConfig
 from gpsd_dist.model.din import ActivationUnit
-from gpsd_dist.model.pairs import pair_up, softmax, split_tokens, sum_histories
+from gpsd_dist.model.pairs import join, pair_up, softmax, split_tokens
 from gpsd_dist.packing import Packing
 
 
@@ -105,8 +105,7 @@ class DIEN(nn.Module):
         history_TN, candidate_CN = (part.flatten(1) for part in split_tokens(x_SFD, packing, candidates_only))
         state_TN = self._extract(history_TN, packing)
         final_CN = self._evolve(candidate_CN, state_TN, packing)
-        sum_CN = sum_histories(history_TN, packing)[packing.request_C]
-        out = torch.cat((final_CN, sum_CN, sum_CN * candidate_CN, candidate_CN), dim=-1)
+        out = join([final_CN], history_TN, candidate_CN, packing)
         return (out, state_TN) if with_history else out
 
     @torch.compiler.disable

@@ -13,7 +13,7 @@ from torch import nn
 from gpsd_dist.config import ModelConfig
 from gpsd_dist.model.attention import attend
 from gpsd_dist.model.din import ActivationUnit, attention_widths
-from gpsd_dist.model.pairs import Pairs, pair_up, pool, softmax, split_tokens, sum_histories
+from gpsd_dist.model.pairs import Pairs, join, pair_up, pool, softmax, split_tokens
 from gpsd_dist.model.transformer import init_linear
 from gpsd_dist.packing import Packing
 
@@ -85,8 +85,7 @@ class DMIN(nn.Module):
         refined_TN = self.refiner(history_TN, self._attend(self.refiner_qkv(history_TN), histories))
         head_THK = self._attend(self.extractor_qkv(refined_TN), histories).unflatten(-1, (self.heads, -1))
         parts = [self._interest(h, candidate_CN, refined_TN, head_THK[:, h], pairs) for h in range(self.heads)]
-        sum_CN = sum_histories(history_TN, packing)[packing.request_C]
-        out = torch.cat((*parts, sum_CN, sum_CN * candidate_CN, candidate_CN), dim=-1)
+        out = join(parts, history_TN, candidate_CN, packing)
         return (out, refined_TN) if with_history else out
 
     def _attend(self, qkv: torch.Tensor, histories: Packing) -> torch.Tensor:

@@ -67,6 +67,14 @@ def sum_histories(x_TN: torch.Tensor, packing: Packing) -> torch.Tensor:
     return zero_BN.index_add(0, request_of_tokens(packing), x_TN)
 
 
+def join(
+    parts: list[torch.Tensor], history_TN: torch.Tensor, candidate_CN: torch.Tensor, packing: Packing
+) -> torch.Tensor:
+    """Input of DIEN's and DMIN's MLP: [*parts, sum of the history, its product with the candidate, candidate]."""
+    sum_CN = sum_histories(history_TN, packing)[packing.request_C]
+    return torch.cat((*parts, sum_CN, sum_CN * candidate_CN, candidate_CN), dim=-1)
+
+
 def split_tokens(x_SFD: torch.Tensor, packing: Packing, candidates_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Fields of the histories [T, F, D] and of the candidates [C, F, D].
 

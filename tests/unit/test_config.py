@@ -133,7 +133,8 @@ def test_all_problems_of_a_part_come_at_once():
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
 def test_histories_may_be_as_long_as_positions_less_one(name):
     """A candidate takes the position after the last event."""
-    make_run(model=ModelConfig(name, width=50, heads=1, max_positions=51))
+    run = make_run(model=ModelConfig(name, width=50, heads=1, max_positions=51))
+    assert run.data.max_history_length == 50
 
 
 def test_options_without_effect_are_refused():

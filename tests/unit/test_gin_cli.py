@@ -66,8 +66,8 @@ def test_wukong_has_as_many_slots_as_events():
 
 @pytest.mark.parametrize("scale", FILES["scale"])
 def test_every_scale_builds_with_both_stages(scale):
-    for files in (PRETRAIN, FINETUNE):
-        load([*files, f"configs/scale/{scale}"], OUT)
+    stages = [load([*files, f"configs/scale/{scale}"], OUT).run.stage for files in (PRETRAIN, FINETUNE)]
+    assert stages == ["pretrain", "finetune"]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.gin")), ids=lambda path: str(path.relative_to(CONFIGS)))
@@ -240,12 +240,12 @@ def test_keys_that_differ_only_in_scope_are_not_twice(tmp_path):
 @pytest.mark.parametrize("text", ["include 'configs/base.gin'\n", "WIDTH = 32\n  include 'configs/base.gin'\n"])
 def test_an_include_in_a_later_file_is_an_error(tmp_path, text):
     with pytest.raises(ValueError, match="must be the first --gin_file"):
-        load([*PRETRAIN, write(tmp_path, text)], OUT)
+        assert load([*PRETRAIN, write(tmp_path, text)], OUT).run.model.width == (32 if "WIDTH" in text else 64)
 
 
 @pytest.mark.parametrize("text", ["# include 'configs/base.gin'\n", "  # include me\nWIDTH = 32  # include 'x'\n"])
 def test_a_comment_about_includes_is_no_include(tmp_path, text):
-    load([*PRETRAIN, write(tmp_path, text)], OUT)
+    assert load([*PRETRAIN, write(tmp_path, text)], OUT).run.model.width == (32 if "WIDTH" in text else 64)
 
 
 def test_a_first_file_that_includes_a_stage_is_an_experiment(tmp_path):
