@@ -118,7 +118,7 @@ class _PhaseTimer:
         objective = _Timed(plain.objective, sums=self.timed(plain.objective.sums, "objective"))
         timed_assembly = dataclasses.replace(plain, tables=tables, objective=objective)
         patches = [
-            unittest.mock.patch.object(trainer, "assembly", timed_assembly),
+            unittest.mock.patch.object(trainer.training_step, "assembly", timed_assembly),
             unittest.mock.patch.object(model, "forward", self.timed(model.forward, "embed + tower")),
             unittest.mock.patch.object(optimizer, "step", self.timed(optimizer.step, "dense optimizer")),
             unittest.mock.patch.object(

@@ -6,7 +6,6 @@ import math
 import signal
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from gpsd_dist.assembly import assemble, check_options_against_data
 from gpsd_dist.checkpoint.manager import Checkpoints, RunState, load_tensors, read_state
@@ -17,15 +16,16 @@ from gpsd_dist.data.batch import Batch
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.loader import Loader
 from gpsd_dist.distributed.collectives import all_sum
-from gpsd_dist.distributed.runtime import Runtime, seed_step
+from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.metrics import profiling
 from gpsd_dist.metrics.progress import Progress
 from gpsd_dist.metrics.recorder import Recorder
 from gpsd_dist.metrics.throughput import Throughput
-from gpsd_dist.optim.dense import dense_optimizer, named_state
+from gpsd_dist.optim.dense import named_state
 from gpsd_dist.optim.schedule import learning_rate_factor
 from gpsd_dist.schema import read_manifest
 from gpsd_dist.scoring import Metrics, evaluate_split, evaluation_loader
+from gpsd_dist.training_step import TrainingStep
 
 log = logging.getLogger(__name__)
 
@@ -42,16 +42,13 @@ class Progression:
 
 
 class Trainer:
-    """Wires the components in TorchRec's order and runs the loop. Owns zero_grad, clip and step of both optimizers."""
+    """Wires the components in TorchRec's order and runs the loop. What one step does: `training_step.py`."""
 
     def __init__(self, run: RunConfig, runtime: Runtime):
         """Collective. Builds everything with random weights; `train` decides where weights come from."""
         self.run, self.runtime = run, runtime
         self.manifest = read_manifest(run.data_dir)
         self.assembly = assemble(run, self.manifest, runtime)
-        self.model = self.assembly.model.train()
-        self.optimizer = dense_optimizer(self.model, run.dense)
-        self.parallel = DistributedDataParallel(self.model) if runtime.world_size > 1 else self.model
         self.loader = self._training_loader()
         self.validates = not run.refit_of and self.manifest.split("valid").num_rows > 0
         if self.validates:  # is it readable?
@@ -63,7 +60,9 @@ class Trainer:
             state = read_state(latest)
             check_resumable(dataclasses.asdict(run), dataclasses.asdict(self.manifest), state, latest)
         self.throughput = Throughput()
-        self.profiler = profiling.StepProfiler(run, runtime, self.model.backbone)
+        self.profiler = profiling.StepProfiler(run, runtime, self.assembly.model.backbone)
+        self.training_step = TrainingStep(run, runtime, self.assembly, self.profiler, self.checkpoints.latest)
+        self.model, self.optimizer = self.training_step.model, self.training_step.optimizer
         self.progression = Progression()
         self.step = 0
         steps_per_epoch = self.loader.steps_per_epoch
@@ -122,74 +121,12 @@ class Trainer:
         return self._best_metrics()
 
     def _train_step(self, batches: tuple[Batch, ...], recorder: Recorder) -> None:
-        """One optimizer step over one lookup and one or more parts of a batch (gradient accumulation)."""
-        seed_step(self.run.seed, self.step, self.runtime.rank)
-        self._set_learning_rates(recorder)
-        self.optimizer.zero_grad()
-        batches = tuple(batch.to(self.runtime.device) for batch in batches)
-        with self.profiler.range(profiling.COLLECTIVES):
-            counts = all_sum(sum(self.assembly.objective.counts(batch) for batch in batches).to(self.runtime.device))
-        sums = self._backward(batches, counts)  # updates the tables
-        with self.profiler.range(profiling.OPTIMIZER):
-            if self.run.train.clip_norm:
-                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.train.clip_norm)
-                recorder.record("train/gradient_norm", norm)
-            self.optimizer.step()
+        """One optimizer step, with the learning rate of its place in the schedule. Collective."""
+        final = self.run.train.final_lr_fraction
+        lr_factor = learning_rate_factor(self.step, self.schedule_steps, self.warmup_steps, final)
+        sums, counts = self.training_step(batches, self.step, lr_factor, recorder)
         self.step += 1
         self._record(recorder, batches, sums, counts)
-
-    def _set_learning_rates(self, recorder: Recorder) -> None:
-        train = self.run.train
-        factor = learning_rate_factor(self.step, self.schedule_steps, self.warmup_steps, train.final_lr_fraction)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.run.dense.peak_lr * factor
-        self.assembly.tables.set_learning_rate(self.run.sparse.peak_lr * factor)
-        recorder.record("train/dense_lr", self.run.dense.peak_lr * factor, reduce="last")
-
-    def _backward(self, batches: tuple[Batch, ...], counts: torch.Tensor) -> torch.Tensor:
-        """Gradients of the dense part, and the update of the tables, whose optimizer is fused into their backward.
-
-        `counts` [L] are over all ranks. Returns this rank's loss sums [L].
-        """
-        objective, tables = self.assembly.objective, self.assembly.tables
-        weight = torch.tensor(list(objective.weights.values()), device=counts.device)
-        # DDP and TorchRec both average gradients over ranks: times world size gives the sum over the global count
-        scale = weight * self.runtime.world_size / counts.clamp(min=1)
-        with self.profiler.range(profiling.LOOKUP):
-            rows = tables(batches[0].lookup)
-        leaves = {name: value.detach().requires_grad_(value.requires_grad) for name, value in rows.items()}
-        sums = torch.zeros_like(counts)
-        for index, batch in enumerate(batches):
-            is_last = index == len(batches) - 1
-            if isinstance(self.parallel, DistributedDataParallel):
-                self.parallel.require_backward_grad_sync = is_last
-            autocast = torch.autocast(self.runtime.device.type, torch.bfloat16, enabled=self.run.train.bf16)
-            with autocast, self.profiler.range(profiling.FORWARD):
-                part = objective.sums(self.parallel, leaves, batch)
-            sums += part.detach()
-            if is_last:
-                self._check_finite(sums, counts)
-            with self.profiler.range(profiling.BACKWARD):
-                (part * scale).sum().backward()
-        trained = [name for name, value in rows.items() if value.requires_grad]
-        # rows of a table that no loss reaches have no gradient, but every rank must join the exchange
-        gradients = [torch.zeros_like(rows[n]) if leaves[n].grad is None else leaves[n].grad for n in trained]
-        if trained:
-            with self.profiler.range(profiling.TABLE_UPDATE):
-                torch.autograd.backward([rows[name] for name in trained], gradients)
-        return sums
-
-    def _check_finite(self, sums: torch.Tensor, counts: torch.Tensor) -> None:
-        """Before weights move. ValueError names rank and step. On a GPU only at log steps, because it waits for it."""
-        if sums.is_cuda and self.step % self.run.train.log_interval_steps:
-            return
-        if not torch.isfinite(sums).all():
-            last = self.checkpoints.latest()
-            found = dict(zip(self.assembly.objective.weights, (sums / counts.clamp(min=1)).tolist(), strict=True))
-            raise ValueError(
-                f"rank {self.runtime.rank}, step {self.step}: the loss is not finite ({found}); last good checkpoint: "
-                f"{last}. Lower DENSE_LR or SPARSE_LR, or look for extreme numerical features in this batch"
-            )
 
     def _record(self, recorder: Recorder, batches: tuple[Batch, ...], sums: torch.Tensor, counts: torch.Tensor) -> None:
         total = 0.0

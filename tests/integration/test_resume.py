@@ -53,14 +53,14 @@ def _load_and_save(rank: int, world_size: int, run, checkpoint, saved) -> None:
 def _stop_one_rank(rank: int, world_size: int, run) -> None:
     """Trains; the signal reaches rank 1 alone."""
     trainer = Trainer(run, cpu_runtime(rank, world_size))
-    check = trainer._check_finite
+    check = trainer.training_step._check_finite
 
     def check_and_stop(*args):
         if rank == 1 and trainer.step == 2:
             trainer._request_stop(15, None)
         check(*args)
 
-    trainer._check_finite = check_and_stop
+    trainer.training_step._check_finite = check_and_stop
     trainer.train()
 
 

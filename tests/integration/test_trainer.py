@@ -123,14 +123,15 @@ def test_sigterm_during_any_step_saves_that_step(data_dir, tmp_path, one_rank, m
     """Also where the step is one of the validation, or the signal comes late in the step."""
     for stop_at, method in ((3, "_record"), (STEPS_PER_EPOCH, "_validate"), (4, "_check_finite")):
         trainer = Trainer(tiny_run("finetune", data_dir, tmp_path / method), one_rank)
-        original = getattr(trainer, method)
+        owner = trainer.training_step if method == "_check_finite" else trainer
+        original = getattr(owner, method)
 
         def stopping(*args, trainer=trainer, original=original, stop_at=stop_at):
             if trainer.step >= stop_at:
                 trainer._request_stop(15, None)
             return original(*args)
 
-        monkeypatch.setattr(trainer, method, stopping)
+        monkeypatch.setattr(owner, method, stopping)
         trainer.train()
         assert manager.find(tmp_path / method, "last") == step_folder(tmp_path / method, trainer.step)
         assert trainer.step in (stop_at, stop_at + 1)

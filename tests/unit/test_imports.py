@@ -18,6 +18,7 @@ LAYERS = {
     "packing": BASE,
     "gin_cli": COMPOSITION,
     "trainer": COMPOSITION,
+    "training_step": COMPOSITION,
     "scaling_law": COMPOSITION,
     "train": ENTRY,
     "evaluate": ENTRY,
