@@ -24,9 +24,10 @@ trap 'rm -rf "$cuda_dir"' EXIT
 sed 's/^fbgemm-gpu-cpu==/fbgemm-gpu==/' requirements-cpu.in >"$cuda_dir/requirements-cuda.in"
 { cat requirements-cpu.txt; grep '==' requirements.txt 2>/dev/null || true; } >"$cuda_dir/start.txt"
 awk -F'==' '!/==/ || !seen[$1]++' "$cuda_dir/start.txt" >"$cuda_dir/requirements.txt"
+grep '^python-dateutil' .ci/lock-overrides.txt >"$cuda_dir/overrides.txt"
 (
     cd "$cuda_dir"
-    compile requirements-cuda.in --output-file requirements.txt "$@"
+    compile requirements-cuda.in --override overrides.txt --output-file requirements.txt "$@"
 )
 cp "$cuda_dir/requirements.txt" requirements.txt
 echo "lock: wrote requirements-cpu.txt and requirements.txt"

@@ -229,8 +229,14 @@ class TrainConfig:
     """Stop after this many validations without a better one; 0 turns early stopping off."""
     save_interval_steps: int = 0
     """Also save every this many steps; 0: only with a validation."""
-    keep_last: int = 1
-    """Checkpoints kept besides the best one."""
+    keep_last: int = 2
+    """Newest checkpoints kept besides the best one; 2, so that one is left where the newest is damaged."""
+    keep_every_hours: float = 0.0
+    """Also keep, for good, one checkpoint per this many hours of wall time; 0: none."""
+    async_checkpoints: bool = True
+    """Write in the background, from a copy of the state in host memory; False: training waits, without a copy."""
+    checkpoint_dir: str = ""
+    """Folder or fsspec URL (s3://bucket/run) of the checkpoints of this run alone; empty: OUTPUT_DIR."""
     log_interval_steps: int = 20
     """Steps between two lines of metrics; the only steps that wait for the device."""
     collective_timeout_s: int = 600
@@ -243,7 +249,7 @@ class TrainConfig:
         problems = []
         for name in ("epochs", "micro_batches", "eval_per_epoch", "keep_last", "log_interval_steps"):
             problems += below(self, name, 1)
-        for name in ("max_steps", "clip_norm", "patience", "save_interval_steps"):
+        for name in ("max_steps", "clip_norm", "patience", "save_interval_steps", "keep_every_hours"):
             problems += below(self, name, 0)
         if not 0 <= self.warmup_fraction < 1:
             problems.append(f"warmup_fraction {self.warmup_fraction} must be in [0, 1)")
@@ -302,6 +308,8 @@ class RunConfig:
         for name in ("data_dir", "output_dir"):
             if not getattr(self, name):
                 problems.append(f"{name} is empty; set --gin.{name.upper()}=PATH")
+        if "://" in self.output_dir:
+            problems.append(f"OUTPUT_DIR {self.output_dir} must be a local folder; URLs: TrainConfig.checkpoint_dir")
         longest, positions = self.data.max_history_length, self.model.max_positions
         if self.model.name in POSITION_TABLE_MODELS and longest >= positions:  # a candidate takes one more
             problems.append(
@@ -321,16 +329,8 @@ class RunConfig:
         return self.strategy in ("ST_SF", "FT_SF")
 
 
-GIN_CLASSES = (
-    DataConfig,
-    TablesConfig,
-    ModelConfig,
-    PretrainConfig,
-    FinetuneConfig,
-    OptimizerConfig,
-    TrainConfig,
-    RunConfig,
-)
+_PARTS = (DataConfig, TablesConfig, ModelConfig, PretrainConfig, FinetuneConfig, OptimizerConfig, TrainConfig)
+GIN_CLASSES = (*_PARTS, RunConfig)
 
 
 def run_config_from_dict(raw: dict[str, typing.Any]) -> RunConfig:

@@ -20,7 +20,8 @@ import rich.table
 
 from gpsd_dist.assembly import assemble
 from gpsd_dist.baselines.registry import NAMES, NEXT_ITEM, evaluate_baseline
-from gpsd_dist.checkpoint import manager
+from gpsd_dist.checkpoint import manager, storage
+from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import OptimizerConfig, run_config_from_dict
 from gpsd_dist.distributed.runtime import Runtime, process_group
 from gpsd_dist.metrics.ranking import RANK_CUT
@@ -63,7 +64,7 @@ def evaluate_checkpoint(
     return evaluate_split(run, manifest, assembly, split, runtime, rank_cut)
 
 
-def _check_same_schema(manifest: Manifest, saved: dict, folder: pathlib.Path, data_dir: str) -> None:
+def _check_same_schema(manifest: Manifest, saved: dict, folder: Location, data_dir: str) -> None:
     current = json.loads(json.dumps(dataclasses.asdict(manifest)))
     different = [name for name in _DESCRIBING_FIELDS if current[name] != saved[name]]
     if different:
@@ -85,7 +86,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawTextHelpFormatter
     scorer = parser.add_mutually_exclusive_group(required=True)
-    scorer.add_argument("--checkpoint", help="run folder, or one checkpoint in it")
+    scorer.add_argument("--checkpoint", help="run folder, or one checkpoint in it; or the URL of one")
     scorer.add_argument("--baseline", choices=sorted(NAMES), help="score without a model")
     which_help = "checkpoint of a run folder (best on valid)"
     parser.add_argument("--which", choices=("best", "last"), default="best", help=which_help)
@@ -123,7 +124,7 @@ def _report(metrics: Metrics, metrics_out: pathlib.Path | None) -> int:
     _print(metrics)
     if metrics_out is not None:
         metrics_out.parent.mkdir(parents=True, exist_ok=True)
-        metrics_out.write_text(json.dumps(json_safe(metrics), indent=1) + "\n")
+        storage.write(metrics_out, (json.dumps(json_safe(metrics), indent=1) + "\n").encode())
     return 0
 
 

@@ -26,6 +26,8 @@ import typing
 import rich.console
 import rich.table
 
+from gpsd_dist.checkpoint import manager
+from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.metrics.recorder import json_safe
 from gpsd_dist.scaling_law import epochs, figures, runs
 from gpsd_dist.scaling_law.fit import LAWS, MIN_SIZES, fit_law
@@ -208,14 +210,13 @@ def _epochs(args: argparse.Namespace) -> int:
     return 0
 
 
-def _with_test(curves: epochs.RunCurves, ends: list[tuple[float, pathlib.Path]], out_dir: pathlib.Path):
+def _with_test(curves: epochs.RunCurves, ends: list[tuple[float, Location]], out_dir: pathlib.Path):
     """The same run with test AUC at every epoch's end; files newer than their checkpoint are kept."""
     test_auc: dict[str, epochs.Curve] = {task: [] for task in curves.valid_auc}
     print(f"{curves.folder}: {len(ends)} looks at test; choose nothing by them", flush=True)
     for epoch, checkpoint in ends:
         command, result = epochs.scoring_command(curves, checkpoint, out_dir)
-        saved_at = (checkpoint / "run_state.json").stat().st_mtime
-        if runs.read_result(result) is None or result.stat().st_mtime < saved_at:
+        if runs.read_result(result) is None or result.stat().st_mtime < manager.saved_at_s(checkpoint):
             runs.execute(command, functools.partial(print, flush=True))
         metrics = runs.read_result(result)
         for task, curve in test_auc.items():

@@ -2,13 +2,12 @@
 
 import dataclasses
 import logging
-import math
 import signal
 
 import torch
 
 from gpsd_dist.assembly import assemble, check_options_against_data
-from gpsd_dist.checkpoint.manager import Checkpoints, RunState, load_tensors, read_state
+from gpsd_dist.checkpoint.manager import Checkpoints, RunState, fill_tensors, newest_intact, read_state
 from gpsd_dist.checkpoint.resume import check_resumable, epochs_to_best
 from gpsd_dist.checkpoint.transfer import transfer
 from gpsd_dist.config import RunConfig
@@ -23,22 +22,12 @@ from gpsd_dist.metrics.recorder import Recorder
 from gpsd_dist.metrics.throughput import Throughput
 from gpsd_dist.optim.dense import named_state
 from gpsd_dist.optim.schedule import learning_rate_factor
+from gpsd_dist.progression import Progression
 from gpsd_dist.schema import read_manifest
 from gpsd_dist.scoring import Metrics, evaluate_split, evaluation_loader
 from gpsd_dist.training_step import TrainingStep
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass
-class Progression:
-    """What the loop has reached; saved with every checkpoint."""
-
-    best_value: float = -math.inf
-    best_step: int = -1
-    stale: int = 0
-    """Validations since the best one."""
-    is_finished: bool = False
 
 
 class Trainer:
@@ -54,11 +43,11 @@ class Trainer:
         if self.validates:  # is it readable?
             evaluation_loader(run, self.manifest, self.assembly.lookup_names, "valid", runtime).close()
         check_options_against_data(run, self.manifest)
-        self.checkpoints = Checkpoints(run.output_dir, runtime, run.train.keep_last)
-        latest = self.checkpoints.latest()
-        if latest is not None:  # before anything is written into the folder of another run
-            state = read_state(latest)
-            check_resumable(dataclasses.asdict(run), dataclasses.asdict(self.manifest), state, latest)
+        self.checkpoints = Checkpoints(run.output_dir, runtime, run.train)
+        self.start = newest_intact(self.checkpoints.folder)
+        if self.start is not None:  # before anything is written into the folder of another run
+            state = read_state(self.start)
+            check_resumable(dataclasses.asdict(run), dataclasses.asdict(self.manifest), state, self.start)
         self.throughput = Throughput()
         self.profiler = profiling.StepProfiler(run, runtime, self.assembly.model.backbone)
         self.training_step = TrainingStep(run, runtime, self.assembly, self.profiler, self.checkpoints.latest)
@@ -82,6 +71,11 @@ class Trainer:
         if self.progression.is_finished:
             log.info("this run is finished (best step %d); nothing to do", self.progression.best_step)
             return self._best_metrics()
+        with self.checkpoints:  # left when the last save is on disk
+            self._loop()
+        return self._best_metrics()
+
+    def _loop(self) -> None:
         progress = Progress(self.total_steps, first_step=self.step) if self.runtime.is_main else None
         recorder = Recorder(
             self.run.output_dir,
@@ -107,18 +101,18 @@ class Trainer:
                 elif is_last or (self.step % self.eval_interval_steps == 0 and self.validates):
                     self._validate(recorder, is_last)
                 elif is_stopping or self._save_is_due():
-                    self._save({}, is_best=False)
+                    self._save({})
                 recorder.advance(self.step)
                 if self.progression.is_finished or is_stopping:
                     break
             if is_stopping:
+                self.checkpoints.wait()
                 log.warning("asked to stop: saved step %d; the same command goes on from there", self.step)
                 break
         self.profiler.close()
         self.loader.close()
         recorder.close()
         signal.signal(signal.SIGTERM, previous)
-        return self._best_metrics()
 
     def _train_step(self, batches: tuple[Batch, ...], recorder: Recorder) -> None:
         """One optimizer step, with the learning rate of its place in the schedule. Collective."""
@@ -176,16 +170,12 @@ class Trainer:
         if name not in flat:
             raise ValueError(f"TrainConfig.best_metric {name!r} is not one of {sorted(flat)}")
         value, progression = flat[name], self.progression
-        is_best = value > progression.best_value or progression.best_step < 0 or math.isnan(progression.best_value)
-        if is_best:
-            progression.best_value, progression.best_step, progression.stale = value, self.step, 0
-        else:
-            progression.stale += 1
+        progression.judge(value, self.step)
         progression.is_finished = is_last or self._is_out_of_patience()
         best = f"best {progression.best_value:.5f} at step {progression.best_step}"
         log.info("step %d: valid %s %.5f (%s)", self.step, name, value, best)
         recorder.log(self.step, self.step / self.loader.steps_per_epoch)
-        self._save(flat, is_best)
+        self._save(flat)
         self.throughput.restart()
 
     def _finish_unvalidated(self) -> None:
@@ -193,7 +183,7 @@ class Trainer:
         self.progression.best_step, self.progression.is_finished = self.step, True
         why = f"trained on train+valid as long as {self.run.refit_of}" if self.run.refit_of else "there is no valid row"
         log.info("step %d: %s; this is the result", self.step, why)
-        self._save({}, is_best=True)
+        self._save({})
 
     def _save_is_due(self) -> bool:
         interval = self.run.train.save_interval_steps
@@ -209,7 +199,7 @@ class Trainer:
     def _request_stop(self, signum, frame) -> None:
         self._stop_requested = True
 
-    def _save(self, metrics: dict[str, float], is_best: bool) -> None:
+    def _save(self, metrics: dict[str, float]) -> None:
         state = RunState(
             step=self.step,
             data_position=self.loader.state_dict(),
@@ -219,7 +209,7 @@ class Trainer:
             manifest=dataclasses.asdict(self.manifest),
             world_size=self.runtime.world_size,
         )
-        self.checkpoints.save(self._tensors(), state, is_best)
+        self.checkpoints.save(self._tensors(), state)
 
     def _tensors(self) -> dict:
         """Everything that a resumed run needs, aliasing the live state."""
@@ -230,14 +220,14 @@ class Trainer:
 
     def _load_weights(self) -> None:
         """Own checkpoint, else transfer, else random. Says which. Collective."""
-        latest = self.checkpoints.latest()
-        if latest is not None:
-            state = read_state(latest)
-            load_tensors(latest, self._tensors())
+        if self.start is not None:
+            state = read_state(self.start)
+            fill_tensors(self.start, self._tensors())
+            self.checkpoints.go_back_to(self.start)
             self.loader.load_state_dict(state.data_position)
             self.step, self.progression = state.step, Progression(**state.progress)
             self.progression.is_finished = self.step >= self.total_steps or self._is_out_of_patience()
-            log.info("weights: resumed from %s", latest)
+            log.info("weights: resumed from %s", self.start)
         elif self.run.init_checkpoint:
             weights = self.assembly.weights()
             log.info("weights: %s", transfer(self.run, self.manifest, weights["table"], weights["dense"]))
@@ -281,5 +271,5 @@ class Trainer:
         )
 
     def _best_metrics(self) -> dict[str, float]:
-        folder = self.checkpoints.folder / f"step_{self.progression.best_step:08d}"
-        return read_state(folder).metrics if folder.is_dir() else {}
+        best = self.checkpoints.best()
+        return {} if best is None else read_state(best).metrics

@@ -1,30 +1,42 @@
-"""Checkpoints of one run folder: written aside, committed by one rename, complete, loadable at another world size.
+"""Checkpoints of one run: written in the background, committed at one moment, checksummed, loadable at another world
+size.
 
     OUTPUT_DIR/checkpoints/step_00001000/   torch.distributed.checkpoint files of all ranks
-                           .../run_state.json    step, data position, metrics, run config, manifest
-    OUTPUT_DIR/checkpoints/best.json        step and metric of the best one
+                           .../checksums.json    SHA-256 and size of each file (`integrity`)
+                           .../run_state.json    step, data position, metrics, run config, manifest; written last
+    OUTPUT_DIR/checkpoints/best.json        step and metrics of the best one (`retention`)
 
-A folder without the `step_` name or without `run_state.json` is never read: it is a save that did not finish.
-DCP keeps its index in a pickle (`.metadata`): load checkpoints only from a place that you trust.
+`TrainConfig.checkpoint_dir` puts `checkpoints` elsewhere, also behind an fsspec URL (`storage`). A folder without the
+`step_` name or without `run_state.json` is never read: it is a save that did not finish.
 """
 
+import collections.abc
+import concurrent.futures
 import dataclasses
+import datetime
 import json
 import logging
+import os
 import pathlib
-import re
-import shutil
+import threading
+import time
+import traceback
 import typing
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 
+from gpsd_dist.checkpoint import files, integrity, retention, storage
+from gpsd_dist.checkpoint.integrity import DamagedCheckpoint, FileSum
+from gpsd_dist.checkpoint.retention import STATE_NAME, complete
+from gpsd_dist.checkpoint.storage import Location, Remote, location
+from gpsd_dist.config import TrainConfig
 from gpsd_dist.distributed.runtime import Runtime
 
 log = logging.getLogger(__name__)
-STATE_NAME = "run_state.json"
-_FOLDER = re.compile(r"step_(\d{8})")
+_FOLDER_NAME = "checkpoints"
 
 Tensors = dict[str, typing.Any]
 """Nested dict of tensors and ShardedTensors that alias the live state."""
@@ -39,7 +51,7 @@ class RunState:
     data_position: dict[str, typing.Any]
     """`Loader.state_dict()`"""
     progress: dict[str, typing.Any]
-    """Best metric so far, validations without improvement."""
+    """`Progression`: best step and metric so far, validations without improvement."""
     metrics: dict[str, float]
     """Of the validation at this step; empty if there was none."""
     run_config: dict[str, typing.Any]
@@ -48,92 +60,243 @@ class RunState:
 
 
 class Checkpoints:
-    """Saves, finds and prunes the checkpoints of one run folder."""
+    """Saves and prunes the checkpoints of one run. At most one save is under way.
 
-    def __init__(self, output_dir: str | pathlib.Path, runtime: Runtime, keep_last: int):
-        self.folder = pathlib.Path(output_dir) / "checkpoints"
-        self._runtime = runtime
-        self._keep_last = keep_last
+    Use as a context: leaving it waits for the save under way, also after an error.
+    """
 
-    def save(self, tensors: Tensors, state: RunState, is_best: bool) -> pathlib.Path:
-        """Writes one checkpoint; it exists for readers once this returns. Collective: all ranks must call."""
-        target = self.folder / f"step_{state.step:08d}"
-        aside = self.folder / f".{target.name}.partial"
+    def __init__(self, output_dir: str | pathlib.Path, runtime: Runtime, train: TrainConfig):
+        self.folder = location(train.checkpoint_dir or output_dir) / _FOLDER_NAME
+        self.stall_s = 0.0
+        """How long the last `save` kept the caller."""
+        self._runtime, self._train = runtime, train
+        self._group: dist.ProcessGroup | None = None
+        self._copies: Tensors | None = None
+        self._writing: concurrent.futures.Future[None] | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        elif (error := self._settle()) is not None:  # the error that ended the run is the one to show
+            log.error("%s", error)
+
+    def save(self, tensors: Tensors, state: RunState) -> None:
+        """Copies the state and returns; a thread writes it. Collective: all ranks must call.
+
+        The best step is `state.progress["best_step"]`. Waits for the save before it. OSError of that one, on all
+        ranks, names rank and path. Without `async_checkpoints` everything is on disk on return.
+        """
+        start_s = time.perf_counter()
+        self.wait()
+        if self._group is None:  # on the default group the thread would mix its collectives with those of training
+            timeout = datetime.timedelta(seconds=self._train.collective_timeout_s)
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
+        content = json.dumps(dataclasses.asdict(state), indent=1).encode()
+        if self._train.async_checkpoints:
+            self._copies = files.staged(tensors, self._copies)
+            self._writing = _in_thread(lambda: self._write(self._copies, state.step, content, start_s))
+            self.stall_s = time.perf_counter() - start_s
+        else:
+            self._write(tensors, state.step, content, start_s)
+            self.stall_s = time.perf_counter() - start_s
+
+    def wait(self) -> None:
+        """Returns when the save under way is on disk. OSError on all ranks if it failed."""
+        if (error := self._settle()) is not None:
+            raise error
+
+    def _settle(self) -> BaseException | None:
+        writing, self._writing = self._writing, None
+        return writing.exception() if writing is not None else None
+
+    def latest(self) -> Location | None:
+        """The newest complete checkpoint, after the save under way."""
+        if self._writing is not None:
+            concurrent.futures.wait([self._writing])
+        done = complete(self.folder)
+        return done[-1] if done else None
+
+    def best(self) -> Location | None:
+        """The best checkpoint."""
+        return retention.best(self.folder)
+
+    def go_back_to(self, checkpoint: Location) -> None:
+        """Sets complete checkpoints after this one aside: they are damaged, else the run would not start here."""
+        if not self._runtime.is_main:
+            return
+        done = complete(self.folder)
+        for later in done[done.index(checkpoint) + 1 :]:
+            (later / STATE_NAME).rename(later / retention.DAMAGED_NAME)  # type: ignore[arg-type]
+            log.warning("%s is damaged and set aside: %s in it says so", later, retention.DAMAGED_NAME)
+        retention.write_best(self.folder)
+
+    def _write(self, tensors: Tensors | None, step: int, content: bytes, start_s: float) -> None:
+        """One checkpoint, from nothing to committed. Collective on the group of this object."""
+        assert tensors is not None
+        waited_s = time.perf_counter() - start_s
+        target = self.folder / retention.folder_name(step)
+        try:
+            name = self._on_main(lambda: self._prepare(step))
+            writer = files.Writer(self.folder / name)
+            dcp.save(tensors, storage_writer=writer, process_group=self._group)
+            written: list[dict[str, FileSum]] = [{}] * self._runtime.world_size
+            dist.all_gather_object(written, writer.written, group=self._group)
+            self._on_main(lambda: self._commit(self.folder / name, integrity.merged(written), content))
+        except CheckpointException as error:
+            raise OSError(f"{target} was not written: {_first_failure(error)}") from error
+        except Exception as error:  # a peer is gone
+            raise OSError(f"{target} was not written: rank {self._runtime.rank}: {_described(error)}") from error
+        megabytes = sum(entry.num_bytes for part in written for entry in part.values()) / 1e6
+        taken_s = time.perf_counter() - start_s
+        waited_s = waited_s if self._train.async_checkpoints else taken_s
+        log.info("checkpoint %s: %.1f MB in %.2f s, training waited %.3f s", target, megabytes, taken_s, waited_s)
+
+    def _on_main(self, work: collections.abc.Callable[[], str]) -> str:
+        """Result of `work` on rank 0. CheckpointException on all ranks if it fails there. Collective."""
+        outcome: list[tuple[str, str]] = [("", "")]
         if self._runtime.is_main:
-            for leftover in (aside, target):
-                shutil.rmtree(leftover, ignore_errors=True)
-            aside.mkdir(parents=True)
-        dist.barrier()
-        dcp.save(tensors, checkpoint_id=str(aside))
-        if self._runtime.is_main:
-            (aside / STATE_NAME).write_text(json.dumps(dataclasses.asdict(state), indent=1))
-            aside.rename(target)
-            if is_best:
-                self._write_best(state)
-            self._prune()
-        dist.barrier()
-        return target
+            try:
+                outcome = [(work(), "")]
+            except Exception as error:
+                outcome = [("", _described(error))]
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        result, problem = outcome[0]
+        if problem:
+            raise CheckpointException("on rank 0", {0: (OSError(problem), traceback.StackSummary())})
+        return result
 
-    def latest(self) -> pathlib.Path | None:
-        """The newest complete checkpoint."""
-        complete = _complete(self.folder)
-        return complete[-1] if complete else None
+    def _prepare(self, step: int) -> str:
+        """Name of the new folder to write into; what crashes left of this step is gone."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.folder, pathlib.Path):
+            for leftover in self.folder.glob(".step_*.partial"):
+                storage.delete(leftover, STATE_NAME)
+        attempt = 0
+        while ((target := self.folder / retention.folder_name(step, attempt)) / STATE_NAME).is_file():
+            attempt += 1
+        if target.is_dir():
+            storage.delete(target, STATE_NAME)
+        return target.name if isinstance(target, Remote) else f".{target.name}.partial"
 
-    def _write_best(self, state: RunState) -> None:
-        aside = self.folder / "best.json.tmp"
-        aside.write_text(json.dumps({"step": state.step, "metrics": state.metrics}))
-        aside.replace(self.folder / "best.json")
-
-    def _prune(self) -> None:
-        best = best_step(self.folder)
-        for path in _complete(self.folder)[: -self._keep_last]:
-            if path.name != f"step_{best:08d}":
-                shutil.rmtree(path)
-
-
-def _complete(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Complete checkpoints by ascending step."""
-    if not folder.is_dir():
-        return []
-    named = sorted(path for path in folder.iterdir() if _FOLDER.fullmatch(path.name))
-    return [path for path in named if (path / STATE_NAME).is_file()]
+    def _commit(self, folder: Location, written: dict[str, FileSum], content: bytes) -> str:
+        """Makes the checkpoint exist for readers, then the rest: `best.json`, old checkpoints."""
+        sums = integrity.Checksums(time.time(), written | {STATE_NAME: integrity.sum_of(content)})
+        storage.write(folder / integrity.CHECKSUMS_NAME, sums.to_json())
+        storage.write(folder / STATE_NAME, content)
+        if isinstance(folder, pathlib.Path):
+            folder.rename(folder.with_name(folder.name[1:].removesuffix(".partial")))
+            storage.sync_folder(folder.parent)
+        retention.write_best(self.folder)
+        for old in retention.removable(self.folder, self._train.keep_last, self._train.keep_every_hours):
+            storage.delete(old, STATE_NAME)
+        return ""
 
 
-def best_step(folder: pathlib.Path) -> int:
-    """Step of the best checkpoint, -1 if none was marked."""
-    path = folder / "best.json"
-    return int(json.loads(path.read_text())["step"]) if path.is_file() else -1
+def _in_thread(work: collections.abc.Callable[[], None]) -> concurrent.futures.Future[None]:
+    """Runs `work` in a thread that does not keep a process alive that has failed elsewhere."""
+    future: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            work()
+            future.set_result(None)
+        except BaseException as error:
+            log.error("%s", error)  # at once; the trainer learns of it at its next save
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
 
 
-def find(path: str | pathlib.Path, which: str = "best") -> pathlib.Path:
-    """A checkpoint folder from a run folder ("best" or "last") or from itself. ValueError says what was looked for."""
-    path = pathlib.Path(path)
+def _described(error: BaseException) -> str:
+    """Message of an error, with its type where the message alone says too little."""
+    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+
+
+def _first_failure(error: CheckpointException) -> str:
+    """Which rank of DCP failed, and how; the same on all ranks."""
+    rank, (first, _) = min(error.failures.items())
+    return f"rank {rank}: {_described(first)}"
+
+
+def best_step(folder: str | pathlib.Path | Remote) -> int:
+    """Step of the best checkpoint in a folder of them, -1 if there is none."""
+    place = retention.place_of(found) if (found := retention.best(location(folder))) else None
+    return place[0] if place else -1
+
+
+def find(path: "str | os.PathLike[str] | Remote", which: str = "best") -> Location:
+    """A checkpoint from a run folder ("best" or "last") or from itself. ValueError says what was looked for."""
+    path = location(path)
     if (path / STATE_NAME).is_file():
         return path
-    folder = path / "checkpoints"
-    complete = _complete(folder)
-    best = folder / f"step_{best_step(folder):08d}"
-    if which == "best" and best in complete:
-        return best
-    if not complete:
+    folder = checkpoint_folder(path)
+    chosen = retention.best(folder) if which == "best" else None
+    done = [chosen] if chosen is not None else complete(folder)
+    if not done:
         raise ValueError(
             f"{path} is neither a run folder with a finished checkpoint nor a checkpoint; has the run saved one?"
         )
-    return complete[-1]
+    return done[-1]
 
 
-def read_state(checkpoint: pathlib.Path) -> RunState:
+def checkpoint_folder(run: Location) -> Location:
+    """Where a run keeps its checkpoints: in its folder, or where the options in its folder say."""
+    config = run / "run_config.json"
+    elsewhere = json.loads(config.read_text())["train"].get("checkpoint_dir", "") if config.is_file() else ""
+    return (location(elsewhere) if elsewhere else run) / _FOLDER_NAME
+
+
+def newest_intact(folder: Location) -> Location | None:
+    """The newest checkpoint whose files are what was written; a warning names what is wrong with later ones.
+
+    None if there is no checkpoint at all. ValueError if there are some and all are damaged. Collective.
+    """
+    names: list[list[str]] = [[path.name for path in complete(folder)]]
+    if dist.is_initialized():
+        dist.broadcast_object_list(names, src=0)  # rank 0 decides: shared file systems show news at different times
+    damages = []
+    for name in reversed(names[0]):
+        try:
+            integrity.check(folder / name)
+            read_state(folder / name)
+            return folder / name
+        except ValueError as error:
+            damages.append(str(error))
+            log.warning("%s; trying the checkpoint before it", error)
+    if damages:
+        raise ValueError(
+            f"no checkpoint in {folder} is intact, so this run cannot go on: {'; '.join(damages)}. Restore one from a "
+            "copy, or start anew in another OUTPUT_DIR"
+        )
+    return None
+
+
+def read_state(checkpoint: Location) -> RunState:
     """Reads `run_state.json`. ValueError names the file if it is broken."""
     path = checkpoint / STATE_NAME
     try:
         return RunState(**json.loads(path.read_text()))
-    except (OSError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a run state ({error}); use another checkpoint") from error
 
 
-def load_tensors(checkpoint: pathlib.Path, tensors: Tensors) -> None:
-    """Fills `tensors` in place, resharding as needed. Collective. ValueError lists keys or shapes that do not fit."""
-    saved = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+def load_tensors(checkpoint: Location, tensors: Tensors) -> None:
+    """Verifies the checkpoint, then fills `tensors` in place, resharding as needed. Collective.
+
+    ValueError lists damaged files, or keys and shapes that do not fit.
+    """
+    integrity.check(checkpoint)
+    fill_tensors(checkpoint, tensors)
+
+
+def fill_tensors(checkpoint: Location, tensors: Tensors) -> None:
+    """`load_tensors` of a checkpoint that was verified before. Collective."""
+    reader = files.Reader(checkpoint)
+    saved = reader.index.state_dict_metadata
     problems = []
     for key, value in _flat(tensors):
         if key not in saved:
@@ -142,18 +305,31 @@ def load_tensors(checkpoint: pathlib.Path, tensors: Tensors) -> None:
             problems.append(f"{key} has shape {tuple(saved[key].size)} there and {tuple(value.size())} here")
     if problems:
         raise ValueError(f"checkpoint {checkpoint} does not fit this model: " + "; ".join(problems[:8]))
-    dcp.load(tensors, checkpoint_id=str(checkpoint))
+    try:
+        dcp.load(tensors, storage_reader=reader)
+    except CheckpointException as error:
+        raise DamagedCheckpoint(f"checkpoint {checkpoint} cannot be read: {_first_failure(error)}") from error
 
 
-def saved_keys(checkpoint: pathlib.Path) -> list[str]:
+def saved_at_s(checkpoint: Location) -> float:
+    """When it was written, epoch seconds. ValueError if that is not known any more."""
+    checksums = integrity.read_checksums(checkpoint)
+    if checksums is not None:
+        return checksums.time_s
+    if isinstance(checkpoint, Remote):
+        raise DamagedCheckpoint(f"{checkpoint / integrity.CHECKSUMS_NAME} is missing")
+    return (checkpoint / STATE_NAME).stat().st_mtime  # of a version before checksums
+
+
+def saved_keys(checkpoint: Location) -> list[str]:
     """Dotted names of all tensors in a checkpoint."""
-    return sorted(dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata)
+    return sorted(files.read_index(checkpoint).state_dict_metadata)
 
 
-def saved_sizes(checkpoint: pathlib.Path) -> dict[str, int]:
+def saved_sizes(checkpoint: Location) -> dict[str, int]:
     """Dotted name -> number of elements of every tensor in a checkpoint. Reads no tensor, needs no process group."""
-    saved = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
-    return {name: value.size.numel() for name, value in sorted(saved.items()) if hasattr(value, "size")}
+    saved = files.read_index(checkpoint).state_dict_metadata
+    return {name: value.size.numel() for name, value in sorted(saved.items())}
 
 
 def _flat(tensors: Tensors, prefix: str = "") -> typing.Iterator[tuple[str, torch.Tensor]]:

@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import pathlib
 import typing
 
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.checkpoint.manager import RunState
+from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import run_config_from_dict
 
 _MAY_CHANGE_ON_RESUME = (
@@ -20,6 +20,9 @@ _MAY_CHANGE_ON_RESUME = (
     ("train", "max_steps"),
     ("train", "patience"),
     ("train", "keep_last"),
+    ("train", "keep_every_hours"),
+    ("train", "async_checkpoints"),
+    ("train", "checkpoint_dir"),
     ("train", "log_interval_steps"),
     ("train", "save_interval_steps"),
     ("train", "collective_timeout_s"),
@@ -32,7 +35,7 @@ _OTHER_SPLITS = ("test", "holdout")
 
 
 def check_resumable(
-    run: dict[str, typing.Any], manifest: dict[str, typing.Any], state: RunState, checkpoint: pathlib.Path
+    run: dict[str, typing.Any], manifest: dict[str, typing.Any], state: RunState, checkpoint: Location
 ) -> None:
     """`run`, `manifest`: as plain dicts. ValueError lists options that differ and may not, or the parts of the data.
 
@@ -68,9 +71,15 @@ def epochs_to_best(run: dict[str, typing.Any], manifest: dict[str, typing.Any]) 
         )
     alike = run | {name: state.run_config[name] for name in ("seed", "refit_of")}
     check_resumable(alike, manifest, state, checkpoint)
-    position, order = state.data_position, state.data_position["order"]
-    train = next(split for split in state.manifest["splits"] if split["name"] == "train")
-    total = train["num_history_tokens"] if order["batch_by"] == "tokens" else order["rows"]
+    return epochs_done(state)
+
+
+def epochs_done(state: RunState) -> float:
+    """Passes over the data that a checkpoint has behind it."""
+    position, order, run = state.data_position, state.data_position["order"], state.run_config
+    read = ("pretrain",) if run["stage"] == "pretrain" else ("train", "valid") if run.get("refit_of") else ("train",)
+    tokens = sum(split["num_history_tokens"] for split in state.manifest["splits"] if split["name"] in read)
+    total = tokens if order["batch_by"] == "tokens" else order["rows"]
     return float(position["epoch"] + position["step"] / -(-total // order["global_batch"]))
 
 

@@ -1,9 +1,9 @@
 """From pretraining to finetuning: which tensors move, and the report of what moved (arXiv:2506.03699, section 3.3)."""
 
 import logging
-import pathlib
 
 from gpsd_dist.checkpoint import manager
+from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import RunConfig
 from gpsd_dist.schema import Manifest
 
@@ -38,7 +38,7 @@ def transfer(run: RunConfig, manifest: Manifest, weights: manager.Tensors, dense
     return _report(run, checkpoint, state, tables, moved, dense)
 
 
-def _check_vocabularies(run: RunConfig, manifest: Manifest, state: manager.RunState, checkpoint: pathlib.Path) -> None:
+def _check_vocabularies(run: RunConfig, manifest: Manifest, state: manager.RunState, checkpoint: Location) -> None:
     theirs = {table["name"]: table for table in state.manifest["tables"]}
     problems = []
     needed = set(run.tables.transfer)
@@ -57,7 +57,7 @@ def _check_vocabularies(run: RunConfig, manifest: Manifest, state: manager.RunSt
         )
 
 
-def _check_width(run: RunConfig, state: manager.RunState, checkpoint: pathlib.Path) -> None:
+def _check_width(run: RunConfig, state: manager.RunState, checkpoint: Location) -> None:
     """Shapes alone do not tell: rows of 50 and of 52 are both stored with 52 columns."""
     theirs, mine = state.run_config["tables"]["embedding_dim"], run.tables.embedding_dim
     if theirs != mine:
@@ -66,7 +66,7 @@ def _check_width(run: RunConfig, state: manager.RunState, checkpoint: pathlib.Pa
 
 def _report(
     run: RunConfig,
-    checkpoint: pathlib.Path,
+    checkpoint: Location,
     state: manager.RunState,
     tables: manager.Tensors,
     moved: manager.Tensors,

@@ -22,7 +22,8 @@ PLAN_NAME = "plan.txt"
 CHECKPOINTS_NAME = "checkpoints"
 BEST_NAME = "best.json"
 STATE_NAME = "run_state.json"
-_CHECKPOINT = re.compile(r"step_(\d{8})")
+_CHECKPOINT = re.compile(r"step_(\d{8})(?:\.(\d+))?")
+"""Step, and attempt of a step that was saved again."""
 
 Scores = dict[str, dict[str, float]]
 """Task -> metric -> value; NaN where the file says null."""
@@ -119,22 +120,36 @@ def read_runs(folders: typing.Sequence[pathlib.Path]) -> list[Run]:
 def read_run(folder: pathlib.Path, label: str) -> Run:
     """One run folder."""
     problems: list[str] = []
-    best_step, best_metrics = _best(folder / CHECKPOINTS_NAME / BEST_NAME, problems)
+    config = _json_object(folder / CONFIG_NAME, problems)
+    checkpoints, elsewhere = _checkpoint_folder(folder, config)
+    problems += elsewhere
+    best_step, best_metrics = _best(checkpoints / BEST_NAME, problems) if checkpoints else (None, {})
     if not (folder / GIN_NAME).is_file():
         problems.append(f"{folder / GIN_NAME} is missing")
     return Run(
         folder=folder,
         label=label,
-        config=_json_object(folder / CONFIG_NAME, problems),
+        config=config,
         environment=_json_object(folder / ENVIRONMENT_NAME, problems),
         plan=_text(folder / PLAN_NAME, problems).strip(),
         entries=_entries(folder / METRICS_NAME, problems),
         best_step=best_step,
         best_metrics=best_metrics,
         scores=_scores(folder, problems),
-        state=_newest_state(folder / CHECKPOINTS_NAME, problems),
+        state=_newest_state(checkpoints, problems) if checkpoints else {},
         problems=tuple(problems),
     )
+
+
+def _checkpoint_folder(folder: pathlib.Path, config: dict[str, typing.Any]) -> tuple[pathlib.Path | None, list[str]]:
+    """Where the run keeps its checkpoints, or None and a problem: what is behind a URL is not fetched for a report."""
+    train = config.get("train")
+    elsewhere = train.get("checkpoint_dir") if isinstance(train, dict) else None
+    if not isinstance(elsewhere, str) or not elsewhere:
+        return folder / CHECKPOINTS_NAME, []
+    if "://" in elsewhere:
+        return None, [f"{folder}: its checkpoints are in {elsewhere}, not read here: best step and state are left out"]
+    return pathlib.Path(elsewhere) / CHECKPOINTS_NAME, []
 
 
 def _text(path: pathlib.Path, problems: list[str]) -> str:
@@ -238,14 +253,15 @@ def _scores(folder: pathlib.Path, problems: list[str]) -> dict[str, Scores]:
 
 def _newest_state(folder: pathlib.Path, problems: list[str]) -> dict[str, typing.Any]:
     """`run_state.json` of the last complete checkpoint; {} and a problem if there is none."""
-    steps = sorted(path for path in folder.glob("step_*") if _CHECKPOINT.fullmatch(path.name))
-    complete = [path for path in steps if (path / STATE_NAME).is_file()]
+    named = [(match, path) for path in folder.glob("step_*") if (match := _CHECKPOINT.fullmatch(path.name))]
+    complete = [(int(m[1]), int(m[2] or 0), path) for m, path in named if (path / STATE_NAME).is_file()]
     if not complete:
         problems.append(f"{folder} has no complete checkpoint (step_*/{STATE_NAME})")
         return {}
-    state = _json_object(complete[-1] / STATE_NAME, problems)
+    newest = max(complete)[-1] / STATE_NAME
+    state = _json_object(newest, problems)
     for name in ("progress", "manifest"):
         if name in state and not isinstance(state[name], dict):
-            problems.append(f"{complete[-1] / STATE_NAME}: {name} is not an object, left out")
+            problems.append(f"{newest}: {name} is not an object, left out")
             del state[name]
     return state

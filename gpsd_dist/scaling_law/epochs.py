@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from gpsd_dist.checkpoint import manager, retention
+from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import STRATEGIES
 from gpsd_dist.metrics.recorder import JSONL_NAME
 from gpsd_dist.scaling_law.figures import panels
@@ -106,21 +108,22 @@ def _gap(entries: list[dict[str, typing.Any]], task: str, is_esmm: bool) -> Curv
     return curve
 
 
-def epoch_ends(curves: RunCurves) -> list[tuple[float, pathlib.Path]]:
+def epoch_ends(curves: RunCurves) -> list[tuple[float, Location]]:
     """(epoch, checkpoint) of the last validation in every epoch. ValueError if one is not kept any more."""
     last = {math.ceil(epoch - 1e-9): (epoch, step) for epoch, step in curves.steps}
-    ends = [(epoch, curves.folder / "checkpoints" / f"step_{step:08d}") for epoch, step in last.values()]
-    gone = [path.name for _, path in ends if not (path / "run_state.json").is_file()]
+    complete = retention.complete(manager.checkpoint_folder(curves.folder))
+    there = {place[0]: path for path in complete if (place := retention.place_of(path))}
+    gone = [retention.folder_name(step) for _, step in last.values() if step not in there]
     if gone:
         raise ValueError(
-            f"{curves.folder}: of {len(ends)} epochs the checkpoints {', '.join(gone)} are not there any more, so test "
+            f"{curves.folder}: of {len(last)} epochs the checkpoints {', '.join(gone)} are not there any more, so test "
             "cannot be scored for each epoch; train with --gin.TrainConfig.keep_last="
             f"{len(curves.steps)}, or leave --with_test_each_epoch out"
         )
-    return ends
+    return [(epoch, there[step]) for epoch, step in last.values()]
 
 
-def scoring_command(curves: RunCurves, checkpoint: pathlib.Path, out_dir: pathlib.Path) -> tuple[Command, pathlib.Path]:
+def scoring_command(curves: RunCurves, checkpoint: Location, out_dir: pathlib.Path) -> tuple[Command, pathlib.Path]:
     """(the command that scores a checkpoint on test, the file that it writes)"""
     name = str(curves.folder.resolve()).strip("/").replace("/", "_")
     result = out_dir / "test_each_epoch" / name / f"{checkpoint.name}.json"

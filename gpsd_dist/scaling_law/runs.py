@@ -18,6 +18,7 @@ import typing
 
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.checkpoint.resume import check_resumable
+from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import run_config_from_dict
 from gpsd_dist.scaling_law.ladder import Command, Training, Trial
 from gpsd_dist.schema import read_manifest
@@ -88,7 +89,7 @@ def _flat(options: dict[str, typing.Any], prefix: str = "") -> dict[str, typing.
     return flat
 
 
-def _checkpoint(folder: pathlib.Path) -> pathlib.Path | None:
+def _checkpoint(folder: pathlib.Path) -> Location | None:
     try:
         return manager.find(folder, "last")
     except ValueError:

@@ -1,6 +1,5 @@
 """Evaluation over ranks equals evaluation on one, counts every row once, and ranks like a loop over all items."""
 
-import json
 import shutil
 
 import numpy as np
@@ -15,7 +14,7 @@ from gpsd_dist.schema import NUM_RESERVED_ROWS, read_manifest
 from gpsd_dist.scoring import evaluate_split, evaluation_loader
 from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed
-from tests.integration.tiny_data import NUM_ITEMS, cpu_runtime, tiny_run, train_runs, write_tiny_data
+from tests.integration.tiny_data import NUM_ITEMS, cpu_runtime, edit_state, tiny_run, train_runs, write_tiny_data
 
 pytestmark = pytest.mark.timeout(420)  # the fixture starts ranks, each call with its own limit of 150 s
 
@@ -126,9 +125,6 @@ def test_a_rank_cut_changes_the_mrr_alone(scored, one_rank):
 
 def test_a_run_with_a_cuda_only_table_optimizer_is_scored_on_a_cpu(scored, one_rank, tmp_path):
     shutil.copytree(scored["root"] / "finetune", tmp_path / "run")
-    path = manager.find(tmp_path / "run", "last") / manager.STATE_NAME
-    state = json.loads(path.read_text())
-    state["run_config"]["sparse"]["name"] = "adam"
-    path.write_text(json.dumps(state))
+    edit_state(manager.find(tmp_path / "run", "last"), lambda state: state["run_config"]["sparse"].update(name="adam"))
     metrics = evaluate_checkpoint(tmp_path / "run", None, "valid", one_rank, which="last")
     assert metrics["click"]["rows"] == scored[1][0][1]["valid"]["click"]["rows"]

@@ -15,6 +15,7 @@ from tests.helpers.distributed import run_distributed
 from tests.integration.tiny_data import (
     cpu_runtime,
     differing,
+    edit_state,
     read_checkpoint,
     step_folder,
     tiny_run,
@@ -211,10 +212,11 @@ def test_harmless_options_may_change_on_resume(data_dir, tmp_path, one_rank, cap
 
 def test_a_run_from_before_an_option_existed_goes_on_with_its_default(data_dir, tmp_path, one_rank, caplog):
     _train(tiny_run("pretrain", data_dir, tmp_path, train={"max_steps": 2}), one_rank, caplog)
-    path = step_folder(tmp_path, 2) / "run_state.json"
-    state = json.loads(path.read_text())
-    del state["run_config"]["pretrain"]["negatives_per"], state["run_config"]["model"]["max_positions"]
-    path.write_text(json.dumps(state))
+
+    def forget(state: dict) -> None:
+        del state["run_config"]["pretrain"]["negatives_per"], state["run_config"]["model"]["max_positions"]
+
+    edit_state(step_folder(tmp_path, 2), forget)
     with pytest.raises(ValueError, match="negatives_per: 'group' there, 'position' now"):
         changed = {"pretrain": {"negatives_per": "position"}, "train": {"max_steps": 4}}
         Trainer(tiny_run("pretrain", data_dir, tmp_path, **changed), one_rank).train()

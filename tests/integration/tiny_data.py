@@ -14,6 +14,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from gpsd_dist import config, schema
+from gpsd_dist.checkpoint import files, integrity, manager
+from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.data import collate
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.trainer import Trainer
@@ -109,12 +111,24 @@ def train_losses(output_dir) -> dict[int, float]:
     return losses
 
 
-def read_checkpoint(checkpoint: pathlib.Path) -> dict[str, torch.Tensor]:
+def read_checkpoint(checkpoint: Location) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole, under its dotted name; needs no process group."""
-    metadata = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
-    tensors = {key: torch.empty(value.size, dtype=value.properties.dtype) for key, value in metadata.items()}
-    dcp.load(tensors, checkpoint_id=str(checkpoint), no_dist=True)
+    reader = files.Reader(checkpoint)
+    saved = reader.index.state_dict_metadata
+    tensors = {key: torch.empty(value.size, dtype=value.properties.dtype) for key, value in saved.items()}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
+
+
+def edit_state(checkpoint: pathlib.Path, edit: typing.Callable[[dict], typing.Any]) -> None:
+    """Changes `run_state.json` of a checkpoint in place, and its checksum with it."""
+    path = checkpoint / manager.STATE_NAME
+    state = json.loads(path.read_text())
+    edit(state)
+    path.write_text(json.dumps(state))
+    sums = integrity.read_checksums(checkpoint)
+    expected = sums.files | {manager.STATE_NAME: integrity.sum_of(path.read_bytes())}
+    (checkpoint / integrity.CHECKSUMS_NAME).write_bytes(dataclasses.replace(sums, files=expected).to_json())
 
 
 def step_folder(output_dir, step: int) -> pathlib.Path:

@@ -88,7 +88,7 @@ def test_files_set_no_key_twice_and_only_stages_and_experiments_include(path):
         ("runs/a=b", "runs/a=b"),
         ("2024-01-01", "2024-01-01"),
         ("a#b", "a#b"),
-        ("s3://bucket/x", "s3://bucket/x"),
+        ("host:/export/x", "host:/export/x"),
         ("back\\slash", "back\\slash"),
         ("~/runs", "~/runs"),
     ],

@@ -1,57 +1,35 @@
 """Which checkpoints of a folder count, on hand-made folders. Saving and loading: tests/integration."""
 
-import dataclasses
 import json
-import math
 
 import pytest
 import torch
 
-from gpsd_dist.checkpoint import manager
+from gpsd_dist.checkpoint import integrity, manager, retention
+from gpsd_dist.config import TrainConfig
 from gpsd_dist.distributed.runtime import Runtime
-
-STATE = manager.RunState(
-    step=3,
-    data_position={"epoch": 0, "step": 3},
-    progress={"best_value": -math.inf},
-    metrics={"click/auc": 0.5},
-    run_config={},
-    manifest={},
-    world_size=1,
-)
+from tests.unit.checkpoint.folders import STATE, add, mark_best
 
 
-def _checkpoints(output_dir, keep_last=2) -> manager.Checkpoints:
-    return manager.Checkpoints(output_dir, Runtime(0, 1, 0, torch.device("cpu")), keep_last)
-
-
-def _add(output_dir, step: int, is_complete=True):
-    folder = output_dir / "checkpoints" / f"step_{step:08d}"
-    folder.mkdir(parents=True)
-    if is_complete:
-        state = dataclasses.replace(STATE, step=step)
-        (folder / manager.STATE_NAME).write_text(json.dumps(dataclasses.asdict(state)))
-    return folder
-
-
-def _mark_best(output_dir, step: int):
-    (output_dir / "checkpoints/best.json").write_text(json.dumps({"step": step, "metrics": {}}))
+def _checkpoints(output_dir, **train) -> manager.Checkpoints:
+    return manager.Checkpoints(output_dir, Runtime(0, 1, 0, torch.device("cpu")), TrainConfig(**train))
 
 
 def test_no_folder_has_no_checkpoint(tmp_path):
-    assert _checkpoints(tmp_path).latest() is None
+    assert _checkpoints(tmp_path).latest() is None and _checkpoints(tmp_path).best() is None
     assert manager.best_step(tmp_path / "checkpoints") == -1
+    assert manager.newest_intact(tmp_path / "checkpoints") is None
 
 
 def test_newest_complete_checkpoint_counts(tmp_path):
-    _add(tmp_path, 2)
-    newest = _add(tmp_path, 10)
+    add(tmp_path, 2)
+    newest = add(tmp_path, 10)
     assert _checkpoints(tmp_path).latest() == newest == manager.find(tmp_path, "last")
 
 
 @pytest.mark.parametrize("name", ["step_00000020", ".step_00000020.partial", "step_20", "step_00000020.tmp", "copy"])
 def test_half_written_and_foreign_folders_are_ignored(tmp_path, name):
-    complete = _add(tmp_path, 10)
+    complete = add(tmp_path, 10)
     half = tmp_path / "checkpoints" / name
     half.mkdir()
     (half / ".metadata").write_text("half")
@@ -62,24 +40,35 @@ def test_half_written_and_foreign_folders_are_ignored(tmp_path, name):
 @pytest.mark.parametrize("name", [".step_00000020.partial", "step_00000020.old"])
 def test_foreign_folder_with_a_state_is_ignored(tmp_path, name):
     """`.partial` has its state shortly before it is renamed."""
-    complete = _add(tmp_path, 10)
-    _add(tmp_path, 20).rename(tmp_path / "checkpoints" / name)
+    complete = add(tmp_path, 10)
+    add(tmp_path, 20).rename(tmp_path / "checkpoints" / name)
     assert _checkpoints(tmp_path).latest() == complete
     assert manager.find(tmp_path, "last") == complete
 
 
 def test_find_takes_the_best_unless_asked_for_the_last(tmp_path):
-    best, last = _add(tmp_path, 4), _add(tmp_path, 9)
-    _mark_best(tmp_path, 4)
+    best, last = add(tmp_path, 4), add(tmp_path, 9)
+    mark_best(tmp_path, 4)
     assert manager.find(tmp_path) == best
     assert manager.find(str(tmp_path), "last") == last
     assert manager.find(last) == last
 
 
 def test_find_takes_the_last_where_the_best_is_gone(tmp_path):
-    last = _add(tmp_path, 9)
-    _mark_best(tmp_path, 4)
+    last = add(tmp_path, 9)
+    mark_best(tmp_path, 4)
     assert manager.find(tmp_path) == last
+
+
+def test_find_follows_the_options_in_a_run_folder(tmp_path):
+    elsewhere = add(tmp_path / "elsewhere", 4)
+    run = tmp_path / "run"
+    run.mkdir()
+    config = {"train": {"checkpoint_dir": str(tmp_path / "elsewhere")}}
+    (run / "run_config.json").write_text(json.dumps(config))
+    assert manager.find(run) == elsewhere
+    (run / "run_config.json").write_text(json.dumps({"train": {}}))  # of a version without the option
+    assert manager.find(add(run, 7).parents[1]).name == "step_00000007"
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "incomplete"])
@@ -88,32 +77,73 @@ def test_find_says_what_it_looked_for(tmp_path, kind):
     if kind == "empty":
         folder.mkdir()
     if kind == "incomplete":
-        _add(folder, 3, is_complete=False)
+        add(folder, 3, is_complete=False)
     with pytest.raises(ValueError, match="neither a run folder with a finished checkpoint nor a checkpoint") as error:
         manager.find(folder)
     assert str(folder) in str(error.value)
 
 
-@pytest.mark.parametrize(("best", "kept"), [(2, [2, 6, 8]), (8, [6, 8]), (None, [6, 8])])
-def test_prune_keeps_the_best_and_the_last(tmp_path, best, kept):
-    for step in (2, 4, 6, 8):
-        _add(tmp_path, step)
-    if best is not None:
-        _mark_best(tmp_path, best)
-    _checkpoints(tmp_path)._prune()
-    folders = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
-    assert folders == [f"step_{step:08d}" for step in kept]
-
-
 def test_state_survives_its_file(tmp_path):
-    folder = _add(tmp_path, 3)
+    folder = add(tmp_path, 3)
+    assert manager.read_state(folder).metrics == STATE.metrics
     assert manager.read_state(folder) == STATE
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"step": 3}', '{"steps": 3}', "[]"])
 def test_broken_state_is_named(tmp_path, text):
-    folder = _add(tmp_path, 3)
+    folder = add(tmp_path, 3)
     (folder / manager.STATE_NAME).write_text(text)
     with pytest.raises(ValueError, match="cannot be read as a run state") as error:
         manager.read_state(folder)
     assert str(folder / manager.STATE_NAME) in str(error.value)
+
+
+def _flip_a_bit(path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_newest_intact_falls_back_over_damaged_ones_and_names_their_files(tmp_path, caplog):
+    intact, flipped, short = (add(tmp_path, step) for step in (2, 4, 6))
+    _flip_a_bit(flipped / "__1_0.distcp")
+    (short / "__0_0.distcp").write_bytes(b"")
+    assert manager.newest_intact(tmp_path / "checkpoints") == intact
+    messages = [record.getMessage() for record in caplog.records if "trying the checkpoint before it" in record.message]
+    assert str(short) in messages[0] and "__0_0.distcp has 0 bytes, 17 were written" in messages[0]
+    assert str(flipped) in messages[1] and "__1_0.distcp is not what was written" in messages[1]
+
+
+def test_a_folder_of_damaged_checkpoints_is_an_error_not_a_fresh_start(tmp_path):
+    for step in (2, 4):
+        (add(tmp_path, step) / ".metadata").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is intact") as error:
+        manager.newest_intact(tmp_path / "checkpoints")
+    assert "step_00000002" in str(error.value) and "step_00000004" in str(error.value)
+
+
+def test_a_checkpoint_of_an_older_version_counts_with_a_warning(tmp_path, caplog):
+    old = add(tmp_path, 2, has_checksums=False)
+    assert manager.newest_intact(tmp_path / "checkpoints") == old
+    assert "saved without checksums" in caplog.text
+
+
+def test_going_back_sets_later_checkpoints_aside(tmp_path):
+    """Else retention would count the damaged ones, and delete what the run saves on its way to them."""
+    start, damaged = add(tmp_path, 2, best_step=2), add(tmp_path, 4, best_step=4)
+    mark_best(tmp_path, 4)
+    checkpoints = _checkpoints(tmp_path)
+    checkpoints.go_back_to(start)
+    assert checkpoints.latest() == checkpoints.best() == start
+    assert json.loads((tmp_path / "checkpoints/best.json").read_text())["step"] == 2
+    assert (damaged / retention.DAMAGED_NAME).is_file() and (damaged / integrity.CHECKSUMS_NAME).is_file()
+    add(tmp_path, 6, best_step=2)
+    assert retention.removable(tmp_path / "checkpoints", 1, 0.0) == []  # for a person to look at
+
+
+def test_a_newer_version_of_checksums_is_refused(tmp_path):
+    folder = add(tmp_path, 2)
+    path = folder / integrity.CHECKSUMS_NAME
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(OSError, match="has version 2, this program knows 1"):
+        integrity.check(folder)

@@ -134,3 +134,24 @@ def test_checkpoint_that_did_not_finish_is_not_read(tmp_path):
     run = read_run(folder, "a")
     assert run.state == {} and run.is_finished is None
     assert run.problems == (f"{folder / 'checkpoints'} has no complete checkpoint (step_*/run_state.json)",)
+
+
+def test_a_step_that_was_saved_again_is_read_from_its_last_attempt(tmp_path):
+    folder = write_run(tmp_path / "a")
+    last = folder / f"checkpoints/step_{STEPS[-1]:08d}"
+    state = json.loads((last / "run_state.json").read_text())
+    for attempt in (2, 10):
+        write_json(last.with_name(f"{last.name}.{attempt}") / "run_state.json", state | {"world_size": attempt})
+    assert read_run(folder, "a").state["world_size"] == 10
+
+
+def test_checkpoints_in_another_folder_are_read_there_and_those_behind_a_url_are_named(tmp_path):
+    folder = write_run(tmp_path / "a", options={"train.checkpoint_dir": str(tmp_path / "elsewhere")})
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "checkpoints").rename(tmp_path / "elsewhere/checkpoints")
+    run = read_run(folder, "a")
+    assert run.problems == () and run.best_step == STEPS[-2] and run.state["step"] == STEPS[-1]
+    remote = write_run(tmp_path / "b", options={"train.checkpoint_dir": "s3://bucket/b"})
+    run = read_run(remote, "b")
+    assert len(run.problems) == 1 and "its checkpoints are in s3://bucket/b" in run.problems[0]
+    assert run.best_step is None and run.state == {}

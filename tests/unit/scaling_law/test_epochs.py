@@ -91,6 +91,15 @@ def test_every_epochs_checkpoint_is_needed_to_score_test(tmp_path):
         epochs.epoch_ends(epochs.read_run(write_run(tmp_path / "last", kept=(4,))))
 
 
+def test_checkpoints_of_epochs_may_be_elsewhere_and_of_a_second_attempt(tmp_path):
+    elsewhere = str(tmp_path / "elsewhere")
+    run = write_run(tmp_path / "run", train=TrainConfig(checkpoint_dir=elsewhere))
+    for name in ("step_00000002", "step_00000004", "step_00000004.1"):
+        (tmp_path / "elsewhere/checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "elsewhere/checkpoints" / name / "run_state.json").touch()
+    assert [path.name for _, path in epochs.epoch_ends(epochs.read_run(run))] == ["step_00000002", "step_00000004.1"]
+
+
 def test_last_validation_of_each_epoch_counts_where_none_is_at_its_end(tmp_path):
     curves = epochs.read_run(write_run(tmp_path / "a", kept=(9, 18, 27)))
     curves = dataclasses.replace(curves, steps=[(0.47, 9), (0.95, 18), (1.42, 27)])

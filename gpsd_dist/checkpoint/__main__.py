@@ -1,0 +1,217 @@
+"""ENTRY: looks at, verifies, compares and prunes checkpoints of finished or running runs, on disk or behind a URL.
+
+    python -m gpsd_dist.checkpoint list runs/kr/st_sf
+    python -m gpsd_dist.checkpoint verify runs/kr/st_sf              # or one checkpoint; exit status 1: damaged
+    python -m gpsd_dist.checkpoint diff runs/kr/st_sf runs/kr/ft_sf  # best of each; exit status 1: they differ
+    python -m gpsd_dist.checkpoint prune s3://bucket/run --keep_last 1 --dry_run
+
+A run is its folder, or what its TrainConfig.checkpoint_dir names.
+"""
+
+import argparse
+import datetime
+import json
+import sys
+import typing
+import warnings
+
+import rich.box
+import rich.console
+import rich.table
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from gpsd_dist.checkpoint import files, integrity, manager, resume, retention, storage
+from gpsd_dist.checkpoint.storage import Location
+
+_SHOWN = ("auc", "gauc", "log_loss", "mrr")
+"""Last parts of the metric names in `list`; run_state.json has all of them."""
+
+
+def list_checkpoints(run: str, console: rich.console.Console) -> int:
+    """One line per folder of a checkpoint, complete or not. Compares sizes, reads no tensors."""
+    folder = manager.checkpoint_folder(storage.location(run))
+    best = retention.best(folder)
+    table = rich.table.Table(box=rich.box.SIMPLE, title=str(folder))
+    for column in ("checkpoint", "epoch", "saved", "MB", "metrics of valid", "best", "files"):
+        table.add_column(column, justify="right" if column in ("epoch", "MB") else "left")
+    found = retention.step_folders(folder)
+    for path in found:
+        mark = "best" if path == best else ""
+        table.add_row(path.name, *_facts(path), mark, _condition(path))
+    if not found:
+        raise ValueError(f"{folder} holds no checkpoint; is {run} a run folder, and has it saved one?")
+    console.print(table)
+    return 0
+
+
+def _facts(path: Location) -> list[str]:
+    """Epoch, time, size and metrics; empty where they cannot be known."""
+    try:
+        sums = integrity.read_checksums(path)
+        state = manager.read_state(path)
+    except ValueError:
+        return ["", "", "", ""]
+    time, size = "", ""
+    if sums is not None:
+        time = datetime.datetime.fromtimestamp(sums.time_s).isoformat(" ", "seconds")
+        size = f"{sum(entry.num_bytes for entry in sums.files.values()) / 1e6:,.1f}"
+    shown = {name: value for name, value in state.metrics.items() if name.rsplit("/", 1)[-1] in _SHOWN}
+    metrics = "\n".join(f"{name} {value:.5f}" for name, value in shown.items())
+    return [f"{resume.epochs_done(state):.2f}", time, size, metrics]
+
+
+def _condition(path: Location) -> str:
+    if (path / retention.DAMAGED_NAME).is_file():
+        return "damaged, set aside"
+    if not (path / retention.STATE_NAME).is_file():
+        return "unfinished"
+    try:
+        sums = integrity.read_checksums(path)
+        problems = integrity.wrong_sizes(path, sums) if sums is not None else []
+    except ValueError as error:
+        return str(error)
+    if problems:
+        return "damaged: " + "; ".join(problems)
+    return "all there" if sums is not None else "no checksums (older version)"
+
+
+def verify(path: str, console: rich.console.Console) -> int:
+    """Reads every file of a checkpoint, or of all checkpoints of a run; status 1 if one is not what was written."""
+    place = storage.location(path)
+    checkpoints = [place] if (place / retention.STATE_NAME).is_file() else []
+    checkpoints = checkpoints or retention.complete(manager.checkpoint_folder(place))
+    if not checkpoints:
+        manager.find(place)  # says what was looked for
+    num_damaged = 0
+    for checkpoint in checkpoints:
+        try:
+            sums = integrity.read_checksums(checkpoint)
+            if sums is None:
+                console.print(f"{checkpoint}: not verified, saved without checksums by an older version")
+                continue
+            integrity.check(checkpoint)
+            console.print(f"{checkpoint}: ok, {len(sums.files)} files")
+        except integrity.DamagedCheckpoint as error:
+            num_damaged += 1
+            console.print(str(error), style="bold red")
+    return 1 if num_damaged else 0
+
+
+def diff(first: str, second: str, console: rich.console.Console) -> int:
+    """Compares tensors and options of two checkpoints (of runs: their best). Holds two tensors at a time in memory."""
+    left, right = manager.find(first), manager.find(second)
+    for checkpoint in (left, right):
+        integrity.check(checkpoint)
+    states = [manager.read_state(checkpoint) for checkpoint in (left, right)]
+    readers = [files.Reader(checkpoint) for checkpoint in (left, right)]
+    saved = [reader.index.state_dict_metadata for reader in readers]
+    table = rich.table.Table(box=rich.box.SIMPLE, title=f"A {left}\nB {right}", title_justify="left")
+    for column in ("tensor or option", "difference"):
+        table.add_column(column, overflow="fold")
+    num_equal = 0
+    for name in sorted(saved[0].keys() | saved[1].keys()):
+        text = _tensor_difference(name, readers, saved)
+        num_equal += not text
+        if text:
+            table.add_row(name, text)
+    options = [{"step": state.step} | _flat(state.run_config) for state in states]
+    for name in sorted(options[0].keys() | options[1].keys()):
+        values = [entry.get(name, "not there") for entry in options]
+        if values[0] != values[1]:
+            table.add_row(f"option {name}" if name != "step" else name, f"A {values[0]!r}, B {values[1]!r}")
+    console.print(table if table.row_count else f"A {left}\nB {right}\nsame tensors, step and options")
+    console.print(f"{num_equal} of {len(saved[0].keys() | saved[1].keys())} tensors are equal")
+    return 1 if table.row_count else 0
+
+
+def _tensor_difference(name: str, readers: list[files.Reader], saved: list[dict[str, typing.Any]]) -> str:
+    """What differs; empty for equal tensors."""
+    for entries, text in zip(saved, ("only in B", "only in A"), strict=True):
+        if name not in entries:
+            return text
+    shapes = [tuple(entries[name].size) for entries in saved]
+    kinds = [entries[name].properties.dtype for entries in saved]
+    if shapes[0] != shapes[1] or kinds[0] != kinds[1]:
+        return f"A {shapes[0]} {kinds[0]}, B {shapes[1]} {kinds[1]}"
+    one, two = (_read(name, reader, entries[name]) for reader, entries in zip(readers, saved, strict=True))
+    if torch.equal(one, two):
+        return ""
+    distance = (one.double() - two.double()).abs()
+    return f"max abs difference {distance.max():.3g}, in {int((distance != 0).sum()):,} of {one.numel():,} values"
+
+
+def _read(name: str, reader: files.Reader, entry: TensorStorageMetadata) -> torch.Tensor:
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it loads without a process group
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors[name]
+
+
+def _flat(options: dict[str, typing.Any], prefix: str = "") -> dict[str, typing.Any]:
+    """Options by their dotted names."""
+    flat: dict[str, typing.Any] = {}
+    for key, value in options.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def prune(run: str, keep_last: int, keep_every_hours: float, is_dry: bool, console: rich.console.Console) -> int:
+    """Deletes what `removable` names; the best one stays."""
+    if keep_last < 1 or keep_every_hours < 0:
+        raise ValueError(f"--keep_last {keep_last} must be >= 1, --keep_every_hours {keep_every_hours} >= 0")
+    folder = manager.checkpoint_folder(storage.location(run))
+    if not retention.complete(folder):
+        manager.find(run)  # says what was looked for
+    gone = retention.removable(folder, keep_last, keep_every_hours)
+    for path in gone:
+        if not is_dry:
+            storage.delete(path, retention.STATE_NAME)
+        console.print(f"{'would delete' if is_dry else 'deleted'} {path}")
+    kept = [path.name for path in retention.complete(folder) if path not in gone]
+    console.print(f"{len(gone)} to delete, kept: {', '.join(kept)}" if is_dry else f"kept: {', '.join(kept)}")
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.checkpoint", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawTextHelpFormatter
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="step, epoch, time, size, metrics of each").add_argument("run")
+    commands.add_parser("verify", help="compare every file with its checksum").add_argument("path")
+    differ = commands.add_parser("diff", help="compare tensors and options")
+    differ.add_argument("first")
+    differ.add_argument("second")
+    pruner = commands.add_parser("prune", help="delete old checkpoints; never the best one")
+    pruner.add_argument("run")
+    pruner.add_argument("--keep_last", type=int, required=True, help="newest checkpoints that stay")
+    pruner.add_argument(
+        "--keep_every_hours", type=float, default=0.0, help="also one per this many hours (default: none)"
+    )
+    pruner.add_argument("--dry_run", action="store_true", help="say what would be deleted")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Exit status 0, 1 for damage (`verify`) or differences (`diff`), 2 for a mistake in the arguments."""
+    args = _parse(argv)
+    console = rich.console.Console(soft_wrap=True, highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 200  # nothing is cut off in a file
+    try:
+        if args.command == "list":
+            return list_checkpoints(args.run, console)
+        if args.command == "verify":
+            return verify(args.path, console)
+        if args.command == "diff":
+            return diff(args.first, args.second, console)
+        return prune(args.run, args.keep_last, args.keep_every_hours, args.dry_run, console)
+    except (ValueError, OSError, json.JSONDecodeError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

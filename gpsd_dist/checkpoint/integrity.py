@@ -1,0 +1,133 @@
+"""`checksums.json` of a checkpoint: SHA-256 and size of each of its files, and the check against them.
+
+Finds what rots: flipped bits, truncated and missing files. It does not find forgery; who can write a checkpoint can
+write its checksums.
+"""
+
+import collections.abc
+import dataclasses
+import hashlib
+import json
+import logging
+import typing
+
+import torch.distributed as dist
+
+from gpsd_dist.checkpoint import storage
+from gpsd_dist.checkpoint.storage import Location
+
+log = logging.getLogger(__name__)
+CHECKSUMS_NAME = "checksums.json"
+VERSION = 1
+_CHUNK_BYTES = 4 * 2**20  # untuned
+
+
+class DamagedCheckpoint(ValueError):
+    """Files of a checkpoint are missing or not what was written; the message names them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSum:
+    """What one file has to be."""
+
+    sha256: str
+    num_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Checksums:
+    """Content of `checksums.json`."""
+
+    time_s: float
+    """When the checkpoint was written, epoch seconds."""
+    files: dict[str, FileSum]
+
+    def to_json(self) -> bytes:
+        """The file's content."""
+        return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=1).encode()
+
+
+def sum_of(content: bytes) -> FileSum:
+    """For a file that has this content."""
+    return FileSum(hashlib.sha256(content).hexdigest(), len(content))
+
+
+def read_checksums(checkpoint: Location) -> Checksums | None:
+    """None: saved by a version that wrote none. DamagedCheckpoint if the file is broken; ValueError if it is newer."""
+    path = checkpoint / CHECKSUMS_NAME
+    if not path.is_file():
+        return None
+    try:
+        raw = json.loads(path.read_text())
+        if raw["version"] > VERSION:
+            raise ValueError(f"{path} has version {raw['version']}, this program knows {VERSION}: use a newer one")
+        return Checksums(raw["time_s"], {name: FileSum(**entry) for name, entry in raw["files"].items()})
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+
+def wrong_sizes(checkpoint: Location, checksums: Checksums) -> list[str]:
+    """Files that are missing or have another size, with what is wrong; reads none of them."""
+    problems = []
+    for name, expected in sorted(checksums.files.items()):
+        try:
+            found = storage.num_bytes(checkpoint / name)
+        except FileNotFoundError:
+            problems.append(f"{name} is missing")
+            continue
+        if found != expected.num_bytes:
+            problems.append(f"{name} has {found:,} bytes, {expected.num_bytes:,} were written")
+    return problems
+
+
+def wrong_files(checkpoint: Location, checksums: Checksums, names: collections.abc.Iterable[str]) -> list[str]:
+    """Of the files `names`: those that are not what was written, with what is wrong. Reads them whole."""
+    some = Checksums(checksums.time_s, {name: checksums.files[name] for name in names})
+    problems = wrong_sizes(checkpoint, some)
+    named = {problem.split(" ", 1)[0] for problem in problems}
+    for name in sorted(set(some.files) - named):
+        digest = hashlib.sha256()
+        with (checkpoint / name).open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+        if digest.hexdigest() != some.files[name].sha256:
+            problems.append(f"{name} is not what was written (its SHA-256 differs)")
+    return problems
+
+
+def check(checkpoint: Location) -> None:
+    """Compares every file with its checksum; the ranks share the files out. Collective if there is a process group.
+
+    On all ranks alike: DamagedCheckpoint names the files; OSError if a rank could not read (that is no damage).
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    problems: list[str] = []
+    failure = None
+    try:
+        checksums = read_checksums(checkpoint)
+        if checksums is None:
+            if rank == 0:
+                log.warning("%s was saved without checksums, by an older version: it is not verified", checkpoint)
+        else:
+            problems = wrong_files(checkpoint, checksums, sorted(checksums.files)[rank::world_size])
+    except DamagedCheckpoint as error:
+        problems = [str(error)]
+    except (OSError, ValueError) as error:
+        failure = f"rank {rank} cannot verify {checkpoint}: {error}"
+    found: list[tuple[list[str], str | None]] = [([], None)] * world_size
+    if world_size > 1:
+        dist.all_gather_object(found, (problems, failure))
+    else:
+        found = [(problems, failure)]
+    failures = [text for _, text in found if text]
+    if failures:
+        raise OSError("; ".join(failures))
+    damaged = sorted({problem for part, _ in found for problem in part})
+    if damaged:
+        raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {'; '.join(damaged)}")
+
+
+def merged(parts: collections.abc.Iterable[typing.Mapping[str, FileSum]]) -> dict[str, FileSum]:
+    """The files of all ranks in one dict, by name."""
+    files = {name: entry for part in parts for name, entry in part.items()}
+    return dict(sorted(files.items()))

@@ -1,0 +1,123 @@
+"""Which checkpoints of a folder there are, which one is the best, and which may go."""
+
+import json
+import logging
+import re
+
+from gpsd_dist.checkpoint import storage
+from gpsd_dist.checkpoint.integrity import read_checksums
+from gpsd_dist.checkpoint.storage import Location
+
+log = logging.getLogger(__name__)
+STATE_NAME = "run_state.json"
+DAMAGED_NAME = "run_state.json.damaged"
+BEST_NAME = "best.json"
+_FOLDER = re.compile(r"step_(\d{8})(?:\.(\d+))?")
+
+
+def folder_name(step: int, attempt: int = 0) -> str:
+    """Of the checkpoint of a step. A step that was saved again has a higher attempt: no folder is written twice."""
+    return f"step_{step:08d}" + f".{attempt}" * (attempt > 0)
+
+
+def place_of(path: Location) -> tuple[int, int] | None:
+    """(step, attempt) by the name of a folder; None if it is none of ours."""
+    match = _FOLDER.fullmatch(path.name)
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
+def step_folders(folder: Location) -> list[Location]:
+    """Everything with the name of a checkpoint, complete or not, in the order of steps and attempts."""
+    if not folder.is_dir():
+        return []
+    named = [(place, path) for path in folder.iterdir() if (place := place_of(path))]
+    return [path for _, path in sorted(named, key=lambda entry: entry[0])]
+
+
+def complete(folder: Location) -> list[Location]:
+    """Complete checkpoints by ascending step; of a step that was saved twice, the later one."""
+    newest: dict[int, Location] = {}
+    for path in step_folders(folder):
+        place = place_of(path)
+        if place is not None and (path / STATE_NAME).is_file():
+            newest[place[0]] = path
+    return list(newest.values())
+
+
+def best(folder: Location) -> Location | None:
+    """The best checkpoint that is there.
+
+    The newest checkpoint knows the best step, so that one rename makes both known; `best.json` repeats it for people
+    and for checkpoints of other versions.
+    """
+    there = {place[0]: path for path in complete(folder) if (place := place_of(path))}
+    for step in (_best_of_newest(list(there.values())), _best_of_file(folder)):
+        if step in there:
+            return there[step]
+    return None
+
+
+def _best_of_newest(checkpoints: list[Location]) -> int | None:
+    if not checkpoints:
+        return None
+    try:
+        progress = json.loads((checkpoints[-1] / STATE_NAME).read_text())["progress"]
+        return int(progress["best_step"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+        return None  # damaged; who loads it is told so
+
+
+def _best_of_file(folder: Location) -> int | None:
+    path = folder / BEST_NAME
+    try:
+        return int(json.loads(path.read_text())["step"]) if path.is_file() else None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+        log.warning("%s is damaged and ignored", path)
+        return None
+
+
+def write_best(folder: Location) -> None:
+    """Makes `best.json` say what `best` says; nothing is written if it does already."""
+    checkpoint, path = best(folder), folder / BEST_NAME
+    if checkpoint is None:
+        if path.is_file():
+            path.unlink()
+        return
+    state = json.loads((checkpoint / STATE_NAME).read_text())
+    content = json.dumps({"step": state["step"], "metrics": state["metrics"]})
+    if not path.is_file() or path.read_text() != content:
+        storage.write(path, content.encode())
+
+
+def removable(folder: Location, keep_last: int, keep_every_hours: float) -> list[Location]:
+    """What goes: all but the newest `keep_last`, the best and one per `keep_every_hours`; and unfinished leftovers.
+
+    Leftovers are older than the newest checkpoint: a later folder may be one that is being written. A damaged
+    checkpoint that was set aside stays, for a person to look at.
+    """
+    done = complete(folder)
+    kept = {*done[-keep_last:], *_every(done, keep_every_hours)}
+    if (chosen := best(folder)) is not None:
+        kept.add(chosen)
+    gone = []
+    for path in step_folders(folder):
+        place, newest = place_of(path), place_of(done[-1]) if done else None
+        is_older = place is not None and newest is not None and place < newest
+        if path not in kept and is_older and not (path / DAMAGED_NAME).is_file():
+            gone.append(path)
+    return gone
+
+
+def _every(checkpoints: list[Location], hours: float) -> list[Location]:
+    """The first one, and each that was written `hours` after the last of these. What they were stays so for good."""
+    chosen: list[Location] = []
+    last_s = -float("inf")
+    for path in checkpoints if hours > 0 else []:
+        try:
+            checksums = read_checksums(path)
+        except ValueError:
+            continue  # damaged, or of a newer version
+        if checksums is not None and checksums.time_s >= last_s + 3600 * hours:
+            chosen.append(path)
+            last_s = checksums.time_s
+    return chosen

@@ -1,0 +1,172 @@
+"""Where checkpoints lie: a local folder, or an fsspec URL (s3://bucket/run, gs://bucket/run, memory://run).
+
+Local folders have a rename that is atomic. Object stores have none, and no folders either: there, one small file that
+is written last says that the rest is complete (`manager`).
+"""
+
+import collections.abc
+import contextlib
+import dataclasses
+import os
+import pathlib
+import shutil
+import typing
+
+import fsspec
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Remote:
+    """A folder or file behind an fsspec URL, with the methods of `pathlib.Path` that checkpoints need.
+
+    Nothing is remembered between calls: another process may have written. OSError names the URL.
+    """
+
+    url: str
+
+    def __truediv__(self, name: str) -> "Remote":
+        return Remote(f"{self.url}/{name}")
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        """Last part of the URL."""
+        return self.url.rsplit("/", 1)[-1]
+
+    @property
+    def parent(self) -> "Remote":
+        """The folder that this is in."""
+        return Remote(self.url.rsplit("/", 1)[0])
+
+    @contextlib.contextmanager
+    def _store(self) -> collections.abc.Iterator[tuple[typing.Any, str]]:
+        """(file system, path in it). Errors of a store's library (no credentials, no connection) become OSErrors."""
+        try:
+            system, path = fsspec.core.url_to_fs(self.url)
+            system.invalidate_cache()
+            yield system, path
+        except (OSError, ValueError):
+            raise
+        except Exception as error:
+            raise OSError(f"{self.url}: {type(error).__name__}: {error}") from error
+
+    def is_file(self) -> bool:
+        """Whether there is a file of this name."""
+        with self._store() as (system, path):
+            return bool(system.isfile(path))
+
+    def is_dir(self) -> bool:
+        """Whether anything is below this name."""
+        with self._store() as (system, path):
+            return bool(system.isdir(path))
+
+    def iterdir(self) -> list["Remote"]:
+        """What is in this folder; nothing if it does not exist."""
+        with self._store() as (system, path):
+            try:
+                return [self / found.rstrip("/").rsplit("/", 1)[-1] for found in system.ls(path, detail=False)]
+            except FileNotFoundError:
+                return []
+
+    def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
+        """Makes the folder on file systems that have any."""
+        with self._store() as (system, path):
+            system.makedirs(path, exist_ok=exist_ok)
+
+    @contextlib.contextmanager
+    def open(self, mode: str) -> collections.abc.Iterator[typing.Any]:
+        """A binary stream; a written file may exist in part after an error."""
+        with self._store() as (system, path), system.open(path, mode) as stream:
+            yield stream
+
+    def read_text(self) -> str:
+        """The whole file, UTF-8."""
+        with self._store() as (system, path):
+            return str(system.cat_file(path).decode())
+
+    def write_bytes(self, content: bytes) -> None:
+        """The whole file in one request: readers see all of it or nothing."""
+        with self._store() as (system, path):
+            system.pipe_file(path, content)
+
+    def unlink(self) -> None:
+        """Deletes the file."""
+        with self._store() as (system, path):
+            system.rm_file(path)
+
+    def rename(self, target: "Remote") -> None:
+        """Copies, then deletes: not atomic."""
+        with self._store() as (system, path):
+            system.mv(path, system._strip_protocol(target.url))
+
+    def delete_folder(self) -> None:
+        """Deletes everything below this name."""
+        with self._store() as (system, path):
+            system.rm(path, recursive=True)
+
+    def num_bytes(self) -> int:
+        """Size of the file."""
+        with self._store() as (system, path):
+            return int(system.size(path))
+
+
+Location = pathlib.Path | Remote
+
+
+def is_url(path: str) -> bool:
+    """Whether this is a URL that is not of the local disk."""
+    return "://" in path and not path.startswith("file://")
+
+
+def location(path: "str | os.PathLike[str] | Remote") -> Location:
+    """A path or URL as what it is. ValueError for a scheme that is unknown, or whose package is not installed."""
+    if isinstance(path, Remote):
+        return path
+    text = os.fspath(path)
+    if not is_url(text):
+        return pathlib.Path(text.removeprefix("file://"))
+    try:
+        fsspec.get_filesystem_class(text.split("://", 1)[0])
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"{text}: {error}; install the fsspec package of this scheme, or use another place") from error
+    return Remote(text.rstrip("/"))
+
+
+def write(path: Location, content: bytes) -> None:
+    """Writes a file that readers see whole or not at all; on a local disk it survives a loss of power."""
+    if isinstance(path, Remote):
+        path.write_bytes(content)
+        return
+    aside = path.with_name(f"{path.name}.tmp")
+    with open(aside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+    """Makes new names in a folder survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def delete(folder: Location, marker: str) -> None:
+    """Deletes a folder with all files, `marker` first: what is left by a crash does not look complete."""
+    if (folder / marker).is_file():
+        (folder / marker).unlink()
+    if isinstance(folder, Remote):
+        folder.delete_folder()
+    else:
+        shutil.rmtree(folder)
+
+
+def num_bytes(path: Location) -> int:
+    """Size of a file. FileNotFoundError if there is none."""
+    return path.num_bytes() if isinstance(path, Remote) else path.stat().st_size
