@@ -7,7 +7,6 @@ missing or broken package becomes a line of the report. Not responsible for data
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import os
 import pathlib
@@ -241,15 +240,9 @@ def check_gpu(versions: dict[str, str]) -> list[Check]:
             "NCCL", OK if nccl else FAILED, nccl or "not in this torch build", "" if nccl else install_command("cuda")
         )
     )
-    has_varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
-    detail = (
-        "varlen_attn available"
-        if has_varlen
-        else "no varlen_attn in this torch: attention falls back to length buckets"
-    )
-    checks.append(
-        Check("attention", OK if has_varlen else WARNING, detail, "" if has_varlen else install_command("cuda"))
-    )
+    has_flash = torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability() >= (8, 0)
+    detail = "flash kernel" if has_flash else "no flash kernel (sm80 or newer, CUDA build): bf16 runs will fail"
+    checks.append(Check("attention", OK if has_flash else WARNING, detail, "" if has_flash else "set bf16=False"))
     return checks
 
 

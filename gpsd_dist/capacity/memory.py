@@ -130,10 +130,10 @@ def transformer_bytes(run: RunConfig, step: Workload, device_type: str) -> tuple
     Per token and layer, with width D, feed-forward width F and v bytes per value (4; with autocast 2): the inputs of
     two norms 8 D (16 D on CPU, whose norm is not fused) and their outputs 2 v D; queries, keys and values 3 v D;
     attention's output twice 2 v D, and its log-sum-exp 4 H; gate and up 2 v F, SiLU v F, product v F; two dropout
-    masks if there are any. With candidates, also copies of keys and values, 2 v D each: one per history token and
-    candidate, or, with `attention.varlen` (CUDA with autocast), one per pair of a candidate and a token that it sees.
-    Above 8 candidates per request `attention.bucketed` keeps a weight of 4 H (6 H with autocast) per pair besides. In
-    the last layer of ranking, histories give queries, keys and values only.
+    masks if there are any. With candidates, also copies of keys and values, 2 v D each, one per history token and
+    candidate; none with `attention.two_part` (CUDA with autocast). Above 8 candidates per request
+    `attention.bucketed` keeps a weight of 4 H (6 H with autocast) per pair besides. In the last layer of ranking,
+    histories give queries, keys and values only.
     Padding inside length buckets is not counted.
     """
     model, width, heads = run.model, run.model.width, run.model.heads
@@ -160,10 +160,8 @@ def transformer_bytes(run: RunConfig, step: Workload, device_type: str) -> tuple
 def _candidate_bytes(run: RunConfig, step: Workload, device_type: str) -> float:
     """Of one layer, see `transformer_bytes`."""
     value, width, heads = _HALF if run.train.bf16 else _FLOAT, run.model.width, run.model.heads
-    if not step.candidates:
+    if not step.candidates or (run.train.bf16 and device_type == "cuda"):
         return 0.0
-    if run.train.bf16 and device_type == "cuda":
-        return 2 * value * width * step.candidate_keys
     if step.candidates / step.requests <= _MAX_MASKED_CANDIDATES:
         return 2 * value * width * (step.tokens + step.candidates)
     scores = heads * step.candidate_keys * (_FLOAT + (value if run.train.bf16 else 0))

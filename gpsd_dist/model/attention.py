@@ -1,7 +1,7 @@
 """Causal attention over packed histories, with K candidates that each see the history and themselves (GPSD, figure 3).
 
-Two implementations that must agree: `bucketed` (SDPA in length buckets; any device and dtype, the only one with a CPU
-backward) and `varlen` (torch's variable-length flash kernel; CUDA in half precision).
+Two implementations that must agree: `bucketed` (SDPA in length buckets; any device and dtype) and `two_part` (flash
+kernels on the packed tokens: CUDA in half precision; its CPU kernel is for tests).
 
 Shape letters: T history tokens, C candidates, S = T + C tokens, H heads, K head width, n requests of a bucket,
 W slots per history, J candidates per request of a bucket.
@@ -10,6 +10,7 @@ W slots per history, J candidates per request of a bucket.
 import torch
 import torch.nn.functional as F
 
+from gpsd_dist.model.flash_parts import MAX_HEAD_WIDTH, two_part_attention
 from gpsd_dist.packing import Bucket, Packing, Slots
 
 
@@ -21,8 +22,9 @@ def attend(
     `candidates_only` leaves out the histories' own output: [C, H * K], for a last layer that only candidates leave.
     `dropout` of the attention weights: give 0 in evaluation; the flash kernel has none.
     """
-    if qkv_S3HK.is_cuda and qkv_S3HK.dtype in (torch.bfloat16, torch.float16) and not dropout:
-        return varlen(qkv_S3HK, packing, candidates_only)
+    is_half = qkv_S3HK.dtype in (torch.bfloat16, torch.float16)
+    if qkv_S3HK.is_cuda and is_half and not dropout and qkv_S3HK.shape[-1] <= MAX_HEAD_WIDTH:
+        return two_part(qkv_S3HK, packing, candidates_only)
     return bucketed(qkv_S3HK, packing, candidates_only, dropout)
 
 
@@ -84,38 +86,9 @@ def from_slots(out_nHWK: torch.Tensor, slots: Slots | None) -> torch.Tensor:
     return out if slots is None else out.index_select(0, slots.slot)
 
 
-def varlen(qkv_S3HK: torch.Tensor, packing: Packing, candidates_only: bool = False) -> torch.Tensor:
-    """Flash kernel without padding: one causal call for the histories, one for candidates over (history + self)."""
-    from torch.nn.attention.varlen import varlen_attn  # needs a CUDA build
-
-    num_tokens = packing.num_history_tokens
-    history, candidate = qkv_S3HK.split([num_tokens, packing.num_candidates])
-    outputs = []
-    if num_tokens and not candidates_only:
-        offsets, longest = packing.history_offsets.int(), packing.max_history_length
-        outputs.append(varlen_attn(*history.unbind(1), offsets, offsets, longest, longest, window_size=(-1, 0)))
-    if packing.num_candidates:
-        # Keys and values of a history are gathered once per candidate: exact through the kernel's own backward.
-        # (Autograd through the log-sum-exp of two merged calls is silently wrong in torch 2.11 to 2.13.)
-        length_C = packing.history_offsets.diff()[packing.request_C] + 1
-        offsets_C1 = F.pad(length_C.cumsum(0), (1, 0))
-        total = packing.candidate_key_count
-        owner = torch.repeat_interleave(
-            torch.arange(len(length_C), device=length_C.device), length_C, output_size=total
-        )
-        slot = torch.arange(total, device=owner.device) - offsets_C1[owner]
-        is_self = slot == length_C[owner] - 1
-        source = torch.where(is_self, num_tokens + owner, packing.history_offsets[packing.request_C][owner] + slot)
-        key_value = qkv_S3HK[:, 1:].index_select(0, source)
-        query_offsets = torch.arange(len(length_C) + 1, device=owner.device, dtype=torch.int32)
-        outputs.append(
-            varlen_attn(
-                candidate[:, 0].contiguous(),
-                *(part.contiguous() for part in key_value.unbind(1)),
-                query_offsets,
-                offsets_C1.int(),
-                1,
-                packing.max_history_length + 1,
-            )
-        )
-    return torch.cat(outputs).flatten(1) if outputs else qkv_S3HK[:0, 0].flatten(1)
+def two_part(qkv_S3HK: torch.Tensor, packing: Packing, candidates_only: bool = False) -> torch.Tensor:
+    """Flash kernels without padding: one causal call for the histories, one for the candidates over their histories."""
+    max_candidates = max((bucket.max_candidates for bucket in packing.buckets), default=0)
+    sizes = packing.num_history_tokens, packing.max_history_length, max_candidates
+    offsets = packing.history_offsets, packing.candidate_offsets
+    return two_part_attention(qkv_S3HK, *offsets, sizes, candidates_only).flatten(1)
