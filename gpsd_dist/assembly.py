@@ -39,7 +39,7 @@ class Assembly:
 def assemble(run: RunConfig, manifest: Manifest, runtime: Runtime) -> Assembly:
     """Random weights, a function of the seed alone. Collective: all ranks must call."""
     sharded, tables = meta_tables(run, manifest)
-    placed = shard_tables(tables, run.tables, run.sparse, runtime, run.seed)
+    placed = shard_tables(tables, run.tables, run.sparse, runtime, run.seed, run.execution)
     torch.manual_seed(run.seed)
     model, objective, tasks = dense_model(run, manifest, sharded)
     return Assembly(placed, model.to(runtime.device), objective, tasks, tuple(table.name for table in sharded))

@@ -7,6 +7,7 @@ Sizes of tables are not options: they come from the data set's manifest.
 import dataclasses
 import typing
 
+from gpsd_dist.execution_config import ExecutionConfig
 from gpsd_dist.option_checks import below, check_types, raise_all
 
 STAGES = ("pretrain", "finetune")
@@ -282,6 +283,7 @@ class RunConfig:
     dense: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig("adamw", 5e-3, weight_decay=0.1))
     sparse: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig("rowwise_adagrad", 0.1))
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -330,7 +332,7 @@ class RunConfig:
 
 
 _PARTS = (DataConfig, TablesConfig, ModelConfig, PretrainConfig, FinetuneConfig, OptimizerConfig, TrainConfig)
-GIN_CLASSES = (*_PARTS, RunConfig)
+GIN_CLASSES = (*_PARTS, ExecutionConfig, RunConfig)
 
 
 def run_config_from_dict(raw: dict[str, typing.Any]) -> RunConfig:

@@ -1,8 +1,11 @@
 """The run, top to bottom: wire the parts, choose where weights come from, loop over steps, validate, save."""
 
+import collections
 import dataclasses
+import itertools
 import logging
 import signal
+import typing
 
 import torch
 
@@ -15,6 +18,7 @@ from gpsd_dist.data.batch import Batch
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.loader import Loader
 from gpsd_dist.distributed.collectives import all_sum
+from gpsd_dist.distributed.pipeline import SparseDistPipeline
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.metrics import profiling
 from gpsd_dist.metrics.progress import Progress
@@ -25,7 +29,7 @@ from gpsd_dist.optim.schedule import learning_rate_factor
 from gpsd_dist.progression import Progression
 from gpsd_dist.schema import read_manifest
 from gpsd_dist.scoring import Metrics, evaluate_split, evaluation_loader
-from gpsd_dist.training_step import TrainingStep
+from gpsd_dist.training_step import PipelinedStep, TrainingStep
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +68,9 @@ class Trainer:
         self.warmup_steps = int(run.train.warmup_fraction * self.schedule_steps)
         self._since_validation: tuple[torch.Tensor, torch.Tensor] | None = None
         self._stop_requested = False
+        self._pipeline: SparseDistPipeline | None = None
+        self._prefetched_positions: collections.deque[dict[str, int]] = collections.deque()
+        self._position: dict[str, int] = {}  # of the last batch trained, where the loader is ahead of it
 
     def train(self) -> dict[str, float]:
         """Runs to the end, from the newest checkpoint if there is one; returns the best validation. Collective."""
@@ -88,9 +95,7 @@ class Trainer:
         self.throughput.restart()
         self.profiler.start()
         while not self.progression.is_finished:
-            for batches in self._waited(self.loader):
-                with self.profiler.range(profiling.STEP):
-                    self._train_step(batches, recorder)
+            for _ in self._steps(recorder):
                 self.profiler.after_step()
                 is_last, is_stopping = self.step >= self.total_steps, self._is_asked_to_stop()
                 if self.step % self.run.train.log_interval_steps == 0 or is_last:
@@ -114,11 +119,51 @@ class Trainer:
         recorder.close()
         signal.signal(signal.SIGTERM, previous)
 
+    def _steps(self, recorder: Recorder) -> typing.Iterator[None]:
+        """Trains; an item per step done. Ends with the epoch, or with the prefetched batches. Collective."""
+        if self.run.execution.pipeline == "sparse_dist":
+            yield from self._prefetched_steps(recorder)
+            return
+        for batches in self._waited(self.loader):
+            with self.profiler.range(profiling.STEP):
+                self._train_step(batches, recorder)
+            yield
+
     def _train_step(self, batches: tuple[Batch, ...], recorder: Recorder) -> None:
         """One optimizer step, with the learning rate of its place in the schedule. Collective."""
+        sums, counts = self.training_step(batches, self.step, self._lr_factor(), recorder)
+        self._after_step(batches, sums, counts, recorder)
+
+    def _prefetched_steps(self, recorder: Recorder) -> typing.Iterator[None]:
+        """Up to the next validation, which needs the tables without batches under way. Collective."""
+        if self._pipeline is None:
+            hooks = PipelinedStep(self.training_step, lambda: self.step, self._lr_factor, recorder)
+            self._pipeline = SparseDistPipeline(self.assembly.tables, hooks, self.runtime.device)
+        interval = self.eval_interval_steps
+        pause = self.step + interval - self.step % interval if self.validates else self.total_steps
+        source = itertools.islice(self._endless(), min(pause, self.total_steps) - self.step)
+        steps = self._pipeline.steps(source)
+        while True:
+            with self.profiler.range(profiling.STEP):
+                done = next(steps, None)
+            if done is None:
+                return
+            self._position = self._prefetched_positions.popleft()
+            self._after_step(*done, recorder)
+            yield
+
+    def _endless(self) -> typing.Iterator[tuple[Batch, ...]]:
+        """Batches of this epoch and those after it; notes where each one stands, for they are taken ahead of use."""
+        while True:
+            for batches in self._waited(self.loader):
+                self._prefetched_positions.append({"epoch": self.loader.epoch, "step": self.loader.step})
+                yield batches
+
+    def _lr_factor(self) -> float:
         final = self.run.train.final_lr_fraction
-        lr_factor = learning_rate_factor(self.step, self.schedule_steps, self.warmup_steps, final)
-        sums, counts = self.training_step(batches, self.step, lr_factor, recorder)
+        return learning_rate_factor(self.step, self.schedule_steps, self.warmup_steps, final)
+
+    def _after_step(self, batches: tuple[Batch, ...], sums: torch.Tensor, counts: torch.Tensor, recorder) -> None:
         self.step += 1
         self._record(recorder, batches, sums, counts)
 
@@ -202,7 +247,7 @@ class Trainer:
     def _save(self, metrics: dict[str, float]) -> None:
         state = RunState(
             step=self.step,
-            data_position=self.loader.state_dict(),
+            data_position=self.loader.state_dict() | self._position,
             progress=dataclasses.asdict(self.progression),
             metrics=metrics,
             run_config=dataclasses.asdict(self.run),

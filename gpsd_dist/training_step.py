@@ -1,15 +1,16 @@
 """One optimizer step: counts, one lookup, forward and backward, update of tables and dense part."""
 
+import dataclasses
 import pathlib
 import typing
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from gpsd_dist.assembly import Assembly
 from gpsd_dist.config import RunConfig
 from gpsd_dist.data.batch import Batch
 from gpsd_dist.distributed.collectives import all_sum
+from gpsd_dist.distributed.dense import clip_gradients, exchange_gradients, parallelize
 from gpsd_dist.distributed.runtime import Runtime, seed_step
 from gpsd_dist.metrics import profiling
 from gpsd_dist.metrics.recorder import Recorder
@@ -30,8 +31,10 @@ class TrainingStep:
         """Collective. Puts the model into training mode. `last_good`: the newest checkpoint, for an error message."""
         self.run, self.runtime, self.assembly, self.profiler = run, runtime, assembly, profiler
         self.model = assembly.model.train()
+        self.parallel = parallelize(self.model, run, runtime)
         self.optimizer = dense_optimizer(self.model, run.dense)
-        self.parallel = DistributedDataParallel(self.model) if runtime.world_size > 1 else self.model
+        # here, because a copy to a GPU makes the host wait
+        self._loss_weights = torch.tensor(list(assembly.objective.weights.values()), device=runtime.device)
         self._last_good = last_good
 
     def __call__(
@@ -42,19 +45,47 @@ class TrainingStep:
         `lr_factor` times the peak is the learning rate. Returns this rank's loss sums [L] and the counts [L] over all
         ranks. ValueError if a loss is not finite: no weight has moved then.
         """
+        self.begin(step, lr_factor, recorder)
+        batches = tuple(batch.to(self.runtime.device) for batch in batches)
+        counts = self._counts(batches)
+        sums = self._backward(batches, counts, step)  # updates the tables
+        self.update(recorder)
+        return sums, counts
+
+    def begin(self, step: int, lr_factor: float, recorder: Recorder) -> None:
+        """Before everything else of a step."""
         seed_step(self.run.seed, step, self.runtime.rank)
         self._set_learning_rates(lr_factor, recorder)
         self.optimizer.zero_grad()
-        batches = tuple(batch.to(self.runtime.device) for batch in batches)
-        with self.profiler.range(profiling.COLLECTIVES):
-            counts = all_sum(sum(self.assembly.objective.counts(batch) for batch in batches).to(self.runtime.device))
-        sums = self._backward(batches, counts, step)  # updates the tables
+
+    def update(self, recorder: Recorder) -> None:
+        """After the backward: clips, and moves the dense part."""
         with self.profiler.range(profiling.OPTIMIZER):
             if self.run.train.clip_norm:
-                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.train.clip_norm)
-                recorder.record("train/gradient_norm", norm)
+                recorder.record("train/gradient_norm", clip_gradients(self.model, self.run.train.clip_norm))
             self.optimizer.step()
-        return sums, counts
+
+    def joined_loss(
+        self, rows: dict[str, torch.Tensor], batches: tuple[Batch, ...], step: int
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """For a pipeline that calls backward itself: the loss of the last part, joined to the tables. Collective.
+
+        Parts before the last are done, with their backward; that of the returned scalar adds the last part's gradients
+        and updates the tables, with the same bits as `__call__`. Also returns (sums, counts).
+        """
+        counts = self._counts(batches)
+        scale = self._scale(counts)
+        sums = torch.zeros_like(counts)
+        leaves = {name: value.detach().requires_grad_(value.requires_grad) for name, value in rows.items()}
+        for batch in batches[:-1]:
+            part = self._forward(leaves, batch, is_last=False)
+            sums += part.detach()
+            (part * scale).sum().backward()
+        joined, anchor = join_rows(rows, leaves)
+        part = self._forward(joined, batches[-1], is_last=True)
+        sums += part.detach()
+        self._check_finite(sums, counts, step)
+        return (part * scale).sum() + anchor, (sums, counts)
 
     def _set_learning_rates(self, lr_factor: float, recorder: Recorder) -> None:
         for group in self.optimizer.param_groups:
@@ -67,21 +98,14 @@ class TrainingStep:
 
         `counts` [L] are over all ranks. Returns this rank's loss sums [L].
         """
-        objective, tables = self.assembly.objective, self.assembly.tables
-        weight = torch.tensor(list(objective.weights.values()), device=counts.device)
-        # DDP and TorchRec both average gradients over ranks: times world size gives the sum over the global count
-        scale = weight * self.runtime.world_size / counts.clamp(min=1)
+        scale = self._scale(counts)
         with self.profiler.range(profiling.LOOKUP):
-            rows = tables(batches[0].lookup)
+            rows = self.assembly.tables(batches[0].lookup)
         leaves = {name: value.detach().requires_grad_(value.requires_grad) for name, value in rows.items()}
         sums = torch.zeros_like(counts)
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
-            if isinstance(self.parallel, DistributedDataParallel):
-                self.parallel.require_backward_grad_sync = is_last
-            autocast = torch.autocast(self.runtime.device.type, torch.bfloat16, enabled=self.run.train.bf16)
-            with autocast, self.profiler.range(profiling.FORWARD):
-                part = objective.sums(self.parallel, leaves, batch)
+            part = self._forward(leaves, batch, is_last)
             sums += part.detach()
             if is_last:
                 self._check_finite(sums, counts, step)
@@ -95,6 +119,24 @@ class TrainingStep:
                 torch.autograd.backward([rows[name] for name in trained], gradients)
         return sums
 
+    def _counts(self, batches: tuple[Batch, ...]) -> torch.Tensor:
+        """[L] over all ranks. Collective."""
+        with self.profiler.range(profiling.COLLECTIVES):
+            return all_sum(sum(self.assembly.objective.counts(batch) for batch in batches))
+
+    def _scale(self, counts: torch.Tensor) -> torch.Tensor:
+        """[L] What a rank's loss sums are multiplied by. DDP and TorchRec both average gradients over ranks: times
+        world size gives the sum over the global count.
+        """
+        return self._loss_weights * self.runtime.world_size / counts.clamp(min=1)
+
+    def _forward(self, rows: dict[str, torch.Tensor], batch: Batch, is_last: bool) -> torch.Tensor:
+        """Loss sums [L] of one part; gradients are exchanged with the last one alone."""
+        exchange_gradients(self.parallel, is_last)
+        autocast = torch.autocast(self.runtime.device.type, torch.bfloat16, enabled=self.run.train.bf16)
+        with autocast, self.profiler.range(profiling.FORWARD):
+            return self.assembly.objective.sums(self.parallel, rows, batch)
+
     def _check_finite(self, sums: torch.Tensor, counts: torch.Tensor, step: int) -> None:
         """Before weights move. ValueError names rank and step. On a GPU only at log steps, because it waits for it."""
         if sums.is_cuda and step % self.run.train.log_interval_steps:
@@ -106,3 +148,55 @@ class TrainingStep:
                 f"{self._last_good()}. Lower DENSE_LR or SPARSE_LR, or look for extreme numerical features in this "
                 "batch"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelinedStep:
+    """`TrainingStep` cut where TorchRec's pipeline calls it: `distributed.pipeline.StepHooks`."""
+
+    training_step: TrainingStep
+    number: typing.Callable[[], int]
+    """Of the step that is about to be done."""
+    lr_factor: typing.Callable[[], float]
+    recorder: Recorder
+
+    def zero_grad(self) -> None:
+        """See StepHooks."""
+        self.training_step.begin(self.number(), self.lr_factor(), self.recorder)
+
+    def forward(
+        self, rows: dict[str, torch.Tensor], parts: tuple[Batch, ...]
+    ) -> tuple[torch.Tensor, tuple[tuple[Batch, ...], torch.Tensor, torch.Tensor]]:
+        """See StepHooks; the result is (parts, loss sums [L] of this rank, counts [L] over all)."""
+        loss, (sums, counts) = self.training_step.joined_loss(rows, parts, self.number())
+        return loss, (parts, sums, counts)
+
+    def step(self) -> None:
+        """See StepHooks."""
+        self.training_step.update(self.recorder)
+
+
+def join_rows(
+    rows: dict[str, torch.Tensor], leaves: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The same rows, whose backward adds what `leaves` have got before; and a zero that must be added to the loss.
+
+    Through the zero a table is reached (with gradients of zero) even if no loss reaches it: all ranks must exchange.
+    """
+    trained = [name for name, value in rows.items() if value.requires_grad]
+    if not trained:
+        return rows, next(iter(rows.values())).new_zeros(())
+    anchor, *values = _JoinedRows.apply([leaves[name] for name in trained], *(rows[name] for name in trained))
+    return rows | dict(zip(trained, values, strict=True)), anchor
+
+
+class _JoinedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, leaves, *rows):
+        ctx.leaves = leaves
+        return rows[0].new_zeros(()), *(value.view_as(value) for value in rows)
+
+    @staticmethod
+    def backward(ctx, _, *gradients):
+        pairs = zip(gradients, ctx.leaves, strict=True)
+        return None, *(gradient if leaf.grad is None else leaf.grad + gradient for gradient, leaf in pairs)

@@ -92,7 +92,7 @@ def estimate(scenario: Scenario, layout: Layout | None = None) -> Estimate:
         training=training,
         size=size,
         memory=memory(run, layout.shards, size, cluster, training, validation),
-        exchange=exchange(layout.shards, training.unique_rows, size.parameters, cluster),
+        exchange=exchange(layout.shards, training.unique_rows, size.parameters, cluster, run.execution),
         flops=training_flops(run, size, training) if run.model.name == "transformer" else None,
         usable_bytes=(1 - RESERVE) * cluster.memory_bytes,
     )

@@ -1,7 +1,8 @@
 """Bytes that every rank sends in a training step: table rows by all-to-all, dense gradients by all-reduce.
 
 Per table piece that rank o holds (a part f of the rows, c columns), every rank sends o the indices of U f rows
-(8 bytes each), o answers with U f c float32 values, and, if the table is trained, gets as many back as gradients.
+(8 bytes each), o answers with U f c values (float32 unless `ExecutionConfig.exchange_*` says less), and, if the table
+is trained, gets as many back as gradients.
 U: distinct rows that a rank looks up; every rank is assumed to need the same number, evenly over the table. What a
 rank sends to itself does not count. Lengths of the lists (8 bytes per table and rank) are left out.
 """
@@ -12,8 +13,10 @@ import dataclasses
 import numpy as np
 
 from gpsd_dist.distributed.sharding import Cluster, Shard
+from gpsd_dist.execution_config import DEFAULT, ExecutionConfig
 
-INDEX_BYTES, VALUE_BYTES = 8, 4  # int64 indices; rows and gradients travel in float32
+INDEX_BYTES, VALUE_BYTES = 8, 4  # int64 indices; float32 rows
+_SENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +57,20 @@ class Exchange:
 
 
 def exchange(
-    shards: tuple[Shard, ...], unique_rows: dict[str, float], dense_parameters: int, cluster: Cluster
+    shards: tuple[Shard, ...],
+    unique_rows: dict[str, float],
+    dense_parameters: int,
+    cluster: Cluster,
+    execution: ExecutionConfig = DEFAULT,
 ) -> Exchange:
     """`unique_rows`: table -> U."""
+    row_bytes, gradient_bytes = (_SENT_BYTES[t] for t in (execution.exchange_forward, execution.exchange_backward))
     held = held_rows(shards, unique_rows)
     indices, rows, gradients = (np.zeros(cluster.world_size) for _ in range(3))
     for shard, count in zip(shards, held, strict=True):
         indices[shard.rank] += count * INDEX_BYTES
-        rows[shard.rank] += count * shard.columns * VALUE_BYTES
-        gradients[shard.rank] += 0 if shard.is_frozen else count * shard.columns * VALUE_BYTES
+        rows[shard.rank] += count * shard.columns * row_bytes
+        gradients[shard.rank] += 0 if shard.is_frozen else count * shard.columns * gradient_bytes
     return Exchange(
         indices=_to_owners(indices, cluster),
         rows=_from_owners(rows, cluster),

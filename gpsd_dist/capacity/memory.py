@@ -154,7 +154,11 @@ def transformer_bytes(run: RunConfig, step: Workload, device_type: str) -> tuple
     if run.tables.embedding_dim != width:
         around += (tokens + candidates) * (norm + value) * run.tables.embedding_dim
     widest = candidates + (0 if is_ranking and model.layers == 1 else tokens)
-    return (model.layers - 1) * every + last + around, widest * 2 * value * (ffn_width(width) + width)
+    blocks = (model.layers - 1) * every + last
+    if run.execution.activation_checkpointing:  # inputs of all blocks, and one block as it is computed again
+        inputs = model.layers * (tokens + candidates) * _FLOAT * width
+        blocks = inputs + (every if model.layers > 1 else last)
+    return blocks + around, widest * 2 * value * (ffn_width(width) + width)
 
 
 def _candidate_bytes(run: RunConfig, step: Workload, device_type: str) -> float:

@@ -27,6 +27,9 @@ _MAY_CHANGE_ON_RESUME = (
     ("train", "save_interval_steps"),
     ("train", "collective_timeout_s"),
     ("train", "profile"),
+    ("execution", "activation_checkpointing"),
+    ("execution", "pipeline"),
+    ("execution", "dense_parallel"),
 )
 _SAME_DATA = ("features", "tables", "tasks", "splits")
 """Parts of the manifest that a run depends on; paths, commands and times of building may differ."""

@@ -21,7 +21,9 @@ from torchrec.distributed.planner.types import ParameterConstraints, PlannerErro
 from torchrec.distributed.types import ShardingPlan
 
 from gpsd_dist.config import CUDA_ONLY_SPARSE_OPTIMIZERS, OptimizerConfig, TablesConfig
+from gpsd_dist.distributed.exchange_codec import exchange_codecs
 from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.execution_config import DEFAULT, ExecutionConfig
 from gpsd_dist.model.embeddings import Tables
 
 log = logging.getLogger(__name__)
@@ -100,7 +102,12 @@ class ShardedTables:
 
 
 def shard_tables(
-    tables: Tables, config: TablesConfig, optimizer: OptimizerConfig, runtime: Runtime, seed: int
+    tables: Tables,
+    config: TablesConfig,
+    optimizer: OptimizerConfig,
+    runtime: Runtime,
+    seed: int,
+    execution: ExecutionConfig = DEFAULT,
 ) -> ShardedTables:
     """Plans, shards and initialises tables that were built on `meta`. Collective. Consumes `tables`.
 
@@ -108,7 +115,7 @@ def shard_tables(
     """
     if runtime.device.type != "cuda" and optimizer.name in CUDA_ONLY_SPARSE_OPTIMIZERS:
         raise ValueError(f"sparse optimizer {optimizer.name!r} has no CPU kernel in FBGEMM; use 'rowwise_adagrad'")
-    sharder = _sharder()
+    sharder = _sharder(execution)
     planner = _planner(tables, config, optimizer, _cluster(runtime))
     try:
         plan = planner.collective_plan(tables, [sharder], dist.group.WORLD)
@@ -136,7 +143,7 @@ def plan_tables(tables: Tables, config: TablesConfig, optimizer: OptimizerConfig
     """
     planner = _planner(tables, config, optimizer, cluster)
     try:
-        return planner.plan(tables, [_sharder()])
+        return planner.plan(tables, [_sharder(DEFAULT)])
     except PlannerError as error:
         raise ValueError(str(error)) from error
 
@@ -197,9 +204,10 @@ def _planner(
     return EmbeddingShardingPlanner(topology=topology, constraints=constraints, debug=False)
 
 
-def _sharder() -> EmbeddingCollectionSharder:
+def _sharder(execution: ExecutionConfig) -> EmbeddingCollectionSharder:
     # An id outside the table would silently read row 0 or another rank's first row: make it an error.
-    return EmbeddingCollectionSharder(fused_params={"bounds_check_mode": BoundsCheckMode.FATAL})
+    fused_params = {"bounds_check_mode": BoundsCheckMode.FATAL}
+    return EmbeddingCollectionSharder(fused_params, qcomm_codecs_registry=exchange_codecs(execution))
 
 
 def _cluster(runtime: Runtime) -> Cluster:

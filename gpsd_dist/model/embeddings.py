@@ -6,7 +6,7 @@ Shape letters: U unique rows of a table, S tokens in packed order, B requests, C
 import torch
 from torch import nn
 from torchrec import EmbeddingCollection, EmbeddingConfig
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from gpsd_dist.config import TablesConfig
 from gpsd_dist.data.batch import Bag, Batch, Column
@@ -53,25 +53,34 @@ class Tables(nn.Module):
         if missing:
             names = [table.name for table in tables]
             raise ValueError(f"cannot freeze tables {sorted(missing)}: the sharded tables are {names}")
-        self.width = config.embedding_dim
         self.trainable = _collection([t for t in tables if t.name not in frozen], config, device)
         self.frozen = _collection([t for t in tables if t.name in frozen], config, device)
+        self.unpadded = _Unpadded(config.embedding_dim)
 
     def forward(self, lookup: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
         """Rows [U, E] of every table, without their padding. Collective when the collections are sharded: all ranks
         must call.
         """
-        rows = {}
-        if self.trainable is not None:
-            rows |= {name: self._unpadded(jagged.values()) for name, jagged in self.trainable(lookup).items()}
-        if self.frozen is not None:
-            with torch.no_grad():  # .values() waits for the exchange, so it belongs inside
-                rows |= {name: self._unpadded(jagged.values()) for name, jagged in self.frozen(lookup).items()}
-        return rows
+        # TorchRec's pipeline traces this: no loop over what a collection returns, no other use of `lookup`
+        trainable = {} if self.trainable is None else self.unpadded(self.trainable(lookup))
+        if self.frozen is None:
+            return trainable
+        with torch.no_grad():  # `unpadded` waits for the exchange, so it belongs inside
+            frozen = self.unpadded(self.frozen(lookup))
+        return frozen if self.trainable is None else trainable | frozen
 
-    def _unpadded(self, stored: torch.Tensor) -> torch.Tensor:
+
+class _Unpadded(nn.Module):
+    """Table -> its rows [U, E]; a module because it is what the pipeline's tracing does not look into."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def forward(self, found: dict[str, JaggedTensor]) -> dict[str, torch.Tensor]:
         """[U, stored_dim] -> [U, E]; the gradient of the padding is zero, so it stays what it was."""
-        return stored if stored.shape[1] == self.width else stored[:, : self.width]
+        stored = {name: jagged.values() for name, jagged in found.items()}
+        return {n: rows if rows.shape[1] == self.width else rows[:, : self.width] for n, rows in stored.items()}
 
 
 def _collection(tables: list[Table], config: TablesConfig, device: torch.device) -> EmbeddingCollection | None:

@@ -106,7 +106,8 @@ class NextItemModel(nn.Module):
         hidden_SD = self.backbone(rows, batch)
         hidden_TE = self.project_out(hidden_SD[: batch.packing.num_history_tokens]).float()
         weights = {name: self.backbone.embedder.small[module_key(t)].weight for name, t in self.auxiliary_table.items()}
-        return NextItemOutputs(hidden_TE, weights)
+        # views: FSDP2 hooks every output of the model, and on the parameter itself its hooks would pile up
+        return NextItemOutputs(hidden_TE, {name: weight.view_as(weight) for name, weight in weights.items()})
 
 
 class RankingModel(nn.Module):

@@ -17,6 +17,7 @@ from gpsd_dist.config import (
     TrainConfig,
     run_config_from_dict,
 )
+from gpsd_dist.execution_config import ExecutionConfig
 
 
 def make_run(**options):
@@ -37,6 +38,10 @@ INVALID = [
         (DataConfig, {name: 0}, f"{name} 0 must be >= 1")
         for name in ("max_history_length", "eval_batch_rows_per_rank", "num_data_shards", "num_threads", "prefetch")
     ],
+    (ExecutionConfig, {"exchange_forward": "int8"}, "exchange_forward 'int8' is not one of ('fp32', 'fp16', 'bf16')"),
+    (ExecutionConfig, {"exchange_backward": "half"}, "exchange_backward 'half'"),
+    (ExecutionConfig, {"dense_parallel": "zero3"}, "dense_parallel 'zero3'"),
+    (ExecutionConfig, {"pipeline": "auto"}, "pipeline 'auto' is not one of ('plain', 'sparse_dist')"),
     (TablesConfig, {"embedding_dim": 0}, "embedding_dim 0 must be >= 1"),
     (TablesConfig, {"small_table_max_rows": -1}, "small_table_max_rows"),
     (TablesConfig, {"sharding": {"item": "diagonal"}}, "'item' is 'diagonal'"),
@@ -205,6 +210,7 @@ def full_run():
         dense=OptimizerConfig("adamw", 0.2, 0.8, 0.7, 1e-6, 0.3),
         sparse=OptimizerConfig("sgd", 0.3, 0.5, 0.6, 1e-5, 0.0),
         train=TrainConfig(3, 9, 0.2, 0.3, 0.5, 2, True, 3, "click/auc", 4, 5, 6, 0.5, False, "s3://b", 7, 8, True),
+        execution=ExecutionConfig(True, "bf16", "fp16", "sparse_dist", "fsdp2"),
     )
 
 

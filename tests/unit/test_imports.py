@@ -13,6 +13,7 @@ REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
 BASE, MIDDLE, COMPOSITION, ENTRY = range(4)
 LAYERS = {
     "config": BASE,
+    "execution_config": BASE,
     "option_checks": BASE,
     "schema": BASE,
     "packing": BASE,
@@ -34,6 +35,7 @@ LAYERS = {
 ALLOWED_LIBRARIES = {
     "gpsd_dist": set(),
     "gpsd_dist.config": set(),
+    "gpsd_dist.execution_config": set(),
     "gpsd_dist.option_checks": set(),
     "gpsd_dist.schema": {"pyarrow"},
     "gpsd_dist.packing": {"torch", "numpy"},

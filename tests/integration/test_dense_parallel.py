@@ -1,0 +1,127 @@
+"""The dense part sharded by FSDP2 trains as the replicated one does, and their checkpoints are the same.
+
+Tolerances as in test_sharding.py: sums over ranks and norms are taken in another order.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from gpsd_dist.config import OptimizerConfig
+from gpsd_dist.trainer import Trainer
+from tests.helpers.distributed import run_distributed
+from tests.integration.tiny_data import (
+    cpu_runtime,
+    differing,
+    fixed_negatives,
+    read_checkpoint,
+    step_folder,
+    tiny_run,
+    train_losses,
+)
+
+pytestmark = pytest.mark.timeout(300)
+STEPS, MIDDLE = 6, 3
+
+
+def _run(stage, data_dir, output_dir, dense_parallel, *, execution=None, **train):
+    train = {"max_steps": STEPS, "save_interval_steps": 1, "keep_last": 100, "micro_batches": 2} | train
+    run = tiny_run(
+        stage,
+        data_dir,
+        output_dir,
+        model={"layers": 2},
+        pretrain={"num_negative_groups": 1},
+        dense=OptimizerConfig("adamw", 1e-2, weight_decay=0.1, eps=1e-4),
+        train=train,
+    )
+    options = {"dense_parallel": dense_parallel} | (execution or {})
+    return dataclasses.replace(run, execution=dataclasses.replace(run.execution, **options))
+
+
+def _train(rank: int, world_size: int, runs) -> list[tuple[int, int, int]]:
+    """Per run: elements of the dense part, those in this rank's memory, those of its optimizer state."""
+    found = []
+    with fixed_negatives():
+        for run in runs:
+            trainer = Trainer(run, cpu_runtime(rank, world_size))
+            trainer.train()
+            parameters = list(trainer.model.parameters())
+            state = [trainer.optimizer.state[parameter]["exp_avg"] for parameter in parameters]
+            local = [sum(getattr(t, "_local_tensor", t).numel() for t in part) for part in (parameters, state)]
+            found.append((sum(parameter.numel() for parameter in parameters), *local))
+    return found
+
+
+RECOMPUTED = {"activation_checkpointing": True, "pipeline": "sparse_dist"}
+FIRST = {  # output folder -> (stage, kind, options)
+    "pretrain_ddp": ("pretrain", "ddp", {}),
+    "pretrain_fsdp2": ("pretrain", "fsdp2", {}),
+    "finetune_ddp": ("finetune", "ddp", {}),
+    "finetune_fsdp2": ("finetune", "fsdp2", {}),
+    "all_options": ("finetune", "fsdp2", {"execution": RECOMPUTED}),
+    "ddp_then_fsdp2": ("pretrain", "ddp", {"max_steps": MIDDLE}),
+    "fsdp2_then_ddp": ("pretrain", "fsdp2", {"max_steps": MIDDLE}),
+    "fsdp2_then_one": ("pretrain", "fsdp2", {"max_steps": MIDDLE}),
+}
+RESUMED_ON_TWO = {"ddp_then_fsdp2": "fsdp2", "fsdp2_then_ddp": "ddp", "one_then_fsdp2": "fsdp2"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data_dir, one_rank):
+    """(folder of all runs, what `_train` says of the first ones on rank 1)."""
+    folder = tmp_path_factory.mktemp("runs")
+    _train(0, 1, [_run("pretrain", data_dir, folder / "one_then_fsdp2", "ddp", max_steps=MIDDLE)])
+    first = [_run(stage, data_dir, folder / name, kind, **options) for name, (stage, kind, options) in FIRST.items()]
+    second = [_run("pretrain", data_dir, folder / name, kind) for name, kind in RESUMED_ON_TWO.items()]
+    sizes = run_distributed(_train, 2, folder, first + second, timeout_s=240)[1]
+    _train(0, 1, [_run("pretrain", data_dir, folder / "fsdp2_then_one", "ddp")])
+    return folder, dict(zip(FIRST, sizes))
+
+
+def test_every_rank_keeps_half_of_the_dense_part(trained):
+    for name, (whole, weights, state) in trained[1].items():
+        assert weights == state
+        if FIRST[name][1] == "fsdp2":
+            assert 0.4 * whole < weights < 0.6 * whole, name
+        else:
+            assert weights == whole, name
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("pretrain_fsdp2", "pretrain_ddp"), ("finetune_fsdp2", "finetune_ddp"), ("all_options", "finetune_ddp")]
+    + [(name, "pretrain_ddp") for name in (*RESUMED_ON_TWO, "fsdp2_then_one")],
+)
+def test_sharded_and_resharded_runs_equal_the_replicated_one(trained, name, expected):
+    mine, theirs = (trained[0] / folder for folder in (name, expected))
+    losses = train_losses(theirs)
+    assert list(losses) == list(range(1, STEPS + 1))
+    assert train_losses(mine) == pytest.approx(losses, rel=1e-4)
+    ends = [read_checkpoint(step_folder(folder, STEPS)) for folder in (mine, theirs)]
+    assert not differing(*ends, atol=2e-3)
+    first = read_checkpoint(step_folder(theirs, 1))
+    assert (
+        float(
+            (first["dense.backbone.tower.blocks.1.down.weight"] - ends[1]["dense.backbone.tower.blocks.1.down.weight"])
+            .abs()
+            .max()
+        )
+        > 5e-3
+    )
+
+
+def test_gradients_of_the_first_step_are_the_same(trained):
+    """exp_avg of the first step is (1 - beta1) times the gradient, clipped."""
+    for stage in ("pretrain", "finetune"):
+        sides = [read_checkpoint(step_folder(trained[0] / f"{stage}_{kind}", 1)) for kind in ("ddp", "fsdp2")]
+        gradients = [{k: v for k, v in side.items() if k.endswith("exp_avg")} for side in sides]
+        assert any(float(value.abs().max()) > 1e-3 for value in gradients[0].values())
+        assert not differing(*gradients, atol=1e-6)
+
+
+def test_fsdp2_on_one_rank_says_that_it_does_nothing(data_dir, tmp_path, one_rank, caplog):
+    torch.manual_seed(0)
+    Trainer(_run("finetune", data_dir, tmp_path, "fsdp2"), one_rank)
+    assert "dense_parallel fsdp2 has no effect on one rank" in caplog.text

@@ -1,0 +1,64 @@
+"""Recomputed activations: the same bits, also with dropout, for a fraction of the memory."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+
+from gpsd_dist.config import ModelConfig
+from gpsd_dist.distributed.dense import recompute_blocks
+from gpsd_dist.model.registry import TOWERS, Times
+from gpsd_dist.packing import Packing
+from tests.helpers import reference
+
+LENGTHS, COUNTS, WIDTH, LAYERS = [0, 3, 9, 40], [2, 1, 3, 2], 16, 6
+
+
+@contextlib.contextmanager
+def counted_bytes():
+    """Bytes that autograd keeps for the backward of what runs inside, each storage once."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage  # holds it, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield lambda: sum(storage.nbytes() for storage in kept.values())
+
+
+def run(name, recomputed, dropout):
+    tower = TOWERS[name].build(ModelConfig(name, layers=LAYERS, width=WIDTH, heads=2, dropout=dropout), 1)
+    reference.fill_(tower)
+    if recomputed:
+        recompute_blocks(tower, has_dropout=dropout > 0)
+    parameters = list(tower.parameters())
+    packing = Packing.from_lengths(np.array(LENGTHS), np.array(COUNTS))
+    times = Times(torch.arange(sum(LENGTHS)) * 60, torch.full((len(LENGTHS),), 10**6))
+    x_SD = torch.randn(sum(LENGTHS) + sum(COUNTS), WIDTH, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    torch.manual_seed(3)
+    with counted_bytes() as count:
+        out = tower(x_SD, packing, candidates_only=True, times=times)
+        kept = count()
+    gradients = torch.autograd.grad(out.square().sum(), [x_SD, *parameters])
+    after = torch.rand(())
+    return [out, *gradients, after], kept, list(dict(tower.named_parameters()))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("name", ["transformer", "sasrec", "hstu"])
+def test_recomputed_blocks_give_the_same_bits_and_keep_less(name, dropout):
+    plain, kept, names = run(name, False, dropout)
+    recomputed, kept_less, same_names = run(name, True, dropout)
+    assert names == same_names
+    for mine, expected in zip(recomputed, plain, strict=True):
+        assert torch.equal(mine, expected)
+    assert kept_less < kept / 3, (kept_less, kept)
+
+
+def test_tower_without_blocks_is_refused():
+    tower = TOWERS["deepfm"].build(ModelConfig("deepfm", layers=1, width=WIDTH, heads=2), 3)
+    with pytest.raises(ValueError, match="activation_checkpointing with DeepFM: it has no blocks"):
+        recompute_blocks(tower, has_dropout=False)
