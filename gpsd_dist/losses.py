@@ -33,14 +33,15 @@ def sampled_softmax(
     hit) is masked. Uniform draws, so no log-Q term. arXiv:2506.03699, section 3.2; temperature 0.05 from its official
     settings, and from those of HSTU (arXiv:2402.17152), which draws per position.
     """
-    unit_UE = F.normalize(rows_UE.float(), dim=-1)
-    query_ME = F.normalize(hidden_ME.float(), dim=-1) / temperature
-    indices = (target_row_M, target_item_M, negative_row_GN, negative_item_GN)
-    if group_offsets is None:
-        loss = _OwnNegativesSoftmax.apply(query_ME, unit_UE, *indices)
-    else:
-        loss = _SampledSoftmax.apply(query_ME, unit_UE, *indices, group_offsets, 1 / temperature)
-    return loss, loss.new_tensor(float(len(target_row_M)))
+    with torch.autocast(hidden_ME.device.type, enabled=False):  # a logit of 20 has a step of 0.125 in bf16
+        unit_UE = F.normalize(rows_UE.float(), dim=-1)
+        query_ME = F.normalize(hidden_ME.float(), dim=-1) / temperature
+        indices = (target_row_M, target_item_M, negative_row_GN, negative_item_GN)
+        if group_offsets is None:
+            loss = _OwnNegativesSoftmax.apply(query_ME, unit_UE, *indices)
+        else:
+            loss = _SampledSoftmax.apply(query_ME, unit_UE, *indices, group_offsets, 1 / temperature)
+    return loss, loss.new_full((), float(len(target_row_M)))
 
 
 class _SampledSoftmax(torch.autograd.Function):
@@ -62,7 +63,7 @@ class _SampledSoftmax(torch.autograd.Function):
             target, negative = unit_UE.index_select(0, target_row), unit_UE.index_select(0, negative_row)
             positive = (query * target).sum(-1) - bound
             logits = torch.addmm(shift, query, negative.t())
-            logits[_accidental_hits(target_item_M[start:stop], negative_item_GN[group])] = float("-inf")
+            _mask_hits(logits, target_item_M[start:stop], negative_item_GN[group])
             if 2 * bound > _MAX_EXPONENT:
                 largest = torch.maximum(logits.amax(-1), positive)
                 positive, logits = positive - largest, logits.sub_(largest[:, None])
@@ -115,6 +116,14 @@ class _OwnNegativesSoftmax(torch.autograd.Function):
         return (*(grad * grad_loss for grad in ctx.saved_tensors), *[None] * 4)
 
 
+def _mask_hits(logits_MN: torch.Tensor, target_M: torch.Tensor, negative_N: torch.Tensor) -> None:
+    """-inf, in place, where the negative is the position's target."""
+    if logits_MN.is_cuda:  # the search gives as many hits as there are, and the host would wait for their number
+        logits_MN.masked_fill_(target_M[:, None] == negative_N, float("-inf"))
+    else:
+        logits_MN[_accidental_hits(target_M, negative_N)] = float("-inf")
+
+
 def _accidental_hits(target_M: torch.Tensor, negative_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(position, negative) pairs that name the same item, by sorting N ids instead of comparing M x N."""
     sorted_N, order_N = negative_N.sort()
@@ -129,9 +138,10 @@ def full_softmax(
     hidden_ME: torch.Tensor, weight_VE: torch.Tensor, target_M: torch.Tensor, temperature: float
 ) -> LossSum:
     """The same cosine softmax over all rows of a small table (category loss); target int64 table indices."""
-    logits_MV = F.normalize(hidden_ME.float(), dim=-1) @ F.normalize(weight_VE.float(), dim=-1).t() / temperature
-    loss = F.cross_entropy(logits_MV, target_M, reduction="sum")
-    return loss, loss.new_tensor(float(len(target_M)))
+    with torch.autocast(hidden_ME.device.type, enabled=False):
+        logits_MV = F.normalize(hidden_ME.float(), dim=-1) @ F.normalize(weight_VE.float(), dim=-1).t() / temperature
+        loss = F.cross_entropy(logits_MV, target_M, reduction="sum")
+    return loss, loss.new_full((), float(len(target_M)))
 
 
 def next_behaviour(

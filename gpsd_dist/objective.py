@@ -46,7 +46,8 @@ class NextItemObjective:
 
     def counts(self, batch: Batch) -> torch.Tensor:
         """See Objective."""
-        return torch.full((len(self.weights),), float(len(batch.next_item.token_M)))
+        token_M = batch.next_item.token_M
+        return torch.full((len(self.weights),), float(len(token_M)), device=token_M.device)
 
     def sums(self, model: nn.Module, rows: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
         """See Objective."""

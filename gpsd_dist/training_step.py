@@ -30,6 +30,8 @@ class TrainingStep:
     ):
         """Collective. Puts the model into training mode. `last_good`: the newest checkpoint, for an error message."""
         self.run, self.runtime, self.assembly, self.profiler = run, runtime, assembly, profiler
+        if run.train.bf16 and runtime.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # losses stay in float32: TF32 keeps 10 bits
         self.model = assembly.model.train()
         self.parallel = parallelize(self.model, run, runtime)
         self.optimizer = dense_optimizer(self.model, run.dense)

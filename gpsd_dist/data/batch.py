@@ -80,7 +80,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Copies everything the device needs; asynchronous if the tensors are pinned."""
-        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        return to_device(self, device)
 
     def pin_memory(self) -> "Batch":
         """Page-locks every tensor, so that `to` can overlap with compute."""
@@ -99,7 +99,13 @@ class Batch:
 def lookup_of(tables: tuple[str, ...], index_U: torch.Tensor, sizes: list[int]) -> KeyedJaggedTensor:
     """What `Batch.lookup` holds: `index_U` int64, table after table; `sizes`: how many of them belong to each."""
     lengths = torch.tensor(sizes, dtype=torch.int64, device=index_U.device)
-    return KeyedJaggedTensor(keys=list(tables), values=index_U, lengths=lengths)
+    # `length_per_key`: TorchRec would ask the device for these numbers, which the host has
+    return KeyedJaggedTensor(keys=list(tables), values=index_U, lengths=lengths, length_per_key=list(sizes))
+
+
+def to_device(value: typing.Any, device: torch.device) -> typing.Any:
+    """A batch or a part of one (a Packing, say) with all of its tensors there; asynchronous if they are pinned."""
+    return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 _CONTAINERS = (Bag, NextItem, Packing, Bucket, Slots, Batch)
@@ -110,7 +116,12 @@ def _map_tensors(value: typing.Any, fn: typing.Callable[[torch.Tensor], torch.Te
     if isinstance(value, torch.Tensor):
         return fn(value)
     if isinstance(value, KeyedJaggedTensor):
-        return KeyedJaggedTensor(keys=value.keys(), values=fn(value.values()), lengths=fn(value.lengths()))
+        return KeyedJaggedTensor(
+            keys=value.keys(),
+            values=fn(value.values()),
+            lengths=fn(value.lengths()),
+            length_per_key=value.length_per_key_or_none(),
+        )
     if isinstance(value, _CONTAINERS):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return type(value)(**{name: _map_tensors(entry, fn) for name, entry in fields.items()})

@@ -84,6 +84,32 @@ def test_sampled_softmax_equals_masked_reference(name):
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["one group", "all negatives hit", "no positions"])
+def test_hits_found_by_search_are_those_found_by_comparison(name):
+    """CPU searches, CUDA compares."""
+    p = make_problem(**PROBLEMS[name])
+    target, negative = p["target_item"], p["negative_item"][0]
+    masked = torch.zeros(len(target), len(negative))
+    losses._mask_hits(masked, target, negative)
+    assert torch.equal(masked == -math.inf, target[:, None] == negative)
+
+
+def test_autocast_leaves_losses_in_float32():
+    """A cosine over 0.05 reaches 20, where bf16 has a step of 0.125."""
+    p = make_problem(**PROBLEMS["8 groups"])
+    for offsets in (p["group_offsets"], None):
+        problem = p | {"group_offsets": offsets}
+        if offsets is None:
+            problem |= make_problem(**OWN["some positions"]) | {"group_offsets": None}
+        hidden, rows = problem["hidden"].requires_grad_(), problem["rows"].requires_grad_()
+        found = []
+        for is_on in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+                loss, _ = run_ours(problem, hidden, rows)
+            found.append((loss, *torch.autograd.grad(loss, (hidden, rows))))
+        assert all(torch.equal(plain, under_autocast) for plain, under_autocast in zip(*found))
+
+
 OWN = {
     "some positions": {"num_positions": 11, "num_groups": 11, "num_negatives": 8},
     "one negative": {"num_positions": 5, "num_groups": 5, "num_negatives": 1},

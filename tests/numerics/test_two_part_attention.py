@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from gpsd_dist.data.batch import to_device
 from gpsd_dist.model import flash_parts, transformer
 from gpsd_dist.model.attention import bucketed, two_part
 from gpsd_dist.model.transformer import Transformer
@@ -102,9 +103,7 @@ def test_cuda_kernel_equals_float64(lengths, counts, head_width, candidates_only
     """bf16 keeps 8 bits: outputs are averages of unit normals, gradients sums of up to 200 such terms."""
     qkv, packing = make(lengths, counts, torch.bfloat16, head_width)
     expected = outputs(bucketed, qkv.detach().double().requires_grad_(), packing, candidates_only)
-    on_device = Packing.from_lengths(packing.history_length_B, packing.candidate_count_B)
-    for name in ("history_offsets", "candidate_offsets"):
-        object.__setattr__(on_device, name, getattr(on_device, name).cuda())
+    on_device = to_device(packing, torch.device("cuda", 0))
     ours = outputs(two_part, qkv.detach().cuda().requires_grad_(), on_device, candidates_only)
     for mine, theirs in zip(ours, expected, strict=True):
         error = (mine.double().cpu() - theirs).norm() / theirs.norm().clamp(min=1e-9)
