@@ -2,6 +2,7 @@
 
     python -m benchmarks.run --suite cpu [--names pretrain/grocery/h64,...] [--seconds 30] [--out runs/bench/bench.json]
     python -m benchmarks.run --suite loader
+    python -m benchmarks.run --suite gpu [--names lookup,...]      (benchmarks/gpu_suite.py)
 
 A name is kind/data/width: kind pretrain | discriminative | discriminative_k2 (two candidates per request), data
 grocery | kuairand | taobao_like, width h64 | h128 | h256. `all` selects every name. Both sides train L4A4 from random
@@ -29,7 +30,7 @@ import rich.console
 import rich.table
 import torch
 
-from benchmarks import loader_throughput
+from benchmarks import gpu_suite, loader_throughput
 from benchmarks.datasets import CANDIDATES_PER_ROW, SOURCES, BenchData, prepare
 from benchmarks.padded_baseline import PaddedBaseline, PaddedLoader
 from benchmarks.product import Product, run_config, split_step
@@ -194,7 +195,7 @@ def _selected(names: str) -> tuple[str, ...]:
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=("cpu", "loader"), default="cpu")
+    parser.add_argument("--suite", choices=("cpu", "loader", "gpu"), default="cpu")
     parser.add_argument("--names", default="", help="comma-separated, or all; default: a subset of some minutes")
     parser.add_argument(
         "--seconds", type=float, default=30.0, help="CPU time per name after warm-up (at least 3 pairs)"
@@ -208,6 +209,8 @@ def main(argv: list[str]) -> int:
     """Exit status 2 for a wrong name."""
     args = _arguments(argv)
     console = rich.console.Console(width=None if sys.stdout.isatty() else 200)
+    if args.suite == "gpu":
+        return gpu_suite.report(args.names.split(",") if args.names else gpu_suite.NAMES, args.out)
     if args.suite == "loader":
         loader_throughput.report(num_rows=400_000, num_passes=3)
         return 0

@@ -1,0 +1,67 @@
+"""Sizes, device and clock of the GPU suite."""
+
+import dataclasses
+import pathlib
+import time
+import typing
+
+import torch
+
+from gpsd_dist.distributed.runtime import Runtime
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    tokens_per_step: int = 65_536
+    negatives: int = 4096
+    steps: int = 30
+    warmup_steps: int = 10
+    table_rows: int = 2_000_000
+    looked_up_rows: int = 500_000
+    repeats: int = 20
+    max_trained: tuple[int, int, int] | None = None
+    """Trains this size (layers, width, heads) whatever the name says."""
+    requests: int = 1024
+    longest_history: int = 200
+    candidates: tuple[int, ...] = (1, 10, 100)
+
+
+TOY = Sizes(300, 16, 2, 1, 200, 50, 2, (2, 16, 2), 6, 9, (1, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What every part needs."""
+
+    sizes: Sizes
+    runtime: Runtime
+    folder: pathlib.Path
+
+    @property
+    def device(self) -> torch.device:
+        """Of this process."""
+        return self.runtime.device
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether there is a GPU to wait for."""
+        return self.device.type == "cuda"
+
+    def wait(self) -> None:
+        """Until the device has done all that was asked of it."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def seconds(self, work: typing.Callable[[], typing.Any], repeats: int) -> list[float]:
+        """Of each repetition of `work`, after one more to warm up."""
+        work()
+        found = []
+        for _ in range(repeats):
+            self.wait()
+            begin = time.perf_counter()
+            work()
+            self.wait()
+            found.append(time.perf_counter() - begin)
+        return found

@@ -1,0 +1,101 @@
+"""Parts of a step on one GPU: lookup of table rows, attention kernels against the length buckets."""
+
+import statistics
+import typing
+
+import numpy as np
+import torch
+
+from benchmarks.gpu_bench import Bench
+from gpsd_dist.config import OptimizerConfig, TablesConfig
+from gpsd_dist.data.batch import lookup_of, to_device
+from gpsd_dist.distributed.sharding import shard_tables
+from gpsd_dist.model import attention, hstu_attention
+from gpsd_dist.model.embeddings import Tables
+from gpsd_dist.packing import Packing
+from gpsd_dist.schema import Table
+
+
+def lookup(bench: Bench, name: str) -> dict[str, typing.Any]:
+    """Forward of the sharded tables on distinct random rows, against copying those rows from memory to memory."""
+    config, sizes = TablesConfig(embedding_dim=128), bench.sizes
+    tables = Tables((Table("item", sizes.table_rows, "x"),), (), config, torch.device("meta"))
+    sharded = shard_tables(tables, config, OptimizerConfig("rowwise_adagrad", 0.1), bench.runtime, seed=0)
+    index = np.random.default_rng(0).permutation(sizes.table_rows)[: sizes.looked_up_rows]
+    batch = lookup_of(("item",), torch.from_numpy(np.sort(index)), [len(index)]).to(bench.device)
+    with torch.no_grad():
+        lookup_s = bench.seconds(lambda: sharded(batch)["item"], sizes.repeats)
+        rows = sharded(batch)["item"]
+        target = torch.empty_like(rows)
+        copy_s = bench.seconds(lambda: target.copy_(rows), sizes.repeats)
+    moved = 2 * rows.numel() * rows.element_size()  # read and written
+    times = {"lookup": statistics.median(lookup_s), "copy": statistics.median(copy_s)}
+    rates = {f"{key}_gb_per_s": moved / seconds / 1e9 for key, seconds in times.items()}
+    return rates | {"time_ratio": times["lookup"] / times["copy"], "spread_ms": _spread_ms(lookup_s)}
+
+
+def attention_kernels(bench: Bench, name: str) -> dict[str, typing.Any]:
+    """Forward and backward of one layer's attention, H = 4, K = 64, by candidates per request."""
+    found = {}
+    for candidates in bench.sizes.candidates:
+        packing, qkv = _requests(bench, candidates, 4, 64)
+        sides = {"two_part": attention.two_part, "bucketed": attention.bucketed}
+        found |= _compared(bench, sides, qkv, packing, f"k{candidates}")
+    return found
+
+
+def hstu_kernel(bench: Bench, name: str) -> dict[str, typing.Any]:
+    """The same for HSTU, with the time bias. On CPU both sides are the buckets."""
+    packing, qkv = _requests(bench, 1, 4, 64)
+    positions = bench.sizes.longest_history + 11
+    random = torch.Generator().manual_seed(1)
+    weights = (torch.randn(n, generator=random) * 0.02 for n in (2 * positions - 1, hstu_attention.NUM_TIME_BUCKETS))
+    bias = hstu_attention.BiasWeights(*(weight.to(bench.device) for weight in weights))
+    times = torch.arange(packing.num_history_tokens, device=bench.device) * 60
+    request = torch.full((packing.num_requests,), 10**9, device=bench.device)
+
+    def attend(qkv_S3HK, for_kernel):
+        relations = hstu_attention.relate(packing, times, request, for_kernel)
+        if for_kernel:
+            return hstu_attention.attend(qkv_S3HK, bias, relations)
+        return torch.cat(hstu_attention.bucketed(qkv_S3HK, bias, relations, False))
+
+    has_kernel = hstu_attention.has_kernel(qkv)
+    sides = {"kernel": lambda x, _: attend(x, has_kernel)[: packing.num_history_tokens]}
+    sides["bucketed"] = lambda x, _: attend(x, False)[: packing.num_history_tokens]
+    return _compared(bench, sides, qkv, packing, "history")
+
+
+def _requests(bench: Bench, candidates: int, heads: int, width: int) -> tuple[Packing, torch.Tensor]:
+    """Histories of 1 to `longest_history` tokens, all with as many candidates; bf16 on a GPU."""
+    sizes, random = bench.sizes, np.random.default_rng(0)
+    lengths = np.sort(random.integers(1, sizes.longest_history + 1, sizes.requests))
+    host = Packing.from_lengths(lengths, np.full(sizes.requests, candidates))
+    tokens = host.num_history_tokens + host.num_candidates
+    qkv = torch.randn(tokens, 3, heads, width, generator=torch.Generator().manual_seed(0))
+    dtype = torch.bfloat16 if bench.is_cuda else torch.float32
+    return to_device(host, bench.device), qkv.to(bench.device, dtype).requires_grad_()
+
+
+def _compared(bench: Bench, sides: dict, qkv: torch.Tensor, packing: Packing, key: str) -> dict[str, typing.Any]:
+    """Milliseconds of every side, and how far the first is from the second one in float32, relative to its norm."""
+    found, gradients = {}, {}
+    for side, function in sides.items():
+
+        def work(function=function):
+            return torch.autograd.grad(function(qkv, packing).float().square().sum(), qkv)[0]
+
+        seconds = bench.seconds(work, bench.sizes.repeats)
+        found[f"{key}_{side}_ms"] = 1000 * statistics.median(seconds)
+        gradients[side] = work().float()
+    first, last = sides
+    wide = qkv.detach().float().requires_grad_()
+    out = sides[last](wide, packing)
+    expected = torch.autograd.grad(out.square().sum(), wide)[0]
+    found[f"{key}_{first}_error"] = float((gradients[first] - expected).norm() / expected.norm())
+    found[f"{key}_{last}_error"] = float((gradients[last] - expected).norm() / expected.norm())
+    return found
+
+
+def _spread_ms(seconds: list[float]) -> list[float]:
+    return [1000 * min(seconds), 1000 * max(seconds)]

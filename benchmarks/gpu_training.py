@@ -1,0 +1,151 @@
+"""Training steps on one GPU: speed, MFU, memory, and where the host waits."""
+
+import itertools
+import pathlib
+import statistics
+import time
+import typing
+import warnings
+
+import numpy as np
+import torch
+
+from benchmarks.datasets import BenchData, prepare
+from benchmarks.gpu_bench import Bench, Sizes
+from gpsd_dist.capacity.estimate import model_size, training_flops
+from gpsd_dist.capacity.workload import Workload
+from gpsd_dist.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    RunConfig,
+    TablesConfig,
+    TrainConfig,
+)
+from gpsd_dist.data.batch import Batch
+from gpsd_dist.execution_config import ExecutionConfig
+from gpsd_dist.metrics.recorder import Recorder
+from gpsd_dist.metrics.throughput import mfu, peak_bf16_flops
+from gpsd_dist.trainer import Trainer
+
+TRAINED = {"l24h1024a16": (24, 1024, 16), "l4h256a4": (4, 256, 4)}
+
+
+def run_config(
+    data: BenchData, size: tuple[int, int, int], sizes: Sizes, option: str, folder: pathlib.Path
+) -> RunConfig:
+    """Pretraining in bf16 with one set of negatives for the whole batch."""
+    layers, width, heads = size
+    return RunConfig(
+        stage="pretrain",
+        data_dir=str(data.data_dir),
+        output_dir=str(folder / "run"),
+        data=DataConfig(
+            max_history_length=data.source.max_history_length,
+            global_batch_rows=0,
+            global_batch_tokens=sizes.tokens_per_step,
+            num_threads=4,
+        ),
+        tables=TablesConfig(embedding_dim=width),
+        model=ModelConfig(layers=layers, width=width, heads=heads, compile=option == "compile"),
+        pretrain=PretrainConfig(num_negative_groups=1, num_negatives=sizes.negatives, auxiliary=("category",)),
+        dense=OptimizerConfig("adamw", 1e-3, weight_decay=0.1),
+        train=TrainConfig(epochs=1000, bf16=True, log_interval_steps=10**6),
+        execution=ExecutionConfig(
+            activation_checkpointing=option == "activation_checkpointing",
+            pipeline="sparse_dist" if option == "sparse_dist" else "plain",
+        ),
+    )
+
+
+class Training:
+    """A trainer without validation, logging or saving."""
+
+    def __init__(self, bench: Bench, size: tuple[int, int, int], option: str):
+        self.data = prepare("pretrain", "taobao_like", pathlib.Path("data"), bench.folder)
+        self.run = run_config(self.data, bench.sizes.max_trained or size, bench.sizes, option, bench.folder)
+        self.trainer = Trainer(self.run, bench.runtime)
+        self.recorder = Recorder(self.run.output_dir, 0, device=bench.device)
+        self.source = self.trainer._endless()
+
+    def steps(self) -> typing.Iterator[int]:
+        """Real tokens of each step of the real loop, loader included."""
+        while True:
+            for _ in self.trainer._steps(self.recorder):
+                yield self.run.data.global_batch_tokens
+
+    def close(self) -> None:
+        """Ends the loader's threads."""
+        self.trainer.loader.close()
+        self.recorder.close()
+
+
+def train(bench: Bench, name: str) -> dict[str, typing.Any]:
+    """Speed of whole training steps."""
+    _, size, *option = name.split("/")
+    training = Training(bench, TRAINED[size], option[0] if option else "")
+    sizes = bench.sizes
+    found: dict[str, typing.Any] = {}
+    try:
+        loop_s = timed_steps(bench, training.steps())
+        if training.run.execution.pipeline == "plain":
+            batches = [next(training.source) for _ in range(4)]
+            tokens = statistics.mean(sum(part.packing.num_history_tokens for part in parts) for parts in batches)
+            cycled = itertools.cycle(batches)
+            device_s = timed_steps(bench, (training.trainer._train_step(p, training.recorder) for p in cycled))
+            flops = training_flops(training.run, model_size(training.run, training.data.manifest), workload(batches))
+            found |= {"device_step_ms": 1000 * device_s, "device_tokens_per_s": tokens / device_s}
+            peak = peak_bf16_flops(torch.cuda.get_device_name()) if bench.is_cuda else None
+            found["tflops_per_s"] = flops.step / device_s / 1e12
+            found["mfu"] = mfu(tokens / device_s, flops.token, peak) if peak else None
+    finally:
+        training.close()
+    found |= {"loop_step_ms": 1000 * loop_s, "loop_tokens_per_s": sizes.tokens_per_step / loop_s}
+    found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if bench.is_cuda else None
+    return found
+
+
+def timed_steps(bench: Bench, steps: typing.Iterator[typing.Any]) -> float:
+    """Seconds per step, over all measured steps together: the host may run ahead of the device, as in training."""
+    for _ in range(bench.sizes.warmup_steps):
+        next(steps)
+    bench.wait()
+    begin = time.perf_counter()
+    for _ in range(bench.sizes.steps):
+        next(steps)
+    bench.wait()
+    return (time.perf_counter() - begin) / bench.sizes.steps
+
+
+def workload(batches: list[tuple[Batch, ...]]) -> Workload:
+    """Means over the batches, as `capacity` counts them."""
+    lengths = [np.concatenate([part.packing.history_length_B for part in parts]) for parts in batches]
+    tokens, pairs = (statistics.mean(float(f(n)) for n in lengths) for f in (np.sum, lambda n: np.sum(n * (n + 1) / 2)))
+    return Workload(statistics.mean(len(n) for n in lengths), tokens, 0.0, pairs / tokens, 0, {})
+
+
+def host_syncs(bench: Bench, name: str) -> dict[str, typing.Any]:
+    """Places in our own code and in libraries, with how often a step waits there; the first steps are left out."""
+    if not bench.is_cuda:
+        return {"skipped": "CUDA alone says where it waits"}
+    training = Training(bench, TRAINED["l4h256a4"], "")
+    steps = training.steps()
+    try:
+        for _ in range(bench.sizes.warmup_steps):
+            next(steps)
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(bench.sizes.steps):
+                next(steps)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        training.close()
+    places: dict[str, float] = {}
+    for warning in caught:
+        if "synchroniz" in str(warning.message):
+            place = f"{warning.filename}:{warning.lineno}"
+            places[place] = places.get(place, 0) + 1 / bench.sizes.steps
+    ours = sum(count for place, count in places.items() if "/gpsd_dist/" in place)
+    return {"waits": ours, "waits_of_libraries": sum(places.values()) - ours, "places": places}
