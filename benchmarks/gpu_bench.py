@@ -14,7 +14,8 @@ from gpsd_dist.distributed.runtime import Runtime
 class Sizes:
     """How much is measured."""
 
-    tokens_per_step: int = 65_536
+    tokens_per_step: int = 72_000
+    """Upper bound; 8192 requests with 492,000 tokens then make 7 batches of 70,000."""
     negatives: int = 4096
     steps: int = 30
     warmup_steps: int = 10

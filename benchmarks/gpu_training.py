@@ -69,11 +69,15 @@ class Training:
         self.recorder = Recorder(self.run.output_dir, 0, device=bench.device)
         self.source = self.trainer._endless()
 
-    def steps(self) -> typing.Iterator[int]:
-        """Real tokens of each step of the real loop, loader included."""
+    def steps(self) -> typing.Iterator[None]:
+        """Steps of the real loop, loader included."""
         while True:
-            for _ in self.trainer._steps(self.recorder):
-                yield self.run.data.global_batch_tokens
+            yield from self.trainer._steps(self.recorder)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Real history tokens of a step; as many as fit below the bound."""
+        return self.data.manifest.split("pretrain").num_history_tokens / self.trainer.loader.steps_per_epoch
 
     def close(self) -> None:
         """Ends the loader's threads."""
@@ -85,7 +89,6 @@ def train(bench: Bench, name: str) -> dict[str, typing.Any]:
     """Speed of whole training steps."""
     _, size, *option = name.split("/")
     training = Training(bench, TRAINED[size], option[0] if option else "")
-    sizes = bench.sizes
     found: dict[str, typing.Any] = {}
     try:
         loop_s = timed_steps(bench, training.steps())
@@ -101,7 +104,7 @@ def train(bench: Bench, name: str) -> dict[str, typing.Any]:
             found["mfu"] = mfu(tokens / device_s, flops.token, peak) if peak else None
     finally:
         training.close()
-    found |= {"loop_step_ms": 1000 * loop_s, "loop_tokens_per_s": sizes.tokens_per_step / loop_s}
+    found |= {"loop_step_ms": 1000 * loop_s, "loop_tokens_per_s": training.mean_tokens / loop_s}
     found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if bench.is_cuda else None
     return found
 

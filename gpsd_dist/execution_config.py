@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from gpsd_dist.option_checks import check_types, raise_all
+from gpsd_dist.option_checks import below, check_types, raise_all
 
 PIPELINES = ("plain", "sparse_dist")
 DENSE_PARALLEL = ("ddp", "fsdp2")
@@ -26,6 +26,12 @@ class ExecutionConfig:
     dense_parallel: str = "ddp"
     """ddp | fsdp2: every rank keeps the whole dense part, or a part of its weights, gradients and optimizer state,
     which are gathered block by block as they are needed (fully_shard). For towers that do not fit otherwise."""
+    token_multiple: int = 0
+    """transformer: the tower's history tokens and candidates are padded to a multiple of this in training, so that it
+    meets few shapes; 0: no padding. With --gin.DataConfig.global_batch_tokens the number of tokens hardly varies."""
+    cuda_graphs: bool = False
+    """Compile the tower for each padded shape and replay it as a CUDA graph: for small towers, whose kernels take less
+    time than their launch. Needs token_multiple."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -36,7 +42,11 @@ class ExecutionConfig:
             "dense_parallel": DENSE_PARALLEL,
         }
         given = {name: getattr(self, name) for name in choices}
-        raise_all(self, [f"{n} {v!r} is not one of {choices[n]}" for n, v in given.items() if v not in choices[n]])
+        problems = [f"{n} {v!r} is not one of {choices[n]}" for n, v in given.items() if v not in choices[n]]
+        problems += below(self, "token_multiple", 0)
+        if self.cuda_graphs and not self.token_multiple:
+            problems.append("cuda_graphs needs few shapes: set token_multiple, to 1024 for example")
+        raise_all(self, problems)
 
 
 DEFAULT = ExecutionConfig()

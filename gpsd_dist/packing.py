@@ -65,6 +65,8 @@ class Packing:
     num_history_tokens: int
     num_candidates: int
     max_history_length: int
+    max_candidates: int
+    """The most candidates of a request."""
     candidate_key_count: int
     """Sum over candidates of history length + 1: keys that candidates attend to."""
     buckets: tuple[Bucket, ...]
@@ -93,6 +95,7 @@ class Packing:
             num_history_tokens=num_tokens,
             num_candidates=num_candidates,
             max_history_length=int(history_length_B[-1]) if num_requests else 0,
+            max_candidates=int(candidate_count_B.max(initial=0)),
             candidate_key_count=int(history_length_B[request_C].sum()) + num_candidates,
             buckets=tuple(_buckets(history_length_B, history_offsets, candidate_count_B, candidate_offsets)),
             history_length_B=history_length_B,
@@ -123,6 +126,7 @@ class Packing:
             position_S=self.position_S[: self.num_history_tokens],
             request_C=self.request_C[:0],
             num_candidates=0,
+            max_candidates=0,
             candidate_key_count=0,
             buckets=tuple(dataclasses.replace(bucket, **none) for bucket in self.buckets),
             candidate_count_B=np.zeros_like(self.candidate_count_B),

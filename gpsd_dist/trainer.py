@@ -292,6 +292,7 @@ class Trainer:
             num_negatives=run.pretrain.num_negatives,
             seed=run.seed,
             num_parts=run.train.micro_batches,
+            token_multiple=run.execution.token_multiple,
         )
         is_pinned = self.runtime.device.type == "cuda"
 

@@ -135,6 +135,8 @@ class TrainingStep:
     def _forward(self, rows: dict[str, torch.Tensor], batch: Batch, is_last: bool) -> torch.Tensor:
         """Loss sums [L] of one part; gradients are exchanged with the last one alone."""
         exchange_gradients(self.parallel, is_last)
+        if self.run.execution.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last replay gave is not needed any more
         autocast = torch.autocast(self.runtime.device.type, torch.bfloat16, enabled=self.run.train.bf16)
         with autocast, self.profiler.range(profiling.FORWARD):
             return self.assembly.objective.sums(self.parallel, rows, batch)

@@ -30,6 +30,8 @@ _MAY_CHANGE_ON_RESUME = (
     ("execution", "activation_checkpointing"),
     ("execution", "pipeline"),
     ("execution", "dense_parallel"),
+    ("execution", "token_multiple"),
+    ("execution", "cuda_graphs"),
 )
 _SAME_DATA = ("features", "tables", "tasks", "splits")
 """Parts of the manifest that a run depends on; paths, commands and times of building may differ."""

@@ -11,6 +11,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from gpsd_dist.packing import Bucket, Packing, Slots
+from gpsd_dist.packing_padded import PaddedPacking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Batch:
     source_row_B: torch.Tensor
     """int64: position of each request in the Arrow table that the batch was made of."""
     next_item: NextItem | None = None
+    padded: PaddedPacking | None = None
+    """Geometry that the tower runs in, if not that of `packing`."""
 
     @property
     def num_requests(self) -> int:
@@ -108,7 +111,7 @@ def to_device(value: typing.Any, device: torch.device) -> typing.Any:
     return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-_CONTAINERS = (Bag, NextItem, Packing, Bucket, Slots, Batch)
+_CONTAINERS = (Bag, NextItem, Packing, PaddedPacking, Bucket, Slots, Batch)
 
 
 def _map_tensors(value: typing.Any, fn: typing.Callable[[torch.Tensor], torch.Tensor]) -> typing.Any:

@@ -17,6 +17,7 @@ from gpsd_dist.data.batch import Bag, Batch, NextItem, lookup_of
 from gpsd_dist.data.loader import BatchKey
 from gpsd_dist.data.parquet_dataset import BadValue
 from gpsd_dist.packing import Packing
+from gpsd_dist.packing_padded import PaddedPacking, pad_packing
 from gpsd_dist.schema import NUM_RESERVED_ROWS, Feature, Manifest
 
 _MAX_DEVIATIONS = 5.0  # a numerical feature is standardised and cut here: one outlier must not drown a token (untuned)
@@ -46,6 +47,8 @@ class Collate:
     seed: int = 0
     num_parts: int = 1
     """Rows are dealt round over this many batches by length, so that all cost about the same."""
+    token_multiple: int = 0
+    """Also plan a padded geometry with numbers of tokens that are multiples of this; 0: do not."""
 
     def columns(self) -> tuple[str, ...]:
         """Parquet columns that a batch needs."""
@@ -108,7 +111,13 @@ class Collate:
             user_hash_B=_tensor(part.scalars["user_hash"]),
             source_row_B=torch.from_numpy(part.order),
             next_item=None if negatives is None else self._next_item(part, negatives),
+            padded=self._padded(part.packing),
         )
+
+    def _padded(self, packing: Packing) -> PaddedPacking | None:
+        if not self.token_multiple:
+            return None
+        return pad_packing(packing, self.token_multiple, self.max_history_length)
 
     def _sort_by_length(self, rows: pa.Table) -> tuple[np.ndarray, np.ndarray, pa.Table]:
         """Requests by ascending (truncated) history length, stable; (order [B], length [B], sorted rows)."""

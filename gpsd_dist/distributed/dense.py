@@ -25,6 +25,12 @@ def parallelize(model: nn.Module, run: RunConfig, runtime: Runtime) -> nn.Module
     """
     if run.execution.activation_checkpointing:
         recompute_blocks(model.backbone.tower, has_dropout=run.model.dropout > 0)
+    if run.execution.token_multiple and run.model.name != "transformer":
+        raise ValueError(f"token_multiple with model {run.model.name!r}: only the transformer runs on padded batches")
+    if run.execution.cuda_graphs:
+        # The function, not the module: a module set as an attribute would change parameter names.
+        tower = model.backbone.tower
+        model.backbone.call_padded = torch.compile(tower.forward, dynamic=False, mode="reduce-overhead")
     if runtime.world_size == 1:
         if run.execution.dense_parallel == "fsdp2":
             log.warning("dense_parallel fsdp2 has no effect on one rank")

@@ -88,7 +88,6 @@ def from_slots(out_nHWK: torch.Tensor, slots: Slots | None) -> torch.Tensor:
 
 def two_part(qkv_S3HK: torch.Tensor, packing: Packing, candidates_only: bool = False) -> torch.Tensor:
     """Flash kernels without padding: one causal call for the histories, one for the candidates over their histories."""
-    max_candidates = max((bucket.max_candidates for bucket in packing.buckets), default=0)
-    sizes = packing.num_history_tokens, packing.max_history_length, max_candidates
+    sizes = packing.num_history_tokens, packing.max_history_length, packing.max_candidates
     offsets = packing.history_offsets, packing.candidate_offsets
     return two_part_attention(qkv_S3HK, *offsets, sizes, candidates_only).flatten(1)

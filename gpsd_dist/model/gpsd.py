@@ -38,10 +38,16 @@ class Backbone(nn.Module):
         self.tower = tower.build(model, self.embedder.num_fields)
         if model.compile:
             self.tower.compile(dynamic=True)  # in place: parameter names stay
+        self.call_padded: typing.Callable[..., torch.Tensor] | None = None
+        """What runs the tower on padded batches; None: the tower itself."""
 
     def forward(self, rows: dict[str, torch.Tensor], batch: Batch, candidates_only: bool = False) -> torch.Tensor:
         """-> hidden states [S, D], or those of the candidates [C, out_width]"""
-        return self.tower(self._tokens(rows, batch), batch.packing, candidates_only, _times(batch))
+        x, padded = self._tokens(rows, batch), batch.padded
+        if padded is None:
+            return self.tower(x, batch.packing, candidates_only, _times(batch))
+        call = self.call_padded or self.tower
+        return padded.take(call(padded.fill(x), padded.packing, candidates_only), candidates_only)
 
     def with_history(self, rows: dict[str, torch.Tensor], batch: Batch) -> tuple[torch.Tensor, "HistoryStates"]:
         """The candidates' states [C, out_width], and those of their histories (towers that `supervises_history`)."""

@@ -40,6 +40,8 @@ INVALID = [
     ],
     (ExecutionConfig, {"exchange_forward": "int8"}, "exchange_forward 'int8' is not one of ('fp32', 'fp16', 'bf16')"),
     (ExecutionConfig, {"exchange_backward": "half"}, "exchange_backward 'half'"),
+    (ExecutionConfig, {"token_multiple": -1}, "token_multiple -1 must be >= 0"),
+    (ExecutionConfig, {"cuda_graphs": True}, "cuda_graphs needs few shapes: set token_multiple"),
     (ExecutionConfig, {"dense_parallel": "zero3"}, "dense_parallel 'zero3'"),
     (ExecutionConfig, {"pipeline": "auto"}, "pipeline 'auto' is not one of ('plain', 'sparse_dist')"),
     (TablesConfig, {"embedding_dim": 0}, "embedding_dim 0 must be >= 1"),
@@ -210,7 +212,7 @@ def full_run():
         dense=OptimizerConfig("adamw", 0.2, 0.8, 0.7, 1e-6, 0.3),
         sparse=OptimizerConfig("sgd", 0.3, 0.5, 0.6, 1e-5, 0.0),
         train=TrainConfig(3, 9, 0.2, 0.3, 0.5, 2, True, 3, "click/auc", 4, 5, 6, 0.5, False, "s3://b", 7, 8, True),
-        execution=ExecutionConfig(True, "bf16", "fp16", "sparse_dist", "fsdp2"),
+        execution=ExecutionConfig(True, "bf16", "fp16", "sparse_dist", "fsdp2", 64, True),
     )
 
 
