@@ -21,6 +21,7 @@ from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensorBase
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.tensor import DTensor
 
 from gpsd_dist.checkpoint.integrity import FileSum
 from gpsd_dist.checkpoint.storage import Location, Remote
@@ -173,7 +174,7 @@ class Reader(dcp.FileSystemReader):
 
 
 def staged(tensors: dict[str, typing.Any], before: dict[str, typing.Any] | None) -> dict[str, typing.Any]:
-    """A copy of nested dicts of tensors and ShardedTensors on the CPU, local shards only.
+    """A copy of nested dicts of tensors, ShardedTensors and DTensors on the CPU, local shards only.
 
     `before`: the result of an earlier call, whose memory is used again where shapes agree (fresh pages cost more than
     the copy). Waits for the GPU. No collective.
@@ -192,6 +193,11 @@ def staged(tensors: dict[str, typing.Any], before: dict[str, typing.Any] | None)
             # the base's constructor asks no other rank, and takes CPU copies of shards that are placed on a GPU:
             # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/_shard/sharded_tensor/api.py
             copies[key] = ShardedTensorBase._init_from_local_shards_and_global_metadata(shards, value.metadata())
+        elif isinstance(value, DTensor):
+            local = _copied(value.to_local(), old.to_local() if old is not None else None)
+            # `from_local` would move the copy back to the device of the mesh:
+            # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/tensor/_api.py
+            copies[key] = DTensor(local, value._spec, requires_grad=False)
         else:
             copies[key] = _copied(value, old)
     return copies
