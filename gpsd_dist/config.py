@@ -7,6 +7,7 @@ Sizes of tables are not options: they come from the data set's manifest.
 import dataclasses
 import typing
 
+from gpsd_dist.id_options import IdsConfig
 from gpsd_dist.option_checks import below, check_types, raise_all
 
 STAGES = ("pretrain", "finetune")
@@ -276,6 +277,7 @@ class RunConfig:
     seed: int = 0
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     tables: TablesConfig = dataclasses.field(default_factory=TablesConfig)
+    ids: IdsConfig = dataclasses.field(default_factory=IdsConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     pretrain: PretrainConfig = dataclasses.field(default_factory=PretrainConfig)
     finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
@@ -329,8 +331,8 @@ class RunConfig:
         return self.strategy in ("ST_SF", "FT_SF")
 
 
-_PARTS = (DataConfig, TablesConfig, ModelConfig, PretrainConfig, FinetuneConfig, OptimizerConfig, TrainConfig)
-GIN_CLASSES = (*_PARTS, RunConfig)
+_DATA_PARTS = (DataConfig, TablesConfig, IdsConfig)
+GIN_CLASSES = (*_DATA_PARTS, ModelConfig, PretrainConfig, FinetuneConfig, OptimizerConfig, TrainConfig, RunConfig)
 
 
 def run_config_from_dict(raw: dict[str, typing.Any]) -> RunConfig:

@@ -45,7 +45,7 @@ class TrainingStep:
         seed_step(self.run.seed, step, self.runtime.rank)
         self._set_learning_rates(lr_factor, recorder)
         self.optimizer.zero_grad()
-        batches = tuple(batch.to(self.runtime.device) for batch in batches)
+        batches = self.assembly.ids.train(tuple(batch.to(self.runtime.device) for batch in batches))
         with self.profiler.range(profiling.COLLECTIVES):
             counts = all_sum(sum(self.assembly.objective.counts(batch) for batch in batches).to(self.runtime.device))
         sums = self._backward(batches, counts, step)  # updates the tables

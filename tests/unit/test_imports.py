@@ -13,6 +13,7 @@ REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
 BASE, MIDDLE, COMPOSITION, ENTRY = range(4)
 LAYERS = {
     "config": BASE,
+    "id_options": BASE,
     "option_checks": BASE,
     "schema": BASE,
     "packing": BASE,
@@ -35,6 +36,7 @@ ALLOWED_LIBRARIES = {
     "gpsd_dist": set(),
     "gpsd_dist.config": set(),
     "gpsd_dist.option_checks": set(),
+    "gpsd_dist.id_options": set(),
     "gpsd_dist.schema": {"pyarrow"},
     "gpsd_dist.packing": {"torch", "numpy"},
     "gpsd_dist.losses": {"torch"},
@@ -47,6 +49,8 @@ TORCHREC_USERS = (
     "gpsd_dist.model.embeddings",
     "gpsd_dist.data.batch",
     "gpsd_dist.data.collate",
+    "gpsd_dist.data.distinct",
+    "gpsd_dist.ids.",
     "gpsd_dist.optim.",
     "gpsd_dist.checkpoint.",
     "gpsd_dist.doctor_operations",
