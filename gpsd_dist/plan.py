@@ -151,6 +151,7 @@ def _memory_table(found: Estimate) -> rich.table.Table:
         "table weights": memory.tables,
         "state of the tables' optimizer": memory.optimizer,
         "dense: weights, gradients, AdamW, buckets": memory.dense,
+        "maps of managed ids": memory.maps,
         "held all the time": memory.held,
         "activations kept for the backward": memory.activations,
         "gradients under way": memory.working,

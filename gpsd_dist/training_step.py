@@ -46,6 +46,8 @@ class TrainingStep:
         self._set_learning_rates(lr_factor, recorder)
         self.optimizer.zero_grad()
         batches = self.assembly.ids.train(tuple(batch.to(self.runtime.device) for batch in batches))
+        for name, value in self.assembly.ids.metrics().items():
+            recorder.record(name, value, reduce="last")
         with self.profiler.range(profiling.COLLECTIVES):
             counts = all_sum(sum(self.assembly.objective.counts(batch) for batch in batches).to(self.runtime.device))
         sums = self._backward(batches, counts, step)  # updates the tables

@@ -70,7 +70,7 @@ def read_batches(
             if absent:
                 raise ValueError(f"{path} has no column {absent}, it has {file.schema_arrow.names}")
             for batch in file.iter_batches(_BATCH_ROWS, columns=list(columns)):
-                yield _with_hashed_ids(batch, manifest)
+                yield _with_hashed_ids(batch, manifest) if manifest.unbounded else batch
         except (OSError, pa.ArrowInvalid) as error:
             raise ValueError(f"{path} cannot be read ({error}); build the data set again") from error
 

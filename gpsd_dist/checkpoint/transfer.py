@@ -37,7 +37,8 @@ def transfer(run: RunConfig, manifest: Manifest, own: manager.Tensors) -> str:
     moved = {name: value for name, value in dense.items() if run.transfers_tower and name.startswith(_TOWER_PREFIX)}
     maps = {name: state for name, state in own.get("ids", {}).items() if name in tables}
     manager.load_tensors(checkpoint, {"table": tables, "dense": moved} | ({"ids": maps} if maps else {}))
-    return _report(run, checkpoint, state, tables, moved, dense)
+    lines = [f"  loaded ids.{name}, which id has which row; updates go on: {not run.freezes_tables}" for name in maps]
+    return "\n".join([_report(run, checkpoint, state, tables, moved, dense), *lines])
 
 
 def _check_vocabularies(run: RunConfig, manifest: Manifest, state: manager.RunState, checkpoint: Location) -> None:
@@ -82,9 +83,8 @@ def _report(
     lines += [f"  random {len(fresh)} dense tensors: {', '.join(sorted({n.split('.')[0] for n in fresh})) or 'none'}"]
     used = {f"table.{name}" for name in tables} | {f"dense.{name}" for name in moved}
     weights = [key for key in manager.saved_keys(checkpoint) if "optimizer" not in key.split(".")[0]]
-    skipped = [
-        key for key in weights if key not in used and not key.startswith(tuple(f"ids.{name}." for name in tables))
-    ]
+    used |= {key for key in weights if key.startswith(tuple(f"ids.{name}." for name in tables))}
+    skipped = [key for key in weights if key not in used]
     examples = ", ".join(skipped[:4]) + " ..." * (len(skipped) > 4)
     lines += [f"  not taken from the checkpoint: {len(skipped)} tensors ({examples})"]
     return "\n".join(lines)

@@ -6,6 +6,7 @@ Shape letters: U distinct ids of a rank's batch, A those of all ranks (with repe
 """
 
 import dataclasses
+import re
 import typing
 
 import torch
@@ -27,6 +28,13 @@ class IdAssignment:
         item = manifest.feature(manifest.item_feature)
         self._item_feature, self._item_table = item.name, item.table
         self._maps, self._resets = maps, resets
+        self._metrics: dict[str, float] = {}
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last `train`, over all ranks: `ids/<table>_rows_used` (part of the rows that belong to an id),
+        `ids/<table>_changed_rows`, and `ids/<table>_unknown` (part of the occurrences that read the unknown row).
+        """
+        return self._metrics
 
     def train(self, batches: tuple[Batch, ...]) -> tuple[Batch, ...]:
         """Counts, admits and evicts, then assigns rows to the parts of a batch. Collective: all ranks must call."""
@@ -40,7 +48,9 @@ class IdAssignment:
             distinct, place_A = id_A.unique(return_inverse=True)
             counts = torch.zeros_like(distinct).index_add_(0, place_A, count_A)
             managed = self._maps[table]
-            self._resets[table](managed.update(distinct, counts), managed.num_updates)
+            changed = managed.update(distinct, counts)
+            self._resets[table](changed, managed.num_updates)
+            self._measure(table, changed, distinct, counts)
         return self.assign(batches)
 
     def assign(self, batches: tuple[Batch, ...]) -> tuple[Batch, ...]:
@@ -66,6 +76,13 @@ class IdAssignment:
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
         """Table -> live tensors of its map, for checkpoints; the same on every rank."""
         return {table: managed.state() for table, managed in self._maps.items()}
+
+    def _measure(self, table: str, changed: torch.Tensor, distinct: torch.Tensor, counts: torch.Tensor) -> None:
+        managed, name = self._maps[table], re.sub("[^A-Za-z0-9_]", "_", table)
+        unknown = counts[managed.rows(distinct) == UNKNOWN_INDEX].sum() / counts.sum().clamp(min=1)
+        self._metrics[f"ids/{name}_rows_used"] = managed.part_used
+        self._metrics[f"ids/{name}_changed_rows"] = float(len(changed))
+        self._metrics[f"ids/{name}_unknown"] = float(unknown)
 
     def _section(self, batch: Batch, table: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(distinct ids [U], draws [N]) of a table in the lookup."""

@@ -38,6 +38,11 @@ _STATE = {
 """Buffers of the module -> names in checkpoints."""
 
 
+def map_bytes(num_rows: int, eviction: str) -> int:
+    """Of one map: id, row and metadata for every row, id, count and time for as many that wait; int64 each."""
+    return 8 * num_rows * (2 + len(_POLICIES[eviction]().metadata_info) + 3)
+
+
 class ManagedMap:
     """Which id has which row of one table."""
 
@@ -58,7 +63,7 @@ class ManagedMap:
     @property
     def num_updates(self) -> int:
         """Updates so far, in this run and those that it continues."""
-        return int(self._module._current_iter_tensor.item())
+        return int(self._buffer("_current_iter_tensor").item())
 
     def rows(self, id_U: torch.Tensor) -> torch.Tensor:
         """Row of each id, int64 [U]; UNKNOWN_INDEX where it has none. Changes nothing."""
@@ -68,8 +73,12 @@ class ManagedMap:
 
     def occupied(self) -> torch.Tensor:
         """Rows that belong to an id, ascending, int64."""
-        buffers = dict(self._module.named_buffers())
-        return buffers["_mch_remapped_ids_mapping"][buffers["_mch_sorted_raw_ids"] != NO_ID].sort().values
+        return self._buffer("_mch_remapped_ids_mapping")[self._buffer("_mch_sorted_raw_ids") != NO_ID].sort().values
+
+    @property
+    def part_used(self) -> float:
+        """Part of the rows that belong to an id."""
+        return float((self._buffer("_mch_sorted_raw_ids") != NO_ID).sum()) / (self.num_rows - NUM_RESERVED_ROWS)
 
     def update(self, id_U: torch.Tensor, count_U: torch.Tensor) -> torch.Tensor:
         """Counts occurrences (distinct ids and how often each), admits and evicts; rows that got a new id, int64 [K].
@@ -85,7 +94,7 @@ class ManagedMap:
         changed_K = self._offer(id_U[is_offered_U], total_U[is_offered_U])
         # One that had a row and lost it in this very update begins anew, as all evicted ids do.
         waits_U = ~has_row_U & (self.rows(id_U) == UNKNOWN_INDEX)
-        self._waiting.put(id_U[~has_row_U], total_U[~has_row_U], waits_U[~has_row_U])
+        self._waiting.put(id_U[~has_row_U], total_U[~has_row_U], waits_U[~has_row_U], self.num_updates)
         return changed_K
 
     def _offer(self, id_U: torch.Tensor, count_U: torch.Tensor) -> torch.Tensor:
@@ -95,8 +104,8 @@ class ManagedMap:
         https://github.com/meta-pytorch/torchrec/blob/v1.8.0/torchrec/modules/mc_modules.py (`profile`).
         """
         module = self._module
-        module._current_iter_tensor += 1
-        module._current_iter = int(module._current_iter_tensor.item())
+        self._buffer("_current_iter_tensor").add_(1)
+        module._current_iter = self.num_updates
         metadata = {_LAST_SEEN: torch.full_like(id_U, module._current_iter)}
         module._update_and_evict(id_U, count_U, metadata)
         changed = module.evict()
@@ -108,3 +117,7 @@ class ManagedMap:
         buffers = dict(self._module.named_buffers())
         kept = {name: buffers[buffer] for buffer, name in _STATE.items() if buffer in buffers}
         return kept | {f"waiting_{name}": value for name, value in self._waiting.state().items()}
+
+    def _buffer(self, name: str) -> torch.Tensor:
+        """A part of the module's state, by its name in state dicts."""
+        return self._module.get_buffer(name)

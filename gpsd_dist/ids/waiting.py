@@ -13,22 +13,20 @@ class WaitingList:
         self._ids = torch.full((capacity,), NO_ID, device=device)  # ascending
         self._counts = torch.zeros(capacity, dtype=torch.int64, device=device)
         self._last_seen = torch.zeros(capacity, dtype=torch.int64, device=device)
-        self._clock = torch.zeros(1, dtype=torch.int64, device=device)
 
     def counts_of(self, id_U: torch.Tensor) -> torch.Tensor:
         """Occurrences so far, int64 [U]; 0 for an id that does not wait."""
         place_U, is_here_U = self._find(id_U)
         return torch.where(is_here_U, self._counts[place_U], 0)
 
-    def put(self, id_U: torch.Tensor, count_U: torch.Tensor, waits_U: torch.Tensor) -> None:
-        """Sets the counts of distinct ids that were just seen; those with `waits_U` False leave the list."""
-        self._clock += 1
+    def put(self, id_U: torch.Tensor, count_U: torch.Tensor, waits_U: torch.Tensor, now: int) -> None:
+        """Sets the counts of distinct ids that were seen at time `now`; those with `waits_U` False leave the list."""
         place_U, is_here_U = self._find(id_U)
         stays = self._ids != NO_ID
         stays[place_U[is_here_U]] = False
         ids = torch.cat([self._ids[stays], id_U[waits_U]])
         counts = torch.cat([self._counts[stays], count_U[waits_U]])
-        last_seen = torch.cat([self._last_seen[stays], self._clock.expand(int(waits_U.sum()))])
+        last_seen = torch.cat([self._last_seen[stays], torch.full_like(id_U[waits_U], now)])
         if len(ids) > len(self._ids):
             best = ids.argsort(stable=True)  # three stable sorts, the least important first
             best = best[counts[best].argsort(descending=True, stable=True)]
@@ -49,4 +47,4 @@ class WaitingList:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Live tensors, to be saved and loaded in place."""
-        return {"ids": self._ids, "counts": self._counts, "last_seen": self._last_seen, "clock": self._clock}
+        return {"ids": self._ids, "counts": self._counts, "last_seen": self._last_seen}

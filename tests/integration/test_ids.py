@@ -1,16 +1,19 @@
 """Tables without a vocabulary in whole runs: hashed and managed ids, on 1 and 2 ranks, resumed, transferred, frozen."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
 
 from gpsd_dist import evaluate
+from gpsd_dist.baselines.registry import evaluate_baseline
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.config import OptimizerConfig
 from gpsd_dist.id_options import IdsConfig
 from gpsd_dist.ids.hashing import hashed_rows
+from gpsd_dist.ids.waiting import NO_ID
 from gpsd_dist.schema import write_manifest
 from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed
@@ -102,11 +105,20 @@ def test_two_ranks_are_one_rank(trained, kind, run):
     assert losses[0] == pytest.approx(losses[1], rel=2e-5 * STEPS)
 
 
+def test_the_curves_show_how_full_a_table_is(trained):
+    lines = (trained / "one" / "managed" / "pretrain" / "metrics.jsonl").read_text().splitlines()
+    entries = [entry for entry in map(json.loads, lines) if "ids/item_rows_used" in entry]
+    assert len(entries) == STEPS
+    assert entries[-1]["ids/item_rows_used"] == entries[-1]["ids/tag_rows_used"] == 1.0
+    assert sum(entry["ids/item_changed_rows"] for entry in entries) > TABLES["managed"]["item"][1]
+    assert all(0 < entry["ids/item_unknown"] < 1 for entry in entries)
+
+
 def test_managed_tables_were_full_and_evicted(trained):
     """Or the tests here would not show what they claim."""
     first, last = (read_checkpoint(step_folder(trained / "one" / "managed" / "pretrain", step)) for step in (3, STEPS))
     for table, (_, num_rows) in TABLES["managed"].items():
-        ids = [set(part[f"ids.{table}.ids"].tolist()) - {2**63 - 1} for part in (first, last)]
+        ids = [set(part[f"ids.{table}.ids"].tolist()) - {NO_ID} for part in (first, last)]
         assert len(ids[1]) == num_rows - 2
         assert ids[0] - ids[1], f"nothing was evicted from {table}"
 
@@ -137,7 +149,7 @@ def test_a_transferred_map_goes_with_its_table_and_a_frozen_one_never_changes(tr
     for strategy in ("ST", "ST_SF"):
         first, last = (read_checkpoint(step_folder(trained / "one" / "managed" / strategy, s)) for s in (1, STEPS))
         maps = [name for name in source if name.startswith("ids.item.")]
-        assert len(maps) == 8
+        assert len(maps) == 7
         changed = [name for name in maps if not torch.equal(source[name], last[name])]
         assert bool(changed) == (strategy == "ST")
         assert torch.equal(source["table.item"], last["table.item"]) == (strategy == "ST_SF")
@@ -164,6 +176,17 @@ def test_hashed_ids_train_as_a_vocabulary_of_their_rows(tmp_path, one_rank):
     assert not differing(*(read_checkpoint(step_folder(tmp_path / f"run_{name}", STEPS)) for name in ("ids", "rows")))
 
 
+def test_baselines_see_the_rows_of_hashed_ids(tmp_path):
+    item = {"item": TABLES["hashed"]["item"]}
+    manifest = write_unbounded_data(tmp_path / "ids", item)
+    write_unbounded_data(tmp_path / "rows", item, lambda i: int(hashed_rows(np.array([id_of(i)]), item["item"][1])[0]))
+    write_manifest(dataclasses.replace(manifest, unbounded={}), tmp_path / "rows")
+    for name in ("popularity", "rates", "gbdt", "next_item_popularity"):
+        ids, rows = (evaluate_baseline(name, tmp_path / folder, "test") for folder in ("ids", "rows"))
+        for task in rows:
+            assert ids[task] == pytest.approx(rows[task], nan_ok=True)
+
+
 def test_rows_of_new_owners_start_afresh_and_others_keep_their_bytes(data, tmp_path, one_rank):
     run = _run("finetune", data["managed"], tmp_path / "run", max_steps=2)
     trainer = Trainer(run, one_rank)
@@ -181,6 +204,23 @@ def test_rows_of_new_owners_start_afresh_and_others_keep_their_bytes(data, tmp_p
     kept[used[:2]] = False
     assert torch.equal(weight[kept], before[kept]) and torch.equal(state[kept], state_before[kept])
     assert weight[used[:2]].std() == pytest.approx(run.tables.init_std, rel=0.6)  # of 32 numbers
+
+
+def test_every_row_that_changes_hands_is_reset_in_that_step(data, tmp_path, one_rank):
+    trainer = Trainer(_run("finetune", data["managed"], tmp_path, max_steps=4), one_rank)
+    resets, calls = trainer.assembly.ids._resets, []
+    reset = resets["item"]
+    resets["item"] = lambda rows, turn: (calls.append((turn, sorted(rows.tolist()))), reset(rows, turn))
+    trainer.train()
+    owners: dict[int, int] = {}
+    expected = []
+    for step in range(1, 5):
+        saved = read_checkpoint(step_folder(tmp_path, step))
+        pairs = zip(saved["ids.item.rows"].tolist(), saved["ids.item.ids"].tolist(), strict=True)
+        now = {row: id_ for row, id_ in pairs if id_ != NO_ID}
+        expected.append((step, sorted(row for row, id_ in now.items() if owners.get(row) != id_)))
+        owners = now
+    assert calls == expected and len(expected[-1][1]) > 0
 
 
 def test_a_run_chooses_kind_and_size(data, tmp_path, one_rank):

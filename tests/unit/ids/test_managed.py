@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gpsd_dist.id_options import EVICTIONS, IdsConfig
-from gpsd_dist.ids.managed import ManagedMap
+from gpsd_dist.ids.managed import ManagedMap, map_bytes
 from gpsd_dist.ids.waiting import WaitingList
 
 CPU = torch.device("cpu")
@@ -161,6 +161,12 @@ def test_state_is_complete_and_loads_in_place():
     assert source.num_updates == target.num_updates == 40
 
 
+@pytest.mark.parametrize("eviction", EVICTIONS)
+def test_the_plan_counts_what_a_map_holds(eviction):
+    held = sum(tensor.numel() * 8 for tensor in make(num_rows=50_000, eviction=eviction).state().values())
+    assert map_bytes(50_000, eviction) == pytest.approx(held, rel=1e-3)  # but for a few single numbers
+
+
 def test_reading_changes_nothing():
     managed = make(admission_threshold=1)
     give(managed, {5: 1})
@@ -173,15 +179,16 @@ def test_reading_changes_nothing():
 def test_waiting_list_drops_the_longest_unseen_then_the_rarest_then_the_largest():
     waiting = WaitingList(3, CPU)
 
-    def put(counts: dict[int, int]) -> None:
-        waiting.put(torch.tensor(list(counts)), torch.tensor(list(counts.values())), torch.ones(len(counts)).bool())
+    def put(counts: dict[int, int], now: int) -> None:
+        ids, numbers = torch.tensor(list(counts)), torch.tensor(list(counts.values()))
+        waiting.put(ids, numbers, torch.ones(len(counts)).bool(), now)
 
-    put({10: 9})
-    put({20: 1, 30: 2, 40: 1})
+    put({10: 9}, 1)
+    put({20: 1, 30: 2, 40: 1}, 2)
     assert waiting.counts_of(torch.tensor([10, 20, 30, 40])).tolist() == [0, 1, 2, 1]
-    put({50: 1})
+    put({50: 1}, 3)
     assert waiting.counts_of(torch.tensor([20, 30, 40, 50])).tolist() == [1, 2, 0, 1]
-    waiting.put(torch.tensor([30]), torch.tensor([5]), torch.tensor([False]))
+    waiting.put(torch.tensor([30]), torch.tensor([5]), torch.tensor([False]), 4)
     assert waiting.counts_of(torch.tensor([20, 30, 50])).tolist() == [1, 0, 1]
 
 
