@@ -21,6 +21,7 @@ from data_pipeline import (
     sequences,
     sources,
     splits,
+    unbounded,
     validate,
     vocab,
     write,
@@ -68,6 +69,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--num_negatives", type=int, default=1, help="drawn per positive, where the log has no labels")
     parser.add_argument("--negatives", choices=negatives.DISTRIBUTIONS, default="uniform")
+    unbounded.add_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the drawn negatives")
     parser.add_argument("--compression", choices=write.COMPRESSIONS, default="zstd")
     parser.add_argument(
@@ -146,14 +148,21 @@ def _build_all(
     canonical.check(log)
     events = splits.number_events(running, log)
     cut = splits.cut(running, log, events, is_holdout=False)
+    without_vocabulary = unbounded.tables(options, log)
     vocabs, tables = {}, []
     for name, (counts, min_count) in sequences.occurrences(log, cut).items():
+        if name in without_vocabulary:
+            kind, num_rows = without_vocabulary[name].kind, without_vocabulary[name].num_rows
+            tables.append(schema.Table(name, num_rows, schema.unbounded_fingerprint(kind, num_rows)))
+            continue
         vocabs[name] = vocab.build(running, name, counts, options.min_count if min_count is None else min_count)
         num_rows, digest = vocab.write(running, vocabs[name], root / "vocab" / f"{name}.parquet")
         tables.append(schema.Table(name, num_rows, digest))
     candidates, skipped = cut.candidates, {**log.skipped, **cut.skipped}
     if log.exposures is None:
-        item_vocab = vocabs[sequences.item_table(log)]
+        item_vocab = vocabs.get(sequences.item_table(log))
+        if item_vocab is None:  # known items, to draw from
+            item_vocab = vocab.build(running, "drawn", sequences.occurrences(log, cut)[sequences.item_table(log)][0], 1)
         candidates, short = negatives.add(running, log, candidates, events, item_vocab, options)
         skipped |= short
     raw_dir = (
@@ -173,6 +182,7 @@ def _build_all(
         options=prints["options"]
         | {"fingerprint": prints["fingerprint"], "split_rule": type(log.split).__name__, "raw_dir": raw_dir},
         command=command,
+        unbounded={name: table.kind for name, table in without_vocabulary.items()},
     )
     encoder = sequences.Encoder(running, log, vocabs)
     items, users = encoder.items(), encoder.users()

@@ -6,8 +6,11 @@ import operator
 import ibis
 import ibis.expr.types as ir
 
+from gpsd_dist import schema
+
 HEX_DIGITS = "0123456789abcdef"
 USER_HASH_DIGITS = 15  # 60 bits: fits int64 on every engine
+ID_DIGITS = schema.ID_BITS // 4
 
 
 def digits_to_int(text: ir.StringValue, start: int, num_digits: int) -> ir.IntegerValue:
@@ -24,3 +27,9 @@ def digits_to_int(text: ir.StringValue, start: int, num_digits: int) -> ir.Integ
 def user_hash(user_id: ir.StringValue) -> ir.IntegerValue:
     """60-bit hash of a user, equal in every data set and on every engine; it also serves to split by user."""
     return digits_to_int(user_id.hexdigest("md5"), 0, USER_HASH_DIGITS)
+
+
+def id_of(raw_id: ir.StringValue) -> ir.IntegerValue:
+    """Id of a raw id of a table without a vocabulary, 2 ... schema.MAX_ID: its md5, cut to 60 bits. Null becomes 1."""
+    number = digits_to_int(raw_id.hexdigest("md5"), 0, ID_DIGITS) + ibis.literal(schema.NUM_RESERVED_ROWS, type="int64")
+    return ibis.coalesce(number.cast("int64"), ibis.literal(schema.UNKNOWN_INDEX, type="int64"))

@@ -97,6 +97,8 @@ def _write(
         )
     vocabs = {}
     for table in previous.tables:
+        if table.name in previous.unbounded:
+            continue
         path = out_dir / "vocab" / f"{table.name}.parquet"
         vocabs[table.name] = vocab.read(running, table.name, path)
         if vocab.measure(path) != (table.num_rows, table.fingerprint):

@@ -75,19 +75,23 @@ class Encoder:
     engine: Engine
     log: canonical.Log
     vocabs: dict[str, ir.Table]
+    """Table -> vocabulary. A table that is not in it has none: its columns get 64-bit ids."""
 
     def items(self) -> ir.Table:
         """One row per item of `Log.items` or the vocabulary: item_id, and `<feature>` for every item feature."""
         specs = [spec for spec in self.log.features if spec.origin in ("item_id", "items")]
-        item_vocab = self.vocabs[item_table(self.log)]
+        item_vocab = self.vocabs.get(item_table(self.log))
         attributes = self.log.items.rename(_key="item_id")
-        ids = self.log.items.select("item_id").union(item_vocab.select(item_id=item_vocab.raw_id)).distinct()
+        ids = self.log.items.select("item_id")
+        if item_vocab is not None:
+            ids = ids.union(item_vocab.select(item_id=item_vocab.raw_id))
+        ids = ids.distinct()
         table = ids.left_join(attributes, ids.item_id == attributes["_key"]).drop("_key")
         table = self.engine.materialise("items_raw", table)
         encoded = self.encode(table, [spec for spec in specs if not spec.is_bag], prefix="_")
         for spec in specs:
             if spec.is_bag:
-                bags = vocab.encode_bag(table, "item_id", spec.column, self.vocabs[spec.feature().table])
+                bags = vocab.encode_bag(table, "item_id", spec.column, self.vocabs.get(spec.feature().table))
                 bags = self.engine.materialise(f"bags_{spec.name}", bags)
                 joined = encoded.left_join(bags, encoded.item_id == bags["_key"])
                 encoded = joined.select(encoded, **{f"_{spec.name}": ibis.coalesce(bags["_bag"], _default(spec))})
@@ -110,24 +114,33 @@ class Encoder:
         specs = [spec for spec in self.log.specs_in(place) if spec.origin in ("item_id", "items")]
         found = items.select(_key=items.item_id, **{f"_{spec.name}": items[spec.name] for spec in specs})
         joined = rows.left_join(found, rows.item_id == found["_key"])
-        filled = {f"_{spec.name}": ibis.coalesce(found[f"_{spec.name}"], _default(spec)) for spec in specs}
+        filled = {
+            f"_{spec.name}": hashing.id_of(rows.item_id)  # also of an item that `Log.items` does not have
+            if spec.origin == "item_id" and spec.feature().table not in self.vocabs
+            else ibis.coalesce(found[f"_{spec.name}"], _default(spec))
+            for spec in specs
+        }
         table = joined.select(rows, **filled)
         return self.encode(table, [spec for spec in self.log.specs_in(place) if spec.origin == "log"], prefix="_")
 
     def encode(self, table: ir.Table, specs: list[canonical.FeatureSpec], prefix: str) -> ir.Table:
-        """Adds `<prefix><feature>` for features that are no bags: an index, or float64 with 0.0 for a missing
-        number.
+        """Adds `<prefix><feature>` for features that are no bags: an index, an id where the table has no vocabulary,
+        or float64 with 0.0 for a missing number.
         """
         numbers = [spec for spec in specs if spec.kind == "numerical"]
         filled = {
             f"{prefix}{spec.name}": ibis.coalesce(table[spec.column], ibis.literal(0.0)).cast("float64")
             for spec in numbers
         }
+        categories = [spec for spec in specs if spec.kind == "categorical"]
+        for spec in categories:
+            if spec.feature().table not in self.vocabs:
+                filled[f"{prefix}{spec.name}"] = hashing.id_of(table[spec.column])
         table = table.mutate(**filled) if filled else table
         words = {
             f"{prefix}{spec.name}": (spec.column, self.vocabs[spec.feature().table])
-            for spec in specs
-            if spec.kind == "categorical"
+            for spec in categories
+            if spec.feature().table in self.vocabs
         }
         return vocab.encode(table, words) if words else table
 

@@ -29,9 +29,10 @@ def check(root: pathlib.Path) -> schema.Manifest:
     root = pathlib.Path(root)
     manifest = schema.read_manifest(root)
     problems = validate_rows.Problems()
-    sizes = {table.name: table.num_rows for table in manifest.tables}
+    sizes = {table.name: manifest.value_limit(table.name) for table in manifest.tables}
     for table in manifest.tables:
-        _check_vocab(root / "vocab" / f"{table.name}.parquet", table, problems)
+        if table.name not in manifest.unbounded:
+            _check_vocab(root / "vocab" / f"{table.name}.parquet", table, problems)
     _check_items(root / "items.parquet", manifest, sizes, problems)
     users = {split.name: check_split(root, manifest, split, problems) for split in manifest.splits}
     _check_order(manifest, users, problems)
@@ -140,7 +141,10 @@ def _check_items(
     items = file.read()
     table_name = manifest.feature(manifest.item_feature).table
     index = items["index"].to_numpy() if "index" in items.column_names else np.zeros(0, np.int64)
-    if not np.array_equal(index, np.arange(schema.NUM_RESERVED_ROWS, sizes[table_name])):
+    if table_name in manifest.unbounded:
+        if (index < schema.NUM_RESERVED_ROWS).any() or (np.diff(index) < 0).any():
+            problems.add("items", f"{path}, column 'index': expected ids >= {schema.NUM_RESERVED_ROWS}, ascending")
+    elif not np.array_equal(index, np.arange(schema.NUM_RESERVED_ROWS, sizes[table_name])):
         problems.add(
             "items",
             f"{path}, column 'index': expected every index 2 ... {sizes[table_name] - 1} of {table_name!r}, ascending",

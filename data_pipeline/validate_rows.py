@@ -32,7 +32,7 @@ class RowChecker:
     def __init__(self, manifest: schema.Manifest, problems: Problems, has_exact_times: bool):
         """`has_exact_times`: history is earlier than the request in whole seconds, not only in the order of ties."""
         self.manifest, self.problems, self.has_exact_times = manifest, problems, has_exact_times
-        self.sizes = {table.name: table.num_rows for table in manifest.tables}
+        self.sizes = {table.name: manifest.value_limit(table.name) for table in manifest.tables}
 
     def check(self, path: pathlib.Path, table: pa.Table, first_row: int) -> None:
         """Checks one row group; `first_row` is its place in the file."""
@@ -153,15 +153,12 @@ class RowChecker:
         if self.has_exact_times or len(items) != len(values) or items.null_count:
             # a log of exposures may show an item twice, clicked once; drawn negatives must differ from the positive
             return
-        pairs = np.stack([item_rows, items.to_numpy()], axis=1)
-        positives, negatives = pairs[values == 1], pairs[values == 0]
-        is_known_item = negatives[:, 1] != schema.UNKNOWN_INDEX
-        base = self.sizes[self.manifest.feature(self.manifest.item_feature).table]
-        clashes = (
-            np.isin(negatives[:, 0] * base + negatives[:, 1], positives[:, 0] * base + positives[:, 1]) & is_known_item
-        )
+        negative_rows, negatives = item_rows[values == 0], items.to_numpy()[values == 0]
+        distinct, number = np.unique(items.to_numpy(), return_inverse=True)  # a row times an id of 60 bits overflows
+        pair = item_rows * max(len(distinct), 1) + number
+        clashes = np.isin(pair[values == 0], pair[values == 1]) & (negatives != schema.UNKNOWN_INDEX)
         self._report_value(
-            "negative", item, clashes, negatives[:, 0], negatives[:, 1], "no negative that equals the row's positive"
+            "negative", item, clashes, negative_rows, negatives, "no negative that equals the row's positive"
         )
 
 

@@ -12,6 +12,7 @@ import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipeline import hashing
 from data_pipeline.engine import Engine
 from gpsd_dist import schema
 
@@ -83,11 +84,15 @@ def encode(table: ir.Table, columns: dict[str, tuple[str, ir.Table]]) -> ir.Tabl
     return joined.select(*kept, **{into: ibis.coalesce(lookups[into][f"_index_{into}"], unknown) for into in columns})
 
 
-def encode_bag(table: ir.Table, key: str, column: str, words: ir.Table) -> ir.Table:
+def encode_bag(table: ir.Table, key: str, column: str, words: ir.Table | None) -> ir.Table:
     """(_key, _bag): indices of the array<string> column `column`, ascending; equal ones (two unknown ids) stay.
 
-    Rows of `table` (whose column `key` is unique) with a missing or empty bag are left out.
+    Without a vocabulary (`words` None): 64-bit ids. Rows of `table` (whose column `key` is unique) with a missing or
+    empty bag are left out.
     """
     members = table.select(_key=table[key], _raw=table[column].unnest())
-    encoded = encode(members, {"_index": ("_raw", words)})
+    if words is None:
+        encoded = members.mutate(_index=hashing.id_of(members["_raw"]))
+    else:
+        encoded = encode(members, {"_index": ("_raw", words)})
     return encoded.group_by("_key").agg(_bag=encoded["_index"].collect().sort())

@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from gpsd_dist.config import RunConfig
+from gpsd_dist.distributed.row_reset import RowReset
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.distributed.sharding import ShardedTables, shard_tables
+from gpsd_dist.ids.assignment import IdAssignment
+from gpsd_dist.ids.managed import ManagedMap
 from gpsd_dist.model.embeddings import Tables, lookup_tables
 from gpsd_dist.model.gpsd import NextItemModel, RankingModel, find_tower
 from gpsd_dist.model.registry import TOWERS
@@ -31,9 +34,16 @@ class Assembly:
     lookup_names: tuple[str, ...]
     """Tables that a batch looks up."""
 
+    ids: IdAssignment
+    """Gives a batch rows for the ids of managed tables; every batch goes through it before its lookup."""
+
     def weights(self) -> dict[str, dict]:
-        """Live tensors under the names that checkpoints use: `table.<name>`, `dense.<parameter>`."""
-        return {"table": self.tables.weights(), "dense": dict(self.model.state_dict())}
+        """Live tensors under the names that checkpoints use: `table.<name>`, `dense.<parameter>`, and
+        `ids.<table>.<name>` where a table is managed.
+        """
+        ids = self.ids.state()
+        named = {"table": self.tables.weights(), "dense": dict(self.model.state_dict())}
+        return named | ({"ids": ids} if ids else {})
 
 
 def assemble(run: RunConfig, manifest: Manifest, runtime: Runtime) -> Assembly:
@@ -42,7 +52,19 @@ def assemble(run: RunConfig, manifest: Manifest, runtime: Runtime) -> Assembly:
     placed = shard_tables(tables, run.tables, run.sparse, runtime, run.seed, run.execution)
     torch.manual_seed(run.seed)
     model, objective, tasks = dense_model(run, manifest, sharded)
-    return Assembly(placed, model.to(runtime.device), objective, tasks, tuple(table.name for table in sharded))
+    names = tuple(table.name for table in sharded)
+    ids = _id_assignment(run, manifest, placed, names, runtime.device)
+    return Assembly(placed, model.to(runtime.device), objective, tasks, names, ids)
+
+
+def _id_assignment(
+    run: RunConfig, manifest: Manifest, placed: ShardedTables, names: tuple[str, ...], device: torch.device
+) -> IdAssignment:
+    managed = [name for name in names if manifest.unbounded.get(name) == "managed"]
+    frozen = run.tables.transfer if run.freezes_tables else ()
+    maps = {name: ManagedMap(manifest.table(name).num_rows, run.ids, device) for name in managed}
+    resets = {name: RowReset(placed, name, run.tables, run.seed) for name in managed if name not in frozen}
+    return IdAssignment(manifest, maps, resets)
 
 
 def meta_tables(run: RunConfig, manifest: Manifest) -> tuple[tuple[Table, ...], Tables]:
@@ -72,6 +94,12 @@ def dense_model(
 
 def check_options_against_data(run: RunConfig, manifest: Manifest) -> None:
     """Warns of options without effect; ValueError for those that cannot be followed."""
+    managed = sorted(name for name, kind in manifest.unbounded.items() if kind == "managed")
+    if run.execution.pipeline == "sparse_dist" and managed:
+        raise ValueError(
+            f"pipeline 'sparse_dist' looks rows up ahead of their step, and those of the managed tables {managed} are "
+            "known in it only: leave ExecutionConfig.pipeline at 'plain', or build the data with --hashed_features"
+        )
     if run.data.max_history_length > manifest.max_history_length:
         log.warning(
             "max_history_length %d has no effect: the data was built with histories of at most %d",

@@ -8,6 +8,7 @@ import dataclasses
 import typing
 
 from gpsd_dist.execution_config import ExecutionConfig
+from gpsd_dist.id_options import IdsConfig
 from gpsd_dist.option_checks import below, check_types, raise_all
 
 STAGES = ("pretrain", "finetune")
@@ -277,6 +278,7 @@ class RunConfig:
     seed: int = 0
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     tables: TablesConfig = dataclasses.field(default_factory=TablesConfig)
+    ids: IdsConfig = dataclasses.field(default_factory=IdsConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     pretrain: PretrainConfig = dataclasses.field(default_factory=PretrainConfig)
     finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
@@ -331,7 +333,16 @@ class RunConfig:
         return self.strategy in ("ST_SF", "FT_SF")
 
 
-_PARTS = (DataConfig, TablesConfig, ModelConfig, PretrainConfig, FinetuneConfig, OptimizerConfig, TrainConfig)
+_PARTS = (
+    DataConfig,
+    TablesConfig,
+    IdsConfig,
+    ModelConfig,
+    PretrainConfig,
+    FinetuneConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 GIN_CLASSES = (*_PARTS, ExecutionConfig, RunConfig)
 
 

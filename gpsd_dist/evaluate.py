@@ -24,9 +24,10 @@ from gpsd_dist.checkpoint import manager, storage
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import OptimizerConfig, run_config_from_dict
 from gpsd_dist.distributed.runtime import Runtime, process_group
+from gpsd_dist.ids.tables import read_run_manifest
 from gpsd_dist.metrics.ranking import RANK_CUT
 from gpsd_dist.metrics.recorder import json_safe
-from gpsd_dist.schema import Manifest, read_manifest
+from gpsd_dist.schema import Manifest
 from gpsd_dist.scoring import Metrics, evaluate_split
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def evaluate_checkpoint(
     state = manager.read_state(folder)
     run = run_config_from_dict(state.run_config)
     run = dataclasses.replace(run, data_dir=data_dir or run.data_dir, sparse=_ANY_SPARSE)
-    manifest = read_manifest(run.data_dir)
+    manifest = read_run_manifest(run)
     _check_same_schema(manifest, state.manifest, folder, run.data_dir)
     manifest.split(split)
     assembly = assemble(run, manifest, runtime)

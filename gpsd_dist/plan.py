@@ -30,7 +30,7 @@ from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.runtime import quiet_libraries
 from gpsd_dist.distributed.sharding import Cluster, Shard
 from gpsd_dist.gin_cli import load_run_config
-from gpsd_dist.schema import read_manifest
+from gpsd_dist.ids.tables import read_run_manifest
 
 FITS, MISTAKE, DOES_NOT_FIT = 0, 2, 3
 _GIB, _MIB = 2**30, 2**20
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
 
 def _scenario(run: RunConfig, args: argparse.Namespace) -> Scenario:
     table_rows = _sizes(args.table_rows)
-    measured = read_manifest(run.data_dir)
+    measured = read_run_manifest(run)
     split = "pretrain" if run.stage == "pretrain" else "train+valid" if run.refit_of else "train"
     shape = data_shape(run, measured, split)
     if args.mean_history is not None and not 0 < args.mean_history <= run.data.max_history_length:
@@ -151,6 +151,7 @@ def _memory_table(found: Estimate) -> rich.table.Table:
         "table weights": memory.tables,
         "state of the tables' optimizer": memory.optimizer,
         "dense: weights, gradients, AdamW, buckets": memory.dense,
+        "maps of managed ids": memory.maps,
         "held all the time": memory.held,
         "activations kept for the backward": memory.activations,
         "gradients under way": memory.working,

@@ -27,6 +27,9 @@ NUM_RESERVED_ROWS = 2  # index 0 is padding, 1 is unknown; the first known id ha
 MANIFEST_NAME = "manifest.json"
 PLACES = ("history", "candidate", "context")
 KINDS = ("categorical", "numerical")
+ID_KINDS = ("hashed", "managed")
+ID_BITS = 60  # of the ids of tables without a vocabulary: a part of the md5 of the raw id
+MAX_ID = (1 << ID_BITS) - 1 + NUM_RESERVED_ROWS
 T = typing.TypeVar("T")
 Named = typing.TypeVar("Named", "Feature", "Table", "Split")
 
@@ -73,9 +76,10 @@ class Table:
 
     name: str
     num_rows: int
-    """Rows of the embedding table: known ids + the two reserved ones."""
+    """Rows of the embedding table: known ids + the two reserved ones. Without a vocabulary: a default."""
     fingerprint: str
-    """Hash over all (raw id, index) pairs: two tables are interchangeable only if it agrees."""
+    """Hash over all (raw id, index) pairs: two tables are interchangeable only if it agrees. Without a vocabulary:
+    `unbounded_fingerprint`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +128,9 @@ class Manifest:
     options: dict[str, typing.Any] = dataclasses.field(default_factory=dict)
     command: str = ""
     schema_version: int = SCHEMA_VERSION
+    unbounded: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Table -> "hashed" or "managed": its columns hold 64-bit ids (2 ... MAX_ID, 1 where the log has none) instead of
+    row numbers, and the trainer finds the rows (docs/ids.md). Tables not named have a vocabulary, in `vocab/`."""
 
     def feature(self, name: str) -> Feature:
         """The feature of that name; ValueError lists the known ones."""
@@ -132,6 +139,10 @@ class Manifest:
     def table(self, name: str) -> Table:
         """The table of that name; ValueError lists the known ones."""
         return _named(self.tables, name, "table")
+
+    def value_limit(self, table: str) -> int:
+        """What the values of the table's columns are smaller than: its rows, or the ids that there can be."""
+        return MAX_ID + 1 if table in self.unbounded else self.table(table).num_rows
 
     def split(self, name: str) -> Split:
         """The split of that name, or several one after the other ("train+valid"); ValueError lists the known ones."""
@@ -162,6 +173,13 @@ def _named(entries: tuple[Named, ...], name: str, what: str) -> Named:
         if entry.name == name:
             return entry
     raise ValueError(f"the data set has no {what} {name!r}; it has {[entry.name for entry in entries]}")
+
+
+def unbounded_fingerprint(kind: str, num_rows: int) -> str:
+    """Of a table without a vocabulary. The number is the version of `data_pipeline.hashing.id_of` and of the rules of
+    docs/ids.md: raise it when an id would find another row.
+    """
+    return f"{kind}-1-{num_rows}"
 
 
 def arrow_schema(manifest: Manifest, split: str) -> pa.Schema:
@@ -263,6 +281,11 @@ def _check(manifest: Manifest, path: pathlib.Path) -> None:
             problems.append(
                 f"table {table.name!r} has num_rows {table.num_rows}, expected at least {NUM_RESERVED_ROWS}"
             )
+    for name, kind in manifest.unbounded.items():
+        if name not in tables or kind not in ID_KINDS:
+            problems.append(f"unbounded: {name!r} is {kind!r}, expected a table of the list and one of {ID_KINDS}")
+        elif tables[name].num_rows <= NUM_RESERVED_ROWS:
+            problems.append(f"table {name!r} has {tables[name].num_rows} rows, none of them for an id")
     names = [task.name for task in manifest.tasks]
     for task in manifest.tasks:
         if task.given is not None and task.given not in names:

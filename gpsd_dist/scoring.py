@@ -69,7 +69,7 @@ def evaluate_split(
 def _score_candidates(assembly: Assembly, loader: typing.Iterable, runtime: Runtime) -> Metrics:
     predictions = {task.name: Predictions() for task in assembly.tasks}
     for (host_batch,) in loader:
-        batch = host_batch.to(runtime.device)
+        (batch,) = assembly.ids.assign((host_batch.to(runtime.device),))
         rows = assembly.tables(batch.lookup)  # collective: also with an empty batch
         if batch.num_requests:
             add_predictions(predictions, assembly.tasks, assembly.model(rows, batch), batch)
@@ -99,9 +99,13 @@ def _rank_items(
     item = manifest.feature(manifest.item_feature)
     num_rows = manifest.table(item.table).num_rows
     first, block_RE = _item_block(assembly, item.table, num_rows, runtime)
+    occupied = assembly.ids.occupied(item.table, runtime.device)
+    exists_R = None
+    if occupied is not None:
+        exists_R = torch.isin(first + torch.arange(len(block_RE), device=runtime.device), occupied)
     sums = RankingSums(runtime.device)
     for (host_batch,) in loader:
-        batch = host_batch.to(runtime.device)
+        (batch,) = assembly.ids.assign((host_batch.to(runtime.device),))
         rows = assembly.tables(batch.lookup)
         query_BE = _last_states(assembly, rows, batch, block_RE.shape[1])
         is_positive_C = batch.labels[manifest.tasks[0].name] == 1
@@ -109,7 +113,9 @@ def _rank_items(
         target_P = batch.candidate_item_C[is_positive_C]
         excluded = _own_history(batch, request_P)
         queries = query_BE[request_P], target_P, excluded
-        sums.update(_ranks_over_all(*queries, block_RE, first, num_rows, runtime, rank_cut=rank_cut), target_P)
+        sums.update(
+            _ranks_over_all(*queries, block_RE, exists_R, first, num_rows, runtime, rank_cut=rank_cut), target_P
+        )
     sums.reduce()
     return sums.metrics()
 
@@ -153,6 +159,7 @@ def _ranks_over_all(
     target_P: torch.Tensor,
     excluded: Excluded,
     block_RE: torch.Tensor,
+    exists_R: torch.Tensor | None,
     first: int,
     num_rows: int,
     runtime: Runtime,
@@ -171,6 +178,7 @@ def _ranks_over_all(
         excluded=Excluded(
             torch.cat(all_gather_rows(excluded.item_N)), torch.cat(all_gather_rows(excluded.query_N + start))
         ),
+        exists_R=exists_R,
         rank_cut=rank_cut,
         sum_over_blocks=all_sum,
     )

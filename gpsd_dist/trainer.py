@@ -20,6 +20,7 @@ from gpsd_dist.data.loader import Loader
 from gpsd_dist.distributed.collectives import all_sum
 from gpsd_dist.distributed.pipeline import SparseDistPipeline
 from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.ids.tables import read_run_manifest
 from gpsd_dist.metrics import profiling
 from gpsd_dist.metrics.progress import Progress
 from gpsd_dist.metrics.recorder import Recorder
@@ -27,7 +28,6 @@ from gpsd_dist.metrics.throughput import Throughput
 from gpsd_dist.optim.dense import named_state
 from gpsd_dist.optim.schedule import learning_rate_factor
 from gpsd_dist.progression import Progression
-from gpsd_dist.schema import read_manifest
 from gpsd_dist.scoring import Metrics, evaluate_split, evaluation_loader
 from gpsd_dist.training_step import PipelinedStep, TrainingStep
 
@@ -40,7 +40,7 @@ class Trainer:
     def __init__(self, run: RunConfig, runtime: Runtime):
         """Collective. Builds everything with random weights; `train` decides where weights come from."""
         self.run, self.runtime = run, runtime
-        self.manifest = read_manifest(run.data_dir)
+        self.manifest = read_run_manifest(run)
         self.assembly = assemble(run, self.manifest, runtime)
         self.loader = self._training_loader()
         self.validates = not run.refit_of and self.manifest.split("valid").num_rows > 0
@@ -275,7 +275,7 @@ class Trainer:
             log.info("weights: resumed from %s", self.start)
         elif self.run.init_checkpoint:
             weights = self.assembly.weights()
-            log.info("weights: %s", transfer(self.run, self.manifest, weights["table"], weights["dense"]))
+            log.info("weights: %s", transfer(self.run, self.manifest, weights))
         else:
             log.info("weights: random, seed %d", self.run.seed)
 

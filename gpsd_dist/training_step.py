@@ -48,7 +48,9 @@ class TrainingStep:
         ranks. ValueError if a loss is not finite: no weight has moved then.
         """
         self.begin(step, lr_factor, recorder)
-        batches = tuple(batch.to(self.runtime.device) for batch in batches)
+        batches = self.assembly.ids.train(tuple(batch.to(self.runtime.device) for batch in batches))
+        for name, value in self.assembly.ids.metrics().items():
+            recorder.record(name, value, reduce="last")
         counts = self._counts(batches)
         sums = self._backward(batches, counts, step)  # updates the tables
         self.update(recorder)

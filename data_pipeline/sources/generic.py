@@ -79,6 +79,8 @@ def mark_defaults(parser: argparse.ArgumentParser) -> None:
         min_count=_UnsetInt(options.min_count),
         num_negatives=_UnsetInt(options.num_negatives),
         negatives=_UnsetStr(options.negatives),
+        hashed_features=_UnsetStr(options.hashed_features),
+        managed_features=_UnsetStr(options.managed_features),
         valid_fraction=_UnsetFloat(log_description.SplitRule().valid_fraction),
     )
 
@@ -127,6 +129,8 @@ def _take_options(options: argparse.Namespace, description: log_description.LogD
         "min_count": given.min_count,
         "num_negatives": given.num_negatives,
         "negatives": given.negatives,
+        "hashed_features": given.hashed_features,
+        "managed_features": given.managed_features,
         "valid_fraction": description.split.valid_fraction,
     }
     for name, value in values.items():

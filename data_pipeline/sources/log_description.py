@@ -142,6 +142,9 @@ class Options:
     num_negatives: int = 1
     """Per target, where there is no exposure log."""
     negatives: str = "uniform"
+    hashed_features: str = ""
+    """"NAME:ROWS,...": features without a vocabulary, see docs/ids.md."""
+    managed_features: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gpsd_dist import schema
+from gpsd_dist.ids.hashing import hashed_rows
 from gpsd_dist.metrics.classification import Predictions
 
 USER_KEY = "user"
@@ -57,7 +58,10 @@ def pretrain_counts(data_dir: str | os.PathLike, manifest: schema.Manifest, feat
 def read_batches(
     data_dir: str | os.PathLike, manifest: schema.Manifest, split: str, columns: collections.abc.Sequence[str]
 ) -> collections.abc.Iterator[pa.RecordBatch]:
-    """Row batches of one split, in file order. ValueError names a file that is missing, broken or of another schema."""
+    """Row batches of one split, in file order. ValueError names a file that is missing, broken or of another schema.
+
+    Ids of a table without a vocabulary come as rows, hashed into the table's size in the manifest.
+    """
     for name in manifest.split(split).files:
         path = pathlib.Path(data_dir) / name
         try:
@@ -65,9 +69,32 @@ def read_batches(
             absent = [column for column in columns if column not in file.schema_arrow.names]
             if absent:
                 raise ValueError(f"{path} has no column {absent}, it has {file.schema_arrow.names}")
-            yield from file.iter_batches(_BATCH_ROWS, columns=list(columns))
+            for batch in file.iter_batches(_BATCH_ROWS, columns=list(columns)):
+                yield _with_hashed_ids(batch, manifest) if manifest.unbounded else batch
         except (OSError, pa.ArrowInvalid) as error:
             raise ValueError(f"{path} cannot be read ({error}); build the data set again") from error
+
+
+def _with_hashed_ids(batch: pa.RecordBatch, manifest: schema.Manifest) -> pa.RecordBatch:
+    tables = {f"{place}.{f.name}": f.table for f in manifest.features for place in f.places}
+    columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+    for name, table in tables.items():
+        if name in columns and table in manifest.unbounded:
+            columns[name] = _hashed(columns[name], manifest.table(table).num_rows)
+    return pa.RecordBatch.from_pydict(columns)
+
+
+def _hashed(values: pa.Array, num_rows: int) -> pa.Array:
+    """The same lists with rows for ids; a null stays null."""
+    if pa.types.is_list(values.type):
+        inner = _hashed(values.flatten(), num_rows)
+        lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False)
+        offsets = np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
+        is_null = pc.is_null(values) if values.null_count else None
+        return pa.ListArray.from_arrays(pa.array(offsets), inner, mask=is_null)
+    ids = pc.fill_null(values, schema.UNKNOWN_INDEX).to_numpy(zero_copy_only=False)
+    is_null = values.is_null().to_numpy(zero_copy_only=False)
+    return pa.array(hashed_rows(ids, num_rows), mask=is_null)
 
 
 def read_rows(

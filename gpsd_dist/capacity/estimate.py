@@ -11,6 +11,7 @@ from gpsd_dist.capacity.memory import Memory, ModelSize, memory
 from gpsd_dist.capacity.workload import DataShape, Workload, training_requests, workload
 from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.sharding import Cluster, Shard, plan_tables, readable, shards_of, table_names
+from gpsd_dist.ids.managed import map_bytes
 from gpsd_dist.metrics.throughput import flops_per_token
 from gpsd_dist.model.gpsd import NextItemModel, RankingModel
 from gpsd_dist.model.transformer import ffn_width
@@ -132,6 +133,11 @@ def model_size(run: RunConfig, manifest: Manifest) -> ModelSize:
         auxiliary_rows=max((manifest.table(table).num_rows for table in auxiliary), default=0),
         head_parameters=sum(p.numel() for p in model.heads.parameters()) if isinstance(model, RankingModel) else 0,
         head_values=_head_values(model) if isinstance(model, RankingModel) else 0,
+        map_bytes=sum(
+            map_bytes(table.num_rows, run.ids.eviction)
+            for table in sharded
+            if manifest.unbounded.get(table.name) == "managed"
+        ),
     )
 
 

@@ -33,6 +33,8 @@ class ModelSize:
     """Of the ranking MLPs."""
     head_values: int
     """Values that those keep per candidate: their input and their hidden layers."""
+    map_bytes: int = 0
+    """Maps of managed tables (docs/ids.md); every rank holds all of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Memory:
     """State of the tables' optimizer; 0 for frozen tables."""
     dense: int
     """Replicated: weights, gradients, two AdamW moments, and DDP's buckets with more than one rank."""
+    maps: int
+    """Replicated: maps of managed tables."""
     activations: float | None
     """Kept for the backward of one part of a batch (`micro_batches`); None: there is no formula for this tower."""
     working: float
@@ -59,7 +63,7 @@ class Memory:
     @property
     def held(self) -> np.ndarray:
         """What is there all the time."""
-        return self.tables + self.optimizer + self.dense
+        return self.tables + self.optimizer + self.dense + self.maps
 
     @property
     def peak(self) -> np.ndarray:
@@ -95,6 +99,7 @@ def memory(
         tables=tables,
         optimizer=optimizer,
         dense=dense_bytes(run, size, cluster.world_size),
+        maps=size.map_bytes,
         activations=activations,
         working=working,
         loss=loss_bytes(run, size, training),

@@ -12,13 +12,14 @@ _TOWER_PREFIX = "backbone."
 """Token embedder (small tables, segment), projection in and tower: what FT moves and ST leaves random."""
 
 
-def transfer(run: RunConfig, manifest: Manifest, weights: manager.Tensors, dense: manager.Tensors) -> str:
-    """Loads what the strategy takes over, in place.
+def transfer(run: RunConfig, manifest: Manifest, own: manager.Tensors) -> str:
+    """Loads what the strategy takes over, in place; the map of a managed table goes with it.
 
-    `weights`: table -> ShardedTensor, `dense`: name -> parameter. Collective. Returns the report. ValueError if a
+    `own`: `Assembly.weights()`. Collective. Returns the report. ValueError if a
     table's vocabulary differs from the checkpoint's, or a tensor that the strategy names is missing or has another
     shape: nothing is skipped silently.
     """
+    weights, dense = own["table"], own["dense"]
     checkpoint = manager.find(run.init_checkpoint)
     state = manager.read_state(checkpoint)
     _check_vocabularies(run, manifest, state, checkpoint)
@@ -34,8 +35,10 @@ def transfer(run: RunConfig, manifest: Manifest, weights: manager.Tensors, dense
         raise ValueError(f"TRANSFER_TABLES names {missing}, but the sharded tables are {sorted(weights)}")
     tables = {name: weights[name] for name in run.tables.transfer}
     moved = {name: value for name, value in dense.items() if run.transfers_tower and name.startswith(_TOWER_PREFIX)}
-    manager.load_tensors(checkpoint, {"table": tables, "dense": moved})
-    return _report(run, checkpoint, state, tables, moved, dense)
+    maps = {name: state for name, state in own.get("ids", {}).items() if name in tables}
+    manager.load_tensors(checkpoint, {"table": tables, "dense": moved} | ({"ids": maps} if maps else {}))
+    lines = [f"  loaded ids.{name}, which id has which row; updates go on: {not run.freezes_tables}" for name in maps]
+    return "\n".join([_report(run, checkpoint, state, tables, moved, dense), *lines])
 
 
 def _check_vocabularies(run: RunConfig, manifest: Manifest, state: manager.RunState, checkpoint: Location) -> None:
@@ -80,6 +83,7 @@ def _report(
     lines += [f"  random {len(fresh)} dense tensors: {', '.join(sorted({n.split('.')[0] for n in fresh})) or 'none'}"]
     used = {f"table.{name}" for name in tables} | {f"dense.{name}" for name in moved}
     weights = [key for key in manager.saved_keys(checkpoint) if "optimizer" not in key.split(".")[0]]
+    used |= {key for key in weights if key.startswith(tuple(f"ids.{name}." for name in tables))}
     skipped = [key for key in weights if key not in used]
     examples = ", ".join(skipped[:4]) + " ..." * (len(skipped) > 4)
     lines += [f"  not taken from the checkpoint: {len(skipped)} tensors ({examples})"]

@@ -30,6 +30,16 @@ for any other table they are table indices. Numerical: float32 [tokens]."""
 
 
 @dataclasses.dataclass(frozen=True)
+class RawIds:
+    """Of a managed table, whose entries in `Batch.lookup` are ids until `ids.assignment` gives them rows."""
+
+    count_U: torch.Tensor
+    """int64: occurrences of each distinct id in this rank's batch."""
+    num_draws: int
+    """Entries that follow the ids: random numbers for negatives."""
+
+
+@dataclasses.dataclass(frozen=True)
 class NextItem:
     """Where and what to predict in pretraining: the item after every history token that has a successor."""
 
@@ -52,7 +62,8 @@ class Batch:
     """All tensors of one rank's batch; requests are sorted by history length."""
 
     lookup: KeyedJaggedTensor
-    """One key per TorchRec table, stride 1: the U distinct table indices that this batch needs (int64)."""
+    """One key per TorchRec table, stride 1: the U distinct table indices (or ids, see `raw_ids`) that this batch needs
+    (int64)."""
     packing: Packing
     history: dict[str, Column]
     """Feature -> [T]"""
@@ -75,6 +86,8 @@ class Batch:
     next_item: NextItem | None = None
     padded: PaddedPacking | None = None
     """Geometry that the tower runs in, if not that of `packing`."""
+    raw_ids: dict[str, RawIds] = dataclasses.field(default_factory=dict)
+    """Managed table -> what `lookup` has of it. Empty once rows are assigned."""
 
     @property
     def num_requests(self) -> int:
@@ -111,7 +124,7 @@ def to_device(value: typing.Any, device: torch.device) -> typing.Any:
     return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-_CONTAINERS = (Bag, NextItem, Packing, PaddedPacking, Bucket, Slots, Batch)
+_CONTAINERS = (Bag, RawIds, NextItem, Packing, PaddedPacking, Bucket, Slots, Batch)
 
 
 def _map_tensors(value: typing.Any, fn: typing.Callable[[torch.Tensor], torch.Tensor]) -> typing.Any:

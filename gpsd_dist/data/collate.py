@@ -13,15 +13,17 @@ import pyarrow.compute as pc
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from gpsd_dist.data.batch import Bag, Batch, NextItem, lookup_of
+from gpsd_dist.data.batch import Bag, Batch, NextItem, RawIds
+from gpsd_dist.data.distinct import Wanted, deduplicate
 from gpsd_dist.data.loader import BatchKey
 from gpsd_dist.data.parquet_dataset import BadValue
+from gpsd_dist.ids.hashing import hashed_rows
 from gpsd_dist.packing import Packing
 from gpsd_dist.packing_padded import PaddedPacking, pad_packing
 from gpsd_dist.schema import NUM_RESERVED_ROWS, Feature, Manifest
 
 _MAX_DEVIATIONS = 5.0  # a numerical feature is standardised and cut here: one outlier must not drown a token (untuned)
-_DENSE_UNIQUE_ROWS = 4_000_000  # below this a mark per table row beats sorting the ids (5x at 100 k ids, 1 M rows)
+_DRAW_LIMIT = 1 << 62  # of the random numbers that become rows of a managed table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Collate:
         )
         negatives = [self._draw_negatives(random, part) for part in parts]
         lookup = self._deduplicate(parts, negatives)
-        return tuple(self._batch(part, drawn, lookup) for part, drawn in zip(parts, negatives, strict=True))
+        return tuple(self._batch(part, drawn, *lookup) for part, drawn in zip(parts, negatives, strict=True))
 
     def _read(self, rows: pa.Table, order: np.ndarray, length: np.ndarray) -> "_Part":
         """Checked columns of some requests, as table indices."""
@@ -97,7 +99,9 @@ class Collate:
         target_M = _targets(packing, columns["history"][item]) if self.negatives_per else np.zeros(0, np.int64)
         return _Part(order, packing, columns, labels, scalars, reader.history_time_s()[kept], target_M)
 
-    def _batch(self, part: "_Part", negatives: "_Negatives | None", lookup: KeyedJaggedTensor) -> Batch:
+    def _batch(
+        self, part: "_Part", negatives: "_Negatives | None", lookup: KeyedJaggedTensor, raw_ids: dict[str, RawIds]
+    ) -> Batch:
         empty, item = np.zeros(0, np.int64), self.manifest.item_feature
         return Batch(
             lookup=lookup,
@@ -112,6 +116,7 @@ class Collate:
             source_row_B=torch.from_numpy(part.order),
             next_item=None if negatives is None else self._next_item(part, negatives),
             padded=self._padded(part.packing),
+            raw_ids=raw_ids,
         )
 
     def _padded(self, packing: Packing) -> PaddedPacking | None:
@@ -132,47 +137,48 @@ class Collate:
         return order, length[order], rows.take(pa.array(order))
 
     def _draw_negatives(self, random: np.random.Generator, part: "_Part") -> "_Negatives | None":
-        """Uniform draws over the known items; a function of (seed, epoch, step, rank) and their number alone."""
+        """Uniform draws over the known items; a function of (seed, epoch, step, rank) and their number alone.
+
+        Over all rows of hashed items; of managed ones, numbers that become rows in the step.
+        """
         if self.negatives_per is None:
             return None
-        num_rows = self.manifest.table(self.manifest.feature(self.manifest.item_feature).table).num_rows
+        table = self.manifest.feature(self.manifest.item_feature).table
+        is_managed = self.manifest.unbounded.get(table) == "managed"
+        limit = _DRAW_LIMIT if is_managed else self.manifest.table(table).num_rows
         sets = {
             "group": self.num_negative_groups,
             "request": part.packing.num_requests,
             "position": len(part.target_token_M),
         }
         shape = (sets[self.negatives_per], self.num_negatives)
-        return _Negatives(random.integers(NUM_RESERVED_ROWS, num_rows, shape))
+        return _Negatives(random.integers(NUM_RESERVED_ROWS, limit, shape))
 
-    def _deduplicate(self, parts: list["_Part"], negatives: list["_Negatives | None"]) -> KeyedJaggedTensor:
+    def _deduplicate(
+        self, parts: list["_Part"], negatives: list["_Negatives | None"]
+    ) -> tuple[KeyedJaggedTensor, dict[str, RawIds]]:
         """Fills `rows` of parts and negatives with positions in the distinct indices of each table; returns those."""
         item_table = self.manifest.feature(self.manifest.item_feature).table
+        wanted: dict[str, list[Wanted]] = {table: [] for table in self.lookup_tables}
+        users = []
         for part in parts:
             part.rows.update({place: dict(features) for place, features in part.columns.items()})
-        uniques = []
-        for table in self.lookup_tables:
-            users = [
-                (part, place, name)
-                for part in parts
-                for place, features in part.columns.items()
-                for name in features
-                if self.manifest.feature(name).table == table
-            ]
-            drawn = [draw for draw in negatives if draw is not None and table == item_table]
-            indices = [_indices(part.columns[place][name]) for part, place, name in users]
-            indices += [draw.item_GN.reshape(-1) for draw in drawn]
-            unique, inverse = _unique(
-                np.concatenate([*indices, np.zeros(0, np.int64)]), self.manifest.table(table).num_rows
-            )
-            uniques.append(unique)
-            pieces = np.split(inverse, np.cumsum([len(piece) for piece in indices]))
-            for (part, place, name), piece in zip(users, pieces, strict=False):
-                old = part.columns[place][name]
-                part.rows[place][name] = (piece, old[1]) if isinstance(old, tuple) else piece
-            for draw, piece in zip(drawn, pieces[len(users) :], strict=False):
-                draw.row_GN = piece.reshape(draw.item_GN.shape)
-        index = torch.from_numpy(np.concatenate([*uniques, np.zeros(0, np.int64)]))
-        return lookup_of(self.lookup_tables, index, [len(unique) for unique in uniques])
+            for place, features in part.columns.items():
+                for name, column in features.items():
+                    table = self.manifest.feature(name).table
+                    if table in wanted:
+                        wanted[table].append(Wanted(_indices(column)))
+                        users.append((part.rows[place], name, wanted[table][-1]))
+        drawn = [(draw, Wanted(draw.item_GN, is_draw=True)) for draw in negatives if draw is not None]
+        if drawn:
+            wanted[item_table] += [want for _, want in drawn]
+        lookup, raw_ids = deduplicate(self.manifest, wanted)
+        for features, name, want in users:
+            old = features[name]
+            features[name] = (want.place, old[1]) if isinstance(old, tuple) else want.place
+        for draw, want in drawn:
+            draw.row_GN = want.place
+        return lookup, raw_ids
 
     def _next_item(self, part: "_Part", negatives: "_Negatives") -> NextItem:
         target = part.target_token_M
@@ -230,9 +236,12 @@ class _Reader:
         self._check_lengths(name, offsets, self.integers("history_length") if lengths is None else lengths)
         values = column.flatten()  # respects the offset of a sliced array
         if feature.is_bag:
-            self._checked(name, feature, values.flatten(), _offsets_of(values)[offsets])
-            values = values if kept is None else values.take(pa.array(kept))
-            return values.flatten().to_numpy(zero_copy_only=False), _offsets_of(values)
+            ends = _offsets_of(values)
+            array = self._checked(name, feature, values.flatten(), ends[offsets])
+            if kept is None:
+                return array, ends
+            sizes = np.diff(ends)[kept]
+            return array[_ranges(ends[:-1][kept], sizes)], _cumulated(sizes)
         array = self._checked(name, feature, values, offsets)
         return array if kept is None else array[kept]
 
@@ -284,9 +293,11 @@ class _Reader:
             self._raise_if(~np.isfinite(array), array, name, "a numerical feature must be finite and not null", offsets)
             standard = (array - feature.mean) / feature.std
             return np.clip(standard, -_MAX_DEVIATIONS, _MAX_DEVIATIONS).astype(np.float32)
-        num_rows = self.manifest.table(feature.table).num_rows
-        is_bad = np.isnan(array) if values.null_count else (array < 1) | (array >= num_rows)
-        self._raise_if(is_bad, array, name, f"outside 1 .. {num_rows - 1} of table {feature.table!r}", offsets)
+        limit = self.manifest.value_limit(feature.table)
+        is_bad = np.isnan(array) if values.null_count else (array < 1) | (array >= limit)
+        self._raise_if(is_bad, array, name, f"outside 1 .. {limit - 1} of table {feature.table!r}", offsets)
+        if self.manifest.unbounded.get(feature.table) == "hashed":
+            return hashed_rows(array, self.manifest.table(feature.table).num_rows)
         return array
 
     def _raise_if(self, is_bad: np.ndarray, values: np.ndarray, name: str, rule: str, offsets: np.ndarray) -> None:
@@ -313,9 +324,17 @@ def _targets(packing: Packing, item_T: np.ndarray) -> np.ndarray:
 
 def _last(offsets: np.ndarray, keep: np.ndarray) -> np.ndarray:
     """Positions of the last `keep[i]` entries of every list, in order."""
-    starts = offsets[1:] - keep
-    out_offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(keep)])
-    return np.arange(out_offsets[-1]) + np.repeat(starts - out_offsets[:-1], keep)
+    return _ranges(offsets[1:] - keep, keep)
+
+
+def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """starts[i], starts[i] + 1, ... of sizes[i] numbers each, one range after the other."""
+    offsets = _cumulated(sizes)
+    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], sizes)
+
+
+def _cumulated(sizes: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
 
 
 def _indices(column: typing.Any) -> np.ndarray:
@@ -326,15 +345,3 @@ def _tensor(column: typing.Any) -> torch.Tensor | Bag:
     if isinstance(column, tuple):
         return Bag(_tensor(column[0]), _tensor(column[1]))
     return torch.from_numpy(column if column.flags.writeable else column.copy())  # Arrow's own memory is read-only
-
-
-def _unique(indices: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """(sorted distinct indices, position of each input in them)."""
-    if num_rows > _DENSE_UNIQUE_ROWS:
-        return np.unique(indices, return_inverse=True)
-    is_used = np.zeros(num_rows, bool)
-    is_used[indices] = True
-    unique = np.flatnonzero(is_used)
-    position = np.empty(num_rows, np.int64)
-    position[unique] = np.arange(len(unique))
-    return unique, position[indices]

@@ -45,6 +45,7 @@ def rank_targets(
     first_row: int = 0,
     num_items: int | None = None,
     excluded: Excluded | None = None,
+    exists_R: torch.Tensor | None = None,
     rank_cut: int | None = None,
     sum_over_blocks: collections.abc.Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
@@ -62,6 +63,7 @@ def rank_targets(
         first_row: table row of `item_RD[0]`; the rows below schema.NUM_RESERVED_ROWS never compete.
         num_items: V; by default this block is the end of the table.
         excluded: items that do not compete, per query.
+        exists_R: bool [R], rows of the block that are an item; None: all but the reserved ones.
         rank_cut: ranks beyond it become `rank_cut + 1`.
         sum_over_blocks: sums a tensor over all blocks of a sharded table, e.g. an all-reduce; then this is a collective
             of all ranks with the same queries on each. Called twice. Default: this block is the whole table.
@@ -76,7 +78,7 @@ def rank_targets(
     sum_over_blocks = sum_over_blocks or (lambda tensor: tensor)
     target_score_B = sum_over_blocks(target_scores(query_BD, item_RD, target_B, first_row=first_row))
     counts_2B = count_better_and_equal(
-        query_BD, item_RD, target_B, target_score_B, first_row=first_row, excluded=excluded
+        query_BD, item_RD, target_B, target_score_B, first_row=first_row, excluded=excluded, exists_R=exists_R
     )
     rank_B = 1 + sum_over_blocks(counts_2B).sum(0)
     return rank_B if rank_cut is None else rank_B.clamp(max=rank_cut + 1)
@@ -102,6 +104,7 @@ def count_better_and_equal(
     *,
     first_row: int = 0,
     excluded: Excluded | None = None,
+    exists_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Per query, how many items of this block score above and how many equal to the target: int64 [2, B].
 
@@ -117,6 +120,8 @@ def count_better_and_equal(
         high = min(low + chunk_rows, len(item_RD))
         score_BC = (query_BD @ item_RD[low:high].double().T).float()
         competes_BC = torch.ones_like(score_BC, dtype=torch.bool)
+        if exists_R is not None:
+            competes_BC &= exists_R[low:high]
         if excluded is not None:
             column_N = excluded.item_N - (first_row + low)
             is_here_N = (column_N >= 0) & (column_N < high - low)

@@ -16,7 +16,8 @@ from gpsd_dist.schema import Feature, Manifest, Table
 def lookup_tables(manifest: Manifest, config: TablesConfig, with_candidates: bool) -> tuple[Table, ...]:
     """Tables that go into TorchRec collections, in manifest order; smaller ones are replicated with the dense part.
 
-    The item table always is one of them. Pretraining (`with_candidates` False) has tables of history features only.
+    The item table and managed ones always are among them. Pretraining (`with_candidates` False) has tables of history
+    features only.
     """
     places = ("history", "candidate", "context") if with_candidates else ("history",)
     used = {f.table for place in places for f in manifest.features_in(place)}
@@ -25,10 +26,11 @@ def lookup_tables(manifest: Manifest, config: TablesConfig, with_candidates: boo
     if unknown:
         known = [table.name for table in manifest.tables]
         raise ValueError(f"tables {sorted(unknown)} are named in TablesConfig, but the data set has {known}")
+    always = {item_table} | {name for name, kind in manifest.unbounded.items() if kind == "managed"}
     return tuple(
         table
         for table in manifest.tables
-        if table.name in used and (table.name == item_table or table.num_rows > config.small_table_max_rows)
+        if table.name in used and (table.name in always or table.num_rows > config.small_table_max_rows)
     )
 
 

@@ -20,8 +20,8 @@ from gpsd_dist.checkpoint import manager
 from gpsd_dist.checkpoint.resume import check_resumable
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import run_config_from_dict
+from gpsd_dist.ids.tables import read_run_manifest
 from gpsd_dist.scaling_law.ladder import Command, Training, Trial
-from gpsd_dist.schema import read_manifest
 
 _REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _PLACES = ("output_dir",)
@@ -60,7 +60,7 @@ def _check_training(training: Training, trial: Trial, is_needed: bool) -> None:
     checkpoint = _checkpoint(training.folder)
     if checkpoint is not None:  # was it trained on the data that is there now?
         state = manager.read_state(checkpoint)
-        manifest = dataclasses.asdict(read_manifest(training.run.data_dir))
+        manifest = dataclasses.asdict(read_run_manifest(training.run))
         check_resumable(state.run_config, manifest, state, training.folder)
 
 

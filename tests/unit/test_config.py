@@ -18,6 +18,7 @@ from gpsd_dist.config import (
     run_config_from_dict,
 )
 from gpsd_dist.execution_config import ExecutionConfig
+from gpsd_dist.id_options import IdsConfig
 
 
 def make_run(**options):
@@ -206,6 +207,7 @@ def full_run():
         seed=7,
         data=DataConfig(7, 0, 640, 9, 8, 3, 4),
         tables=TablesConfig(32, 9, {"item": "table_wise"}, ("item", "tag"), 0.1),
+        ids=IdsConfig({"item": "managed"}, {"item": 50}, 5, "lru"),
         model=ModelConfig("hstu", 2, 32, 2, 0.1, 0.05, 8, True, 99, 5, 7, False),
         pretrain=PretrainConfig(0.1, "position", 3, 5, ("category", "brand"), 0.5),
         finetune=FinetuneConfig({"click": 0.5, "buy": 2}, True, 0.5),

@@ -94,9 +94,10 @@ def test_validation_of_pretraining_holds_a_part_of_the_items():
 
 def test_peak_takes_the_larger_of_step_and_validation():
     parts = {"tables": np.array([4.0, 1.0]), "optimizer": np.array([1.0, 1.0]), "dense": 2, "activations": 10.0}
-    memory = Memory(**parts, working=3.0, loss=1.0, buffers=np.array([1.0, 2.0]), validation=np.array([5.0, 40.0]))
-    assert memory.held.tolist() == [7, 4] and memory.step.tolist() == [15, 16]
-    assert memory.peak.tolist() == [22, 44]
+    step = {"working": 3.0, "loss": 1.0, "buffers": np.array([1.0, 2.0])}
+    memory = Memory(**parts, maps=6, **step, validation=np.array([5.0, 40.0]))
+    assert memory.held.tolist() == [13, 10] and memory.step.tolist() == [15, 16]
+    assert memory.peak.tolist() == [28, 50]
 
 
 def _kept_bytes(layers, width, heads, history, requests, candidates, dropout, bf16) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from gpsd_dist.data.parquet_dataset import BatchKey
 from gpsd_dist.packing import Packing
 from tests.helpers.synthetic import make_manifest, make_rows
 
-MANIFEST = make_manifest()
+MANIFEST = dataclasses.replace(make_manifest(), unbounded={"tag": "managed"})
 META = torch.device("meta")
 
 

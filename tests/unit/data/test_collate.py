@@ -183,7 +183,7 @@ def test_no_row_is_looked_up_that_nobody_uses():
 def test_deduplication_of_a_huge_table_gives_the_same(monkeypatch):
     table = make_rows(MANIFEST, "train", seed=1, num_rows=25)
     expected = collate_one(table)
-    monkeypatch.setattr("gpsd_dist.data.collate._DENSE_UNIQUE_ROWS", 10)
+    monkeypatch.setattr("gpsd_dist.data.distinct._DENSE_UNIQUE_ROWS", 10)
     batch = collate_one(table)
     assert torch.equal(batch.lookup.values(), expected.lookup.values())
     assert torch.equal(batch.history["item"], expected.history["item"])

@@ -42,6 +42,22 @@ def test_ranks_follow_the_definition():
     assert rank_B.tolist() == _slow_ranks(query_BD, item_VD, target_B, item_N, offsets_B1)
 
 
+def test_rows_that_are_no_item_do_not_compete(monkeypatch):
+    monkeypatch.setattr(ranking, "_CHUNK_SCORES", 23 * 7)  # chunks of 7 rows
+    query_BD, item_VD, target_B, item_N, offsets_B1 = _problem()
+    exists_V = torch.rand(len(item_VD), generator=torch.Generator().manual_seed(2)) < 0.5
+    exists_V[target_B] = True
+    absent = (~exists_V).nonzero().squeeze(1)  # the same as excluding them for every query
+    item_M = torch.cat([item_N, absent.repeat(len(target_B))])
+    everyone = torch.arange(len(target_B))
+    query_M = torch.cat([everyone.repeat_interleave(n) for n in (offsets_B1.diff(), len(absent))])
+    expected = ranking.rank_targets(query_BD, item_VD, target_B, excluded=ranking.Excluded(item_M, query_M))
+    excluded = ranking.Excluded.from_offsets(item_N, offsets_B1)
+    rank_B = ranking.rank_targets(query_BD, item_VD, target_B, excluded=excluded, exists_R=exists_V)
+    assert torch.equal(rank_B, expected)
+    assert (rank_B < ranking.rank_targets(query_BD, item_VD, target_B, excluded=excluded)).any()
+
+
 @pytest.mark.parametrize("bounds", [(0, 1, 50, 101), (0, 2, 2, 101), (0, 101, 101, 101)])
 def test_row_blocks_give_the_ranks_of_the_whole_table(bounds, monkeypatch):
     monkeypatch.setattr(ranking, "_CHUNK_SCORES", 23 * 7)  # chunks of 7 rows

@@ -1,0 +1,41 @@
+"""Features without a vocabulary: their columns hold 64-bit ids, and the trainer finds the rows (docs/ids.md)."""
+
+import argparse
+import dataclasses
+
+from data_pipeline import canonical
+from gpsd_dist import schema
+
+
+@dataclasses.dataclass(frozen=True)
+class Unbounded:
+    """One table without a vocabulary."""
+
+    kind: str
+    """hashed | managed"""
+    num_rows: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--hashed_features and --managed_features."""
+    what = "get no vocabulary but 64-bit ids; the table has ROWS rows unless a run says otherwise"
+    for kind in schema.ID_KINDS:
+        parser.add_argument(f"--{kind}_features", default="", metavar="NAME:ROWS,...", help=f"these features {what}")
+
+
+def tables(options: argparse.Namespace, log: canonical.Log) -> dict[str, Unbounded]:
+    """Table -> how its ids become rows. ValueError for a feature that is not there or is no category."""
+    known = {spec.name: spec.feature().table for spec in log.features if spec.kind == "categorical"}
+    found: dict[str, Unbounded] = {}
+    for kind in schema.ID_KINDS:
+        option = f"{kind}_features"
+        for entry in filter(None, (part.strip() for part in getattr(options, option).split(","))):
+            name, _, rows = entry.partition(":")
+            if name not in known:
+                raise ValueError(f"--{option} {entry!r}: {name!r} is not a categorical feature of {sorted(known)}")
+            if not rows.replace("_", "").isdigit() or int(rows) <= schema.NUM_RESERVED_ROWS:
+                raise ValueError(f"--{option} {entry!r}: expected NAME:ROWS with ROWS > {schema.NUM_RESERVED_ROWS}")
+            made = Unbounded(kind, int(rows))
+            if found.setdefault(known[name], made) != made:
+                raise ValueError(f"--{option} {entry!r}: table {known[name]!r} of this feature is {found[known[name]]}")
+    return found

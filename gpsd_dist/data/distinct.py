@@ -1,0 +1,73 @@
+"""One lookup per table for all columns of a batch: distinct values, and where each column finds its own among them."""
+
+import dataclasses
+
+import numpy as np
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from gpsd_dist.data.batch import RawIds, lookup_of
+from gpsd_dist.schema import Manifest
+
+_DENSE_UNIQUE_ROWS = 4_000_000  # below this a mark per table row beats sorting the ids (5x at 100 k ids, 1 M rows)
+
+
+@dataclasses.dataclass
+class Wanted:
+    """Values of one table, from one column or one draw of negatives; `place` becomes their places in the lookup."""
+
+    value: np.ndarray
+    is_draw: bool = False
+    """Of negatives. For a managed table: random numbers, which become rows in the step."""
+    place: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+def deduplicate(manifest: Manifest, wanted: dict[str, list[Wanted]]) -> tuple[KeyedJaggedTensor, dict[str, RawIds]]:
+    """(lookup of every table in `wanted`, what managed tables need besides); fills `place`."""
+    sections, raw_ids = [], {}
+    for table, parts in wanted.items():
+        if manifest.unbounded.get(table) == "managed":
+            section, raw_ids[table] = _managed(parts)
+        else:
+            section = _distinct(parts, manifest.table(table).num_rows)
+        sections.append(section)
+    index = torch.from_numpy(np.concatenate([*sections, np.zeros(0, np.int64)]))
+    return lookup_of(tuple(wanted), index, [len(section) for section in sections]), raw_ids
+
+
+def _distinct(parts: list[Wanted], num_rows: int) -> np.ndarray:
+    unique, inverse = _unique(_joined(parts), num_rows)
+    _cut(parts, inverse)
+    return unique
+
+
+def _managed(parts: list[Wanted]) -> tuple[np.ndarray, RawIds]:
+    """Distinct ids, then the draws as they are: which rows those are, the map says in the step."""
+    columns, draws = [p for p in parts if not p.is_draw], [p for p in parts if p.is_draw]
+    unique, inverse, counts = np.unique(_joined(columns), return_inverse=True, return_counts=True)
+    _cut(columns, inverse)
+    drawn = _joined(draws)
+    _cut(draws, len(unique) + np.arange(len(drawn)))
+    return np.concatenate([unique, drawn]), RawIds(torch.from_numpy(counts), len(drawn))
+
+
+def _joined(parts: list[Wanted]) -> np.ndarray:
+    return np.concatenate([*(part.value.reshape(-1) for part in parts), np.zeros(0, np.int64)])
+
+
+def _cut(parts: list[Wanted], places: np.ndarray) -> None:
+    pieces = np.split(places, np.cumsum([part.value.size for part in parts]))
+    for part, piece in zip(parts, pieces, strict=False):
+        part.place = piece.reshape(part.value.shape)
+
+
+def _unique(indices: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """(sorted distinct indices, position of each input in them)."""
+    if num_rows > _DENSE_UNIQUE_ROWS:
+        return np.unique(indices, return_inverse=True)
+    is_used = np.zeros(num_rows, bool)
+    is_used[indices] = True
+    unique = np.flatnonzero(is_used)
+    position = np.empty(num_rows, np.int64)
+    position[unique] = np.arange(len(unique))
+    return unique, position[indices]
