@@ -21,6 +21,7 @@ import rich.table
 from gpsd_dist.assembly import assemble
 from gpsd_dist.baselines.registry import NAMES, NEXT_ITEM, evaluate_baseline
 from gpsd_dist.checkpoint import manager, storage
+from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import OptimizerConfig, run_config_from_dict
 from gpsd_dist.distributed.runtime import Runtime, process_group
@@ -51,7 +52,7 @@ def evaluate_checkpoint(
     data set has other features, vocabularies or tasks than the run was trained with, or nothing is ranked.
     """
     folder = manager.find(checkpoint, which)
-    state = manager.read_state(folder)
+    state = read_run(folder)
     run = run_config_from_dict(state.run_config)
     run = dataclasses.replace(run, data_dir=data_dir or run.data_dir, sparse=_ANY_SPARSE)
     manifest = read_run_manifest(run)

@@ -7,15 +7,20 @@ import dataclasses
 import importlib.util  # noqa: F401  gin 0.5.0 uses importlib.util without importing it
 import pathlib
 import re
+import tokenize
+import typing
 
 import gin
+from gin import config_parser
 
 from gpsd_dist import config
 
+MAX_FILE_BYTES = 2**20  # untuned: a config.gin takes some 5 kB
 _REPO_ROOT = pathlib.Path(__file__).resolve().parents[1]
 _BINDING = re.compile(r"^(?:(?P<scope>[\w/]+)/)?(?P<leaf>\w+(?:\.\w+)?) = ", re.MULTILINE)
 _ASSIGNMENT = re.compile(r"^\s*(?:[\w/]+/)?\w+(?:\.\w+)?(?=\s*=)", re.MULTILINE)
 _NAME = re.compile(r"(?:[\w/]+/)?\w+(?:\.\w+)?")
+_REQUIRED = "gin.REQUIRED"
 _USAGE = "python -m gpsd_dist.train --gin_file configs/stage/pretrain.gin --gin_file configs/data/grocery.gin ..."
 
 for _cls in config.GIN_CLASSES:
@@ -45,6 +50,12 @@ def load_run_config(argv: list[str]) -> ParsedRun:
         parser.error(f"unknown arguments {unknown}; overrides look like --gin.OUTPUT_DIR=runs/a")
     bindings = [_binding(argument.removeprefix("--gin.")) for argument in rest]
     files = [_checked_file(file, is_first=index == 0) for index, file in enumerate(args.gin_file)]
+    scanned = _Scanned()
+    for file in files:
+        _scan_file(file, scanned)
+    for binding in bindings:
+        _scan(binding, f"override `{binding}`", scanned)
+    _check_macros_are_set(scanned, bindings)
 
     gin.clear_config()
     try:
@@ -54,6 +65,7 @@ def load_run_config(argv: list[str]) -> ParsedRun:
     except (ValueError, AttributeError, SyntaxError, NameError, TypeError, RuntimeError, OSError) as error:
         raise ValueError(_explain(error)) from error
     _check_overrides_are_read(bindings)
+    _check_files_are_read(scanned)
     return ParsedRun(run, gin.config_str())
 
 
@@ -78,7 +90,7 @@ def _binding(override: str) -> str:
     if not value.startswith(("%", "@")):
         try:
             ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval may raise
             value = repr(value)
     return f"{name} = {value}"
 
@@ -92,7 +104,7 @@ def _checked_file(file: str, is_first: bool) -> pathlib.Path:
         folder = _REPO_ROOT / "configs"
         known = sorted(str(p.relative_to(_REPO_ROOT)) for p in folder.rglob("*.gin"))
         raise ValueError(f"--gin_file {file} does not exist; there are {known}")
-    text = path.read_text()
+    text = _text_of(path)
     if not is_first and re.search(r"^\s*include\b", text, re.MULTILINE):
         raise ValueError(
             f"{path} has an `include`, so it must be the first --gin_file (its base would undo earlier files)"
@@ -102,6 +114,88 @@ def _checked_file(file: str, is_first: bool) -> pathlib.Path:
     if twice:
         raise ValueError(f"{path} sets {twice} twice; keep one line each")
     return path
+
+
+def _text_of(path: pathlib.Path) -> str:
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{path} has more than {MAX_FILE_BYTES:,} bytes: this is no configuration")
+    return path.read_text(encoding="utf-8")
+
+
+@dataclasses.dataclass
+class _Scanned:
+    """What files and overrides say, before gin acts on it."""
+
+    files: list[pathlib.Path] = dataclasses.field(default_factory=list)
+    bindings: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
+    """(scope, name of a macro or Class.field, where) of what files set."""
+    macros: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Macros that some value refers to, and where."""
+
+
+class _References(config_parser.ParserDelegate):
+    """Keeps what values refer to; nothing is looked up or called."""
+
+    def __init__(self, where: str, scanned: _Scanned):
+        self._where, self._scanned = where, scanned
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> str:
+        """`@scope/Class` or `@scope/Class()`."""
+        _check_is_ours(scoped_configurable_name.rsplit("/", 1)[-1], f"@{scoped_configurable_name}", self._where)
+        return scoped_configurable_name
+
+    def macro(self, macro_name: str) -> str:
+        """`%NAME`"""
+        self._scanned.macros.setdefault(macro_name, self._where)
+        return macro_name
+
+
+def _check_is_ours(selector: str, shown: str, where: str) -> None:
+    known = [cls.__name__ for cls in config.GIN_CLASSES]
+    if selector.removeprefix("gpsd_dist.") not in known:
+        raise ValueError(
+            f"{where}: {shown} is none of {known}; a configuration sets their fields, and calls nothing else"
+        )
+
+
+def _scan_file(path: pathlib.Path, scanned: _Scanned) -> None:
+    """Of a file and what it includes."""
+    scanned.files.append(path)
+    for statement in _scan(_text_of(path), str(path), scanned):
+        if isinstance(statement, config_parser.IncludeStatement):
+            included = _REPO_ROOT / statement.filename
+            if not included.is_file() or included.suffix != ".gin":
+                raise ValueError(f"{path} includes {statement.filename!r}, which is no .gin file below {_REPO_ROOT}")
+            if included in scanned.files:
+                raise ValueError(f"{path} includes {statement.filename!r}, which is read already")
+            _scan_file(included, scanned)
+        elif isinstance(statement, config_parser.BindingStatement):
+            name = f"{statement.selector}.{statement.arg_name}" if statement.arg_name else statement.selector
+            scanned.bindings.append((statement.scope, name, f"{path}, line {statement.location.line_num}"))
+
+
+def _scan(text: str, where: str, scanned: _Scanned) -> list[typing.Any]:
+    """Statements of a text. ValueError for what a configuration has no use for, above all an import: it runs code."""
+    try:
+        statements = list(config_parser.ConfigParser(text, _References(where, scanned)))
+    except (SyntaxError, tokenize.TokenError, RecursionError, MemoryError, IndexError) as error:
+        raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
+    for statement in statements:
+        if isinstance(statement, config_parser.ImportStatement):
+            raise ValueError(f"{where}: `{statement.format()}` is refused: a configuration imports nothing")
+        selector = getattr(statement, "selector", "")
+        if getattr(statement, "arg_name", "") or isinstance(statement, config_parser.BlockDeclaration):
+            _check_is_ours(selector, selector, where)
+    if where.startswith("override") and len(statements) != 1:
+        raise ValueError(f"{where}: an override sets one value, this is {len(statements)} statements")
+    return statements
+
+
+def _check_macros_are_set(scanned: _Scanned, bindings: list[str]) -> None:
+    known = {name for _, name, _ in scanned.bindings} | {binding.split(" = ", 1)[0] for binding in bindings}
+    missing = [f"{where}: nothing sets %{n}" for n, where in scanned.macros.items() if n not in known | {_REQUIRED}]
+    if missing:
+        raise ValueError(f"{'; '.join(missing)}; set macros are {sorted(name for name in known if '.' not in name)}")
 
 
 def _explain(error: BaseException) -> str:
@@ -132,3 +226,18 @@ def _check_overrides_are_read(bindings: list[str]) -> None:
             raise ValueError(
                 f"override `{binding}` changed nothing: no such macro, scope or field is read; there are {known}"
             )
+
+
+def _check_files_are_read(scanned: _Scanned) -> None:
+    """What a file sets must be used: a misspelt macro or scope is silently accepted by gin."""
+    read = {(match["scope"] or "", match["leaf"]) for match in _BINDING.finditer(gin.operative_config_str())}
+    problems = []
+    for scope, name, where in scanned.bindings:
+        is_macro = "." not in name
+        leaf = name if is_macro else ".".join(name.split(".")[-2:])
+        is_used = name in scanned.macros if is_macro else not scope or (scope, leaf) in read
+        if not is_used:
+            problems.append(f"{where}: nothing reads {f'{scope}/{name}' if scope else name}")
+    if problems:
+        known = sorted(name for name in scanned.macros if name != _REQUIRED)
+        raise ValueError(f"{'; '.join(problems)}: misspelt? There are the macros {known}")

@@ -1,6 +1,8 @@
-"""Checks that every options class makes of itself. Neither gin nor torch is imported here."""
+"""Checks that options classes and files read from outside need. Neither gin nor torch is imported here."""
 
 import dataclasses
+import math
+import reprlib
 import types
 import typing
 
@@ -11,8 +13,8 @@ def below(config: typing.Any, name: str, minimum: float) -> list[str]:
     return [f"{name} {value} must be >= {minimum}"] if isinstance(value, int | float) and value < minimum else []
 
 
-def check_types(config: typing.Any) -> None:
-    """Gin checks no types: `layers = 4.5` or `dropout = "0.1"` would get through."""
+def check_types(config: typing.Any, *, is_finite: bool = True) -> None:
+    """Gin checks no types: `layers = 4.5` or `dropout = "0.1"` would get through. `is_finite`: nor may NaN."""
     hints = typing.get_type_hints(type(config))
     problems = []
     for field in dataclasses.fields(config):
@@ -21,12 +23,29 @@ def check_types(config: typing.Any) -> None:
             value = tuple(value)
             object.__setattr__(config, field.name, value)
         if not _is_instance(value, hint):
-            problems.append(f"{field.name} is {value!r}, expected {getattr(hint, '__name__', hint)}")
+            problems.append(f"{field.name} is {reprlib.repr(value)}, expected {getattr(hint, '__name__', hint)}")
+        elif is_finite and not all(map(_is_finite, value.values() if isinstance(value, dict) else (value,))):
+            problems.append(f"{field.name} is {reprlib.repr(value)}, expected finite numbers")
     raise_all(config, problems)
+
+
+def _is_finite(value: typing.Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def nests_deeper(value: typing.Any, levels: int) -> bool:
+    """Whether lists, tuples and dicts in `value` (a tree) stand in each other more than `levels` deep."""
+    layer = [value]
+    for _ in range(levels):
+        containers = [entry for entry in layer if isinstance(entry, dict | list | tuple)]
+        layer = [part for entry in containers for part in (entry.values() if isinstance(entry, dict) else entry)]
+    return any(isinstance(entry, dict | list | tuple) for entry in layer)
 
 
 def _is_instance(value: typing.Any, hint: typing.Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is typing.Any:
+        return True
     if origin is tuple:
         return isinstance(value, tuple) and all(_is_instance(entry, arguments[0]) for entry in value)
     if origin is dict:

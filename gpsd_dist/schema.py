@@ -13,23 +13,31 @@ Needs only pyarrow: neither torch nor ibis.
 
 import dataclasses
 import json
-import math
 import pathlib
+import reprlib
 import types
 import typing
 
 import pyarrow as pa
+
+from gpsd_dist.option_checks import nests_deeper
 
 SCHEMA_VERSION = 1
 PADDING_INDEX = 0
 UNKNOWN_INDEX = 1
 NUM_RESERVED_ROWS = 2  # index 0 is padding, 1 is unknown; the first known id has index 2
 MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 2**28  # untuned: 100,000 files take some 10 MB
+MAX_NESTING = 32
+MAX_ROWS = 2**48  # of a table or a split: counts and indices fit their types whatever is done with them
+MAX_HISTORY_LENGTH = 2**24  # untuned; the column is int32
 PLACES = ("history", "candidate", "context")
 KINDS = ("categorical", "numerical")
 ID_KINDS = ("hashed", "managed")
 ID_BITS = 60  # of the ids of tables without a vocabulary: a part of the md5 of the raw id
 MAX_ID = (1 << ID_BITS) - 1 + NUM_RESERVED_ROWS
+_MAX_SHOWN = 10  # problems in one message
+_FLOAT32_MAX = 3.4e38
 T = typing.TypeVar("T")
 Named = typing.TypeVar("Named", "Feature", "Table", "Split")
 
@@ -58,7 +66,7 @@ class Feature:
             raise ValueError(f"feature {self.name!r}: places {self.places!r} must be a non-empty part of {PLACES}")
         if (self.kind == "categorical") != (self.table is not None):
             raise ValueError(f"feature {self.name!r} is {self.kind}, but its table is {self.table!r}")
-        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
+        if not (abs(self.mean) < _FLOAT32_MAX and 1 / _FLOAT32_MAX < self.std < _FLOAT32_MAX):
             raise ValueError(f"feature {self.name!r}: mean {self.mean} and std {self.std} must be finite, std above 0")
         if self.is_bag and self.kind != "categorical":
             raise ValueError(f"feature {self.name!r}: only a categorical feature can be a bag")
@@ -215,26 +223,32 @@ def read_manifest(data_dir: str | pathlib.Path) -> Manifest:
         raise ValueError(
             f"{path} does not exist; prepare the data first: python -m data_pipeline.build --out_dir {data_dir} ..."
         )
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise ValueError(f"{path} has more than {MAX_MANIFEST_BYTES:,} bytes, which no manifest has")
     try:
-        raw = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # also: an integer of more digits than Python reads
         raise ValueError(f"{path} is not valid JSON ({error}); build the data set again") from error
+    try:
+        return manifest_from_dict(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; build the data set again") from error
+
+
+def manifest_from_dict(raw: typing.Any) -> Manifest:
+    """The inverse of `dataclasses.asdict(manifest)` after a trip through JSON. ValueError says what does not fit."""
     if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION:
         found = raw.get("schema_version") if isinstance(raw, dict) else type(raw).__name__
-        raise ValueError(
-            f"{path} has schema version {found!r}, this code reads {SCHEMA_VERSION}; build the data set again"
-        )
+        raise ValueError(f"it has schema version {found!r}, this code reads {SCHEMA_VERSION}")
+    if nests_deeper(raw, MAX_NESTING):
+        raise ValueError(f"its values nest more than {MAX_NESTING} deep")
     parts = {"features": Feature, "tables": Table, "tasks": Task, "splits": Split}
     try:
-        for key, cls in parts.items():
-            raw[key] = tuple(_from_dict(cls, entry) for entry in raw[key])
-        raw["sources"] = tuple(raw.get("sources", ()))
-        manifest = _typed(Manifest(**raw))
+        made = {key: tuple(_from_dict(cls, entry) for entry in raw[key]) for key, cls in parts.items()}
+        manifest = _typed(Manifest(**raw | made | {"sources": tuple(raw.get("sources", ()))}))
     except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{path} does not fit the schema: {type(error).__name__}: {error}; build the data set again"
-        ) from error
-    _check(manifest, path)
+        raise ValueError(f"it does not fit the schema: {type(error).__name__}: {error}") from error
+    _check(manifest)
     return manifest
 
 
@@ -247,7 +261,8 @@ def _typed(made: T) -> T:
     for name, hint in typing.get_type_hints(type(made)).items():
         if not _is_instance(getattr(made, name), hint):
             expected = getattr(hint, "__name__", hint)
-            raise TypeError(f"{type(made).__name__}.{name} is {getattr(made, name)!r}, expected {expected}")
+            found = reprlib.repr(getattr(made, name))
+            raise TypeError(f"{type(made).__name__}.{name} is {found}, expected {expected}")
     return made
 
 
@@ -265,7 +280,7 @@ def _is_instance(value: typing.Any, hint: typing.Any) -> bool:
     return isinstance(value, kind) and not (hint in (int, float) and isinstance(value, bool))
 
 
-def _check(manifest: Manifest, path: pathlib.Path) -> None:
+def _check(manifest: Manifest) -> None:
     """Cross references and paths inside the manifest."""
     problems = []
     for what in ("features", "tables", "tasks", "splits"):
@@ -277,10 +292,9 @@ def _check(manifest: Manifest, path: pathlib.Path) -> None:
         if feature.table is not None and feature.table not in tables:
             problems.append(f"feature {feature.name!r} points into table {feature.table!r}, which is not listed")
     for table in manifest.tables:
-        if table.num_rows < NUM_RESERVED_ROWS:
-            problems.append(
-                f"table {table.name!r} has num_rows {table.num_rows}, expected at least {NUM_RESERVED_ROWS}"
-            )
+        if not NUM_RESERVED_ROWS <= table.num_rows <= MAX_ROWS:
+            expected = f"expected at least {NUM_RESERVED_ROWS}, at most {MAX_ROWS}"
+            problems.append(f"table {table.name!r} has num_rows {table.num_rows}, {expected}")
     for name, kind in manifest.unbounded.items():
         if name not in tables or kind not in ID_KINDS:
             problems.append(f"unbounded: {name!r} is {kind!r}, expected a table of the list and one of {ID_KINDS}")
@@ -293,9 +307,28 @@ def _check(manifest: Manifest, path: pathlib.Path) -> None:
     item = [feature for feature in manifest.features if feature.name == manifest.item_feature]
     if not item or not {"history", "candidate"} <= set(item[0].places):
         problems.append(f"item feature {manifest.item_feature!r} must occur in history and candidate")
-    for split in manifest.splits:
-        for file in split.files:
-            if pathlib.PurePath(file).is_absolute() or ".." in pathlib.PurePath(file).parts:
-                problems.append(f"split {split.name!r} names {file!r}, which is outside the data folder")
+    if not 1 <= manifest.max_history_length <= MAX_HISTORY_LENGTH:
+        problems.append(f"max_history_length {manifest.max_history_length} is not in 1 .. {MAX_HISTORY_LENGTH}")
+    problems += [problem for split in manifest.splits for problem in _problems_of(split, manifest.max_history_length)]
     if problems:
-        raise ValueError(f"{path}: " + "; ".join(problems))
+        raise ValueError("; ".join(problems[:_MAX_SHOWN]))
+
+
+def _problems_of(split: Split, max_history_length: int) -> list[str]:
+    """Counts that cannot be, paths that lead out of the data folder, files listed twice."""
+    problems = []
+    for name in ("num_rows", "num_history_tokens", "num_candidates"):
+        if not 0 <= getattr(split, name) <= MAX_ROWS:
+            problems.append(f"split {split.name!r} has {name} {getattr(split, name)}, expected 0 .. {MAX_ROWS}")
+    if split.num_history_tokens > split.num_rows * max_history_length:
+        problems.append(
+            f"split {split.name!r} has {split.num_history_tokens} history tokens in {split.num_rows} rows of at most "
+            f"{max_history_length}"
+        )
+    if len(set(split.files)) < len(split.files):
+        problems.append(f"split {split.name!r} lists a file twice")
+    for file in split.files:
+        path = pathlib.PurePath(file)
+        if path.is_absolute() or ".." in path.parts or not file.isprintable() or not path.parts:
+            problems.append(f"split {split.name!r} names {file[:200]!r}, which is no file in the data folder")
+    return problems

@@ -10,8 +10,9 @@ import typing
 import torch
 
 from gpsd_dist.assembly import assemble, check_options_against_data
-from gpsd_dist.checkpoint.manager import Checkpoints, RunState, fill_tensors, newest_intact, read_state
+from gpsd_dist.checkpoint.manager import Checkpoints, RunState, fill_tensors, newest_intact
 from gpsd_dist.checkpoint.resume import check_resumable, epochs_to_best
+from gpsd_dist.checkpoint.state import read_run, read_state
 from gpsd_dist.checkpoint.transfer import transfer
 from gpsd_dist.config import RunConfig
 from gpsd_dist.data.batch import Batch
@@ -50,7 +51,7 @@ class Trainer:
         self.checkpoints = Checkpoints(run.output_dir, runtime, run.train)
         self.start = newest_intact(self.checkpoints.folder)
         if self.start is not None:  # before anything is written into the folder of another run
-            state = read_state(self.start)
+            state = read_run(self.start)
             check_resumable(dataclasses.asdict(run), dataclasses.asdict(self.manifest), state, self.start)
         self.throughput = Throughput()
         self.profiler = profiling.StepProfiler(run, runtime, self.assembly.model.backbone)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from gpsd_dist.checkpoint import files, integrity, manager, resume, retention, storage
+from gpsd_dist.checkpoint import files, integrity, manager, resume, retention, state, storage
 from gpsd_dist.checkpoint.storage import Location
 
 _SHOWN = ("auc", "gauc", "log_loss", "mrr")
@@ -50,16 +50,16 @@ def _facts(path: Location) -> list[str]:
     """Epoch, time, size and metrics; empty where they cannot be known."""
     try:
         sums = integrity.read_checksums(path)
-        state = manager.read_state(path)
+        run = state.read_run(path)
     except ValueError:
         return ["", "", "", ""]
     time, size = "", ""
     if sums is not None:
         time = datetime.datetime.fromtimestamp(sums.time_s).isoformat(" ", "seconds")
         size = f"{sum(entry.num_bytes for entry in sums.files.values()) / 1e6:,.1f}"
-    shown = {name: value for name, value in state.metrics.items() if name.rsplit("/", 1)[-1] in _SHOWN}
+    shown = {name: value for name, value in run.metrics.items() if name.rsplit("/", 1)[-1] in _SHOWN}
     metrics = "\n".join(f"{name} {value:.5f}" for name, value in shown.items())
-    return [f"{resume.epochs_done(state):.2f}", time, size, metrics]
+    return [f"{resume.epochs_done(run):.2f}", time, size, metrics]
 
 
 def _condition(path: Location) -> str:

@@ -1,8 +1,7 @@
 """Reads and writes the files of torch.distributed.checkpoint (DCP) at a `Location`.
 
-Written files are hashed on the way. Of the index (`.metadata`, a pickle) only the classes that DCP puts there are
-loaded, so that a checkpoint from elsewhere cannot run code; DCP's own reader would run whatever the pickle says. The
-data files are read with `weights_only=True`.
+Written files are hashed on the way. Read files cannot run code: the index is not unpickled (`index`), the data files
+are read with `weights_only=True`, and neither takes more memory than the files have bytes.
 """
 
 import collections.abc
@@ -12,64 +11,21 @@ import hashlib
 import io
 import os
 import pathlib
-import pickle
 import typing
+import zipfile
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensorBase
-from torch.distributed.checkpoint.filesystem import FileSystemBase
+from torch.distributed.checkpoint.filesystem import FileSystemBase, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 
-from gpsd_dist.checkpoint.integrity import FileSum
+from gpsd_dist.checkpoint import storage
+from gpsd_dist.checkpoint.index import INDEX_NAME, read_index
+from gpsd_dist.checkpoint.integrity import FileSum, read_checksums
 from gpsd_dist.checkpoint.storage import Location, Remote
-
-INDEX_NAME = ".metadata"
-_ALLOWED = {
-    # BytesStorageMetadata is left out on purpose: DCP loads such entries with pickle, and we save tensors only
-    "torch.distributed.checkpoint.metadata": {
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch": {"Size", *(str(value).split(".")[1] for value in vars(torch).values() if isinstance(value, torch.dtype))},
-    "torch.serialization": {"_get_layout"},  # looks a layout up by name
-    "pathlib": {"PosixPath", "Path"},  # where the checkpoint was first written
-}
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Knows the classes of `_ALLOWED` and nothing else."""
-
-    def find_class(self, module: str, name: str) -> typing.Any:
-        if name not in _ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(
-                f"it asks for {module}.{name}, which no index of ours holds: it was made to run code, or by another "
-                "version of torch; nothing of it was run"
-            )
-        return super().find_class(module, name)
-
-
-def read_index(checkpoint: Location) -> Metadata:
-    """Names, shapes and places of the tensors. ValueError names the file if it is broken, or more than an index."""
-    path = checkpoint / INDEX_NAME
-    try:
-        with path.open("rb") as file:
-            index = _IndexUnpickler(file).load()
-    except OSError:
-        raise
-    except Exception as error:  # a broken pickle can raise anything
-        raise ValueError(f"{path} is refused as the index of a checkpoint: {error}") from error
-    if not isinstance(index, Metadata):
-        raise ValueError(f"{path} is refused as the index of a checkpoint: it holds a {type(index).__name__}")
-    return index
 
 
 class _HashedStream:
@@ -161,16 +117,73 @@ class Writer(dcp.FileSystemWriter):
 
 
 class Reader(dcp.FileSystemReader):
-    """For one `dcp.load` from `checkpoint`; reads its index once, when built."""
+    """For one `dcp.load` from `checkpoint`; reads its index once, when built. ValueError if that promises too much."""
 
     def __init__(self, checkpoint: Location):
         super().__init__(str(checkpoint))
         self.fs, self.path = _Files(), checkpoint
         self.index = read_index(checkpoint)
+        _check_places(checkpoint, self.index)
 
     def read_metadata(self, *args: typing.Any, **kwargs: typing.Any) -> Metadata:
         """The index; there is none of a single rank."""
         return copy.copy(self.index)
+
+    def _slice_file(self, file: typing.Any, sinfo: _StorageInfo) -> typing.IO[bytes]:
+        """One tensor, as torch.save wrote it: a zip archive that is not compressed, so that it cannot grow in memory.
+
+        https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/checkpoint/filesystem.py
+        """
+        with zipfile.ZipFile(io.BufferedReader(_Part(file, sinfo))) as archive:
+            entries = archive.infolist()
+        is_stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+        if not is_stored or sum(entry.file_size for entry in entries) > sinfo.length:
+            raise ValueError(f"{sinfo.relative_path} holds a tensor that is larger unpacked than in the file")
+        return typing.cast(typing.IO[bytes], super()._slice_file(file, sinfo))
+
+
+class _Part(io.RawIOBase):
+    """Part of a file that can be read to its end (DCP's own view of one cannot)."""
+
+    def __init__(self, file: typing.Any, place: _StorageInfo):
+        self._file, self._start, self._length, self._at = file, place.offset, place.length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise OSError("before the start of the part")
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: typing.Any) -> int:
+        self._file.seek(self._start + self._at)
+        content = self._file.read(max(0, min(len(buffer), self._length - self._at)))
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
+
+
+def _check_places(checkpoint: Location, index: Metadata) -> None:
+    """The files have all bytes that the index speaks of. With those in `read_index`: shapes are bounded by files."""
+    ends: dict[str, int] = {}
+    for info in index.storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    checksums = read_checksums(checkpoint)
+    for name, end in ends.items():
+        if checksums is None:
+            num_bytes = storage.num_bytes(checkpoint / name)
+        elif name in checksums.files:
+            num_bytes = checksums.files[name].num_bytes
+        else:
+            raise ValueError(f"{checkpoint / INDEX_NAME} names the file {name}, which has no checksum")
+        if num_bytes < end:
+            raise ValueError(f"{checkpoint / INDEX_NAME} speaks of {end:,} bytes of {name}, which has {num_bytes:,}")
 
 
 def staged(tensors: dict[str, typing.Any], before: dict[str, typing.Any] | None) -> dict[str, typing.Any]:

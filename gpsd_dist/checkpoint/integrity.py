@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 CHECKSUMS_NAME = "checksums.json"
 VERSION = 1
 _CHUNK_BYTES = 4 * 2**20  # untuned
+_MAX_TIME_S = 250_000_000_000  # the year 9892: dates can be shown
 
 
 class DamagedCheckpoint(ValueError):
@@ -58,12 +59,30 @@ def read_checksums(checkpoint: Location) -> Checksums | None:
     if not path.is_file():
         return None
     try:
-        raw = json.loads(path.read_text())
-        if raw["version"] > VERSION:
-            raise ValueError(f"{path} has version {raw['version']}, this program knows {VERSION}: use a newer one")
-        return Checksums(raw["time_s"], {name: FileSum(**entry) for name, entry in raw["files"].items()})
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{path} is damaged ({type(error).__name__}: {error})") from error
+        raw = storage.read_json(path)
+        version, time_s, entries = raw.get("version"), raw.get("time_s"), raw.get("files")
+        if not isinstance(version, int) or not isinstance(entries, dict):
+            raise ValueError("it has no version or no files")
+        if version <= VERSION:
+            if not isinstance(time_s, int | float) or not 0 <= time_s < _MAX_TIME_S:
+                raise ValueError("it has no time")
+            return Checksums(time_s, {_checked_name(name): _file_sum(entry) for name, entry in entries.items()})
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{path} is damaged ({error})") from error
+    raise ValueError(f"{path} has version {version}, this program knows {VERSION}: use a newer one")
+
+
+def _checked_name(name: str) -> str:
+    if not storage.is_plain_name(name):
+        raise ValueError(f"it names {name[:80]!r}, which is no file of the folder")
+    return name
+
+
+def _file_sum(entry: typing.Any) -> FileSum:
+    digest, size = (entry.get("sha256"), entry.get("num_bytes")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(digest, str) or type(size) is not int or not 0 <= size < 2**62:
+        raise ValueError("it has a file without sha256 or num_bytes")
+    return FileSum(digest, size)
 
 
 def wrong_sizes(checkpoint: Location, checksums: Checksums) -> list[str]:

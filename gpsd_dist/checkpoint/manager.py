@@ -29,8 +29,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
 from gpsd_dist.checkpoint import files, integrity, retention, storage
+from gpsd_dist.checkpoint.index import read_index
 from gpsd_dist.checkpoint.integrity import DamagedCheckpoint, FileSum
 from gpsd_dist.checkpoint.retention import STATE_NAME, complete
+from gpsd_dist.checkpoint.state import RunState as RunState
+from gpsd_dist.checkpoint.state import read_state as read_state
 from gpsd_dist.checkpoint.storage import Location, Remote, location
 from gpsd_dist.config import TrainConfig
 from gpsd_dist.distributed.runtime import Runtime
@@ -40,23 +43,6 @@ _FOLDER_NAME = "checkpoints"
 
 Tensors = dict[str, typing.Any]
 """Nested dict of tensors and ShardedTensors that alias the live state."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RunState:
-    """What a checkpoint holds besides tensors; plain JSON."""
-
-    step: int
-    """Optimizer steps done."""
-    data_position: dict[str, typing.Any]
-    """`Loader.state_dict()`"""
-    progress: dict[str, typing.Any]
-    """`Progression`: best step and metric so far, validations without improvement."""
-    metrics: dict[str, float]
-    """Of the validation at this step; empty if there was none."""
-    run_config: dict[str, typing.Any]
-    manifest: dict[str, typing.Any]
-    world_size: int
 
 
 class Checkpoints:
@@ -191,7 +177,10 @@ class Checkpoints:
             storage.sync_folder(folder.parent)
         retention.write_best(self.folder)
         for old in retention.removable(self.folder, self._train.keep_last, self._train.keep_every_hours):
-            storage.delete(old, STATE_NAME)
+            try:
+                storage.delete(old, STATE_NAME)
+            except OSError as error:  # the new one is safe: no reason to end the run
+                log.warning("the old checkpoint %s could not be deleted: %s", old, error)
         return ""
 
 
@@ -246,7 +235,10 @@ def find(path: "str | os.PathLike[str] | Remote", which: str = "best") -> Locati
 def checkpoint_folder(run: Location) -> Location:
     """Where a run keeps its checkpoints: in its folder, or where the options in its folder say."""
     config = run / "run_config.json"
-    elsewhere = json.loads(config.read_text())["train"].get("checkpoint_dir", "") if config.is_file() else ""
+    train = storage.read_json(config).get("train", {}) if config.is_file() else {}
+    elsewhere = train.get("checkpoint_dir", "") if isinstance(train, dict) else None
+    if not isinstance(elsewhere, str):
+        raise ValueError(f"{config} does not hold the options of a run, so where its checkpoints are is not known")
     return (location(elsewhere) if elsewhere else run) / _FOLDER_NAME
 
 
@@ -273,15 +265,6 @@ def newest_intact(folder: Location) -> Location | None:
             "copy, or start anew in another OUTPUT_DIR"
         )
     return None
-
-
-def read_state(checkpoint: Location) -> RunState:
-    """Reads `run_state.json`. ValueError names the file if it is broken."""
-    path = checkpoint / STATE_NAME
-    try:
-        return RunState(**json.loads(path.read_text()))
-    except (OSError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a run state ({error}); use another checkpoint") from error
 
 
 def load_tensors(checkpoint: Location, tensors: Tensors) -> None:
@@ -323,12 +306,12 @@ def saved_at_s(checkpoint: Location) -> float:
 
 def saved_keys(checkpoint: Location) -> list[str]:
     """Dotted names of all tensors in a checkpoint."""
-    return sorted(files.read_index(checkpoint).state_dict_metadata)
+    return sorted(read_index(checkpoint).state_dict_metadata)
 
 
 def saved_sizes(checkpoint: Location) -> dict[str, int]:
     """Dotted name -> number of elements of every tensor in a checkpoint. Reads no tensor, needs no process group."""
-    saved = files.read_index(checkpoint).state_dict_metadata
+    saved = read_index(checkpoint).state_dict_metadata
     return {name: value.size.numel() for name, value in sorted(saved.items())}
 
 

@@ -5,7 +5,7 @@ import json
 import typing
 
 from gpsd_dist.checkpoint import manager
-from gpsd_dist.checkpoint.manager import RunState
+from gpsd_dist.checkpoint.state import RunState, read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import run_config_from_dict
 
@@ -69,8 +69,8 @@ def epochs_to_best(run: dict[str, typing.Any], manifest: dict[str, typing.Any]) 
     options on this data (seed and what may change on resume aside).
     """
     checkpoint = manager.find(run["refit_of"])
-    state = manager.read_state(checkpoint)
-    if not manager.read_state(manager.find(run["refit_of"], "last")).progress["is_finished"]:
+    state = read_run(checkpoint)
+    if not read_run(manager.find(run["refit_of"], "last")).progress["is_finished"]:
         raise ValueError(
             f"REFIT_OF={run['refit_of']!r} is not finished: its best step may change; let it run to its end"
         )

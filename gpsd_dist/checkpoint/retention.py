@@ -61,19 +61,25 @@ def _best_of_newest(checkpoints: list[Location]) -> int | None:
     if not checkpoints:
         return None
     try:
-        progress = json.loads((checkpoints[-1] / STATE_NAME).read_text())["progress"]
-        return int(progress["best_step"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+        progress = storage.read_json(checkpoints[-1] / STATE_NAME).get("progress")
+    except ValueError:
         return None  # damaged; who loads it is told so
+    step = progress.get("best_step") if isinstance(progress, dict) else None
+    return step if isinstance(step, int) else None
 
 
 def _best_of_file(folder: Location) -> int | None:
     path = folder / BEST_NAME
-    try:
-        return int(json.loads(path.read_text())["step"]) if path.is_file() else None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
-        log.warning("%s is damaged and ignored", path)
+    if not path.is_file():
         return None
+    try:
+        step = storage.read_json(path).get("step")
+    except ValueError:
+        step = None
+    if isinstance(step, int):
+        return step
+    log.warning("%s is damaged and ignored", path)
+    return None
 
 
 def write_best(folder: Location) -> None:
@@ -83,10 +89,14 @@ def write_best(folder: Location) -> None:
         if path.is_file():
             path.unlink()
         return
-    state = json.loads((checkpoint / STATE_NAME).read_text())
-    content = json.dumps({"step": state["step"], "metrics": state["metrics"]})
-    if not path.is_file() or path.read_text() != content:
-        storage.write(path, content.encode())
+    try:
+        state = storage.read_json(checkpoint / STATE_NAME)
+    except ValueError as error:
+        log.warning("%s is left as it is: %s", path, error)
+        return
+    content = json.dumps({"step": state.get("step"), "metrics": state.get("metrics")}).encode()
+    if not path.is_file() or storage.read_bytes(path, storage.MAX_JSON_BYTES) != content:
+        storage.write(path, content)
 
 
 def removable(folder: Location, keep_last: int, keep_every_hours: float) -> list[Location]:

@@ -7,12 +7,19 @@ is written last says that the rest is complete (`manager`).
 import collections.abc
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import shutil
 import typing
 
 import fsspec
+
+from gpsd_dist.option_checks import nests_deeper
+
+MAX_NAME_LENGTH = 255
+MAX_NESTING = 32
+MAX_JSON_BYTES = 2**26  # untuned: a manifest in run_state.json takes some 100 kB
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -134,6 +141,36 @@ def location(path: "str | os.PathLike[str] | Remote") -> Location:
     return Remote(text.rstrip("/"))
 
 
+def is_plain_name(name: typing.Any) -> bool:
+    """Whether this is the name of a file, and nothing that leads out of a folder."""
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable():
+        return False
+    return name == pathlib.PurePosixPath(name).name == pathlib.PureWindowsPath(name).name and name not in (".", "..")
+
+
+def read_bytes(path: Location, max_bytes: int) -> bytes:
+    """The whole file. ValueError if it is larger; OSError if it cannot be read."""
+    with path.open("rb") as file:
+        content: bytes = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"{path} has more than {max_bytes:,} bytes, which no file of ours has here")
+    return content
+
+
+def read_json(path: Location) -> dict[str, typing.Any]:
+    """The object in a small file. ValueError names a file that is no JSON object; OSError if it cannot be read."""
+    content = read_bytes(path, MAX_JSON_BYTES)
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no valid JSON ({type(error).__name__}: {error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
+    if nests_deeper(value, MAX_NESTING):
+        raise ValueError(f"{path} nests its values more than {MAX_NESTING} deep")
+    return value
+
+
 def write(path: Location, content: bytes) -> None:
     """Writes a file that readers see whole or not at all; on a local disk it survives a loss of power."""
     if isinstance(path, Remote):
@@ -158,7 +195,13 @@ def sync_folder(folder: pathlib.Path) -> None:
 
 
 def delete(folder: Location, marker: str) -> None:
-    """Deletes a folder with all files, `marker` first: what is left by a crash does not look complete."""
+    """Deletes a folder with all files, `marker` first: what is left by a crash does not look complete.
+
+    Of a link to a folder only the link.
+    """
+    if isinstance(folder, pathlib.Path) and folder.is_symlink():
+        folder.unlink()
+        return
     if (folder / marker).is_file():
         (folder / marker).unlink()
     if isinstance(folder, Remote):

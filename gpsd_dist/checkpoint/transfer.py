@@ -3,6 +3,7 @@
 import logging
 
 from gpsd_dist.checkpoint import manager
+from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import RunConfig
 from gpsd_dist.schema import Manifest
@@ -21,7 +22,7 @@ def transfer(run: RunConfig, manifest: Manifest, own: manager.Tensors) -> str:
     """
     weights, dense = own["table"], own["dense"]
     checkpoint = manager.find(run.init_checkpoint)
-    state = manager.read_state(checkpoint)
+    state = read_run(checkpoint)
     _check_vocabularies(run, manifest, state, checkpoint)
     _check_width(run, state, checkpoint)
     pretrained = state.run_config["model"]["name"]

@@ -23,6 +23,7 @@ from gpsd_dist.data.parquet_dataset import BadValue, BatchKey
 DEFAULT_NUM_DATA_SHARDS = 16
 WINDOW_ROW_GROUPS = 8
 MAX_WINDOW_ROWS = 65_536  # about 70 MB at 46 history items in 3 columns; one window per data shard is in memory
+MAX_EMPTY_STEPS = 2**20  # batches of less than a row each: legal in a test, a mistake beyond
 PLAN_AHEAD_STEPS = 4  # decoding comes in bursts when a shard enters its next window: begin it some steps early
 
 _logger = logging.getLogger(__name__)
@@ -106,6 +107,11 @@ class Loader(typing.Generic[T]):
         self._num_threads = num_threads
         self._prefetch = prefetch
         self._pin_memory = pin_memory
+        if self._by_tokens and self.steps_per_epoch > max(MAX_EMPTY_STEPS, self._split.num_rows):
+            raise ValueError(
+                f"global_batch_tokens {global_batch_tokens} cuts the {self._split.split.num_history_tokens} history "
+                f"tokens of {split!r} into more batches than it has rows ({self._split.num_rows}); raise it"
+            )
         mean_group_rows = self._split.num_rows / len(self._split.groups)
         if window_rows is None:
             window_rows = min(round(WINDOW_ROW_GROUPS * mean_group_rows), MAX_WINDOW_ROWS)

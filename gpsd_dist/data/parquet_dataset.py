@@ -149,7 +149,7 @@ class ParquetSplit:
     def _read_footers(self) -> list[RowGroup]:
         needed = {field.name: field for field in [*self.schema, self.full_schema.field("history_length")]}
         with concurrent.futures.ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-            footers = list(pool.map(lambda path: _read_footer(path, list(needed.values())), self._paths))
+            footers = list(pool.map(lambda path: _read_footer(self.data_dir, path, list(needed.values())), self._paths))
         problems = [problem for _, found in footers for problem in found]
         if problems:
             more = f"\n  ... and {len(problems) - _MAX_SHOWN} more" if len(problems) > _MAX_SHOWN else ""
@@ -191,8 +191,13 @@ class ParquetSplit:
         return self._open[path]
 
 
-def _read_footer(path: pathlib.Path, needed: list[pa.Field]) -> tuple[list[RowGroup], list[str]]:
+def _read_footer(
+    data_dir: pathlib.Path, path: pathlib.Path, needed: list[pa.Field]
+) -> tuple[list[RowGroup], list[str]]:
     """Row groups with at least one row, and what is wrong with the file."""
+    root = data_dir.resolve()
+    if root not in path.resolve().parents:
+        return [], [f"{path} is a link that leads out of {root}; copy the file, or use the folder that it is in"]
     if not path.is_file():
         return [], [f"{path} does not exist, but {schema.MANIFEST_NAME} lists it; copy it or build the data set again"]
     if path.stat().st_size == 0:

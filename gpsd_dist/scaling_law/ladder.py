@@ -5,6 +5,7 @@ import pathlib
 import re
 
 from gpsd_dist.checkpoint import manager
+from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.config import STRATEGIES, RunConfig
 from gpsd_dist.gin_cli import load_run_config
 from gpsd_dist.schema import read_manifest
@@ -217,7 +218,7 @@ def _check_same_data(pretraining: Training | None, finetuning: Training) -> None
 def _check_init_checkpoint(request: Request, trials: list[Trial]) -> None:
     """That all rungs can take over its tables, before the first of them is trained."""
     checkpoint = manager.find(request.init_checkpoint)
-    theirs = manager.read_state(checkpoint).run_config
+    theirs = read_run(checkpoint).run_config
     if theirs["stage"] != "pretrain":
         raise ValueError(f"--init_checkpoint {request.init_checkpoint} is a {theirs['stage']} run, not a pretraining")
     width = theirs["tables"]["embedding_dim"]

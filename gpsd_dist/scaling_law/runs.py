@@ -18,6 +18,7 @@ import typing
 
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.checkpoint.resume import check_resumable
+from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import run_config_from_dict
 from gpsd_dist.ids.tables import read_run_manifest
@@ -59,7 +60,7 @@ def _check_training(training: Training, trial: Trial, is_needed: bool) -> None:
         )
     checkpoint = _checkpoint(training.folder)
     if checkpoint is not None:  # was it trained on the data that is there now?
-        state = manager.read_state(checkpoint)
+        state = read_run(checkpoint)
         manifest = dataclasses.asdict(read_run_manifest(training.run))
         check_resumable(state.run_config, manifest, state, training.folder)
 
@@ -99,7 +100,7 @@ def _checkpoint(folder: pathlib.Path) -> Location | None:
 def is_trained(training: Training) -> bool:
     """Whether the run has come to its end."""
     checkpoint = _checkpoint(training.folder)
-    return checkpoint is not None and bool(manager.read_state(checkpoint).progress["is_finished"])
+    return checkpoint is not None and bool(read_run(checkpoint).progress["is_finished"])
 
 
 def read_result(path: pathlib.Path) -> dict[str, dict[str, typing.Any]] | None:

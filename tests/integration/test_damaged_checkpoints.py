@@ -102,8 +102,12 @@ def test_checkpoints_of_older_versions_still_resume(trained, data_dir, tmp_path,
 def test_unreadable_old_checkpoint_is_an_error_with_its_name(trained, tmp_path, one_rank):
     shutil.copytree(step_folder(trained / "half", 4), tmp_path / "copy")
     (tmp_path / "copy" / integrity.CHECKSUMS_NAME).unlink()
-    (tmp_path / "copy/__0_0.distcp").write_bytes(b"short")
+    path = tmp_path / "copy/__0_0.distcp"
+    path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(DamagedCheckpoint, match=f"checkpoint {tmp_path}/copy cannot be read: rank 0"):
+        evaluate_checkpoint(tmp_path / "copy", None, "valid", one_rank)
+    path.write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"speaks of [\d,]+ bytes of __0_0.distcp, which has 5"):
         evaluate_checkpoint(tmp_path / "copy", None, "valid", one_rank)
 
 

@@ -234,7 +234,10 @@ def test_missing_tensor_is_refused_not_skipped(trained, data_dir, tmp_path, one_
     shutil.copytree(trained / "source", source)
     path = step_folder(source, 4) / manager.STATE_NAME
     state = json.loads(path.read_text())
-    state["manifest"]["tables"] = [t for t in state["manifest"]["tables"] if t["name"] != "item"]
+    for entry, key in [(e, "name") for e in state["manifest"]["tables"]] + [
+        (e, "table") for e in state["manifest"]["features"]
+    ]:
+        entry[key] = "product" if entry[key] == "item" else entry[key]
     path.write_text(json.dumps(state))
     message = _refused(_run(data_dir, source, tmp_path / "run", "ST"), one_rank, "no table 'item'")
     assert str(source) in message

@@ -293,3 +293,70 @@ def test_nothing_leaks_into_the_next_parse():
     with pytest.raises(ValueError):
         load(PRETRAIN, OUT, "--gin.WIDTH=63", "--gin.SEED=8")
     assert load(PRETRAIN, OUT) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "EMBEDING_DIM = 128",
+            r"x.gin, line 2: nothing reads EMBEDING_DIM: misspelt\? There are the macros \[.*'EMBEDDING_DIM'",
+        ),
+        ("dence/OptimizerConfig.peak_lr = 1.0", "x.gin, line 2: nothing reads dence/OptimizerConfig.peak_lr"),
+        ("TrainConfig.epochs = %EPOCH", "nothing sets %EPOCH; set macros are .*'EPOCHS'"),
+        ("import os", "`import os` is refused: a configuration imports nothing"),
+        ("from os import path", "is refused: a configuration imports nothing"),
+        ("TrainConfig.epochs = @os.system()", "@os.system is none of"),
+        ("TrainConfig.epochs = @gin.singleton()", "@gin.singleton is none of"),
+        ("gin.macro.value = 3", "gin.macro is none of"),
+        ("TrainConfig.epochs = [1,", "x.gin: TokenError"),
+    ],
+)
+def test_files_with_what_nothing_reads_or_what_would_run_code_are_refused(tmp_path, line, message):
+    """gin accepts a misspelt macro or scope silently, and imports what a file says."""
+    with pytest.raises(ValueError, match=message):
+        load([*FINETUNE, write(tmp_path, f"# a comment\n{line}\n")], OUT)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("include 'configs/nowhere.gin'", "which is no .gin file below"),
+        ("include '/etc/passwd'", "which is no .gin file below"),
+        ("include 'configs/base.gin'\ninclude 'configs/stage/finetune.gin'", "which is read already"),
+    ],
+)
+def test_includes_that_cannot_be_are_refused(tmp_path, line, message):
+    with pytest.raises(ValueError, match=message):
+        load([write(tmp_path, line)], OUT)
+
+
+def test_a_file_that_includes_itself_is_refused(tmp_path):
+    path = tmp_path / "x.gin"
+    with pytest.raises(ValueError, match="which is read already"):
+        load([write(tmp_path, f"include '{path}'")], OUT)
+
+
+def test_a_file_that_is_too_large_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="more than 1,048,576 bytes: this is no configuration"):
+        load([*FINETUNE, write(tmp_path, "# " + "x" * 2**20)], OUT)
+
+
+@pytest.mark.parametrize(
+    "reference", ["%SEED\nimport os", "@TrainConfig()\ninclude 'configs/base.gin'", "%SEED\nWIDTH = 7"]
+)
+def test_an_override_is_one_statement(reference):
+    """What followed a line break was parsed as more of the configuration: an import was run."""
+    with pytest.raises(ValueError, match=r"imports nothing|an override sets one value, this is 2 statements"):
+        load(FINETUNE, OUT, f"--gin.SEED={reference}")
+
+
+@pytest.mark.parametrize("value", ["1e999", "-1e999"])
+def test_options_are_finite(value):
+    with pytest.raises(ValueError, match=r"peak_lr is -?inf, expected finite numbers"):
+        load(FINETUNE, OUT, f"--gin.DENSE_LR={value}")
+
+
+@pytest.mark.parametrize("value", ["(" * 5000, "-" * 50_000 + "1", "{[]: 1}"])
+def test_a_value_that_python_cannot_parse_is_a_text(value):
+    assert load(FINETUNE, OUT, f"--gin.DATA_DIR={value}").run.data_dir == value

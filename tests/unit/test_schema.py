@@ -103,7 +103,7 @@ BROKEN = {  # name: (content, words of the message)
     "rows as text": (changed("tables", 0, "num_rows", to="200"), "num_rows"),
     "rows as fraction": (changed("tables", 0, "num_rows", to=200.5), "num_rows"),
     "rows as truth": (changed("tables", 0, "num_rows", to=True), "num_rows"),
-    "absolute path": (changed("splits", 0, "files", to=["/etc/passwd"]), "'/etc/passwd', which is outside"),
+    "absolute path": (changed("splits", 0, "files", to=["/etc/passwd"]), "'/etc/passwd', which is no file"),
     "path upwards": (changed("splits", 1, "files", to=["a.parquet", "train/../../x"]), "'train/../../x'"),
     "files as text": (changed("splits", 0, "files", to="a.parquet"), "files"),
     "file as number": (changed("splits", 0, "files", to=[3]), "files"),
@@ -249,3 +249,40 @@ def test_splits_can_be_read_one_after_the_other():
             manifest.split(wrong)
     with pytest.raises(ValueError, match="no split 'hold'"):
         manifest.split("train+hold")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("tables", 0, "num_rows"), 2**50, "at most 281474976710656"),
+        (("splits", 0, "num_rows"), 10**400, "expected 0 .."),
+        (("splits", 0, "num_rows"), -1, "has num_rows -1"),
+        (("splits", 0, "num_history_tokens"), 10**15, "history tokens in 3 rows of at most 30"),
+        (("splits", 1, "files"), ["a.parquet", "a.parquet"], "lists a file twice"),
+        (("splits", 1, "files"), [""], "which is no file in the data folder"),
+        (("max_history_length",), 10**9, "is not in 1 .."),
+        (("features", 3, "std"), 1e-300, "std above 0"),
+        (
+            ("options",),
+            json.loads("[" * 40 + "]" * 40),
+            "nest more than 32 deep",
+        ),
+    ],
+)
+def test_values_that_no_data_set_has_are_refused(tmp_path, path, value, words):
+    with pytest.raises(ValueError) as caught:
+        schema.read_manifest(write(tmp_path, changed(*path, to=value)))
+    assert words in str(caught.value) and "manifest.json" in str(caught.value)
+
+
+def test_a_manifest_that_is_too_large_is_refused_unread(tmp_path):
+    with open(tmp_path / "manifest.json", "wb") as file:
+        file.truncate(2**40)  # takes no place on the disk
+    with pytest.raises(ValueError, match="which no manifest has"):
+        schema.read_manifest(tmp_path)
+
+
+def test_a_message_shows_the_start_of_a_long_value(tmp_path):
+    with pytest.raises(ValueError) as caught:
+        schema.read_manifest(write(tmp_path, changed("source", to=["x" * 100_000])))
+    assert len(str(caught.value)) < 500

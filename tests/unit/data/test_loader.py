@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -307,3 +308,12 @@ def test_wrong_options_are_named(data, options, message):
 def test_uneven_shards_are_a_warning(data, caplog):
     make_loader(data, world_size=4)
     assert "6 data shards do not divide over 4 ranks" in caplog.text
+
+
+def test_claimed_tokens_that_would_make_endless_batches_are_refused(data):
+    """The position of every batch is computed at once: 10^15 of them would not fit into memory."""
+    data_dir, manifest = data
+    splits = tuple(dataclasses.replace(split, num_history_tokens=10**15) for split in manifest.splits)
+    claiming = dataclasses.replace(manifest, splits=splits)
+    with pytest.raises(ValueError, match="into more batches than it has rows"):
+        Loader(data_dir, claiming, splits[0].name, make_batch=lambda rows, key: rows, global_batch_tokens=100)

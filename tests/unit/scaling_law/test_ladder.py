@@ -3,9 +3,11 @@ import json
 
 import pytest
 
+from gpsd_dist.checkpoint.state import RunState
+from gpsd_dist.config import RunConfig, TablesConfig
 from gpsd_dist.gin_cli import load_run_config
 from gpsd_dist.scaling_law.ladder import Request, Rung, parse_ladder, parse_seeds, plan
-from tests.helpers.synthetic import write_dataset
+from tests.helpers.synthetic import make_manifest, write_dataset
 
 FINETUNE, PRETRAIN = ("configs/experiments/grocery_finetune.gin",), ("configs/experiments/grocery_pretrain.gin",)
 
@@ -41,9 +43,17 @@ def pretrained(folder, stage="pretrain", embedding_dim=64) -> str:
     """A run folder as far as planning reads it."""
     checkpoint = folder / "checkpoints" / "step_00000001"
     checkpoint.mkdir(parents=True)
-    state = {"step": 1, "data_position": {}, "progress": {}, "metrics": {}, "manifest": {}, "world_size": 1}
-    run = {"stage": stage, "tables": {"embedding_dim": embedding_dim}}
-    (checkpoint / "run_state.json").write_text(json.dumps(state | {"run_config": run}))
+    run = RunConfig(stage, "data", str(folder), tables=TablesConfig(embedding_dim=embedding_dim))
+    state = RunState(
+        step=1,
+        data_position={"epoch": 0, "step": 1, "order": {"rows": 1, "global_batch": 1}},
+        progress={},
+        metrics={},
+        run_config=dataclasses.asdict(run),
+        manifest=dataclasses.asdict(make_manifest()),
+        world_size=1,
+    )
+    (checkpoint / "run_state.json").write_text(json.dumps(dataclasses.asdict(state)))
     return str(folder)
 
 

@@ -24,7 +24,8 @@ folder, finished, run, manifest = pathlib.Path(sys.argv[1]), sys.argv[2] == "Tru
 checkpoint = folder / "checkpoints/step_00000001"
 checkpoint.mkdir(parents=True, exist_ok=True)
 (folder / "run_config.json").write_text(json.dumps(run))
-state = dict(step=1, data_position={}, progress={"is_finished": finished}, metrics={}, run_config=run,
+position = dict(epoch=0, step=1, order=dict(rows=1, global_batch=1))
+state = dict(step=1, data_position=position, progress={"is_finished": finished}, metrics={}, run_config=run,
              manifest=manifest, world_size=1)
 (checkpoint / "run_state.json").write_text(json.dumps(state))
 with open(folder / "calls", "a") as calls:

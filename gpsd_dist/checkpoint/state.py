@@ -1,0 +1,72 @@
+"""`run_state.json`: what a checkpoint holds besides tensors, and how far what stands there is believed."""
+
+import dataclasses
+import json
+import typing
+
+from gpsd_dist.checkpoint import storage
+from gpsd_dist.checkpoint.retention import STATE_NAME
+from gpsd_dist.checkpoint.storage import Location
+from gpsd_dist.config import run_config_from_dict
+from gpsd_dist.option_checks import check_types
+from gpsd_dist.progression import Progression
+from gpsd_dist.schema import manifest_from_dict
+
+_MAX_STEPS = 2**62
+
+
+@dataclasses.dataclass(frozen=True)
+class RunState:
+    """What a checkpoint holds besides tensors; plain JSON."""
+
+    step: int
+    """Optimizer steps done."""
+    data_position: dict[str, typing.Any]
+    """`Loader.state_dict()`"""
+    progress: dict[str, typing.Any]
+    """`Progression`: best step and metric so far, validations without improvement."""
+    metrics: dict[str, float]
+    """Of the validation at this step; empty if there was none."""
+    run_config: dict[str, typing.Any]
+    manifest: dict[str, typing.Any]
+    world_size: int
+
+
+def read_state(checkpoint: Location) -> RunState:
+    """The state, its parts unchecked. ValueError names the file if it is broken."""
+    path = checkpoint / STATE_NAME
+    try:
+        state = RunState(**storage.read_json(path))
+        check_types(state, is_finite=False)
+        if not (_is_count(state.step) and state.world_size >= 1):
+            raise ValueError(f"step {state.step}, world_size {state.world_size}")
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a run state ({error}); use another checkpoint") from error
+    return state
+
+
+def read_run(checkpoint: Location) -> RunState:
+    """The state of a run of this program, all parts checked as far as they are used. ValueError names the file.
+
+    What is younger than the checkpoint (an option, a field of the manifest) is there with its default.
+    """
+    state = read_state(checkpoint)
+    try:
+        run = dataclasses.asdict(run_config_from_dict(state.run_config))
+        manifest = dataclasses.asdict(manifest_from_dict(state.manifest))
+        progress = Progression(**state.progress)
+        check_types(progress, is_finite=False)
+        position, order = state.data_position, state.data_position.get("order")
+        if not (_is_count(position.get("epoch")) and _is_count(position.get("step")) and isinstance(order, dict)):
+            raise ValueError("data_position has no epoch, step and order")
+        if not all(_is_count(order.get(name)) and order[name] > 0 for name in ("rows", "global_batch")):
+            raise ValueError("the order of its data_position has no rows and global_batch above 0")
+    except (TypeError, ValueError) as error:
+        place = checkpoint / STATE_NAME
+        raise ValueError(f"{place} cannot be read as the state of a run ({error}); use another checkpoint") from error
+    parts = {"run_config": run, "manifest": manifest, "progress": dataclasses.asdict(progress)}
+    return dataclasses.replace(state, **json.loads(json.dumps(parts)))  # lists for tuples, as in the file
+
+
+def _is_count(value: typing.Any) -> bool:
+    return type(value) is int and 0 <= value < _MAX_STEPS
