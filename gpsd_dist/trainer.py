@@ -149,7 +149,8 @@ class Trainer:
             if done is None:
                 return
             self._position = self._prefetched_positions.popleft()
-            self._after_step(*done, recorder)
+            parts, sums, counts = done
+            self._after_step(parts, sums, counts, recorder)
             yield
 
     def _endless(self) -> typing.Iterator[tuple[Batch, ...]]:
