@@ -11,6 +11,7 @@ from gpsd_dist.capacity.memory import Memory, ModelSize, transformer_bytes
 from gpsd_dist.capacity.workload import Workload
 from gpsd_dist.config import CUDA_ONLY_SPARSE_OPTIMIZERS, SPARSE_OPTIMIZERS, ModelConfig, TrainConfig
 from gpsd_dist.distributed.sharding import Cluster, Shard
+from gpsd_dist.execution_config import ExecutionConfig
 from gpsd_dist.model.transformer import Transformer
 from gpsd_dist.packing import Packing
 from tests.integration.tiny_data import tiny_run
@@ -55,6 +56,10 @@ def test_dense_part_by_hand():
     assert memories.dense_bytes(run, SIZE, world_size=8) == 1000 * 20
     half = tiny_run("finetune", "x", "y", train=TrainConfig(bf16=True))
     assert memories.dense_bytes(half, SIZE, world_size=8) == 1000 * 20 + 600 * 2
+    sharded = dataclasses.replace(run, execution=ExecutionConfig(dense_parallel="fsdp2"))
+    deep = dataclasses.replace(sharded, model=dataclasses.replace(run.model, layers=4))
+    assert memories.dense_bytes(deep, SIZE, world_size=8) == 1000 * 16 / 8 + 4 * (2 * 300 + 2 * 400)
+    assert memories.dense_bytes(deep, SIZE, world_size=1) == 1000 * 16
 
 
 def test_buffers_by_hand():
