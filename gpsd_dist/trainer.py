@@ -312,6 +312,7 @@ class Trainer:
             num_data_shards=run.data.num_data_shards,
             global_batch_rows=run.data.global_batch_rows or None,
             global_batch_tokens=run.data.global_batch_tokens or None,
+            max_history_length=run.data.max_history_length,
             seed=run.seed,
             num_threads=run.data.num_threads,
             prefetch=run.data.prefetch,
