@@ -6,6 +6,7 @@ from gpsd_dist.option_checks import below, check_types, raise_all
 
 PIPELINES = ("plain", "sparse_dist")
 DENSE_PARALLEL = ("ddp", "fsdp2")
+BLOCK_MODELS = ("transformer", "sasrec", "hstu")  # whose activations can be computed again block by block
 EXCHANGE_TYPES = ("fp32", "fp16", "bf16")
 
 

@@ -150,7 +150,8 @@ class Trainer:
             if done is None:
                 return
             self._position = self._prefetched_positions.popleft()
-            self._after_step(*done, recorder)
+            parts, sums, counts = done
+            self._after_step(parts, sums, counts, recorder)
             yield
 
     def _endless(self) -> typing.Iterator[tuple[Batch, ...]]:
@@ -312,6 +313,7 @@ class Trainer:
             num_data_shards=run.data.num_data_shards,
             global_batch_rows=run.data.global_batch_rows or None,
             global_batch_tokens=run.data.global_batch_tokens or None,
+            max_history_length=run.data.max_history_length,
             seed=run.seed,
             num_threads=run.data.num_threads,
             prefetch=run.data.prefetch,

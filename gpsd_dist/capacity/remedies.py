@@ -7,6 +7,7 @@ import numpy as np
 
 from gpsd_dist.capacity.estimate import Estimate, Layout, Scenario, estimate
 from gpsd_dist.capacity.memory import Memory
+from gpsd_dist.execution_config import BLOCK_MODELS
 
 _MAX_RANKS = 1024
 _MIN_COLUMNS = 256  # TorchRec cuts columns into pieces of 128 at least
@@ -29,6 +30,7 @@ class Remedy:
 def remedies(scenario: Scenario, found: Estimate) -> list[Remedy]:
     """Every option that would lower the peak of the fullest rank, the built ones first."""
     built = [*_freezing(scenario), *_layouts(scenario), *_ranks(scenario), *_batches(scenario, found)]
+    built += _executions(scenario, found)
     useful = [remedy for remedy in (*built, *_not_built(scenario, found)) if remedy.peak_bytes < _peak(found.memory)]
     return sorted(useful, key=lambda remedy: (not remedy.is_built, not remedy.fits))
 
@@ -85,22 +87,25 @@ def _batches(scenario: Scenario, found: Estimate) -> typing.Iterator[Remedy]:
         yield from _first_that_fits(options, found.layout)
 
 
+def _executions(scenario: Scenario, found: Estimate) -> typing.Iterator[Remedy]:
+    """The same step, done with less memory: the tables stay."""
+    run = scenario.run
+    if run.model.name in BLOCK_MODELS and not run.execution.activation_checkpointing:
+        changed = _replaced(scenario, "execution", activation_checkpointing=True)
+        flags = "--gin.ExecutionConfig.activation_checkpointing=True"
+        yield _built("activation checkpointing of every layer", flags, changed, found.layout)
+    if scenario.cluster.world_size > 1 and run.execution.dense_parallel == "ddp":
+        changed = _replaced(scenario, "execution", dense_parallel="fsdp2")
+        yield _built("FSDP2 of the dense part", "--gin.ExecutionConfig.dense_parallel=fsdp2", changed, found.layout)
+
+
 def _not_built(scenario: Scenario, found: Estimate) -> typing.Iterator[Remedy]:
     """From the parts of the memory that each would change."""
-    run, memory, ranks = scenario.run, found.memory, scenario.cluster.world_size
+    memory = found.memory
     half = dataclasses.replace(memory, tables=memory.tables / 2)
     yield _other("tables in bf16", half, found)
     cached = dataclasses.replace(memory, tables=memory.tables * _CACHED_PART)
     yield _other(f"UVM caching with {_CACHED_PART:.0%} of the rows in HBM, the rest in host memory", cached, found)
-    if memory.activations is not None:
-        tokens = (found.training.tokens + found.training.candidates) / run.train.micro_batches
-        inputs = run.model.layers * tokens * run.model.width * 4
-        one_layer = memory.activations / run.model.layers
-        kept = dataclasses.replace(memory, activations=min(memory.activations, inputs + one_layer))
-        yield _other("activation checkpointing of every layer", kept, found)
-    if ranks > 1:
-        sharded = dataclasses.replace(memory, dense=round(memory.dense / ranks + memory.dense / 5 / run.model.layers))
-        yield _other("FSDP of the dense part", sharded, found)
 
 
 def _first_that_fits(

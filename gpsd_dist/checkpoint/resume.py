@@ -83,7 +83,8 @@ def epochs_done(state: RunState) -> float:
     """Passes over the data that a checkpoint has behind it."""
     position, order, run = state.data_position, state.data_position["order"], state.run_config
     read = ("pretrain",) if run["stage"] == "pretrain" else ("train", "valid") if run.get("refit_of") else ("train",)
-    tokens = sum(split["num_history_tokens"] for split in state.manifest["splits"] if split["name"] in read)
+    stored = sum(split["num_history_tokens"] for split in state.manifest["splits"] if split["name"] in read)
+    tokens = order.get("tokens", stored)  # those that the model saw; older checkpoints do not say
     total = tokens if order["batch_by"] == "tokens" else order["rows"]
     return float(position["epoch"] + position["step"] / -(-total // order["global_batch"]))
 

@@ -73,12 +73,15 @@ class EpochReader:
         shards: range,
         num_steps: int,
         by_tokens: bool,
+        longest: int | None = None,
     ):
+        """`longest`: tokens of a history that count at most, with `by_tokens`."""
         self._split = split
         self._order = order
         self._shards = shards
         self._num_steps = num_steps
         self._by_tokens = by_tokens
+        self._longest = longest
         self._cuts: dict[int, np.ndarray] = {}
         self._held: dict[int, _Window] = {}
         self._empty = pa.Table.from_arrays([pa.array([], field.type) for field in split.schema], schema=split.schema)
@@ -104,11 +107,11 @@ class EpochReader:
         return int(self._cuts[shard][step])
 
     def _weights(self, shard: int) -> np.ndarray:
-        """int32 [rows of the shard]: history length, at least 1, in the order the rows are used."""
+        """int32 [rows of the shard]: history length, from 1 to `longest`, in the order the rows are used."""
         first = self._order.shard_start(shard)
         slices = self._order.group_slices(first, first + self._order.shard_rows(shard))
         lengths = [self._split.read_history_length(group)[start : start + num] for group, start, num in slices]
-        weight_R = np.maximum(np.concatenate([np.zeros(0, np.int32), *lengths]), 1)
+        weight_R = np.clip(np.concatenate([np.zeros(0, np.int32), *lengths]), 1, self._longest)
         position = 0
         while position < len(weight_R):
             number = self._order.window_at(shard, position)

@@ -13,6 +13,7 @@ import time
 import typing
 import weakref
 
+import numpy as np
 import pyarrow as pa
 
 from gpsd_dist import schema
@@ -52,7 +53,9 @@ class Loader(typing.Generic[T]):
             of it. Part of the order. Without shuffling it is `world_size`.
         global_batch_rows: rows of a batch over all ranks, an upper bound.
         global_batch_tokens: instead of rows: history tokens over all ranks (a row without history counts as 1).
-            Each shard takes its share up to one row.
+            Shards have equal numbers of tokens as far as the totals of row groups tell, and each takes its share of
+            a batch up to one row.
+        max_history_length: tokens of a history that count at most in `global_batch_tokens`; None: all.
         shuffle: False reads in file order, for evaluation.
         seed: of the order.
         num_threads: threads that run `make_batch`; one more reads files.
@@ -82,6 +85,7 @@ class Loader(typing.Generic[T]):
         num_data_shards: int = DEFAULT_NUM_DATA_SHARDS,
         global_batch_rows: int | None = None,
         global_batch_tokens: int | None = None,
+        max_history_length: int | None = None,
         shuffle: bool = True,
         seed: int = 0,
         num_threads: int = 1,
@@ -107,9 +111,13 @@ class Loader(typing.Generic[T]):
         self._num_threads = num_threads
         self._prefetch = prefetch
         self._pin_memory = pin_memory
+        self._longest = max_history_length
+        self._group_weight_G: np.ndarray | None = None
+        if self._by_tokens:
+            self._group_weight_G, self._num_tokens = self._split.token_weights(max_history_length)
         if self._by_tokens and self.steps_per_epoch > max(MAX_EMPTY_STEPS, self._split.num_rows):
             raise ValueError(
-                f"global_batch_tokens {global_batch_tokens} cuts the {self._split.split.num_history_tokens} history "
+                f"global_batch_tokens {global_batch_tokens} cuts the {self._num_tokens} history "
                 f"tokens of {split!r} into more batches than it has rows ({self._split.num_rows}); raise it"
             )
         mean_group_rows = self._split.num_rows / len(self._split.groups)
@@ -128,7 +136,7 @@ class Loader(typing.Generic[T]):
     @property
     def steps_per_epoch(self) -> int:
         """Batches of an epoch, the same on every rank."""
-        total = self._split.split.num_history_tokens if self._by_tokens else self._split.num_rows
+        total = self._num_tokens if self._by_tokens else self._split.num_rows
         return max(1, -(-total // self._global_batch))
 
     @property
@@ -186,9 +194,15 @@ class Loader(typing.Generic[T]):
         """The remaining batches of the current epoch; its `finally` also runs when the consumer stops early."""
         epoch, num_steps = self._epoch, self.steps_per_epoch
         order = row_order.EpochOrder(
-            self._split.group_rows_G, epoch, self._num_data_shards, self._window_rows, self._seed, self._shuffle
+            self._split.group_rows_G,
+            epoch,
+            self._num_data_shards,
+            self._window_rows,
+            self._seed,
+            self._shuffle,
+            self._group_weight_G,
         )
-        reader = EpochReader(self._split, order, self._shards, num_steps, self._by_tokens)
+        reader = EpochReader(self._split, order, self._shards, num_steps, self._by_tokens, self._longest)
         keys = (BatchKey(epoch, step, self._rank) for step in range(self._step, num_steps))
         plans: collections.deque[concurrent.futures.Future[BatchPlan]] = collections.deque()
         batches: collections.deque[concurrent.futures.Future[T]] = collections.deque()
@@ -236,7 +250,7 @@ class Loader(typing.Generic[T]):
             "seed": self._seed,
             "batch_by": "tokens" if self._by_tokens else "rows",
             "global_batch": self._global_batch,
-        }
+        } | ({"shards_by": "tokens", "tokens": self._num_tokens} if self._by_tokens else {})
 
 
 def _check_shards(rank: int, world_size: int, num_data_shards: int) -> None:

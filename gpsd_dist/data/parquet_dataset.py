@@ -51,6 +51,8 @@ class RowGroup(typing.NamedTuple):
     first_row: int
     """Row in the file of its first row."""
     num_rows: int
+    num_history_tokens: int
+    """A row without history counts as 1."""
 
 
 class ParquetSplit:
@@ -77,12 +79,13 @@ class ParquetSplit:
         """
         self.data_dir = pathlib.Path(data_dir)
         self.split = manifest.split(split)
+        self._max_history_length = manifest.max_history_length
         self.full_schema = schema.arrow_schema(manifest, split)
         self.schema = self._select(columns)
         if not self.split.files:
             raise ValueError(f"split {split!r} of {self.data_dir} lists no files; build the data set again")
         self._paths = [self.data_dir / file for file in self.split.files]
-        self.groups = self._read_footers()
+        self.groups = self._read_footers(f"history.{manifest.item_feature}")
         self.group_rows_G = np.array([group.num_rows for group in self.groups], np.int64)
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
@@ -96,7 +99,7 @@ class ParquetSplit:
 
     def fingerprint(self) -> str:
         """Short hash over file names and row group sizes: two data sets read alike only if it agrees."""
-        lines = [f"{path.relative_to(self.data_dir).as_posix()} {rows}" for path, _, _, rows in self.groups]
+        lines = [f"{path.relative_to(self.data_dir).as_posix()} {rows}" for path, _, _, rows, _ in self.groups]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     def read_group(self, group: int) -> pa.Table:
@@ -127,6 +130,18 @@ class ParquetSplit:
             )
         return column.to_numpy()
 
+    def token_weights(self, longest: int | None) -> tuple[np.ndarray, int]:
+        """(int64 [G]: history tokens of every row group with at least 1 a row, tokens of the split).
+
+        At most `longest` tokens of a row count. Only if there are longer ones, all history lengths are read.
+        """
+        if longest is None or longest >= self._max_history_length:
+            weight_G = np.array([group.num_history_tokens for group in self.groups], np.int64)
+            return weight_G, self.split.num_history_tokens
+        lengths = [np.minimum(self.read_history_length(group), longest) for group in range(len(self.groups))]
+        weight_G = np.array([np.maximum(part, 1).sum() for part in lengths], np.int64)
+        return weight_G, sum(int(part.sum()) for part in lengths)
+
     def origin(self, group: int, row_in_group: int) -> tuple[pathlib.Path, int]:
         """File and row in it (from 0) of one row of a row group."""
         return self.groups[group].path, self.groups[group].first_row + row_in_group
@@ -146,10 +161,14 @@ class ParquetSplit:
             raise ValueError(f"split {self.split.name!r} has no columns {unknown}; it has {self.full_schema.names}")
         return pa.schema([self.full_schema.field(name) for name in columns])
 
-    def _read_footers(self) -> list[RowGroup]:
-        needed = {field.name: field for field in [*self.schema, self.full_schema.field("history_length")]}
+    def _read_footers(self, history: str) -> list[RowGroup]:
+        """`history`: a list column with one entry per history token."""
+        fields = [self.full_schema.field(name) for name in ("history_length", history)]
+        needed = {field.name: field for field in [*self.schema, *fields]}
         with concurrent.futures.ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-            footers = list(pool.map(lambda path: _read_footer(self.data_dir, path, list(needed.values())), self._paths))
+            footers = list(
+                pool.map(lambda path: _read_footer(self.data_dir, path, list(needed.values()), history), self._paths)
+            )
         problems = [problem for _, found in footers for problem in found]
         if problems:
             more = f"\n  ... and {len(problems) - _MAX_SHOWN} more" if len(problems) > _MAX_SHOWN else ""
@@ -166,7 +185,7 @@ class ParquetSplit:
         return [group for groups, _ in footers for group in groups]
 
     def _decode(self, group: int, wanted: pa.Schema) -> pa.Table:
-        path, index, _, num_rows = self.groups[group]
+        path, index, _, num_rows, _ = self.groups[group]
         try:
             # Not memory-mapped: the speed is the same and a file that shrinks is an error, not a SIGBUS.
             table = self._file(path).read_row_group(index, columns=wanted.names, use_threads=False)
@@ -192,7 +211,7 @@ class ParquetSplit:
 
 
 def _read_footer(
-    data_dir: pathlib.Path, path: pathlib.Path, needed: list[pa.Field]
+    data_dir: pathlib.Path, path: pathlib.Path, needed: list[pa.Field], history: str
 ) -> tuple[list[RowGroup], list[str]]:
     """Row groups with at least one row, and what is wrong with the file."""
     root = data_dir.resolve()
@@ -206,6 +225,7 @@ def _read_footer(
         with pq.ParquetFile(path) as file:
             found, metadata = file.schema_arrow, file.metadata
             rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+            tokens = _history_tokens(metadata, history)
     except (pa.ArrowException, OSError) as error:
         return [], [f"{path} is truncated or not a Parquet file ({error}); copy it again or build the data set again"]
     problems = []
@@ -222,8 +242,18 @@ def _read_footer(
                 "build the data set again"
             )
     starts = np.cumsum([0, *rows])
-    groups = [RowGroup(path, number, int(starts[number]), num) for number, num in enumerate(rows) if num]
+    groups = [
+        RowGroup(path, number, int(starts[number]), num, tokens[number]) for number, num in enumerate(rows) if num
+    ]
     return groups, problems
+
+
+def _history_tokens(metadata: pq.FileMetaData, history: str) -> list[int]:
+    """Of every row group, without decoding: Parquet counts an empty list as one value. Rows where the column is not."""
+    columns = range(metadata.num_columns)
+    leaf = [i for i in columns if metadata.schema.column(i).path.startswith(f"{history}.")]
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    return [group.column(leaf[0]).num_values if leaf else group.num_rows for group in groups]
 
 
 def _is_same_type(left: pa.DataType, right: pa.DataType) -> bool:

@@ -3,7 +3,8 @@
 One epoch of a split with N rows, all of it a function of (seed, epoch) and of the data alone:
 
 1. the row groups are permuted; their rows, one group after the other, are the *sequence* (positions 0 .. N-1);
-2. the sequence is cut into V contiguous *data shards* whose sizes differ by at most one row;
+2. the sequence is cut into V contiguous *data shards* whose sizes differ by at most one row, or, where batches are
+   counted in tokens, that have the same number of tokens as far as the row groups' totals tell;
 3. inside a shard, *windows* of `window_rows` rows are permuted;
 4. batch b of S takes the next rows of every shard, such that each shard ends exactly with batch S-1.
 
@@ -41,6 +42,8 @@ class EpochOrder:
     seed: int
     shuffle: bool
     """False: file order, V contiguous ranges."""
+    group_weight_G: np.ndarray | None = None
+    """int64 [G], >= 1: weight of every row group in file order; shards get equal weight. None: equal rows."""
 
     @functools.cached_property
     def group_G(self) -> np.ndarray:
@@ -59,14 +62,28 @@ class EpochOrder:
         """N: rows of the split."""
         return int(self._group_end_G[-1])
 
+    @functools.cached_property
+    def _shard_start_V(self) -> np.ndarray:
+        """int64 [V + 1]: sequence position of the first row of every shard, and N."""
+        shards = np.arange(self.num_data_shards + 1, dtype=np.int64)
+        if self.group_weight_G is None:
+            rows, extra = divmod(self.num_rows, self.num_data_shards)
+            return shards * rows + np.minimum(shards, extra)
+        weight_G, rows_G = self.group_weight_G[self.group_G], self.group_rows_G[self.group_G]
+        end_G = np.cumsum(weight_G)
+        wanted_V = shards * int(end_G[-1]) // self.num_data_shards
+        # inside a row group, rows count alike: a shard is larger than a group, or the groups are few and long
+        group_V = np.minimum(np.searchsorted(end_G, wanted_V, side="right"), len(end_G) - 1)
+        inside_V = wanted_V - (end_G - weight_G)[group_V]
+        return (self._group_end_G - rows_G)[group_V] + inside_V * rows_G[group_V] // weight_G[group_V]
+
     def shard_rows(self, shard: int) -> int:
         """Rows of one data shard."""
-        return (self.num_rows + self.num_data_shards - 1 - shard) // self.num_data_shards
+        return self.shard_start(shard + 1) - self.shard_start(shard)
 
     def shard_start(self, shard: int) -> int:
-        """Sequence position of the first row of a shard."""
-        rows, extra = divmod(self.num_rows, self.num_data_shards)
-        return shard * rows + min(shard, extra)
+        """Sequence position of the first row of a shard; of shard V, behind the last one: N."""
+        return int(self._shard_start_V[shard])
 
     def _first_window_rows(self, shard: int) -> int:
         # Staggered: with equal first windows all shards would decode their next window in the same step.

@@ -16,17 +16,18 @@ from torchrec.streamable import Pipelineable
 from gpsd_dist.data.batch import Batch
 from gpsd_dist.distributed.sharding import ShardedTables
 
-Result = typing.TypeVar("Result")
 Parts: typing.TypeAlias = tuple[Batch, ...]
+Done: typing.TypeAlias = tuple[Parts, torch.Tensor, torch.Tensor]
+"""A step that was done: its batch, loss sums [L] of this rank, counts [L] over all."""
 
 
-class StepHooks(typing.Protocol[Result]):
+class StepHooks(typing.Protocol):
     """What happens in a step."""
 
     def zero_grad(self) -> None:
         """First of all; also where the step's seed and learning rate are set."""
 
-    def forward(self, rows: dict[str, torch.Tensor], parts: Parts) -> tuple[torch.Tensor, Result]:
+    def forward(self, rows: dict[str, torch.Tensor], parts: Parts) -> tuple[torch.Tensor, Done]:
         """-> (a loss whose backward computes dense gradients and updates the tables, what `steps` hands out)."""
 
     def step(self) -> None:
@@ -60,19 +61,19 @@ class _Lookup(nn.Module):
         return self.tables(prefetched.lookup)
 
 
-class SparseDistPipeline(typing.Generic[Result]):
+class SparseDistPipeline:
     """One per process; the tables belong to it while `steps` runs."""
 
-    def __init__(self, tables: ShardedTables, hooks: StepHooks[Result], device: torch.device):
+    def __init__(self, tables: ShardedTables, hooks: StepHooks, device: torch.device):
         lookup = _Lookup(tables.module.module)
 
-        def forward(prefetched: PrefetchedParts) -> tuple[torch.Tensor, Result]:
+        def forward(prefetched: PrefetchedParts) -> tuple[torch.Tensor, Done]:
             return hooks.forward(lookup(prefetched), prefetched.parts)
 
         self._lookup = lookup
         self._pipeline = TrainPipelineSparseDist(lookup, hooks, device, custom_model_fwd=forward)
 
-    def steps(self, source: typing.Iterator[Parts]) -> typing.Iterator[Result]:
+    def steps(self, source: typing.Iterator[Parts]) -> typing.Iterator[Done]:
         """Trains on every batch of `source`; one item per step done. Collective: as many on every rank.
 
         Runs until `source` is exhausted. Before the last item the tables are given back: with batches under way they

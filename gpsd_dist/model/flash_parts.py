@@ -108,12 +108,12 @@ def _two_part_backward(
     backward = _cuda_backward if qkv_S3HK.is_cuda else _cpu_backward
     num_own = 0 if candidates_only else num_history_tokens
     grad_S3HK = torch.zeros_like(qkv_S3HK)
-    history, (query_C, own_key_C, own_value_C) = _parts(qkv_S3HK, num_history_tokens)
+    (query_T, key_T, value_T), (query_C, own_key_C, own_value_C) = _parts(qkv_S3HK, num_history_tokens)
     grad_history, (grad_query_C, grad_own_key_C, grad_own_value_C) = _parts(grad_S3HK, num_history_tokens)
 
     grad_CHK, out_CHK, lse_CH = (part[num_own:].contiguous() for part in (grad_RHK, out_RHK, lse_RH))
     spans = Spans(candidate_offsets, history_offsets, max_candidates, max_history_length, False)
-    from_history = backward(grad_CHK, query_C, *history[1:], out_CHK, lse_CH, spans)
+    from_history = backward(grad_CHK, query_C, key_T, value_T, out_CHK, lse_CH, spans)
     own_share_CH1 = (_own_score(query_C, own_key_C).to(lse_CH.dtype) - lse_CH).exp()[..., None]
     wide_grad_CHK = grad_CHK.to(lse_CH.dtype)
     above_mean_CH1 = (wide_grad_CHK * (own_value_C - out_CHK)).sum(-1, keepdim=True)
@@ -124,10 +124,10 @@ def _two_part_backward(
     for target, part in zip(grad_history[1:], from_history[1:], strict=True):
         target.copy_(part)
     if not candidates_only:
-        own = (part[:num_own].contiguous() for part in (grad_RHK, out_RHK, lse_RH))
-        grad_THK, out_THK, lse_TH = own
+        grad_THK, out_THK, lse_TH = (part[:num_own].contiguous() for part in (grad_RHK, out_RHK, lse_RH))
         spans = Spans(history_offsets, history_offsets, max_history_length, max_history_length, True)
-        for target, part in zip(grad_history, backward(grad_THK, *history, out_THK, lse_TH, spans), strict=True):
+        from_own = backward(grad_THK, query_T, key_T, value_T, out_THK, lse_TH, spans)
+        for target, part in zip(grad_history, from_own, strict=True):
             target.add_(part)
     return grad_S3HK
 

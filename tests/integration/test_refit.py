@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from gpsd_dist.checkpoint import manager
+from gpsd_dist.checkpoint.resume import epochs_done
 from gpsd_dist.schema import read_manifest
 from gpsd_dist.trainer import Trainer
 from tests.integration.tiny_data import tiny_run
@@ -55,3 +56,14 @@ def test_a_refit_of_an_unfinished_run_is_refused(tuned, tmp_path, one_rank):
     trainer.train()
     with pytest.raises(ValueError, match="is not finished"):
         Trainer(dataclasses.replace(refit(tuned, tmp_path / "out"), refit_of=short.output_dir), one_rank)
+
+
+def test_epochs_of_batches_in_tokens_count_what_the_model_saw(data_dir, tmp_path, one_rank):
+    """Histories of up to 12 tokens, of which 4 are kept."""
+    data = {"max_history_length": 4, "global_batch_rows": 0, "global_batch_tokens": 20}
+    run = tiny_run("finetune", data_dir, tmp_path, data=data, train={"max_steps": 2})
+    trainer = Trainer(run, one_rank)
+    trainer.train()
+    stored = read_manifest(data_dir).split("train").num_history_tokens
+    assert trainer.loader.steps_per_epoch < stored // 20
+    assert epochs_done(manager.read_state(manager.find(tmp_path, "last"))) == 2 / trainer.loader.steps_per_epoch

@@ -160,7 +160,15 @@ def test_batches_and_precision_help_where_activations_are_the_problem():
     doubled = dataclasses.replace(run, data=dataclasses.replace(run.data, global_batch_rows=2 * rows))
     assert not estimate(dataclasses.replace(scenario, run=doubled)).fits  # the largest that fits
     assert options["bf16 autocast of the dense part"].peak_bytes < found.memory.peak.max()
-    assert not options["activation checkpointing of every layer"].is_built
+    for name, flags in (
+        ("activation checkpointing of every layer", {"activation_checkpointing": True}),
+        ("FSDP2 of the dense part", {"dense_parallel": "fsdp2"}),
+    ):
+        [(key, value)] = flags.items()
+        again = dataclasses.replace(run, execution=dataclasses.replace(run.execution, **flags))
+        peak = estimate(dataclasses.replace(scenario, run=again)).memory.peak.max()
+        assert options[name].is_built and options[name].flags == f"--gin.ExecutionConfig.{key}={value}"
+        assert options[name].peak_bytes == peak < found.memory.peak.max()
 
 
 def test_whole_tables_can_be_cut():

@@ -10,7 +10,9 @@ from gpsd_dist.capacity import memory as memories
 from gpsd_dist.capacity.memory import Memory, ModelSize, transformer_bytes
 from gpsd_dist.capacity.workload import Workload
 from gpsd_dist.config import CUDA_ONLY_SPARSE_OPTIMIZERS, SPARSE_OPTIMIZERS, ModelConfig, TrainConfig
+from gpsd_dist.distributed.dense import recompute_blocks
 from gpsd_dist.distributed.sharding import Cluster, Shard
+from gpsd_dist.execution_config import ExecutionConfig
 from gpsd_dist.model.transformer import Transformer
 from gpsd_dist.packing import Packing
 from tests.integration.tiny_data import tiny_run
@@ -55,6 +57,10 @@ def test_dense_part_by_hand():
     assert memories.dense_bytes(run, SIZE, world_size=8) == 1000 * 20
     half = tiny_run("finetune", "x", "y", train=TrainConfig(bf16=True))
     assert memories.dense_bytes(half, SIZE, world_size=8) == 1000 * 20 + 600 * 2
+    sharded = dataclasses.replace(run, execution=ExecutionConfig(dense_parallel="fsdp2"))
+    deep = dataclasses.replace(sharded, model=dataclasses.replace(run.model, layers=4))
+    assert memories.dense_bytes(deep, SIZE, world_size=8) == 1000 * 16 / 8 + 4 * (2 * 300 + 2 * 400)
+    assert memories.dense_bytes(deep, SIZE, world_size=1) == 1000 * 16
 
 
 def test_buffers_by_hand():
@@ -100,10 +106,14 @@ def test_peak_takes_the_larger_of_step_and_validation():
     assert memory.peak.tolist() == [28, 50]
 
 
-def _kept_bytes(layers, width, heads, history, requests, candidates, dropout, bf16) -> tuple[int, int]:
+def _kept_bytes(
+    layers, width, heads, history, requests, candidates, dropout, bf16, recomputed=False
+) -> tuple[int, int]:
     """Storage that autograd keeps for the backward of a real forward on CPU, without parameters; batch in tokens."""
     torch.manual_seed(0)
     tower = Transformer(layers, width, heads, dropout)
+    if recomputed:
+        recompute_blocks(tower, has_dropout=dropout > 0)
     packing = Packing.from_lengths(np.full(requests, history), np.full(requests, candidates))
     x = torch.randn(requests * (history + candidates), width, requires_grad=True)
     storages, alive = {}, []
@@ -140,6 +150,18 @@ def test_activations_are_what_autograd_keeps(width, history, candidates, dropout
     tokens, shown = float(requests * history), float(requests * candidates)
     found, _ = transformer_bytes(run, Workload(requests, tokens, shown, (history + 1) / 2, 0, {}), "cpu")
     assert found == pytest.approx(kept, rel=0.05 if candidates > 8 else 0.01)
+
+
+def test_recomputed_activations_are_the_inputs_of_the_blocks_and_one_block():
+    """5 %: rotations and random states are not counted."""
+    kept, tokens = _kept_bytes(6, 64, 4, 16, 16, 0, 0.0, False, recomputed=True)
+    run = tiny_run("pretrain", "x", "y", model={"layers": 6, "width": 64, "heads": 4}, tables={"embedding_dim": 64})
+    shorter = dataclasses.replace(run, model=dataclasses.replace(run.model, layers=5))
+    recomputed = dataclasses.replace(run, execution=ExecutionConfig(activation_checkpointing=True))
+    step = Workload(16, float(tokens), 0.0, 8.5, 0, {})
+    six, five, found = (transformer_bytes(r, step, "cpu")[0] for r in (run, shorter, recomputed))
+    assert found - (six - five) == pytest.approx(kept, rel=0.05)
+    assert found < six / 3
 
 
 def test_parts_of_a_batch_share_the_activations_and_cuda_fuses_norms():

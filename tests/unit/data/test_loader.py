@@ -93,6 +93,42 @@ def test_token_batches_stay_near_the_budget(tmp_path):
     assert np.abs(tokens - share).max() <= 4 * lengths.max() and tokens.std() < 0.05 * share
 
 
+def test_ranks_get_equal_tokens_of_every_batch_though_files_differ_tenfold(tmp_path):
+    """With shards of equal rows, one rank would hold the files of long histories."""
+    random = np.random.default_rng(0)
+    lengths = np.concatenate([random.integers(mean // 2, 3 * mean // 2 + 1, 1000) for mean in (4, 40, 8, 24)])
+    manifest = write_split(tmp_path, files=((500, 500), (500, 500), (500, 500), (500, 500)), lengths=lengths)
+    options = {"global_batch_tokens": 8000, "num_data_shards": 8}
+    loaders = [make_loader((tmp_path, manifest), rank=rank, world_size=4, **options) for rank in range(4)]
+    tokens = np.array([[tokens for _, _, tokens in loader] for loader in loaders])
+    assert tokens.sum() == lengths.sum() and tokens.shape[1] == loaders[0].steps_per_epoch
+    assert (tokens.max(0) / tokens.mean(0)).max() < 1.06 and (tokens.max(0) / tokens.mean(0)).mean() < 1.03
+
+
+def test_tokens_that_are_cut_off_do_not_count(tmp_path):
+    """Every tenth history is 10 times as long as what is kept of it."""
+    lengths = np.where(np.arange(3000) % 10 == 0, 50, 5)
+    manifest = write_split(tmp_path, files=((500, 700), (800, 1000)), lengths=lengths)
+    options = {"global_batch_tokens": 500, "num_data_shards": 4, "world_size": 2, "max_history_length": 5}
+
+    def kept(table, key):
+        return np.minimum(table["history_length"].to_numpy(), 5).sum()
+
+    loaders = [make_loader((tmp_path, manifest), make_batch=kept, rank=rank, **options) for rank in range(2)]
+    tokens = np.array([list(loader) for loader in loaders])
+    assert tokens.sum() == 5 * 3000 and loaders[0].steps_per_epoch == 5 * 3000 // 500
+    assert np.abs(tokens - 250).max() <= 2 * 5
+
+
+def test_position_of_an_older_cut_by_tokens_is_refused(data):
+    """Shards once had equal rows there: the same position would mean other rows."""
+    loader = make_loader(data, global_batch_tokens=40)
+    state = loader.state_dict()
+    del state["order"]["shards_by"], state["order"]["tokens"]
+    with pytest.raises(ValueError, match="shards_by was None, is 'tokens'"):
+        loader.load_state_dict(state)
+
+
 def test_order_depends_on_seed_and_epoch_alone(data):
     loader = make_loader(data)
     first, second = ([rows for _, rows, _ in loader] for _ in range(2))

@@ -45,6 +45,24 @@ def test_shards_hold_each_row_once(group_rows, num_data_shards, window_rows, shu
 
 
 @settings(max_examples=60, deadline=None)
+@given(
+    groups=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30)), min_size=1, max_size=12),
+    num_data_shards=st.integers(1, 9),
+    shuffle=st.booleans(),
+)
+def test_shards_by_weight_hold_each_row_once_and_equal_weight(groups, num_data_shards, shuffle):
+    """`groups`: (rows, weight of each). Where the rows of a group weigh the same, a shard is off by less than a row at
+    either end."""
+    rows, each = np.array(groups, np.int64).T
+    order = row_order.EpochOrder(rows, 0, num_data_shards, 50, 0, shuffle, rows * each)
+    shards = [rows_of_shard(order, shard) for shard in range(num_data_shards)]
+    assert np.sort(np.concatenate(shards)).tolist() == list(range(sum(rows)))
+    weight = np.repeat(each, rows)
+    share = weight.sum() / num_data_shards
+    assert all(abs(weight[shard].sum() - share) < 2 * each.max() for shard in shards)
+
+
+@settings(max_examples=60, deadline=None)
 @given(num_rows=st.integers(1, 200), batch_rows=st.integers(1, 60), num_data_shards=st.integers(1, 9))
 def test_cuts_by_rows_fill_every_batch_evenly_and_never_over(num_rows, batch_rows, num_data_shards):
     order = make_order([num_rows], num_data_shards)
