@@ -69,6 +69,7 @@ def evaluate_split(
 def _score_candidates(assembly: Assembly, loader: typing.Iterable, runtime: Runtime) -> Metrics:
     predictions = {task.name: Predictions() for task in assembly.tasks}
     for (host_batch,) in loader:
+        runtime.watchdog.alive()
         batch = host_batch.to(runtime.device)
         rows = assembly.tables(batch.lookup)  # collective: also with an empty batch
         if batch.num_requests:
@@ -101,6 +102,7 @@ def _rank_items(
     first, block_RE = _item_block(assembly, item.table, num_rows, runtime)
     sums = RankingSums(runtime.device)
     for (host_batch,) in loader:
+        runtime.watchdog.alive()
         batch = host_batch.to(runtime.device)
         rows = assembly.tables(batch.lookup)
         query_BE = _last_states(assembly, rows, batch, block_RE.shape[1])

@@ -103,7 +103,7 @@ class ParquetSplit:
         """The columns of one row group, from the cache if it is there.
 
         Raises:
-            ValueError: the data of the row group cannot be decoded.
+            ValueError: the data of the row group cannot be decoded, or a page differs from its checksum.
         """
         if group in self._cache:
             self._cache.move_to_end(group)
@@ -186,7 +186,7 @@ class ParquetSplit:
         if path not in self._open:
             if len(self._open) >= MAX_OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
-            self._open[path] = pq.ParquetFile(path)
+            self._open[path] = pq.ParquetFile(path, page_checksum_verification=True)
         self._open.move_to_end(path)
         return self._open[path]
 
