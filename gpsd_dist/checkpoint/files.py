@@ -147,10 +147,10 @@ class _Files(FileSystemBase):
 class Writer(dcp.FileSystemWriter):
     """For one `dcp.save` of CPU tensors into `folder`."""
 
-    def __init__(self, folder: Location, watchdog: Watchdog):
+    def __init__(self, folder: Location, watchdog: Watchdog | None = None):
         # we sync ourselves: for a stream without a file number DCP would sync every disk of the machine
         super().__init__(str(folder), sync_files=False, per_thread_copy_ahead=0)
-        self.fs, self.path = _Files(watchdog), folder
+        self.fs, self.path = _Files(watchdog or Watchdog()), folder
 
     @property
     def checkpoint_id(self) -> str:

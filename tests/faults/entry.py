@@ -1,7 +1,7 @@
 """`gpsd_dist.train` with one fault put in at an exact place. For torchrun: `-m tests.faults.entry ARGUMENTS`.
 
 The product knows nothing of this. FAULT (JSON, may be absent): what (`ACTIONS`), rank, step, place (`batch`,
-`backward`, `save_tensors`, `save_commit`), once: a file that is made when it happens, so that a restarted job is
+`loss` (becomes NaN), `backward`, `save_tensors`, `save_commit`), once: a file that is made when it happens, so that a restarted job is
 spared; further keys are the action's. TRACE: a folder in which every rank writes down the rows that it trains on.
 """
 
@@ -17,6 +17,7 @@ import torch
 
 from gpsd_dist import train
 from gpsd_dist.data.loader import Loader
+from gpsd_dist.training_step import TrainingStep
 
 
 def kill_self(fault: dict) -> None:
@@ -85,7 +86,7 @@ class Fault:
         wanted = self.description
         if wanted.get("place") != place or wanted["rank"] != int(os.environ["RANK"]):
             return False
-        if self.step < wanted["step"] or (place in ("batch", "backward") and self.step > wanted["step"]):
+        if self.step < wanted["step"] or (place in ("batch", "loss", "backward") and self.step > wanted["step"]):
             return False
         try:
             os.close(os.open(wanted["once"], os.O_CREAT | os.O_EXCL))
@@ -100,8 +101,9 @@ class Fault:
 
 
 def install(fault: Fault, trace: pathlib.Path) -> None:
-    """Wraps the four places."""
+    """Wraps the places."""
     batches, backward, save, rename = Loader.__iter__, torch.Tensor.backward, torch.save, pathlib.Path.rename
+    check = TrainingStep._check_finite
     trace_file = open(trace / f"rank{os.environ['RANK']}", "a", buffering=1)  # noqa: SIM115  until the process ends
 
     def traced(self):
@@ -114,10 +116,13 @@ def install(fault: Fault, trace: pathlib.Path) -> None:
             yield parts
 
     def faulty_backward(self, *args, **kwargs):
-        is_nan = fault.description.get("what") == "nan" and fault.at("backward")
-        backward(self * float("nan") if is_nan else self, *args, **kwargs)
-        if fault.description.get("what") != "nan":
-            fault.maybe("backward")
+        backward(self, *args, **kwargs)
+        fault.maybe("backward")
+
+    def faulty_check(self, sums, *args):
+        if fault.at("loss"):
+            sums = sums * float("nan")
+        check(self, sums, *args)
 
     def faulty_save(*args, **kwargs):
         save(*args, **kwargs)
@@ -129,6 +134,7 @@ def install(fault: Fault, trace: pathlib.Path) -> None:
         return rename(self, target)
 
     Loader.__iter__, torch.Tensor.backward, torch.save = traced, faulty_backward, faulty_save
+    TrainingStep._check_finite = faulty_check
     pathlib.Path.rename = faulty_rename
 
 
