@@ -1,8 +1,9 @@
 """`gpsd_dist.train` with one fault put in at an exact place. For torchrun: `-m tests.faults.entry ARGUMENTS`.
 
-The product knows nothing of this. FAULT (JSON, may be absent): what (`ACTIONS`), rank, step, place (`batch`,
-`loss` (becomes NaN), `backward`, `save_tensors`, `save_commit`), once: a file that is made when it happens, so that a restarted job is
-spared; further keys are the action's. TRACE: a folder in which every rank writes down the rows that it trains on.
+The product knows nothing of this. TRACE: a folder in which every rank writes down the rows that it trains on. FAULT
+(JSON, may be absent): what (`ACTIONS`, or nan), rank, step, place (batch, loss, backward, save_tensors, save_commit),
+once: a file that is made when it happens, so that a restarted job is spared; slow_s: pause before every later step;
+wait_for: a file that must be there first; further keys are the action's.
 """
 
 import ctypes
@@ -97,6 +98,8 @@ class Fault:
 
     def maybe(self, place: str) -> None:
         if self.at(place):
+            while "wait_for" in self.description and not os.path.exists(self.description["wait_for"]):
+                time.sleep(0.02)
             ACTIONS[self.description["what"]](self.description)
 
 
@@ -113,6 +116,8 @@ def install(fault: Fault, trace: pathlib.Path) -> None:
                 rows = [user for part in parts for user in part.user_hash_B.tolist()]
                 trace_file.write(json.dumps({"step": fault.step, "rows": rows}) + "\n")
                 fault.maybe("batch")
+                if fault.step > fault.description.get("step", 0):
+                    time.sleep(fault.description.get("slow_s", 0))
             yield parts
 
     def faulty_backward(self, *args, **kwargs):
