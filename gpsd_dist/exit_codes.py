@@ -8,7 +8,7 @@ MISTAKE = 2
 NO_FILE_ACCESS = 74
 """A file could not be read or written (sysexits.h: EX_IOERR): disk full, read-only, file system gone."""
 STOPPED = 75
-"""Asked to stop by SIGTERM, and saved (sysexits.h: EX_TEMPFAIL): start the same command again."""
+"""Asked to stop by SIGTERM or SIGHUP, and saved (sysexits.h: EX_TEMPFAIL): start the same command again."""
 HUNG = 124
 """No progress for TrainConfig.hang_timeout_s; as of timeout(1)."""
 INTERRUPTED = 130
@@ -19,7 +19,7 @@ MEANINGS = {
     FAILED: "failed",
     MISTAKE: "mistake in the options or the data",
     NO_FILE_ACCESS: "a file could not be read or written",
-    STOPPED: "asked to stop, saved",
+    STOPPED: "asked to stop; start it again",
     HUNG: "hung",
-    INTERRUPTED: "interrupted, saved",
+    INTERRUPTED: "interrupted",
 }

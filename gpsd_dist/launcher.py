@@ -39,6 +39,8 @@ def main(argv: list[str]) -> int:
     # Else all attempts share one store and its keys: a rank that is faster than its peers connects to the addresses of
     # the dead ones, and the restart fails (https://github.com/pytorch/pytorch/issues/135712; seen with torch 2.13).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: torchrun would stop at a lost terminal all the same
+        os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     for number in (signal.SIGTERM, signal.SIGINT):  # torchrun has handlers only once its ranks are started
         signal.signal(number, _raise_signal)
     try:

@@ -9,14 +9,14 @@ import torch
 from gpsd_dist import exit_codes
 from gpsd_dist.distributed.collectives import all_sum
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # of a scheduler, of a lost terminal, Ctrl-C
 _IMPATIENT_AFTER_S = 2.0  # Ctrl-C reaches a rank twice, from the terminal and through torchrun
 
 
 class StopRequests:
-    """As a context: SIGTERM and SIGINT only set a flag. A second Ctrl-C, two seconds later or more, interrupts at once.
+    """As a context: the signals only set a flag. A second Ctrl-C, two seconds later or more, interrupts at once.
 
-    Of the main thread, like every signal handler of Python.
+    A signal that is ignored stays ignored (SIGHUP under nohup). For the main thread, as all of Python's handlers.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,8 @@ class StopRequests:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequests":
-        self._previous = {number: signal.signal(number, self.note) for number in _SIGNALS}
+        heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self.note) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -46,8 +47,8 @@ class StopRequests:
     def agreed(self) -> bool:
         """Whether any rank has got a signal: it comes at different moments. Collective, on the CPU: no GPU sync."""
         asked = all_sum(torch.tensor([float(number in self._asked) for number in _SIGNALS]))
-        if asked[0]:
+        if asked[:-1].any():
             self.exit_code = exit_codes.STOPPED
-        elif asked[1]:
+        elif asked[-1]:
             self.exit_code = exit_codes.INTERRUPTED
         return self.exit_code != exit_codes.FINISHED

@@ -28,6 +28,13 @@ def num_starts(folder: pathlib.Path) -> int:
     return (folder / "starts").read_text().count("x") if (folder / "starts").exists() else 0
 
 
+def wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 ENDINGS = {
     "finished": ("", exit_codes.FINISHED, 2),
     "mistake": ("sys.exit(2)", exit_codes.MISTAKE, 2),  # not started again
@@ -58,12 +65,24 @@ def test_signal_reaches_the_ranks_and_shows_in_the_status(tmp_path, number, stat
         f"open({str(tmp_path / 'up')!r}, 'a').write('x')\ntime.sleep(60)\n"
     )
     process = start(tmp_path, code)
-    deadline = time.monotonic() + 60
-    while not ((tmp_path / "up").exists() and (tmp_path / "up").read_text() == "xx"):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: (tmp_path / "up").exists() and (tmp_path / "up").read_text() == "xx", process)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == status, stderr
     assert saved.read_text().split() == [str(int(number))] * 2
     assert "Traceback" not in stderr
+
+
+def test_lost_terminal_does_not_stop_a_job_under_nohup(tmp_path):
+    up = tmp_path / "up"
+    code = f"open({str(up)!r}, 'a').write('x')\ntime.sleep(2)\n"
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited, as nohup does it
+    try:
+        process = start(tmp_path, code)
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    wait_for(lambda: up.exists() and up.read_text() == "xx", process)
+    process.send_signal(signal.SIGHUP)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == exit_codes.FINISHED, stderr
+    assert num_starts(tmp_path) == 2

@@ -20,7 +20,12 @@ def one_rank():
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, exit_codes.STOPPED), (signal.SIGINT, exit_codes.INTERRUPTED)]
+    ("number", "status"),
+    [
+        (signal.SIGTERM, exit_codes.STOPPED),
+        (signal.SIGHUP, exit_codes.STOPPED),
+        (signal.SIGINT, exit_codes.INTERRUPTED),
+    ],
 )
 def test_signal_is_noted_and_obeyed_when_the_ranks_agree(one_rank, number, status):
     before = signal.getsignal(number)
@@ -30,6 +35,16 @@ def test_signal_is_noted_and_obeyed_when_the_ranks_agree(one_rank, number, statu
         os.kill(os.getpid(), number)  # from the terminal and through torchrun
         assert stops.agreed() and stops.exit_code == status
     assert signal.getsignal(number) == before
+
+
+def test_what_nohup_ignores_stays_ignored(one_rank):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequests() as stops:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stops.agreed()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_second_ctrl_c_of_an_impatient_person_interrupts(monkeypatch):
