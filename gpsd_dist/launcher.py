@@ -11,10 +11,12 @@ import sys
 import types
 import typing
 
+from torch.distributed import DistError
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import ProcessFailure, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
 
 from gpsd_dist import exit_codes
@@ -52,6 +54,9 @@ def main(argv: list[str]) -> int:
         status = _status(error.failures)
         ranks = ", ".join(f"rank {rank} with {_how(failure.exitcode)}" for rank, failure in error.failures.items())
         return _ended(f"ranks of this host have ended: {ranks}", status)
+    except (RendezvousError, DistError) as error:  # of the launchers among themselves
+        reason = (str(error.__cause__ or error) or repr(error)).splitlines()[0]
+        return _ended(f"the nodes of this job do not reach each other: {reason}", exit_codes.FAILED)
     return exit_codes.FINISHED
 
 

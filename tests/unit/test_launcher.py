@@ -86,3 +86,13 @@ def test_lost_terminal_does_not_stop_a_job_under_nohup(tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == exit_codes.FINISHED, stderr
     assert num_starts(tmp_path) == 2
+
+
+def test_node_that_nobody_answers_says_so(tmp_path):
+    command = [sys.executable, "-m", "gpsd_dist.launcher", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "192.0.2.1:29400", "--rdzv-conf", "read_timeout=1"]
+    result = subprocess.run([*command, "nothing.py"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == exit_codes.FAILED
+    last = result.stderr.splitlines()[-1]
+    assert "launcher: the nodes of this job do not reach each other: " in last and "192.0.2.1" in last, result.stderr
+    assert "Traceback" not in result.stderr
