@@ -210,10 +210,12 @@ class Trainer:
 
     def _tensors(self) -> dict:
         """Everything that a resumed run needs, aliasing the live state."""
-        return self.assembly.weights() | {
+        parts = self.assembly.weights() | {
             "table_optimizer": self.assembly.tables.optimizer_state(),
             "dense_optimizer": named_state(self.optimizer, self.model),
         }
+        # an empty part (a rank without a piece of a trainable table) would be looked for under its own name by DCP
+        return {name: part for name, part in parts.items() if part}
 
     def _load_weights(self) -> None:
         """Own checkpoint, else transfer, else random. Says which. Collective."""
