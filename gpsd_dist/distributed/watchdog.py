@@ -19,6 +19,7 @@ FIRST_STEP_FACTOR = 4  # the first step compiles, tunes and fills caches; untune
 _BACKSTOP_FACTOR = 2  # of the timeout; for a thread that holds the interpreter lock, so that ours cannot run
 _POLLS_PER_TIMEOUT = 20
 _LONGEST_POLL_S = 1.0  # so soon a rank notices that its launcher is gone
+_LAST_WORDS_S = 2.0  # the end of one rank ends the others: they look at their clocks before, and say where they stand
 
 
 class Watchdog:
@@ -139,4 +140,5 @@ def _end_process(message: str) -> None:
     sys.stderr.write(f"watchdog: {message}\n")
     sys.stderr.flush()
     faulthandler.dump_traceback(all_threads=True)
+    time.sleep(_LAST_WORDS_S)
     os._exit(exit_codes.HUNG)
