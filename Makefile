@@ -5,6 +5,7 @@ QUICKSTART_FLAGS ?=
 PYTEST_FLAGS ?= -n 2 --dist loadfile
 BENCH_FLAGS ?= --suite cpu
 EXPERIMENTS_FLAGS ?=
+FAULTS ?=
 
 BIN := $(abspath $(VENV))/bin
 # torchrun and the linters are looked up on PATH by the programs they are called from.
@@ -12,7 +13,7 @@ export PATH := $(BIN):$(PATH)
 SHELL_SCRIPTS := .ci/run $(wildcard .ci/*.sh launch/*.sh launch/slurm/*.sbatch)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all experiments check format doctor bench lock clean
+.PHONY: help setup quickstart test test-all faults experiments check format doctor bench lock clean
 
 help: ## list the targets
 	@echo "make TARGET [VENV=$(VENV)] [FLAVOR=cpu|cuda] [PYTHON=python3.11]"
@@ -29,6 +30,9 @@ test: setup ## the default test suite (PYTEST_FLAGS)
 
 test-all: setup ## the default suite and what is marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not gpu and not multi_gpu"
+
+faults: setup ## break real training jobs in every way we know and count the survivors (FAULTS="name ...")
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.faults.run $(FAULTS)
 
 experiments: setup ## rerun reported results and compare with what is expected (EXPERIMENTS_FLAGS)
 	$(BIN)/python -m benchmarks.experiments $(EXPERIMENTS_FLAGS)

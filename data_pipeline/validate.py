@@ -88,7 +88,7 @@ def _open(path: pathlib.Path, problems: validate_rows.Problems) -> pq.ParquetFil
         problems.add("missing file", f"{path} is named by the manifest and does not exist; build again")
         return None
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, page_checksum_verification=True)
     except (OSError, pa.ArrowInvalid) as error:
         problems.add("unreadable", f"{path} is not a readable Parquet file ({error}); build again")
         return None

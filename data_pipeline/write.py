@@ -1,4 +1,4 @@
-"""Parquet part files with exactly the types of the contract, a staging folder, and its move into place."""
+"""Parquet part files with the types of the contract and page checksums, a staging folder, and its move into place."""
 
 import contextlib
 import dataclasses
@@ -149,7 +149,7 @@ class _PartWriter:
         self._rows_in_file = 0
         # ids of one column repeat within a group, times ascend: dictionary pages serve both; "none" is Arrow's word
         # for raw
-        self._writer = pq.ParquetWriter(path, self.schema, compression=self.compression)
+        self._writer = pq.ParquetWriter(path, self.schema, compression=self.compression, write_page_checksum=True)
 
 
 def write_items(
@@ -158,7 +158,7 @@ def write_items(
     """items.parquet: `index` (int64, ascending from 2) and one column per item attribute."""
     fields = [pa.field("index", pa.int64())] + [pa.field(f.name, f.arrow_type("context")) for f in features]
     target_schema = pa.schema(fields)
-    with pq.ParquetWriter(path, target_schema, compression=compression) as writer:
+    with pq.ParquetWriter(path, target_schema, compression=compression, write_page_checksum=True) as writer:
         for batch in engine.batches(rows, 1 << 16):
             if batch.num_rows:
                 writer.write_table(_to_schema(pa.Table.from_batches([batch]), target_schema))

@@ -243,6 +243,10 @@ class TrainConfig:
     """Steps between two lines of metrics; the only steps that wait for the device."""
     collective_timeout_s: int = 600
     """A rank that waits longer for its peers fails with an error."""
+    hang_timeout_s: int = 300
+    """A rank without progress (a phase of a step, a batch of a validation, a part of a file) for so long, or four times
+    so long in its first step, says where it stands and ends with status 124; 0: off. Shorter than collective_timeout_s,
+    so that the rank that hangs speaks, and not only those that wait for it."""
     profile: bool = False
     """Trace steps 10 to 12 (torch.profiler) into OUTPUT_DIR/profile, with a page of text for each rank."""
 
@@ -251,7 +255,7 @@ class TrainConfig:
         problems = []
         for name in ("epochs", "micro_batches", "eval_per_epoch", "keep_last", "log_interval_steps"):
             problems += below(self, name, 1)
-        for name in ("max_steps", "clip_norm", "patience", "save_interval_steps", "keep_every_hours"):
+        for name in ("max_steps", "clip_norm", "patience", "save_interval_steps", "keep_every_hours", "hang_timeout_s"):
             problems += below(self, name, 0)
         if not 0 <= self.warmup_fraction < 1:
             problems.append(f"warmup_fraction {self.warmup_fraction} must be in [0, 1)")

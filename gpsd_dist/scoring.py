@@ -69,6 +69,7 @@ def evaluate_split(
 def _score_candidates(assembly: Assembly, loader: typing.Iterable, runtime: Runtime) -> Metrics:
     predictions = {task.name: Predictions() for task in assembly.tasks}
     for (host_batch,) in loader:
+        runtime.watchdog.alive()
         (batch,) = assembly.ids.assign((host_batch.to(runtime.device),))
         rows = assembly.tables(batch.lookup)  # collective: also with an empty batch
         if batch.num_requests:
@@ -105,6 +106,7 @@ def _rank_items(
         exists_R = torch.isin(first + torch.arange(len(block_RE), device=runtime.device), occupied)
     sums = RankingSums(runtime.device)
     for (host_batch,) in loader:
+        runtime.watchdog.alive()
         (batch,) = assembly.ids.assign((host_batch.to(runtime.device),))
         rows = assembly.tables(batch.lookup)
         query_BE = _last_states(assembly, rows, batch, block_RE.shape[1])

@@ -9,28 +9,42 @@ import logging
 import pathlib
 import sys
 
+from gpsd_dist import exit_codes, output_folder
 from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.runtime import Runtime, process_group
 from gpsd_dist.gin_cli import ParsedRun, load_run_config
 from gpsd_dist.provenance import environment
 from gpsd_dist.trainer import Trainer
+from gpsd_dist.training_step import LossNotFinite
 
 log = logging.getLogger("gpsd_dist.train")
 
 
 def main(argv: list[str]) -> int:
-    """Exit status 0 when trained or asked to stop (saved); 2 for a mistake in the options or the data."""
+    """The exit status: one of `exit_codes`."""
+    trainer = None
     try:
         parsed = load_run_config(argv)
-        with process_group(parsed.run.train.collective_timeout_s) as runtime:
-            trainer = Trainer(parsed.run, runtime)
+        run = parsed.run
+        with process_group(run.train.collective_timeout_s) as runtime, output_folder.held(run.output_dir, runtime):
+            trainer = Trainer(run, runtime)
             if runtime.is_main:
                 _describe(parsed, trainer, runtime)
             trainer.train()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+            return trainer.stops.exit_code
+    except LossNotFinite as error:  # an unstable run shows it again, a broken device does not
+        return _failed(error, exit_codes.FAILED)
+    except ValueError as error:
+        return _failed(error, exit_codes.MISTAKE)
+    except OSError as error:
+        last = trainer.checkpoints.latest() if trainer is not None else None
+        safe = f". Safe: {last}; the same command goes on from there" if last is not None else ""
+        return _failed(f"{error}{safe}", exit_codes.NO_FILE_ACCESS)
+
+
+def _failed(error: object, status: int) -> int:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return status
 
 
 def _describe(parsed: ParsedRun, trainer: Trainer, runtime: Runtime) -> None:

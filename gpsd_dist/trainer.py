@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import itertools
 import logging
-import signal
 import typing
 
 import torch
@@ -21,6 +20,7 @@ from gpsd_dist.data.loader import Loader
 from gpsd_dist.distributed.collectives import all_sum
 from gpsd_dist.distributed.pipeline import SparseDistPipeline
 from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.distributed.stopping import StopRequests
 from gpsd_dist.ids.tables import read_run_manifest
 from gpsd_dist.metrics import profiling
 from gpsd_dist.metrics.progress import Progress
@@ -68,10 +68,10 @@ class Trainer:
         self.eval_interval_steps = max(1, steps_per_epoch // run.train.eval_per_epoch)
         self.warmup_steps = int(run.train.warmup_fraction * self.schedule_steps)
         self._since_validation: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._stop_requested = False
         self._pipeline: SparseDistPipeline | None = None
         self._prefetched_positions: collections.deque[dict[str, int]] = collections.deque()
         self._position: dict[str, int] = {}  # of the last batch trained, where the loader is ahead of it
+        self.stops = StopRequests()
 
     def train(self) -> dict[str, float]:
         """Runs to the end, from the newest checkpoint if there is one; returns the best validation. Collective."""
@@ -79,7 +79,9 @@ class Trainer:
         if self.progression.is_finished:
             log.info("this run is finished (best step %d); nothing to do", self.progression.best_step)
             return self._best_metrics()
-        with self.checkpoints:  # left when the last save is on disk
+        watchdog, timeout_s = self.runtime.watchdog, self.run.train.hang_timeout_s
+        orphaned = self.stops.note_orphaned
+        with self.stops, watchdog.watching(timeout_s, self.step, orphaned), self.checkpoints:  # waits for the last save
             self._loop()
         return self._best_metrics()
 
@@ -92,14 +94,14 @@ class Trainer:
             progress=progress,
             device=self.runtime.device,
         )
-        previous = signal.signal(signal.SIGTERM, self._request_stop)
         self.throughput.restart()
         self.profiler.start()
         while not self.progression.is_finished:
             for _ in self._steps(recorder):
                 self.profiler.after_step()
-                is_last, is_stopping = self.step >= self.total_steps, self._is_asked_to_stop()
+                is_last, is_stopping = self.step >= self.total_steps, self.stops.agreed()
                 if self.step % self.run.train.log_interval_steps == 0 or is_last:
+                    self.runtime.watchdog.note("metrics of all ranks", is_collective=True)
                     self.throughput.record_to(recorder)
                     recorder.log(self.step, self.step / self.loader.steps_per_epoch)
                 if is_last and not self.validates:
@@ -118,7 +120,6 @@ class Trainer:
         self.profiler.close()
         self.loader.close()
         recorder.close()
-        signal.signal(signal.SIGTERM, previous)
 
     def _steps(self, recorder: Recorder) -> typing.Iterator[None]:
         """Trains; an item per step done. Ends with the epoch, or with the prefetched batches. Collective."""
@@ -199,6 +200,7 @@ class Trainer:
         """Batches of the rest of an epoch, with the time spent waiting for them counted."""
         iterator = iter(loader)
         while True:
+            self.runtime.watchdog.note(profiling.DATA_WAIT, step=self.step + 1)
             with self.throughput.data_wait(), self.profiler.range(profiling.DATA_WAIT):
                 batches = next(iterator, None)
             if batches is None:
@@ -207,6 +209,7 @@ class Trainer:
 
     def _validate(self, recorder: Recorder, is_last: bool) -> None:
         """Scores `valid`, judges it, saves. Collective."""
+        self.runtime.watchdog.note("validation", is_collective=True)
         metrics = evaluate_split(self.run, self.manifest, self.assembly, "valid", self.runtime)
         for task, values in metrics.items():
             recorder.record_all(f"valid/{task}", values)
@@ -236,17 +239,11 @@ class Trainer:
         interval = self.run.train.save_interval_steps
         return interval > 0 and self.step % interval == 0
 
-    def _is_asked_to_stop(self) -> bool:
-        """Whether any rank has got the signal: it comes at different moments. Collective, on the CPU: no GPU sync."""
-        return bool(all_sum(torch.tensor([float(self._stop_requested)])))
-
     def _is_out_of_patience(self) -> bool:
         return 0 < self.run.train.patience <= self.progression.stale
 
-    def _request_stop(self, signum, frame) -> None:
-        self._stop_requested = True
-
     def _save(self, metrics: dict[str, float]) -> None:
+        self.runtime.watchdog.note("checkpoint", is_collective=True)
         state = RunState(
             step=self.step,
             data_position=self.loader.state_dict() | self._position,
@@ -260,10 +257,12 @@ class Trainer:
 
     def _tensors(self) -> dict:
         """Everything that a resumed run needs, aliasing the live state."""
-        return self.assembly.weights() | {
+        parts = self.assembly.weights() | {
             "table_optimizer": self.assembly.tables.optimizer_state(),
             "dense_optimizer": named_state(self.optimizer, self.model),
         }
+        # an empty part (a rank without a piece of a trainable table) would be looked for under its own name by DCP
+        return {name: part for name, part in parts.items() if part}
 
     def _load_weights(self) -> None:
         """Own checkpoint, else transfer, else random. Says which. Collective."""

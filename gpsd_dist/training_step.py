@@ -17,6 +17,10 @@ from gpsd_dist.metrics.recorder import Recorder
 from gpsd_dist.optim.dense import dense_optimizer
 
 
+class LossNotFinite(ValueError):
+    """Names rank, step and the last good checkpoint."""
+
+
 class TrainingStep:
     """Owns zero_grad, clip and step of both optimizers; the trainer owns the number of the step."""
 
@@ -45,7 +49,7 @@ class TrainingStep:
         """One lookup and one or more parts of a batch (gradient accumulation). Collective.
 
         `lr_factor` times the peak is the learning rate. Returns this rank's loss sums [L] and the counts [L] over all
-        ranks. ValueError if a loss is not finite: no weight has moved then.
+        ranks. LossNotFinite if a loss is not finite: no weight has moved then.
         """
         self.begin(step, lr_factor, recorder)
         batches = self.assembly.ids.train(tuple(batch.to(self.runtime.device) for batch in batches))
@@ -144,12 +148,12 @@ class TrainingStep:
             return self.assembly.objective.sums(self.parallel, rows, batch)
 
     def _check_finite(self, sums: torch.Tensor, counts: torch.Tensor, step: int) -> None:
-        """Before weights move. ValueError names rank and step. On a GPU only at log steps, because it waits for it."""
+        """Before weights move. LossNotFinite names rank and step. On a GPU only at log steps: it waits for the GPU."""
         if sums.is_cuda and step % self.run.train.log_interval_steps:
             return
         if not torch.isfinite(sums).all():
             found = dict(zip(self.assembly.objective.weights, (sums / counts.clamp(min=1)).tolist(), strict=True))
-            raise ValueError(
+            raise LossNotFinite(
                 f"rank {self.runtime.rank}, step {step}: the loss is not finite ({found}); last good checkpoint: "
                 f"{self._last_good()}. Lower DENSE_LR or SPARSE_LR, or look for extreme numerical features in this "
                 "batch"

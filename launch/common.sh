@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What local.sh and multi_node.sh share: help, number of processes, torchrun, import path. Sourced, never run.
+# What local.sh and multi_node.sh share: help, number of processes, Python, import path. Sourced, never run.
 
 repo_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -28,19 +28,21 @@ count_gpus() {
     fi
 }
 
-setup_environment() { # sets NPROC, torchrun and what env.sh exports
+setup_environment() { # sets NPROC, MAX_RESTARTS, python and what env.sh exports
     local num_gpus num_cores
     num_gpus=$(count_gpus)
     num_cores=$(getconf _NPROCESSORS_ONLN)
     command -v nproc >/dev/null && num_cores=$(OMP_NUM_THREADS='' nproc) # respects cgroup cpusets and taskset
     NPROC=${NPROC:-$((num_gpus > 0 ? num_gpus : num_cores))}
     [[ $NPROC =~ ^[1-9][0-9]*$ ]] || die "NPROC=$NPROC is not a positive number"
+    [[ ${MAX_RESTARTS:=3} =~ ^[0-9]+$ ]] || die "MAX_RESTARTS=$MAX_RESTARTS is not a number"
     if ((num_gpus > 0 && NPROC > num_gpus)); then
         die "NPROC=$NPROC, but this node has $num_gpus visible GPUs; lower NPROC, or hide the GPUs with CUDA_VISIBLE_DEVICES="
     fi
 
-    torchrun=${TORCHRUN:-$(command -v torchrun || echo "$repo_root/.venv/bin/torchrun")}
-    command -v "$torchrun" >/dev/null || die "torchrun not found at '$torchrun'; run 'make setup', or set TORCHRUN=/path/to/torchrun"
+    # The Python that torchrun on PATH belongs to, else the one of 'make setup'.
+    python=${GPSD_PYTHON:-$(dirname "$(command -v torchrun || echo "$repo_root/.venv/bin/torchrun")")/python}
+    command -v "$python" >/dev/null || die "no Python at '$python'; run 'make setup', or set GPSD_PYTHON=/path/to/python"
 
     # The working directory stays the caller's, so that relative paths mean what they say.
     export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$repo_root"

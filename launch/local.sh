@@ -7,13 +7,14 @@
 #
 # environment:
 #   NPROC         processes = ranks (default: visible GPUs, else cores)
-#   MAX_RESTARTS  restarts of all ranks after one has failed (default 0); each resumes from the last checkpoint
-#   TORCHRUN      torchrun to use (default: the one on PATH, else .venv/bin/torchrun)
-# launch/env.sh lists further variables.
+#   MAX_RESTARTS  restarts of all ranks after one has failed (default 3); each resumes from the last checkpoint
+#   GPSD_PYTHON   Python to use (default: the one of the torchrun on PATH, else .venv/bin/python)
+# launch/env.sh lists further variables, launch/README.md what the exit status says.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 show_help_if_asked "$0" "$@"
 setup_environment
-exec "$torchrun" --standalone --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-0}" -m gpsd_dist.train "$@"
+exec "$python" -m gpsd_dist.launcher --standalone --nproc-per-node "$NPROC" --max-restarts "$MAX_RESTARTS" \
+    -m gpsd_dist.train "$@"

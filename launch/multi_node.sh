@@ -12,8 +12,8 @@
 #   NPROC          processes per node (default: visible GPUs, else cores)
 #   MAX_RESTARTS   restarts of all ranks after one has failed (default 3); each resumes from the last checkpoint
 #   LOCAL_ADDR     address of this node, where its host name does not resolve on the others (default: found by torchrun)
-#   TORCHRUN       torchrun to use (default: the one on PATH, else .venv/bin/torchrun)
-# launch/env.sh lists further variables.
+#   GPSD_PYTHON    Python to use (default: the one of the torchrun on PATH, else .venv/bin/python)
+# launch/env.sh lists further variables, launch/README.md what the exit status says.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -22,8 +22,7 @@ show_help_if_asked "$0" "$@"
 [[ -n ${NNODES:-} ]] || die "NNODES is not set; example: NNODES=2 RDZV_ENDPOINT=node0:29400 launch/multi_node.sh ..."
 [[ $NNODES =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || die "NNODES=$NNODES is neither a number nor MIN:MAX"
 [[ -n ${RDZV_ENDPOINT:-} ]] || die "RDZV_ENDPOINT is not set; name one node for all to meet at: RDZV_ENDPOINT=node0:29400"
-[[ ${MAX_RESTARTS:=3} =~ ^[0-9]+$ ]] || die "MAX_RESTARTS=$MAX_RESTARTS is not a number"
 setup_environment
-exec "$torchrun" --nnodes "$NNODES" --nproc-per-node "$NPROC" --max-restarts "$MAX_RESTARTS" \
+exec "$python" -m gpsd_dist.launcher --nnodes "$NNODES" --nproc-per-node "$NPROC" --max-restarts "$MAX_RESTARTS" \
     --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-gpsd}" \
     ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} -m gpsd_dist.train "$@"

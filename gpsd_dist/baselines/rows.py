@@ -65,7 +65,7 @@ def read_batches(
     for name in manifest.split(split).files:
         path = pathlib.Path(data_dir) / name
         try:
-            file = pq.ParquetFile(path)
+            file = pq.ParquetFile(path, page_checksum_verification=True)
             absent = [column for column in columns if column not in file.schema_arrow.names]
             if absent:
                 raise ValueError(f"{path} has no column {absent}, it has {file.schema_arrow.names}")

@@ -26,19 +26,21 @@ from gpsd_dist.checkpoint import storage
 from gpsd_dist.checkpoint.index import INDEX_NAME, read_index
 from gpsd_dist.checkpoint.integrity import FileSum, read_checksums
 from gpsd_dist.checkpoint.storage import Location, Remote
+from gpsd_dist.distributed.watchdog import Watchdog
 
 
 class _HashedStream:
-    """A binary stream that hashes what is written to it."""
+    """A binary stream that hashes what is written to it, and shows the watchdog that it gets on."""
 
-    def __init__(self, stream: typing.Any):
-        self._stream = stream
+    def __init__(self, stream: typing.Any, watchdog: Watchdog):
+        self._stream, self._watchdog = stream, watchdog
         self._digest = hashlib.sha256()
         self._num_bytes = 0
 
     def write(self, content: typing.Any) -> int:
         self._digest.update(content)
         self._num_bytes += memoryview(content).nbytes
+        self._watchdog.alive()
         return int(self._stream.write(content))
 
     def tell(self) -> int:
@@ -57,8 +59,9 @@ class _HashedStream:
 class _Files(FileSystemBase):
     """DCP's file operations at a `Location`; keeps the checksum of every file it wrote."""
 
-    def __init__(self) -> None:
+    def __init__(self, watchdog: Watchdog) -> None:
         self.written: dict[str, FileSum] = {}
+        self._watchdog = watchdog
 
     @contextlib.contextmanager
     def create_stream(self, path: typing.Any, mode: str) -> collections.abc.Iterator[io.IOBase]:
@@ -66,11 +69,12 @@ class _Files(FileSystemBase):
             if mode == "rb":
                 yield stream
                 return
-            hashed = _HashedStream(stream)
-            yield typing.cast(io.IOBase, hashed)
-            if isinstance(path, pathlib.Path):
-                stream.flush()
-                os.fsync(stream.fileno())
+            hashed = _HashedStream(stream, self._watchdog)
+            with self._watchdog.writing():
+                yield typing.cast(io.IOBase, hashed)
+                if isinstance(path, pathlib.Path):
+                    stream.flush()
+                    os.fsync(stream.fileno())
             self.written[path.name] = hashed.sum()
 
     def concat_path(self, path: typing.Any, suffix: str) -> typing.Any:
@@ -100,10 +104,10 @@ class _Files(FileSystemBase):
 class Writer(dcp.FileSystemWriter):
     """For one `dcp.save` of CPU tensors into `folder`."""
 
-    def __init__(self, folder: Location):
+    def __init__(self, folder: Location, watchdog: Watchdog | None = None):
         # we sync ourselves: for a stream without a file number DCP would sync every disk of the machine
         super().__init__(str(folder), sync_files=False, per_thread_copy_ahead=0)
-        self.fs, self.path = _Files(), folder
+        self.fs, self.path = _Files(watchdog or Watchdog()), folder
 
     @property
     def checkpoint_id(self) -> str:
@@ -121,7 +125,7 @@ class Reader(dcp.FileSystemReader):
 
     def __init__(self, checkpoint: Location):
         super().__init__(str(checkpoint))
-        self.fs, self.path = _Files(), checkpoint
+        self.fs, self.path = _Files(Watchdog()), checkpoint
         self.index = read_index(checkpoint)
         _check_places(checkpoint, self.index)
 

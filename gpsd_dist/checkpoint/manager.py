@@ -86,7 +86,8 @@ class Checkpoints:
             self._writing = _in_thread(lambda: self._write(self._copies, state.step, content, start_s))
             self.stall_s = time.perf_counter() - start_s
         else:
-            self._write(tensors, state.step, content, start_s)
+            with self._runtime.watchdog.waiting():
+                self._write(tensors, state.step, content, start_s)
             self.stall_s = time.perf_counter() - start_s
 
     def wait(self) -> None:
@@ -96,7 +97,8 @@ class Checkpoints:
 
     def _settle(self) -> BaseException | None:
         writing, self._writing = self._writing, None
-        return writing.exception() if writing is not None else None
+        with self._runtime.watchdog.waiting():
+            return writing.exception() if writing is not None else None
 
     def latest(self) -> Location | None:
         """The newest complete checkpoint, after the save under way."""
@@ -126,7 +128,7 @@ class Checkpoints:
         target = self.folder / retention.folder_name(step)
         try:
             name = self._on_main(lambda: self._prepare(step))
-            writer = files.Writer(self.folder / name)
+            writer = files.Writer(self.folder / name, self._runtime.watchdog)
             dcp.save(tensors, storage_writer=writer, process_group=self._group)
             written: list[dict[str, FileSum]] = [{}] * self._runtime.world_size
             dist.all_gather_object(written, writer.written, group=self._group)

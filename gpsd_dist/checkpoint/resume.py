@@ -26,6 +26,7 @@ _MAY_CHANGE_ON_RESUME = (
     ("train", "log_interval_steps"),
     ("train", "save_interval_steps"),
     ("train", "collective_timeout_s"),
+    ("train", "hang_timeout_s"),
     ("train", "profile"),
     ("execution", "activation_checkpointing"),
     ("execution", "pipeline"),

@@ -12,6 +12,7 @@ import typing
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gpsd_dist import schema
@@ -20,6 +21,7 @@ MAX_OPEN_FILES = 32
 DEFAULT_CACHE_BYTES = 256 * 2**20
 _FOOTER_THREADS = 8
 _MAX_SHOWN = 10  # problems in one message
+_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # the last: a damaged name in a footer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +108,7 @@ class ParquetSplit:
         """The columns of one row group, from the cache if it is there.
 
         Raises:
-            ValueError: the data of the row group cannot be decoded.
+            ValueError: the data of the row group cannot be decoded, or a page differs from its checksum.
         """
         if group in self._cache:
             self._cache.move_to_end(group)
@@ -188,11 +190,13 @@ class ParquetSplit:
         path, index, _, num_rows, _ = self.groups[group]
         try:
             # Not memory-mapped: the speed is the same and a file that shrinks is an error, not a SIGBUS.
-            table = self._file(path).read_row_group(index, columns=wanted.names, use_threads=False)
+            file = self._file(path)
+            table = file.read_row_group(index, columns=wanted.names, use_threads=False)
             table = table.select(wanted.names).replace_schema_metadata(None)
+            _check_num_values(table, file, index)
             if table.schema != wanted:  # other names or nullability of list elements
                 table = table.cast(wanted)
-        except (pa.ArrowException, OSError) as error:
+        except _UNREADABLE as error:
             raise ValueError(
                 f"{path}: row group {index} cannot be decoded ({error}); the file is damaged or was changed after the "
                 "run had opened it, copy it again or build the data set again"
@@ -205,7 +209,7 @@ class ParquetSplit:
         if path not in self._open:
             if len(self._open) >= MAX_OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
-            self._open[path] = pq.ParquetFile(path)
+            self._open[path] = pq.ParquetFile(path, page_checksum_verification=True)
         self._open.move_to_end(path)
         return self._open[path]
 
@@ -226,7 +230,7 @@ def _read_footer(
             found, metadata = file.schema_arrow, file.metadata
             rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
             tokens = _history_tokens(metadata, history)
-    except (pa.ArrowException, OSError) as error:
+    except _UNREADABLE as error:
         return [], [f"{path} is truncated or not a Parquet file ({error}); copy it again or build the data set again"]
     problems = []
     if sum(rows) == 0:
@@ -254,6 +258,28 @@ def _history_tokens(metadata: pq.FileMetaData, history: str) -> list[int]:
     leaf = [i for i in columns if metadata.schema.column(i).path.startswith(f"{history}.")]
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     return [group.column(leaf[0]).num_values if leaf else group.num_rows for group in groups]
+
+
+def _check_num_values(table: pa.Table, file: pq.ParquetFile, group: int) -> None:
+    """OSError if a column holds another number of values than the footer says.
+
+    The checksum of a page leaves out the header of the page, and a number of values that is too small there silently
+    cuts off the end of a list.
+    """
+    metadata = file.metadata.row_group(group)
+    for name in table.column_names:
+        expected = metadata.column(file.schema_arrow.get_field_index(name)).num_values  # a column is one leaf here
+        found = sum(_num_values(chunk) for chunk in table[name].chunks)
+        if found != expected:
+            raise OSError(f"column {name!r} has {found} values, the footer says {expected}")
+
+
+def _num_values(array: pa.Array) -> int:
+    """As Parquet counts them: an empty or missing list is one."""
+    if not pa.types.is_list(array.type):
+        return len(array)
+    empty = len(array) - pc.sum(pc.greater(array.value_lengths(), 0)).as_py() if len(array) else 0
+    return empty + _num_values(array.flatten())
 
 
 def _is_same_type(left: pa.DataType, right: pa.DataType) -> bool:

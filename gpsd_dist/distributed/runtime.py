@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from gpsd_dist.distributed.watchdog import Watchdog
+
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
@@ -23,6 +25,7 @@ class Runtime:
     device: torch.device
     ranks_per_machine: int = 0
     """0: all of them are on this one."""
+    watchdog: Watchdog = dataclasses.field(default_factory=Watchdog, compare=False)
 
     @property
     def local_world_size(self) -> int:
@@ -54,7 +57,8 @@ def process_group(timeout_s: int) -> typing.Iterator[Runtime]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     _configure_logging(rank)
-    yield Runtime(rank, world_size, local_rank, device, int(os.environ.get("LOCAL_WORLD_SIZE", 0)))
+    watchdog = Watchdog(rank, is_launched="TORCHELASTIC_RUN_ID" in os.environ)
+    yield Runtime(rank, world_size, local_rank, device, int(os.environ.get("LOCAL_WORLD_SIZE", 0)), watchdog)
     dist.destroy_process_group()
 
 

@@ -1,6 +1,6 @@
 """Where the time of a training step goes: a Chrome trace and one page of text for three steps of a run, on request.
 
-Off, `range` hands out one object that does nothing. Profiling changes no number: the weights stay the same bits.
+Off, `range` only tells the watchdog. Profiling changes no number: the weights stay the same bits.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ STEP, DATA_WAIT, FORWARD, TOWER, COLLECTIVES = "train step", "data wait", "forwa
 LOOKUP, BACKWARD, TABLE_UPDATE, OPTIMIZER = "table lookup", "dense backward", "table backward + update", "optimizer"
 _RANGES = (STEP, DATA_WAIT, FORWARD, TOWER, COLLECTIVES, LOOKUP, BACKWARD, TABLE_UPDATE, OPTIMIZER)
 _COLLECTIVE_PREFIXES = ("gloo:", "nccl:")  # of the process groups' own ranges, from call to completion
+_WITH_COLLECTIVES = (COLLECTIVES, LOOKUP, BACKWARD, TABLE_UPDATE)
 _TOP_OPS = 20
 _NOTHING = contextlib.nullcontext()
 
@@ -35,11 +36,13 @@ class StepProfiler:
         """`backbone`: its `forward` and `with_history` get the range `TOWER` while profiling."""
         self._folder, self._is_on = pathlib.Path(run.output_dir) / "profile", run.train.profile
         self._rank, self._device, self._backbone = runtime.rank, runtime.device, backbone
+        self._watchdog = runtime.watchdog
         self._steps = 0
         self._profile: profile | None = None
 
     def range(self, name: str) -> typing.ContextManager[typing.Any]:
-        """Names the block in the trace and in the summary."""
+        """Names the block in the trace, in the summary, and to the watchdog."""
+        self._watchdog.note(name, is_collective=name in _WITH_COLLECTIVES)
         return record_function(name) if self._profile is not None else _NOTHING
 
     def start(self) -> None:

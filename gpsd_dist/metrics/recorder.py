@@ -75,7 +75,7 @@ class Recorder:
         self._progress = progress if rank == 0 else None
         self._jsonl = self._tensorboard = None
         if rank == 0:
-            output_dir = pathlib.Path(output_dir)
+            output_dir = self._folder = pathlib.Path(output_dir)
             output_dir.mkdir(parents=True, exist_ok=True)
             keep_step = -1 if resume_step is None else resume_step
             truncate_jsonl(output_dir / JSONL_NAME, keep_step)
@@ -117,21 +117,27 @@ class Recorder:
         """Collective, all ranks must call with the same names recorded: reduces, writes (rank 0), starts a new window.
 
         One all-gather whatever the number of metrics. Returns name -> number, the same on every rank. Waits for the
-        GPU. Raises RuntimeError on every rank if the ranks recorded different names or reductions.
+        GPU. Raises RuntimeError on every rank if the ranks recorded different names or reductions, OSError on rank 0
+        if the files cannot be written.
         """
         names = sorted(self._windows)
         metrics = self._reduced(names)
         self._windows.clear()
         if self._rank == 0:
-            entry = {"step": step, "epoch": epoch, "wall_time_s": time.time(), **metrics}
-            self._jsonl.write(json.dumps(json_safe(entry), allow_nan=False) + "\n")
-            self._jsonl.flush()
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, step)
-            self._tensorboard.flush()
+            self._write({"step": step, "epoch": epoch, "wall_time_s": time.time(), **metrics}, metrics)
             if self._progress is not None:
                 self._progress.show(step, metrics)
         return metrics
+
+    def _write(self, entry: dict[str, typing.Any], metrics: dict[str, float]) -> None:
+        try:
+            self._jsonl.write(json.dumps(json_safe(entry), allow_nan=False) + "\n")
+            self._jsonl.flush()
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, entry["step"])
+            self._tensorboard.flush()
+        except OSError as error:  # of an open file it does not say which
+            raise OSError(f"metrics of step {entry['step']} were not written, {self._folder}: {error}") from error
 
     def _reduced(self, names: list[str]) -> dict[str, float]:
         """Values over all ranks. Message: [checksum of names, values padded, counts padded], float64."""

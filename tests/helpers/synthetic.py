@@ -135,7 +135,8 @@ def write_split(
     files, cuts = [], np.linspace(0, len(table), num_files + 1).astype(int)
     for index, (start, stop) in enumerate(itertools.pairwise(cuts)):
         files.append(f"{split}/part-{index:05d}.parquet")
-        pq.write_table(table.slice(start, stop - start), path / files[-1], row_group_size=row_group_rows)
+        options = {"row_group_size": row_group_rows, "write_page_checksum": True}
+        pq.write_table(table.slice(start, stop - start), path / files[-1], **options)
     has_candidates = "label.click" in table.column_names
     times = table["request_time_s"].to_pylist() if has_candidates else []
     return schema.Split(

@@ -213,7 +213,7 @@ def full_run():
         finetune=FinetuneConfig({"click": 0.5, "buy": 2}, True, 0.5),
         dense=OptimizerConfig("adamw", 0.2, 0.8, 0.7, 1e-6, 0.3),
         sparse=OptimizerConfig("sgd", 0.3, 0.5, 0.6, 1e-5, 0.0),
-        train=TrainConfig(3, 9, 0.2, 0.3, 0.5, 2, True, 3, "click/auc", 4, 5, 6, 0.5, False, "s3://b", 7, 8, True),
+        train=TrainConfig(3, 9, 0.2, 0.3, 0.5, 2, True, 3, "click/auc", 4, 5, 6, 0.5, False, "s3://b", 7, 8, 10, True),
         execution=ExecutionConfig(True, "bf16", "fp16", "sparse_dist", "fsdp2", 64, True),
     )
 

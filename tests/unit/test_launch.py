@@ -3,12 +3,17 @@
 import json
 import os
 import pathlib
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
+
+from gpsd_dist import exit_codes
 
 REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
 LAUNCH = REPO_ROOT / "launch"
@@ -20,7 +25,7 @@ PASSED_ON = ["--gin_file", "configs/a b.gin", "--gin.OUTPUT_DIR=runs/x"]  # the 
 
 def clean_env(**changes: str) -> dict[str, str]:
     """The environment without what a scheduler or a user may have set, and without GPUs."""
-    dropped = ("NPROC", "NNODES", "MAX_RESTARTS", "TORCHRUN", "LOCAL_ADDR", "PYTHONPATH", "OMP_NUM_THREADS")
+    dropped = ("NPROC", "NNODES", "MAX_RESTARTS", "GPSD_PYTHON", "LOCAL_ADDR", "PYTHONPATH", "OMP_NUM_THREADS")
     prefixes = ("SLURM_", "RDZV_", "NCCL_", "TORCHELASTIC_", "TORCH_ELASTIC_")
     env = {key: value for key, value in os.environ.items() if key not in dropped and not key.startswith(prefixes)}
     return env | {"CUDA_VISIBLE_DEVICES": ""} | changes
@@ -28,12 +33,13 @@ def clean_env(**changes: str) -> dict[str, str]:
 
 @pytest.fixture
 def fake_bin(tmp_path):
-    """A folder for the front of PATH: torchrun, srun and scontrol that print what they were given."""
+    """A folder for the front of PATH: torchrun and its python, srun and scontrol that print what they were given."""
     folder = tmp_path / "bin"
     folder.mkdir()
     report = "import json, os, sys; print(json.dumps({'argv': sys.argv[1:], 'env': dict(os.environ)}))"
     scripts = {
-        "torchrun": f"#!{sys.executable}\n{report}\n",
+        "torchrun": "#!/bin/false\n",
+        "python": f"#!{sys.executable}\n{report}\n",
         "srun": '#!/bin/sh\nshift\nexec "$@"\n',
         "scontrol": "#!/bin/sh\necho node-a\necho node-b\n",
     }
@@ -48,13 +54,14 @@ def call(script: pathlib.Path, *args: str, cwd: pathlib.Path, **env: str) -> sub
 
 
 def launched(script: pathlib.Path, fake_bin: pathlib.Path, **env: str) -> tuple[list[str], dict[str, str]]:
-    """What torchrun was given: its arguments and its environment."""
+    """What gpsd_dist.launcher was given: its arguments and its environment."""
     path = f"{fake_bin}{os.pathsep}{os.environ['PATH']}"
     result = call(script, *PASSED_ON, cwd=fake_bin, PATH=path, **env)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["argv"][-len(PASSED_ON) - 2 :] == ["-m", "gpsd_dist.train", *PASSED_ON]
-    return report["argv"][: -len(PASSED_ON) - 2], report["env"]
+    assert report["argv"][:2] == ["-m", "gpsd_dist.launcher"]
+    return report["argv"][2 : -len(PASSED_ON) - 2], report["env"]
 
 
 @pytest.mark.parametrize("script", SHELL_FILES, ids=lambda path: path.name)
@@ -79,7 +86,7 @@ def test_help_shows_usage_and_no_arguments_are_an_error(script, tmp_path):
 def test_local_starts_one_process_per_core_without_gpus(fake_bin):
     argv, env = launched(LAUNCH / "local.sh", fake_bin)
     cores = len(os.sched_getaffinity(0))
-    assert argv == ["--standalone", "--nproc-per-node", str(cores), "--max-restarts", "0"]
+    assert argv == ["--standalone", "--nproc-per-node", str(cores), "--max-restarts", "3"]
     assert env["OMP_NUM_THREADS"] == "1"
     assert env["PYTHONPATH"] == str(REPO_ROOT)
 
@@ -124,7 +131,7 @@ def test_multi_node_uses_c10d_rendezvous(fake_bin):
         ({"NNODES": "2"}, "RDZV_ENDPOINT is not set"),
         ({"NNODES": "2", "RDZV_ENDPOINT": "a:1", "MAX_RESTARTS": "x"}, "MAX_RESTARTS=x"),
         ({"NNODES": "2", "RDZV_ENDPOINT": "a:1", "NPROC": "0"}, "NPROC=0"),
-        ({"NNODES": "2", "RDZV_ENDPOINT": "a:1", "TORCHRUN": "/absent/torchrun"}, "make setup"),
+        ({"NNODES": "2", "RDZV_ENDPOINT": "a:1", "GPSD_PYTHON": "/absent/python"}, "make setup"),
     ],
 )
 def test_nonsense_is_refused_with_the_name_of_the_variable(env, message, tmp_path):
@@ -155,6 +162,51 @@ def test_slurm_script_outside_a_job_says_what_to_do(tmp_path):
     assert result.returncode == 2 and "sbatch" in result.stderr
 
 
+def slurm_job(fake_bin: pathlib.Path, python: str) -> subprocess.Popen:
+    """train.sbatch as a job of one node whose python is this shell script; `scontrol` writes down what it is asked."""
+    (fake_bin / "python").write_text(f"#!/bin/sh\n{python}\n")
+    (fake_bin / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {fake_bin}/asked\n')
+    env = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node-a", "SLURM_JOB_NUM_NODES": "1", "NPROC": "1"}
+    path = f"{fake_bin}{os.pathsep}{os.environ['PATH']}"
+    env = clean_env(**env, SLURM_SUBMIT_DIR=str(REPO_ROOT), PATH=path)
+    command = [LAUNCH / "slurm" / "train.sbatch", *PASSED_ON]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize(("status", "is_queued_again"), [(0, False), (1, False), (2, False), (74, False), (75, True)])
+def test_slurm_job_is_queued_again_by_the_status_of_its_ranks(fake_bin, status, is_queued_again):
+    job = slurm_job(fake_bin, f"exit {status}")
+    output, _ = job.communicate(timeout=30)
+    assert job.returncode == status, output
+    assert ("requeue 17" in (fake_bin / "asked").read_text().splitlines()) == is_queued_again
+
+
+@pytest.mark.parametrize(("status", "is_queued_again"), [(75, True), (137, True), (0, False), (2, False)])
+def test_slurm_job_that_got_sigterm_passes_it_on_and_waits(fake_bin, status, is_queued_again):
+    job = slurm_job(fake_bin, f"trap 'sleep 0.3; touch {fake_bin}/saved; exit {status}' TERM; touch {fake_bin}/up\n"
+                    "while true; do sleep 0.1; done")  # fmt: skip
+    deadline = time.monotonic() + 20
+    while not (fake_bin / "up").exists():
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.02)
+    job.send_signal(signal.SIGTERM)
+    output, _ = job.communicate(timeout=30)
+    assert job.returncode == status, output
+    assert (fake_bin / "saved").exists()
+    assert ("requeue 17" in (fake_bin / "asked").read_text().splitlines()) == is_queued_again
+
+
+def test_kubernetes_starts_again_what_was_stopped_and_gives_up_on_mistakes():
+    _, job = yaml.safe_load_all((LAUNCH / "k8s" / "job.yaml").read_text())
+    spec = job["spec"]
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"  # podFailurePolicy needs it
+    (container,) = spec["template"]["spec"]["containers"]
+    rules = spec["podFailurePolicy"]["rules"]
+    by_status = {tuple(r["onExitCodes"]["values"]): r["action"] for r in rules if "onExitCodes" in r}
+    assert by_status == {(exit_codes.MISTAKE,): "FailJob", (exit_codes.STOPPED,): "Ignore"}
+    assert all(r["onExitCodes"]["containerName"] == container["name"] for r in rules if "onExitCodes" in r)
+
+
 def test_kubernetes_manifest_agrees_with_itself():
     service, job = yaml.safe_load_all((LAUNCH / "k8s" / "job.yaml").read_text())
     spec = job["spec"]
@@ -179,7 +231,7 @@ def test_ranks_have_time_to_save_before_the_scheduler_kills_them(fake_bin):
     _, job = yaml.safe_load_all((LAUNCH / "k8s" / "job.yaml").read_text())
     grace_s = job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert 30 < int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < grace_s
-    assert f"#SBATCH --signal=TERM@{grace_s}\n" in (LAUNCH / "slurm" / "train.sbatch").read_text()
+    assert f"#SBATCH --signal=B:TERM@{grace_s}\n" in (LAUNCH / "slurm" / "train.sbatch").read_text()
 
 
 def test_every_exported_variable_has_a_comment():
@@ -196,6 +248,8 @@ def stub_package(tmp_path):
     package = tmp_path / "gpsd_dist"
     package.mkdir()
     (package / "__init__.py").touch()
+    for name in ("launcher.py", "exit_codes.py"):
+        shutil.copy(REPO_ROOT / "gpsd_dist" / name, package)
     (package / "train.py").write_text(
         "import json, os, pathlib, sys\n"
         "keys = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'GROUP_RANK')\n"

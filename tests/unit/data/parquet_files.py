@@ -38,7 +38,8 @@ def write_split(data_dir: pathlib.Path, files=FILES, *, lengths=None, compressio
     (data_dir / "pretrain").mkdir(parents=True)
     start = 0
     for name, groups in zip(names, files):
-        with pq.ParquetWriter(data_dir / name, table.schema, compression=compression) as writer:
+        options = {"compression": compression, "write_page_checksum": True}
+        with pq.ParquetWriter(data_dir / name, table.schema, **options) as writer:
             for rows in groups:
                 writer.write_table(table.slice(start, rows), row_group_size=rows)
                 start += rows

@@ -1,0 +1,110 @@
+"""One job per output folder: who holds it, and whether it can be written at all."""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import logging
+import os
+import pathlib
+import socket
+import time
+import typing
+
+import torch.distributed as dist
+
+from gpsd_dist.distributed.runtime import Runtime
+
+log = logging.getLogger(__name__)
+LOCK_NAME = ".lock"
+WAIT_S = 10.0  # the ranks of a job that was just killed may take a moment to leave
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_RETRY_S = 0.2
+
+
+@contextlib.contextmanager
+def held(folder: str | os.PathLike[str], runtime: Runtime, wait_s: float = WAIT_S) -> typing.Iterator[None]:
+    """Makes `folder` and holds it for this job inside the block. Collective; rank 0 holds.
+
+    The kernel releases a lock whose process is gone, however it ended: nothing is ever left to remove.
+
+    Raises, on all ranks:
+        ValueError: another job holds the folder; names host, process and start.
+        OSError: the folder cannot be written.
+    """
+    path = pathlib.Path(folder) / LOCK_NAME
+    descriptor, problem = None, ("", "")
+    if runtime.is_main:
+        try:
+            descriptor = _open(path)
+            problem = ("" if _locked(descriptor, path, wait_s) else "held", _holder(path))
+        except OSError as error:
+            problem = ("unwritable", str(error))
+    problems = [problem]
+    dist.broadcast_object_list(problems, src=0)
+    try:
+        _raise(problems[0], path)
+        if descriptor is not None:
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(_facts()).encode(), 0)
+        yield
+    finally:
+        if descriptor is not None:
+            if not problems[0][0]:
+                with contextlib.suppress(OSError):  # a full or broken disk has been reported already
+                    os.truncate(descriptor, 0)
+            os.close(descriptor)
+
+
+def _open(path: pathlib.Path) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+
+def _locked(descriptor: int, path: pathlib.Path, wait_s: float) -> bool:
+    """Whether this process has the lock now; waits for it up to `wait_s`."""
+    end_s = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > end_s:
+                return False
+            time.sleep(_RETRY_S)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            log.warning("%s: this file system has no locks (%s); nothing stops a second job here", path, error)
+            return True
+
+
+def _facts() -> dict[str, typing.Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
+        "job": os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", ""),
+    }
+
+
+def _holder(path: pathlib.Path) -> str:
+    """Who wrote into the lock file last, as a phrase."""
+    try:
+        facts = json.loads(path.read_text())
+        job = f", job {facts['job']}" if facts["job"] else ""
+        return f"host {facts['host']}, process {facts['pid']}, started {facts['started']}{job}"
+    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+        return "a process that has not written its name yet"
+
+
+def _raise(problem: tuple[str, str], path: pathlib.Path) -> None:
+    kind, detail = problem
+    if kind == "held":
+        raise ValueError(
+            f"OUTPUT_DIR {path.parent} is in use by another job ({detail}), and two jobs would overwrite each other; "
+            "wait for it, stop it, or use another OUTPUT_DIR"
+        )
+    if kind == "unwritable":
+        raise OSError(f"OUTPUT_DIR {path.parent} cannot be written, so nothing was trained: {detail}")

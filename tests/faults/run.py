@@ -1,0 +1,46 @@
+"""`python -m tests.faults.run [NAME ...]`: every fault (or those named), one after the other, and a last line that sums
+up. Exit status 1 if a run was lost.
+"""
+
+import argparse
+import pathlib
+import sys
+import tempfile
+import time
+import traceback
+
+import pytest
+
+from tests.faults.cases import CASES
+from tests.faults.jobs import Workshop
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CASES)}")
+    names = parser.parse_args(argv).names or list(CASES)
+    unknown = [name for name in names if name not in CASES]
+    if unknown:
+        parser.error(f"{unknown} are no faults; there are {list(CASES)}")
+    tried = survived = lost = 0
+    with tempfile.TemporaryDirectory(prefix="faults_") as folder:
+        workshop = Workshop(pathlib.Path(folder))
+        for name in names:
+            begin_s = time.monotonic()
+            try:
+                steps = CASES[name](workshop)
+                survived, lost, outcome = survived + 1, lost + steps, f"survived, {steps} steps lost"
+            except pytest.skip.Exception as reason:
+                print(f"{name}: not tried: {reason}", flush=True)
+                continue
+            except Exception:
+                traceback.print_exc()
+                outcome = "NOT SURVIVED"
+            tried += 1
+            print(f"{name}: {outcome} ({time.monotonic() - begin_s:.0f} s)", flush=True)
+    print(f"{tried} faults tried, {survived} survived, {lost} steps lost")
+    return 0 if tried == survived else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,174 @@
+"""One run that goes on at 1, 2, 4, 3 and 1 ranks, each time under another plan of the tables.
+
+Nothing may depend on how the parts were cut: every row is seen once per epoch and in the same step as by one rank
+alone, and a state that is loaded into another layout is the state that was saved, bit for bit. What one rank computes
+differs by the order of sums in float32; dense eps is 1e-4, so that Adam does not blow rounding up to whole steps.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import json
+import pathlib
+import typing
+
+import pyarrow.parquet as pq
+import pytest
+import torch.distributed.checkpoint as dcp
+
+from gpsd_dist.config import OptimizerConfig, RunConfig
+from gpsd_dist.trainer import Trainer
+from tests.helpers.distributed import run_distributed
+from tests.integration.tiny_data import (
+    STEPS_PER_EPOCH,
+    cpu_runtime,
+    differing,
+    read_checkpoint,
+    step_folder,
+    tiny_run,
+    train_losses,
+    train_runs,
+    write_tiny_data,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+KINDS = ("pretrain", "ST_SF")  # all tables trained; the item table frozen
+EPOCHS = 4
+LEGS = (  # ranks, plan, last step: no leg ends with an epoch
+    (1, "row_wise", 4),
+    (2, "table_wise", 9),
+    (4, "column_wise", 14),
+    (3, "row_wise", 19),
+    (1, "table_wise", EPOCHS * STEPS_PER_EPOCH),
+)
+
+
+def _run(kind: str, root: pathlib.Path, name: str, plan: str, max_steps: int) -> RunConfig:
+    stage, strategy = ("pretrain", "NT") if kind == "pretrain" else ("finetune", kind)
+    return tiny_run(
+        stage,
+        root / "data",
+        root / kind / name,
+        strategy,
+        "" if kind == "pretrain" else root / "source",
+        tables={"embedding_dim": 256, "sharding": {"item": plan, "tag": plan}},  # columns are cut into 128 at least
+        data={"num_data_shards": 12},
+        dense=OptimizerConfig("adamw", 1e-2, weight_decay=0.1, eps=1e-4),
+        train={"max_steps": max_steps, "epochs": EPOCHS, "keep_last": 9},
+    )
+
+
+def _legs(rank: int, world_size: int, sources: list[RunConfig], legs: list[tuple[list[RunConfig], str]]) -> list[str]:
+    """Plans of the last one."""
+    train_runs(rank, world_size, sources)
+    return [_leg(rank, world_size, runs, name) for runs, name in legs][-1]
+
+
+def _leg(rank: int, world_size: int, runs: list[RunConfig], loaded_name: str) -> list[str]:
+    """Saves every run as it was loaded, then trains it on, and writes down which rows each step got."""
+    plans = []
+    for run in runs:
+        output = pathlib.Path(run.output_dir)
+        if (output / "checkpoints").is_dir():
+            fresh = Trainer(run, cpu_runtime(rank, world_size))
+            fresh._load_weights()
+            dcp.save(fresh._tensors(), checkpoint_id=str(output / loaded_name))
+        trainer = Trainer(run, cpu_runtime(rank, world_size))
+        with _traced(trainer, output.parent / f"{output.name}_rows" / f"{loaded_name}_{rank}"):
+            trainer.train()
+        plans.append(trainer.assembly.tables.plan)
+    return plans
+
+
+@contextlib.contextmanager
+def _traced(trainer: Trainer, path: pathlib.Path) -> typing.Iterator[None]:
+    """Writes (step, rows) of all batches that the trainer takes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    original = trainer._waited
+    with open(path, "a") as file:
+
+        def waited(loader) -> typing.Iterator:
+            for parts in original(loader):
+                rows = [user for part in parts for user in part.user_hash_B.tolist()]
+                file.write(json.dumps([trainer.step + 1, rows]) + "\n")
+                yield parts
+
+        trainer._waited = waited
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """root / kind / {moving, staying}, with what each leg loaded."""
+    root = tmp_path_factory.mktemp("elastic")
+    write_tiny_data(root / "data")
+    source = dataclasses.replace(_run("pretrain", root, "", "row_wise", 3), output_dir=str(root / "source"))
+    staying = [_run(kind, root, "staying", "row_wise", LEGS[-1][2]) for kind in KINDS]
+    plans = []
+    for ranks, plan, last_step in LEGS:
+        legs = [([_run(kind, root, "moving", plan, last_step) for kind in KINDS], f"loaded_before_{last_step}")]
+        first = ([source], [(staying, "loaded")]) if not plans else ([], [])  # in the processes of the first leg
+        plans.append(run_distributed(_legs, ranks, root, first[0], first[1] + legs, timeout_s=240)[0])
+    return root, plans
+
+
+def rows_by_step(folder: pathlib.Path) -> dict[int, collections.Counter]:
+    rows: dict[int, collections.Counter] = collections.defaultdict(collections.Counter)
+    for path in folder.iterdir():
+        for line in path.read_text().splitlines():
+            step, users = json.loads(line)
+            rows[step].update(users)
+    return rows
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_row_is_seen_once_per_epoch_and_in_its_step(finished, kind):
+    root, _ = finished
+    moving, staying = (rows_by_step(root / kind / f"{name}_rows") for name in ("moving", "staying"))
+    assert moving == staying
+    split = "pretrain" if kind == "pretrain" else "train"
+    [path] = (root / "data" / split).glob("*.parquet")
+    everyone = collections.Counter(pq.read_table(path)["user_hash"].to_pylist())
+    for epoch in range(EPOCHS):
+        steps = range(epoch * STEPS_PER_EPOCH + 1, (epoch + 1) * STEPS_PER_EPOCH + 1)
+        assert sum((moving[step] for step in steps), collections.Counter()) == everyone, epoch
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_is_the_saved_one_bit_for_bit_in_every_layout(finished, kind):
+    root, _ = finished
+    output = root / kind / "moving"
+    for (_, _, saved_step), (_, _, last_step) in itertools.pairwise(LEGS):
+        saved, loaded = (
+            read_checkpoint(step_folder(output, saved_step)),
+            read_checkpoint(output / f"loaded_before_{last_step}"),
+        )
+        assert not differing(saved, loaded), saved_step
+        assert ("table_optimizer.item.momentum1" in saved) == (kind != "ST_SF")
+
+
+def test_tables_lay_where_the_plans_say(finished):
+    _, plans = finished
+    for kind, plan in zip(KINDS, plans[2], strict=True):
+        item = next(line for line in plan.splitlines() if line.startswith("table item"))
+        assert "column_wise" in item and item.count("61x128") == 2, kind
+    assert all("table_wise" in plan for plan in plans[1] + plans[4])
+
+
+def test_frozen_table_keeps_its_bits_all_the_way(finished):
+    root, _ = finished
+    pretrained = read_checkpoint(step_folder(root / "source", 3))["table.item"]
+    for _, _, last_step in LEGS:
+        checkpoint = read_checkpoint(step_folder(root / "ST_SF/moving", last_step))
+        assert checkpoint["table.item"].equal(pretrained)
+        assert not checkpoint["table.tag"].equal(read_checkpoint(step_folder(root / "source", 3))["table.tag"])
+
+
+def test_losses_are_those_of_one_rank(finished):
+    """Not in pretraining, where ranks draw their own negatives."""
+    root, _ = finished
+    moving, staying = (train_losses(root / "ST_SF" / name) for name in ("moving", "staying"))
+    assert list(moving) == list(staying) == list(range(1, EPOCHS * STEPS_PER_EPOCH + 1))
+    assert moving == pytest.approx(staying, rel=1e-3)

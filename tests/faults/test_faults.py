@@ -1,0 +1,19 @@
+"""Every fault of `cases` as a test. `make faults` runs the same with a summary."""
+
+import pytest
+
+from tests.faults.cases import CASES, QUICK
+from tests.faults.jobs import Workshop
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    return Workshop(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.mark.timeout(600)  # each job in it has a limit of its own
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_run_survives(workshop, name):
+    CASES[name](workshop)

@@ -1,0 +1,75 @@
+"""A signal sets a flag; the flag of one rank stops all of them at one step."""
+
+import os
+import signal
+
+import pytest
+import torch.distributed as dist
+
+from gpsd_dist import exit_codes
+from gpsd_dist.distributed import stopping
+from gpsd_dist.distributed.stopping import StopRequests
+from tests.helpers.distributed import run_distributed
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        (signal.SIGTERM, exit_codes.STOPPED),
+        (signal.SIGHUP, exit_codes.STOPPED),
+        (signal.SIGINT, exit_codes.INTERRUPTED),
+    ],
+)
+def test_signal_is_noted_and_obeyed_when_the_ranks_agree(one_rank, number, status):
+    before = signal.getsignal(number)
+    with StopRequests() as stops:
+        assert not stops.agreed() and stops.exit_code == exit_codes.FINISHED
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # from the terminal and through torchrun
+        assert stops.agreed() and stops.exit_code == status
+    assert signal.getsignal(number) == before
+
+
+def test_what_nohup_ignores_stays_ignored(one_rank):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequests() as stops:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stops.agreed()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_second_ctrl_c_of_an_impatient_person_interrupts(monkeypatch):
+    with StopRequests() as stops:
+        os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr(stopping, "_IMPATIENT_AFTER_S", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert stops.exit_code == exit_codes.FINISHED  # nothing was saved
+
+
+def test_sigterm_of_a_scheduler_wins_over_ctrl_c(one_rank):
+    stops = StopRequests()
+    stops.note(signal.SIGINT)
+    stops.note(signal.SIGTERM)
+    assert stops.agreed() and stops.exit_code == exit_codes.STOPPED
+
+
+def _stop_one(rank: int, world_size: int) -> list:
+    stops = StopRequests()
+    first = stops.agreed()
+    if rank == 1:
+        stops.note(signal.SIGTERM)
+    return [first, stops.agreed(), stops.exit_code]
+
+
+def test_all_ranks_stop_when_one_is_asked(tmp_path):
+    assert run_distributed(_stop_one, 2, tmp_path) == [[False, True, exit_codes.STOPPED]] * 2

@@ -1,0 +1,98 @@
+"""The exit status of the launcher, by how its ranks end. Ranks here are small scripts, torchrun is real."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gpsd_dist import exit_codes
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def start(folder: pathlib.Path, code: str, max_restarts: int = 1) -> subprocess.Popen:
+    """Two ranks that run `code`; each start of one adds a line to `folder / starts`."""
+    script = folder / "rank.py"
+    begin = f"import os, signal, sys, time\nopen({str(folder / 'starts')!r}, 'a').write('x\\n')\n"
+    script.write_text(begin + code)
+    options = ["--nproc-per-node", "2", "--max-restarts", str(max_restarts), "--monitor-interval", "0.05"]
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command = [sys.executable, "-m", "gpsd_dist.launcher", *options, *rendezvous, str(script)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def num_starts(folder: pathlib.Path) -> int:
+    return (folder / "starts").read_text().count("x") if (folder / "starts").exists() else 0
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+ENDINGS = {
+    "finished": ("", exit_codes.FINISHED, 2),
+    "mistake": ("sys.exit(2)", exit_codes.MISTAKE, 2),  # not started again
+    "no file": ("sys.exit(74 if os.environ['RANK'] == '1' else 1)", exit_codes.NO_FILE_ACCESS, 4),
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", exit_codes.FAILED, 4),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_status_says_how_the_ranks_ended(tmp_path, ending):
+    code, status, starts = ENDINGS[ending]
+    process = start(tmp_path, code)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == status, stderr
+    assert num_starts(tmp_path) == starts
+    if status:
+        assert f"status {status}" in stderr.splitlines()[-1] and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, exit_codes.STOPPED), (signal.SIGINT, exit_codes.INTERRUPTED)]
+)
+def test_signal_reaches_the_ranks_and_shows_in_the_status(tmp_path, number, status):
+    saved = tmp_path / "saved"
+    code = (
+        f"def save(number, frame):\n    time.sleep(0.3)\n    open({str(saved)!r}, 'a').write(str(number) + '\\n')\n"
+        f"    sys.exit({status})\nsignal.signal({int(number)}, save)\n"
+        f"open({str(tmp_path / 'up')!r}, 'a').write('x')\ntime.sleep(60)\n"
+    )
+    process = start(tmp_path, code)
+    wait_for(lambda: (tmp_path / "up").exists() and (tmp_path / "up").read_text() == "xx", process)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == status, stderr
+    assert saved.read_text().split() == [str(int(number))] * 2
+    assert "Traceback" not in stderr
+
+
+def test_lost_terminal_does_not_stop_a_job_under_nohup(tmp_path):
+    up = tmp_path / "up"
+    code = f"open({str(up)!r}, 'a').write('x')\ntime.sleep(2)\n"
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited, as nohup does it
+    try:
+        process = start(tmp_path, code)
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    wait_for(lambda: up.exists() and up.read_text() == "xx", process)
+    process.send_signal(signal.SIGHUP)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == exit_codes.FINISHED, stderr
+    assert num_starts(tmp_path) == 2
+
+
+def test_node_that_nobody_answers_says_so(tmp_path):
+    command = [sys.executable, "-m", "gpsd_dist.launcher", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "192.0.2.1:29400", "--rdzv-conf", "read_timeout=1"]
+    result = subprocess.run([*command, "nothing.py"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == exit_codes.FAILED
+    last = result.stderr.splitlines()[-1]
+    assert "launcher: the nodes of this job do not reach each other: " in last and "192.0.2.1" in last, result.stderr
+    assert "Traceback" not in result.stderr
