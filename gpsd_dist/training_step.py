@@ -1,6 +1,5 @@
 """One optimizer step: counts, one lookup, forward and backward, update of tables and dense part."""
 
-import pathlib
 import typing
 
 import torch
@@ -29,7 +28,7 @@ class TrainingStep:
         runtime: Runtime,
         assembly: Assembly,
         profiler: profiling.StepProfiler,
-        last_good: typing.Callable[[], pathlib.Path | None],
+        last_good: typing.Callable[[], object],
     ):
         """Collective. Puts the model into training mode. `last_good`: the newest checkpoint, for an error message."""
         self.run, self.runtime, self.assembly, self.profiler = run, runtime, assembly, profiler
