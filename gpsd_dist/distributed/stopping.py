@@ -3,6 +3,7 @@
 import signal
 import time
 import types
+import typing
 
 import torch
 
@@ -23,7 +24,7 @@ class StopRequests:
         self.exit_code = exit_codes.FINISHED
         """STOPPED or INTERRUPTED once the ranks have agreed to stop; the same on all ranks."""
         self._asked: dict[int, float] = {}
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, typing.Any] = {}
 
     def __enter__(self) -> "StopRequests":
         heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]

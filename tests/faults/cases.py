@@ -136,7 +136,7 @@ def disk_full_while_saving(workshop: Workshop) -> int:
 
 def disk_full_to_the_last_byte(workshop: Workshop) -> int:
     """Then the metrics fail before the checkpoint does."""
-    return _disk_full(workshop, "disk_very_full", 0, "metrics of step 7 were not written", "disk_very_full/small/run")
+    return _disk_full(workshop, "disk_very_full", 0, "were not written, ", "disk_very_full/small/run: ")
 
 
 def read_only_output(workshop: Workshop) -> int:
