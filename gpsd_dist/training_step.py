@@ -1,12 +1,12 @@
 """One optimizer step: counts, one lookup, forward and backward, update of tables and dense part."""
 
-import pathlib
 import typing
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from gpsd_dist.assembly import Assembly
+from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import RunConfig
 from gpsd_dist.data.batch import Batch
 from gpsd_dist.distributed.collectives import all_sum
@@ -25,7 +25,7 @@ class TrainingStep:
         runtime: Runtime,
         assembly: Assembly,
         profiler: profiling.StepProfiler,
-        last_good: typing.Callable[[], pathlib.Path | None],
+        last_good: typing.Callable[[], Location | None],
     ):
         """Collective. Puts the model into training mode. `last_good`: the newest checkpoint, for an error message."""
         self.run, self.runtime, self.assembly, self.profiler = run, runtime, assembly, profiler
