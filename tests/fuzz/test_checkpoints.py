@@ -37,9 +37,14 @@ CHANGES = st.lists(st.tuples(st.integers(0, 500), HOSTILE), min_size=1, max_size
 
 
 @functools.cache
+def _kept_until_exit() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="fuzz_checkpoints_")
+
+
+@functools.cache
 def _whole() -> pathlib.Path:
     """A run folder with one sound checkpoint of step 7."""
-    root = pathlib.Path(tempfile.mkdtemp(prefix="fuzz_checkpoints_"))
+    root = pathlib.Path(_kept_until_exit().name)
     folder = root / "checkpoints/step_00000007"
     writer = files.Writer(folder)
     tensors = {"table": {"item": torch.ones(SHAPE)}, "dense": {"w": torch.zeros(2)}}

@@ -29,8 +29,13 @@ ROWS = 12
 
 
 @functools.cache
+def _kept_until_exit() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="fuzz_data_")
+
+
+@functools.cache
 def _whole() -> pathlib.Path:
-    root = pathlib.Path(tempfile.mkdtemp(prefix="fuzz_data_"))
+    root = pathlib.Path(_kept_until_exit().name)
     write_dataset(root, seed=0, num_rows=ROWS, num_files=1, row_group_rows=5, max_history_length=6)
     return root
 
