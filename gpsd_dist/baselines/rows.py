@@ -64,7 +64,7 @@ def read_batches(
     """Row batches of one split, in file order. ValueError names a file that is missing, broken or of another schema,
     or holds a value that breaks the contract.
     """
-    data = ParquetSplit(data_dir, manifest, split, columns, cache_bytes=0)
+    data = ParquetSplit(os.fspath(data_dir), manifest, split, columns, cache_bytes=0)
     with contextlib.closing(data):
         for number, group in enumerate(data.groups):
             for batch in data.read_group(number).to_batches(max_chunksize=_BATCH_ROWS):
