@@ -17,13 +17,14 @@ import sys
 
 import rich.console
 import rich.table
+import torch
 
-from gpsd_dist.assembly import assemble
+from gpsd_dist.assembly import assemble, dense_model, meta_tables
 from gpsd_dist.baselines.registry import NAMES, NEXT_ITEM, evaluate_baseline
 from gpsd_dist.checkpoint import manager, storage
 from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
-from gpsd_dist.config import OptimizerConfig, run_config_from_dict
+from gpsd_dist.config import OptimizerConfig, RunConfig, run_config_from_dict
 from gpsd_dist.distributed.runtime import Runtime, process_group
 from gpsd_dist.ids.tables import read_run_manifest
 from gpsd_dist.metrics.ranking import RANK_CUT
@@ -58,6 +59,7 @@ def evaluate_checkpoint(
     manifest = read_run_manifest(run)
     _check_same_schema(manifest, state.manifest, folder, run.data_dir)
     manifest.split(split)
+    _check_size(run, manifest, folder)
     assembly = assemble(run, manifest, runtime)
     manager.load_tensors(folder, assembly.weights())
     log.info("scoring %s of %s with %s (step %d)", split, run.data_dir, folder, state.step)
@@ -73,6 +75,23 @@ def _check_same_schema(manifest: Manifest, saved: dict, folder: Location, data_d
         raise ValueError(
             f"{data_dir} differs from what {folder} was trained on in {different}; score it on data that was built "
             "with the same vocabularies (build a later day with --split holdout)"
+        )
+
+
+def _check_size(run: RunConfig, manifest: Manifest, folder: Location) -> None:
+    """Before memory is taken: the options in a checkpoint may describe a larger model than it holds."""
+    saved = manager.saved_sizes(folder)
+    problem = f"{run.model.layers} layers" if run.model.layers > len(saved) else ""
+    if not problem:  # on meta only modules cost something, and their number follows that of the layers
+        sharded, _ = meta_tables(run, manifest)
+        with torch.device("meta"):
+            model, _, _ = dense_model(run, manifest, sharded)
+        needed = {f"dense.{name}": value.numel() for name, value in model.state_dict().items()}
+        needed |= {f"table.{table.name}": table.num_rows * run.tables.stored_dim for table in sharded}
+        problem = ", ".join(name for name, size in needed.items() if saved.get(name) != size)
+    if problem:
+        raise ValueError(
+            f"checkpoint {folder} does not fit this model: {problem[:500]} is not in it, or of another size"
         )
 
 

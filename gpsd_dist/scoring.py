@@ -24,6 +24,8 @@ _LOOKUP_CHUNK_ROWS = 65_536
 
 def evaluation_loader(run: RunConfig, manifest: Manifest, lookup_names: tuple[str, ...], split: str, runtime: Runtime):
     """Loader of a split in file order, every row once; ranks that run out get empty batches."""
+    if not manifest.tasks:
+        raise ValueError(f"{run.data_dir} has no task, so there is nothing to score in {split!r}")
     collate = Collate(manifest, lookup_names, run.data.max_history_length, with_candidates=True)
     return Loader(
         run.data_dir,

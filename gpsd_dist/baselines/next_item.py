@@ -26,6 +26,8 @@ def rank_by_popularity(
     sums = RankingSums()
     for batch in read_batches(data_dir, manifest, split, columns):
         history, candidate, labels = (batch[column] for column in columns)
+        if not pc.list_value_length(candidate).equals(pc.list_value_length(labels)):
+            raise ValueError(f"columns {columns[1]!r} and {label!r} of {split!r} do not hold one value per candidate")
         is_positive_C = pc.list_flatten(labels).to_numpy(zero_copy_only=False) == 1
         request_P = pc.list_parent_indices(candidate).to_numpy()[is_positive_C]
         target_P = torch.from_numpy(pc.list_flatten(candidate).to_numpy()[is_positive_C])

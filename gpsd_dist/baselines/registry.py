@@ -37,6 +37,8 @@ def evaluate_baseline(
     if name not in NAMES:
         raise ValueError(f"there is no baseline {name!r}; choose one of {sorted(NAMES)}")
     manifest = schema.read_manifest(pathlib.Path(data_dir))
+    if not manifest.tasks:
+        raise ValueError(f"{data_dir} has no task, so there is nothing to score")
     if name == NEXT_ITEM:
         return {"next_item": rank_by_popularity(data_dir, manifest, split, rank_cut)}
     tasks = [task.name for task in manifest.tasks] if tasks is None else tasks

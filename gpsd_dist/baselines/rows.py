@@ -4,20 +4,21 @@ Shape letters: B requests of one Parquet batch, N candidates, M elements of all 
 """
 
 import collections.abc
+import contextlib
 import dataclasses
 import os
-import pathlib
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from gpsd_dist import schema
+from gpsd_dist.data.parquet_dataset import ParquetSplit
 from gpsd_dist.ids.hashing import hashed_rows
 from gpsd_dist.metrics.classification import Predictions
 
 USER_KEY = "user"
+MAX_COUNTED_ROWS = 2**31  # 16 GiB of counters
 _BATCH_ROWS = 8192  # bounds the memory of what is worked out per batch
 
 
@@ -45,7 +46,10 @@ def pretrain_counts(data_dir: str | os.PathLike, manifest: schema.Manifest, feat
 
     Zeros if the data set has no pretraining split.
     """
-    counts_V = np.zeros(manifest.table(feature.table).num_rows, np.int64)
+    num_rows = manifest.table(feature.table).num_rows
+    if num_rows > MAX_COUNTED_ROWS:
+        raise ValueError(f"table {feature.table!r} has {num_rows} rows, at most {MAX_COUNTED_ROWS} are counted")
+    counts_V = np.zeros(num_rows, np.int64)
     if "pretrain" not in {split.name for split in manifest.splits}:
         return counts_V
     for batch in read_batches(data_dir, manifest, "pretrain", [f"history.{feature.name}"]):
@@ -58,21 +62,47 @@ def pretrain_counts(data_dir: str | os.PathLike, manifest: schema.Manifest, feat
 def read_batches(
     data_dir: str | os.PathLike, manifest: schema.Manifest, split: str, columns: collections.abc.Sequence[str]
 ) -> collections.abc.Iterator[pa.RecordBatch]:
-    """Row batches of one split, in file order. ValueError names a file that is missing, broken or of another schema.
+    """Row batches of one split, in file order. ValueError names a file that is missing, broken or of another schema,
+    or holds a value that breaks the contract.
 
     Ids of a table without a vocabulary come as rows, hashed into the table's size in the manifest.
     """
-    for name in manifest.split(split).files:
-        path = pathlib.Path(data_dir) / name
-        try:
-            file = pq.ParquetFile(path, page_checksum_verification=True)
-            absent = [column for column in columns if column not in file.schema_arrow.names]
-            if absent:
-                raise ValueError(f"{path} has no column {absent}, it has {file.schema_arrow.names}")
-            for batch in file.iter_batches(_BATCH_ROWS, columns=list(columns)):
+    data = ParquetSplit(os.fspath(data_dir), manifest, split, columns, cache_bytes=0)
+    with contextlib.closing(data):
+        for number, group in enumerate(data.groups):
+            for batch in data.read_group(number).to_batches(max_chunksize=_BATCH_ROWS):
+                try:
+                    for column in columns:
+                        _check_values(batch[column], column, manifest)
+                except ValueError as error:
+                    raise ValueError(f"{group.path}: {error}; correct it, or build the data set again") from error
                 yield _with_hashed_ids(batch, manifest) if manifest.unbounded else batch
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ValueError(f"{path} cannot be read ({error}); build the data set again") from error
+
+
+def _check_values(column: pa.Array, name: str, manifest: schema.Manifest) -> None:
+    """No null but in labels and times, indices inside their table, labels 0, 1 or null."""
+    place, _, rest = name.partition(".")
+    values = column
+    while pa.types.is_list(values.type):
+        if (
+            values.null_count and place != "context" and not pa.types.is_list(column.type.value_type)
+        ):  # a bag may be null
+            raise ValueError(f"column {name!r} has {values.null_count} nulls where a list belongs")
+        values = pc.list_flatten(values)
+    if place == "label":
+        array = values.to_numpy(zero_copy_only=False)
+        if not ((array == 0) | (array == 1) | values.is_null().to_numpy(zero_copy_only=False)).all():
+            raise ValueError(f"column {name!r} holds a label that is not 0, 1 or null")
+    elif values.null_count and name != "history.time_s":
+        raise ValueError(f"column {name!r} has {values.null_count} nulls")
+    elif place in schema.PLACES and rest != "time_s" and manifest.feature(rest).table is not None and len(values):
+        num_rows = manifest.value_limit(manifest.feature(rest).table)
+        found = pc.min_max(values).as_py()
+        if not 1 <= found["min"] <= found["max"] < num_rows:
+            raise ValueError(
+                f"column {name!r} holds {found['min']} .. {found['max']}, expected 1 .. {num_rows - 1} of table "
+                f"{manifest.feature(rest).table!r}"
+            )
 
 
 def _with_hashed_ids(batch: pa.RecordBatch, manifest: schema.Manifest) -> pa.RecordBatch:

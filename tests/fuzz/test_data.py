@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import io
 import json
 import pathlib
 import shutil
@@ -21,15 +22,20 @@ from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.loader import Loader
 from gpsd_dist.evaluate import main
 from tests.fuzz.properties import assert_one_error_line, clean_or_one_error, fuzz
-from tests.fuzz.test_checkpoints import HOSTILE, _place
+from tests.fuzz.test_checkpoints import CHANGES, HOSTILE, _place
 from tests.helpers.synthetic import write_dataset
 
 ROWS = 12
 
 
 @functools.cache
+def _kept_until_exit() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="fuzz_data_")
+
+
+@functools.cache
 def _whole() -> pathlib.Path:
-    root = pathlib.Path(tempfile.mkdtemp(prefix="fuzz_data_"))
+    root = pathlib.Path(_kept_until_exit().name)
     write_dataset(root, seed=0, num_rows=ROWS, num_files=1, row_group_rows=5, max_history_length=6)
     return root
 
@@ -184,6 +190,31 @@ def test_any_column(changes):
         with clean_or_one_error() as errors:
             requests = _read(root)
         assert errors or requests == 2 * ROWS
+
+
+NAMES = st.sampled_from(["popularity", "rates", "next_item_popularity"])
+
+
+@fuzz(30, name=NAMES, columns=st.lists(_columns(), max_size=1), changes=CHANGES | st.just([]))
+def test_commands_on_any_data(name, columns, changes):
+    """Exit status 0, or 2 with one line."""
+    with _copy() as root:
+        for split, column, values in columns:
+            path = root / split / "part-00000.parquet"
+            table = pq.read_table(path)
+            index = table.column_names.index(column)
+            table = table.remove_column(index) if values is None else table.set_column(index, column, values)
+            pq.write_table(table, path, row_group_size=5)
+        document = json.loads((root / "manifest.json").read_text())
+        for number, value in changes:
+            container, key = _place(document, number)
+            container[key] = copy.deepcopy(value)
+        (root / "manifest.json").write_text(json.dumps(document))
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main(["--baseline", name, "--data", str(root), "--split", "valid"])
+        if status:
+            assert_one_error_line(status, err.getvalue())
 
 
 @pytest.mark.parametrize("what", ["num_rows", "num_history_tokens", "num_candidates"])

@@ -128,3 +128,21 @@ def test_a_run_with_a_cuda_only_table_optimizer_is_scored_on_a_cpu(scored, one_r
     edit_state(manager.find(tmp_path / "run", "last"), lambda state: state["run_config"]["sparse"].update(name="adam"))
     metrics = evaluate_checkpoint(tmp_path / "run", None, "valid", one_rank, which="last")
     assert metrics["click"]["rows"] == scored[1][0][1]["valid"]["click"]["rows"]
+
+
+@pytest.mark.parametrize(
+    ("part", "options"),
+    [
+        ("model", {"width": 2**21}),
+        ("model", {"layers": 10**9}),
+        ("model", {"context_dim": 2**40}),
+        ("tables", {"embedding_dim": 2**40}),
+    ],
+)
+def test_options_that_claim_a_larger_model_than_there_is_take_no_memory(scored, one_rank, tmp_path, part, options):
+    shutil.copytree(scored["root"] / "finetune", tmp_path / "run")
+    checkpoint = manager.find(tmp_path / "run", "last")
+    edit_state(checkpoint, lambda state: state["run_config"][part].update(options))
+    with pytest.raises(ValueError, match="does not fit this model") as error:
+        evaluate_checkpoint(tmp_path / "run", None, "valid", one_rank, which="last")
+    assert str(checkpoint) in str(error.value)

@@ -12,6 +12,7 @@ PRETRAIN = [[2, 2, 2, 3, 3], [4, 3, 2, 5]]  # events: item 2 four, 3 three, 4 an
 
 
 def make(folder, history, candidate, label):
+    lengths = {"pretrain": [len(items) for items in PRETRAIN], "test": [len(items) for items in history]}
     tables = {
         "pretrain": pa.table({"history.item": pa.array(PRETRAIN, LISTS)}),
         "test": pa.table(
@@ -24,6 +25,7 @@ def make(folder, history, candidate, label):
     }
     splits = []
     for name, table in tables.items():
+        table = table.append_column("history_length", pa.array(lengths[name], pa.int32()))
         pq.write_table(table, folder / f"{name}.parquet")
         splits.append(schema.Split(name, (f"{name}.parquet",), len(table), 0, 0, None, None))
     feature = schema.Feature("item", ("history", "candidate"), table="item")

@@ -1,5 +1,7 @@
 """Baselines on a small prepared data set whose rates can be worked out by hand."""
 
+import dataclasses
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,16 +30,19 @@ def data_dir(tmp_path):
         (tmp_path / name).mkdir()
         file = f"{name}/part-00000.parquet"
         if name == "pretrain":
-            table = pa.table({"history.item": pa.array(_HISTORY["pretrain"], pa.list_(pa.int64()))})
+            lengths = pa.array(map(len, _HISTORY["pretrain"]), pa.int32())
+            items = pa.array(_HISTORY["pretrain"], pa.list_(pa.int64()))
+            table = pa.table({"history_length": lengths, "history.item": items})
         else:
             user, item, tab, click, buy = zip(*_ROWS[name])
             table = pa.table(
                 {
                     "user_hash": pa.array(user, pa.int64()),
+                    "history_length": pa.array([0] * len(user), pa.int32()),
                     "candidate.item": pa.array(item, pa.list_(pa.int64())),
                     "candidate.tab": pa.array(tab, pa.list_(pa.int64())),
                     "candidate.tag": pa.array([[[1]] * len(i) for i in item], pa.list_(pa.list_(pa.int64()))),
-                    "context.hour": pa.array(range(len(user)), pa.int64()),
+                    "context.hour": pa.array(range(1, 1 + len(user)), pa.int64()),
                     "label.click": pa.array(click, pa.list_(pa.float32())),
                     "label.buy": pa.array(buy, pa.list_(pa.float32())),
                 }
@@ -123,7 +128,7 @@ def test_evaluate_returns_the_metrics_of_every_task(data_dir):
         ({"split": "train"}, "cannot be scored with rates counted on itself"),
         ({"task": "like"}, "no task 'like'"),
         ({"split": "holdout"}, "no split 'holdout'"),
-        ({"keys": ("candidate.author",)}, r"has no column \['candidate.author'\]"),
+        ({"keys": ("candidate.author",)}, r"has no columns \['candidate.author'\]"),
         ({"keys": ("candidate.tag",)}, "'candidate.tag' is a bag"),
         ({"pseudo_counts": 0}, "pseudo_counts is 0"),
         ({"task": "buy", "fit_splits": ("valid",)}, "1 positives of 1 rows"),
@@ -143,5 +148,43 @@ def test_unknown_baseline_raises(data_dir):
 def test_truncated_file_is_named(data_dir):
     path = data_dir / "test" / "part-00000.parquet"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"part-00000\.parquet cannot be read"):
+    with pytest.raises(ValueError, match=r"part-00000\.parquet is truncated"):
         evaluate_baseline("rates", data_dir, "test")
+
+
+@pytest.mark.parametrize("name", ["rates", "popularity"])
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("candidate.item", [2**62], "holds .* 4611686018427387904, expected 1 .."),
+        ("candidate.item", [-1], "holds -1 .. "),
+        ("candidate.item", [None], "has 2 nulls"),
+        ("candidate.item", None, "has 1 nulls where a list belongs"),
+        ("label.click", [0.5], "a label that is not 0, 1 or null"),
+        ("label.click", [float("nan")], "a label that is not 0, 1 or null"),
+    ],
+)
+def test_values_that_break_the_contract_are_named(data_dir, name, column, value, message):
+    """An index of 2^62 would ask numpy for as many counters."""
+    path = data_dir / "test" / "part-00000.parquet"
+    table = pq.read_table(path)
+    index = table.column_names.index(column)
+    values = table[column].to_pylist()
+    values[0] = value if value is None else value * len(values[0])
+    pq.write_table(table.set_column(index, column, pa.array(values, table.schema.field(index).type)), path)
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate_baseline(name, data_dir, "test")
+    assert str(path) in str(error.value) and column in str(error.value)
+
+
+def test_a_table_that_no_memory_holds_is_refused(data_dir):
+    manifest = schema.read_manifest(data_dir)
+    tables = tuple(dataclasses.replace(table, num_rows=10**13) for table in manifest.tables)
+    with pytest.raises(ValueError, match="has 10000000000000 rows, at most"):
+        rates.score_popularity(data_dir, dataclasses.replace(manifest, tables=tables), "test", "click")
+
+
+def test_a_data_set_without_tasks_has_nothing_to_score(data_dir):
+    schema.write_manifest(dataclasses.replace(schema.read_manifest(data_dir), tasks=()), data_dir)
+    with pytest.raises(ValueError, match="has no task, so there is nothing to score"):
+        evaluate_baseline("next_item_popularity", data_dir, "test")
