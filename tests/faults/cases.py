@@ -318,7 +318,8 @@ def clock_jumps_back(workshop: Workshop) -> int:
 def two_jobs_on_one_folder(workshop: Workshop) -> int:
     """The second is refused with the name of the first, which does not notice."""
     run = Run(workshop, "two_jobs")
-    first = run.start(run.fault("sleep", "batch", 7, seconds=30))
+    refused = run.folder / "second_was_refused"
+    first = run.start(run.fault("sleep", "batch", 7, seconds=0, wait_for=str(refused)))
     wait_until((run.folder / "sleep_happened").exists, "step 7")
     other = Run(workshop, "two_jobs_other", output=run.output)
     second = other.train(restarts=1)
@@ -326,6 +327,7 @@ def two_jobs_on_one_folder(workshop: Workshop) -> int:
     second.says(
         f"OUTPUT_DIR {run.output} is in use by another job", f"host {socket.gethostname()}, process ", "started"
     )
+    refused.touch()
     ended = finish(first)
     assert ended.status == exit_codes.FINISHED, ended.stderr
     return _done(run, 0)
