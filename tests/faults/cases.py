@@ -254,7 +254,8 @@ def _page_byte(path: pathlib.Path) -> int:
     group = pq.ParquetFile(path).metadata.row_group(0)
     columns = [group.column(index) for index in range(group.num_columns)]
     [column] = [column for column in columns if column.path_in_schema == "user_hash"]
-    return column.data_page_offset + column.total_compressed_size - 5
+    start = column.dictionary_page_offset or column.data_page_offset
+    return start + column.total_compressed_size - 5
 
 
 def data_file_vanishes_mid_epoch(workshop: Workshop) -> int:
