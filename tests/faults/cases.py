@@ -324,7 +324,7 @@ def two_jobs_on_one_folder(workshop: Workshop) -> int:
     try:
         wait_until((run.folder / "sleep_happened").exists, "step 7")
         second = Run(workshop, "two_jobs_other", output=run.output).train(restarts=1)
-        assert second.status == exit_codes.MISTAKE, second.stderr
+        assert second.status == exit_codes.NO_FILE_ACCESS, second.stderr
         holder = f"host {socket.gethostname()}, process "
         second.says(f"OUTPUT_DIR {run.output} is in use by another job", holder, ", started ")
     finally:
