@@ -30,8 +30,8 @@ def held(folder: str | os.PathLike[str], runtime: Runtime, wait_s: float = WAIT_
     The kernel releases a lock whose process is gone, however it ended: nothing is ever left to remove.
 
     Raises, on all ranks:
-        ValueError: another job holds the folder; names host, process and start.
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written, or another job holds it (names host, process and start). Not a mistake
+            that is final: a file server may take a minute to notice that a holder is cut off.
     """
     path = pathlib.Path(folder) / LOCK_NAME
     descriptor, problem = None, ("", "")
@@ -102,7 +102,7 @@ def _holder(path: pathlib.Path) -> str:
 def _raise(problem: tuple[str, str], path: pathlib.Path) -> None:
     kind, detail = problem
     if kind == "held":
-        raise ValueError(
+        raise OSError(
             f"OUTPUT_DIR {path.parent} is in use by another job ({detail}), and two jobs would overwrite each other; "
             "wait for it, stop it, or use another OUTPUT_DIR"
         )

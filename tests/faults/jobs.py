@@ -14,7 +14,7 @@ from tests.integration.tiny_data import differing, read_checkpoint, step_folder,
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS, SAVE_INTERVAL = 18, 4  # 3 epochs of 6 steps; saved after steps 4, 6, 8, 12, 16, 18
-TIMEOUT_S = 150  # of one job
+TIMEOUT_S = 240  # of one job; alone on two cores it takes 10 to 30
 OPTIONS = """
 LAYERS = 1
 WIDTH = 16

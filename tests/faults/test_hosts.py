@@ -16,7 +16,7 @@ from tests.integration.tiny_data import differing, read_checkpoint, step_folder,
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-EPOCHS, STEPS, CUT_AT = 40, 240, 30
+EPOCHS, STEPS, CUT_AT = 12, 72, 13
 HANG_S, LIMIT_S = 8, 240
 
 
@@ -28,7 +28,7 @@ def workshop(tmp_path_factory):
 OVERRIDES = (
     f"--gin.EPOCHS={EPOCHS}",
     f"--gin.TrainConfig.hang_timeout_s={HANG_S}",
-    "--gin.TrainConfig.save_interval_steps=20",
+    "--gin.TrainConfig.save_interval_steps=10",
 )
 
 

@@ -43,7 +43,12 @@ ENDINGS = {
 }
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+IN_DEFAULT_SUITE = ("mistake", "killed")  # each start of torchrun costs seconds
+
+
+@pytest.mark.parametrize(
+    "ending", [name if name in IN_DEFAULT_SUITE else pytest.param(name, marks=pytest.mark.slow) for name in ENDINGS]
+)
 def test_status_says_how_the_ranks_ended(tmp_path, ending):
     code, status, starts = ENDINGS[ending]
     process = start(tmp_path, code)
@@ -55,7 +60,11 @@ def test_status_says_how_the_ranks_ended(tmp_path, ending):
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, exit_codes.STOPPED), (signal.SIGINT, exit_codes.INTERRUPTED)]
+    ("number", "status"),
+    [
+        (signal.SIGTERM, exit_codes.STOPPED),
+        pytest.param(signal.SIGINT, exit_codes.INTERRUPTED, marks=pytest.mark.slow),
+    ],
 )
 def test_signal_reaches_the_ranks_and_shows_in_the_status(tmp_path, number, status):
     saved = tmp_path / "saved"
@@ -73,6 +82,7 @@ def test_signal_reaches_the_ranks_and_shows_in_the_status(tmp_path, number, stat
     assert "Traceback" not in stderr
 
 
+@pytest.mark.slow
 def test_lost_terminal_does_not_stop_a_job_under_nohup(tmp_path):
     up = tmp_path / "up"
     code = f"open({str(up)!r}, 'a').write('x')\ntime.sleep(2)\n"

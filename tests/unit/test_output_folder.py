@@ -43,7 +43,7 @@ def holder(tmp_path):
 
 
 def test_second_job_is_refused_with_the_name_of_the_first(tmp_path, holder):
-    with pytest.raises(ValueError, match="in use by another job") as error:
+    with pytest.raises(OSError, match="in use by another job") as error:
         with output_folder.held(tmp_path / "run", MAIN, wait_s=0.3):
             raise AssertionError("two jobs hold one folder")
     text = str(error.value)
