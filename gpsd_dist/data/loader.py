@@ -53,8 +53,7 @@ class Loader(typing.Generic[T]):
             of it. Part of the order. Without shuffling it is `world_size`.
         global_batch_rows: rows of a batch over all ranks, an upper bound.
         global_batch_tokens: instead of rows: history tokens over all ranks (a row without history counts as 1).
-            Shards have equal numbers of tokens as far as the totals of row groups tell, and each takes its share of
-            a batch up to one row.
+            Shards have equal numbers of tokens up to two rows, and each takes its share of a batch up to one row.
         max_history_length: tokens of a history that count at most in `global_batch_tokens`; None: all.
         shuffle: False reads in file order, for evaluation.
         seed: of the order.
@@ -201,6 +200,7 @@ class Loader(typing.Generic[T]):
             self._seed,
             self._shuffle,
             self._group_weight_G,
+            self._row_weights if self._by_tokens else None,
         )
         reader = EpochReader(self._split, order, self._shards, num_steps, self._by_tokens, self._longest)
         keys = (BatchKey(epoch, step, self._rank) for step in range(self._step, num_steps))
@@ -225,6 +225,10 @@ class Loader(typing.Generic[T]):
             planner.shutdown(wait=False, cancel_futures=True)
             makers.shutdown(wait=True, cancel_futures=True)
             planner.shutdown(wait=True)
+
+    def _row_weights(self, group: int) -> np.ndarray:
+        """Runs in the reading thread."""
+        return np.clip(self._split.read_history_length(group), 1, self._longest)
 
     def _make(self, planned: concurrent.futures.Future[BatchPlan]) -> T:
         """Runs in a worker thread."""

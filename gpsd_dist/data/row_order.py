@@ -4,7 +4,7 @@ One epoch of a split with N rows, all of it a function of (seed, epoch) and of t
 
 1. the row groups are permuted; their rows, one group after the other, are the *sequence* (positions 0 .. N-1);
 2. the sequence is cut into V contiguous *data shards* whose sizes differ by at most one row, or, where batches are
-   counted in tokens, that have the same number of tokens as far as the row groups' totals tell;
+   counted in tokens, whose tokens differ by less than two rows;
 3. inside a shard, *windows* of `window_rows` rows are permuted;
 4. batch b of S takes the next rows of every shard, such that each shard ends exactly with batch S-1.
 
@@ -14,6 +14,7 @@ Shape letters: G row groups of the split, R rows of one window or shard.
 
 import dataclasses
 import functools
+import typing
 
 import numpy as np
 
@@ -43,7 +44,9 @@ class EpochOrder:
     shuffle: bool
     """False: file order, V contiguous ranges."""
     group_weight_G: np.ndarray | None = None
-    """int64 [G], >= 1: weight of every row group in file order; shards get equal weight. None: equal rows."""
+    """int64 [G]: weight of every row group in file order; shards get equal weight. None: equal rows."""
+    row_weights: typing.Callable[[int], np.ndarray] | None = None
+    """Row group -> integers >= 1, the weights of its rows; asked only for groups that a shard begins in."""
 
     @functools.cached_property
     def group_G(self) -> np.ndarray:
@@ -69,13 +72,17 @@ class EpochOrder:
         if self.group_weight_G is None:
             rows, extra = divmod(self.num_rows, self.num_data_shards)
             return shards * rows + np.minimum(shards, extra)
-        weight_G, rows_G = self.group_weight_G[self.group_G], self.group_rows_G[self.group_G]
-        end_G = np.cumsum(weight_G)
-        wanted_V = shards * int(end_G[-1]) // self.num_data_shards
-        # inside a row group, rows count alike: a shard is larger than a group, or the groups are few and long
-        group_V = np.minimum(np.searchsorted(end_G, wanted_V, side="right"), len(end_G) - 1)
-        inside_V = wanted_V - (end_G - weight_G)[group_V]
-        return (self._group_end_G - rows_G)[group_V] + inside_V * rows_G[group_V] // weight_G[group_V]
+        assert self.row_weights is not None
+        end_G = np.cumsum(self.group_weight_G[self.group_G])
+        first_row_G = self._group_end_G - self.group_rows_G[self.group_G]
+        starts = [0]
+        for wanted in shards[1:-1] * int(end_G[-1]) // self.num_data_shards:
+            index = int(np.searchsorted(end_G, wanted, side="right"))
+            group = int(self.group_G[index])
+            weight_before = int(end_G[index] - self.group_weight_G[group])
+            rows = np.searchsorted(np.cumsum(self.row_weights(group)), wanted - weight_before, side="right")
+            starts.append(int(first_row_G[index] + rows))
+        return np.array([*starts, self.num_rows], np.int64)
 
     def shard_rows(self, shard: int) -> int:
         """Rows of one data shard."""

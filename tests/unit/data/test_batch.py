@@ -24,6 +24,7 @@ def make_batch(split):
         with_candidates=not is_pretraining,
         negatives_per="group" if is_pretraining else None,
         num_negatives=3,
+        token_multiple=16,
     )
     [batch] = collate(make_rows(MANIFEST, split, seed=0, num_rows=12), BatchKey(0, 0, 0))
     return batch
@@ -69,7 +70,7 @@ def test_to_the_same_device_changes_no_value(split):
         torch.testing.assert_close(tensor, before[path], rtol=0, atol=0, equal_nan=True)
     plain = {f.name: getattr(batch.packing, f.name) for f in dataclasses.fields(Packing) if f.type in ("int", int)}
     copied = batch.to(torch.device("cpu")).packing
-    assert plain == {name: getattr(copied, name) for name in plain} and len(plain) == 4
+    assert plain == {name: getattr(copied, name) for name in plain} and len(plain) == 5
 
 
 class Spy(torch.Tensor):
