@@ -63,7 +63,8 @@ def test_no_projections_where_the_widths_agree():
 def test_auxiliary_weight_is_the_input_table():
     model, rows, batch = pretraining()
     weight = model(rows, batch).auxiliary_weight["category"]
-    assert weight is model.backbone.embedder.small["category"].weight
+    table = model.backbone.embedder.small["category"].weight
+    assert weight._base is table and weight.data_ptr() == table.data_ptr()
 
 
 @pytest.mark.parametrize(
