@@ -87,11 +87,12 @@ class ShardedTables:
         return {self.names[key.split(".")[-2]]: value for key, value in self.module.state_dict().items()}
 
     def optimizer_state(self) -> dict[str, dict[str, ShardedTensor]]:
-        """Table name -> state name -> value, for trainable tables. Aliases the live state."""
+        """Table name -> state name -> value, for trainable tables that this rank has a piece of. Aliases the state."""
         state = self.module.fused_optimizer.state_dict()["state"]
         return {
             self.names[key.split(".")[-2]]: {name.split(".")[-1]: value for name, value in entry.items()}
             for key, entry in state.items()
+            if entry
         }
 
     def set_learning_rate(self, lr: float) -> None:
