@@ -34,8 +34,11 @@ NOT_RECORDED = (
     "raw_dir",
     "out_dir",
     "split",
+    "engine",
     "memory_limit",
     "threads",
+    "spark_master",
+    "spark_conf",
     "force",
 )  # options that leave the rows alone
 
@@ -76,11 +79,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--row_group_rows", type=int, default=4096, help="small groups shuffle better, large ones read faster"
     )
     parser.add_argument("--file_rows", type=int, default=1 << 20, help="rows per part file")
-    parser.add_argument("--engine", choices=engine.ENGINES, default="duckdb")
-    parser.add_argument(
-        "--memory_limit", default="4GB", help="of the engine; beyond it, it spills to disk beside --out_dir"
-    )
-    parser.add_argument("--threads", type=int, help="of the engine; default: all cores")
+    engine.add_arguments(parser)
     parser.add_argument("--force", action="store_true", help="build even if nothing changed")
     known, _ = parser.parse_known_args(argv)
     sources.load(known.source).add_arguments(parser)
@@ -118,7 +117,7 @@ def build(options: argparse.Namespace, command: str) -> None:
         progress.say(f"build {options.source} -> {out_dir}")
         with (
             write.staged(out_dir) as aside,
-            engine.scratch(options.engine, out_dir.parent, options.memory_limit, options.threads) as running,
+            engine.scratch(options, out_dir.parent) as running,
         ):
             _build_all(running, options, source.read(running, files, options), prints, aside, command)
             validate.check(aside)

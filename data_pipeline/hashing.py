@@ -17,7 +17,8 @@ def digits_to_int(text: ir.StringValue, start: int, num_digits: int) -> ir.Integ
     """Reads `num_digits` (at most 15) hexadecimal digits from `start` as a non-negative int64."""
     alphabet = ibis.literal(HEX_DIGITS)
     terms = [
-        alphabet.find(text.substr(start + place, 1)).cast("int64")
+        # Ibis takes `find` for an int64 and drops a cast to it, but on Spark it is an int32, whose products overflow
+        alphabet.find(text.substr(start + place, 1)).cast("int16").cast("int64")
         * ibis.literal(16 ** (num_digits - 1 - place), type="int64")
         for place in range(num_digits)
     ]

@@ -43,7 +43,7 @@ def build(options: argparse.Namespace, source: types.ModuleType, command: str) -
     aside = out_dir.parent / f".{out_dir.name}.{NAME}-{os.getpid()}"
     aside.mkdir()
     try:
-        with engine.scratch(options.engine, out_dir.parent, options.memory_limit, options.threads) as running:
+        with engine.scratch(options, out_dir.parent) as running:
             split, skipped = _write(running, source.read(running, files, options), previous, out_dir, aside, options)
         manifest = dataclasses.replace(
             previous,

@@ -62,7 +62,7 @@ def read(engine: Engine, name: str, path: pathlib.Path) -> ir.Table:
         raise ValueError(
             f"{path} does not exist: the data set is incomplete; build it again before adding a split to it"
         )
-    return engine.materialise(f"vocab_{name}", engine.con.read_parquet(path))
+    return engine.materialise(f"vocab_{name}", engine.backend.read_parquet(path))
 
 
 def encode(table: ir.Table, columns: dict[str, tuple[str, ir.Table]]) -> ir.Table:
