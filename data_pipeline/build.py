@@ -6,6 +6,7 @@ python -m data_pipeline.build --source kuairand_pure --raw_dir DIR_WITH_A_LATER_
 
 import argparse
 import dataclasses
+import math
 import pathlib
 import shlex
 import sys
@@ -28,6 +29,7 @@ from data_pipeline import (
 )
 from gpsd_dist import schema
 
+EVENTS_PER_BUCKET = 5_000_000  # about 1 GB of DuckDB while the sequences of a bucket are collected
 SPLITS = ("pretrain", "train", "valid", "test")
 NOT_RECORDED = (
     "source",
@@ -39,6 +41,7 @@ NOT_RECORDED = (
     "threads",
     "spark_master",
     "spark_conf",
+    "num_buckets",
     "force",
 )  # options that leave the rows alone
 
@@ -80,6 +83,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--file_rows", type=int, default=1 << 20, help="rows per part file")
     engine.add_arguments(parser)
+    parser.add_argument(
+        "--num_buckets", type=int, default=0, help="of users, worked on one after the other; 0: by the number of events"
+    )
     parser.add_argument("--force", action="store_true", help="build even if nothing changed")
     known, _ = parser.parse_known_args(argv)
     sources.load(known.source).add_arguments(parser)
@@ -91,6 +97,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         for name, least in smallest.items()
         if getattr(options, name) < least
     ]
+    if not 0 <= options.num_buckets <= 4096:
+        problems.append(f"--num_buckets {options.num_buckets} must lie between 0 and 4096")
     if not 0 < options.valid_fraction < 1:
         problems.append(f"--valid_fraction {options.valid_fraction} must lie between 0 and 1")
     if problems:
@@ -145,7 +153,8 @@ def _build_all(
 ) -> None:
     """Vocabularies, all splits, items and the manifest, into `root`."""
     canonical.check(log)
-    events = splits.number_events(running, log)
+    num_buckets = options.num_buckets or math.ceil(log.events.count().execute() / EVENTS_PER_BUCKET) or 1
+    events = splits.number_events(running, log, num_buckets)
     cut = splits.cut(running, log, events, is_holdout=False)
     without_vocabulary = unbounded.tables(options, log)
     vocabs, tables = {}, []
@@ -185,13 +194,12 @@ def _build_all(
     )
     encoder = sequences.Encoder(running, log, vocabs)
     items, users = encoder.items(), encoder.users()
-    histories = sequences.user_sequences(encoder, events, items)
-    rows = {"pretrain": sequences.pretrain_rows(encoder, cut.pretrain, histories, options.max_history_length)}
-    requests = sequences.request_rows(encoder, candidates, items, users, histories, options.max_history_length)
+    inputs = sequences.Inputs(events, cut.pretrain, candidates, items, users)
+    pretrain, requests = sequences.rows_in_buckets(encoder, inputs, options.max_history_length, num_buckets)
     num_short = int(cut.pretrain.filter(cut.pretrain.num_events < 2).count().execute())
     if num_short:
         skipped["users without a pretrain row (fewer than 2 events in it)"] = num_short
-    rows |= {name: requests.filter(requests.split == name) for name in SPLITS[1:]}
+    rows = {"pretrain": pretrain} | {name: requests.filter(requests.split == name) for name in SPLITS[1:]}
     written = [write_split(running, rows[name], name, manifest, root, options) for name in SPLITS]
     item_features = tuple(spec.feature() for spec in log.features if spec.origin == "items")
     write.write_items(

@@ -38,11 +38,11 @@ class DuckDB:
 
     def append(self, name: str, table: ir.Table) -> None:
         """Adds the query's rows to a stored table of the same columns."""
-        self.con.insert(name, table)
+        self.con.raw_sql(f'INSERT INTO "{name}" {self.con.compile(table)}')
 
     def drop(self, name: str) -> None:
         """Removes a stored table."""
-        self.con.drop_table(name)
+        self.con.raw_sql(f'DROP TABLE "{name}"')  # Ibis 12 writes DROP TABLE TABLE with this sqlglot
 
     def from_arrow(self, name: str, table: pa.Table) -> ir.Table:
         """Stores an Arrow table."""

@@ -70,6 +70,19 @@ class Engine:
         progress.say(f"  {name:<24} {stored.count().execute():>12,} rows  {time.monotonic() - started:6.1f} s")
         return stored
 
+    def materialise_parts(self, name: str, parts: typing.Iterable[ir.Table]) -> ir.Table:
+        """As `materialise`, of the union of `parts`, which are run one after the other."""
+        started = time.monotonic()
+        stored = None
+        for part in parts:
+            if stored is None:
+                stored = self.backend.create(name, part)
+            else:
+                self.backend.append(name, part)
+        stored = self.con.table(name)
+        progress.say(f"  {name:<24} {stored.count().execute():>12,} rows  {time.monotonic() - started:6.1f} s")
+        return stored
+
     def store(self, table: ir.Table | pa.Table) -> ir.Table:
         """As `materialise`, without a name or a line on the screen; also of an Arrow table."""
         name = ibis.util.gen_name("stored")

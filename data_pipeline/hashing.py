@@ -25,6 +25,11 @@ def digits_to_int(text: ir.StringValue, start: int, num_digits: int) -> ir.Integ
     return functools.reduce(operator.add, terms)
 
 
+def bucket(user_id: ir.StringValue, num_buckets: int) -> ir.IntegerValue:
+    """0 ... num_buckets - 1 (int64, at most 4,096) of a user; digits that `user_hash` does not use."""
+    return (digits_to_int(user_id.hexdigest("md5"), USER_HASH_DIGITS, 3) % num_buckets).cast("int64")
+
+
 def user_hash(user_id: ir.StringValue) -> ir.IntegerValue:
     """60-bit hash of a user, equal in every data set and on every engine; it also serves to split by user."""
     return digits_to_int(user_id.hexdigest("md5"), 0, USER_HASH_DIGITS)

@@ -204,3 +204,7 @@ def _add_functions(session: "pyspark.sql.SparkSession") -> None:
         "CREATE OR REPLACE TEMPORARY FUNCTION timezone(zone STRING, moment TIMESTAMP) RETURNS TIMESTAMP "
         "RETURN to_utc_timestamp(moment, zone)"
     )
+    session.sql(
+        "CREATE OR REPLACE TEMPORARY FUNCTION string_split(text STRING, separator STRING) RETURNS ARRAY<STRING> "
+        r"RETURN split(text, concat('\\Q', separator, '\\E'))"
+    )
