@@ -1,8 +1,12 @@
 """Fractal expansion of ratings, block by block (arXiv:1901.08910, section 4; settings of the public ML-20M expansion).
 
 A small matrix with the singular values of the rating matrix R says which share of R each block of the result keeps.
-The block in row i and column j is R under its own random orders of rows and columns, each rating kept with that share.
-Two things are ours: ids start at 1, and every user gets a time order (the public tool gives neither).
+The block in row i and column j is R under its own orders of rows and columns, each rating kept with that share. Ours:
+
+- The orders are not quite random. A user of the result is a user of R in every block of a row; if these were any users,
+  their sum would be near the mean, and the long tail gone. Here they are users of about the same number of ratings, and
+  likewise for items.
+- Ids start at 1, and every user gets a time order (the public tool gives neither).
 """
 
 import dataclasses
@@ -16,6 +20,7 @@ import scipy.sparse.linalg
 SCHEMA = pa.schema([("user", pa.int64()), ("item", pa.int64()), ("time_s", pa.int64())])
 START_TIME_S = 1_577_836_800  # 2020-01-01 UTC
 DAY_S = 86_400
+RANK_NOISE = 0.5  # standard deviation of the log counts by which a block orders users and items; untuned
 LEAST_RATE, LARGEST_RATE = 0.001, 0.995  # of the public tool
 LEAST_TIMES = 3  # distinct times that a user needs to count in the small matrix, as in the public tool
 
@@ -134,16 +139,23 @@ def batches(ratings: Ratings, rates: np.ndarray, expansion: Expansion) -> typing
 
     Equal input gives equal batches, whatever was read before: every draw has its own seed.
     """
+    per_user, per_item = np.diff(ratings.start), np.bincount(ratings.item, minlength=ratings.num_items)
     for i, row_rates in enumerate(rates):
         rows_per_user = ratings.num_ratings / ratings.num_users * row_rates.sum()
         step = max(1, int(expansion.batch_rows / rows_per_user))
-        orders = _orders(expansion, 0, i, ratings.num_users)
-        names = _orders(expansion, 1, i, ratings.num_items)
+        places = _rng(expansion, 0, i).permutation(ratings.num_users)
+        orders, names = [], []
+        for j in range(expansion.item_blocks):
+            order = np.empty(ratings.num_users, np.int32)
+            order[places] = _ranked(per_user, _rng(expansion, 1, i, j))
+            name = np.empty(ratings.num_items, np.int32)
+            name[_ranked(per_item, _rng(expansion, 2, i, j))] = _rng(expansion, 3, j).permutation(ratings.num_items)
+            orders, names = [*orders, order], [*names, name]
         for first in range(0, ratings.num_users, step):
             last = min(first + step, ratings.num_users)
             parts = []
             for j, rate in enumerate(row_rates):
-                rng = _rng(expansion, 2, i, j, first)
+                rng = _rng(expansion, 4, i, j, first)
                 row, item = _kept(ratings, orders[j][first:last], float(rate), rng)
                 parts.append((row + first + i * ratings.num_users + 1, names[j][item] + j * ratings.num_items + 1))
             yield _in_time_order(*(np.concatenate(arrays) for arrays in zip(*parts)), expansion, (i, first))
@@ -153,9 +165,9 @@ def _rng(expansion: Expansion, *place: int) -> np.random.Generator:
     return np.random.default_rng([expansion.seed, *place])
 
 
-def _orders(expansion: Expansion, kind: int, i: int, num: int) -> list[np.ndarray]:
-    """A random order of `num` rows or columns for every block in row i."""
-    return [_rng(expansion, kind, i, j).permutation(num).astype(np.int32) for j in range(expansion.item_blocks)]
+def _ranked(counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Numbers of users or items by about their number of ratings; another order for every block."""
+    return np.argsort(np.log1p(counts) + RANK_NOISE * rng.normal(size=len(counts)))
 
 
 def _kept(ratings: Ratings, users: np.ndarray, rate: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -170,7 +182,7 @@ def _kept(ratings: Ratings, users: np.ndarray, rate: float, rng: np.random.Gener
 
 def _in_time_order(user: np.ndarray, item: np.ndarray, expansion: Expansion, place: tuple[int, int]) -> pa.RecordBatch:
     """Each user's ratings in random order, at distinct seconds of a stretch of the days that is the user's own."""
-    rng = _rng(expansion, 3, *place)
+    rng = _rng(expansion, 5, *place)
     order = np.lexsort((rng.random(len(user)), user))
     user, item = user[order], item[order]
     users, first, count = np.unique(user, return_index=True, return_counts=True)

@@ -98,12 +98,12 @@ def top_share(ids: np.ndarray, fraction: float) -> float:
 
 
 def test_marginals_keep_their_long_tails(ratings, expanded):
-    """A user or item is a sum over blocks with random orders, which evens out, times the blocks' unequal shares."""
+    """Not so with random orders of users and items in every block: their sums even out."""
     _, _, table = expanded
     users_before = np.repeat(np.arange(ratings.num_users), np.diff(ratings.start))
     for before, after in ((ratings.item, table["item"]), (users_before, table["user"])):
         for fraction in (0.01, 0.1, 0.5):
-            assert top_share(after.to_numpy(), fraction) > 0.5 * top_share(before, fraction)
+            assert top_share(after.to_numpy(), fraction) > 0.8 * top_share(before, fraction)
         even = np.random.default_rng(0).integers(0, len(np.unique(after)), table.num_rows)
         assert top_share(after.to_numpy(), 0.01) > 3 * top_share(even, 0.01)
 
