@@ -69,10 +69,16 @@ def bounds_of(manifest: schema.Manifest, folder: pathlib.Path) -> Bounds:
             f"{folder} cannot be appended to: its splits are not cut by time (rule "
             f"{manifest.options.get('split_rule')}), or it was built by an older version; build it again"
         )
-    until = found[2] if found[2] is not None else manifest.split("test").time_to_s
-    if until is None:
-        raise ValueError(f"{folder} cannot be appended to: its split `test` is empty; build it again")
-    return Bounds(found[0], found[1], until + (found[2] is None))
+    return Bounds(*found)
+
+
+def bounds_of_log(log: canonical.Log) -> Bounds:
+    """Those of a log that is cut by time; without an end, the test period ends with the last exposure."""
+    rule = log.split
+    until = rule.test_until_s
+    if until is None:  # not the largest request time: a request has the time of the first of its exposures
+        until = int(log.exposures.time_s.max().execute()) + 1
+    return Bounds(rule.valid_from_s, rule.test_from_s, until)
 
 
 def _is_current(out_dir: pathlib.Path, parent_dir: pathlib.Path, parent_sha256: str, print_now: str) -> bool:
@@ -105,7 +111,7 @@ class _Day:
             log.split, valid_from_s=old.test_from, test_from_s=old.test_until, test_until_s=None, words=words
         )
         self.log = dataclasses.replace(log, split=rule)
-        self.events = splits.number_events(running, self.log)
+        self.events = splits.number_events(running, self.log, max(options.num_buckets, 1))
         self.cut = splits.cut(running, self.log, self.events, is_holdout=False)
 
     def write(self, root: pathlib.Path, step: dict) -> schema.Manifest:
@@ -134,7 +140,7 @@ class _Day:
         item_features = tuple(spec.feature() for spec in self.log.features if spec.origin == "items")
         rows = sequences.item_rows(encoder, items)
         write.write_items(self.running, rows, item_features, root / "items.parquet", self.options.compression)
-        boundaries = [self.old.test_from, self.old.test_until, None]
+        boundaries = list(bounds_of_log(self.log))
         grown = {t.name: t.num_rows - self.parent.table(t.name).num_rows for t in tables}
         options = {name: value for name, value in self.parent.options.items() if name != holdout.NAME}
         step = step | {"new_rows": grown, "test_rows": added[1].num_rows}
@@ -152,6 +158,9 @@ class _Day:
         vocabs, tables = {}, []
         for name, (counts, min_count) in sequences.occurrences(self.log, self.cut).items():
             table = self.parent.table(name)
+            if name in self.parent.unbounded:
+                tables.append(table)
+                continue
             old = holdout.read_vocabulary(self.running, table, self.parent_dir)
             least = self.options.min_count if min_count is None else min_count
             vocabs[name] = vocab.grow(self.running, name, counts, least, old, table.num_rows)

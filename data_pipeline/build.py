@@ -13,6 +13,7 @@ import sys
 import time
 
 from data_pipeline import (
+    append,
     canonical,
     engine,
     fingerprint,
@@ -29,13 +30,14 @@ from data_pipeline import (
 )
 from gpsd_dist import schema
 
-EVENTS_PER_BUCKET = 5_000_000  # about 1 GB of DuckDB while the sequences of a bucket are collected
+EVENTS_PER_BUCKET = 5_000_000  # untuned; what it costs in memory: README.md, "Larger than memory"
 SPLITS = ("pretrain", "train", "valid", "test")
 NOT_RECORDED = (
     "source",
     "raw_dir",
     "out_dir",
     "split",
+    "append_to",
     "engine",
     "memory_limit",
     "threads",
@@ -68,6 +70,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--split", choices=("all", "holdout"), default="all", help="holdout: add a later day to a built data set"
     )
+    parser.add_argument(
+        "--append_to", type=pathlib.Path, help="a built data set: add the next day of its log to it, into --out_dir"
+    )
     parser.add_argument("--max_history_length", type=int, default=50, help="most recent events kept per row")
     parser.add_argument("--min_count", type=int, default=1, help="ids with fewer training occurrences become unknown")
     parser.add_argument(
@@ -97,6 +102,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         for name, least in smallest.items()
         if getattr(options, name) < least
     ]
+    if options.append_to is not None:
+        if options.split != "all":
+            problems.append("--append_to adds the later day as `test`; leave --split out")
+        options.split = "append"  # sources then look for older raw files where the data set was built from
     if not 0 <= options.num_buckets <= 4096:
         problems.append(f"--num_buckets {options.num_buckets} must lie between 0 and 4096")
     if not 0 < options.valid_fraction < 1:
@@ -114,7 +123,9 @@ def build(options: argparse.Namespace, command: str) -> None:
     source = sources.load(options.source)
     out_dir = options.out_dir
     has_previous = (out_dir / schema.MANIFEST_NAME).is_file()
-    if options.split == "holdout":
+    if options.append_to is not None:
+        append.build(options, source, command)
+    elif options.split == "holdout":
         holdout.build(options, source, command)
     else:
         files = source.find_files(options.raw_dir, options)
@@ -188,7 +199,8 @@ def _build_all(
         skipped=skipped,
         sources=prints["sources"],
         options=prints["options"]
-        | {"fingerprint": prints["fingerprint"], "split_rule": type(log.split).__name__, "raw_dir": raw_dir},
+        | {"fingerprint": prints["fingerprint"], "split_rule": type(log.split).__name__, "raw_dir": raw_dir}
+        | _boundaries(log),
         command=command,
         unbounded={name: table.kind for name, table in without_vocabulary.items()},
     )
@@ -208,6 +220,13 @@ def _build_all(
     features = write.with_statistics(manifest, dict(zip(SPLITS, written, strict=True))["train"], root)
     manifest = dataclasses.replace(manifest, features=features, splits=tuple(written), skipped=skipped)
     schema.write_manifest(manifest, root)
+
+
+def _boundaries(log: canonical.Log) -> dict:
+    """Where splits that are cut by time begin and end, for a later append."""
+    if not isinstance(log.split, canonical.TimeBoundaries):
+        return {}
+    return {append.BOUNDARIES: list(append.bounds_of_log(log))}
 
 
 def write_split(

@@ -102,25 +102,26 @@ class Spark:
         self.con.register_options()  # done by `ibis.pyspark`, which only gives Ibis' own class
         self.con.do_connect(self._session)
         self._numbers = itertools.count()
+        self._paths: dict[str, pathlib.Path] = {}
         _add_functions(self._session)
 
     def create(self, name: str, table: ir.Table) -> ir.Table:
         """Runs the query and stores the result under a new name."""
         path = self._folder / f"table-{next(self._numbers)}"
         self._query(table).write.parquet(str(path))
+        self._paths[name] = path
         return self._view(name, path)
 
     def append(self, name: str, table: ir.Table) -> None:
         """Adds the query's rows to a stored table of the same columns."""
-        path = self._path_of(name)
+        path = self._paths[name]
         self._query(table).write.mode("append").parquet(str(path))
-        self._view(name, path)
+        self._view(name, path)  # a view lists its files when it is made
 
     def drop(self, name: str) -> None:
         """Removes a stored table."""
-        path = self._path_of(name)
         self._session.catalog.dropTempView(name)
-        shutil.rmtree(path)
+        shutil.rmtree(self._paths.pop(name))
 
     def from_arrow(self, name: str, table: pa.Table) -> ir.Table:
         """Stores an Arrow table."""
@@ -187,10 +188,6 @@ class Spark:
     def _view(self, name: str, path: pathlib.Path) -> ir.Table:
         self._session.read.parquet(str(path)).createOrReplaceTempView(name)
         return self.con.table(name)
-
-    def _path_of(self, name: str) -> pathlib.Path:
-        (file, *_) = self._session.table(name).inputFiles()
-        return pathlib.Path(file.removeprefix("file://")).parent
 
 
 def _add_functions(session: "pyspark.sql.SparkSession") -> None:

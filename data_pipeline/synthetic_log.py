@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 DAY_S = 86_400
 WEEK_S = 7 * DAY_S
-USERS_PER_BLOCK = 50_000  # about 0.6 GB while a block of 45 events per user is drawn
+USERS_PER_BLOCK = 50_000  # 0.66 GB at most while blocks of 45 events per user are drawn and written
 START_TIME_S = 1_704_067_200  # 2024-01-01 00:00 UTC, a Monday
 EVENT_TYPES = ("view", "cart", "buy")
 TABS = ("home", "search", "similar", "sale")
