@@ -106,6 +106,7 @@ class _Day:
         holdout.check_same_contract(log, parent, parent_dir)
         self.running, self.parent, self.parent_dir, self.old, self.options = running, parent, parent_dir, old, options
         _check_old_exposures(log, parent, parent_dir, old)
+        assert isinstance(log.split, canonical.TimeBoundaries)  # the parent has boundaries, and is of the same source
         words = f"appended: train < {old.test_from} <= valid < {old.test_until} <= test (epoch s)"
         rule = dataclasses.replace(
             log.split, valid_from_s=old.test_from, test_from_s=old.test_until, test_until_s=None, words=words

@@ -62,7 +62,8 @@ def read_ratings(raw_dir: pathlib.Path, parquet: str | None, columns: list[str])
     """Ratings of a MovieLens-format folder, or of a Parquet file. ValueError says what is missing."""
     if parquet is not None:
         path = raw_dir / parquet
-        found = _require(path) and pq.read_schema(path).names
+        _require(path)
+        found = pq.read_schema(path).names
         if len(columns) != 4 or not set(columns) <= set(found):
             raise ValueError(f"{path} has the columns {found}; name user, item, rating and time of it by --columns")
         return fractal_blocks.compact(*(pq.read_table(path, columns=[name])[name] for name in columns))
@@ -82,10 +83,9 @@ def read_ratings(raw_dir: pathlib.Path, parquet: str | None, columns: list[str])
     return fractal_blocks.compact(*(table[name] for name in ("user", "item", "rating", "time")))
 
 
-def _require(path: pathlib.Path) -> bool:
+def _require(path: pathlib.Path) -> None:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; --raw_dir is a folder with ratings.csv or ratings.dat, or --parquet")
-    return True
 
 
 def write(

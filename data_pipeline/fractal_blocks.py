@@ -158,7 +158,8 @@ def batches(ratings: Ratings, rates: np.ndarray, expansion: Expansion) -> typing
                 rng = _rng(expansion, 4, i, j, first)
                 row, item = _kept(ratings, orders[j][first:last], float(rate), rng)
                 parts.append((row + first + i * ratings.num_users + 1, names[j][item] + j * ratings.num_items + 1))
-            yield _in_time_order(*(np.concatenate(arrays) for arrays in zip(*parts)), expansion, (i, first))
+            user, item = (np.concatenate(arrays) for arrays in zip(*parts))
+            yield _in_time_order(user, item, expansion, (i, first))
 
 
 def _rng(expansion: Expansion, *place: int) -> np.random.Generator:

@@ -106,8 +106,8 @@ class Truth(typing.NamedTuple):
     @classmethod
     def of(cls, log: synthetic_log.SyntheticLog) -> "Truth":
         """That of the exposures of one block."""
-        columns = (log.exposures[name].to_numpy() for name in ("time_s", "click", "buy"))
-        return cls(*columns, log.click_probability, log.buy_probability)
+        time_s, click, buy = (log.exposures[name].to_numpy() for name in ("time_s", "click", "buy"))
+        return cls(time_s, click, buy, log.click_probability, log.buy_probability)
 
 
 def describe(config: synthetic_log.SyntheticConfig, truths: list[Truth], num_behaviours: int) -> dict:
