@@ -6,12 +6,14 @@ python -m data_pipeline.build --source kuairand_pure --raw_dir DIR_WITH_A_LATER_
 
 import argparse
 import dataclasses
+import math
 import pathlib
 import shlex
 import sys
 import time
 
 from data_pipeline import (
+    append,
     canonical,
     engine,
     fingerprint,
@@ -28,14 +30,20 @@ from data_pipeline import (
 )
 from gpsd_dist import schema
 
+EVENTS_PER_BUCKET = 5_000_000  # untuned; what it costs in memory: README.md, "Larger than memory"
 SPLITS = ("pretrain", "train", "valid", "test")
 NOT_RECORDED = (
     "source",
     "raw_dir",
     "out_dir",
     "split",
+    "append_to",
+    "engine",
     "memory_limit",
     "threads",
+    "spark_master",
+    "spark_conf",
+    "num_buckets",
     "force",
 )  # options that leave the rows alone
 
@@ -62,6 +70,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--split", choices=("all", "holdout"), default="all", help="holdout: add a later day to a built data set"
     )
+    parser.add_argument(
+        "--append_to", type=pathlib.Path, help="a built data set: add the next day of its log to it, into --out_dir"
+    )
     parser.add_argument("--max_history_length", type=int, default=50, help="most recent events kept per row")
     parser.add_argument("--min_count", type=int, default=1, help="ids with fewer training occurrences become unknown")
     parser.add_argument(
@@ -76,11 +87,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--row_group_rows", type=int, default=4096, help="small groups shuffle better, large ones read faster"
     )
     parser.add_argument("--file_rows", type=int, default=1 << 20, help="rows per part file")
-    parser.add_argument("--engine", choices=engine.ENGINES, default="duckdb")
+    engine.add_arguments(parser)
     parser.add_argument(
-        "--memory_limit", default="4GB", help="of the engine; beyond it, it spills to disk beside --out_dir"
+        "--num_buckets", type=int, default=0, help="of users, worked on one after the other; 0: by the number of events"
     )
-    parser.add_argument("--threads", type=int, help="of the engine; default: all cores")
     parser.add_argument("--force", action="store_true", help="build even if nothing changed")
     known, _ = parser.parse_known_args(argv)
     sources.load(known.source).add_arguments(parser)
@@ -92,6 +102,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         for name, least in smallest.items()
         if getattr(options, name) < least
     ]
+    if options.append_to is not None:
+        if options.split != "all":
+            problems.append("--append_to adds the later day as `test`; leave --split out")
+        options.split = "append"  # sources then look for older raw files where the data set was built from
+    if not 0 <= options.num_buckets <= 4096:
+        problems.append(f"--num_buckets {options.num_buckets} must lie between 0 and 4096")
     if not 0 < options.valid_fraction < 1:
         problems.append(f"--valid_fraction {options.valid_fraction} must lie between 0 and 1")
     if problems:
@@ -107,7 +123,9 @@ def build(options: argparse.Namespace, command: str) -> None:
     source = sources.load(options.source)
     out_dir = options.out_dir
     has_previous = (out_dir / schema.MANIFEST_NAME).is_file()
-    if options.split == "holdout":
+    if options.append_to is not None:
+        append.build(options, source, command)
+    elif options.split == "holdout":
         holdout.build(options, source, command)
     else:
         files = source.find_files(options.raw_dir, options)
@@ -118,7 +136,7 @@ def build(options: argparse.Namespace, command: str) -> None:
         progress.say(f"build {options.source} -> {out_dir}")
         with (
             write.staged(out_dir) as aside,
-            engine.scratch(options.engine, out_dir.parent, options.memory_limit, options.threads) as running,
+            engine.scratch(options, out_dir.parent) as running,
         ):
             _build_all(running, options, source.read(running, files, options), prints, aside, command)
             validate.check(aside)
@@ -146,7 +164,8 @@ def _build_all(
 ) -> None:
     """Vocabularies, all splits, items and the manifest, into `root`."""
     canonical.check(log)
-    events = splits.number_events(running, log)
+    num_buckets = options.num_buckets or math.ceil(log.events.count().execute() / EVENTS_PER_BUCKET) or 1
+    events = splits.number_events(running, log, num_buckets)
     cut = splits.cut(running, log, events, is_holdout=False)
     without_vocabulary = unbounded.tables(options, log)
     vocabs, tables = {}, []
@@ -180,19 +199,19 @@ def _build_all(
         skipped=skipped,
         sources=prints["sources"],
         options=prints["options"]
-        | {"fingerprint": prints["fingerprint"], "split_rule": type(log.split).__name__, "raw_dir": raw_dir},
+        | {"fingerprint": prints["fingerprint"], "split_rule": type(log.split).__name__, "raw_dir": raw_dir}
+        | _boundaries(log),
         command=command,
         unbounded={name: table.kind for name, table in without_vocabulary.items()},
     )
     encoder = sequences.Encoder(running, log, vocabs)
     items, users = encoder.items(), encoder.users()
-    histories = sequences.user_sequences(encoder, events, items)
-    rows = {"pretrain": sequences.pretrain_rows(encoder, cut.pretrain, histories, options.max_history_length)}
-    requests = sequences.request_rows(encoder, candidates, items, users, histories, options.max_history_length)
+    inputs = sequences.Inputs(events, cut.pretrain, candidates, items, users)
+    pretrain, requests = sequences.rows_in_buckets(encoder, inputs, options.max_history_length, num_buckets)
     num_short = int(cut.pretrain.filter(cut.pretrain.num_events < 2).count().execute())
     if num_short:
         skipped["users without a pretrain row (fewer than 2 events in it)"] = num_short
-    rows |= {name: requests.filter(requests.split == name) for name in SPLITS[1:]}
+    rows = {"pretrain": pretrain} | {name: requests.filter(requests.split == name) for name in SPLITS[1:]}
     written = [write_split(running, rows[name], name, manifest, root, options) for name in SPLITS]
     item_features = tuple(spec.feature() for spec in log.features if spec.origin == "items")
     write.write_items(
@@ -201,6 +220,13 @@ def _build_all(
     features = write.with_statistics(manifest, dict(zip(SPLITS, written, strict=True))["train"], root)
     manifest = dataclasses.replace(manifest, features=features, splits=tuple(written), skipped=skipped)
     schema.write_manifest(manifest, root)
+
+
+def _boundaries(log: canonical.Log) -> dict:
+    """Where splits that are cut by time begin and end, for a later append."""
+    if not isinstance(log.split, canonical.TimeBoundaries):
+        return {}
+    return {append.BOUNDARIES: list(append.bounds_of_log(log))}
 
 
 def write_split(

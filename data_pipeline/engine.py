@@ -1,72 +1,142 @@
-"""The query engine behind the pipeline: one Ibis connection with a scratch folder and progress by step."""
+"""The query engine behind the pipeline: one Ibis connection with a scratch folder and progress by step.
 
+The transformations are Ibis expressions. What Ibis cannot say alike for all engines (opening files, streaming a
+result) is in `duckdb_engine.DuckDB` and `spark_engine.Spark`, which have the same methods.
+"""
+
+import argparse
 import contextlib
+import importlib.util
 import pathlib
 import tempfile
 import time
 import typing
 
-import duckdb
 import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 
-from data_pipeline import progress
+from data_pipeline import duckdb_engine, progress
 
-ENGINES = ("duckdb",)
+ENGINES = ("duckdb", "spark")
+DEFAULT_MASTER = "local[*]"
 
 
-READ_ERRORS = (duckdb.Error,)  # what the engine raises for a file that it cannot parse
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--engine and the options of each engine."""
+    parser.add_argument("--engine", choices=ENGINES, default="duckdb")
+    parser.add_argument(
+        "--memory_limit", default="4GB", help="of the engine; beyond it, it spills to disk beside --out_dir"
+    )
+    parser.add_argument("--threads", type=int, help="of --engine duckdb; default: all cores")
+    parser.add_argument("--spark_master", help=f"of --engine spark, such as yarn or {DEFAULT_MASTER} (default)")
+    parser.add_argument(
+        "--spark_conf", action="append", default=[], metavar="KEY=VALUE", help="a Spark setting; may be repeated"
+    )
 
 
 class Engine:
-    """One Ibis connection. Tables that are used more than once are materialised in its scratch database."""
+    """One Ibis connection. Tables that are used more than once are materialised in its scratch folder."""
 
-    def __init__(self, name: str, scratch_dir: pathlib.Path, memory_limit: str = "4GB", threads: int | None = None):
+    def __init__(
+        self,
+        name: str,
+        scratch_dir: pathlib.Path,
+        memory_limit: str = "4GB",
+        threads: int | None = None,
+        *,
+        spark_master: str | None = None,
+        spark_settings: dict[str, str] | None = None,
+    ):
         """Opens the engine; tables and spilled data go to `scratch_dir`, which must exist."""
         if name not in ENGINES:
             raise ValueError(f"--engine {name!r} is not one of {ENGINES}")
         self.name = name
-        config: dict[str, typing.Any] = {"memory_limit": memory_limit, "temp_directory": str(scratch_dir / "spill")}
-        if threads is not None:
-            config["threads"] = threads
-        try:
-            self.con = ibis.duckdb.connect(scratch_dir / "scratch.duckdb", **config)
-        except duckdb.Error as error:
-            raise ValueError(
-                f"the engine cannot start with --memory_limit {memory_limit} and --threads {threads} "
-                f"({str(error).splitlines()[0]}); give a size such as 4GB, and at least 1 thread"
-            ) from error
-        self.con.raw_sql("SET enable_progress_bar = false")
+        if name == "spark":
+            spark_engine = _import_spark()
+            self.backend = spark_engine.Spark(
+                scratch_dir.resolve(), memory_limit, spark_master or DEFAULT_MASTER, spark_settings or {}
+            )
+        else:
+            self.backend = duckdb_engine.DuckDB(scratch_dir, memory_limit, threads)
+        self.con = self.backend.con
+        self.read_errors = self.backend.errors
+        """What it raises for a file that it cannot parse."""
 
     def materialise(self, name: str, table: ir.Table) -> ir.Table:
         """Runs the query once and returns the stored result; `name` must be new."""
         started = time.monotonic()
-        stored = self.con.create_table(name, table)
+        stored = self.backend.create(name, table)
         progress.say(f"  {name:<24} {stored.count().execute():>12,} rows  {time.monotonic() - started:6.1f} s")
         return stored
 
+    def materialise_parts(self, name: str, parts: typing.Iterable[ir.Table]) -> ir.Table:
+        """As `materialise`, of the union of `parts`, which are run one after the other."""
+        started = time.monotonic()
+        stored = None
+        for part in parts:
+            if stored is None:
+                stored = self.backend.create(name, part)
+            else:
+                self.backend.append(name, part)
+        stored = self.con.table(name)
+        progress.say(f"  {name:<24} {stored.count().execute():>12,} rows  {time.monotonic() - started:6.1f} s")
+        return stored
+
+    def store(self, table: ir.Table | pa.Table) -> ir.Table:
+        """As `materialise`, without a name or a line on the screen; also of an Arrow table."""
+        name = ibis.util.gen_name("stored")
+        return self.backend.from_arrow(name, table) if isinstance(table, pa.Table) else self.backend.create(name, table)
+
     def batches(self, table: ir.Table, num_rows: int) -> typing.Iterator[pa.RecordBatch]:
         """Streams the query's result in batches of about `num_rows` rows."""
-        # Ibis 12's own to_pyarrow_batches calls fetch_record_batch, which DuckDB 2.0 no longer has
-        cursor = self.con.con.cursor()
-        try:
-            yield from cursor.sql(self.con.compile(table)).to_arrow_reader(num_rows)
-        finally:
-            cursor.close()
+        return self.backend.batches(table, num_rows)
 
     def close(self) -> None:
         """Closes the connection, so that the scratch folder can be removed."""
-        self.con.disconnect()
+        self.backend.close()
+
+
+def _import_spark() -> typing.Any:
+    """`spark_engine`; ValueError where PySpark is not installed."""
+    if importlib.util.find_spec("pyspark") is None:
+        raise ValueError(
+            "--engine spark needs PySpark 4.0 and Java 17, which are an extra: pip install 'gpsd-dist[spark]' "
+            "(400 MB), or use --engine duckdb"
+        )
+    from data_pipeline import spark_engine
+
+    return spark_engine
 
 
 @contextlib.contextmanager
-def scratch(name: str, parent: pathlib.Path, memory_limit: str, threads: int | None) -> typing.Iterator[Engine]:
-    """An engine with a scratch folder inside `parent` that is removed at the end."""
+def scratch(options: argparse.Namespace, parent: pathlib.Path) -> typing.Iterator[Engine]:
+    """The engine of the command line (see `add_arguments`), with a scratch folder in `parent` removed at the end."""
+    settings = _settings(options)
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".pipeline-scratch-", dir=parent) as folder:
-        engine = Engine(name, pathlib.Path(folder), memory_limit, threads)
+        engine = Engine(
+            options.engine,
+            pathlib.Path(folder),
+            options.memory_limit,
+            options.threads,
+            spark_master=options.spark_master,
+            spark_settings=settings,
+        )
         try:
             yield engine
         finally:
             engine.close()
+
+
+def _settings(options: argparse.Namespace) -> dict[str, str]:
+    """--spark_conf as a dict; ValueError for options of the other engine, which would have no effect."""
+    if options.engine == "duckdb" and (options.spark_master or options.spark_conf):
+        raise ValueError("--spark_master and --spark_conf have no effect with --engine duckdb; add --engine spark")
+    if options.engine == "spark" and options.threads is not None:
+        raise ValueError("--threads is of --engine duckdb; give Spark its cores by --spark_master local[N]")
+    pairs = [entry.partition("=") for entry in options.spark_conf]
+    wrong = ["".join(pair) for pair in pairs if not pair[1]]
+    if wrong:
+        raise ValueError(f"--spark_conf {wrong[0]!r} is not of the form KEY=VALUE")
+    return {key: value for key, _, value in pairs}

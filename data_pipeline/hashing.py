@@ -17,11 +17,17 @@ def digits_to_int(text: ir.StringValue, start: int, num_digits: int) -> ir.Integ
     """Reads `num_digits` (at most 15) hexadecimal digits from `start` as a non-negative int64."""
     alphabet = ibis.literal(HEX_DIGITS)
     terms = [
-        alphabet.find(text.substr(start + place, 1)).cast("int64")
+        # Ibis takes `find` for an int64 and drops a cast to it, but on Spark it is an int32, whose products overflow
+        alphabet.find(text.substr(start + place, 1)).cast("int16").cast("int64")
         * ibis.literal(16 ** (num_digits - 1 - place), type="int64")
         for place in range(num_digits)
     ]
     return functools.reduce(operator.add, terms)
+
+
+def bucket(user_id: ir.StringValue, num_buckets: int) -> ir.IntegerValue:
+    """0 ... num_buckets - 1 (int64, at most 4,096) of a user; digits that `user_hash` does not use."""
+    return (digits_to_int(user_id.hexdigest("md5"), USER_HASH_DIGITS, 3) % num_buckets).cast("int64")
 
 
 def user_hash(user_id: ir.StringValue) -> ir.IntegerValue:

@@ -7,6 +7,8 @@ import pathlib
 import shutil
 import types
 
+import ibis.expr.types as ir
+
 from data_pipeline import (
     canonical,
     engine,
@@ -31,7 +33,7 @@ def build(options: argparse.Namespace, source: types.ModuleType, command: str) -
     """
     out_dir = options.out_dir
     previous = schema.read_manifest(out_dir)
-    options = _as_built(options, previous)
+    options = as_built(options, previous, out_dir)
     files = source.find_files(options.raw_dir, options)
     prints = fingerprint.describe(files, {"raw_dir": None}, options.source)
     before = previous.options.get(NAME, {})
@@ -43,7 +45,7 @@ def build(options: argparse.Namespace, source: types.ModuleType, command: str) -
     aside = out_dir.parent / f".{out_dir.name}.{NAME}-{os.getpid()}"
     aside.mkdir()
     try:
-        with engine.scratch(options.engine, out_dir.parent, options.memory_limit, options.threads) as running:
+        with engine.scratch(options, out_dir.parent) as running:
             split, skipped = _write(running, source.read(running, files, options), previous, out_dir, aside, options)
         manifest = dataclasses.replace(
             previous,
@@ -62,14 +64,12 @@ def build(options: argparse.Namespace, source: types.ModuleType, command: str) -
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _as_built(options: argparse.Namespace, previous: schema.Manifest) -> argparse.Namespace:
-    """The options that the data set was built with; a holdout cannot be cut or encoded in another way."""
+def as_built(options: argparse.Namespace, previous: schema.Manifest, folder: pathlib.Path) -> argparse.Namespace:
+    """The options that the data set in `folder` was built with; later rows cannot be cut or encoded in another way."""
     if options.raw_dir is None:
-        raise ValueError("--split holdout needs --raw_dir, the folder with the later log")
+        raise ValueError("--raw_dir is missing; it is the folder with the later log")
     if previous.source != options.source:
-        raise ValueError(
-            f"{options.out_dir} was built with --source {previous.source}, not {options.source}; use that source"
-        )
+        raise ValueError(f"{folder} was built with --source {previous.source}, not {options.source}; use that source")
     built_from = previous.options.get("raw_dir")
     if built_from is None or not pathlib.Path(built_from).is_dir():
         built_from = options.raw_dir  # then raw_dir must hold everything, and find_files says what it lacks
@@ -81,6 +81,22 @@ def _as_built(options: argparse.Namespace, previous: schema.Manifest) -> argpars
     return argparse.Namespace(**(vars(options) | known | {"built_from_dir": pathlib.Path(built_from)}))
 
 
+def check_same_contract(log: canonical.Log, previous: schema.Manifest, folder: pathlib.Path) -> None:
+    """ValueError unless the log has the features and tasks of the data set in `folder`."""
+    unmeasured = tuple(dataclasses.replace(feature, mean=0.0, std=1.0) for feature in previous.features)
+    if tuple(spec.feature() for spec in log.features) != unmeasured or log.tasks != previous.tasks:
+        raise ValueError(f"{folder} was built with other features or tasks than this version has; build it again first")
+
+
+def read_vocabulary(running: engine.Engine, table: schema.Table, folder: pathlib.Path) -> ir.Table:
+    """A written vocabulary. ValueError if it is not the one that the manifest describes."""
+    path = folder / "vocab" / f"{table.name}.parquet"
+    words = vocab.read(running, table.name, path)
+    if vocab.measure(path) != (table.num_rows, table.fingerprint):
+        raise ValueError(f"{path} is not the vocabulary that the manifest describes; build the data set again")
+    return words
+
+
 def _write(
     running: engine.Engine,
     log: canonical.Log,
@@ -90,19 +106,9 @@ def _write(
     options: argparse.Namespace,
 ) -> tuple[schema.Split, dict[str, int]]:
     canonical.check(log)
-    unmeasured = tuple(dataclasses.replace(feature, mean=0.0, std=1.0) for feature in previous.features)
-    if tuple(spec.feature() for spec in log.features) != unmeasured or log.tasks != previous.tasks:
-        raise ValueError(
-            f"{out_dir} was built with other features or tasks than this version has; build it again first"
-        )
-    vocabs = {}
-    for table in previous.tables:
-        if table.name in previous.unbounded:
-            continue
-        path = out_dir / "vocab" / f"{table.name}.parquet"
-        vocabs[table.name] = vocab.read(running, table.name, path)
-        if vocab.measure(path) != (table.num_rows, table.fingerprint):
-            raise ValueError(f"{path} is not the vocabulary that the manifest describes; build the data set again")
+    check_same_contract(log, previous, out_dir)
+    bounded = (table for table in previous.tables if table.name not in previous.unbounded)
+    vocabs = {table.name: read_vocabulary(running, table, out_dir) for table in bounded}
     events = splits.number_events(running, log)
     cut = splits.cut(running, log, events, is_holdout=True)
     encoder = sequences.Encoder(running, log, vocabs)

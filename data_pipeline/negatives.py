@@ -37,7 +37,9 @@ def slots(engine: Engine, item_vocab: ir.Table, distribution: str) -> tuple[ir.T
     # below 2^53)
     until = widths.width.cast("float64").sum().over(up_to_here).cast("int64")
     spans = widths.mutate(until=until)
-    filled = spans.select("item_id", slot=ibis.range(spans.until - spans.width, spans.until).unnest().cast("int64"))
+    # a range that starts at 0: Ibis 12 forgets the parentheses of a difference as the start of one on Spark
+    places = ibis.range(ibis.literal(0, type="int64"), spans.width).map(lambda place: spans.until - spans.width + place)
+    filled = spans.select("item_id", slot=places.unnest())
     table = engine.materialise("negative_slots", filled)
     return table, int(table.count().execute())
 
@@ -90,13 +92,18 @@ def draw(
 
 def _round(requests: ir.Table, slot_table: ir.Table, num_slots: int, draws: range, seed: int) -> ir.Table:
     """All draws of one round: REQUEST_KEY, positive_id, time_s, draw, item_id."""
-    numbered = requests.mutate(draw=ibis.range(draws.start, draws.stop).unnest().cast("int64"))
+    numbered = requests.mutate(draw=_draw_numbers(draws).unnest())
     text = numbered.user_id.concat(
         ":", numbered.num_before.cast("string"), ":", numbered.draw.cast("string"), f":{seed}"
     )
     slot = hashing.digits_to_int(text.hexdigest("md5"), 0, DRAW_DIGITS) % num_slots
     keyed = numbered.rename(positive_id="item_id").mutate(slot=slot.cast("int64"))
     return keyed.inner_join(slot_table, "slot").drop("slot")
+
+
+def _draw_numbers(draws: range) -> ir.ArrayValue:
+    """The numbers of `draws`; typed, because Spark cannot cast what it unnests."""
+    return ibis.range(ibis.literal(draws.start, type="int64"), ibis.literal(draws.stop, type="int64"))
 
 
 def _reject(drawn: ir.Table, seen: ir.Table) -> ir.Table:

@@ -11,7 +11,7 @@ import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.engine import READ_ERRORS, Engine
+from data_pipeline.engine import Engine
 
 FILE_ORDER = "file_order"
 
@@ -53,12 +53,9 @@ def read_columns(
         table = _open_parquet(engine, path, columns)
     else:
         table = _open_text(engine, path, columns, separator, header)
-    # row_number without an order follows the file on DuckDB, which keeps insertion order; another engine must add it
-    # itself
-    numbered = table.select(*columns).mutate(**{FILE_ORDER: ibis.row_number().cast("int64")})
     try:
-        raw = engine.con.create_table(ibis.util.gen_name("raw"), numbered)
-    except READ_ERRORS as error:
+        raw = engine.store(engine.backend.number_rows(table.select(*columns), FILE_ORDER))
+    except engine.read_errors as error:
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{path} cannot be read to its end ({first_line}); it may be truncated or malformed: fetch it again"
@@ -87,7 +84,7 @@ def _open_parquet(engine: Engine, path: pathlib.Path, columns: dict[str, str]) -
                 f"{path}, column {name!r}: found {found.field(name).type}, expected {kind}; convert the column to "
                 "that type"
             )
-    return engine.con.read_parquet(path)
+    return engine.backend.read_parquet(path)
 
 
 def _open_text(
@@ -104,15 +101,8 @@ def _open_text(
                 f"{path}: the first line has {found} fields, expected {len(names)}: {names}; check the separator"
             )
     try:
-        return engine.con.read_csv(
-            path,
-            columns=dict.fromkeys(names, "VARCHAR"),
-            header=header is None,
-            delim=separator,
-            auto_detect=False,
-            quote='"',
-        )
-    except READ_ERRORS as error:
+        return engine.backend.read_text(path, names, separator=separator, has_header=header is None, quote='"')
+    except engine.read_errors as error:
         raise ValueError(
             f"{path} cannot be read as text with separator {separator!r} ({error}); check the file"
         ) from error
@@ -143,11 +133,16 @@ def _typed(raw: ir.Table, name: str, kind: str) -> ir.Value:
     column = raw[name]
     if isinstance(column, ir.StringColumn):
         column = column.strip().nullif("")
-        if kind.startswith("int"):  # "1.0" is an integer to most tools that wrote such a file, "1.5" is not
-            number = column.try_cast("float64")
-            whole = column.try_cast("int64")
-            return ibis.coalesce(whole, ibis.cases((number == number.floor(), number)).try_cast("int64"))
+        if kind.startswith("int"):
+            return whole_number(column)
     return column if column.type() == ibis.dtype(kind) else column.try_cast(kind)
+
+
+def whole_number(text: ir.StringValue) -> ir.IntegerValue:
+    """int64 of a text: "1.0" is an integer to most tools that wrote such a file, "1.5" is not (engines would round)."""
+    number = text.try_cast("float64")
+    whole = ibis.coalesce(text.try_cast("int64"), number.try_cast("int64"))
+    return ibis.ifelse(number == number.floor(), whole, ibis.null("int64"))
 
 
 def _check_values(path: pathlib.Path, raw: ir.Table, typed: ir.Table, columns: dict[str, str]) -> None:

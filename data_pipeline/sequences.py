@@ -76,6 +76,8 @@ class Encoder:
     log: canonical.Log
     vocabs: dict[str, ir.Table]
     """Table -> vocabulary. A table that is not in it has none: its columns get 64-bit ids."""
+    suffix: str = ""
+    """Of the names of tables that exist once per bucket of users."""
 
     def items(self) -> ir.Table:
         """One row per item of `Log.items` or the vocabulary: item_id, and `<feature>` for every item feature."""
@@ -128,10 +130,7 @@ class Encoder:
         or float64 with 0.0 for a missing number.
         """
         numbers = [spec for spec in specs if spec.kind == "numerical"]
-        filled = {
-            f"{prefix}{spec.name}": ibis.coalesce(table[spec.column], ibis.literal(0.0)).cast("float64")
-            for spec in numbers
-        }
+        filled = {f"{prefix}{spec.name}": _number(table[spec.column]) for spec in numbers}
         categories = [spec for spec in specs if spec.kind == "categorical"]
         for spec in categories:
             if spec.feature().table not in self.vocabs:
@@ -143,6 +142,12 @@ class Encoder:
             if spec.feature().table in self.vocabs
         }
         return vocab.encode(table, words) if words else table
+
+
+def _number(column: ir.FloatingValue) -> ir.FloatingValue:
+    """0.0 for a missing value; also for -0.0, whose sign Spark drops where it compares rows."""
+    is_zero = column.isnull() | (column == 0)
+    return ibis.ifelse(is_zero, ibis.literal(0.0, type="float64"), column.cast("float64"))
 
 
 def _default(spec: canonical.FeatureSpec) -> ir.Value:
@@ -157,14 +162,66 @@ def user_sequences(encoder: Encoder, events: ir.Table, items: ir.Table) -> ir.Ta
     """user_id and `sequence`: array of structs (rank, <history features>, time_s) in rank order."""
     names = [spec.name for spec in encoder.log.specs_in("history")]
     encoded = encoder.engine.materialise(
-        "events_encoded",
+        f"events_encoded{encoder.suffix}",
         encoder.attach(events, items, "history").select("user_id", "rank", "time_s", *[f"_{name}" for name in names]),
     )
     # `rank` comes first and is unique per user, so sorting the structs sorts by it (an ordered collect is not portable)
     token = ibis.struct(
         {"rank": encoded["rank"]} | {name: encoded[f"_{name}"] for name in names} | {"time_s": encoded.time_s}
     )
-    return encoder.engine.materialise("sequences", encoded.group_by("user_id").agg(sequence=token.collect().sort()))
+    return encoder.engine.materialise(
+        f"sequences{encoder.suffix}", encoded.group_by("user_id").agg(sequence=token.collect().sort())
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What rows are made of: a cut log, with the raw ids that `Encoder` turns into indices."""
+
+    events: ir.Table
+    """Numbered, with a `bucket`."""
+    lengths: ir.Table
+    """`Cut.pretrain`"""
+    candidates: ir.Table
+    items: ir.Table
+    users: ir.Table | None
+
+
+def rows_in_buckets(
+    encoder: Encoder, inputs: Inputs, max_history_length: int, num_buckets: int
+) -> tuple[ir.Table, ir.Table]:
+    """(rows of `pretrain`, rows of all other splits), stored; the sequences of one bucket of users exist at a time.
+
+    A user's sequence is one aggregate, which engines hold in memory: buckets bound it, and do not change any row.
+    """
+    engine = encoder.engine
+    for number in range(num_buckets):
+        part, here = encoder, inputs
+        if num_buckets > 1:
+            part = dataclasses.replace(encoder, suffix=f"_{number}")
+            here = dataclasses.replace(
+                inputs,
+                events=inputs.events.filter(inputs.events.bucket == number),
+                lengths=_in_bucket(inputs.lengths, number, num_buckets),
+                candidates=_in_bucket(inputs.candidates, number, num_buckets),
+            )
+        histories = user_sequences(part, here.events, here.items)
+        rows = {
+            "rows_pretrain": pretrain_rows(part, here.lengths, histories, max_history_length),
+            "rows_requests": request_rows(part, here.candidates, here.items, here.users, histories, max_history_length),
+        }
+        for name, table in rows.items():
+            if number == 0:
+                engine.backend.create(name, table)
+            else:
+                engine.backend.append(name, table)
+        for name in ("events_encoded", "sequences", "candidates_encoded"):
+            engine.backend.drop(f"{name}{part.suffix}")
+    return engine.con.table("rows_pretrain"), engine.con.table("rows_requests")
+
+
+def _in_bucket(table: ir.Table, number: int, num_buckets: int) -> ir.Table:
+    return table.filter(hashing.bucket(table.user_id, num_buckets) == number)
 
 
 def pretrain_rows(encoder: Encoder, lengths: ir.Table, sequences: ir.Table, max_history_length: int) -> ir.Table:
@@ -192,7 +249,8 @@ def request_rows(
     context_names = [spec.name for spec in log.specs_in("context") if spec.origin == "log"]
     columns = {name: shown[f"_{name}"] for name in dict.fromkeys([*names, *context_names])}
     columns |= {f"label_{task.name}": shown[task.name] for task in log.tasks} | {"time_s": shown.time_s}
-    shown = encoder.engine.materialise("candidates_encoded", shown.select(*splits.REQUEST_KEY, "position", **columns))
+    shown = shown.select(*splits.REQUEST_KEY, "position", **columns)
+    shown = encoder.engine.materialise(f"candidates_encoded{encoder.suffix}", shown)
     token = ibis.struct({"position": shown.position} | {name: shown[name] for name in columns})
     requests = shown.group_by(list(splits.REQUEST_KEY)).agg(shown=token.collect().sort())
     joined = requests.left_join(sequences, "user_id").drop("user_id_right")

@@ -10,7 +10,7 @@ import math
 import ibis
 import ibis.expr.types as ir
 
-from data_pipeline import canonical
+from data_pipeline import canonical, hashing
 from data_pipeline.engine import Engine
 
 REQUEST_KEY = ("user_id", "split", "num_before")
@@ -33,15 +33,28 @@ class Cut:
     skipped: dict[str, int]
 
 
-def number_events(engine: Engine, log: canonical.Log) -> ir.Table:
-    """Events with known_s, num_events of the user, and rank: 0, 1, ... in the user's order of (known time, order)."""
-    events = log.events.mutate(known_s=canonical.known_time_s(log.events))
+def number_events(engine: Engine, log: canonical.Log, num_buckets: int = 1) -> ir.Table:
+    """Events with known_s, num_events and bucket of the user, and rank: 0, 1, ... in the user's order.
+
+    The order is by (known time, order, item id). One bucket of users is in work at a time.
+    """
+    events = log.events.mutate(known_s=canonical.known_time_s(log.events), bucket=ibis.literal(0, type="int64"))
+    if num_buckets > 1:
+        bucket = hashing.bucket(events.user_id, num_buckets)
+        events = engine.materialise("events_in_buckets", events.mutate(bucket=bucket))
+    parts = (events.filter(events.bucket == bucket) for bucket in range(num_buckets))
+    stored = engine.materialise_parts("events", (_numbered(part) for part in parts))
+    if num_buckets > 1:
+        engine.backend.drop("events_in_buckets")
+    return stored
+
+
+def _numbered(events: ir.Table) -> ir.Table:
     in_order = ibis.window(group_by="user_id", order_by=[events.known_s, events.order, events.item_id])
-    numbered = events.mutate(
+    return events.mutate(
         rank=ibis.row_number().over(in_order).cast("int64"),
         num_events=events.count().over(ibis.window(group_by="user_id")).cast("int64"),
     )
-    return engine.materialise("events", numbered)
 
 
 def cut(engine: Engine, log: canonical.Log, events: ir.Table, is_holdout: bool) -> Cut:

@@ -12,6 +12,7 @@ import datetime
 import json
 import pathlib
 import sys
+import typing
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -69,23 +70,51 @@ def schema_toml(config: synthetic_log.SyntheticConfig) -> str:
 
 
 def write(config: synthetic_log.SyntheticConfig, out_dir: str | pathlib.Path) -> dict:
-    """Writes the files of `FILE_NAMES` to `out_dir`; returns the content of `about.json`."""
+    """Writes the files of `FILE_NAMES` to `out_dir`; returns the content of `about.json`.
+
+    In memory: one block of users, the items, and 26 bytes of every exposure for the AUC of the true probabilities.
+    """
     out_dir = pathlib.Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    log = synthetic_log.synthesize(config)
-    for name in ("behaviours", "exposures", "items", "users"):
-        pq.write_table(getattr(log, name), out_dir / f"{name}.parquet", compression="zstd")
+    truths, num_behaviours = [], 0
+    writers: dict[str, pq.ParquetWriter] = {}
+    for log in synthetic_log.blocks(config):
+        for name in ("behaviours", "exposures", "users") if writers else ("behaviours", "exposures", "items", "users"):
+            table = getattr(log, name)
+            if name not in writers:
+                writers[name] = pq.ParquetWriter(out_dir / f"{name}.parquet", table.schema, compression="zstd")
+            writers[name].write_table(table)
+        num_behaviours += log.behaviours.num_rows
+        truths.append(Truth.of(log))
+    for writer in writers.values():
+        writer.close()
     (out_dir / "schema.toml").write_text(schema_toml(config))
-    about = {"options": dataclasses.asdict(config), **describe(config, log)}
+    about = {"options": dataclasses.asdict(config), **describe(config, truths, num_behaviours)}
     (out_dir / "about.json").write_text(json.dumps(about, indent=1) + "\n")
     return about
 
 
-def describe(config: synthetic_log.SyntheticConfig, log: synthetic_log.SyntheticLog) -> dict:
+class Truth(typing.NamedTuple):
+    """What `describe` needs of every exposure."""
+
+    time_s: np.ndarray
+    click: np.ndarray
+    buy: np.ndarray
+    click_probability: np.ndarray
+    buy_probability: np.ndarray
+
+    @classmethod
+    def of(cls, log: synthetic_log.SyntheticLog) -> "Truth":
+        """That of the exposures of one block."""
+        time_s, click, buy = (log.exposures[name].to_numpy() for name in ("time_s", "click", "buy"))
+        return cls(time_s, click, buy, log.click_probability, log.buy_probability)
+
+
+def describe(config: synthetic_log.SyntheticConfig, truths: list[Truth], num_behaviours: int) -> dict:
     """Counts, rates, and per split the AUC of the true probabilities: no model can expect more."""
-    time_s = log.exposures["time_s"].to_numpy()
-    click, buy = log.exposures["click"].to_numpy(), log.exposures["buy"].to_numpy()
-    about = {"behaviours": log.behaviours.num_rows, "exposures": log.exposures.num_rows, "splits": {}}
+    log = Truth(*(np.concatenate(parts) for parts in zip(*truths, strict=True)))
+    time_s, click, buy = log.time_s, log.click, log.buy
+    about = {"behaviours": num_behaviours, "exposures": len(time_s), "splits": {}}
     bounds = config.boundaries_s
     for name, start, end in zip(("train", "valid", "test"), bounds[:-1], bounds[1:], strict=True):
         inside = (time_s >= start) & (time_s < end)

@@ -13,9 +13,11 @@ import typing
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 DAY_S = 86_400
 WEEK_S = 7 * DAY_S
+USERS_PER_BLOCK = 50_000  # 0.66 GB at most while blocks of 45 events per user are drawn and written
 START_TIME_S = 1_704_067_200  # 2024-01-01 00:00 UTC, a Monday
 EVENT_TYPES = ("view", "cart", "buy")
 TABS = ("home", "search", "similar", "sale")
@@ -119,6 +121,14 @@ class Users(typing.NamedTuple):
     region: np.ndarray
 
 
+class BlockStart(typing.NamedTuple):
+    """Where a block of users lies in the whole data set."""
+
+    user: int  # number of its first user
+    request: int  # number of its first request
+    requests_per_day: int
+
+
 class SyntheticLog(typing.NamedTuple):
     """The tables that are written, and the truth that is not."""
 
@@ -132,13 +142,32 @@ class SyntheticLog(typing.NamedTuple):
 
 def synthesize(config: SyntheticConfig) -> SyntheticLog:
     """Draws the whole data set in memory. Equal configs give equal tables."""
-    rngs = [np.random.default_rng([config.seed, stage]) for stage in range(5)]  # a stage does not shift the next one
-    items, users = _draw_items(config, rngs[0]), _draw_users(config, rngs[1])
-    behaviours = _draw_behaviours(config, items, users, rngs[2])
-    exposures, click_probability, buy_probability = _draw_exposures(config, items, users, rngs[3], rngs[4])
-    return SyntheticLog(
-        behaviours, exposures, _items_table(items), _users_table(users), click_probability, buy_probability
-    )
+    (log,) = blocks(config, config.num_users)
+    return log
+
+
+def blocks(config: SyntheticConfig, users_per_block: int = USERS_PER_BLOCK) -> typing.Iterator[SyntheticLog]:
+    """The data set in blocks of users, one in memory at a time; all have the same items. Equal configs, equal tables.
+
+    Behaviours and exposures ascend in time within a block. A data set of one block is that of `synthesize`.
+    """
+    items = _draw_items(config, np.random.default_rng([config.seed, 0]))
+    niche_share: np.ndarray | None = None
+    for block, first in enumerate(range(0, config.num_users, users_per_block)):
+        last = min(first + users_per_block, config.num_users)
+        first_request, last_request = (config.requests_per_day * place // config.num_users for place in (first, last))
+        part = dataclasses.replace(config, num_users=last - first)
+        num_days = config.train_days + config.valid_days + config.test_days
+        start = BlockStart(first, first_request * num_days, last_request - first_request)
+        place = [block] if block else []  # a stage does not shift the next one, nor a block
+        rngs = [np.random.default_rng([config.seed, stage, *place]) for stage in range(1, 5)]
+        if niche_share is None:  # some niches have more friends than others
+            niche_share = rngs[0].dirichlet(np.full(config.num_niches, 3.0))
+        users = _draw_users(part, niche_share, rngs[0])
+        behaviours = _draw_behaviours(part, items, users, start, rngs[1])
+        exposures, click_probability, buy_probability = _draw_exposures(part, items, users, start, rngs[2], rngs[3])
+        tables = behaviours, exposures, _items_table(items), _users_table(users, start)
+        yield SyntheticLog(*tables, click_probability, buy_probability)
 
 
 def _draw_items(config: SyntheticConfig, rng: np.random.Generator) -> Items:
@@ -157,9 +186,8 @@ def _draw_items(config: SyntheticConfig, rng: np.random.Generator) -> Items:
     return Items(niche, category, brand, price, popularity / popularity.sum(), quality)
 
 
-def _draw_users(config: SyntheticConfig, rng: np.random.Generator) -> Users:
+def _draw_users(config: SyntheticConfig, niche_share: np.ndarray, rng: np.random.Generator) -> Users:
     n, k, num_weeks = config.num_users, config.num_interests, -(-config.num_days // 7)
-    niche_share = rng.dirichlet(np.full(config.num_niches, 3.0))  # some niches have more friends than others
     interest = np.empty((n, num_weeks, k), np.int64)
     interest[:, 0] = rng.choice(config.num_niches, (n, k), p=niche_share)
     for week in range(1, num_weeks):
@@ -172,7 +200,9 @@ def _draw_users(config: SyntheticConfig, rng: np.random.Generator) -> Users:
     return Users(interest, weight, activity, rng.normal(size=n), rng.integers(0, 7, n), rng.integers(0, 30, n))
 
 
-def _draw_behaviours(config: SyntheticConfig, items: Items, users: Users, rng: np.random.Generator) -> pa.Table:
+def _draw_behaviours(
+    config: SyntheticConfig, items: Items, users: Users, start: BlockStart, rng: np.random.Generator
+) -> pa.Table:
     """Sessions of a few events about one niche, over all days."""
     rate = users.activity * config.events_per_user / config.events_per_session
     sessions_per_user = rng.poisson(rate) + 1  # everybody came at least once
@@ -198,7 +228,7 @@ def _draw_behaviours(config: SyntheticConfig, items: Items, users: Users, rng: n
     keep = order[time_s[order] < config.boundaries_s[-1]]  # a session may run past the last midnight
     return pa.table(
         {
-            "user": _ids("u", user[keep]),
+            "user": _ids("u", user[keep] + start.user),
             "item": _ids("i", item[keep]),
             "event": pa.DictionaryArray.from_arrays(event[keep].astype(np.int8), list(EVENT_TYPES)).cast(pa.string()),
             "time_s": time_s[keep],
@@ -207,11 +237,16 @@ def _draw_behaviours(config: SyntheticConfig, items: Items, users: Users, rng: n
 
 
 def _draw_exposures(
-    config: SyntheticConfig, items: Items, users: Users, rng: np.random.Generator, labels: np.random.Generator
+    config: SyntheticConfig,
+    items: Items,
+    users: Users,
+    start: BlockStart,
+    rng: np.random.Generator,
+    labels: np.random.Generator,
 ):
     """Requests of `candidates_per_request` items with click and buy; returns (table, click and buy probability)."""
     num_days = config.train_days + config.valid_days + config.test_days
-    day = config.history_days + np.repeat(np.arange(num_days), config.requests_per_day)
+    day = config.history_days + np.repeat(np.arange(num_days), start.requests_per_day)
     start_s = np.sort(_request_times(rng, day))
     user_R = rng.choice(config.num_users, len(start_s), p=users.activity / users.activity.sum())
     tab_R = rng.choice(len(TABS), len(start_s), p=_TAB_SHARE)
@@ -247,8 +282,8 @@ def _draw_exposures(
     buy = click * (labels.random(len(request)) < buy_probability).astype(np.int8)
     table = pa.table(
         {
-            "request": _ids("r", request),
-            "user": _ids("u", user),
+            "request": _ids("r", request + start.request),
+            "user": _ids("u", user + start.user),
             "item": _ids("i", item),
             "time_s": time_s,
             "tab": pa.DictionaryArray.from_arrays(tab.astype(np.int8), list(TABS)).cast(pa.string()),
@@ -267,10 +302,11 @@ def _items_table(items: Items) -> pa.Table:
     )
 
 
-def _users_table(users: Users) -> pa.Table:
+def _users_table(users: Users, start: BlockStart) -> pa.Table:
     age, region = _ids("age", users.age_group), _ids("region", users.region)
     activity = np.round(np.log(users.activity), 3).astype(np.float32)
-    return pa.table({"user": _ids("u", np.arange(len(age))), "age_group": age, "region": region, "activity": activity})
+    user = _ids("u", start.user + np.arange(len(age)))
+    return pa.table({"user": user, "age_group": age, "region": region, "activity": activity})
 
 
 def _pick_interest(users: Users, user: np.ndarray, time_s: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -302,7 +338,7 @@ def _request_times(rng: np.random.Generator, day: np.ndarray) -> np.ndarray:
 
 
 def _ids(prefix: str, number: np.ndarray) -> pa.Array:
-    return pa.array(np.char.add(prefix, number.astype(str)) if len(number) else [], pa.string())
+    return pc.binary_join_element_wise(prefix, pa.array(number).cast(pa.string()), "")
 
 
 def _sigmoid(logit: np.ndarray) -> np.ndarray:

@@ -23,15 +23,37 @@ def build(engine: Engine, name: str, occurrences: ir.Table, min_count: int) -> i
     """Vocabulary table (raw_id, index, count) from `occurrences` (raw_id string, count int64), several rows per id
     allowed.
     """
-    counts = (
-        occurrences.filter(occurrences.raw_id.notnull())
-        .group_by("raw_id")
-        .agg(count=lambda t: t["count"].cast("float64").sum().cast("int64"))
-    )
+    counts = _counts(occurrences)
     known = counts.filter(counts["count"] >= min_count)
     place = ibis.row_number().over(ibis.window(order_by=[known["count"].desc(), known.raw_id.asc()]))
     index = (place + schema.NUM_RESERVED_ROWS).cast("int64")
     return engine.materialise(f"vocab_{name}", known.select("raw_id", index=index, count=known["count"]))
+
+
+def grow(
+    engine: Engine, name: str, occurrences: ir.Table, min_count: int, old: ir.Table, num_old_rows: int
+) -> ir.Table:
+    """A vocabulary in which every id of `old` keeps its index; ids that now reach `min_count` follow by falling count.
+
+    `occurrences` are of the whole training period, so that an id may reach `min_count` over many days.
+    `num_old_rows`: rows of the old embedding table, the first new index.
+    """
+    counts = _counts(occurrences)
+    kept = old.left_join(counts, old.raw_id == counts.raw_id)
+    kept = kept.select(old.raw_id, old["index"], count=ibis.coalesce(counts["count"], ibis.literal(0, type="int64")))
+    fresh = counts.filter(counts["count"] >= min_count).anti_join(old, "raw_id")
+    place = ibis.row_number().over(ibis.window(order_by=[fresh["count"].desc(), fresh.raw_id.asc()]))
+    fresh = fresh.select("raw_id", index=(place + num_old_rows).cast("int64"), count=fresh["count"])
+    return engine.materialise(f"vocab_{name}", kept.union(fresh))
+
+
+def _counts(occurrences: ir.Table) -> ir.Table:
+    """(raw_id, count), one row per id that is not null."""
+    return (
+        occurrences.filter(occurrences.raw_id.notnull())
+        .group_by("raw_id")
+        .agg(count=lambda t: t["count"].cast("float64").sum().cast("int64"))
+    )
 
 
 def write(engine: Engine, vocab: ir.Table, path: pathlib.Path) -> tuple[int, str]:
@@ -62,7 +84,7 @@ def read(engine: Engine, name: str, path: pathlib.Path) -> ir.Table:
         raise ValueError(
             f"{path} does not exist: the data set is incomplete; build it again before adding a split to it"
         )
-    return engine.materialise(f"vocab_{name}", engine.con.read_parquet(path))
+    return engine.materialise(f"vocab_{name}_read", engine.backend.read_parquet(path))
 
 
 def encode(table: ir.Table, columns: dict[str, tuple[str, ir.Table]]) -> ir.Table:

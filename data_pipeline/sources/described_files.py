@@ -21,6 +21,11 @@ def _utc_of_local(zone: str, moment: ibis.dtype("timestamp")) -> ibis.dtype("tim
     """The instant at which a clock in `zone` shows `moment`."""
 
 
+@ibis.udf.scalar.builtin
+def string_split(text: str, separator: str) -> list[str]:
+    """The parts of a text between separators, which are no patterns: Ibis' own `split` takes "|" for one on Spark."""
+
+
 def find(raw_dir: pathlib.Path, section: str, pattern: str) -> dict[str, pathlib.Path]:
     """{"section/relative path": path} of the files that fit the pattern, in order of name; ValueError if none does."""
     if not raw_dir.is_dir():
@@ -211,7 +216,7 @@ class Reader:
 
 def _feature_value(column: ir.Value, feature: log_description.FeatureColumn) -> ir.Value:
     if feature.kind == "bag" and feature.separator:
-        parts = column.split(feature.separator).map(lambda part: part.strip())
+        parts = string_split(column, feature.separator).map(lambda part: part.strip())
         return parts.filter(lambda part: part.length() > 0)
     return column
 

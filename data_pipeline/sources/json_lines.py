@@ -38,7 +38,7 @@ def json_extract_string(text: str, path: str) -> str:
     """Value at the path; a string without its quotes."""
 
 
-@ibis.udf.scalar.builtin(name="json_extract_string")
+@ibis.udf.scalar.builtin
 def json_extract_strings(text: str, path: str) -> list[str]:
     """All values at a path with wildcards."""
 
@@ -67,7 +67,7 @@ def read_columns(
     lines = _read_lines(engine, path)
     lines, num_bad = _repair(engine, path, lines, is_loose)
     values = {name: _value(lines.line, name, kind) for name, kind in columns.items()}
-    raw = engine.con.create_table(ibis.util.gen_name("json_raw"), lines.select(raw_files.FILE_ORDER, **values))
+    raw = engine.store(lines.select(raw_files.FILE_ORDER, **values))
     _check_keys(path, raw, lines, [name for name in columns if name not in optional])
     typed = raw.mutate(**{name: _typed(raw, name, kind) for name, kind in columns.items()})
     for name, kind in columns.items():
@@ -79,13 +79,10 @@ def read_columns(
 
 def _read_lines(engine: Engine, path: pathlib.Path) -> ir.Table:
     """Table (file_order, line) of the lines that are not blank; file_order counts blank lines too."""
-    name = ibis.util.gen_name("lines")
     try:
-        source = engine.con.read_csv(
-            path, columns={"line": "VARCHAR"}, header=False, delim=_SEPARATOR, quote="", escape="", auto_detect=False
-        )
-        lines = engine.con.create_table(name, source.mutate(**{raw_files.FILE_ORDER: ibis.row_number().cast("int64")}))
-    except Exception as error:  # DuckDB's own exception types are no part of Ibis
+        source = engine.backend.read_text(path, ["line"], separator=_SEPARATOR, has_header=False, quote="")
+        lines = engine.store(engine.backend.number_rows(source, raw_files.FILE_ORDER))
+    except engine.read_errors as error:
         raise ValueError(
             f"{path} cannot be read as lines of UTF-8 text ({error}); is it whole? fetch it again"
         ) from error
@@ -96,7 +93,7 @@ def _repair(engine: Engine, path: pathlib.Path, lines: ir.Table, is_loose: bool)
     """Lines as JSON objects, and the number of those that could not be understood."""
     is_object = json_valid(lines.line).fill_null(False)
     is_object = ibis.ifelse(is_object, json_type(ibis.ifelse(is_object, lines.line, "null"), "$") == "OBJECT", False)
-    marked = engine.con.create_table(ibis.util.gen_name("marked"), lines.mutate(is_object=is_object))
+    marked = engine.store(lines.mutate(is_object=is_object))
     others = marked.filter(~marked.is_object)
     num_lines, num_others = int(marked.count().execute()), int(others.count().execute())
     if num_lines == 0:
@@ -126,7 +123,7 @@ def _literals_to_json(engine: Engine, others: ir.Table) -> ir.Table:
         texts = [_literal_to_json(text) for text in part["line"].to_pylist()]
         rows = [(text, order) for text, order in zip(texts, part[raw_files.FILE_ORDER].to_pylist()) if text is not None]
         table = pa.Table.from_pylist([dict(zip(schema.names, row)) for row in rows], schema=schema)
-        parts.append(engine.con.create_table(ibis.util.gen_name("repaired"), ibis.memtable(table)))
+        parts.append(engine.store(table))
     return parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
 
 
@@ -161,9 +158,8 @@ def _typed(raw: ir.Table, name: str, kind: str) -> ir.Value:
     if kind == "array<string>":
         return raw[name]
     text = raw[name].strip().nullif("")
-    if kind == "int64":  # "1.0" is a whole number to most tools that wrote such a file, "1.5" is not
-        number = text.try_cast("float64")
-        return ibis.coalesce(text.try_cast("int64"), ibis.cases((number == number.floor(), number)).try_cast("int64"))
+    if kind == "int64":
+        return raw_files.whole_number(text)
     return text if kind == "string" else text.try_cast(kind)
 
 

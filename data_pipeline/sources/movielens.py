@@ -7,7 +7,6 @@ import argparse
 import csv
 import pathlib
 
-import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 
@@ -90,7 +89,7 @@ def _movies(engine: Engine, path: pathlib.Path) -> ir.Table:
     if not genres_of:
         raise ValueError(f"{path} lists no movie; fetch it again")
     columns = [pa.array(genres_of, pa.string()), pa.array(genres_of.values(), pa.list_(pa.string()))]
-    return engine.materialise("movies", ibis.memtable(pa.table(columns, names=["item_id", "genres"])))
+    return engine.materialise("movies", engine.store(pa.table(columns, names=["item_id", "genres"])))
 
 
 def _decode(path: pathlib.Path) -> str:

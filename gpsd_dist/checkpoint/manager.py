@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
-from gpsd_dist.checkpoint import files, integrity, retention, storage
+from gpsd_dist.checkpoint import files, growth, integrity, retention, storage
 from gpsd_dist.checkpoint.index import read_index
 from gpsd_dist.checkpoint.integrity import DamagedCheckpoint, FileSum
 from gpsd_dist.checkpoint.retention import STATE_NAME, complete
@@ -269,16 +269,17 @@ def newest_intact(folder: Location) -> Location | None:
     return None
 
 
-def load_tensors(checkpoint: Location, tensors: Tensors) -> None:
+def load_tensors(checkpoint: Location, tensors: Tensors, grown: frozenset[str] = frozenset()) -> None:
     """Verifies the checkpoint, then fills `tensors` in place, resharding as needed. Collective.
 
+    `grown`: dotted names of tensors that may have more rows here; those beyond the saved ones are left alone.
     ValueError lists damaged files, or keys and shapes that do not fit.
     """
     integrity.check(checkpoint)
-    fill_tensors(checkpoint, tensors)
+    fill_tensors(checkpoint, tensors, grown)
 
 
-def fill_tensors(checkpoint: Location, tensors: Tensors) -> None:
+def fill_tensors(checkpoint: Location, tensors: Tensors, grown: frozenset[str] = frozenset()) -> None:
     """`load_tensors` of a checkpoint that was verified before. Collective."""
     reader = files.Reader(checkpoint)
     saved = reader.index.state_dict_metadata
@@ -286,12 +287,12 @@ def fill_tensors(checkpoint: Location, tensors: Tensors) -> None:
     for key, value in _flat(tensors):
         if key not in saved:
             problems.append(f"{key} is not in it")
-        elif tuple(saved[key].size) != tuple(value.size()):
+        elif not growth.fits(tuple(saved[key].size), tuple(value.size()), key in grown):
             problems.append(f"{key} has shape {tuple(saved[key].size)} there and {tuple(value.size())} here")
     if problems:
         raise ValueError(f"checkpoint {checkpoint} does not fit this model: " + "; ".join(problems[:8]))
     try:
-        dcp.load(tensors, storage_reader=reader)
+        dcp.load(tensors, storage_reader=reader, planner=growth.Planner(grown))
     except CheckpointException as error:
         raise DamagedCheckpoint(f"checkpoint {checkpoint} cannot be read: {_first_failure(error)}") from error
 

@@ -2,7 +2,7 @@
 
 import logging
 
-from gpsd_dist.checkpoint import manager
+from gpsd_dist.checkpoint import growth, manager
 from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import RunConfig
@@ -16,14 +16,14 @@ _TOWER_PREFIX = "backbone."
 def transfer(run: RunConfig, manifest: Manifest, own: manager.Tensors) -> str:
     """Loads what the strategy takes over, in place; the map of a managed table goes with it.
 
-    `own`: `Assembly.weights()`. Collective. Returns the report. ValueError if a
-    table's vocabulary differs from the checkpoint's, or a tensor that the strategy names is missing or has another
-    shape: nothing is skipped silently.
+    `own`: `Assembly.weights()`. Collective. Returns the report. A table whose vocabulary grew (`growth`) keeps its fresh
+    rows below the loaded ones. ValueError if a table's vocabulary differs from the checkpoint's in another way,
+    or a tensor that the strategy names is missing or has another shape: nothing is skipped silently.
     """
     weights, dense = own["table"], own["dense"]
     checkpoint = manager.find(run.init_checkpoint)
     state = read_run(checkpoint)
-    _check_vocabularies(run, manifest, state, checkpoint)
+    grown = _check_vocabularies(run, manifest, state, checkpoint)
     _check_width(run, state, checkpoint)
     pretrained = state.run_config["model"]["name"]
     if run.transfers_tower and pretrained != run.model.name:
@@ -37,12 +37,19 @@ def transfer(run: RunConfig, manifest: Manifest, own: manager.Tensors) -> str:
     tables = {name: weights[name] for name in run.tables.transfer}
     moved = {name: value for name, value in dense.items() if run.transfers_tower and name.startswith(_TOWER_PREFIX)}
     maps = {name: state for name, state in own.get("ids", {}).items() if name in tables}
-    manager.load_tensors(checkpoint, {"table": tables, "dense": moved} | ({"ids": maps} if maps else {}))
+    tensors = {"table": tables, "dense": moved} | ({"ids": maps} if maps else {})
+    manager.load_tensors(checkpoint, tensors, growth.keys(grown, tables, moved))
     lines = [f"  loaded ids.{name}, which id has which row; updates go on: {not run.freezes_tables}" for name in maps]
+    lines += growth.report(run, manifest, grown)
     return "\n".join([_report(run, checkpoint, state, tables, moved, dense), *lines])
 
 
-def _check_vocabularies(run: RunConfig, manifest: Manifest, state: manager.RunState, checkpoint: Location) -> None:
+def _check_vocabularies(
+    run: RunConfig, manifest: Manifest, state: manager.RunState, checkpoint: Location
+) -> dict[str, int]:
+    """Rows in the checkpoint of the tables that have more here."""
+    grown: dict[str, int] = {}
+    ancestors = growth.ancestors(manifest)
     theirs = {table["name"]: table for table in state.manifest["tables"]}
     problems = []
     needed = set(run.tables.transfer)
@@ -52,6 +59,8 @@ def _check_vocabularies(run: RunConfig, manifest: Manifest, state: manager.RunSt
         mine = manifest.table(name)
         if name not in theirs:
             problems.append(f"it has no table {name!r}")
+        elif theirs[name]["fingerprint"] in ancestors.get(name, ()):
+            grown[name] = theirs[name]["num_rows"]
         elif theirs[name]["fingerprint"] != mine.fingerprint:
             sizes = f"{theirs[name]['num_rows']} rows there, {mine.num_rows} here"
             problems.append(f"table {name!r} has another vocabulary ({sizes}): its row numbers mean other ids")
@@ -59,6 +68,7 @@ def _check_vocabularies(run: RunConfig, manifest: Manifest, state: manager.RunSt
         raise ValueError(
             f"checkpoint {checkpoint} was trained on another data set: {'; '.join(problems)}; pretrain on this one"
         )
+    return grown
 
 
 def _check_width(run: RunConfig, state: manager.RunState, checkpoint: Location) -> None:

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline import build
+from data_pipeline import build, fingerprint
 from gpsd_dist import schema
 from tests.unit.data_pipeline.conftest import rows_of, run
 
@@ -47,6 +47,15 @@ def test_rows_do_not_depend_on_threads_or_on_how_files_are_cut(grocery_raw, tmp_
     assert len(files) == 2
     one = pq.read_table(tmp_path / "a" / "train" / "part-00000.parquet")
     assert pa.concat_tables([pq.read_table(tmp_path / "b" / file) for file in files]).equals(one)
+
+
+def test_rows_do_not_depend_on_the_number_of_buckets(kuairand_raw, kuairand, tmp_path):
+    common = ("--source", "kuairand_pure", "--raw_dir", kuairand_raw, "--out_dir", tmp_path / "out")
+    assert run(*common, "--num_buckets", 3) == 0
+    files = [path.relative_to(kuairand) for path in sorted(kuairand.rglob("*.parquet"))]
+    assert len(files) > 20
+    for file in files:
+        assert fingerprint.rows_sha256(tmp_path / "out" / file) == fingerprint.rows_sha256(kuairand / file), file
 
 
 def test_manifest_names_sources_command_and_rule(grocery):

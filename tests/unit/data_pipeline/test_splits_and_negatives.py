@@ -13,8 +13,9 @@ from gpsd_dist import schema
 
 @pytest.fixture
 def running(tmp_path):
-    with engine.scratch("duckdb", tmp_path, "1GB", 1) as opened:
-        yield opened
+    opened = engine.Engine("duckdb", tmp_path, "1GB", 1)
+    yield opened
+    opened.close()
 
 
 def make_log(running, rows, rule) -> canonical.Log:

@@ -35,6 +35,25 @@ def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path):
     assert all(one != other for one, other in zip(digests[0], digests[2]))
 
 
+def test_blocks_of_users_make_one_log():
+    """Users and requests are numbered through, all blocks have the same items, and the sizes are those asked."""
+    config = synthetic_log.SyntheticConfig(num_users=500, num_items=1_600, requests_per_day=100)
+    logs = list(synthetic_log.blocks(config, users_per_block=150))
+    assert [log.users.num_rows for log in logs] == [150, 150, 150, 50]
+    users = np.concatenate([_numbers(log.users["user"]) for log in logs])
+    assert (users == np.arange(500)).all()
+    requests = np.concatenate([_numbers(log.exposures["request"]) for log in logs])
+    assert (requests == np.repeat(np.arange(7 * 100), 4)).all()
+    assert all(log.items.equals(logs[0].items) for log in logs)
+    for number, log in enumerate(logs):
+        for table in (log.behaviours, log.exposures):
+            assert (_numbers(table["user"]) // 150 == number).all()
+            assert (np.diff(table["time_s"].to_numpy()) >= 0).all()
+    per_user = sum(log.behaviours.num_rows for log in logs) / 500
+    assert per_user == pytest.approx(config.events_per_user, rel=0.25)
+    assert not logs[1].behaviours["item"].slice(0, 99).equals(logs[0].behaviours["item"].slice(0, 99))
+
+
 def test_popularity_of_the_behaviour_log_is_zipf_like(made):
     config, _ = made
     shares = np.sort(synthetic_log._draw_items(config, np.random.default_rng(0)).popularity)[::-1]
@@ -55,7 +74,7 @@ def test_clicks_are_rare_purchases_rarer_and_only_after_a_click(made):
 
 def test_the_ceiling_leaves_room_above_the_floor(made):
     config, log = made
-    about = synthesize.describe(config, log)
+    about = synthesize.describe(config, [synthesize.Truth.of(log)], log.behaviours.num_rows)
     for split in ("train", "valid", "test"):
         assert 0.80 <= about["splits"][split]["oracle_click_auc"] <= 0.86
     assert _smoothed_rate_auc(config, log) < 0.70
@@ -97,7 +116,8 @@ def test_co_occurrence_in_the_behaviour_log_predicts_clicks(made):
 
 def test_interests_drift():
     config = synthetic_log.SyntheticConfig(**SMALL)
-    interest = synthetic_log._draw_users(config, np.random.default_rng(0)).interest
+    niche_share = np.full(config.num_niches, 1 / config.num_niches)
+    interest = synthetic_log._draw_users(config, niche_share, np.random.default_rng(0)).interest
     changed = (interest[:, 1:] != interest[:, :-1]).mean()
     assert changed == pytest.approx(config.drift_per_week, abs=0.02)  # a sibling drawn may be the niche itself
 

@@ -1,0 +1,189 @@
+"""Daily builds: appending a day against building everything again with the boundaries moved by hand."""
+
+import datetime
+import pathlib
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipeline import fingerprint, synthesize, synthetic_log, validate
+from gpsd_dist import schema
+from tests.unit.data_pipeline.conftest import DAY_S, log_row, run, words_of, write_log
+from tests.unit.data_pipeline_sources.conftest import Prepared
+
+CONFIG = synthetic_log.SyntheticConfig(
+    num_users=60, num_items=1_600, requests_per_day=25, train_days=2, valid_days=1, test_days=3, min_count=2
+)
+FIRST_DAY_UNTIL_S = CONFIG.boundaries_s[2] + DAY_S
+
+
+def cut_log(whole: pathlib.Path, raw: pathlib.Path, until_s: int) -> pathlib.Path:
+    """The log as it was at that time."""
+    raw.mkdir()
+    for name in ("items.parquet", "users.parquet", "schema.toml"):
+        (raw / name).write_bytes((whole / name).read_bytes())
+    for name in ("behaviours.parquet", "exposures.parquet"):
+        table = pq.read_table(whole / name)
+        pq.write_table(table.filter(pc.less(table["time_s"], until_s)), raw / name)
+    return raw
+
+
+def build(raw: pathlib.Path, out: pathlib.Path, *options) -> int:
+    return run("--source", "generic", "--raw_dir", raw, "--out_dir", out, *options)
+
+
+@pytest.fixture(scope="module")
+def days(tmp_path_factory):
+    """Root of `whole`, `raw1`, `raw2` (logs), `day1`, `day2`, `day3` (appended) and `again2` (built from raw2)."""
+    root = tmp_path_factory.mktemp("days")
+    synthesize.write(CONFIG, root / "whole")
+    raws = [cut_log(root / "whole", root / f"raw{n + 1}", FIRST_DAY_UNTIL_S + n * DAY_S) for n in range(3)]
+    assert build(raws[0], root / "day1") == 0
+    assert build(raws[1], root / "day2", "--append_to", root / "day1") == 0
+    assert build(raws[2], root / "day3", "--append_to", root / "day2", "--num_buckets", 2) == 0
+    bounds = schema.read_manifest(root / "day2").options["boundaries_s"]
+    path = root / "again.toml"
+    old = [datetime.datetime.fromtimestamp(s, datetime.UTC).date().isoformat() for s in CONFIG.boundaries_s[1:3]]
+    new = [datetime.datetime.fromtimestamp(s, datetime.UTC).isoformat() for s in bounds[:2]]
+    text = (raws[1] / "schema.toml").read_text()
+    for name, before, after in zip(("valid_from", "test_from"), old, new):
+        assert f"{name} = {before}" in text
+        text = text.replace(f"{name} = {before}", f"{name} = {after}")
+    path.write_text(text)
+    assert build(raws[1], root / "again2", "--schema", path) == 0
+    return root
+
+
+def test_old_ids_keep_their_index_and_new_ones_follow(days):
+    grown = 0
+    for earlier, later in (("day1", "day2"), ("day2", "day3")):
+        for table in schema.read_manifest(days / earlier).tables:
+            before, after = words_of(days / earlier, table.name), words_of(days / later, table.name)
+            assert {index: after[index] for index in before} == before
+            grown += len(after) - len(before)
+    assert grown > 20
+
+
+def test_vocabularies_are_those_of_a_full_build_as_sets_with_counts(days):
+    """Also the rule of min_count 2: an id may have one occurrence on each of two days."""
+    for table in schema.read_manifest(days / "again2").tables:
+        pairs = []
+        for name in ("day2", "again2"):
+            words = pq.read_table(days / name / "vocab" / f"{table.name}.parquet").to_pydict()
+            pairs.append(dict(zip(words["raw_id"], words["count"])))
+        assert pairs[0] == pairs[1], table.name
+
+
+def test_the_day_and_its_pretraining_rows_equal_a_full_build(days):
+    appended, again = Prepared(days / "day2"), Prepared(days / "again2")
+    assert appended.rows("test") == again.rows("test")
+    assert len(appended.rows("test")) > 15
+    new = appended.manifest.split("pretrain").files[-1]
+    assert new.startswith("appended-0001")
+    rows = {row["user_id"] for row in pq.read_table(days / "day2" / new).to_pylist()}
+    assert 5 < len(rows) < CONFIG.num_users
+    histories = {row["user_id"]: row["history.item"] for row in pq.read_table(days / "day2" / new).to_pylist()}
+    words = appended.words["item"]
+    for user in rows:
+        assert [words[index] for index in histories[user]] == again.rows("pretrain")[user,]["history.item"]
+
+
+def test_older_rows_differ_from_a_full_build_only_where_an_id_was_unknown(days):
+    num_equal = num_late = 0
+    for split in ("train", "valid"):
+        before, after = (by_history(Prepared(days / name), split) for name in ("day2", "again2"))
+        assert before.keys() == after.keys()
+        for key, values in before.items():
+            for old, new in zip(values, after[key], strict=True):
+                assert old in (new, "UNKNOWN"), (split, key)
+                num_equal, num_late = num_equal + (old == new), num_late + (old != new)
+    assert num_equal > 1_000
+    assert num_late > 0
+
+
+def by_history(data: Prepared, split: str) -> dict[tuple, list]:
+    """{(user, times of the history): all values of history and candidates in order of time}.
+
+    Exposures that see the same history are one row of one split: where the old `train` and `valid` meet, the appended
+    data set has two rows, and a full build one.
+    """
+    found: dict[tuple, list] = {}
+    for _, row in sorted(data.rows(split).items()):
+        key = (row["user_id"], *row["history.time_s"])
+        names = [name for name in row if name.startswith(("candidate.", "label."))]
+        if key not in found:
+            found[key] = [entry for name in row if name.startswith("history.") for entry in row[name]]
+        found[key] += [row[name][place] for place in range(len(row["candidate.item"])) for name in names]
+    return found
+
+
+def test_the_chain_names_every_parent(days):
+    manifests = [validate.check(days / f"day{n}") for n in (1, 2, 3)]
+    chain = manifests[2].options["chain"]
+    assert len(chain) == 2 and "chain" not in manifests[0].options
+    for number, step in enumerate(chain):
+        parent = days / f"day{number + 1}" / "manifest.json"
+        assert step["parent_manifest_sha256"] == fingerprint.file_sha256(parent)
+        assert step["tables"] == [
+            {"name": t.name, "num_rows": t.num_rows, "fingerprint": t.fingerprint} for t in manifests[number].tables
+        ]
+        assert step["new_rows"]["item"] == (
+            manifests[number + 1].table("item").num_rows - manifests[number].table("item").num_rows
+        )
+    assert manifests[2].features == manifests[0].features  # means and deviations stay those of the first model
+
+
+def test_splits_move_on_and_old_files_are_the_same(days):
+    one, two = (schema.read_manifest(days / f"day{n}") for n in (1, 2))
+    assert two.split("train").files == one.split("train").files + one.split("valid").files
+    assert two.split("valid").files == one.split("test").files
+    for split in one.splits:
+        for file in split.files:
+            assert (days / "day1" / file).samefile(days / "day2" / file)
+
+
+def test_in_place_and_again_is_a_noop(days, tmp_path, capsys):
+    assert build(days / "raw1", tmp_path / "out") == 0
+    assert build(days / "raw2", tmp_path / "out", "--append_to", tmp_path / "out") == 0
+    for path in sorted((days / "day2").rglob("*.parquet")):
+        assert fingerprint.rows_sha256(tmp_path / "out" / path.relative_to(days / "day2")) == fingerprint.rows_sha256(
+            path
+        )
+    capsys.readouterr()
+    assert build(days / "raw2", tmp_path / "out", "--append_to", tmp_path / "out") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert build(days / "raw2", days / "day2", "--append_to", days / "day1") == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_what_cannot_be_appended_is_an_error(days, tmp_path, grocery, grocery_raw, capsys):
+    out = ("--append_to", days / "day1")
+    assert build(days / "raw1", tmp_path / "out", *out) == 2
+    assert "needs a later log" in capsys.readouterr().err
+    later = cut_log(days / "whole", tmp_path / "later", FIRST_DAY_UNTIL_S + DAY_S)
+    table = pq.read_table(later / "exposures.parquet")
+    pq.write_table(table.slice(40), later / "exposures.parquet")
+    assert build(later, tmp_path / "out", *out) == 2
+    assert "histories need the whole log" in capsys.readouterr().err
+    arguments = ("--source", "amazon_grocery", "--raw_dir", grocery_raw, "--out_dir", tmp_path / "out")
+    assert run(*arguments, "--append_to", grocery) == 2
+    assert "its splits are not cut by time (rule Given)" in capsys.readouterr().err
+    assert build(later, tmp_path / "out", *out, "--split", "holdout") == 2
+    assert "leave --split out" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_finds_older_files_where_the_parent_was_built_from(kuairand_raw, tmp_path):
+    common = ("--source", "kuairand_pure", "--out_dir", tmp_path / "out")
+    assert run(*common, "--raw_dir", kuairand_raw) == 0
+    later = tmp_path / "later"
+    later.mkdir()
+    write_log(later / "log_may01.csv", [log_row(1, 14, 6 * DAY_S, click=1), log_row(9, 10, 6 * DAY_S + 5)])
+    before, parent = words_of(tmp_path / "out", "item"), schema.read_manifest(tmp_path / "out")
+    assert run(*common, "--raw_dir", later, "--append_to", tmp_path / "out") == 0
+    manifest = validate.check(tmp_path / "out")
+    old = {split.name: split.num_rows for split in parent.splits}
+    new = {split.name: split.num_rows for split in manifest.splits}
+    assert new == {"pretrain": old["pretrain"], "train": old["train"] + old["valid"], "valid": old["test"], "test": 2}
+    assert words_of(tmp_path / "out", "item").items() >= before.items()

@@ -1,0 +1,97 @@
+"""DuckDB and Spark give the same data set: manifests (with all counts) and the rows of every file, in order.
+
+Needs the extra `spark` and Java 17 (tests/README.md); one JVM serves all tests of the file.
+"""
+
+import dataclasses
+import gzip
+import importlib.util
+import pathlib
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipeline import fingerprint, synthesize, synthetic_log, validate
+from gpsd_dist import schema
+from tests.unit.data_pipeline.conftest import make_grocery, make_kuairand, run
+from tests.unit.data_pipeline_sources import test_amazon_reviews as amazon_reviews
+from tests.unit.data_pipeline_sources import test_generic as generic
+from tests.unit.data_pipeline_sources import test_movielens as movielens
+from tests.unit.data_pipeline_sources import test_taobao as taobao
+
+HAS_SPARK = importlib.util.find_spec("pyspark") is not None and shutil.which("java") is not None
+needs_spark = pytest.mark.skipif(not HAS_SPARK, reason="needs PySpark (the extra `spark`) and Java 17")
+SPARK = ("--engine", "spark", "--spark_master", "local[2]", "--memory_limit", "1GB")
+
+
+def make_taobao(raw: pathlib.Path) -> None:
+    raw.mkdir()
+    (raw / "UserBehavior.csv").write_text(taobao._csv())
+
+
+def make_movielens(raw: pathlib.Path) -> None:
+    raw.mkdir()
+    (raw / "ratings.dat").write_text(movielens.DAT)
+    (raw / "movies.dat").write_text(movielens.MOVIES)
+
+
+def make_amazon_reviews(raw: pathlib.Path) -> None:
+    raw.mkdir()
+    (raw / "reviews_Food_5.json.gz").write_bytes(gzip.compress(amazon_reviews._reviews().encode()))
+    (raw / "meta_Food.json.gz").write_bytes(gzip.compress(amazon_reviews.META_2014.encode()))
+
+
+def make_generic(raw: pathlib.Path) -> None:
+    (raw / "events").mkdir(parents=True)
+    for name, text in (
+        ("schema.toml", generic.SCHEMA),
+        ("events/1.csv", generic.EVENTS_1),
+        ("events/2.csv", generic.EVENTS_2),
+        ("shown.jsonl", generic.SHOWN),
+        ("items.csv", generic.ITEMS),
+    ):
+        (raw / name).write_text(text)
+    users = pa.table({"uid": ["a", "b"], "city": ["P", None], "age": [30, 40]})
+    pq.write_table(users, raw / "users.parquet")
+
+
+def make_synthetic(raw: pathlib.Path) -> None:
+    synthesize.write(synthetic_log.SyntheticConfig(num_users=150, num_items=1_600, requests_per_day=40), raw)
+
+
+CASES = [
+    ("synthetic", make_synthetic, ("--min_count", 2)),
+    ("generic", make_generic, ()),
+    ("movielens", make_movielens, ("--num_negatives", 1, "--negatives", "popularity")),
+    ("taobao", make_taobao, ("--num_negatives", 2, "--num_buckets", 2)),
+    ("amazon_reviews", make_amazon_reviews, ("--all_categories",)),
+    ("amazon_grocery", make_grocery, ("--valid_fraction", 0.25)),
+    ("kuairand_pure", make_kuairand, ()),
+]
+
+
+def content_of(out_dir: pathlib.Path) -> dict[str, str]:
+    """{relative path of every Parquet file: hash of its types and rows in order}."""
+    return {
+        str(path.relative_to(out_dir)): fingerprint.rows_sha256(path) for path in sorted(out_dir.rglob("*.parquet"))
+    }
+
+
+def manifest_of(out_dir: pathlib.Path) -> schema.Manifest:
+    return dataclasses.replace(schema.read_manifest(out_dir), command="")
+
+
+@needs_spark
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("source", "make", "options"), CASES, ids=[case[0] for case in CASES])
+def test_spark_and_duckdb_write_the_same_rows(tmp_path, source, make, options):
+    make(tmp_path / "raw")
+    common = ("--source", source, "--raw_dir", tmp_path / "raw", *options)
+    assert run(*common, "--out_dir", tmp_path / "duckdb") == 0
+    assert run(*common, "--out_dir", tmp_path / "spark", *SPARK) == 0
+    validate.check(tmp_path / "spark")
+    assert manifest_of(tmp_path / "spark") == manifest_of(tmp_path / "duckdb")
+    assert content_of(tmp_path / "spark") == content_of(tmp_path / "duckdb")
