@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from gpsd_dist.allocator import keep_freed_memory
+
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
@@ -47,6 +49,8 @@ def process_group(timeout_s: int) -> typing.Iterator[Runtime]:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
     if "RANK" in os.environ:

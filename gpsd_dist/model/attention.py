@@ -10,6 +10,7 @@ W slots per history, J candidates per request of a bucket.
 import torch
 import torch.nn.functional as F
 
+from gpsd_dist.model.attention_rows import in_rows
 from gpsd_dist.packing import Bucket, Packing, Slots
 
 
@@ -23,6 +24,8 @@ def attend(
     """
     if qkv_S3HK.is_cuda and qkv_S3HK.dtype in (torch.bfloat16, torch.float16) and not dropout:
         return varlen(qkv_S3HK, packing, candidates_only)
+    if not qkv_S3HK.is_cuda and packing.rows is not None:
+        return in_rows(qkv_S3HK, packing.rows, packing.num_history_tokens if candidates_only else 0, dropout)
     return bucketed(qkv_S3HK, packing, candidates_only, dropout)
 
 
