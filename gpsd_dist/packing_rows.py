@@ -1,11 +1,11 @@
 """How CPU attention lays a packed batch out: short requests share rows of a few slots, long ones have one each.
 
 A row is the unit of one attention call. Most requests are far shorter than what a kernel handles well, so several of
-them stand side by side in a row of `ROW_WIDTH` slots, each with its candidates behind its history, kept apart by a mask:
-4x faster, forward and backward, than a row per request at the lengths of Amazon Grocery.
+them stand side by side in a row of `ROW_WIDTH` slots, each with its candidates behind its history, kept apart by a
+mask: half the time, forward and backward, of a row per request at the lengths of Amazon Grocery.
 
-Shape letters: B requests, S tokens in packed order (histories, then candidates), R slots of all rows, n rows of a block,
-W slots per row.
+Shape letters: B requests, S tokens in packed order (histories, then candidates), R slots of all rows, n rows of a
+block, W slots per row.
 """
 
 import dataclasses
@@ -75,10 +75,15 @@ def plan_rows(history_length_B: np.ndarray, candidate_count_B: np.ndarray) -> At
     return AttentionRows(tuple(blocks), torch.from_numpy(entry_R), torch.from_numpy(slot_S))
 
 
-def slots_per_request(history_length: int, candidate_count: int) -> float:
-    """R / B where all requests are alike."""
+def row_geometry(num_requests: float, history_length: float, candidate_count: float) -> tuple[float, float] | None:
+    """(slots per token, mask elements per slot) where all requests are about this long; None without rows."""
     size = history_length + candidate_count
-    return ROW_WIDTH / (ROW_WIDTH // size) if 0 < size <= ROW_WIDTH else float(_rounded(size))
+    if size <= ROW_WIDTH:
+        slots, mask = ROW_WIDTH / (ROW_WIDTH // max(size, 1)), ROW_WIDTH
+    else:
+        slots = float(_rounded(int(np.ceil(size))))
+        mask = slots if candidate_count > 1 else 0
+    return None if num_requests * slots * mask > _MAX_MASK_ELEMENTS else (slots / max(size, 1e-9), mask)
 
 
 class _Group(typing.NamedTuple):
@@ -100,7 +105,7 @@ def _shared_rows(size_B: np.ndarray) -> list[_Group]:
     starts, num_rows = np.zeros(len(request), np.int64), 0
     for capacity in np.unique(per_row)[::-1]:
         [member] = np.nonzero(per_row == capacity)
-        row, nth = np.divmod(np.arange(len(member)), capacity)
+        row = np.arange(len(member)) // capacity
         before = np.cumsum(size_B[request[member]]) - size_B[request[member]]
         starts[member] = (num_rows + row) * ROW_WIDTH + before - before[row * capacity]
         num_rows += int(row[-1]) + 1

@@ -53,7 +53,8 @@ class RotaryPositions(nn.Module):
 
     def forward(self, position_S: torch.Tensor) -> Rotation:
         """int64 [S] -> rotations. On CPU they are written out for every head: one product without broadcasting takes
-        half the time there."""
+        half the time there.
+        """
         exponent = torch.arange(0, self.head_width, 2, device=position_S.device, dtype=torch.float32) / self.head_width
         angle = position_S[:, None].float() * _ROPE_THETA**-exponent
         turn = torch.polar(torch.ones_like(angle), angle)
@@ -65,7 +66,8 @@ class RotaryPositions(nn.Module):
 
 def rotate(qkv_S3HK: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     """Rotates interleaved pairs of channels (the layout of the official weights) of queries and keys; half precision
-    is computed in float32."""
+    is computed in float32.
+    """
     return _Rotate.apply(qkv_S3HK, *rotation)
 
 
