@@ -16,6 +16,7 @@ SHARDING_TYPES = ("row_wise", "table_wise", "column_wise")
 SPARSE_OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam", "lamb")
 CUDA_ONLY_SPARSE_OPTIMIZERS = ("adam", "partial_rowwise_adam", "lamb")  # no fbgemm CPU kernel
 POSITION_TABLE_MODELS = ("sasrec", "hstu")  # a learned vector per position: histories must fit
+FROZEN_DTYPES = ("fp32", "fp16", "int8")
 _STORED_MULTIPLE = 4  # FBGEMM's kernels read rows in pieces of 4 columns
 
 
@@ -64,10 +65,20 @@ class TablesConfig:
     """Tables that ST, FT, ST_SF and FT_SF take from the pretrained checkpoint, and that the SF strategies freeze."""
     init_std: float = 0.02
     """Standard deviation of the normal initial weights (official settings)."""
+    frozen_dtype: str = "fp32"
+    """What a frozen table is kept in: fp32 | fp16 | int8 (with a scale and an offset per row). At width 64 a row takes
+    256, 128 or 96 bytes; what it does to AUC: docs/performance.md. Lookups give float32."""
 
     def __post_init__(self) -> None:
         check_types(self)
         problems = below(self, "embedding_dim", 1) + below(self, "small_table_max_rows", 0)
+        if self.frozen_dtype not in FROZEN_DTYPES:
+            problems.append(f"frozen_dtype {self.frozen_dtype!r} is not one of {FROZEN_DTYPES}")
+        cut = [name for name in self.transfer if self.sharding.get(name) == "column_wise"]
+        if self.frozen_dtype == "int8" and cut:
+            problems.append(
+                f"frozen_dtype int8 cannot cut rows into columns: shard tables {cut} row_wise or table_wise"
+            )
         for table, sharding in self.sharding.items():
             if sharding not in SHARDING_TYPES:
                 problems.append(f"sharding of table {table!r} is {sharding!r}, not one of {SHARDING_TYPES}")
@@ -77,6 +88,17 @@ class TablesConfig:
     def stored_dim(self) -> int:
         """Columns of a sharded table's rows: `embedding_dim`, padded."""
         return _STORED_MULTIPLE * -(-self.embedding_dim // _STORED_MULTIPLE)
+
+    @property
+    def frozen_columns(self) -> int:
+        """The same of a frozen table: with int8, three codes per float32 and two values for scale and offset."""
+        values = -(-self.embedding_dim // 3) + 2 if self.frozen_dtype == "int8" else self.embedding_dim
+        return _STORED_MULTIPLE * -(-values // _STORED_MULTIPLE)
+
+    @property
+    def frozen_value_bytes(self) -> int:
+        """Bytes of each of these columns."""
+        return 2 if self.frozen_dtype == "fp16" else 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,6 +320,9 @@ class RunConfig:
             problems.append("pretraining starts from random weights: leave out STRATEGY and INIT_CHECKPOINT")
         if self.stage == "pretrain" and self.refit_of:
             problems.append(f"REFIT_OF={self.refit_of!r}: pretraining does not train on `train`; leave it out")
+        if self.tables.frozen_dtype != "fp32" and not self.freezes_tables:
+            given = f"frozen_dtype {self.tables.frozen_dtype} with stage {self.stage}, strategy {self.strategy}"
+            problems.append(f"{given}: nothing is frozen; leave it out, or choose ST_SF or FT_SF")
         if self.dense.name != "adamw":
             problems.append(f"dense optimizer {self.dense.name!r}: only adamw is built")
         if self.sparse.name not in SPARSE_OPTIMIZERS:

@@ -84,7 +84,7 @@ def memory(
     """`training`, `validation`: of one rank; None: nothing is validated."""
     tables, optimizer = np.zeros(cluster.world_size), np.zeros(cluster.world_size)
     for shard in shards:
-        tables[shard.rank] += shard.rows * shard.columns * VALUE_BYTES
+        tables[shard.rank] += shard.rows * shard.columns * shard.value_bytes
         optimizer[shard.rank] += table_state_bytes(run.sparse.name, shard)
     activations, working = None, 0.0
     if run.model.name == "transformer":

@@ -5,6 +5,7 @@ import logging
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import RunConfig
+from gpsd_dist.distributed.sharding import store_coded, uncoded_like
 from gpsd_dist.schema import Manifest
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,13 @@ def transfer(run: RunConfig, manifest: Manifest, weights: manager.Tensors, dense
         raise ValueError(f"TRANSFER_TABLES names {missing}, but the sharded tables are {sorted(weights)}")
     tables = {name: weights[name] for name in run.tables.transfer}
     moved = {name: value for name, value in dense.items() if run.transfers_tower and name.startswith(_TOWER_PREFIX)}
-    manager.load_tensors(checkpoint, {"table": tables, "dense": moved})
+    if run.freezes_tables and run.tables.frozen_dtype == "int8":  # the checkpoint has rows, the tables hold codes
+        rows = {name: uncoded_like(weight, run.tables.stored_dim) for name, weight in tables.items()}
+        manager.load_tensors(checkpoint, {"table": rows, "dense": moved})
+        for name, weight in tables.items():
+            store_coded(rows[name], weight, run.tables.embedding_dim)
+    else:
+        manager.load_tensors(checkpoint, {"table": tables, "dense": moved})
     return _report(run, checkpoint, state, tables, moved, dense)
 
 
@@ -72,7 +79,7 @@ def _report(
     moved: manager.Tensors,
     dense: manager.Tensors,
 ) -> str:
-    fate = "frozen" if run.freezes_tables else "trained on"
+    fate = f"frozen as {run.tables.frozen_dtype}" if run.freezes_tables else "trained on"
     lines = [f"{run.strategy} from {checkpoint} (pretraining step {state.step})"]
     lines += [f"  loaded table.{name} {tuple(value.size())}, {fate}" for name, value in tables.items()]
     lines += [f"  loaded {len(moved)} tensors of the tower, {sum(v.numel() for v in moved.values()):,} parameters"]

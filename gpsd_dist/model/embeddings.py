@@ -6,10 +6,12 @@ Shape letters: U unique rows of a table, S tokens in packed order, B requests, C
 import torch
 from torch import nn
 from torchrec import EmbeddingCollection, EmbeddingConfig
+from torchrec.modules.embedding_configs import DataType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from gpsd_dist.config import TablesConfig
 from gpsd_dist.data.batch import Bag, Batch, Column
+from gpsd_dist.model.row_codes import decode
 from gpsd_dist.schema import Feature, Manifest, Table
 
 
@@ -54,8 +56,14 @@ class Tables(nn.Module):
             names = [table.name for table in tables]
             raise ValueError(f"cannot freeze tables {sorted(missing)}: the sharded tables are {names}")
         self.width = config.embedding_dim
-        self.trainable = _collection([t for t in tables if t.name not in frozen], config, device)
-        self.frozen = _collection([t for t in tables if t.name in frozen], config, device)
+        self.is_coded = config.frozen_dtype == "int8"
+        self.trainable = _collection(
+            [table for table in tables if table.name not in frozen], config.stored_dim, DataType.FP32, device
+        )
+        frozen_type = DataType.FP16 if config.frozen_dtype == "fp16" else DataType.FP32
+        self.frozen = _collection(
+            [table for table in tables if table.name in frozen], config.frozen_columns, frozen_type, device
+        )
 
     def forward(self, lookup: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
         """Rows [U, E] of every table, without their padding. Collective when the collections are sharded: all ranks
@@ -66,15 +74,21 @@ class Tables(nn.Module):
             rows |= {name: self._unpadded(jagged.values()) for name, jagged in self.trainable(lookup).items()}
         if self.frozen is not None:
             with torch.no_grad():  # .values() waits for the exchange, so it belongs inside
-                rows |= {name: self._unpadded(jagged.values()) for name, jagged in self.frozen(lookup).items()}
+                rows |= {name: self._thawed(jagged.values()) for name, jagged in self.frozen(lookup).items()}
         return rows
+
+    def _thawed(self, stored: torch.Tensor) -> torch.Tensor:
+        """Rows of a frozen table as they are stored -> float32 [U, E]"""
+        return decode(stored, self.width) if self.is_coded else self._unpadded(stored.float())
 
     def _unpadded(self, stored: torch.Tensor) -> torch.Tensor:
         """[U, stored_dim] -> [U, E]; the gradient of the padding is zero, so it stays what it was."""
         return stored if stored.shape[1] == self.width else stored[:, : self.width]
 
 
-def _collection(tables: list[Table], config: TablesConfig, device: torch.device) -> EmbeddingCollection | None:
+def _collection(
+    tables: list[Table], columns: int, data_type: DataType, device: torch.device
+) -> EmbeddingCollection | None:
     if not tables:
         return None
     configs = [
@@ -82,7 +96,8 @@ def _collection(tables: list[Table], config: TablesConfig, device: torch.device)
             name=module_key(table.name),
             feature_names=[table.name],
             num_embeddings=table.num_rows,
-            embedding_dim=config.stored_dim,
+            embedding_dim=columns,
+            data_type=data_type,
         )
         for table in tables
     ]
