@@ -135,7 +135,8 @@ class _PhaseTimer:
 
     @contextlib.contextmanager
     def installed(self, trainer: Trainer) -> typing.Iterator[None]:
-        plain, model, optimizer = trainer.assembly, trainer.model, trainer.optimizer
+        step = trainer.training_step
+        plain, model, optimizer = step.assembly, step.model, step.optimizer
         tables = _Timed(plain.tables, lookup=self.timed(plain.tables, "lookup"))
         objective = _Timed(plain.objective, sums=self.timed(plain.objective.sums, "objective"))
         timed_assembly = dataclasses.replace(plain, tables=tables, objective=objective)

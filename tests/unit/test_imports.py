@@ -14,6 +14,7 @@ BASE, MIDDLE, COMPOSITION, ENTRY = range(4)
 LAYERS = {
     "config": BASE,
     "option_checks": BASE,
+    "table_options": BASE,
     "schema": BASE,
     "packing": BASE,
     "packing_rows": BASE,
@@ -36,6 +37,7 @@ ALLOWED_LIBRARIES = {
     "gpsd_dist": set(),
     "gpsd_dist.config": set(),
     "gpsd_dist.option_checks": set(),
+    "gpsd_dist.table_options": set(),
     "gpsd_dist.schema": {"pyarrow"},
     "gpsd_dist.packing": {"torch", "numpy"},
     "gpsd_dist.packing_rows": {"torch", "numpy"},
