@@ -10,7 +10,8 @@ from benchmarks.sides import SIZES, SideSpec
 from benchmarks.tables import Table
 
 ROWS = {"frozen/1m": 1_000_000, "frozen/10m": 10_000_000}
-_SIDES = {"trainable": "product", "frozen": "product + frozen item table"}
+_FROZEN = "product + frozen item table"
+_SIDES = {"trained": "product", "fp32": _FROZEN, "fp16": f"{_FROZEN} in fp16", "int8": f"{_FROZEN} in int8"}
 _SIZE = "h64"
 _SPLIT_STEPS = 20
 _TABLE_PHASES = ("lookup", "table backward + update")
@@ -29,43 +30,50 @@ def measure(name: str, seconds: float, data_root: pathlib.Path, folder: pathlib.
     with running(specs) as sides:
         blocks = interleave(sides, seconds)
         facts = {label: side.facts(_SPLIT_STEPS) for label, side in sides.items()}
-    ratios = [f.step_cpu_ms / t.step_cpu_ms for f, t in zip(blocks["frozen"], blocks["trainable"], strict=True)]
-    entry: dict = {"name": name, "rows": ROWS[name], "ratio": statistics.median(ratios)}
-    entry |= {"ratio_min": min(ratios), "ratio_max": max(ratios), "pairs": len(ratios)}
+    entries = []
     for label in _SIDES:
-        entry[f"{label}_step_cpu_ms"] = statistics.median(block.step_cpu_ms for block in blocks[label])
-        entry[f"{label}_table_ms"] = sum(facts[label].step_split_ms.get(phase, 0.0) for phase in _TABLE_PHASES)
-        entry[f"{label}_table_bytes_per_step"] = facts[label].table_bytes
-        entry[f"{label}_peak_mib"] = facts[label].peak_mib
-    return [entry | {"start_up_lines": facts["frozen"].tables_report}]
+        found = blocks[label]
+        ratios = [own.step_cpu_ms / t.step_cpu_ms for own, t in zip(found, blocks["trained"], strict=True)]
+        entries.append(
+            {
+                "name": f"{name}/{label}",
+                "rows": ROWS[name],
+                "ratio": statistics.median(ratios),
+                "ratio_min": min(ratios),
+                "ratio_max": max(ratios),
+                "pairs": len(ratios),
+                "step_cpu_ms": statistics.median(block.step_cpu_ms for block in found),
+                "table_ms": sum(facts[label].step_split_ms.get(phase, 0.0) for phase in _TABLE_PHASES),
+                "table_bytes_per_step": facts[label].table_bytes,
+                "peak_mib": facts[label].peak_mib,
+                "start_up_lines": facts[label].tables_report,
+            }
+        )
+    return entries
 
 
 def tables(entries: list[dict]) -> list[Table]:
     """Whole step, and the part of it that the tables cost."""
     table = Table(
-        "Step with a frozen item table over that with a trained one (L4H64A4, 512 Grocery-like requests)",
+        "Step of a ranking model by the fate of its item table (L4H64A4, 512 Grocery-like requests), CPU time",
         (
-            "name",
-            "step, frozen / trained",
+            "rows / table",
+            "of trained",
             "min - max (pairs)",
-            "step CPU ms, frozen and trained",
+            "step ms",
             "lookup + update ms",
-            "table bytes per step",
+            "MiB per step",
             "peak MiB",
         ),
     )
     for entry in entries:
-        both = [[entry[f"{label}_{key}"] for label in ("frozen", "trainable")] for key in _COLUMNS]
         table.add(
             entry["name"],
             f"**{entry['ratio']:.2f}**",
             f"{entry['ratio_min']:.2f} - {entry['ratio_max']:.2f} ({entry['pairs']})",
-            "{:.1f}, {:.1f}".format(*both[0]),
-            "{:.1f}, {:.1f}".format(*both[1]),
-            "{:.1f}, {:.1f} MiB".format(*(value / 2**20 for value in both[2])),
-            "{:,.0f}, {:,.0f}".format(*both[3]),
+            f"{entry['step_cpu_ms']:.1f}",
+            f"{entry['table_ms']:.1f}",
+            f"{entry['table_bytes_per_step'] / 2**20:.1f}",
+            f"{entry['peak_mib']:,.0f}",
         )
     return [table]
-
-
-_COLUMNS = ("step_cpu_ms", "table_ms", "table_bytes_per_step", "peak_mib")

@@ -22,7 +22,7 @@ from gpsd_dist.data.loader import BatchKey, Loader
 
 COMPRESSIONS = ("loader/zstd", "loader/lz4", "loader/none")
 _SETTINGS = {"cold": (0, False), "cached": (2**30, False), "batch": (0, True)}  # cache bytes, collated
-_ROWS, _MIN_PASSES = 200_000, 3
+_ROWS, _MIN_PASSES = 400_000, 3
 COLUMNS = ["history_length", "history.item", "history.category", "history.time_s"]
 
 

@@ -78,12 +78,13 @@ class Product:
 
     def table_bytes_per_step(self) -> float:
         """Mean bytes of table rows that a step reads and, for trained tables, of their gradients and updates (a row
-        read and written, its second moment too). Shared tables of mixed fate count as trained.
+        read and written, its second moment too).
         """
         mean_rows = sum(self._unique_rows) / len(self._unique_rows)
-        row_bytes = 4 * self.trainer.run.tables.stored_dim
-        is_trained = self.trainer.assembly.tables.module.module.trainable is not None
-        return mean_rows * (row_bytes + (3 * row_bytes + 8 if is_trained else 0))
+        tables, module = self.trainer.run.tables, self.trainer.assembly.tables.module.module
+        if module.trainable is None:
+            return mean_rows * tables.frozen_columns * tables.frozen_value_bytes
+        return mean_rows * (4 * 4 * tables.stored_dim + 8)
 
     def close(self) -> None:
         self.trainer.loader.close()

@@ -34,6 +34,8 @@ VARIANTS = {
     "product": "everything on",
     "product, 8 x 1024 negatives": "the default of the product instead of 8 x 4096",
     "product + frozen item table": "what ST&SF and FT&SF train",
+    "product + frozen item table in fp16": "kept in half precision",
+    "product + frozen item table in int8": "kept as codes with a scale per row",
     "product - shared rows": "attention in one row per request, by length buckets",
     "product - folded norms": "torch's RMSNorm in front of every linear layer",
     "product - shared negatives": f"{NUM_NEGATIVES} negatives per sequence",
@@ -48,7 +50,7 @@ PRETRAIN_ONLY = {
     "product - shared negatives",
     "product - fused softmax loss",
 }
-FINETUNE_ONLY = {"product + frozen item table"}
+FINETUNE_ONLY = {name for name in VARIANTS if "frozen" in name}
 
 
 SIZES = {
@@ -130,8 +132,14 @@ def _product_config(spec: SideSpec, switch: str):
     per = "request" if switch == "shared negatives" else "group"
     pretrain = PretrainConfig(num_negatives=negatives, negatives_per=per, auxiliary=("category",))
     run = run_config(spec.data, spec.size, spec.batch_rows, pretrain, spec.folder)
-    if switch == "frozen item table":
-        run = dataclasses.replace(run, strategy="ST_SF", init_checkpoint="not loaded: time does not depend on weights")
+    if switch.startswith("frozen item table"):
+        _, _, dtype = switch.partition(" in ")
+        run = dataclasses.replace(
+            run,
+            strategy="ST_SF",
+            init_checkpoint="not loaded: time does not depend on weights",
+            tables=dataclasses.replace(run.tables, frozen_dtype=dtype or "fp32"),
+        )
     return run
 
 
