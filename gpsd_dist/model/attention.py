@@ -24,7 +24,8 @@ def attend(
     """
     if qkv_S3HK.is_cuda and qkv_S3HK.dtype in (torch.bfloat16, torch.float16) and not dropout:
         return varlen(qkv_S3HK, packing, candidates_only)
-    if not qkv_S3HK.is_cuda and packing.rows is not None:
+    # planning rows is numpy: a compiler takes the buckets, which are there already
+    if not (qkv_S3HK.is_cuda or torch.compiler.is_compiling()) and packing.rows is not None:
         return in_rows(qkv_S3HK, packing.rows, packing.num_history_tokens if candidates_only else 0, dropout)
     return bucketed(qkv_S3HK, packing, candidates_only, dropout)
 
