@@ -79,10 +79,10 @@ def row_geometry(num_requests: float, history_length: float, candidate_count: fl
     """(slots per token, mask elements per slot) where all requests are about this long; None without rows."""
     size = history_length + candidate_count
     if size <= ROW_WIDTH:
-        slots, mask = ROW_WIDTH / (ROW_WIDTH // max(size, 1)), ROW_WIDTH
+        slots, mask = ROW_WIDTH / (ROW_WIDTH // max(size, 1)), float(ROW_WIDTH)
     else:
         slots = float(_rounded(int(np.ceil(size))))
-        mask = slots if candidate_count > 1 else 0
+        mask = slots if candidate_count > 1 else 0.0
     return None if num_requests * slots * mask > _MAX_MASK_ELEMENTS else (slots / max(size, 1e-9), mask)
 
 

@@ -180,8 +180,9 @@ def shards_of(plan: ShardingPlan, names: dict[str, str], frozen_value_bytes: int
             path.endswith("frozen"),
             parameter.sharding_type,
             shard.placement.rank(),
-            *shard.shard_sizes,
-            value_bytes=frozen_value_bytes if path.endswith("frozen") else 4,
+            shard.shard_sizes[0],
+            shard.shard_sizes[1],
+            frozen_value_bytes if path.endswith("frozen") else 4,
         )
         for path, parameters in plan.plan.items()
         for key, parameter in parameters.items()
