@@ -48,7 +48,7 @@ def test_a_side_that_fails_says_why(data, tmp_path):
 def test_parts_of_the_baseline_do_not_change_its_loss(kind, data):
     """Packed tower and columnar loader: the same function of the same rows; shared negatives: other draws."""
     prepared = data(kind)
-    losses = {}
+    losses, weights = {}, None
     for name, loader_options, is_packed in (
         ("plain", {}, False),
         ("packed", {}, True),
@@ -59,6 +59,8 @@ def test_parts_of_the_baseline_do_not_change_its_loss(kind, data):
         )
         batch, tokens = next(iter(loader))
         side = PaddedBaseline(loader, prepared.manifest, layers=1, width=16, heads=2, is_packed=is_packed)
+        weights = weights or side.model.state_dict()
+        side.model.load_state_dict(weights)
         if kind == "pretrain":
             negatives = torch.randint(2, 42, (16, 8), generator=torch.Generator().manual_seed(0))
             batch = dataclasses.replace(batch, negative_BN=negatives)
