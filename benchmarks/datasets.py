@@ -37,15 +37,31 @@ class Source:
     num_rows: int = 8192
 
 
-def _geometric(mean: float, longest: int) -> typing.Callable[[np.random.Generator, int], np.ndarray]:
-    """Clipped at `longest`; `mean` is that before clipping."""
-    return lambda random, count: np.minimum(random.geometric(1 / mean, count), longest)
+@dataclasses.dataclass(frozen=True)
+class Geometric:
+    """History lengths clipped at `longest`; `mean` is that before clipping."""
+
+    mean: float
+    longest: int
+
+    def __call__(self, random: np.random.Generator, count: int) -> np.ndarray:
+        return np.minimum(random.geometric(1 / self.mean, count), self.longest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """All histories alike."""
+
+    length: int
+
+    def __call__(self, random: np.random.Generator, count: int) -> np.ndarray:
+        return np.full(count, self.length)
 
 
 SOURCES = {
-    "grocery": Source(50, 512, "grocery", "category", _geometric(9, 50), 8_713),
-    "kuairand": Source(50, 512, "kuairand", "duration_bucket", _geometric(55, 50), 7_483),
-    "taobao_like": Source(200, 256, None, "", _geometric(62.4, 200), 100_000),  # mean 60 after clipping
+    "grocery": Source(50, 512, "grocery", "category", Geometric(9, 50), 8_713),
+    "kuairand": Source(50, 512, "kuairand", "duration_bucket", Geometric(55, 50), 7_483),
+    "taobao_like": Source(200, 256, None, "", Geometric(62.4, 200), 100_000),  # mean 60 after clipping
 }
 
 
@@ -59,6 +75,14 @@ class BenchData:
     source: Source
     note: str
     """What the rows are, for the report."""
+
+
+def prepare_synthetic(kind: str, name: str, source: Source, per_row: int, out_dir: pathlib.Path) -> BenchData:
+    """Synthetic rows with `per_row` candidates each, whatever `kind` says; `name` is that of their folder."""
+    split = "train" if CANDIDATES_PER_ROW[kind] else "pretrain"
+    rows = _synthetic(source, split, per_row)
+    num_rows, data_dir = {"item": source.num_items + 2, "category": 502}, out_dir / name
+    return BenchData(data_dir, _write(rows, data_dir, split, num_rows, source), split, source, f"synthetic rows {name}")
 
 
 def prepare(kind: str, data: str, data_root: pathlib.Path, out_dir: pathlib.Path) -> BenchData:
@@ -112,8 +136,8 @@ def _read_prepared(folder: pathlib.Path, split: str, category: str) -> tuple[pa.
     return rows, {name: manifest.table(manifest.feature(old).table).num_rows for name, old in features.items()}
 
 
-def _synthetic(source: Source, split: str) -> pa.Table:
-    """Popular items follow Zipf's law; two candidates per request, the first one clicked."""
+def _synthetic(source: Source, split: str, per_row: int = 2) -> pa.Table:
+    """Popular items follow Zipf's law; `per_row` candidates per request, the first one clicked."""
     random = np.random.default_rng(0)
     lengths = source.draw_lengths(random, source.num_rows)
 
@@ -132,11 +156,11 @@ def _synthetic(source: Source, split: str) -> pa.Table:
     }
     columns |= {f"history.{name}": column for name, column in lists(lengths).items()}
     if split == "train":
-        candidate = lists(np.full(source.num_rows, 2))
+        candidate = lists(np.full(source.num_rows, per_row))
         columns |= {f"candidate.{name}": candidate[name] for name in ("item", "category")}
         columns["request_time_s"] = pa.array(np.full(source.num_rows, 1_600_000_001))
-        offsets = pa.array(np.arange(source.num_rows + 1, dtype=np.int32) * 2)
-        label = np.tile(np.array([1, 0], np.float32), source.num_rows)
+        offsets = pa.array(np.arange(source.num_rows + 1, dtype=np.int32) * per_row)
+        label = np.tile(np.arange(per_row) == 0, source.num_rows).astype(np.float32)
         columns["label.click"] = pa.ListArray.from_arrays(offsets, pa.array(label))
     return pa.table(columns)
 

@@ -1,30 +1,33 @@
 """Tokens per second from Parquet to a gathered table batch, by the loader on one CPU core.
 
-    python -m benchmarks.loader_throughput [--rows 400000] [--passes 3]
-
 Synthetic split: history length geometric with mean 46, three int64 list columns, row groups of 4096 rows, batches of
-4096 rows. No collate. `per CPU-second` counts the time of all threads of the process. The cache of decoded row groups
-is off ("cold": every row group is decoded, those on a shard boundary twice, 15 % more here) or on ("cached": rows are
-only gathered). "checked": pages have checksums, as data_pipeline writes them, and each is compared when it is decoded.
+4096 rows, encoded as data_pipeline writes them, with page checksums. `per CPU-second` counts the time of all threads
+of the process. "cold": the cache of decoded row groups is off, every row group is decoded, those on a shard boundary
+twice; "cached": rows are only gathered; "batch": cold, and collated into a batch (sorted, checked, deduplicated,
+packed).
 """
 
-import argparse
-import itertools
 import pathlib
-import tempfile
+import statistics
 import time
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.tables import Table
+from data_pipeline.write import encodings
 from gpsd_dist import schema
-from gpsd_dist.data.loader import Loader
+from gpsd_dist.data.collate import Collate
+from gpsd_dist.data.loader import BatchKey, Loader
 
+COMPRESSIONS = ("loader/zstd", "loader/lz4", "loader/none")
+_SETTINGS = {"cold": (0, False), "cached": (2**30, False), "batch": (0, True)}  # cache bytes, collated
+_ROWS, _MIN_PASSES = 400_000, 3
 COLUMNS = ["history_length", "history.item", "history.category", "history.time_s"]
 
 
-def write_split(data_dir: pathlib.Path, num_rows: int, compression: str, has_checksums: bool) -> schema.Manifest:
+def write_split(data_dir: pathlib.Path, num_rows: int, compression: str) -> schema.Manifest:
     rng = np.random.default_rng(0)
     lengths = np.minimum(rng.geometric(1 / 46, num_rows), 400)
     num_tokens = int(lengths.sum())
@@ -49,42 +52,74 @@ def write_split(data_dir: pathlib.Path, num_rows: int, compression: str, has_che
     columns["user_hash"] = pa.array(np.arange(num_rows))
     columns["history_length"] = pa.array(lengths.astype(np.int32))
     table = pa.table(columns).select(schema.arrow_schema(manifest, "pretrain").names)
-    options = {"compression": compression, "row_group_size": 4096, "write_page_checksum": has_checksums}
-    pq.write_table(table, data_dir / f"{compression}.parquet", **options)
+    path = data_dir / f"{compression}.parquet"
+    options = {"compression": compression, "row_group_size": 4096, "write_page_checksum": True}
+    pq.write_table(table, path, **options, **encodings(table.schema))
     return manifest
 
 
-def report(num_rows: int, num_passes: int) -> None:
+def measure(name: str, seconds: float, data_root: pathlib.Path, folder: pathlib.Path) -> list[dict]:
+    """Entries of one compression, named like it; every setting is measured in turn, `seconds` of CPU time in all."""
+    compression = name.split("/")[1]
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
-    with tempfile.TemporaryDirectory() as folder:
-        for compression, has_checksums in itertools.product(("zstd", "lz4", "none"), (True, False)):
-            manifest = write_split(pathlib.Path(folder), num_rows, compression, has_checksums)
-            num_tokens = manifest.splits[0].num_history_tokens
-            for cache_bytes, label in ((0, "cold"), (2**30, "cached"))[: 2 if has_checksums else 1]:
-                options = {"global_batch_rows": 4096, "columns": COLUMNS, "cache_bytes": cache_bytes}
-                loader = Loader(folder, manifest, "pretrain", make_batch=lambda table, key: table.num_rows, **options)
-                cpu_s, wall_s = [], []
-                for _ in range(num_passes + (cache_bytes > 0)):
-                    cpu, wall = time.process_time(), time.perf_counter()
-                    assert sum(loader) == num_rows
-                    cpu_s.append(time.process_time() - cpu)
-                    wall_s.append(time.perf_counter() - wall)
-                pages = "checked" if has_checksums else "unchecked"
-                print(
-                    f"{compression:5s} {label:7s} {pages:9s} "
-                    f"{num_tokens / min(cpu_s) / 1e6:6.1f} M tokens per CPU-second, "
-                    f"{num_tokens / min(wall_s) / 1e6:6.1f} M tokens/s (best of {len(cpu_s)} passes)"
-                )
+    folder = folder / compression
+    folder.mkdir()
+    manifest = write_split(folder, _ROWS, compression)
+    num_tokens = manifest.splits[0].num_history_tokens
+    loaders = {
+        label: _loader(folder, manifest, cache, is_collated) for label, (cache, is_collated) in _SETTINGS.items()
+    }
+    cpu_s: dict[str, list[float]] = {label: [] for label in loaders}
+    begin = time.process_time()
+    while time.process_time() - begin < seconds or len(cpu_s["cold"]) < _MIN_PASSES:
+        for label, loader in loaders.items():
+            start = time.process_time()
+            assert sum(loader) == _ROWS
+            cpu_s[label].append(time.process_time() - start)
+    file_bytes = (folder / f"{compression}.parquet").stat().st_size
+    return [
+        {
+            "name": f"{name}/{label}",
+            "tokens_per_cpu_s": num_tokens / statistics.median(found),
+            "tokens_per_cpu_s_max": num_tokens / min(found),
+            "tokens_per_cpu_s_min": num_tokens / max(found),
+            "passes": len(found),
+            "bytes_per_token": file_bytes / num_tokens,
+        }
+        for label, found in cpu_s.items()
+    ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=400_000)
-    parser.add_argument("--passes", type=int, default=3)
-    args = parser.parse_args()
-    report(args.rows, args.passes)
+def _loader(folder: pathlib.Path, manifest: schema.Manifest, cache_bytes: int, is_collated: bool) -> Loader:
+    collate = Collate(manifest, ("item", "category"), 400, with_candidates=False)
+
+    def make_batch(rows: pa.Table, key: BatchKey) -> int:
+        return sum(part.num_requests for part in collate(rows, key)) if is_collated else rows.num_rows
+
+    return Loader(
+        folder,
+        manifest,
+        "pretrain",
+        make_batch=make_batch,
+        columns=collate.columns() if is_collated else COLUMNS,
+        global_batch_rows=4096,
+        cache_bytes=cache_bytes,
+    )
 
 
-if __name__ == "__main__":
-    main()
+def tables(entries: list[dict]) -> list[Table]:
+    """One row per compression and setting."""
+    table = Table(
+        "Loader, M tokens per CPU-second (three list columns, history mean 46, batches of 4096 rows)",
+        ("compression / setting", "median", "min - max (passes)", "bytes per token"),
+    )
+    for entry in entries:
+        speeds = [entry[f"tokens_per_cpu_s{end}"] / 1e6 for end in ("", "_min", "_max")]
+        table.add(
+            entry["name"],
+            f"{speeds[0]:.1f}",
+            f"{speeds[1]:.1f} - {speeds[2]:.1f} ({entry['passes']})",
+            f"{entry['bytes_per_token']:.2f}",
+        )
+    return [table]

@@ -1,7 +1,8 @@
 """The scheme of the official GPSD code, written anew for comparison: what one would write without packing or sharing.
 
 Rows are padded to the longest allowed history, one row per (history, candidate); every sequence has its own negatives;
-the item table is an ordinary `nn.Embedding` under dense AdamW; a Python loader pads row by row. Settings of
+the item table is an ordinary `nn.Embedding` under dense AdamW; a Python loader pads row by row. Each of these can be
+exchanged for what the product does, to see what it brings alone. Settings of
 arXiv:2506.03699 (section 3.2 and the authors' configuration). The tower has the parameter names of
 `gpsd_dist.model.transformer.Transformer` and computes the same function, which a test checks.
 
@@ -14,11 +15,14 @@ import pathlib
 import typing
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gpsd_dist.model.transformer import Transformer
+from gpsd_dist.packing import Packing
 from gpsd_dist.schema import NUM_RESERVED_ROWS, Manifest
 
 _INIT_STD = 0.02
@@ -37,6 +41,7 @@ class PaddedBatch:
     length_B: torch.Tensor
     """Tokens of each row, with the candidate if there is one."""
     negative_BN: torch.Tensor | None = None
+    """[B, N] one set per row, or [G, N] shared by B / G rows each"""
     label_B: torch.Tensor | None = None
     """float32"""
 
@@ -52,21 +57,29 @@ class PaddedLoader:
         *,
         batch_rows: int,
         num_negatives: int = 0,
+        num_negative_groups: int = 0,
+        is_columnar: bool = False,
         seed: int = 0,
     ):
-        """`batch_rows` counts requests: with K candidates each, a batch has K times as many padded rows."""
-        self.batch_rows, self.num_negatives = batch_rows, num_negatives
+        """`batch_rows` counts requests: with K candidates each, a batch has K times as many padded rows.
+        `num_negative_groups` 0: negatives per row. `is_columnar`: pads whole columns instead of row by row.
+        """
+        self.batch_rows, self.num_negatives, self.num_groups = batch_rows, num_negatives, num_negative_groups
         self.num_items = manifest.table("item").num_rows
         self.max_length = manifest.max_history_length + (split != "pretrain")
         self.random = np.random.default_rng(seed)
         files = [pathlib.Path(data_dir) / file for file in manifest.split(split).files]
-        self.rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+        self.table = pa.concat_tables([pq.read_table(file) for file in files]).combine_chunks()
+        self.rows = [] if is_columnar else self.table.to_pylist()
 
     def __iter__(self) -> typing.Iterator[tuple[PaddedBatch, int]]:
         """Batches with their number of history tokens, each history counted once whatever its candidates."""
         while True:
-            order = self.random.permutation(len(self.rows)).tolist()
+            order = self.random.permutation(self.table.num_rows).tolist()
             for start in range(0, len(order), self.batch_rows):
+                if not self.rows:
+                    yield self._columnar(self.table.take(pa.array(order[start : start + self.batch_rows])))
+                    continue
                 requests = [self.rows[row] for row in order[start : start + self.batch_rows]]
                 examples = [example for request in requests for example in self._examples(request)]
                 yield self._collate(examples), sum(len(request["history.item"]) for request in requests)
@@ -91,7 +104,7 @@ class PaddedLoader:
             "length": len(item),
             "label": label,
         }
-        if self.num_negatives:
+        if self.num_negatives and not self.num_groups:
             example["negative"] = self.random.integers(NUM_RESERVED_ROWS, self.num_items, self.num_negatives)
         return example
 
@@ -102,9 +115,42 @@ class PaddedLoader:
             category_BL=torch.tensor(columns["category"]),
             segment_BL=torch.tensor(columns["segment"]),
             length_B=torch.tensor(columns["length"]),
-            negative_BN=torch.from_numpy(np.stack(columns["negative"])) if self.num_negatives else None,
+            negative_BN=torch.from_numpy(np.stack(columns["negative"])) if "negative" in columns else self._shared(),
             label_B=None if columns["label"][0] is None else torch.tensor(columns["label"], dtype=torch.float32),
         )
+
+    def _shared(self) -> torch.Tensor | None:
+        """[G, N] negatives of a batch, if it has shared ones."""
+        shape = (self.num_groups, self.num_negatives)
+        return torch.from_numpy(self.random.integers(NUM_RESERVED_ROWS, self.num_items, shape)) if all(shape) else None
+
+    def _columnar(self, rows: pa.Table) -> tuple[PaddedBatch, int]:
+        """The same batch by scatters of whole columns."""
+        history = {name: rows[f"history.{name}"].combine_chunks() for name in ("item", "category")}
+        length = np.diff(history["item"].offsets.to_numpy())
+        num_tokens, per_row, label = int(length.sum()), 1, None
+        if "candidate.item" in rows.column_names:
+            per_row = len(rows["candidate.item"].combine_chunks().flatten()) // rows.num_rows
+            label = torch.from_numpy(rows["label.click"].combine_chunks().flatten().to_numpy().astype(np.float32))
+        padded = {}
+        for name, column in history.items():
+            grid = np.zeros((rows.num_rows, self.max_length), np.int64)
+            grid[np.arange(self.max_length) < length[:, None]] = column.flatten().to_numpy()
+            grid = np.repeat(grid, per_row, axis=0)
+            if label is not None:
+                candidate = rows[f"candidate.{name}"].combine_chunks().flatten().to_numpy()
+                grid[np.arange(len(grid)), np.repeat(length, per_row)] = candidate
+            padded[name] = torch.from_numpy(grid)
+        length_B = torch.from_numpy(np.repeat(length, per_row).astype(np.int64))
+        segment_BL = torch.zeros_like(padded["item"])
+        if label is not None:
+            segment_BL[torch.arange(len(length_B)), length_B] = 1
+            length_B = length_B + 1
+        negative = None
+        if self.num_negatives:
+            shape = (rows.num_rows, self.num_negatives)
+            negative = torch.from_numpy(self.random.integers(NUM_RESERVED_ROWS, self.num_items, shape))
+        return PaddedBatch(padded["item"], padded["category"], segment_BL, length_B, negative, label), num_tokens
 
 
 class PaddedBlock(nn.Module):
@@ -155,14 +201,14 @@ class PaddedTransformer(nn.Module):
 
 
 class PaddedModel(nn.Module):
-    """Item + category + segment embeddings, tower, rank head."""
+    """Item + category + segment embeddings, tower (padded, or the product's packed one), rank head."""
 
-    def __init__(self, manifest: Manifest, layers: int, width: int, heads: int):
+    def __init__(self, manifest: Manifest, layers: int, width: int, heads: int, is_packed: bool = False):
         super().__init__()
         self.item = nn.Embedding(manifest.table("item").num_rows, width, padding_idx=0)
         self.category = nn.Embedding(manifest.table("category").num_rows, width, padding_idx=0)
         self.segment = nn.Embedding(2, width)
-        self.tower = PaddedTransformer(layers, width, heads)
+        self.tower = (Transformer if is_packed else PaddedTransformer)(layers, width, heads)
         self.head = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, 1))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -171,14 +217,31 @@ class PaddedModel(nn.Module):
     def loss(self, batch: PaddedBatch) -> torch.Tensor:
         """Mean loss of the stage that the batch was made for."""
         x_BLD = self.item(batch.item_BL) + self.category(batch.category_BL) + self.segment(batch.segment_BL)
-        hidden_BLD = self.tower(x_BLD, batch.length_B)
+        packed = isinstance(self.tower, Transformer)
+        hidden_BLD = self._packed(x_BLD, batch.length_B) if packed else self.tower(x_BLD, batch.length_B)
         if batch.label_B is None:
             return self._next_item_loss(hidden_BLD, batch) + self._next_category_loss(hidden_BLD, batch)
         hidden_BD = hidden_BLD[torch.arange(len(hidden_BLD)), batch.length_B - 1]
         return F.binary_cross_entropy_with_logits(self.head(hidden_BD).squeeze(-1), batch.label_B)
 
+    def _packed(self, x_BLD: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
+        """[B, L, D] -> [B, L, D] through a tower of tokens without padding; padded slots are 0."""
+        length, order = length_B.sort()
+        is_token = torch.arange(x_BLD.shape[1]) < length[:, None]
+        packing = Packing.from_lengths(length.numpy(), np.zeros(len(length), np.int64))
+        hidden_BLD = torch.zeros_like(x_BLD)
+        hidden_BLD[is_token] = self.tower(x_BLD[order][is_token], packing)
+        return hidden_BLD[order.argsort()]
+
     def _next_item_loss(self, hidden_BLD: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
-        """Cosine softmax of the target against the row's own N negatives, over every slot."""
+        """Cosine softmax of the target against the row's own (or its group's) N negatives, over every slot."""
+        num_rows, num_sets = len(batch.item_BL), len(batch.negative_BN)
+        if num_sets < num_rows:
+            parts = [
+                self._summed_item_loss(hidden_BLD[rows], batch.item_BL[rows], batch.negative_BN[group])
+                for group, rows in enumerate(torch.arange(num_rows).tensor_split(num_sets))
+            ]
+            return torch.stack([loss for loss, _ in parts]).sum() / sum(count for _, count in parts)
         target_BL = batch.item_BL[:, 1:]
         query_BLD = F.normalize(hidden_BLD[:, :-1], dim=-1)
         positive_BL1 = (query_BLD * F.normalize(self.item(target_BL), dim=-1)).sum(-1, keepdim=True)
@@ -189,6 +252,18 @@ class PaddedModel(nn.Module):
         logits = torch.cat((positive_BL1, negative_BLN), -1) / _TEMPERATURE
         correct_BL = torch.where(target_BL >= NUM_RESERVED_ROWS, 0, _IGNORED)
         return F.cross_entropy(logits.flatten(0, 1), correct_BL.flatten(), ignore_index=_IGNORED)
+
+    def _summed_item_loss(self, hidden_BLD, item_BL, negative_N) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sum, count) of the same loss of rows that share a set of negatives: one matrix product for all of them."""
+        target_BL = item_BL[:, 1:]
+        query_BLD = F.normalize(hidden_BLD[:, :-1], dim=-1)
+        positive_BL1 = (query_BLD * F.normalize(self.item(target_BL), dim=-1)).sum(-1, keepdim=True)
+        negative_BLN = query_BLD @ F.normalize(self.item(negative_N), dim=-1).t()
+        negative_BLN = negative_BLN.masked_fill(target_BL[:, :, None] == negative_N, -1e4)
+        logits = torch.cat((positive_BL1, negative_BLN), -1) / _TEMPERATURE
+        correct_BL = torch.where(target_BL >= NUM_RESERVED_ROWS, 0, _IGNORED)
+        loss = F.cross_entropy(logits.flatten(0, 1), correct_BL.flatten(), ignore_index=_IGNORED, reduction="sum")
+        return loss, (correct_BL == 0).sum()
 
     def _next_category_loss(self, hidden_BLD: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
         """The same cosine softmax over all categories."""
@@ -202,9 +277,19 @@ class PaddedModel(nn.Module):
 class PaddedBaseline:
     """Loader, model and optimizer of the scheme; `run_steps` trains."""
 
-    def __init__(self, loader: PaddedLoader, manifest: Manifest, *, layers: int, width: int, heads: int, seed: int = 0):
+    def __init__(
+        self,
+        loader: PaddedLoader,
+        manifest: Manifest,
+        *,
+        layers: int,
+        width: int,
+        heads: int,
+        is_packed: bool = False,
+        seed: int = 0,
+    ):
         torch.manual_seed(seed)
-        self.model = PaddedModel(manifest, layers, width, heads)
+        self.model = PaddedModel(manifest, layers, width, heads, is_packed)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.1)
         self.batches = iter(loader)
         self.last_loss = float("nan")

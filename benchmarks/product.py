@@ -27,15 +27,26 @@ from gpsd_dist.trainer import Trainer
 _DRAIN_S = 0.1  # longer than a batch takes to make: the loader's threads come to rest inside the block they worked for
 
 
-def run_config(data: BenchData, width: int, pretrain: PretrainConfig, output_dir: pathlib.Path) -> RunConfig:
-    """L4A4 with the official settings, from random weights, with trainable tables as wide as the tower."""
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """l{layers}h{width}a{heads}"""
+
+    layers: int
+    width: int
+    heads: int
+
+
+def run_config(
+    data: BenchData, size: Size, batch_rows: int, pretrain: PretrainConfig, output_dir: pathlib.Path
+) -> RunConfig:
+    """The official settings, from random weights, with trainable tables as wide as the tower."""
     return RunConfig(
         stage="pretrain" if data.split == "pretrain" else "finetune",
         data_dir=str(data.data_dir),
         output_dir=str(output_dir),
-        data=DataConfig(max_history_length=data.source.max_history_length, global_batch_rows=data.source.batch_rows),
-        tables=TablesConfig(embedding_dim=width),
-        model=ModelConfig(layers=4, width=width, heads=4),
+        data=DataConfig(max_history_length=data.source.max_history_length, global_batch_rows=batch_rows),
+        tables=TablesConfig(embedding_dim=size.width),
+        model=ModelConfig(layers=size.layers, width=size.width, heads=size.heads),
         pretrain=pretrain,
         dense=OptimizerConfig("adamw", 1e-3, weight_decay=0.1),
         train=TrainConfig(epochs=1000),
@@ -49,6 +60,7 @@ class Product:
         self.trainer = Trainer(run, runtime)
         self.recorder = Recorder(run.output_dir, runtime.rank)
         self.batches = self._endless()
+        self._unique_rows: list[int] = []
 
     def run_steps(self, count: int) -> int:
         """Trains `count` steps; returns the history tokens of their requests, each request counted once."""
@@ -59,9 +71,20 @@ class Product:
             if trainer.step % trainer.run.train.log_interval_steps == 0:
                 trainer.throughput.record_to(self.recorder)
                 self.recorder.log(trainer.step, trainer.step / trainer.loader.steps_per_epoch)
+            self._unique_rows.append(len(parts[0].lookup.values()))
             num_tokens += sum(part.packing.num_history_tokens for part in parts)
         time.sleep(_DRAIN_S)
         return num_tokens
+
+    def table_bytes_per_step(self) -> float:
+        """Mean bytes of table rows that a step reads and, for trained tables, of their gradients and updates (a row
+        read and written, its second moment too).
+        """
+        mean_rows = sum(self._unique_rows) / len(self._unique_rows)
+        tables, module = self.trainer.run.tables, self.trainer.assembly.tables.module.module
+        if module.trainable is None:
+            return mean_rows * tables.frozen_columns * tables.frozen_value_bytes
+        return mean_rows * (4 * 4 * tables.stored_dim + 8)
 
     def close(self) -> None:
         self.trainer.loader.close()
@@ -113,7 +136,8 @@ class _PhaseTimer:
 
     @contextlib.contextmanager
     def installed(self, trainer: Trainer) -> typing.Iterator[None]:
-        plain, model, optimizer = trainer.assembly, trainer.model, trainer.optimizer
+        step = trainer.training_step
+        plain, model, optimizer = step.assembly, step.model, step.optimizer
         tables = _Timed(plain.tables, lookup=self.timed(plain.tables, "lookup"))
         objective = _Timed(plain.objective, sums=self.timed(plain.objective.sums, "objective"))
         timed_assembly = dataclasses.replace(plain, tables=tables, objective=objective)

@@ -99,6 +99,24 @@ def _to_schema(table: pa.Table, target_schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=target_schema)
 
 
+def encodings(target_schema: pa.Schema) -> dict[str, typing.Any]:
+    """Options of `pq.ParquetWriter`: integers as bit-packed differences, which decode at 1.9 times the speed of a
+    dictionary at no larger size (docs/performance.md); a dictionary for text.
+    """
+    integers = {path for path, leaf in _leaves(target_schema) if pa.types.is_integer(leaf)}
+    texts = [path for path, leaf in _leaves(target_schema) if pa.types.is_string(leaf)]
+    return {"use_dictionary": texts, "column_encoding": dict.fromkeys(sorted(integers), "DELTA_BINARY_PACKED")}
+
+
+def _leaves(target_schema: pa.Schema) -> typing.Iterator[tuple[str, pa.DataType]]:
+    """(path in the file, type) of every column, lists by their elements."""
+    for field in target_schema:
+        path, leaf = field.name, field.type
+        while pa.types.is_list(leaf):
+            path, leaf = f"{path}.list.element", leaf.value_type
+        yield path, leaf
+
+
 class _PartWriter:
     """Parquet files of at most `file_rows` rows in groups of `row_group_rows`; `paths` lists them in reading order."""
 
@@ -149,7 +167,9 @@ class _PartWriter:
         self._rows_in_file = 0
         # ids of one column repeat within a group, times ascend: dictionary pages serve both; "none" is Arrow's word
         # for raw
-        self._writer = pq.ParquetWriter(path, self.schema, compression=self.compression, write_page_checksum=True)
+        self._writer = pq.ParquetWriter(
+            path, self.schema, compression=self.compression, write_page_checksum=True, **encodings(self.schema)
+        )
 
 
 def write_items(

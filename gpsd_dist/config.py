@@ -10,15 +10,15 @@ import typing
 from gpsd_dist.execution_config import ExecutionConfig
 from gpsd_dist.id_options import IdsConfig
 from gpsd_dist.option_checks import below, check_types, raise_all
+from gpsd_dist.table_options import SHARDING_TYPES as SHARDING_TYPES
+from gpsd_dist.table_options import TablesConfig as TablesConfig
 
 STAGES = ("pretrain", "finetune")
 STRATEGIES = ("NT", "ST", "FT", "ST_SF", "FT_SF")  # arXiv:2506.03699, section 3.3
 NEGATIVES_PER = ("group", "request", "position")
-SHARDING_TYPES = ("row_wise", "table_wise", "column_wise")
 SPARSE_OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam", "lamb")
 CUDA_ONLY_SPARSE_OPTIMIZERS = ("adam", "partial_rowwise_adam", "lamb")  # no fbgemm CPU kernel
 POSITION_TABLE_MODELS = ("sasrec", "hstu")  # a learned vector per position: histories must fit
-_STORED_MULTIPLE = 4  # FBGEMM's kernels read rows in pieces of 4 columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,36 +49,6 @@ class DataConfig:
         for name in ("max_history_length", "eval_batch_rows_per_rank", "num_data_shards", "num_threads", "prefetch"):
             problems += below(self, name, 1)
         raise_all(self, problems)
-
-
-@dataclasses.dataclass(frozen=True)
-class TablesConfig:
-    """Embedding tables."""
-
-    embedding_dim: int = 64
-    """E, width of every token table. Differs from the model width if a projection is wanted. Sharded rows are stored
-    at the next multiple of 4 (FBGEMM's kernels); the padding is zero, never trained, and cut off after the lookup."""
-    small_table_max_rows: int = 512
-    """A table with at most this many rows is replicated with the dense part instead of sharded."""
-    sharding: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Table name -> row_wise | table_wise | column_wise; tables not named are row_wise."""
-    transfer: tuple[str, ...] = ("item",)
-    """Tables that ST, FT, ST_SF and FT_SF take from the pretrained checkpoint, and that the SF strategies freeze."""
-    init_std: float = 0.02
-    """Standard deviation of the normal initial weights (official settings)."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        problems = below(self, "embedding_dim", 1) + below(self, "small_table_max_rows", 0)
-        for table, sharding in self.sharding.items():
-            if sharding not in SHARDING_TYPES:
-                problems.append(f"sharding of table {table!r} is {sharding!r}, not one of {SHARDING_TYPES}")
-        raise_all(self, problems)
-
-    @property
-    def stored_dim(self) -> int:
-        """Columns of a sharded table's rows: `embedding_dim`, padded."""
-        return _STORED_MULTIPLE * -(-self.embedding_dim // _STORED_MULTIPLE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,6 +276,9 @@ class RunConfig:
             problems.append("pretraining starts from random weights: leave out STRATEGY and INIT_CHECKPOINT")
         if self.stage == "pretrain" and self.refit_of:
             problems.append(f"REFIT_OF={self.refit_of!r}: pretraining does not train on `train`; leave it out")
+        if self.tables.frozen_dtype != "fp32" and not self.freezes_tables:
+            given = f"frozen_dtype {self.tables.frozen_dtype} with stage {self.stage}, strategy {self.strategy}"
+            problems.append(f"{given}: nothing is frozen; leave it out, or choose ST_SF or FT_SF")
         if self.dense.name != "adamw":
             problems.append(f"dense optimizer {self.dense.name!r}: only adamw is built")
         if self.sparse.name not in SPARSE_OPTIMIZERS:

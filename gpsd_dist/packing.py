@@ -7,10 +7,13 @@ Shape letters: B requests, T history tokens, C candidates, S = T + C tokens, W w
 """
 
 import dataclasses
+import functools
 import typing
 
 import numpy as np
 import torch
+
+from gpsd_dist.packing_rows import AttentionRows, plan_rows
 
 _FIRST_WIDTH, _GROWTH = 8, 1.5  # bucket widths 8, 12, 18, 27, ...: 1.1-2x faster than exact lengths, ~15 % padding
 _MAX_MASKED_CANDIDATES = 8  # up to here one masked call over history and candidates is faster; untuned above 2
@@ -101,6 +104,11 @@ class Packing:
             history_length_B=history_length_B,
             candidate_count_B=candidate_count_B,
         )
+
+    @functools.cached_property
+    def rows(self) -> AttentionRows | None:
+        """Layout of attention on CPU, made when it is first needed; None: attend in `buckets`."""
+        return plan_rows(self.history_length_B, self.candidate_count_B)
 
     @property
     def num_requests(self) -> int:

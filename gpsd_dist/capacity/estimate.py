@@ -113,7 +113,9 @@ def plan_layout(scenario: Scenario) -> Layout:
         _, tables = meta_tables(run, manifest)
         unlimited = dataclasses.replace(cluster, memory_bytes=_UNLIMITED_BYTES)
         plan = plan_tables(tables, run.tables, run.sparse, unlimited)
-    return Layout(readable(plan, run.tables, frozen_rows), shards_of(plan, names), refusal)
+    return Layout(
+        readable(plan, run.tables, frozen_rows), shards_of(plan, names, run.tables.frozen_value_bytes), refusal
+    )
 
 
 def model_size(run: RunConfig, manifest: Manifest) -> ModelSize:

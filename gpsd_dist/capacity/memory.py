@@ -9,6 +9,7 @@ from gpsd_dist.capacity.workload import Workload
 from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.sharding import Cluster, Shard
 from gpsd_dist.model.transformer import ffn_width
+from gpsd_dist.packing_rows import row_geometry
 
 _FLOAT, _HALF = 4, 2
 _MAX_MASKED_CANDIDATES = 8  # packing.py: with more, attention keeps the scores of candidates
@@ -87,7 +88,7 @@ def memory(
     """`training`, `validation`: of one rank; None: nothing is validated."""
     tables, optimizer = np.zeros(cluster.world_size), np.zeros(cluster.world_size)
     for shard in shards:
-        tables[shard.rank] += shard.rows * shard.columns * VALUE_BYTES
+        tables[shard.rank] += shard.rows * shard.columns * shard.value_bytes
         optimizer[shard.rank] += table_state_bytes(run.sparse.name, shard)
     activations, working = None, 0.0
     if run.model.name == "transformer":
@@ -143,37 +144,65 @@ def transformer_bytes(run: RunConfig, step: Workload, device_type: str) -> tuple
     """(what the Transformer keeps for its backward, gradients under way in it).
 
     Per token and layer, with width D, feed-forward width F and v bytes per value (4; with autocast 2): the inputs of
-    two norms 8 D (16 D on CPU, whose norm is not fused) and their outputs 2 v D; queries, keys and values 3 v D;
-    attention's output twice 2 v D, and its log-sum-exp 4 H; gate and up 2 v F, SiLU v F, product v F; two dropout
-    masks if there are any. With candidates, also copies of keys and values, 2 v D each, one per history token and
-    candidate; none with `attention.two_part` (CUDA with autocast). Above 8 candidates per request
-    `attention.bucketed` keeps a weight of 4 H (6 H with autocast) per pair besides. In the last layer of ranking,
-    histories give queries, keys and values only.
-    Padding inside length buckets is not counted.
+    two norms 8 D and their outputs 2 v D (on CPU the outputs in float32, 8 D, and in v if that is another type);
+    attention's output v D; gate and up 2 v F, SiLU v F, product v F; two dropout masks if there are any; and what
+    `_attention_bytes` says. In the last layer of ranking, histories give queries, keys and values only. Once: the
+    rotations of three times D / 2 complex numbers per token (on CUDA of one head). On CPU without autocast, every
+    weight behind a norm is kept multiplied with its gain.
     """
-    model, width, heads = run.model, run.model.width, run.model.heads
+    model, width, layers = run.model, run.model.width, run.model.layers
     parts, is_ranking = run.train.micro_batches, run.stage != "pretrain"
     value, is_cpu = _HALF if run.train.bf16 else _FLOAT, device_type == "cpu"
-    norm = (2 if is_cpu else 1) * _FLOAT
+    norm = (_FLOAT + (0 if is_cpu and not run.train.bf16 else value)) * width
     tokens, candidates = step.tokens / parts, step.candidates / parts
     mask = width * (value if is_cpu else 1) if model.dropout else 0
-    first_norm = (norm + value) * width
-    attention = 5 * value * width + _FLOAT * heads
-    feed_forward = (norm + value) * width + 4 * value * ffn_width(width) + 2 * mask
-    whole = first_norm + attention + feed_forward
-    copies = _candidate_bytes(run, step, device_type) / parts
-    every = last = (tokens + candidates) * whole + copies
+    behind_attention = value * width + norm + 4 * value * ffn_width(width) + 2 * mask
+    attention, once = _attention_bytes(run, step, device_type)
+    every = last = (tokens + candidates) * (norm + behind_attention) + attention / parts
     if is_ranking:
-        last = tokens * (first_norm + 3 * value * width) + candidates * whole + copies
-    around = (candidates if is_ranking else tokens) * norm * width + (tokens + candidates) * _FLOAT * width / heads
+        last = (tokens + candidates) * norm + candidates * behind_attention + attention / parts
+        if not _in_rows(step, device_type):  # a history's own attention is not computed
+            last -= tokens * (value * width + _FLOAT * model.heads)
+    around = (candidates if is_ranking else tokens) * _FLOAT * width + once / parts
+    around += (tokens + candidates) * 12 * width / (1 if is_cpu else model.heads)
+    if is_cpu and not run.train.bf16:
+        kept_layers = 1 if run.execution.activation_checkpointing else layers
+        around += kept_layers * _FLOAT * width * (3 * width + 2 * ffn_width(width))
     if run.tables.embedding_dim != width:
-        around += (tokens + candidates) * (norm + value) * run.tables.embedding_dim
-    widest = candidates + (0 if is_ranking and model.layers == 1 else tokens)
-    blocks = (model.layers - 1) * every + last
+        unfused = 2 * _FLOAT if is_cpu else _FLOAT
+        around += (tokens + candidates) * (unfused + value) * run.tables.embedding_dim
+    widest = candidates + (0 if is_ranking and layers == 1 else tokens)
+    blocks = (layers - 1) * every + last
     if run.execution.activation_checkpointing:  # inputs of all blocks, and one block as it is computed again
-        inputs = model.layers * (tokens + candidates) * _FLOAT * width
-        blocks = inputs + (every if model.layers > 1 else last)
+        inputs = layers * (tokens + candidates) * _FLOAT * width
+        blocks = inputs + (every if layers > 1 else last)
     return blocks + around, widest * 2 * value * (ffn_width(width) + width)
+
+
+def _in_rows(step: Workload, device_type: str) -> tuple[float, float] | None:
+    """See `packing_rows.row_geometry`; None where attention runs in length buckets or in the flash kernel."""
+    if device_type != "cpu":
+        return None
+    return row_geometry(step.requests, step.tokens / step.requests, step.candidates / step.requests)
+
+
+def _attention_bytes(run: RunConfig, step: Workload, device_type: str) -> tuple[float, float]:
+    """(of one layer, of all together): queries, keys, values and output 4 v D per token, log-sum-exp 4 H.
+
+    In shared rows (CPU) per slot, of which some are padding; the mask of a slot is kept once, with autocast also in
+    half precision by every layer. Else the padding of length buckets is not counted, and with candidates there are
+    copies of keys and values, 2 v D each, one per history token and candidate; none with `attention.two_part` (CUDA
+    with autocast). Above 8 candidates per request `attention.bucketed` keeps a weight of 4 H (6 H with autocast) per
+    pair besides.
+    """
+    value, width, heads = _HALF if run.train.bf16 else _FLOAT, run.model.width, run.model.heads
+    tokens, in_rows = step.tokens + step.candidates, _in_rows(step, device_type)
+    per_token = 4 * value * width + _FLOAT * heads
+    if in_rows is None:
+        return tokens * per_token + _candidate_bytes(run, step, device_type), 0.0
+    slots, mask = tokens * in_rows[0], in_rows[1]
+    half_masks = slots * mask * _HALF if run.train.bf16 else 0
+    return slots * per_token + half_masks, 0.0 if run.train.bf16 else slots * mask * _FLOAT
 
 
 def _candidate_bytes(run: RunConfig, step: Workload, device_type: str) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from gpsd_dist.allocator import keep_freed_memory
 from gpsd_dist.distributed.watchdog import Watchdog
 
 
@@ -50,6 +51,8 @@ def process_group(timeout_s: int) -> typing.Iterator[Runtime]:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
     if "RANK" in os.environ:

@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 import torchrec
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
-from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharded_tensor import Shard as LocalShard
+from torch.distributed._shard.sharded_tensor import ShardedTensor, init_from_local_shards
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -25,6 +27,7 @@ from gpsd_dist.distributed.exchange_codec import exchange_codecs
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.execution_config import DEFAULT, ExecutionConfig
 from gpsd_dist.model.embeddings import Tables
+from gpsd_dist.model.row_codes import decode, encode
 
 log = logging.getLogger(__name__)
 _INIT_BLOCK_ROWS = 4096
@@ -62,6 +65,8 @@ class Shard:
     rank: int
     rows: int
     columns: int
+    value_bytes: int = 4
+    """Of each column in memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +79,8 @@ class ShardedTables:
     names: dict[str, str]
     """Module key -> table name."""
     width: int
-    """E. `weights()` holds more columns where E is no multiple of 4; those are zero."""
+    """E. `weights()` holds more columns where E is no multiple of 4; those are zero. Frozen tables may be half
+    precision or codes (`model/row_codes.py`) there."""
     lr_factor: float
     """Corrects what padding does to a mean over the columns of a row."""
 
@@ -126,15 +132,36 @@ def shard_tables(
             f"same options says what would help. TorchRec says: {error}"
         ) from error
     names = table_names(tables)
-    frozen_rows = 0 if tables.frozen is None else sum(c.num_embeddings for c in tables.frozen.embedding_configs())
+    frozen = {} if tables.frozen is None else {c.name: c.num_embeddings for c in tables.frozen.embedding_configs()}
     module = DistributedModelParallel(
         module=tables, device=runtime.device, plan=plan, sharders=[sharder], init_data_parallel=False
     )
     factor = _lr_factor(config, optimizer)
-    sharded = ShardedTables(module, readable(plan, config, frozen_rows), names, config.embedding_dim, factor)
+    sharded = ShardedTables(module, readable(plan, config, sum(frozen.values())), names, config.embedding_dim, factor)
+    coded = {names[key] for key in frozen} if config.frozen_dtype == "int8" else set()
     for name, weight in sharded.weights().items():
-        _initialise(weight, name, config, seed)
+        _initialise(weight, name, config, seed, is_coded=name in coded)
     return sharded
+
+
+def decoded(weight: ShardedTensor, config: TablesConfig) -> ShardedTensor:
+    """float32 rows [rows, stored_dim] of a table of codes, on the ranks where `weight` has them. Collective."""
+    shards = []
+    for shard in weight.local_shards():
+        (first, _), (rows, _) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
+        metadata = ShardMetadata([first, 0], [rows, config.stored_dim], shard.metadata.placement)
+        values = torch.zeros(rows, config.stored_dim, device=shard.tensor.device)
+        values[:, : config.embedding_dim] = decode(shard.tensor, config.embedding_dim)
+        shards.append(LocalShard(values, metadata))
+    return init_from_local_shards(shards, weight.size()[0], config.stored_dim)
+
+
+def store_coded(rows: ShardedTensor, weight: ShardedTensor, width: int) -> None:
+    """Encodes rows, as `decoded` gives them, into the table."""
+    for source, target in zip(rows.local_shards(), weight.local_shards(), strict=True):
+        for start in range(0, len(target.tensor), _INIT_BLOCK_ROWS):
+            block = slice(start, start + _INIT_BLOCK_ROWS)
+            target.tensor[block] = encode(source.tensor[block, :width], target.tensor.shape[1])
 
 
 def plan_tables(tables: Tables, config: TablesConfig, optimizer: OptimizerConfig, cluster: Cluster) -> ShardingPlan:
@@ -155,7 +182,7 @@ def table_names(tables: Tables) -> dict[str, str]:
     return {entry.name: entry.feature_names[0] for part in collections for entry in part.embedding_configs()}
 
 
-def shards_of(plan: ShardingPlan, names: dict[str, str]) -> tuple[Shard, ...]:
+def shards_of(plan: ShardingPlan, names: dict[str, str], frozen_value_bytes: int = 4) -> tuple[Shard, ...]:
     """Where the rows and columns of every table are; `names`: module key -> table name."""
     return tuple(
         Shard(
@@ -163,7 +190,9 @@ def shards_of(plan: ShardingPlan, names: dict[str, str]) -> tuple[Shard, ...]:
             path.endswith("frozen"),
             parameter.sharding_type,
             shard.placement.rank(),
-            *shard.shard_sizes,
+            shard.shard_sizes[0],
+            shard.shard_sizes[1],
+            frozen_value_bytes if path.endswith("frozen") else 4,
         )
         for path, parameters in plan.plan.items()
         for key, parameter in parameters.items()
@@ -249,17 +278,26 @@ def readable(plan: ShardingPlan, config: TablesConfig, frozen_rows: int) -> str:
             layout = f"{sharding.sharding_type}, {sharding.compute_kernel}: {'; '.join(shards)}"
             lines.append(f"table {name}: {fate}, {layout}")
     if frozen_rows:
-        megabytes = frozen_rows * 4 / 2**20
-        lines.append(
-            f"frozen: {frozen_rows:,} rows without optimizer state ({megabytes:.1f} MiB of row-wise Adagrad, "
-            f"{2 * megabytes * config.embedding_dim:.1f} MiB of Adam saved), no gradient exchange, no backward lookup"
-        )
+        lines.append(_frozen_line(config, frozen_rows))
     if config.stored_dim != config.embedding_dim:
         lines.append(f"rows are {config.embedding_dim} wide and stored as {config.stored_dim}, padded with zeros")
     return "\n".join(lines)
 
 
-def _initialise(weight: ShardedTensor, table: str, config: TablesConfig, seed: int) -> None:
+def _frozen_line(config: TablesConfig, rows: int) -> str:
+    """What freezing saves: once, and for every distinct row that a step looks up."""
+    state, gradient = rows * 4 / 2**20, config.stored_dim * 4
+    kept = rows * config.frozen_columns * config.frozen_value_bytes / 2**20
+    whole = rows * config.stored_dim * 4 / 2**20
+    stored = f", kept as {config.frozen_dtype} in {kept:.1f} instead of {whole:.1f} MiB" if kept < whole else ""
+    return (
+        f"frozen: {rows:,} rows without optimizer state ({state:.1f} MiB of row-wise Adagrad, "
+        f"{2 * state * config.embedding_dim:.1f} MiB of Adam saved); per row that a step looks up, {gradient} bytes of "
+        f"gradient not computed and, where another rank owns it, not sent{stored}"
+    )
+
+
+def _initialise(weight: ShardedTensor, table: str, config: TablesConfig, seed: int, *, is_coded: bool) -> None:
     """Normal(0, std) as a function of (seed, table, row): the same table for any world size and plan. Padding is 0."""
     width, padding = config.embedding_dim, config.stored_dim - config.embedding_dim
     for shard in weight.local_shards():
@@ -268,7 +306,10 @@ def _initialise(weight: ShardedTensor, table: str, config: TablesConfig, seed: i
             entropy = (seed, block, *table.encode())
             random = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
             values = random.standard_normal((_INIT_BLOCK_ROWS, width), dtype=np.float32) * config.init_std
-            values = np.pad(values, ((0, 0), (0, padding)))
+            if is_coded:
+                values = encode(torch.from_numpy(values), config.frozen_columns).numpy()
+            else:
+                values = np.pad(values, ((0, 0), (0, padding)))
             start = block * _INIT_BLOCK_ROWS
             low, high = max(first, start), min(first + rows, start + _INIT_BLOCK_ROWS)
             piece = torch.from_numpy(values[low - start : high - start, column : column + columns])

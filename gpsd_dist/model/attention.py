@@ -10,6 +10,7 @@ W slots per history, J candidates per request of a bucket.
 import torch
 import torch.nn.functional as F
 
+from gpsd_dist.model.attention_rows import in_rows
 from gpsd_dist.model.flash_parts import MAX_HEAD_WIDTH, two_part_attention
 from gpsd_dist.packing import Bucket, Packing, Slots
 
@@ -25,6 +26,9 @@ def attend(
     is_half = qkv_S3HK.dtype in (torch.bfloat16, torch.float16)
     if qkv_S3HK.is_cuda and is_half and not dropout and qkv_S3HK.shape[-1] <= MAX_HEAD_WIDTH:
         return two_part(qkv_S3HK, packing, candidates_only)
+    # planning rows is numpy: a compiler takes the buckets, which are there already
+    if not (qkv_S3HK.is_cuda or torch.compiler.is_compiling()) and packing.rows is not None:
+        return in_rows(qkv_S3HK, packing.rows, packing.num_history_tokens if candidates_only else 0, dropout)
     return bucketed(qkv_S3HK, packing, candidates_only, dropout)
 
 

@@ -6,10 +6,12 @@ Shape letters: U unique rows of a table, S tokens in packed order, B requests, C
 import torch
 from torch import nn
 from torchrec import EmbeddingCollection, EmbeddingConfig
+from torchrec.modules.embedding_configs import DataType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from gpsd_dist.config import TablesConfig
 from gpsd_dist.data.batch import Bag, Batch, Column
+from gpsd_dist.model.row_codes import decode
 from gpsd_dist.schema import Feature, Manifest, Table
 
 
@@ -55,9 +57,12 @@ class Tables(nn.Module):
         if missing:
             names = [table.name for table in tables]
             raise ValueError(f"cannot freeze tables {sorted(missing)}: the sharded tables are {names}")
-        self.trainable = _collection([t for t in tables if t.name not in frozen], config, device)
-        self.frozen = _collection([t for t in tables if t.name in frozen], config, device)
-        self.unpadded = _Unpadded(config.embedding_dim)
+        width, is_coded = config.embedding_dim, config.frozen_dtype == "int8"
+        frozen_type = DataType.FP16 if config.frozen_dtype == "fp16" else DataType.FP32
+        trained, kept = ([t for t in tables if (t.name in frozen) == is_kept] for is_kept in (False, True))
+        self.trainable = _collection(trained, config.stored_dim, DataType.FP32, device)
+        self.frozen = _collection(kept, config.frozen_columns, frozen_type, device)
+        self.unpadded, self.thawed = _Unpadded(width), _Thawed(width, is_coded)
 
     def forward(self, lookup: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
         """Rows [U, E] of every table, without their padding. Collective when the collections are sharded: all ranks
@@ -67,8 +72,8 @@ class Tables(nn.Module):
         trainable = {} if self.trainable is None else self.unpadded(self.trainable(lookup))
         if self.frozen is None:
             return trainable
-        with torch.no_grad():  # `unpadded` waits for the exchange, so it belongs inside
-            frozen = self.unpadded(self.frozen(lookup))
+        with torch.no_grad():  # `thawed` waits for the exchange, so it belongs inside
+            frozen = self.thawed(self.frozen(lookup))
         return frozen if self.trainable is None else trainable | frozen
 
 
@@ -85,7 +90,23 @@ class _Unpadded(nn.Module):
         return {n: rows if rows.shape[1] == self.width else rows[:, : self.width] for n, rows in stored.items()}
 
 
-def _collection(tables: list[Table], config: TablesConfig, device: torch.device) -> EmbeddingCollection | None:
+class _Thawed(_Unpadded):
+    """As `_Unpadded`, for frozen tables: float32, whatever they are stored in."""
+
+    def __init__(self, width: int, is_coded: bool):
+        super().__init__(width)
+        self.is_coded = is_coded
+
+    def forward(self, found: dict[str, JaggedTensor]) -> dict[str, torch.Tensor]:
+        """[U, frozen_columns] -> [U, E]"""
+        if not self.is_coded:
+            return {name: rows.float() for name, rows in super().forward(found).items()}
+        return {name: decode(jagged.values(), self.width) for name, jagged in found.items()}
+
+
+def _collection(
+    tables: list[Table], columns: int, data_type: DataType, device: torch.device
+) -> EmbeddingCollection | None:
     if not tables:
         return None
     configs = [
@@ -93,7 +114,8 @@ def _collection(tables: list[Table], config: TablesConfig, device: torch.device)
             name=module_key(table.name),
             feature_names=[table.name],
             num_embeddings=table.num_rows,
-            embedding_dim=config.stored_dim,
+            embedding_dim=columns,
+            data_type=data_type,
         )
         for table in tables
     ]

@@ -6,12 +6,15 @@ single-device PyTorch; DDP, autocast and compile are applied from outside.
 Shape letters: S tokens in packed order (histories, then candidates), D width, H heads, K head width.
 """
 
+import typing
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from gpsd_dist.config import ModelConfig
 from gpsd_dist.model.attention import attend
+from gpsd_dist.model.norms import normed, normed_linear
 from gpsd_dist.packing import Packing
 
 _NORM_EPS = 1e-5
@@ -32,25 +35,60 @@ def init_linear(linear: nn.Linear, std: float) -> None:
         nn.init.zeros_(linear.bias)
 
 
+class Rotation(typing.NamedTuple):
+    """Unit rotations of every pair of channels of queries, keys and (by 1: left alone) values, for all layers."""
+
+    turn: torch.Tensor
+    """complex64 [S, 3, H or 1, K / 2]"""
+    back: torch.Tensor
+    """Its conjugate, for the backward."""
+
+
 class RotaryPositions(nn.Module):
-    """cos and sin of every token's rotary angles, shared by all layers (arXiv:2104.09864)."""
+    """Rotary angles of every token, shared by all layers (arXiv:2104.09864)."""
 
-    def __init__(self, head_width: int):
+    def __init__(self, head_width: int, heads: int):
         super().__init__()
-        self.head_width = head_width
+        self.head_width, self.heads = head_width, heads
 
-    def forward(self, position_S: torch.Tensor) -> torch.Tensor:
-        """int64 [S] -> complex64 [S, 1, 1, K / 2], one unit rotation per pair of channels."""
+    def forward(self, position_S: torch.Tensor) -> Rotation:
+        """int64 [S] -> rotations. On CPU they are written out for every head: one product without broadcasting takes
+        half the time there.
+        """
         exponent = torch.arange(0, self.head_width, 2, device=position_S.device, dtype=torch.float32) / self.head_width
         angle = position_S[:, None].float() * _ROPE_THETA**-exponent
-        return torch.polar(torch.ones_like(angle), angle)[:, None, None]
+        turn = torch.polar(torch.ones_like(angle), angle)
+        turn = torch.stack((turn, turn, torch.ones_like(turn)), dim=1)[:, :, None]
+        if not position_S.is_cuda:
+            turn = turn.expand(-1, -1, self.heads, -1).contiguous()
+        return Rotation(turn, turn.conj().resolve_conj())
 
 
-def rotate(query_key_S2HK: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Rotates interleaved pairs of channels (the layout of the official weights); computed in float32."""
-    pairs = query_key_S2HK.float().unflatten(-1, (-1, 2))
-    rotated = torch.view_as_real(torch.view_as_complex(pairs) * rotation).flatten(-2)
-    return rotated.to(query_key_S2HK.dtype)
+def rotate(qkv_S3HK: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """Rotates interleaved pairs of channels (the layout of the official weights) of queries and keys; half precision
+    is computed in float32.
+    """
+    return _Rotate.apply(qkv_S3HK, *rotation)
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient is turned back by conjugates that are made once per batch."""
+
+    @staticmethod
+    def forward(ctx, x_S3HK, turn, back):
+        ctx.save_for_backward(back)
+        return _turned(x_S3HK, turn)
+
+    @staticmethod
+    def backward(ctx, grad_S3HK):
+        (back,) = ctx.saved_tensors
+        return _turned(grad_S3HK, back), None, None
+
+
+def _turned(x_S3HK: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    wide = x_S3HK.float() if x_S3HK.dtype in (torch.bfloat16, torch.float16) else x_S3HK
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x_S3HK.dtype)
 
 
 class Block(nn.Module):
@@ -69,16 +107,15 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x_SD: torch.Tensor, rotation: torch.Tensor, packing: Packing, candidates_only: bool = False
+        self, x_SD: torch.Tensor, rotation: Rotation, packing: Packing, candidates_only: bool = False
     ) -> torch.Tensor:
         """[S, D] -> [S, D], or [C, D] if only the candidates' outputs are wanted."""
-        qkv_S3HK = self.qkv(self.attention_norm(x_SD)).unflatten(-1, (3, self.heads, -1))
-        query_key, value = qkv_S3HK.split([2, 1], dim=1)
-        attended_SD = attend(torch.cat((rotate(query_key, rotation), value), dim=1), packing, candidates_only)
+        qkv_S3HK = normed_linear(x_SD, self.attention_norm, self.qkv).unflatten(-1, (3, self.heads, -1))
+        attended_SD = attend(rotate(qkv_S3HK, rotation), packing, candidates_only)
         if candidates_only:
             x_SD = x_SD[packing.num_history_tokens :]
         x_SD = x_SD + self.dropout(self.attention_out(attended_SD))
-        gate, up = self.gate_up(self.ffn_norm(x_SD)).chunk(2, dim=-1)
+        gate, up = normed_linear(x_SD, self.ffn_norm, self.gate_up).chunk(2, dim=-1)
         return x_SD + self.dropout(self.down(F.silu(gate) * up))
 
 
@@ -92,7 +129,7 @@ class Transformer(nn.Module):
     def __init__(self, layers: int, width: int, heads: int, dropout: float = 0.0, init_std: float = 0.02):
         super().__init__()
         self.out_width, self.mlp_widths = width, (_MLP_MULTIPLE * width,)
-        self.rotary = RotaryPositions(width // heads)
+        self.rotary = RotaryPositions(width // heads, heads)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
         self.norm = nn.RMSNorm(width, eps=_NORM_EPS)
         for module in self.modules():
@@ -114,4 +151,4 @@ class Transformer(nn.Module):
         for index, block in enumerate(self.blocks):
             is_last = index == len(self.blocks) - 1
             x_SD = block(x_SD, rotation, packing, candidates_only and is_last)
-        return self.norm(x_SD)
+        return normed(x_SD, self.norm)

@@ -4,11 +4,14 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.config import STRATEGIES
+from gpsd_dist.evaluate import evaluate_checkpoint
+from gpsd_dist.model.row_codes import encode
 from gpsd_dist.schema import read_manifest, write_manifest
 from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed
@@ -241,3 +244,27 @@ def test_missing_tensor_is_refused_not_skipped(trained, data_dir, tmp_path, one_
     path.write_text(json.dumps(state))
     message = _refused(_run(data_dir, source, tmp_path / "run", "ST"), one_rank, "no table 'item'")
     assert str(source) in message
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_frozen_table_in_fewer_bytes(trained, data_dir, tmp_path, one_rank, dtype):
+    """Two ranks load it from the float32 checkpoint, train and save it as it is; one rank resumes and scores it."""
+    source = read_checkpoint(manager.find(trained / "source"))["table.item"]
+    wanted = source.half() if dtype == "fp16" else encode(source[:, :16], 8)
+    tables = {"frozen_dtype": dtype}
+    run = _run(data_dir, trained / "source", tmp_path / "run", "FT_SF", tables=tables)
+    run_distributed(train_runs, 2, tmp_path, [run], timeout_s=150)
+    saved = read_checkpoint(step_folder(tmp_path / "run", STEPS))["table.item"]
+    assert saved.dtype == wanted.dtype and torch.equal(saved, wanted)
+    assert saved.numel() * saved.element_size() <= source.numel() * source.element_size() / 2
+    trainer = Trainer(dataclasses.replace(run, train=dataclasses.replace(run.train, max_steps=STEPS + 2)), one_rank)
+    trainer.train()
+    assert trainer.step == STEPS + 2 and torch.equal(_whole(trainer.assembly)["table.item"], wanted)
+    (batch,) = next(iter(trainer.loader))
+    rows = trainer.assembly.tables(batch.lookup)["item"]
+    index = batch.lookup["item"].values()
+    expected = source[index, :16]
+    assert rows.dtype == torch.float32 and not torch.equal(rows, expected)
+    torch.testing.assert_close(rows, expected, rtol=1e-3, atol=2e-3 * float(source.abs().max()))
+    metrics = evaluate_checkpoint(tmp_path / "run", None, "valid", one_rank)
+    assert all(np.isfinite(values["auc"]) for values in metrics.values())

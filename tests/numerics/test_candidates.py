@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from gpsd_dist import packing as packing_module
 from gpsd_dist.model.attention import attend
 from gpsd_dist.model.transformer import Transformer
 from gpsd_dist.packing import Packing
@@ -46,7 +47,10 @@ def run_packed(tower, history, candidates):
     ],
     ids=str,
 )
-def test_k_candidates_equal_k_passes_forward_and_backward(tower, lengths, counts):
+@pytest.mark.parametrize("layout", ["rows", "buckets"])
+def test_k_candidates_equal_k_passes_forward_and_backward(tower, lengths, counts, layout, monkeypatch):
+    if layout == "buckets":
+        monkeypatch.setattr(packing_module, "plan_rows", lambda *lengths: None)
     history, candidates = make_rows(lengths, counts)
     leaves = [row.requires_grad_() for row in (*history, *candidates) if len(row)]
     packed = run_packed(tower, history, candidates)

@@ -69,8 +69,10 @@ def test_order_of_requests_does_not_matter(tower):
 
 @pytest.mark.parametrize(("first_width", "growth"), [(1, 1.01), (3, 2.0), (1000, 1.5)])
 def test_cuts_of_the_buckets_do_not_matter(tower, monkeypatch, first_width, growth):
+    """Nor does attention in shared rows or in buckets."""
     rows = make_rows(LENGTHS)
     expected, widths = torch.cat(run_packed(tower, rows)), [bucket.width for bucket in plan(LENGTHS).buckets]
+    monkeypatch.setattr(packing_module, "plan_rows", lambda *lengths: None)
     monkeypatch.setattr(packing_module, "_FIRST_WIDTH", first_width)
     monkeypatch.setattr(packing_module, "_GROWTH", growth)
     assert [bucket.width for bucket in plan(LENGTHS).buckets] != widths
@@ -105,8 +107,8 @@ def test_past_changes_every_later_token(tower):
 
 def test_attention_depends_on_distance_alone():
     """Rotary scores of equal content at equal distances agree wherever the pair stands."""
-    query_key = torch.randn(1, 2, 1, 8, generator=torch.Generator().manual_seed(0)).expand(20, 2, 1, 8)
-    rotated = rotate(query_key, RotaryPositions(8)(torch.arange(20)))
+    qkv = torch.randn(1, 3, 1, 8, generator=torch.Generator().manual_seed(0)).expand(20, 3, 1, 8).contiguous()
+    rotated = rotate(qkv, RotaryPositions(8, heads=1)(torch.arange(20)))
     score = rotated[:, 0, 0] @ rotated[:, 1, 0].T
     for distance in (0, 1, 5):
         diagonal = score.diagonal(-distance)
@@ -116,10 +118,12 @@ def test_attention_depends_on_distance_alone():
 
 def test_rotation_is_the_official_layout():
     """Channels (2i, 2i + 1) turn by position * 10000^(-2i / K)."""
-    x = torch.randn(6, 2, 3, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(6, 3, 4, 8, generator=torch.Generator().manual_seed(0))
     position = torch.tensor([0, 1, 2, 0, 7, 50])
-    expected = reference.rotary(x.double().flatten(1, 2)[None], position[None])[0].unflatten(1, (2, 3))
-    torch.testing.assert_close(rotate(x, RotaryPositions(8)(position)).double(), expected, rtol=1e-5, atol=1e-5)
+    expected = reference.rotary(x[:, :2].double().flatten(1, 2)[None], position[None])[0].unflatten(1, (2, 4))
+    rotated = rotate(x, RotaryPositions(8, heads=4)(position))
+    torch.testing.assert_close(rotated[:, :2].double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(rotated[:, 2], x[:, 2])
 
 
 def test_dropout_is_off_in_evaluation_and_on_in_training():

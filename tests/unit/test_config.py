@@ -206,7 +206,7 @@ def full_run():
         init_checkpoint="runs/p",
         seed=7,
         data=DataConfig(7, 0, 640, 9, 8, 3, 4),
-        tables=TablesConfig(32, 9, {"item": "table_wise"}, ("item", "tag"), 0.1),
+        tables=TablesConfig(32, 9, {"item": "table_wise"}, ("item", "tag"), 0.1, "int8"),
         ids=IdsConfig({"item": "managed"}, {"item": 50}, 5, "lru"),
         model=ModelConfig("hstu", 2, 32, 2, 0.1, 0.05, 8, True, 99, 5, 7, False),
         pretrain=PretrainConfig(0.1, "position", 3, 5, ("category", "brand"), 0.5),

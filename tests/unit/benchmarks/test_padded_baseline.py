@@ -87,6 +87,6 @@ def test_baseline_learns_every_kind(kind, small_source, tmp_path):
 def test_rows_have_exactly_the_candidates_of_their_kind(kind, small_source, tmp_path):
     data = datasets.prepare(kind, "grocery", tmp_path, tmp_path)
     per_row = datasets.CANDIDATES_PER_ROW[kind]
-    (split,) = data.manifest.splits
+    split = data.manifest.split(data.split)
     assert split.num_candidates == split.num_rows * per_row
     assert split.num_rows == small_source.num_rows * 2 // per_row

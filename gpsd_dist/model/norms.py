@@ -1,0 +1,48 @@
+"""RMSNorm in front of a linear layer, with its gain folded into the layer's weight (CPU).
+
+    linear(x / rms(x) * gain) = (x / rms(x)) @ (weight * gain)^T
+
+The gain then costs one product with a weight instead of one with all tokens, forward and backward, and what is left of
+the norm has a backward of its own: four passes over the tokens where autograd through torch's unfused CPU norm makes
+about twelve. CUDA has a fused kernel, and compilers fuse by themselves: there the plain formula is used.
+
+Shape letters: S tokens, D width in, O width out.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def normed_linear(x_SD: torch.Tensor, norm: nn.RMSNorm, linear: nn.Linear) -> torch.Tensor:
+    """linear(norm(x)) of a layer without bias: [S, D] -> [S, O]"""
+    assert linear.bias is None and norm.eps is not None, (linear, norm)
+    if x_SD.is_cuda or torch.compiler.is_compiling():
+        return linear(norm(x_SD))
+    return F.linear(_UnitRms.apply(x_SD, norm.eps), linear.weight * norm.weight)
+
+
+def normed(x_SD: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
+    """norm(x): [S, D] -> [S, D]"""
+    assert norm.eps is not None, norm
+    if x_SD.is_cuda or torch.compiler.is_compiling():
+        return norm(x_SD)
+    return _UnitRms.apply(x_SD, norm.eps) * norm.weight
+
+
+class _UnitRms(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps). Keeps its output and a number per token, not its input."""
+
+    @staticmethod
+    def forward(ctx, x_SD, eps):
+        norm_S1 = torch.linalg.vector_norm(x_SD, dim=-1, keepdim=True)
+        scale_S1 = norm_S1.square_().mul_(1 / x_SD.shape[-1]).add_(eps).rsqrt_()
+        unit_SD = x_SD * scale_S1
+        ctx.save_for_backward(unit_SD, scale_S1)
+        return unit_SD
+
+    @staticmethod
+    def backward(ctx, grad_SD):
+        unit_SD, scale_S1 = ctx.saved_tensors
+        along_S1 = (grad_SD * unit_SD).mean(-1, keepdim=True)
+        return torch.addcmul(grad_SD, unit_SD, along_S1, value=-1).mul_(scale_S1), None
