@@ -16,8 +16,8 @@ _TOWER_PREFIX = "backbone."
 def transfer(run: RunConfig, manifest: Manifest, own: manager.Tensors) -> str:
     """Loads what the strategy takes over, in place; the map of a managed table goes with it.
 
-    `own`: `Assembly.weights()`. Collective. Returns the report. A table whose vocabulary grew (`growth`) keeps its fresh
-    rows below the loaded ones. ValueError if a table's vocabulary differs from the checkpoint's in another way,
+    `own`: `Assembly.weights()`. Collective. Returns the report. A table whose vocabulary grew (`growth`) keeps its
+    fresh rows below the loaded ones. ValueError if a table's vocabulary differs from the checkpoint's in another way,
     or a tensor that the strategy names is missing or has another shape: nothing is skipped silently.
     """
     weights, dense = own["table"], own["dense"]
