@@ -241,6 +241,7 @@ def test_a_run_chooses_kind_and_size(data, tmp_path, one_rank):
             {"ids": IdsConfig(rows={"category": 50})},
             "IdsConfig names tables \\['category'\\], but those with 64-bit ids",
         ),
+        ({"execution": {"pipeline": "sparse_dist"}}, "looks rows up ahead of their step"),
         ({"tables": {"sharding": {"item": "column_wise"}}}, "'item' has managed ids and is column_wise"),
     ],
 )
