@@ -165,8 +165,7 @@ class ParquetSplit:
 
     def _read_footers(self, history: str) -> list[RowGroup]:
         """`history`: a list column with one entry per history token."""
-        fields = [self.full_schema.field(name) for name in ("history_length", history)]
-        needed = {field.name: field for field in [*self.schema, *fields]}
+        needed = {field.name: field for field in [*self.schema, self.full_schema.field("history_length")]}
         with concurrent.futures.ThreadPoolExecutor(_FOOTER_THREADS) as pool:
             footers = list(
                 pool.map(lambda path: _read_footer(self.data_dir, path, list(needed.values()), history), self._paths)

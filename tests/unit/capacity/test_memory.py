@@ -153,7 +153,7 @@ def test_activations_are_what_autograd_keeps(width, history, candidates, dropout
 
 
 def test_recomputed_activations_are_the_inputs_of_the_blocks_and_one_block():
-    """5 %: random states are not counted. Rotations and masks stay too, but no block saves them: they are its inputs."""
+    """5 %: random states are not counted. Rotations and masks stay too, but no block saves them: they go into it."""
     kept, tokens = _kept_bytes(6, 64, 4, 16, 16, 0, 0.0, False, recomputed=True)
     run = tiny_run("pretrain", "x", "y", model={"layers": 6, "width": 64, "heads": 4}, tables={"embedding_dim": 64})
     shorter = dataclasses.replace(run, model=dataclasses.replace(run.model, layers=5))
