@@ -36,10 +36,10 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 
 
 ENDINGS = {
-    "finished": ("", exit_codes.FINISHED, 2),
-    "mistake": ("sys.exit(2)", exit_codes.MISTAKE, 2),  # not started again
-    "no file": ("sys.exit(74 if os.environ['RANK'] == '1' else 1)", exit_codes.NO_FILE_ACCESS, 4),
-    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", exit_codes.FAILED, 4),
+    "finished": ("", exit_codes.FINISHED, False),
+    "mistake": ("sys.exit(2)", exit_codes.MISTAKE, False),
+    "no file": ("sys.exit(74)", exit_codes.NO_FILE_ACCESS, True),
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", exit_codes.FAILED, True),
 }
 
 
@@ -50,11 +50,11 @@ IN_DEFAULT_SUITE = ("mistake", "killed")  # each start of torchrun costs seconds
     "ending", [name if name in IN_DEFAULT_SUITE else pytest.param(name, marks=pytest.mark.slow) for name in ENDINGS]
 )
 def test_status_says_how_the_ranks_ended(tmp_path, ending):
-    code, status, starts = ENDINGS[ending]
+    code, status, is_started_again = ENDINGS[ending]
     process = start(tmp_path, code)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == status, stderr
-    assert num_starts(tmp_path) == starts
+    assert (num_starts(tmp_path) > 2) == is_started_again  # the second rank may be stopped before it has begun
     if status:
         assert f"status {status}" in stderr.splitlines()[-1] and "Traceback" not in stderr
 
