@@ -129,6 +129,7 @@ class Watchdog:
                 if self._num_waiting and not self._num_writing:
                     self.alive()
                 if self.silent_s() > allowed_s:
+                    faulthandler.cancel_dump_traceback_later()
                     self._end(self.message(allowed_s))
                     break
         if timeout_s and self._parent is not None:

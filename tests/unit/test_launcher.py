@@ -14,9 +14,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def start(folder: pathlib.Path, code: str, max_restarts: int = 1) -> subprocess.Popen:
-    """Two ranks that run `code`; each start of one adds a line to `folder / starts`."""
+    """Two ranks that run `code`; each start of one adds the number of the attempt to `folder / starts`."""
     script = folder / "rank.py"
-    begin = f"import os, signal, sys, time\nopen({str(folder / 'starts')!r}, 'a').write('x\\n')\n"
+    begin = "import os, signal, sys, time\nattempt = os.environ['TORCHELASTIC_RESTART_COUNT']\n"
+    begin += f"open({str(folder / 'starts')!r}, 'a').write(attempt + '\\n')\n"
     script.write_text(begin + code)
     options = ["--nproc-per-node", "2", "--max-restarts", str(max_restarts), "--monitor-interval", "0.05"]
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
@@ -24,8 +25,9 @@ def start(folder: pathlib.Path, code: str, max_restarts: int = 1) -> subprocess.
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
-def num_starts(folder: pathlib.Path) -> int:
-    return (folder / "starts").read_text().count("x") if (folder / "starts").exists() else 0
+def attempts(folder: pathlib.Path) -> set[str]:
+    """Numbers of the attempts in which a rank has begun."""
+    return set((folder / "starts").read_text().split())
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
@@ -36,10 +38,10 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 
 
 ENDINGS = {
-    "finished": ("", exit_codes.FINISHED, 2),
-    "mistake": ("sys.exit(2)", exit_codes.MISTAKE, 2),  # not started again
-    "no file": ("sys.exit(74 if os.environ['RANK'] == '1' else 1)", exit_codes.NO_FILE_ACCESS, 4),
-    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", exit_codes.FAILED, 4),
+    "finished": ("", exit_codes.FINISHED, False),
+    "mistake": ("sys.exit(2)", exit_codes.MISTAKE, False),
+    "no file": ("sys.exit(74)", exit_codes.NO_FILE_ACCESS, True),
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", exit_codes.FAILED, True),
 }
 
 
@@ -50,11 +52,11 @@ IN_DEFAULT_SUITE = ("mistake", "killed")  # each start of torchrun costs seconds
     "ending", [name if name in IN_DEFAULT_SUITE else pytest.param(name, marks=pytest.mark.slow) for name in ENDINGS]
 )
 def test_status_says_how_the_ranks_ended(tmp_path, ending):
-    code, status, starts = ENDINGS[ending]
+    code, status, is_started_again = ENDINGS[ending]
     process = start(tmp_path, code)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == status, stderr
-    assert num_starts(tmp_path) == starts
+    assert attempts(tmp_path) == ({"0", "1"} if is_started_again else {"0"})
     if status:
         assert f"status {status}" in stderr.splitlines()[-1] and "Traceback" not in stderr
 
@@ -95,7 +97,7 @@ def test_lost_terminal_does_not_stop_a_job_under_nohup(tmp_path):
     process.send_signal(signal.SIGHUP)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == exit_codes.FINISHED, stderr
-    assert num_starts(tmp_path) == 2
+    assert attempts(tmp_path) == {"0"}
 
 
 def test_node_that_nobody_answers_says_so(tmp_path):
