@@ -87,7 +87,10 @@ def _check_size(run: RunConfig, manifest: Manifest, folder: Location) -> None:
         with torch.device("meta"):
             model, _, _ = dense_model(run, manifest, sharded)
         needed = {f"dense.{name}": value.numel() for name, value in model.state_dict().items()}
-        needed |= {f"table.{table.name}": table.num_rows * run.tables.stored_dim for table in sharded}
+        frozen = run.tables.transfer if run.freezes_tables else ()
+        for table in sharded:
+            columns = run.tables.frozen_columns if table.name in frozen else run.tables.stored_dim
+            needed[f"table.{table.name}"] = table.num_rows * columns
         problem = ", ".join(name for name, size in needed.items() if saved.get(name) != size)
     if problem:
         raise ValueError(
