@@ -65,7 +65,7 @@ def test_neither_folder_nor_checkpoint_is_named(tmp_path):
 
 
 def test_rebuilt_data_folder_is_named_and_the_checkpoint_counts(tmp_path):
-    split = dataclasses.replace(MANIFEST.splits[1], num_rows=9)
+    split = dataclasses.replace(MANIFEST.splits[1], num_rows=4_320)
     changed = dataclasses.replace(MANIFEST, splits=(MANIFEST.splits[0], split, MANIFEST.splits[2]))
     write_run(tmp_path / "runs/a", data_dir=write_data(tmp_path / "data", changed))
     (data_set,), (problem,) = dataset.data_sets(runs_in(tmp_path / "runs"))
