@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import signal
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_sigterm_during_any_step_saves_that_step(data_dir, tmp_path, one_rank, m
 
         def stopping(*args, trainer=trainer, original=original, stop_at=stop_at):
             if trainer.step >= stop_at:
-                trainer._request_stop(15, None)
+                signal.raise_signal(signal.SIGTERM)
             return original(*args)
 
         monkeypatch.setattr(owner, method, stopping)
