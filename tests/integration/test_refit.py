@@ -1,6 +1,7 @@
 """A refit trains on train + valid as long as the run that it repeats took to its best validation."""
 
 import dataclasses
+import signal
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_a_refit_of_other_options_is_refused(tuned, tmp_path, one_rank):
 def test_a_refit_of_an_unfinished_run_is_refused(tuned, tmp_path, one_rank):
     short = dataclasses.replace(tuned, output_dir=str(tmp_path / "short"))
     trainer = Trainer(short, one_rank)
-    trainer._stop_requested = True  # as SIGTERM does after the first step
+    trainer.stops.note(signal.SIGTERM)  # comes in the first step
     trainer.train()
     with pytest.raises(ValueError, match="is not finished"):
         Trainer(dataclasses.replace(refit(tuned, tmp_path / "out"), refit_of=short.output_dir), one_rank)
