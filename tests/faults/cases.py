@@ -216,7 +216,9 @@ def flipped_bit_in_checkpoint_shard(workshop: Workshop) -> int:
     return _damaged_checkpoint(workshop, "flipped_shard", flip_bit)
 
 
-def _damaged_data(workshop: Workshop, name: str, damage: typing.Callable[[pathlib.Path], None], *words: str) -> int:
+def _damaged_data(
+    workshop: Workshop, name: str, damage: typing.Callable[[pathlib.Path], None], *words: str, at_most: int = 0
+) -> int:
     """Stops with the name of the file, is not started again; with the file repaired, the same command goes on."""
     run = Run(workshop, name)
     data_dir = run.own_data()
@@ -230,7 +232,7 @@ def _damaged_data(workshop: Workshop, name: str, damage: typing.Callable[[pathli
     assert "attempts left" not in ended.stderr
     path.write_bytes(content)
     _goes_on(run, "weights: resumed from")
-    return _done(run, 0)
+    return _done(run, at_most)
 
 
 def truncated_parquet_file(workshop: Workshop) -> int:
@@ -239,14 +241,15 @@ def truncated_parquet_file(workshop: Workshop) -> int:
 
 
 def flipped_bit_in_parquet_file(workshop: Workshop) -> int:
-    """In a page: found by its checksum, with the row group."""
+    """In a page: found by its checksum when a batch wants the row group, with its number. Until then steps are done."""
 
     def flip_in_page(path: pathlib.Path) -> None:
         content = bytearray(path.read_bytes())
         content[_page_byte(path)] ^= 16
         path.write_bytes(content)
 
-    return _damaged_data(workshop, "flipped_data", flip_in_page, "row group 0 cannot be decoded", "CRC checksum")
+    words = "row group 0 cannot be decoded", "CRC checksum"
+    return _damaged_data(workshop, "flipped_data", flip_in_page, *words, at_most=SAVE_INTERVAL)
 
 
 def _page_byte(path: pathlib.Path) -> int:
