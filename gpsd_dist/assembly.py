@@ -5,6 +5,7 @@ import logging
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.row_reset import RowReset
@@ -36,6 +37,11 @@ class Assembly:
 
     ids: IdAssignment
     """Gives a batch rows for the ids of managed tables; every batch goes through it before its lookup."""
+
+    @property
+    def forward_is_collective(self) -> bool:
+        """Whether ranks must call `model` together, because they gather its weights (FSDP2); else only `tables`."""
+        return isinstance(self.model, FSDPModule)
 
     def weights(self) -> dict[str, dict]:
         """Live tensors under the names that checkpoints use: `table.<name>`, `dense.<parameter>`, and

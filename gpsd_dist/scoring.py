@@ -74,8 +74,9 @@ def _score_candidates(assembly: Assembly, loader: typing.Iterable, runtime: Runt
         runtime.watchdog.alive()
         (batch,) = assembly.ids.assign((host_batch.to(runtime.device),))
         rows = assembly.tables(batch.lookup)  # collective: also with an empty batch
-        if batch.num_requests:
-            add_predictions(predictions, assembly.tasks, assembly.model(rows, batch), batch)
+        if batch.num_requests or assembly.forward_is_collective:
+            logits = assembly.model(rows, batch)
+            add_predictions(predictions, assembly.tasks, logits, batch)
     return gather_metrics(predictions)
 
 
@@ -127,7 +128,7 @@ def _rank_items(
 def _last_states(assembly: Assembly, rows: dict[str, torch.Tensor], batch: Batch, width: int) -> torch.Tensor:
     """Unit state [B, E] at the last history token; zeros (ranks its target last) for an empty history."""
     query_BE = torch.zeros(batch.num_requests, width, device=batch.history_item_T.device)
-    if len(batch.history_item_T):
+    if len(batch.history_item_T) or assembly.forward_is_collective:
         offsets = batch.packing.history_offsets
         has_history = offsets.diff() > 0
         hidden_TE = F.normalize(assembly.model(rows, batch).hidden_TE, dim=-1)

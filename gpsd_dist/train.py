@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
             if runtime.is_main:
                 _describe(parsed, trainer, runtime)
             trainer.train()
-            return trainer.stops.exit_code
+            return exit_codes.FINISHED if trainer.progression.is_finished else trainer.stops.exit_code
     except LossNotFinite as error:  # an unstable run shows it again, a broken device does not
         return _failed(error, exit_codes.FAILED)
     except ValueError as error:

@@ -113,7 +113,7 @@ class Trainer:
                 recorder.advance(self.step)
                 if self.progression.is_finished or is_stopping:
                     break
-            if is_stopping:
+            if is_stopping and not self.progression.is_finished:
                 self.checkpoints.wait()
                 log.warning("asked to stop: saved step %d; the same command goes on from there", self.step)
                 break

@@ -52,7 +52,8 @@ def _layouts(scenario: Scenario) -> typing.Iterator[Remedy]:
         changed = _replaced(scenario, "sparse", name="rowwise_adagrad")
         yield _built("row-wise Adagrad for the tables", "--gin.sparse/OptimizerConfig.name=rowwise_adagrad", changed)
     whole = [table for table, sharding in run.tables.sharding.items() if sharding != "row_wise"]
-    options = ["row_wise", "column_wise"] if run.tables.embedding_dim >= _MIN_COLUMNS else ["row_wise"]
+    can_cut_columns = run.tables.embedding_dim >= _MIN_COLUMNS and run.tables.frozen_dtype != "int8"
+    options = ["row_wise", "column_wise"] if can_cut_columns else ["row_wise"]
     for kind in options if whole else []:
         sharding = run.tables.sharding | dict.fromkeys(whole, kind)
         flags = f'"--gin.TablesConfig.sharding={sharding}"'

@@ -19,9 +19,7 @@ class DataShape:
     """What requests look like."""
 
     history: float
-    """Mean history tokens that the model sees (after truncation)."""
-    stored_history: float
-    """The same in the files: what a token budget counts."""
+    """Mean history tokens that the model sees (after truncation): what a token budget counts, too."""
     context: float
     """Mean number of tokens that a history token attends to, itself included."""
     candidates: float
@@ -81,12 +79,12 @@ def data_shape(run: RunConfig, manifest: Manifest, split: str) -> DataShape:
         notes.append(
             f"the files of {split} are not here: every history has the manifest's mean of {history:.1f} tokens"
         )
-        return DataShape(history, stored, (history + 1) / 2, candidates, dict.fromkeys(bags, 1.0), counts, tuple(notes))
+        return DataShape(history, (history + 1) / 2, candidates, dict.fromkeys(bags, 1.0), counts, tuple(notes))
     length = np.minimum(sample["history_length"].to_numpy(), cut).astype(np.float64)
     notes.append(f"history lengths and bags: the first {len(sample):,} rows of {split}")
     context = float((length * (length + 1) / 2).sum() / max(length.sum(), 1.0))
     sizes = {name: _mean_bag(sample, feature) for name, feature in bags.items()}
-    return DataShape(float(length.mean()), stored, context, candidates, sizes, counts, tuple(notes))
+    return DataShape(float(length.mean()), context, candidates, sizes, counts, tuple(notes))
 
 
 def with_assumptions(
@@ -95,9 +93,7 @@ def with_assumptions(
     """The same requests with other histories, candidates or table sizes; None and {} change nothing."""
     notes = list(shape.notes)
     if mean_history is not None:
-        shape = dataclasses.replace(
-            shape, history=mean_history, stored_history=mean_history, context=(mean_history + 1) / 2
-        )
+        shape = dataclasses.replace(shape, history=mean_history, context=(mean_history + 1) / 2)
         notes.append(f"every history has {mean_history:g} tokens (--mean_history)")
     if candidates is not None:
         shape = dataclasses.replace(shape, candidates=candidates)
@@ -129,7 +125,7 @@ def training_requests(run: RunConfig, shape: DataShape, world_size: int) -> floa
     """Requests of one rank in a training step."""
     if run.data.global_batch_rows:
         return run.data.global_batch_rows / world_size
-    return run.data.global_batch_tokens / max(shape.stored_history, 1.0) / world_size
+    return run.data.global_batch_tokens / max(shape.history, 1.0) / world_size
 
 
 def workload(

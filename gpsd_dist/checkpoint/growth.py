@@ -23,7 +23,8 @@ def ancestors(manifest: Manifest) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for step in manifest.options.get("chain", []):
         for table in step["tables"]:
-            found.setdefault(table["name"], set()).add(table["fingerprint"])
+            if table["name"] not in manifest.unbounded:  # those do not grow: another size is another mapping
+                found.setdefault(table["name"], set()).add(table["fingerprint"])
     for table in manifest.tables:  # a day may bring no new id
         found.get(table.name, set()).discard(table.fingerprint)
     return found

@@ -206,7 +206,7 @@ def full_run():
         init_checkpoint="runs/p",
         seed=7,
         data=DataConfig(7, 0, 640, 9, 8, 3, 4),
-        tables=TablesConfig(32, 9, {"item": "table_wise"}, ("item", "tag"), 0.1, "int8"),
+        tables=TablesConfig(32, 9, {"item": "table_wise"}, ("item", "tag"), 0.1, "fp16"),
         ids=IdsConfig({"item": "managed"}, {"item": 50}, 5, "lru"),
         model=ModelConfig("hstu", 2, 32, 2, 0.1, 0.05, 8, True, 99, 5, 7, False),
         pretrain=PretrainConfig(0.1, "position", 3, 5, ("category", "brand"), 0.5),
@@ -262,3 +262,18 @@ def test_every_gin_class_has_its_own_name():
     assert len(set(names)) == len(names)
     used = {field.type for field in dataclasses.fields(RunConfig)} & set(config.GIN_CLASSES)
     assert used == set(config.GIN_CLASSES) - {RunConfig}
+
+
+def test_codes_are_not_rounded_on_their_way():
+    tables = TablesConfig(frozen_dtype="int8")
+    with pytest.raises(ValueError, match="codes do not survive rounding"):
+        make_run(
+            stage="finetune",
+            strategy="ST_SF",
+            init_checkpoint="x",
+            tables=tables,
+            execution=ExecutionConfig(exchange_forward="fp16"),
+        )
+    kept = ExecutionConfig(exchange_backward="fp16")
+    run = make_run(stage="finetune", strategy="ST_SF", init_checkpoint="x", tables=tables, execution=kept)
+    assert run.execution == kept

@@ -19,7 +19,7 @@ from gpsd_dist.schema import Split
 from tests.helpers.synthetic import make_manifest
 from tests.integration.tiny_data import tiny_run
 
-SHAPE = DataShape(10.0, 10.0, 5.5, 3.0, {"tags": 2.0, "interests": 1.0}, {}, ())
+SHAPE = DataShape(10.0, 5.5, 3.0, {"tags": 2.0, "interests": 1.0}, {}, ())
 MIB = 2**20
 
 

@@ -12,7 +12,7 @@ from gpsd_dist.schema import read_manifest
 from tests.helpers.synthetic import make_manifest, write_dataset
 from tests.integration.tiny_data import tiny_run
 
-SHAPE = DataShape(10.0, 12.0, 5.5, 3.0, {"tags": 2.0, "interests": 1.0}, {}, ())
+SHAPE = DataShape(10.0, 5.5, 3.0, {"tags": 2.0, "interests": 1.0}, {}, ())
 
 
 def test_distinct_rows_by_hand():
@@ -61,11 +61,11 @@ def test_negatives_of_a_step(per, parts, negatives):
     assert step.unique_rows["item"] == pytest.approx(40 + negatives, rel=1e-4)
 
 
-def test_requests_follow_rows_or_tokens_of_the_files():
+def test_requests_follow_rows_or_tokens_that_the_model_sees():
     rows = tiny_run("finetune", "x", "y", data=DataConfig(global_batch_rows=512))
     assert workloads.training_requests(rows, SHAPE, 64) == 8
     tokens = tiny_run("finetune", "x", "y", data=DataConfig(global_batch_rows=0, global_batch_tokens=2400))
-    assert workloads.training_requests(tokens, SHAPE, 4) == 50  # 2400 / 12 stored tokens / 4 ranks
+    assert workloads.training_requests(tokens, SHAPE, 4) == 60  # 2400 / 10 tokens / 4 ranks
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +80,8 @@ def test_shape_is_measured_after_truncation(data_dir):
     run = tiny_run("finetune", data_dir, "y", data={"max_history_length": 10})
     shape, whole = (data_shape(r, manifest, "train") for r in (run, dataclasses.replace(run, data=DataConfig())))
     split = manifest.split("train")
-    assert whole.history < whole.stored_history * 1.2 and shape.history < 0.7 * whole.history
-    assert shape.stored_history == split.num_history_tokens / 200
+    stored = split.num_history_tokens / 200
+    assert whole.history < stored * 1.2 and shape.history < 0.7 * whole.history
     assert shape.candidates == split.num_candidates / 200
     assert (shape.history + 1) / 2 <= shape.context <= 5.5  # at most that of histories of 10
     assert 1.2 < shape.bag_sizes["tags"] < 1.8  # 0 to 3 entries
