@@ -12,6 +12,16 @@ from gpsd_dist.distributed.stopping import StopRequests
 from tests.helpers.distributed import run_distributed
 
 
+@pytest.fixture(autouse=True)
+def heeded():
+    """Under nohup, or as a background job of a shell, the tests would start with these ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def one_rank():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
