@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import pickle
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from gpsd_dist.capacity.workload import expected_distinct
 from gpsd_dist.config import PretrainConfig
 from gpsd_dist.distributed.runtime import process_group
 from gpsd_dist.model.transformer import ffn_width
+from gpsd_dist.schema import read_manifest
 
 SWEEPS = {
     "growth/rows": (100_000, 1_000_000, 10_000_000),
@@ -124,7 +124,8 @@ def _planned(name: str, rows: int) -> dict:
 def _weak_scaling(name: str, folder: pathlib.Path) -> list[dict]:
     """512 requests per process; real requests per second of wall time, runs of 1 and 2 processes in turn."""
     data = _rows("processes", SOURCES["grocery"], 1, folder)
-    (folder / "data.pickle").write_bytes(pickle.dumps(data))
+    facts = {"data_dir": str(data.data_dir), "split": data.split, "note": data.note}
+    (folder / "data.json").write_text(json.dumps(facts))
     rates: dict[int, list[dict]] = {count: [] for count in SWEEPS[name]}
     for turn in range(_ROUNDS[0]):
         for count in SWEEPS[name]:
@@ -150,7 +151,9 @@ def _scaling_run(count: int, folder: pathlib.Path, turn: int) -> dict:
 def _scaling_rank(folder: pathlib.Path, turn: str) -> None:
     """Runs under torchrun: all ranks train, rank 0 writes what it saw. Collective."""
     torch.set_num_threads(1)
-    data = pickle.loads((folder / "data.pickle").read_bytes())
+    facts = json.loads((folder / "data.json").read_text())
+    data_dir = pathlib.Path(facts["data_dir"])
+    data = BenchData(data_dir, read_manifest(data_dir), facts["split"], SOURCES["grocery"], facts["note"])
     with process_group(timeout_s=300) as runtime:
         world = runtime.world_size
         rows = 512 * world
