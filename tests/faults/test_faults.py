@@ -16,4 +16,4 @@ def workshop(tmp_path_factory):
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 def test_run_survives(workshop, name):
-    CASES[name](workshop)
+    assert CASES[name](workshop) >= 0  # steps lost; how many may be is up to the case
