@@ -39,7 +39,7 @@ def score_rates(
         task: label to predict.
         keys: "user" and columns like "candidate.item" or "context.hour" that hold one index per candidate or row. By
             default the item, the user, and candidate.tab where there is one.
-        fit_splits: splits to count on; by default `train` and `valid`, or `train` alone for `valid`.
+        fit_splits: splits to count on; by default `train` and `valid`, or `train` alone if `valid` is scored.
         pseudo_counts: weight of the global rate, > 0.
 
     Raises ValueError if `split` is also counted on, an argument names nothing, or the fit has not both classes.
@@ -69,11 +69,12 @@ def score_rates(
 def score_popularity(data_dir: str | os.PathLike, manifest: schema.Manifest, split: str, task: str) -> Predictions:
     """log(1 + count) of the candidate item: its events in the `pretrain` histories and its positives in `train`.
 
-    The positives are those of the first task. A plain score: it orders rows and has no probability.
+    The positives are those of the first task; they are left out where `train` itself is scored. A plain score: it
+    orders rows and has no probability.
     """
     counts_V = pretrain_counts(data_dir, manifest, manifest.feature(manifest.item_feature))
     item_key = f"candidate.{manifest.item_feature}"
-    if split != "train":
+    if "train" not in split.split("+"):
         train = read_rows(data_dir, manifest, "train", manifest.tasks[0].name, (item_key,))
         counts_V += np.bincount(train.keys[item_key][train.label_N == 1], minlength=len(counts_V))
     scored = read_rows(data_dir, manifest, split, task, (item_key,))
@@ -89,9 +90,12 @@ def _default_keys(manifest: schema.Manifest) -> tuple[str, ...]:
 
 
 def _fit_splits(split: str, fit_splits: collections.abc.Sequence[str] | None) -> tuple[str, ...]:
+    """What to count on, for a split or several ("valid+test"): by default all of FIT_SPLITS but what is scored."""
+    scored = set(split.split("+"))
     if fit_splits is None:
-        fit_splits = FIT_SPLITS[:1] if split == "valid" else FIT_SPLITS
-    if split in fit_splits:
+        fit_splits = FIT_SPLITS[:1] if FIT_SPLITS[1] in scored else FIT_SPLITS
+    counted = {part for fit_split in fit_splits for part in fit_split.split("+")}
+    if scored & counted:
         raise ValueError(f"split {split!r} cannot be scored with rates counted on itself, fit splits are {fit_splits}")
     return tuple(fit_splits)
 

@@ -108,6 +108,23 @@ def test_validation_is_scored_with_rates_of_train_only(data_dir):
     assert score_N == pytest.approx([_log_odds(2 / 4)] * 2)  # user 5 is new, and its own labels are not used
 
 
+def test_several_splits_are_not_scored_with_their_own_labels(data_dir):
+    manifest = schema.read_manifest(data_dir)
+    alone = [rates.score_rates(data_dir, manifest, "valid", "click").arrays()[0]]
+    alone.append(rates.score_rates(data_dir, manifest, "test", "click", fit_splits=("train",)).arrays()[0])
+    together_N = rates.score_rates(data_dir, manifest, "valid+test", "click").arrays()[0]
+    assert together_N == pytest.approx(np.concatenate(alone))  # counted on train alone, although test is there too
+    for split, fit_splits in (("train+valid", None), ("train+test", None), ("test", ["test+valid"])):
+        with pytest.raises(ValueError, match="counted on itself"):
+            rates.score_rates(data_dir, manifest, split, "click", fit_splits=fit_splits)
+
+
+def test_popularity_of_train_leaves_its_positives_out_among_other_splits_too(data_dir):
+    manifest = schema.read_manifest(data_dir)
+    counts_N = np.expm1(rates.score_popularity(data_dir, manifest, "train+valid", "click").arrays()[0])
+    assert counts_N == pytest.approx([2, 1, 2, 1, 1, 1], abs=1e-5)  # events of the histories alone
+
+
 def test_popularity_counts_histories_and_positives_of_train(data_dir):
     manifest = schema.read_manifest(data_dir)
     predictions = rates.score_popularity(data_dir, manifest, "test", "click")
