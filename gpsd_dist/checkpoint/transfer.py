@@ -5,13 +5,15 @@ import logging
 from gpsd_dist.checkpoint import growth, manager
 from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
-from gpsd_dist.config import RunConfig
+from gpsd_dist.config import ModelConfig, RunConfig
 from gpsd_dist.distributed.sharding import decoded, store_coded
 from gpsd_dist.schema import Manifest
 
 log = logging.getLogger(__name__)
 _TOWER_PREFIX = "backbone."
 """Token embedder (small tables, segment), projection in and tower: what FT moves and ST leaves random."""
+_TOWER_OPTIONS = ("layers", "heads", "time_bias")
+"""Options of ModelConfig that change what a tower computes, and that a fit of all shapes does not prove equal."""
 
 
 def transfer(run: RunConfig, manifest: Manifest, own: manager.Tensors) -> str:
@@ -26,12 +28,8 @@ def transfer(run: RunConfig, manifest: Manifest, own: manager.Tensors) -> str:
     state = read_run(checkpoint)
     grown = _check_vocabularies(run, manifest, state, checkpoint)
     _check_width(run, state, checkpoint)
-    pretrained = state.run_config["model"]["name"]
-    if run.transfers_tower and pretrained != run.model.name:
-        raise ValueError(
-            f"{run.strategy} copies the tower, but {checkpoint} is a {pretrained!r} and this run a {run.model.name!r}; "
-            "take the tables alone with STRATEGY ST or ST_SF"
-        )
+    if run.transfers_tower:
+        _check_tower(run, state, checkpoint)
     missing = [table for table in run.tables.transfer if table not in weights]
     if missing:
         raise ValueError(f"TRANSFER_TABLES names {missing}, but the sharded tables are {sorted(weights)}")
@@ -82,6 +80,27 @@ def _check_width(run: RunConfig, state: manager.RunState, checkpoint: Location) 
     theirs, mine = state.run_config["tables"]["embedding_dim"], run.tables.embedding_dim
     if theirs != mine:
         raise ValueError(f"the tables of {checkpoint} are {theirs} wide, this run's {mine}: set EMBEDDING_DIM={theirs}")
+
+
+def _check_tower(run: RunConfig, state: manager.RunState, checkpoint: Location) -> None:
+    """Shapes do not tell this either: weights of 4 heads fit 2, and those of 4 layers hold those of 2."""
+    theirs = state.run_config["model"]
+    if theirs["name"] != run.model.name:
+        raise ValueError(
+            f"{run.strategy} copies the tower, but {checkpoint} is a {theirs['name']!r} and this run a "
+            f"{run.model.name!r}; take the tables alone with STRATEGY ST or ST_SF"
+        )
+    saved = {name: theirs.get(name, getattr(ModelConfig, name)) for name in _TOWER_OPTIONS}
+    different = [
+        f"{name} {value} there, {getattr(run.model, name)} here"
+        for name, value in saved.items()
+        if value != getattr(run.model, name)
+    ]
+    if different:
+        raise ValueError(
+            f"{run.strategy} copies the tower, but that of {checkpoint} has other options: {', '.join(different)}; set "
+            "them as they are there, or take the tables alone with STRATEGY ST or ST_SF"
+        )
 
 
 def _report(

@@ -213,10 +213,31 @@ def test_other_embedding_width_is_refused(trained, data_dir, tmp_path, one_rank,
 
 
 def test_other_tower_is_refused_by_full_transfer(trained, data_dir, tmp_path, one_rank):
-    run = _run(data_dir, trained / "source", tmp_path, "FT", model={"layers": 2})
+    run = _run(data_dir, trained / "source", tmp_path, "FT", model={"width": 32})
     message = _refused(run, one_rank, "does not fit")
-    assert "dense.backbone.tower.blocks.1.qkv.weight is not in it" in message
+    assert "dense.backbone.project_in.layers.1.weight is not in it" in message
+    assert "dense.backbone.tower.blocks.0.qkv.weight has shape" in message
     Trainer(dataclasses.replace(run, strategy="ST"), one_rank)._load_weights()  # needs the table alone
+
+
+@pytest.mark.parametrize(
+    ("model", "there", "here"),
+    [
+        ({"name": "transformer", "layers": 2, "heads": 4}, {}, {"heads": 2}),
+        ({"name": "transformer", "layers": 2, "heads": 4}, {}, {"layers": 1}),
+        ({"name": "hstu", "max_positions": 12}, {"heads": 1}, {"heads": 2}),
+        ({"name": "hstu", "max_positions": 12}, {"time_bias": True}, {"time_bias": False}),
+    ],
+    ids=str,
+)
+def test_other_tower_of_fitting_shapes_is_refused(data_dir, tmp_path, one_rank, model, there, here):
+    """Without the check it loads, and computes something else than what was pretrained."""
+    source = tiny_run("pretrain", data_dir, tmp_path / "source", model=model | there, train={"max_steps": 1})
+    Trainer(source, one_rank).train()
+    run = _run(data_dir, tmp_path / "source", tmp_path / "run", "FT", model=model | there | here)
+    ((name, value),) = here.items()
+    with pytest.raises(ValueError, match=f"has other options: {name} .* there, {value} here; set .* ST or ST_SF"):
+        Trainer(run, one_rank).train()
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "half"])
