@@ -22,6 +22,8 @@ PLAN_NAME = "plan.txt"
 CHECKPOINTS_NAME = "checkpoints"
 BEST_NAME = "best.json"
 STATE_NAME = "run_state.json"
+_OF_TOOLS = ("parameters.json", "wall_s.json")
+"""What gpsd_dist.scaling and benchmarks.model_table leave in a run folder: no results."""
 _CHECKPOINT = re.compile(r"step_(\d{8})(?:\.(\d+))?")
 """Step, and attempt of a step that was saved again."""
 
@@ -236,7 +238,7 @@ def _scores(folder: pathlib.Path, problems: list[str]) -> dict[str, Scores]:
     """Every other JSON file of the folder, which `gpsd_dist.evaluate` may have written; its stem names the split."""
     scores: dict[str, Scores] = {}
     for path in sorted(folder.glob("*.json")):
-        if path.name in (CONFIG_NAME, ENVIRONMENT_NAME):
+        if path.name in (CONFIG_NAME, ENVIRONMENT_NAME, *_OF_TOOLS):
             continue
         known = len(problems)
         raw = _json_object(path, problems)

@@ -6,10 +6,12 @@ import os
 
 import pytest
 
+from benchmarks.model_table import WALL_NAME
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.metrics import recorder
 from gpsd_dist.reporting import run_folder
 from gpsd_dist.reporting.run_folder import find_runs, read_run, read_runs
+from gpsd_dist.scaling_law.runs import PARAMETERS_NAME
 from tests.helpers.run_folders import STEPS, scored, write_json, write_run
 
 
@@ -28,6 +30,14 @@ def test_complete_run_has_no_problem(tmp_path):
     assert run.best_metrics["click/auc"] == pytest.approx(0.7)
     assert set(run.scores) == {"test", "holdout"} and run.scores["test"]["buy"]["auc"] == 0.8
     assert run.plan == "table item: frozen, row_wise"
+
+
+def test_what_other_commands_leave_in_a_run_folder_is_no_problem(tmp_path):
+    write_run(tmp_path / "a", scores={"test": scored(0.8)})
+    write_json(tmp_path / "a" / PARAMETERS_NAME, {"dense_parameters": 20_001, "tower_parameters": 13_408})
+    (tmp_path / "a" / WALL_NAME).write_text("84.2")
+    run = read_run(tmp_path / "a", "a")
+    assert run.problems == () and set(run.scores) == {"test"}
 
 
 def test_runs_are_found_at_any_depth_and_once(tmp_path):
