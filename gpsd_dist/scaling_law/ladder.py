@@ -32,7 +32,10 @@ class Rung:
 
 
 def parse_ladder(text: str) -> tuple[Rung, ...]:
-    """Rungs of "l1h32a4,l4h32a4", in this order. ValueError lists every rung that is none."""
+    """Rungs of "l1h32a4,l4h32a4", in this order. ValueError lists every rung that is none.
+
+    Which widths go with which heads depends on the model: `plan` finds out.
+    """
     rungs: list[Rung] = []
     problems = []
     for part in text.split(","):
@@ -43,9 +46,6 @@ def parse_ladder(text: str) -> tuple[Rung, ...]:
         rung = Rung(*map(int, match.groups()))
         if 0 in (rung.layers, rung.width, rung.heads):
             problems.append(f"{part.strip()}: layers, width and heads must be at least 1")
-        elif rung.width % (2 * rung.heads):
-            needed = f"2 x heads = {2 * rung.heads} (rotary pairs)"
-            problems.append(f"{part.strip()}: width {rung.width} must be a multiple of {needed}")
         elif rung in rungs:
             problems.append(f"{part.strip()} stands in it twice")
         rungs.append(rung)

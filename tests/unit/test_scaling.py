@@ -32,7 +32,7 @@ def test_options_that_do_not_go_together(options, found, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "found"),
     [
-        ([*LADDER, "--ladder", "l1h33a4"], "error: --ladder l1h33a4: l1h33a4: width 33"),
+        ([*LADDER, "--ladder", "l1h33a4"], "ModelConfig: width 33 must be a multiple of 2 x heads"),
         ([*LADDER, "--seeds", "x"], "error: --seeds x"),
         ([*LADDER, "--gin.DATA_DIR=/nowhere"], "/nowhere"),
         ([*LADDER, "--nproc_per_node", "0"], "--nproc_per_node 0"),
