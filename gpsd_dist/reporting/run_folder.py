@@ -22,8 +22,8 @@ PLAN_NAME = "plan.txt"
 CHECKPOINTS_NAME = "checkpoints"
 BEST_NAME = "best.json"
 STATE_NAME = "run_state.json"
-_OF_TOOLS = ("parameters.json", "wall_s.json")
-"""What gpsd_dist.scaling and benchmarks.model_table leave in a run folder: no results."""
+_OF_TOOLS = ("parameters.json", "wall_s.json", "experiment.json")
+"""What gpsd_dist.scaling, benchmarks.model_table and benchmarks.experiments leave in a run folder: no results."""
 _CHECKPOINT = re.compile(r"step_(\d{8})(?:\.(\d+))?")
 """Step, and attempt of a step that was saved again."""
 

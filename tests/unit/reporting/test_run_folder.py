@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from benchmarks import experiments
 from benchmarks.model_table import WALL_NAME
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.metrics import recorder
@@ -36,6 +37,7 @@ def test_what_other_commands_leave_in_a_run_folder_is_no_problem(tmp_path):
     write_run(tmp_path / "a", scores={"test": scored(0.8)})
     write_json(tmp_path / "a" / PARAMETERS_NAME, {"dense_parameters": 20_001, "tower_parameters": 13_408})
     (tmp_path / "a" / WALL_NAME).write_text("84.2")
+    write_json(tmp_path / "a" / experiments._RECORD, {"configuration": {"split": "test"}, "minutes": 1.5})
     run = read_run(tmp_path / "a", "a")
     assert run.problems == () and set(run.scores) == {"test"}
 
