@@ -9,6 +9,7 @@ A model is a leaf of configs/model. For each model and strategy: one run of the 
 rate with the best value on `valid` and the length of that run are kept; then REFIT_OF trains on train + valid with
 every seed, and `test` is scored once with each. ST takes tables from --tables_from, FT all weights from --tower_from; a
 model that cannot be pretrained has no FT row. Finished runs are kept: the same command goes on, `--print_only` prints.
+A folder whose run has other options - another rate may have won since - ends the command with status 2.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from gpsd_dist.checkpoint import manager
 from gpsd_dist.gin_cli import load_run_config
 from gpsd_dist.model.registry import TOWERS
 from gpsd_dist.scaling_law.ladder import Training
-from gpsd_dist.scaling_law.runs import execute, is_trained, parameters_of, read_result, replace_file
+from gpsd_dist.scaling_law.runs import differences, execute, is_trained, parameters_of, read_result, replace_file
 
 METRICS = ("auc", "gauc", "log_loss")
 WALL_NAME = "wall_s.json"
@@ -77,9 +78,21 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def is_finished(training: Training) -> bool:
+    """Whether there is nothing left to train. ValueError if the folder holds a run with other options."""
+    config = training.folder / "run_config.json"
+    changes = differences(training, json.loads(config.read_text())) if config.is_file() else []
+    if changes:
+        raise ValueError(
+            f"{training.folder} holds a run with other options: {'; '.join(changes)}; use the same options, another "
+            "--out_dir, or delete that folder"
+        )
+    return is_trained(training)
+
+
 def train(training: Training) -> None:
     """Runs the command if its run is not finished, and notes its wall time in seconds."""
-    if is_trained(training):
+    if is_finished(training):
         return
     start_s = time.monotonic()
     execute(training.command, lambda line: print(line, flush=True))
@@ -118,10 +131,11 @@ def table(rows: list[Row]) -> list[str]:
     heads = ("model", "strategy", "task", "rate", "valid", "seeds", *METRICS, "dense parameters", "s per refit")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
-        if not all(is_trained(row.tuning(rate)) for rate in row.args.rates):
+        if not all(is_finished(row.tuning(rate)) for rate in row.args.rates):
             continue
         rate = best_rate(row)
-        found = [row.refit(rate, seed).folder for seed in row.args.seeds]
+        refits = [row.refit(rate, seed) for seed in row.args.seeds]
+        found = [refit.folder for refit in refits if is_finished(refit)]
         results = {folder: result for folder in found if (result := read_result(folder / "test.json")) is not None}
         for task in next(iter(results.values()), {}):
             cells = [_cell([result[task][metric] for result in results.values()]) for metric in METRICS]
@@ -154,15 +168,20 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str]) -> None:
-    """Command line."""
+def main(argv: list[str]) -> int:
+    """Exit status 0, or 2 for a mistake in the options and a folder with other runs in it."""
     args = _parse(argv)
-    rows = rows_of(args)
-    if not args.print_only:
-        for row in rows:
-            run(row)
-    print("\n".join(table(rows)))
+    try:
+        rows = rows_of(args)
+        if not args.print_only:
+            for row in rows:
+                run(row)
+        print("\n".join(table(rows)))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))
