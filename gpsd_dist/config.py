@@ -56,7 +56,7 @@ class ModelConfig:
     """Dense tower and heads; `l{layers}h{width}a{heads}` in the paper."""
 
     name: str = "transformer"
-    """transformer | sasrec | hstu: a key of `gpsd_dist.model.registry.TOWERS`."""
+    """transformer | sasrec | hstu | deepfm | din | dien | dmin | wukong: `gpsd_dist.model.registry.TOWERS`."""
     layers: int = 4
     width: int = 64
     """D"""
