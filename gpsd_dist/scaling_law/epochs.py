@@ -81,8 +81,16 @@ def read_run(folder: pathlib.Path) -> RunCurves:
 
 
 def _entries(path: pathlib.Path) -> list[dict[str, typing.Any]]:
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be half-written
+    entries = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+        if line.endswith("\n"):  # the last one may be half-written
+            try:
+                entries.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number} is not JSON ({error}); remove it, or leave this run out"
+                ) from error
+    return entries
 
 
 def _number(value: float | None) -> float:

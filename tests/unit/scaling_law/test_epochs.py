@@ -41,6 +41,14 @@ def test_half_written_last_line_is_left_out(tmp_path):
     assert len(epochs.read_run(folder).steps) == 2
 
 
+def test_broken_line_is_named(tmp_path):
+    folder = write_run(tmp_path / "a")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join([lines[0], '{"step": 2,\n', *lines[2:]]))
+    with pytest.raises(ValueError, match=r"a/metrics\.jsonl, line 2 is not JSON .*; remove it, or leave this run out"):
+        epochs.read_run(folder)
+
+
 def test_gap_of_an_older_run_comes_from_its_training_loss(tmp_path):
     curves = epochs.read_run(write_run(tmp_path / "a", gap=None))
     assert curves.gap["click"] == [(1.0, pytest.approx(0.7 - 0.5)), (2.0, pytest.approx(0.7 - 0.5))]
