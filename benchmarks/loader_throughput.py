@@ -35,7 +35,7 @@ def write_split(data_dir: pathlib.Path, num_rows: int, compression: str) -> sche
     item = np.minimum(rng.zipf(1.2, num_tokens), 200_000).astype(np.int64)
     values = {
         "history.item": item,
-        "history.category": item % 1000,
+        "history.category": 1 + item % 1000,
         "history.time_s": 1_600_000_000 + rng.integers(0, 10_000_000, num_tokens),
     }
     places = ("history", "candidate")
