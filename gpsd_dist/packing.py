@@ -87,13 +87,13 @@ class Packing:
         num_tokens, num_candidates = int(history_offsets[-1]), int(candidate_offsets[-1])
         num_requests = len(history_length_B)
         request_C = np.repeat(np.arange(num_requests), candidate_count_B)
-        history_position_T = np.arange(num_tokens) - np.repeat(history_offsets[:-1], history_length_B)
+        position_S = np.arange(num_tokens + num_candidates)
+        position_S[:num_tokens] -= np.repeat(history_offsets[:-1], history_length_B)
+        position_S[num_tokens:] = history_length_B[request_C]
         return cls(
             history_offsets=torch.from_numpy(history_offsets),
             candidate_offsets=torch.from_numpy(candidate_offsets),
-            position_S=torch.from_numpy(
-                np.concatenate([history_position_T, history_length_B[request_C]]).astype(np.int64)
-            ),
+            position_S=torch.from_numpy(position_S),
             request_C=torch.from_numpy(request_C),
             num_history_tokens=num_tokens,
             num_candidates=num_candidates,

@@ -15,6 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from gpsd_dist.data.batch import Bag, Batch, NextItem, RawIds
 from gpsd_dist.data.distinct import Wanted, deduplicate
+from gpsd_dist.data.gather import gather, one_chunk
 from gpsd_dist.data.loader import BatchKey
 from gpsd_dist.data.parquet_dataset import BadValue
 from gpsd_dist.ids.hashing import hashed_rows
@@ -64,12 +65,11 @@ class Collate:
         return tuple(names)
 
     def __call__(self, rows: pa.Table, key: BatchKey) -> tuple[Batch, ...]:
-        order, length, rows = self._sort_by_length(rows)
+        order, length = self._sort_by_length(rows)
         parts = []
         for part in range(self.num_parts):
             take = slice(part, None, self.num_parts)
-            part_rows = rows if self.num_parts == 1 else rows.take(pa.array(np.arange(len(order))[take]))
-            parts.append(self._read(part_rows, order[take], length[take]))
+            parts.append(self._read(gather([rows], order[take]), order[take], length[take]))
         random = np.random.Generator(
             np.random.Philox(np.random.SeedSequence((self.seed, key.epoch, key.step, key.rank)))
         )
@@ -81,14 +81,14 @@ class Collate:
         """Checked columns of some requests, as table indices."""
         reader = _Reader(self.manifest, rows, order)
         item = self.manifest.item_feature
-        kept = _last(_offsets_of(rows[f"history.{item}"].combine_chunks()), length)
+        kept = _last(_offsets_of(one_chunk(rows[f"history.{item}"])), length)
         columns: dict[str, dict] = {"history": {}, "candidate": {}, "context": {}}
         scalars = {"user_hash": reader.integers("user_hash"), "request_time_s": np.full(len(order), -1, np.int64)}
         for feature in self.manifest.features_in("history"):
             columns["history"][feature.name] = reader.jagged(f"history.{feature.name}", feature, kept=kept)
         labels, counts = {}, np.zeros(len(order), np.int64)
         if self.with_candidates:
-            counts = np.diff(_offsets_of(rows[f"candidate.{item}"].combine_chunks()))
+            counts = np.diff(_offsets_of(one_chunk(rows[f"candidate.{item}"])))
             for feature in self.manifest.features_in("candidate"):
                 columns["candidate"][feature.name] = reader.jagged(f"candidate.{feature.name}", feature, lengths=counts)
             for feature in self.manifest.features_in("context"):
@@ -97,7 +97,7 @@ class Collate:
             scalars["request_time_s"] = reader.integers("request_time_s")
         packing = Packing.from_lengths(length, counts)
         target_M = _targets(packing, columns["history"][item]) if self.negatives_per else np.zeros(0, np.int64)
-        return _Part(order, packing, columns, labels, scalars, reader.history_time_s()[kept], target_M)
+        return _Part(order, packing, columns, labels, scalars, reader.history_time_s(kept), target_M)
 
     def _batch(
         self, part: "_Part", negatives: "_Negatives | None", lookup: KeyedJaggedTensor, raw_ids: dict[str, RawIds]
@@ -110,7 +110,7 @@ class Collate:
             labels={task: _tensor(label) for task, label in part.labels.items()},
             history_item_T=_tensor(part.columns["history"][item]),
             candidate_item_C=_tensor(part.columns["candidate"].get(item, empty)),
-            history_time_s_T=torch.from_numpy(part.history_time_s),
+            history_time_s_T=_tensor(part.history_time_s),
             request_time_s_B=_tensor(part.scalars["request_time_s"]),
             user_hash_B=_tensor(part.scalars["user_hash"]),
             source_row_B=torch.from_numpy(part.order),
@@ -124,9 +124,9 @@ class Collate:
             return None
         return pad_packing(packing, self.token_multiple, self.max_history_length)
 
-    def _sort_by_length(self, rows: pa.Table) -> tuple[np.ndarray, np.ndarray, pa.Table]:
-        """Requests by ascending (truncated) history length, stable; (order [B], length [B], sorted rows)."""
-        full_length = pc.fill_null(rows["history_length"].combine_chunks(), -1).to_numpy().astype(np.int64)
+    def _sort_by_length(self, rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+        """Requests by ascending (truncated) history length, stable; (order [B], length [B])."""
+        full_length = pc.fill_null(one_chunk(rows["history_length"]), -1).to_numpy().astype(np.int64)
         too_long = np.flatnonzero((full_length > self.manifest.max_history_length) | (full_length < 0))
         if len(too_long):
             allowed = f"0 .. {self.manifest.max_history_length} (max_history_length of the manifest)"
@@ -134,7 +134,7 @@ class Collate:
             raise BadValue("history_length", row, f"{rows['history_length'][row]} is outside {allowed}")
         length = np.minimum(full_length, self.max_history_length)
         order = np.argsort(length, kind="stable")
-        return order, length[order], rows.take(pa.array(order))
+        return order, length[order]
 
     def _draw_negatives(self, random: np.random.Generator, part: "_Part") -> "_Negatives | None":
         """Uniform draws over the known items; a function of (seed, epoch, step, rank) and their number alone.
@@ -230,8 +230,8 @@ class _Reader:
     order: np.ndarray
 
     def jagged(self, name: str, feature: Feature, kept: np.ndarray | None = None, lengths: np.ndarray | None = None):
-        """Values of a list column: those at `kept`, or all of them where each row must hold `lengths` entries."""
-        column = self.rows[name].combine_chunks()
+        """Values of a list column, those at `kept` or all. Each row must hold `lengths`, by default `history_length`."""
+        column = one_chunk(self.rows[name])
         offsets = _offsets_of(column)
         self._check_lengths(name, offsets, self.integers("history_length") if lengths is None else lengths)
         values = column.flatten()  # respects the offset of a sliced array
@@ -247,21 +247,23 @@ class _Reader:
 
     def flat(self, name: str, feature: Feature):
         """A context column: one value, or one bag, per request."""
-        values = self.rows[name].combine_chunks()
+        values = one_chunk(self.rows[name])
         if not feature.is_bag:
             return self._checked(name, feature, values, np.arange(len(values) + 1))
         offsets = _offsets_of(values)
         return self._checked(name, feature, values.flatten(), offsets), offsets
 
-    def history_time_s(self) -> np.ndarray:
-        """int64 [all history tokens], -1 where null."""
-        column = self.rows["history.time_s"].combine_chunks()
+    def history_time_s(self, kept: np.ndarray | None) -> np.ndarray:
+        """int64, -1 where null; entries at `kept` or all."""
+        column = one_chunk(self.rows["history.time_s"])
         self._check_lengths("history.time_s", _offsets_of(column), self.integers("history_length"))
-        return pc.fill_null(column.flatten(), -1).to_numpy(zero_copy_only=False)
+        values = column.flatten()
+        array = (pc.fill_null(values, -1) if values.null_count else values).to_numpy()
+        return array if kept is None else array[kept]
 
     def integers(self, name: str) -> np.ndarray:
         """A column with one integer per request; null is an error."""
-        values = self.rows[name].combine_chunks()
+        values = one_chunk(self.rows[name])
         if values.null_count:
             row = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
             raise BadValue(name, int(self.order[row]), "is null, expected an integer")
@@ -269,7 +271,7 @@ class _Reader:
 
     def labels(self, name: str, candidate_counts: np.ndarray) -> np.ndarray:
         """float32 [C], NaN where null; anything but 0, 1 and null is an error."""
-        column = self.rows[name].combine_chunks()
+        column = one_chunk(self.rows[name])
         offsets = _offsets_of(column)
         if not np.array_equal(np.diff(offsets), candidate_counts):
             row = int(np.flatnonzero(np.diff(offsets) != candidate_counts)[0])
@@ -294,8 +296,9 @@ class _Reader:
             standard = (array - feature.mean) / feature.std
             return np.clip(standard, -_MAX_DEVIATIONS, _MAX_DEVIATIONS).astype(np.float32)
         limit = self.manifest.value_limit(feature.table)
-        is_bad = np.isnan(array) if values.null_count else (array < 1) | (array >= limit)
-        self._raise_if(is_bad, array, name, f"outside 1 .. {limit - 1} of table {feature.table!r}", offsets)
+        if values.null_count or len(array) and not (1 <= array.min() and array.max() < limit):
+            is_bad = np.isnan(array) if values.null_count else (array < 1) | (array >= limit)
+            self._raise_if(is_bad, array, name, f"outside 1 .. {limit - 1} of table {feature.table!r}", offsets)
         if self.manifest.unbounded.get(feature.table) == "hashed":
             return hashed_rows(array, self.manifest.table(feature.table).num_rows)
         return array
@@ -322,9 +325,9 @@ def _targets(packing: Packing, item_T: np.ndarray) -> np.ndarray:
     return np.flatnonzero(is_target)
 
 
-def _last(offsets: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Positions of the last `keep[i]` entries of every list, in order."""
-    return _ranges(offsets[1:] - keep, keep)
+def _last(offsets: np.ndarray, keep: np.ndarray) -> np.ndarray | None:
+    """Positions of the last `keep[i]` entries of every list, in order; None: those are all."""
+    return None if np.array_equal(np.diff(offsets), keep) else _ranges(offsets[1:] - keep, keep)
 
 
 def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:

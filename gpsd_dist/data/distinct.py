@@ -36,8 +36,19 @@ def deduplicate(manifest: Manifest, wanted: dict[str, list[Wanted]]) -> tuple[Ke
 
 
 def _distinct(parts: list[Wanted], num_rows: int) -> np.ndarray:
-    unique, inverse = _unique(_joined(parts), num_rows)
-    _cut(parts, inverse)
+    """The values, sorted."""
+    if num_rows > _DENSE_UNIQUE_ROWS:
+        unique, inverse = np.unique(_joined(parts), return_inverse=True)
+        _cut(parts, inverse)
+        return unique
+    is_wanted = np.zeros(num_rows, bool)
+    for part in parts:
+        is_wanted[part.value] = True
+    unique = np.flatnonzero(is_wanted)
+    place = np.empty(num_rows, np.int64)
+    place[unique] = np.arange(len(unique))
+    for part in parts:
+        part.place = place[part.value]
     return unique
 
 
@@ -59,15 +70,3 @@ def _cut(parts: list[Wanted], places: np.ndarray) -> None:
     pieces = np.split(places, np.cumsum([part.value.size for part in parts]))
     for part, piece in zip(parts, pieces, strict=False):
         part.place = piece.reshape(part.value.shape)
-
-
-def _unique(indices: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """(sorted distinct indices, position of each input in them)."""
-    if num_rows > _DENSE_UNIQUE_ROWS:
-        return np.unique(indices, return_inverse=True)
-    is_used = np.zeros(num_rows, bool)
-    is_used[indices] = True
-    unique = np.flatnonzero(is_used)
-    position = np.empty(num_rows, np.int64)
-    position[unique] = np.arange(len(unique))
-    return unique, position[indices]

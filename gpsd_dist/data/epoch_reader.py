@@ -1,7 +1,7 @@
-"""Reads the batches of one rank and one epoch: windows are decoded here, rows gathered where the caller wants it.
+"""Reads the batches of one rank and one epoch: windows are decoded and shuffled here, batches are slices of them.
 
-Decoding runs in step order in one thread (`EpochReader.plan`); gathering (`BatchPlan.to_table`), which costs about as
-much, may run in several. Which rows form a batch: `row_order.py`.
+Windows are made in step order in one thread (`EpochReader.plan`); joining their slices (`BatchPlan.to_table`) may run in
+several. Which rows form a batch: `row_order.py`.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from gpsd_dist.data import row_order
+from gpsd_dist.data.gather import gather
 from gpsd_dist.data.parquet_dataset import BatchKey, ParquetSplit
 
 
@@ -22,10 +23,11 @@ class _Window:
     end: int
     """Shard-relative range [start, end)."""
     table: pa.Table
+    """Rows in the order they are used."""
     order: np.ndarray | None
-    """Rows of `table` in the order they are used; None: as they stand."""
+    """For each of them, where it stood before they were shuffled; None: there."""
     sequence_start: int
-    """Position of row 0 of `table` in the sequence of the epoch."""
+    """Position in the sequence of the epoch of the row that stood first."""
     last_group: tuple[int, pa.Table]
     """Decoded row group that the next window may begin in."""
 
@@ -36,17 +38,14 @@ class BatchPlan:
 
     key: BatchKey
     pieces: list[tuple[_Window, int, int]]
-    """(window, from, to) in the window's order."""
+    """(window, from, to)"""
     order: row_order.EpochOrder
     empty: pa.Table
 
     def to_table(self) -> pa.Table:
         """The rows as one table with one chunk per column; zero rows if this rank has none in this step."""
-        parts = []
-        for window, start, end in self.pieces:
-            ordered = window.order is None
-            parts.append(window.table[start:end] if ordered else window.table.take(pa.array(window.order[start:end])))
-        return pa.concat_tables(parts).combine_chunks() if parts else self.empty
+        slices = [window.table.slice(start, end - start) for window, start, end in self.pieces]
+        return pa.concat_tables(slices).combine_chunks() if slices else self.empty
 
     def locate(self, row_in_batch: int) -> tuple[int, int]:
         """(row group, row in it) of a row of the batch."""
@@ -135,6 +134,5 @@ class EpochReader:
         for group, first_row, num in self._order.group_slices(sequence_start, sequence_start + end - start):
             decoded = kept[group] if group in kept else self._split.read_group(group)
             parts.append(decoded.slice(first_row, num))
-        table = pa.concat_tables(parts).combine_chunks()
         order = self._order.window_order(shard, number)
-        return _Window(number, start, end, table, order, sequence_start, (group, decoded))
+        return _Window(number, start, end, gather(parts, order), order, sequence_start, (group, decoded))
