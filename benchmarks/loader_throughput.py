@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from benchmarks.tables import Table
 from data_pipeline.write import encodings
 from gpsd_dist import schema
+from gpsd_dist.allocator import keep_freed_memory
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.loader import BatchKey, Loader
 
@@ -63,6 +64,7 @@ def measure(name: str, seconds: float, data_root: pathlib.Path, folder: pathlib.
     compression = name.split("/")[1]
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
+    keep_freed_memory()  # as a run on CPU does
     folder = folder / compression
     folder.mkdir()
     manifest = write_split(folder, _ROWS, compression)

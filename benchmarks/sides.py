@@ -19,7 +19,7 @@ from benchmarks.padded_baseline import PaddedBaseline, PaddedLoader
 from benchmarks.product import Product, Size, run_config
 from gpsd_dist import allocator, losses, packing
 from gpsd_dist.config import PretrainConfig
-from gpsd_dist.data import collate
+from gpsd_dist.data import distinct
 from gpsd_dist.distributed import runtime as runtime_module
 from gpsd_dist.model import transformer
 
@@ -153,10 +153,17 @@ def _switch(name: str) -> None:
     elif name == "fused softmax loss":
         losses._SampledSoftmax = _PlainSoftmax
     elif name == "deduplicated lookup":
-        collate._unique = lambda indices, num_rows: (indices, np.arange(len(indices)))
+        distinct._distinct = _repeated
     elif name == "kept memory":
         runtime_module.keep_freed_memory = lambda: False
         assert allocator.keep_freed_memory  # still there, not called
+
+
+def _repeated(parts: list[distinct.Wanted], num_rows: int) -> np.ndarray:
+    """What `distinct._distinct` returns, with every value as often as it is wanted."""
+    values = distinct._joined(parts)
+    distinct._cut(parts, np.arange(len(values)))
+    return values
 
 
 def _pass_through_python(product: Product) -> None:

@@ -173,12 +173,14 @@ def _bucket(start, stop, history_length_B, history_offsets, candidate_count_B, c
 
 def _slots(offsets: np.ndarray, width: int) -> Slots | None:
     """Padded view [n, width] of n consecutive jagged rows; None if nothing is padded."""
-    offsets = offsets - offsets[0]
-    slot_W = np.arange(width)
-    is_entry = slot_W[None] < np.diff(offsets)[:, None]
-    if is_entry.all():
+    num_rows, num_entries = len(offsets) - 1, int(offsets[-1] - offsets[0])
+    if num_entries == num_rows * width:
         return None
-    entry = np.minimum(offsets[:-1, None] + slot_W[None], max(int(offsets[-1]) - 1, 0))
+    offsets, slot_W = offsets - offsets[0], np.arange(width)
+    is_entry = slot_W[None] < np.diff(offsets)[:, None]
+    entry = offsets[:-1, None] + slot_W[None]
+    last_rows = entry[np.searchsorted(offsets[:-1], num_entries - width, side="right") :]  # may pass the last entry
+    np.minimum(last_rows, max(num_entries - 1, 0), out=last_rows)
     return Slots(
         torch.from_numpy(entry.reshape(-1)), torch.from_numpy(is_entry), torch.from_numpy(np.flatnonzero(is_entry))
     )

@@ -230,7 +230,7 @@ class _Reader:
     order: np.ndarray
 
     def jagged(self, name: str, feature: Feature, kept: np.ndarray | None = None, lengths: np.ndarray | None = None):
-        """Values of a list column, those at `kept` or all. Each row must hold `lengths`, by default `history_length`."""
+        """Values of a list column, those at `kept` or all; each row must hold `lengths` (None: `history_length`)."""
         column = one_chunk(self.rows[name])
         offsets = _offsets_of(column)
         self._check_lengths(name, offsets, self.integers("history_length") if lengths is None else lengths)
@@ -296,7 +296,7 @@ class _Reader:
             standard = (array - feature.mean) / feature.std
             return np.clip(standard, -_MAX_DEVIATIONS, _MAX_DEVIATIONS).astype(np.float32)
         limit = self.manifest.value_limit(feature.table)
-        if values.null_count or len(array) and not (1 <= array.min() and array.max() < limit):
+        if values.null_count or (len(array) and not (array.min() >= 1 and array.max() < limit)):
             is_bad = np.isnan(array) if values.null_count else (array < 1) | (array >= limit)
             self._raise_if(is_bad, array, name, f"outside 1 .. {limit - 1} of table {feature.table!r}", offsets)
         if self.manifest.unbounded.get(feature.table) == "hashed":

@@ -1,6 +1,6 @@
 """Reads the batches of one rank and one epoch: windows are decoded and shuffled here, batches are slices of them.
 
-Windows are made in step order in one thread (`EpochReader.plan`); joining their slices (`BatchPlan.to_table`) may run in
+Windows are made in step order in one thread (`EpochReader.plan`); their slices may be joined (`BatchPlan.to_table`) in
 several. Which rows form a batch: `row_order.py`.
 """
 
