@@ -27,18 +27,16 @@ def one_chunk(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _take(column: pa.ChunkedArray, rows: pa.Array) -> pa.Array:
-    if not all(_is_plain(chunk) for chunk in column.chunks):
+    if not _holds_numbers(column.type) or any(chunk.null_count or chunk.values.null_count for chunk in column.chunks):
         return one_chunk(column.take(rows))
     texts = pa.chunked_array([_to_bytes(chunk) for chunk in column.chunks], pa.large_binary())
     return _to_list(one_chunk(texts.take(rows)), column.type)
 
 
-def _is_plain(array: pa.Array) -> bool:
-    """A list of numbers without nulls: its entries are bytes that lie side by side."""
-    if not pa.types.is_list(array.type) or array.null_count:
+def _holds_numbers(list_type: pa.DataType) -> bool:
+    if not pa.types.is_list(list_type):
         return False
-    value_type = array.type.value_type
-    return (pa.types.is_integer(value_type) or pa.types.is_floating(value_type)) and not array.values.null_count
+    return pa.types.is_integer(list_type.value_type) or pa.types.is_floating(list_type.value_type)
 
 
 def _to_bytes(array: pa.ListArray) -> pa.LargeBinaryArray:

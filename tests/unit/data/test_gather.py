@@ -45,6 +45,13 @@ def test_gathers_what_python_lists_give(data, sizes, skipped):
     assert gather(parts, None).to_pylist() == flat
 
 
+def test_no_rows_at_all():
+    """Such a table has no chunks either."""
+    got = gather([pa.Table.from_batches([], SCHEMA)], np.zeros(0, np.int64))
+    assert got.num_rows == 0 and got.schema == SCHEMA
+    assert all(column.num_chunks == 1 for column in got.columns)
+
+
 def test_entries_that_begin_inside_their_memory():
     values = pa.array(range(10)).slice(3)
     lists = pa.ListArray.from_arrays(pa.array([0, 2, 2, 7], pa.int32()), values)
