@@ -276,7 +276,7 @@ def _num_values(array: pa.Array) -> int:
     """As Parquet counts them: an empty or missing list is one."""
     if not pa.types.is_list(array.type):
         return len(array)
-    empty = len(array) - np.count_nonzero(np.diff(array.offsets.to_numpy()))
+    empty = len(array) - int(np.count_nonzero(np.diff(array.offsets.to_numpy())))
     return empty + _num_values(array.flatten())
 
 
