@@ -22,6 +22,7 @@ import numpy as np
 import rich.console
 import rich.table
 
+from gpsd_dist.assembly import check_options_against_data
 from gpsd_dist.capacity.estimate import RESERVE, Estimate, Scenario, estimate
 from gpsd_dist.capacity.exchange import Traffic
 from gpsd_dist.capacity.remedies import Remedy, remedies
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> int:
 def _scenario(run: RunConfig, args: argparse.Namespace) -> Scenario:
     table_rows = _sizes(args.table_rows)
     measured = read_run_manifest(run)
+    check_options_against_data(run, measured)
     split = "pretrain" if run.stage == "pretrain" else "train+valid" if run.refit_of else "train"
     shape = data_shape(run, measured, split)
     if args.mean_history is not None and not 0 < args.mean_history <= run.data.max_history_length:

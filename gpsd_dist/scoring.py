@@ -6,7 +6,7 @@ import typing
 import torch
 import torch.nn.functional as F
 
-from gpsd_dist.assembly import Assembly
+from gpsd_dist.assembly import Assembly, check_can_be_scored
 from gpsd_dist.config import RunConfig
 from gpsd_dist.data.batch import Batch, lookup_of
 from gpsd_dist.data.collate import Collate
@@ -24,8 +24,7 @@ _LOOKUP_CHUNK_ROWS = 65_536
 
 def evaluation_loader(run: RunConfig, manifest: Manifest, lookup_names: tuple[str, ...], split: str, runtime: Runtime):
     """Loader of a split in file order, every row once; ranks that run out get empty batches."""
-    if not manifest.tasks:
-        raise ValueError(f"{run.data_dir} has no task, so there is nothing to score in {split!r}")
+    check_can_be_scored(run, manifest, split)
     collate = Collate(manifest, lookup_names, run.data.max_history_length, with_candidates=True)
     return Loader(
         run.data_dir,

@@ -42,12 +42,12 @@ class Trainer:
         """Collective. Builds everything with random weights; `train` decides where weights come from."""
         self.run, self.runtime = run, runtime
         self.manifest = read_run_manifest(run)
+        check_options_against_data(run, self.manifest)
         self.assembly = assemble(run, self.manifest, runtime)
         self.loader = self._training_loader()
         self.validates = not run.refit_of and self.manifest.split("valid").num_rows > 0
         if self.validates:  # is it readable?
             evaluation_loader(run, self.manifest, self.assembly.lookup_names, "valid", runtime).close()
-        check_options_against_data(run, self.manifest)
         self.checkpoints = Checkpoints(run.output_dir, runtime, run.train)
         self.start = newest_intact(self.checkpoints.folder)
         if self.start is not None:  # before anything is written into the folder of another run

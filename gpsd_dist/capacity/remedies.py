@@ -5,6 +5,7 @@ import typing
 
 import numpy as np
 
+from gpsd_dist.assembly import tables_kept_whole
 from gpsd_dist.capacity.estimate import Estimate, Layout, Scenario, estimate
 from gpsd_dist.capacity.memory import Memory
 from gpsd_dist.execution_config import BLOCK_MODELS
@@ -53,11 +54,13 @@ def _layouts(scenario: Scenario) -> typing.Iterator[Remedy]:
         yield _built("row-wise Adagrad for the tables", "--gin.sparse/OptimizerConfig.name=rowwise_adagrad", changed)
     whole = [table for table, sharding in run.tables.sharding.items() if sharding != "row_wise"]
     can_cut_columns = run.tables.embedding_dim >= _MIN_COLUMNS and run.tables.frozen_dtype != "int8"
-    options = ["row_wise", "column_wise"] if can_cut_columns else ["row_wise"]
-    for kind in options if whole else []:
-        sharding = run.tables.sharding | dict.fromkeys(whole, kind)
+    cuttable = sorted(set(whole) - tables_kept_whole(run, scenario.manifest)) if can_cut_columns else []
+    for kind, tables in (("row_wise", sorted(whole)), ("column_wise", cuttable)):
+        if not tables:
+            continue
+        sharding = run.tables.sharding | dict.fromkeys(tables, kind)
         flags = f'"--gin.TablesConfig.sharding={sharding}"'
-        yield _built(f"{kind} tables {sorted(whole)}", flags, _replaced(scenario, "tables", sharding=sharding))
+        yield _built(f"{kind} tables {tables}", flags, _replaced(scenario, "tables", sharding=sharding))
 
 
 def _ranks(scenario: Scenario) -> typing.Iterator[Remedy]:

@@ -21,12 +21,10 @@ def parallelize(model: nn.Module, run: RunConfig, runtime: Runtime) -> nn.Module
     """What to call instead of `model` (NextItemModel or RankingModel) in training. Collective.
 
     Names of parameters stay those of `model`; with fsdp2 they are DTensors afterwards, so build the optimizer later.
-    ValueError for an option that the model does not have.
+    Options that the model does not have: `assembly.check_options_against_data` refuses them.
     """
     if run.execution.activation_checkpointing:
         recompute_blocks(model.backbone.tower, has_dropout=run.model.dropout > 0)
-    if run.execution.token_multiple and run.model.name != "transformer":
-        raise ValueError(f"token_multiple with model {run.model.name!r}: only the transformer runs on padded batches")
     if run.execution.cuda_graphs:
         # The function, not the module: a module set as an attribute would change parameter names.
         tower = model.backbone.tower
@@ -60,9 +58,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
 
 def recompute_blocks(tower: nn.Module, has_dropout: bool) -> None:
     """From now on a block of the tower keeps its inputs alone. Recomputed dropout draws the same numbers."""
-    if not hasattr(tower, "blocks"):
-        given = f"activation_checkpointing with {type(tower).__name__}"
-        raise ValueError(f"{given}: it has no blocks to compute again, only transformer, sasrec and hstu have")
+    assert hasattr(tower, "blocks"), type(tower).__name__
     for block in tower.blocks:
         # on the instance, not a wrapping module: parameter names are API
         block.forward = functools.partial(

@@ -27,9 +27,8 @@ class RowReset:
     """Of one trainable table."""
 
     def __init__(self, tables: ShardedTables, table: str, config: TablesConfig, seed: int):
-        """ValueError for a table that is cut by columns: its optimizer state is not by row."""
-        if config.sharding.get(table) == "column_wise":
-            raise ValueError(f"table {table!r} has managed ids and is column_wise; make it row_wise or table_wise")
+        """`table`: not cut by columns (`assembly.check_options_against_data`), for then its state is not by row."""
+        assert config.sharding.get(table) != "column_wise", table
         self._table, self._config, self._seed = table, config, seed
         weight = tables.weights()[table]
         self._weights = [_Piece(s.metadata.shard_offsets[0], s.tensor) for s in weight.local_shards()]

@@ -1,5 +1,6 @@
 """The command: exit status, text, JSON, and flags that training accepts."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -7,6 +8,9 @@ import shlex
 import pytest
 
 from gpsd_dist import gin_cli, plan
+from gpsd_dist.assembly import check_options_against_data
+from gpsd_dist.ids.tables import read_run_manifest
+from gpsd_dist.schema import Table, read_manifest, unbounded_fingerprint, write_manifest
 from tests.helpers.synthetic import write_dataset
 
 SPACIOUS = ["--world_size", "8", "--local_world_size", "4", "--hbm_gib", "80"]
@@ -18,6 +22,21 @@ def options(tmp_path_factory):
     write_dataset(folder, seed=1, num_rows=50)
     files = ("stage/finetune", "data/synthetic", "model/l1h32a4")
     return [f"--gin_file=configs/{name}.gin" for name in files] + [f"--gin.DATA_DIR={folder}"]
+
+
+def _folder(options) -> str:
+    return options[-1].partition("DATA_DIR=")[2]
+
+
+@pytest.fixture(scope="module")
+def managed_options(options, tmp_path_factory):
+    """The same data, but items count as 64-bit ids."""
+    folder = tmp_path_factory.mktemp("managed")
+    manifest = read_manifest(_folder(options))
+    item = Table("item", 200, unbounded_fingerprint("managed", 200))
+    tables = (item, *(table for table in manifest.tables if table.name != "item"))
+    write_manifest(dataclasses.replace(manifest, tables=tables, unbounded={"item": "managed"}), folder)
+    return [*options[:-1], f"--gin.DATA_DIR={folder}"]
 
 
 def _plan(capsys, *argv) -> tuple[int, str]:
@@ -73,6 +92,31 @@ def test_what_training_would_refuse_or_needs_is_said(options, capsys):
     assert status == 0
     assert "training on 32 ranks also needs --gin.DataConfig.num_data_shards=32" in text
     assert "a rank has 0.50 requests per step" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["ExecutionConfig.pipeline=sparse_dist"], "looks rows up ahead of their step"),
+        (["TablesConfig.sharding={'item': 'column_wise'}"], "'item' has managed ids and is column_wise"),
+        (["ModelConfig.name=din", "ExecutionConfig.token_multiple=64"], "token_multiple with model 'din'"),
+        (["ModelConfig.name=din", "ExecutionConfig.activation_checkpointing=True"], "it has no blocks to compute again"),
+    ],
+)
+def test_what_training_refuses_is_refused_in_its_words(managed_options, capsys, flags, message):
+    argv = [*managed_options, *(f"--gin.{flag}" for flag in flags)]
+    run = gin_cli.load_run_config([*argv, "--gin.OUTPUT_DIR=x"]).run
+    with pytest.raises(ValueError, match=message) as refused:
+        check_options_against_data(run, read_run_manifest(run))
+    assert _plan(capsys, *argv, *SPACIOUS) == (plan.MISTAKE, f"error: {refused.value}\n")
+
+
+def test_a_data_set_without_labels_is_refused_where_it_would_be_scored(options, tmp_path, capsys):
+    manifest = dataclasses.replace(read_manifest(_folder(options)), tasks=())
+    write_manifest(manifest, tmp_path)
+    argv = ["--gin_file=configs/stage/pretrain.gin", *options[1:-1], f"--gin.DATA_DIR={tmp_path}"]
+    expected = f"error: {tmp_path} has no task, so there is nothing to score in 'valid'\n"
+    assert _plan(capsys, *argv, *SPACIOUS) == (plan.MISTAKE, expected)
 
 
 @pytest.mark.parametrize(
