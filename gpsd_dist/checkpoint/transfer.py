@@ -3,10 +3,10 @@
 import logging
 
 from gpsd_dist.checkpoint import growth, manager
+from gpsd_dist.checkpoint.coded_rows import CodedRows
 from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import ModelConfig, RunConfig
-from gpsd_dist.distributed.sharding import decoded, store_coded
 from gpsd_dist.schema import Manifest
 
 log = logging.getLogger(__name__)
@@ -37,12 +37,10 @@ def transfer(run: RunConfig, manifest: Manifest, own: manager.Tensors) -> str:
     moved = {name: value for name, value in dense.items() if run.transfers_tower and name.startswith(_TOWER_PREFIX)}
     maps = {name: state for name, state in own.get("ids", {}).items() if name in tables}
     is_coded = run.freezes_tables and run.tables.frozen_dtype == "int8"  # the checkpoint has rows, the tables codes
-    rows = {name: decoded(weight, run.tables) for name, weight in tables.items()} if is_coded else tables
+    width, columns = run.tables.embedding_dim, run.tables.stored_dim
+    rows = {name: CodedRows(weight, width, columns) for name, weight in tables.items()} if is_coded else tables
     tensors = {"table": rows, "dense": moved} | ({"ids": maps} if maps else {})
     manager.load_tensors(checkpoint, tensors, growth.keys(grown, tables, moved))
-    if is_coded:
-        for name, weight in tables.items():
-            store_coded(rows[name], weight, run.tables.embedding_dim)
     lines = [f"  loaded ids.{name}, which id has which row; updates go on: {not run.freezes_tables}" for name in maps]
     lines += growth.report(run, manifest, grown)
     return "\n".join([_report(run, checkpoint, state, tables, moved, dense), *lines])

@@ -10,9 +10,7 @@ import torch
 import torch.distributed as dist
 import torchrec
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
-from torch.distributed._shard.metadata import ShardMetadata
-from torch.distributed._shard.sharded_tensor import Shard as LocalShard
-from torch.distributed._shard.sharded_tensor import ShardedTensor, init_from_local_shards
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -27,7 +25,7 @@ from gpsd_dist.distributed.exchange_codec import exchange_codecs
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.execution_config import DEFAULT, ExecutionConfig
 from gpsd_dist.model.embeddings import Tables
-from gpsd_dist.model.row_codes import decode, encode
+from gpsd_dist.model.row_codes import encode
 
 log = logging.getLogger(__name__)
 _INIT_BLOCK_ROWS = 4096
@@ -142,26 +140,6 @@ def shard_tables(
     for name, weight in sharded.weights().items():
         _initialise(weight, name, config, seed, is_coded=name in coded)
     return sharded
-
-
-def decoded(weight: ShardedTensor, config: TablesConfig) -> ShardedTensor:
-    """float32 rows [rows, stored_dim] of a table of codes, on the ranks where `weight` has them. Collective."""
-    shards = []
-    for shard in weight.local_shards():
-        (first, _), (rows, _) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
-        metadata = ShardMetadata([first, 0], [rows, config.stored_dim], shard.metadata.placement)
-        values = torch.zeros(rows, config.stored_dim, device=shard.tensor.device)
-        values[:, : config.embedding_dim] = decode(shard.tensor, config.embedding_dim)
-        shards.append(LocalShard(values, metadata))
-    return init_from_local_shards(shards, weight.size()[0], config.stored_dim)
-
-
-def store_coded(rows: ShardedTensor, weight: ShardedTensor, width: int) -> None:
-    """Encodes rows, as `decoded` gives them, into the table."""
-    for source, target in zip(rows.local_shards(), weight.local_shards(), strict=True):
-        for start in range(0, len(target.tensor), _INIT_BLOCK_ROWS):
-            block = slice(start, start + _INIT_BLOCK_ROWS)
-            target.tensor[block] = encode(source.tensor[block, :width], target.tensor.shape[1])
 
 
 def plan_tables(tables: Tables, config: TablesConfig, optimizer: OptimizerConfig, cluster: Cluster) -> ShardingPlan:
