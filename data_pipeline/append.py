@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import os
 import pathlib
+import reprlib
 import shutil
 import types
 import typing
@@ -62,12 +63,18 @@ def build(options: argparse.Namespace, source: types.ModuleType, command: str) -
 
 
 def bounds_of(manifest: schema.Manifest, folder: pathlib.Path) -> Bounds:
-    """The boundaries that the data set was cut by. ValueError if it was not cut by time, or does not say."""
+    """The boundaries that the data set was cut by. ValueError if it was not cut by time, or does not say so rightly."""
     found = manifest.options.get(BOUNDARIES)
     if not found:
         raise ValueError(
             f"{folder} cannot be appended to: its splits are not cut by time (rule "
             f"{manifest.options.get('split_rule')}), or it was built by an older version; build it again"
+        )
+    is_right = isinstance(found, list) and len(found) == 3 and all(type(bound) is int for bound in found)
+    if not is_right or not found[0] <= found[1] <= found[2]:
+        raise ValueError(
+            f"{folder / schema.MANIFEST_NAME}: options.{BOUNDARIES} is {reprlib.repr(found)}, expected three times in "
+            "epoch seconds, none before the one before it; build the data set again"
         )
     return Bounds(*found)
 
@@ -85,9 +92,9 @@ def _is_current(out_dir: pathlib.Path, parent_dir: pathlib.Path, parent_sha256: 
     if not (out_dir / schema.MANIFEST_NAME).is_file():
         return False
     chain = schema.read_manifest(out_dir).options.get(CHAIN, [])
-    if not chain or chain[-1]["fingerprint"] != print_now:
+    if not chain or chain[-1].get("fingerprint") != print_now:
         return False
-    return out_dir.resolve() == parent_dir.resolve() or chain[-1]["parent_manifest_sha256"] == parent_sha256
+    return out_dir.resolve() == parent_dir.resolve() or chain[-1].get("parent_manifest_sha256") == parent_sha256
 
 
 class _Day:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import pathlib
+import reprlib
 import shutil
 import types
 
@@ -71,6 +72,9 @@ def as_built(options: argparse.Namespace, previous: schema.Manifest, folder: pat
     if previous.source != options.source:
         raise ValueError(f"{folder} was built with --source {previous.source}, not {options.source}; use that source")
     built_from = previous.options.get("raw_dir")
+    if not isinstance(built_from, str | None):
+        path, found = folder / schema.MANIFEST_NAME, reprlib.repr(built_from)
+        raise ValueError(f"{path}: options.raw_dir is {found}, expected a folder's name; build the data set again")
     if built_from is None or not pathlib.Path(built_from).is_dir():
         built_from = options.raw_dir  # then raw_dir must hold everything, and find_files says what it lacks
     known = {

@@ -134,6 +134,7 @@ class Manifest:
     sources: tuple[dict[str, typing.Any], ...] = ()
     """Raw files: {"path", "bytes", "sha256"}."""
     options: dict[str, typing.Any] = dataclasses.field(default_factory=dict)
+    """Of the build. "chain": steps of `--append_to`, each with the tables of the data set before it."""
     command: str = ""
     schema_version: int = SCHEMA_VERSION
     unbounded: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -310,8 +311,20 @@ def _check(manifest: Manifest) -> None:
     if not 1 <= manifest.max_history_length <= MAX_HISTORY_LENGTH:
         problems.append(f"max_history_length {manifest.max_history_length} is not in 1 .. {MAX_HISTORY_LENGTH}")
     problems += [problem for split in manifest.splits for problem in _problems_of(split, manifest.max_history_length)]
+    chain = manifest.options.get("chain", [])
+    for step in chain if isinstance(chain, list) else [chain]:
+        if not _is_step(step):
+            expected = "expected steps {'tables': [{'name', 'num_rows', 'fingerprint'}, ...], ...}"
+            problems.append(f"options.chain, what the data set grew from, holds {reprlib.repr(step)}, {expected}")
     if problems:
         raise ValueError("; ".join(problems[:_MAX_SHOWN]))
+
+
+def _is_step(step: typing.Any) -> bool:
+    try:
+        return isinstance(step["tables"], list) and all(_from_dict(Table, entry) for entry in step["tables"])
+    except (TypeError, KeyError, AttributeError):
+        return False
 
 
 def _problems_of(split: Split, max_history_length: int) -> list[str]:

@@ -22,7 +22,7 @@ _SMALL = "backbone.embedder.small."
 
 
 def ancestors(manifest: Manifest) -> dict[str, set[str]]:
-    """Table -> fingerprints of the smaller vocabularies that it grew from."""
+    """Table -> fingerprints of the smaller vocabularies that it grew from. `manifest`: as read, so its chain is one."""
     found: dict[str, set[str]] = {}
     for step in manifest.options.get("chain", []):
         for table in step["tables"]:

@@ -100,7 +100,10 @@ def test_what_training_would_refuse_or_needs_is_said(options, capsys):
         (["ExecutionConfig.pipeline=sparse_dist"], "looks rows up ahead of their step"),
         (["TablesConfig.sharding={'item': 'column_wise'}"], "'item' has managed ids and is column_wise"),
         (["ModelConfig.name=din", "ExecutionConfig.token_multiple=64"], "token_multiple with model 'din'"),
-        (["ModelConfig.name=din", "ExecutionConfig.activation_checkpointing=True"], "it has no blocks to compute again"),
+        (
+            ["ModelConfig.name=din", "ExecutionConfig.activation_checkpointing=True"],
+            "it has no blocks to compute again",
+        ),
     ],
 )
 def test_what_training_refuses_is_refused_in_its_words(managed_options, capsys, flags, message):

@@ -186,8 +186,8 @@ def test_a_managed_table_that_is_trained_is_not_cut_by_columns():
     """Training would refuse that; frozen, its rows stay where they are and it may be cut."""
     run = _run(tables={"sharding": {"item": "table_wise"}, "embedding_dim": 256}, model={"width": 16})
     frozen = dataclasses.replace(run, strategy="ST_SF", init_checkpoint="somewhere")
-    for run, offered in ((run, {"row_wise"}), (frozen, {"row_wise", "column_wise"})):
-        scenario = _scenario(run, memory_mib=800.0)
+    for changed, offered in ((run, {"row_wise"}), (frozen, {"row_wise", "column_wise"})):
+        scenario = _scenario(changed, memory_mib=800.0)
         manifest = dataclasses.replace(scenario.manifest, unbounded={"item": "managed"})
         scenario = dataclasses.replace(scenario, manifest=manifest)
         names = {option.name for option in remedies(scenario, estimate(scenario))}

@@ -1,6 +1,7 @@
 """Daily builds: appending a day against building everything again with the boundaries moved by hand."""
 
 import datetime
+import json
 import pathlib
 
 import pyarrow.compute as pc
@@ -172,6 +173,30 @@ def test_what_cannot_be_appended_is_an_error(days, tmp_path, grocery, grocery_ra
     assert build(later, tmp_path / "out", *out, "--split", "holdout") == 2
     assert "leave --split out" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        (
+            "chain",
+            [{"parent": "day0"}],
+            "options.chain, what the data set grew from, holds {'parent': 'day0'}, expected",
+        ),
+        ("chain", 5, "options.chain, what the data set grew from, holds 5, expected steps {'tables':"),
+        ("boundaries_s", [3, 2, 1], "options.boundaries_s is [3, 2, 1], expected three times"),
+        ("raw_dir", [], "options.raw_dir is [], expected a folder's name"),
+    ],
+)
+def test_options_of_the_parent_that_cannot_be(days, tmp_path, capsys, name, value, words):
+    parent = tmp_path / "day1"
+    parent.mkdir()
+    document = json.loads((days / "day1" / "manifest.json").read_text())
+    document["options"][name] = value
+    (parent / "manifest.json").write_text(json.dumps(document))
+    assert build(days / "raw2", tmp_path / "out", "--append_to", parent) == 2
+    error = capsys.readouterr().err
+    assert f"{parent / 'manifest.json'}: {words}" in error and "build the data set again" in error
 
 
 def test_a_source_that_finds_older_files_where_the_parent_was_built_from(kuairand_raw, tmp_path):
