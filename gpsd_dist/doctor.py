@@ -40,7 +40,6 @@ DEPENDENCIES = (
     "gin-config",
     "lightgbm",
     "tensorboard",
-    "safetensors",
     "fsspec",
     "psutil",
     "rich",

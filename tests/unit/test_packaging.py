@@ -60,6 +60,16 @@ def test_both_locks_agree_and_hold_one_torch_family():
     )
 
 
+def test_the_package_uses_every_dependency_that_it_has():
+    names = direct_names(tomllib.loads((REPO_ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    modules = {"gin-config": "gin", "ibis-framework": "ibis", "tensorboard": "torch.utils.tensorboard"}
+    sources = [path for folder in ("gpsd_dist", "data_pipeline") for path in (REPO_ROOT / folder).rglob("*.py")]
+    text = "\n".join(path.read_text() for path in sources)
+    wanted = {name: modules.get(name, name) for name in names}
+    imports = r"^ *(?:import|from) {}[ .\n]"
+    assert [n for n, module in wanted.items() if not re.search(imports.format(module), text, re.MULTILINE)] == []
+
+
 def test_package_dependencies_are_pinned_and_version_is_the_package_version():
     with (REPO_ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)
