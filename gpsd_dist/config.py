@@ -308,6 +308,11 @@ class RunConfig:
         return self.strategy in ("FT", "FT_SF")
 
     @property
+    def training_split(self) -> str:
+        """What is trained on."""
+        return "pretrain" if self.stage == "pretrain" else "train+valid" if self.refit_of else "train"
+
+    @property
     def freezes_tables(self) -> bool:
         """Sparse freezing: transferred tables get no optimizer and keep their bytes."""
         return self.strategy in ("ST_SF", "FT_SF")

@@ -63,8 +63,7 @@ def _scenario(run: RunConfig, args: argparse.Namespace) -> Scenario:
     table_rows = _sizes(args.table_rows)
     measured = read_run_manifest(run)
     check_options_against_data(run, measured)
-    split = "pretrain" if run.stage == "pretrain" else "train+valid" if run.refit_of else "train"
-    shape = data_shape(run, measured, split)
+    shape = data_shape(run, measured, run.training_split)
     if args.mean_history is not None and not 0 < args.mean_history <= run.data.max_history_length:
         raise ValueError(
             f"--mean_history {args.mean_history:g}: the model sees 1 to {run.data.max_history_length} tokens; raise "
@@ -108,7 +107,7 @@ def _print(scenario: Scenario, found: Estimate, options: list[Remedy]) -> None:
         f"{cluster.world_size} ranks of {cluster.memory_bytes / _GIB:g} GiB on {machines} machines",
         soft_wrap=True,
     )
-    for line in _layout_lines(found.layout.shards):
+    for line in (*_layout_lines(found.layout.shards), *filter(None, [found.saved])):
         console.print(line, soft_wrap=True)
     unique = ", ".join(f"{rows:,.0f} rows of {table}" for table, rows in step.unique_rows.items())
     console.print(
@@ -214,7 +213,7 @@ def as_dict(scenario: Scenario, found: Estimate, options: list[Remedy]) -> dict[
         "fits": found.fits,
         "usable_bytes": found.usable_bytes,
         "refusal": found.layout.refusal,
-        "layout": found.layout.text.splitlines(),
+        "layout": [*found.layout.text.splitlines(), *filter(None, [found.saved])],
         "cluster": dataclasses.asdict(scenario.cluster),
         "assumed": [*scenario.shape.notes, *_warnings(scenario, found)],
         "step_of_a_rank": dataclasses.asdict(found.training),

@@ -10,8 +10,10 @@ import pathlib
 import sys
 
 from gpsd_dist import exit_codes, output_folder
+from gpsd_dist.capacity.frozen import expected_rows, frozen_line
 from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.runtime import Runtime, process_group
+from gpsd_dist.distributed.sharding import Cluster
 from gpsd_dist.gin_cli import ParsedRun, load_run_config
 from gpsd_dist.provenance import environment
 from gpsd_dist.trainer import Trainer
@@ -54,18 +56,29 @@ def _describe(parsed: ParsedRun, trainer: Trainer, runtime: Runtime) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.gin").write_text(parsed.gin_text)
     (folder / "run_config.json").write_text(json.dumps(dataclasses.asdict(run), indent=1))
-    (folder / "plan.txt").write_text(trainer.assembly.tables.plan + "\n")
     (folder / "environment.json").write_text(json.dumps(environment(runtime), indent=1))
     tables = trainer.assembly.tables
+    plan = [*tables.plan.splitlines(), *filter(None, [_saved_by_freezing(trainer, runtime)])]
+    (folder / "plan.txt").write_text("\n".join(plan) + "\n")
     sparse = sum(weight.size()[0] * tables.width for weight in tables.weights().values())
     dense = sum(parameter.numel() for parameter in trainer.model.parameters())
     devices = f"{runtime.world_size} x {runtime.device.type}"
     log.info("run %s: %s %s, %s on %s", folder, run.stage, run.strategy, run.model.name, devices)
     log.info("parameters: %s in tables, %s dense", f"{sparse:,}", f"{dense:,}")
-    for line in tables.plan.splitlines():
+    for line in plan:
         log.info("%s", line)
     epochs = f"{trainer.loader.steps_per_epoch} per epoch x {run.train.epochs} epochs"
     log.info("steps: %s, %d in all, warm-up %d", epochs, trainer.total_steps, trainer.warmup_steps)
+
+
+def _saved_by_freezing(trainer: Trainer, runtime: Runtime) -> str:
+    """One line; empty if nothing is frozen."""
+    run, manifest, assembly = trainer.run, trainer.manifest, trainer.assembly
+    if not run.freezes_tables:
+        return ""
+    rows = expected_rows(run, manifest, assembly.lookup_names, runtime.world_size)
+    cluster = Cluster(runtime.world_size, runtime.local_world_size, runtime.device.type)
+    return frozen_line(run, manifest, assembly.tables.shards, rows, cluster)
 
 
 if __name__ == "__main__":

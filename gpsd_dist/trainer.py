@@ -304,7 +304,7 @@ class Trainer:
         return Loader(
             run.data_dir,
             self.manifest,
-            "pretrain" if is_pretraining else "train+valid" if run.refit_of else "train",
+            run.training_split,
             make_batch=make_batch,
             columns=collate.columns(),
             rank=self.runtime.rank,

@@ -7,6 +7,7 @@ from torch import nn
 
 from gpsd_dist.assembly import dense_model, meta_tables
 from gpsd_dist.capacity.exchange import Exchange, exchange
+from gpsd_dist.capacity.frozen import frozen_line
 from gpsd_dist.capacity.memory import Memory, ModelSize, memory
 from gpsd_dist.capacity.workload import DataShape, Workload, training_requests, workload
 from gpsd_dist.config import RunConfig
@@ -63,6 +64,8 @@ class Estimate:
     exchange: Exchange
     flops: Flops | None
     """None: there is no formula for this tower."""
+    saved: str
+    """What freezing saves, in a line; empty if nothing is frozen."""
     usable_bytes: float
     """Memory of a rank without the reserve."""
 
@@ -95,6 +98,7 @@ def estimate(scenario: Scenario, layout: Layout | None = None) -> Estimate:
         memory=memory(run, layout.shards, size, cluster, training, validation),
         exchange=exchange(layout.shards, training.unique_rows, size.parameters, cluster, run.execution),
         flops=training_flops(run, size, training) if run.model.name == "transformer" else None,
+        saved=frozen_line(run, manifest, layout.shards, training.unique_rows, cluster),
         usable_bytes=(1 - RESERVE) * cluster.memory_bytes,
     )
 
@@ -105,7 +109,6 @@ def plan_layout(scenario: Scenario) -> Layout:
     refusal = ""
     _, tables = meta_tables(run, manifest)
     names = table_names(tables)
-    frozen_rows = sum(manifest.table(name).num_rows for name in (run.tables.transfer if run.freezes_tables else ()))
     try:
         plan = plan_tables(tables, run.tables, run.sparse, cluster)
     except ValueError as error:
@@ -113,9 +116,7 @@ def plan_layout(scenario: Scenario) -> Layout:
         _, tables = meta_tables(run, manifest)
         unlimited = dataclasses.replace(cluster, memory_bytes=_UNLIMITED_BYTES)
         plan = plan_tables(tables, run.tables, run.sparse, unlimited)
-    return Layout(
-        readable(plan, run.tables, frozen_rows), shards_of(plan, names, run.tables.frozen_value_bytes), refusal
-    )
+    return Layout(readable(plan, run.tables), shards_of(plan, names, run.tables.frozen_value_bytes), refusal)
 
 
 def model_size(run: RunConfig, manifest: Manifest) -> ModelSize:

@@ -79,6 +79,24 @@ def exchange(
     )
 
 
+def unsent_gradients(
+    shards: tuple[Shard, ...],
+    unique_rows: dict[str, float],
+    stored_dim: int,
+    cluster: Cluster,
+    execution: ExecutionConfig = DEFAULT,
+) -> Traffic:
+    """What the frozen tables among `shards` would send back, were they trained with `stored_dim` columns."""
+    trained = tuple(  # column_wise pieces have their part of the columns; others may be codes, which are fewer
+        dataclasses.replace(
+            shard, is_frozen=False, columns=shard.columns if shard.sharding == "column_wise" else stored_dim
+        )
+        for shard in shards
+        if shard.is_frozen
+    )
+    return exchange(trained, unique_rows, 0, cluster, execution).gradients
+
+
 def held_rows(shards: tuple[Shard, ...], unique_rows: dict[str, float]) -> list[float]:
     """Of each piece: how many of the U rows that one rank looks up lie in it, U times its part of the table's rows."""
     table_rows: dict[str, int] = collections.Counter()

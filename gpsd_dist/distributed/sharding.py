@@ -73,7 +73,9 @@ class ShardedTables:
 
     module: DistributedModelParallel
     plan: str
-    """Readable plan: one line per table and one on what freezing saves."""
+    """Readable plan: one line per table."""
+    shards: tuple[Shard, ...]
+    """The same, to compute with."""
     names: dict[str, str]
     """Module key -> table name."""
     width: int
@@ -130,12 +132,13 @@ def shard_tables(
             f"same options says what would help. TorchRec says: {error}"
         ) from error
     names = table_names(tables)
-    frozen = {} if tables.frozen is None else {c.name: c.num_embeddings for c in tables.frozen.embedding_configs()}
+    frozen = [] if tables.frozen is None else [entry.name for entry in tables.frozen.embedding_configs()]
     module = DistributedModelParallel(
         module=tables, device=runtime.device, plan=plan, sharders=[sharder], init_data_parallel=False
     )
     factor = _lr_factor(config, optimizer)
-    sharded = ShardedTables(module, readable(plan, config, sum(frozen.values())), names, config.embedding_dim, factor)
+    shards = shards_of(plan, names, config.frozen_value_bytes)
+    sharded = ShardedTables(module, readable(plan, config), shards, names, config.embedding_dim, factor)
     coded = {names[key] for key in frozen} if config.frozen_dtype == "int8" else set()
     for name, weight in sharded.weights().items():
         _initialise(weight, name, config, seed, is_coded=name in coded)
@@ -246,7 +249,7 @@ def _optimizer_arguments(optimizer: OptimizerConfig) -> dict[str, typing.Any]:
     return arguments
 
 
-def readable(plan: ShardingPlan, config: TablesConfig, frozen_rows: int) -> str:
+def readable(plan: ShardingPlan, config: TablesConfig) -> str:
     """One line per table: kind, layout, and rows x columns on each rank."""
     lines = []
     for path, parameters in plan.plan.items():
@@ -255,24 +258,9 @@ def readable(plan: ShardingPlan, config: TablesConfig, frozen_rows: int) -> str:
             shards = [f"{'x'.join(map(str, s.shard_sizes))} on {s.placement}" for s in sharding.sharding_spec.shards]
             layout = f"{sharding.sharding_type}, {sharding.compute_kernel}: {'; '.join(shards)}"
             lines.append(f"table {name}: {fate}, {layout}")
-    if frozen_rows:
-        lines.append(_frozen_line(config, frozen_rows))
     if config.stored_dim != config.embedding_dim:
         lines.append(f"rows are {config.embedding_dim} wide and stored as {config.stored_dim}, padded with zeros")
     return "\n".join(lines)
-
-
-def _frozen_line(config: TablesConfig, rows: int) -> str:
-    """What freezing saves: once, and for every distinct row that a step looks up."""
-    state, gradient = rows * 4 / 2**20, config.stored_dim * 4
-    kept = rows * config.frozen_columns * config.frozen_value_bytes / 2**20
-    whole = rows * config.stored_dim * 4 / 2**20
-    stored = f", kept as {config.frozen_dtype} in {kept:.1f} instead of {whole:.1f} MiB" if kept < whole else ""
-    return (
-        f"frozen: {rows:,} rows without optimizer state ({state:.1f} MiB of row-wise Adagrad, "
-        f"{2 * state * config.embedding_dim:.1f} MiB of Adam saved); per row that a step looks up, {gradient} bytes of "
-        f"gradient not computed and, where another rank owns it, not sent{stored}"
-    )
 
 
 def _initialise(weight: ShardedTensor, table: str, config: TablesConfig, seed: int, *, is_coded: bool) -> None:

@@ -109,6 +109,18 @@ def test_log_says_where_weights_come_from(folder):
 
 
 @pytest.mark.timeout(600)
+def test_log_says_what_freezing_saves(folder):
+    """Gradients that do not travel: only the run of two ranks would have sent any."""
+    unsent = {}
+    for name in ("ST_SF", "FT_SF", "ST"):
+        lines = [line for line in (folder / name / "plan.txt").read_text().splitlines() if line.startswith("frozen: ")]
+        assert all(line in (folder / f"{name}.stderr").read_text() for line in lines)
+        unsent[name] = [float(re.search(r"and (\S+) MiB of them \(fp32\) not sent", line)[1]) for line in lines]
+    assert unsent["ST"] == [] and unsent["FT_SF"] == [0.0]
+    assert 0 < unsent["ST_SF"][0] < 61 * 16 * 4 / 2 / 2**20  # less than half of the table
+
+
+@pytest.mark.timeout(600)
 def test_config_gin_reproduces_the_run(folder):
     again = folder / "NT_again"
     result = _run("gpsd_dist.train", "--gin_file", folder / "NT/config.gin", f"--gin.OUTPUT_DIR={again}")

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpsd_dist.assembly import assemble, meta_tables
 from gpsd_dist.capacity.estimate import Scenario, estimate, model_size
-from gpsd_dist.capacity.exchange import exchange
+from gpsd_dist.capacity.exchange import exchange, unsent_gradients
 from gpsd_dist.capacity.memory import memory
 from gpsd_dist.capacity.workload import Workload, data_shape, expected_distinct
 from gpsd_dist.config import OptimizerConfig
@@ -85,6 +85,7 @@ def _look_up_everything(rank: int, world_size: int, data_dir) -> dict[str, dict]
             torch.autograd.backward(trained, [torch.ones_like(value) for value in trained])
         measured[name] = {
             "plan": tables.plan,
+            "shards": tables.shards,
             "tables": sum(_bytes_of(weight) for weight in tables.weights().values()),
             "optimizer": sum(_bytes_of(v) for state in tables.optimizer_state().values() for v in state.values()),
             "indices": forward.bytes[torch.int64],
@@ -142,9 +143,9 @@ def _planned(name, data_dir):
 
 @pytest.mark.parametrize("name", CASES)
 def test_layout_is_that_of_training(measured, data_dir, name):
-    run, _, plan, _ = _planned(name, data_dir)
-    frozen_rows = NUM_ITEMS if name == "frozen" else 0
-    assert readable(plan, run.tables, frozen_rows) == measured[0][0][name]["plan"]
+    run, _, plan, shards = _planned(name, data_dir)
+    assert readable(plan, run.tables) == measured[0][0][name]["plan"]
+    assert shards == measured[0][0][name]["shards"]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -166,6 +167,15 @@ def test_ranks_send_what_was_planned(measured, data_dir, name):
     pieces = {rank: 2 if name != "table_wise" else sum(s.rank != rank for s in shards) for rank in range(RANKS)}
     indices = [entry["indices"] - _lengths_bytes(pieces[rank]) for rank, entry in enumerate(found)]
     assert planned.indices.total.tolist() == indices
+
+
+def test_freezing_saves_what_the_trained_table_sends(measured, data_dir):
+    """Every rank looks up all rows of both tables: what it sends back for them, with and without the items."""
+    run, _, _, shards = _planned("frozen", data_dir)
+    gradients = {name: [entry[name]["gradients"] for entry in measured[0]] for name in ("row_wise", "frozen")}
+    unsent = unsent_gradients(shards, {"item": float(NUM_ITEMS), "tag": float(NUM_TAGS)}, 16, CLUSTER)
+    assert unsent.total.mean() == np.mean(gradients["row_wise"]) - np.mean(gradients["frozen"]) > 0
+    assert run.tables.stored_dim == 16
 
 
 def test_step_of_training_is_as_large_as_planned(measured, wide_dir):
