@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gpsd_dist.config import OptimizerConfig
+from gpsd_dist.scoring import evaluate_split, evaluation_loader
 from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed
 from tests.integration.tiny_data import (
@@ -19,6 +20,7 @@ from tests.integration.tiny_data import (
     step_folder,
     tiny_run,
     train_losses,
+    write_tiny_data,
 )
 
 pytestmark = pytest.mark.timeout(300)
@@ -119,6 +121,32 @@ def test_gradients_of_the_first_step_are_the_same(trained):
         gradients = [{k: v for k, v in side.items() if k.endswith("exp_avg")} for side in sides]
         assert any(float(value.abs().max()) > 1e-3 for value in gradients[0].values())
         assert not differing(*gradients, atol=1e-6)
+
+
+def _score(rank: int, world_size: int, runs) -> list[tuple[dict, list[int]]]:
+    """Per run: metrics of `valid` with random weights, and how many requests this rank has in each of its batches."""
+    found = []
+    for run in runs:
+        runtime = cpu_runtime(rank, world_size)
+        trainer = Trainer(run, runtime)
+        metrics = evaluate_split(run, trainer.manifest, trainer.assembly, "valid", runtime)
+        loader = evaluation_loader(run, trainer.manifest, trainer.assembly.lookup_names, "valid", runtime)
+        found.append((metrics, [batch.num_requests for (batch,) in loader]))
+    return found
+
+
+def test_a_rank_without_rows_takes_part_in_the_evaluation(tmp_path):
+    """With FSDP2 the forward gathers weights from all ranks: one that skips it for want of rows leaves them waiting."""
+    write_tiny_data(tmp_path / "data", rows={"valid": 1})
+    kinds = [(stage, kind) for stage in ("finetune", "pretrain") for kind in ("ddp", "fsdp2")]
+    runs = [_run(stage, tmp_path / "data", tmp_path / f"{stage}_{kind}", kind) for stage, kind in kinds]
+    ranks = run_distributed(_score, 2, tmp_path, runs, timeout_s=150)
+    for (replicated, _), (sharded, _) in (ranks[0][:2], ranks[0][2:]):
+        assert replicated.keys() == sharded.keys()
+        for task, values in replicated.items():
+            assert sharded[task] == pytest.approx(values, rel=1e-5, nan_ok=True), task
+    assert sorted(sizes for rank in ranks for _, sizes in rank) == [[0]] * 4 + [[1]] * 4
+    assert ranks[0][1][0]["click"]["rows"] > 0
 
 
 def test_fsdp2_on_one_rank_says_that_it_does_nothing(data_dir, tmp_path, one_rank, caplog):
