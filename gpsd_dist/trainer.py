@@ -14,7 +14,7 @@ from gpsd_dist.checkpoint.resume import check_resumable, epochs_to_best
 from gpsd_dist.checkpoint.state import read_run, read_state
 from gpsd_dist.checkpoint.transfer import transfer
 from gpsd_dist.config import RunConfig
-from gpsd_dist.data.batch import Batch
+from gpsd_dist.data.batch import Batch, pinned
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.loader import Loader
 from gpsd_dist.distributed.collectives import all_sum
@@ -299,7 +299,7 @@ class Trainer:
 
         def make_batch(rows, key):
             parts = collate(rows, key)
-            return tuple(part.pin_memory() for part in parts) if is_pinned else parts
+            return pinned(parts) if is_pinned else parts
 
         return Loader(
             run.data_dir,

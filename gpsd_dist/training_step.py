@@ -8,7 +8,7 @@ import torch
 from gpsd_dist.assembly import Assembly
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import RunConfig
-from gpsd_dist.data.batch import Batch
+from gpsd_dist.data.batch import Batch, to_device
 from gpsd_dist.distributed.collectives import all_sum
 from gpsd_dist.distributed.dense import clip_gradients, exchange_gradients, parallelize
 from gpsd_dist.distributed.runtime import Runtime, seed_step
@@ -52,7 +52,7 @@ class TrainingStep:
         ranks. LossNotFinite if a loss is not finite: no weight has moved then.
         """
         self.begin(step, lr_factor, recorder)
-        batches = self.assembly.ids.train(tuple(batch.to(self.runtime.device) for batch in batches))
+        batches = self.assembly.ids.train(to_device(batches, self.runtime.device))
         for name, value in self.assembly.ids.metrics().items():
             recorder.record(name, value, reduce="last")
         counts = self._counts(batches)

@@ -100,7 +100,7 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """Page-locks every tensor, so that `to` can overlap with compute."""
-        return _map_tensors(self, lambda tensor: tensor.pin_memory())
+        return pinned(self)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tells the allocator that `stream` uses the tensors (called by the prefetching pipeline)."""
@@ -120,8 +120,27 @@ def lookup_of(tables: tuple[str, ...], index_U: torch.Tensor, sizes: list[int]) 
 
 
 def to_device(value: typing.Any, device: torch.device) -> typing.Any:
-    """A batch or a part of one (a Packing, say) with all of its tensors there; asynchronous if they are pinned."""
-    return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
+    """A batch, all parts of a step's batch, or a piece of one (a Packing, say) with all tensors there; asynchronous if
+    they are pinned. What parts share (the lookup) is copied once.
+    """
+    return _map_tensors(value, _once(lambda tensor: tensor.to(device, non_blocking=True)))
+
+
+def pinned(value: typing.Any) -> typing.Any:
+    """The same with every tensor page-locked; what parts share, once."""
+    return _map_tensors(value, _once(lambda tensor: tensor.pin_memory()))
+
+
+def _once(fn: typing.Callable[[torch.Tensor], torch.Tensor]) -> typing.Callable[[torch.Tensor], torch.Tensor]:
+    """A tensor that stands in several places goes through `fn` once, and its result stands in all of them."""
+    done: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def apply(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in done:
+            done[id(tensor)] = tensor, fn(tensor)  # kept, or another tensor could get its id
+        return done[id(tensor)][1]
+
+    return apply
 
 
 _CONTAINERS = (Bag, RawIds, NextItem, Packing, PaddedPacking, Bucket, Slots, Batch)

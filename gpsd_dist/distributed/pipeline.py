@@ -13,7 +13,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardedModule
 from torchrec.streamable import Pipelineable
 
-from gpsd_dist.data.batch import Batch
+from gpsd_dist.data.batch import Batch, to_device
 from gpsd_dist.distributed.sharding import ShardedTables
 
 Parts: typing.TypeAlias = tuple[Batch, ...]
@@ -43,7 +43,7 @@ class PrefetchedParts(Pipelineable):
         """The pipeline finds what to exchange by reading this attribute; anything computed would not be prefetched."""
 
     def to(self, device: torch.device, non_blocking: bool = True) -> "PrefetchedParts":
-        return PrefetchedParts(tuple(part.to(device) for part in self.parts))
+        return PrefetchedParts(to_device(self.parts, device))
 
     def record_stream(self, stream: torch.Stream) -> None:
         for part in self.parts:

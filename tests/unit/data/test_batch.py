@@ -5,9 +5,10 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from gpsd_dist.data.batch import Batch
+from gpsd_dist.data.batch import Batch, pinned, to_device
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.parquet_dataset import BatchKey
+from gpsd_dist.distributed.pipeline import PrefetchedParts
 from gpsd_dist.packing import Packing
 from tests.helpers.synthetic import make_manifest, make_rows
 
@@ -109,6 +110,22 @@ def test_pinning_and_streams_touch_every_tensor_once(split, action, monkeypatch)
     batch.pin_memory() if action == "pin_memory" else batch.record_stream(None)
     expected = sorted(tensor.data_ptr() for _, tensor in tensors(batch))
     assert sorted(Spy.seen) == expected and len(expected) > 20
+
+
+def test_what_parts_share_is_pinned_and_copied_once(monkeypatch):
+    """Gradient accumulation: the lookup of the step stands in every part, and the ids of managed tables with it."""
+    collate = Collate(MANIFEST, ("item", "tag"), 20, True, num_parts=3)
+    parts = collate(make_rows(MANIFEST, "train", seed=0, num_rows=12), BatchKey(0, 0, 0))
+    different = {id(tensor) for _, tensor in tensors(parts)}
+    assert len(parts) == 3 and len(different) < len(list(tensors(parts))) - 3
+    for moved in (to_device(parts, META), PrefetchedParts(parts).to(META).parts):
+        assert len({id(tensor) for _, tensor in tensors(moved)}) == len(different)
+        assert moved[2].lookup.values() is moved[0].lookup.values()
+        assert [path for path, _ in tensors(moved)] == [path for path, _ in tensors(parts)]
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: calls.append(id(tensor)) or tensor)
+    pinned(parts)
+    assert sorted(calls) == sorted(different)
 
 
 def test_every_field_of_a_batch_occurs_in_these_tests():
