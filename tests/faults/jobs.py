@@ -3,35 +3,20 @@
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import time
 
+from gpsd_dist import exit_codes
+from tests.helpers.commands import TINY_GIN, environment
 from tests.integration.tiny_data import differing, read_checkpoint, step_folder, train_losses, write_tiny_data
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS, SAVE_INTERVAL = 18, 4  # 3 epochs of 6 steps; saved after steps 4, 6, 8, 12, 16, 18
 TIMEOUT_S = 240  # of one job; alone on two cores it takes 10 to 30
-OPTIONS = """
-LAYERS = 1
-WIDTH = 16
-HEADS = 2
-EMBEDDING_DIM = 16
-GLOBAL_BATCH_ROWS = 8
-MAX_HISTORY_LENGTH = 10
-EPOCHS = 3
-ModelConfig.dropout = 0.1
-TablesConfig.small_table_max_rows = 20
-DataConfig.num_data_shards = 2
-DataConfig.eval_batch_rows_per_rank = 4
-PretrainConfig.num_negative_groups = 2
-PretrainConfig.num_negatives = 16
-TrainConfig.log_interval_steps = 1
-TrainConfig.keep_last = 3
-"""
+OPTIONS = TINY_GIN + "EPOCHS = 3\nModelConfig.dropout = 0.1\nTrainConfig.keep_last = 3\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +80,31 @@ class Run:
         options += [f"--gin.DATA_DIR={self.data_dir}", f"--gin.OUTPUT_DIR={self.output}"]
         options += [f"--gin.TrainConfig.save_interval_steps={SAVE_INTERVAL}"]
         command = [*launcher, "-m", "tests.faults.entry", *options, *overrides]
-        environment = environment_of_a_job() | {"TRACE": str(self.folder / "trace")} | (env or {})
+        variables = environment_of_a_job() | {"TRACE": str(self.folder / "trace")} | (env or {})
         if fault:
-            environment["FAULT"] = json.dumps(fault)
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+            variables["FAULT"] = json.dumps(fault)
+        return subprocess.Popen(command, cwd=ROOT, env=variables, stderr=subprocess.PIPE, text=True)
 
     def train(self, fault: dict | None = None, *overrides: str, restarts: int = 0, env=None) -> Ended:
         return finish(self.start(fault, *overrides, restarts=restarts, env=env))
+
+    def stop_at(self, step: int) -> None:
+        """Trains, saves after `step`, and leaves."""
+        ended = self.train(self.fault("signal_launcher", "batch", step, signal="SIGTERM"))
+        assert ended.status == exit_codes.STOPPED, ended.stderr
+
+    def goes_on(self, *words: str) -> None:
+        """The same command again, to the end, with `words` in its log."""
+        ended = self.train()
+        assert ended.status == exit_codes.FINISHED, ended.stderr
+        ended.says(*words)
+
+    def done(self, at_most: int) -> int:
+        """Steps that were repeated; fails if these are more than `at_most`, or a bit differs from the reference."""
+        self.check_equals_reference()
+        lost = self.steps_lost()
+        assert lost <= at_most, f"{lost} steps were repeated, at most {at_most} are promised"
+        return lost
 
     def check_equals_reference(self) -> None:
         """Same bits in every tensor of the last checkpoint, one history of the loss, nothing half-written left."""
@@ -139,9 +142,7 @@ def finish(process: subprocess.Popen, timeout_s: float = TIMEOUT_S) -> Ended:
 
 def environment_of_a_job() -> dict[str, str]:
     """Without a group or a fault that this process may be in; stopped ranks get 5 s."""
-    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "FAULT", "TRACE")
-    ours = {name: value for name, value in os.environ.items() if name not in dropped}
-    return ours | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
+    return environment("FAULT", "TRACE", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="5")
 
 
 def wait_until(condition, what: str, timeout_s: float = TIMEOUT_S) -> None:

@@ -1,7 +1,6 @@
 """The real commands: `python -m gpsd_dist.train`, the same under torchrun, and `python -m gpsd_dist.evaluate`."""
 
 import json
-import os
 import pathlib
 import re
 import signal
@@ -15,42 +14,22 @@ import pytest
 from gpsd_dist import exit_codes
 from gpsd_dist.config import STRATEGIES, run_config_from_dict
 from gpsd_dist.schema import read_manifest
+from tests.helpers.commands import TINY_GIN, environment
 from tests.integration.tiny_data import differing, read_checkpoint, step_folder, train_losses
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TIMEOUT_S = 150
 STEPS = 7
-TINY = """
-LAYERS = 1
-WIDTH = 16
-HEADS = 2
-EMBEDDING_DIM = 16
-GLOBAL_BATCH_ROWS = 8
-MAX_HISTORY_LENGTH = 10
-EPOCHS = 2
-TablesConfig.small_table_max_rows = 20
-DataConfig.num_data_shards = 2
-DataConfig.eval_batch_rows_per_rank = 4
-PretrainConfig.num_negative_groups = 2
-PretrainConfig.num_negatives = 16
-TrainConfig.log_interval_steps = 1
-"""
+TINY = TINY_GIN + "EPOCHS = 2\n"
 IN_TORCHRUN = ("pretrain", "ST_SF")
 PLAIN = (sys.executable, "-m")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
             "--rdzv_endpoint", "localhost:0", "-m")  # fmt: skip
 
 
-def _environment() -> dict[str, str]:
-    """Without a group that this process may be in."""
-    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    ours = {name: value for name, value in os.environ.items() if name not in group}
-    return ours | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
 def _run(*command, launcher=PLAIN) -> subprocess.CompletedProcess:
     command = [*launcher, *map(str, command)]
-    return subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=TIMEOUT_S)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S)
 
 
 def _options(folder, data_dir, name: str, *overrides) -> list:
@@ -91,8 +70,8 @@ def test_run_folder_is_complete(folder, data_dir, name):
     assert "TrainConfig.max_steps = 7" in (run / "config.gin").read_text()
     plan = (run / "plan.txt").read_text()
     assert ("table item: frozen" if name.endswith("SF") else "table item: trainable") in plan
-    environment = json.loads((run / "environment.json").read_text())
-    assert environment["world_size"] == (2 if name in IN_TORCHRUN else 1) and environment["versions"]["torch"]
+    described = json.loads((run / "environment.json").read_text())
+    assert described["world_size"] == (2 if name in IN_TORCHRUN else 1) and described["versions"]["torch"]
     assert list(train_losses(run)) == list(range(1, STEPS + 1))
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert any(("valid/next_item/mrr" if name == "pretrain" else "valid/buy/gauc") in entry for entry in entries)
@@ -202,7 +181,7 @@ def test_mistakes_end_with_one_message_and_status_2(tmp_path, data_dir):
         "    print('-----', file=sys.stderr)\n    print(main(command))\n"
         "    import torch.distributed as dist\n    dist.is_initialized() and dist.destroy_process_group()\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=_environment(), input=json.dumps(commands),
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), input=json.dumps(commands),
                             capture_output=True, text=True, timeout=TIMEOUT_S)  # fmt: skip
     assert result.stdout.split() == ["2"] * len(MISTAKES), result.stderr
     assert "Traceback" not in result.stderr
@@ -255,7 +234,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(data_dir, tmp_path, launcher
     command = [*launcher, "gpsd_dist.train", *map(str, _options(tmp_path, data_dir, name, *overrides))]
     command = [part.replace("max_steps=7", "max_steps=100000") for part in command]
     metrics = tmp_path / name / "metrics.jsonl"
-    process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + TIMEOUT_S
         while not (metrics.is_file() and metrics.read_text().count("\n") > 20):
@@ -271,7 +250,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(data_dir, tmp_path, launcher
     stopped = max(train_losses(tmp_path / name))
     assert step_folder(tmp_path / name, stopped).is_dir()
     again = [part.replace("max_steps=100000", f"max_steps={stopped + 3}") for part in command]
-    result = subprocess.run(again, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=TIMEOUT_S)
+    result = subprocess.run(again, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S)
     assert result.returncode == 0, result.stderr
     assert f"resumed from {step_folder(tmp_path / name, stopped)}" in result.stderr
     assert list(train_losses(tmp_path / name)) == list(range(1, stopped + 4))
