@@ -216,20 +216,13 @@ class _Day:
 
 def _check_old_exposures(log: canonical.Log, parent: schema.Manifest, parent_dir: pathlib.Path, old: Bounds) -> None:
     """ValueError unless the log holds the exposures that the parent was made of, and later ones."""
-    is_later = log.exposures.time_s >= old.test_until
-    found = log.exposures.agg(later=is_later.sum().fill_null(0), num=log.exposures.count()).execute().iloc[0]
-    if not int(found["later"]):
+    num_old, num_later = holdout.exposures_around(log, old.test_until)
+    if not num_later:
         raise ValueError(
             f"no exposure lies at or after {old.test_until} (epoch s), the end of the test period of {parent_dir}; "
             "--append_to needs a later log"
         )
-    expected = sum(parent.split(name).num_candidates for name in ("train", "valid", "test"))
-    num_old = int(found["num"]) - int(found["later"])
-    if num_old != expected:
-        raise ValueError(
-            f"the log holds {num_old:,} exposures before {old.test_until} (epoch s), but {parent_dir} was made of "
-            f"{expected:,}; histories need the whole log, its old part unchanged: complete --raw_dir, or build again"
-        )
+    holdout.check_old_exposures(num_old, parent, parent_dir, old.test_until)
 
 
 def _link(files: tuple[str, ...], parent_dir: pathlib.Path, root: pathlib.Path) -> None:

@@ -82,6 +82,8 @@ def as_built(options: argparse.Namespace, previous: schema.Manifest, folder: pat
         for name, value in previous.options.items()
         if hasattr(options, name) and name not in ("raw_dir", "split")
     }
+    if isinstance(known.get("schema"), str):  # --schema, which the manifest has as text; one that is given now counts
+        known["schema"] = getattr(options, "schema", None) or pathlib.Path(known["schema"])
     return argparse.Namespace(**(vars(options) | known | {"built_from_dir": pathlib.Path(built_from)}))
 
 
@@ -90,6 +92,23 @@ def check_same_contract(log: canonical.Log, previous: schema.Manifest, folder: p
     unmeasured = tuple(dataclasses.replace(feature, mean=0.0, std=1.0) for feature in previous.features)
     if tuple(spec.feature() for spec in log.features) != unmeasured or log.tasks != previous.tasks:
         raise ValueError(f"{folder} was built with other features or tasks than this version has; build it again first")
+
+
+def exposures_around(log: canonical.Log, until_s: int) -> tuple[int, int]:
+    """How many lie before that moment, and how many at or after it."""
+    is_later = log.exposures.time_s >= until_s
+    found = log.exposures.agg(later=is_later.sum().fill_null(0), num=log.exposures.count()).execute().iloc[0]
+    return int(found["num"]) - int(found["later"]), int(found["later"])
+
+
+def check_old_exposures(num_old: int, previous: schema.Manifest, folder: pathlib.Path, until_s: int) -> None:
+    """ValueError if the log has more or fewer exposures before `until_s` than the data set in `folder` was made of."""
+    expected = sum(previous.split(name).num_candidates for name in ("train", "valid", "test"))
+    if num_old != expected:
+        raise ValueError(
+            f"the log holds {num_old:,} exposures before {until_s} (epoch s), but {folder} was made of {expected:,}; "
+            "histories need the whole log, its old part unchanged: complete --raw_dir, or build again"
+        )
 
 
 def read_vocabulary(running: engine.Engine, table: schema.Table, folder: pathlib.Path) -> ir.Table:
@@ -111,6 +130,9 @@ def _write(
 ) -> tuple[schema.Split, dict[str, int]]:
     canonical.check(log)
     check_same_contract(log, previous, out_dir)
+    until_s = log.split.test_until_s if isinstance(log.split, canonical.TimeBoundaries) else None
+    if until_s is not None:  # else `cut` says why there is no holdout
+        check_old_exposures(exposures_around(log, until_s)[0], previous, out_dir, until_s)
     bounded = (table for table in previous.tables if table.name not in previous.unbounded)
     vocabs = {table.name: read_vocabulary(running, table, out_dir) for table in bounded}
     events = splits.number_events(running, log)

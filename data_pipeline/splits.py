@@ -73,6 +73,11 @@ def cut(engine: Engine, log: canonical.Log, events: ir.Table, is_holdout: bool) 
 def _cut_by_time(engine: Engine, log: canonical.Log, events: ir.Table, is_holdout: bool) -> Cut:
     rule = log.split
     exposures = log.exposures
+    if is_holdout and rule.test_until_s is None:
+        raise ValueError(
+            "--split holdout scores what lies after the test period, and the split rule of this log has no end of it; "
+            "set it (test_until in the TOML file of --source generic) and build the data set again"
+        )
     split = ibis.cases(
         (exposures.time_s < rule.valid_from_s, "train"), (exposures.time_s < rule.test_from_s, "valid"), else_="test"
     )

@@ -3,6 +3,7 @@
 import datetime
 import json
 import pathlib
+import re
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -173,6 +174,24 @@ def test_what_cannot_be_appended_is_an_error(days, tmp_path, grocery, grocery_ra
     assert build(later, tmp_path / "out", *out, "--split", "holdout") == 2
     assert "leave --split out" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_holdout_needs_the_whole_log(days, tmp_path, capsys):
+    """Its histories reach back: a log without the old exposures is refused, not taken for users without a past."""
+    until = datetime.datetime.fromtimestamp(FIRST_DAY_UNTIL_S, datetime.UTC).isoformat()
+    schema_file = tmp_path / "schema.toml"
+    text = (days / "raw1" / "schema.toml").read_text()
+    schema_file.write_text(text.replace("\ntest_from", f"\ntest_until = {until}\ntest_from"))
+    out, later = tmp_path / "out", cut_log(days / "whole", tmp_path / "later", FIRST_DAY_UNTIL_S + DAY_S)
+    assert build(days / "raw1", out, "--schema", schema_file) == 0
+    assert build(later, out, "--schema", schema_file, "--split", "holdout") == 0
+    assert schema.read_manifest(out).split("holdout").num_rows > 0
+    table = pq.read_table(later / "exposures.parquet")
+    pq.write_table(table.slice(40), later / "exposures.parquet")
+    assert build(later, out, "--schema", schema_file, "--split", "holdout") == 2
+    assert re.search(r"the log holds [\d,]+ exposures before \d+ .* was made of", capsys.readouterr().err)
+    assert build(days / "raw2", days / "day1", "--split", "holdout") == 2
+    assert "the split rule of this log has no end of it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
