@@ -2,6 +2,7 @@
 
 import json
 
+import fsspec
 import pytest
 import torch
 
@@ -120,6 +121,25 @@ def test_a_folder_of_damaged_checkpoints_is_an_error_not_a_fresh_start(tmp_path)
     with pytest.raises(ValueError, match=r"no checkpoint in .* is intact") as error:
         manager.newest_intact(tmp_path / "checkpoints")
     assert "step_00000002" in str(error.value) and "step_00000004" in str(error.value)
+
+
+def test_a_store_that_does_not_answer_is_no_fresh_start_and_nothing_in_it_is_deleted(tmp_path, monkeypatch):
+    run = manager.location(f"memory://{tmp_path.name}/run")
+    kept = add(run, 2)
+    system = fsspec.implementations.memory.MemoryFileSystem
+    info = system.info
+
+    def fails_for_the_state(self, path, **more):
+        if path.endswith(retention.STATE_NAME):
+            raise OSError("reset by peer")
+        return info(self, path, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(system, "info", fails_for_the_state)
+        for ask in (lambda: manager.newest_intact(run / "checkpoints"), lambda: _checkpoints(str(run))._prepare(2)):
+            with pytest.raises(OSError, match="reset by peer"):
+                ask()
+    assert manager.newest_intact(run / "checkpoints") == kept
 
 
 def test_a_checkpoint_of_an_older_version_counts_with_a_warning(tmp_path, caplog):
