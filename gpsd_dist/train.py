@@ -10,6 +10,8 @@ import pathlib
 import sys
 
 from gpsd_dist import exit_codes, output_folder
+from gpsd_dist.checkpoint import storage
+from gpsd_dist.checkpoint.manager import folder_of
 from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.runtime import Runtime, process_group
 from gpsd_dist.gin_cli import ParsedRun, load_run_config
@@ -26,7 +28,11 @@ def main(argv: list[str]) -> int:
     try:
         parsed = load_run_config(argv)
         run = parsed.run
-        with process_group(run.train.collective_timeout_s) as runtime, output_folder.held(run.output_dir, runtime):
+        checkpoints = folder_of(run.output_dir, run.train)
+        with (
+            process_group(run.train.collective_timeout_s) as runtime,
+            output_folder.held(run.output_dir, runtime, checkpoints=checkpoints),
+        ):
             trainer = Trainer(run, runtime)
             if runtime.is_main:
                 _describe(parsed, trainer, runtime)
@@ -52,10 +58,14 @@ def _describe(parsed: ParsedRun, trainer: Trainer, runtime: Runtime) -> None:
     run: RunConfig = parsed.run
     folder = pathlib.Path(run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.gin").write_text(parsed.gin_text)
-    (folder / "run_config.json").write_text(json.dumps(dataclasses.asdict(run), indent=1))
-    (folder / "plan.txt").write_text(trainer.assembly.tables.plan + "\n")
-    (folder / "environment.json").write_text(json.dumps(environment(runtime), indent=1))
+    texts = {
+        "config.gin": parsed.gin_text,
+        "run_config.json": json.dumps(dataclasses.asdict(run), indent=1),
+        "plan.txt": trainer.assembly.tables.plan + "\n",
+        "environment.json": json.dumps(environment(runtime), indent=1),
+    }
+    for name, text in texts.items():  # whole or not at all: run_config.json says where the checkpoints are
+        storage.write(folder / name, text.encode())
     tables = trainer.assembly.tables
     sparse = sum(weight.size()[0] * tables.width for weight in tables.weights().values())
     dense = sum(parameter.numel() for parameter in trainer.model.parameters())

@@ -17,6 +17,7 @@ import fsspec
 
 from gpsd_dist.option_checks import nests_deeper
 
+_PROBE_NAME = ".probe"
 MAX_NAME_LENGTH = 255
 MAX_NESTING = 32
 MAX_JSON_BYTES = 2**26  # untuned: a manifest in run_state.json takes some 100 kB
@@ -193,6 +194,14 @@ def write(path: Location, content: bytes) -> None:
         os.fsync(file.fileno())
     aside.replace(path)
     sync_folder(path.parent)
+
+
+def check_writable(folder: Location) -> None:
+    """Makes the folder, a file in it, and deletes that again. OSError or ValueError of the store if one of it fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / _PROBE_NAME
+    probe.write_bytes(b"can this be written?")
+    probe.unlink()
 
 
 def sync_folder(folder: pathlib.Path) -> None:
