@@ -203,6 +203,8 @@ class ParquetSplit:
             table = file.read_row_group(index, columns=wanted.names, use_threads=False)
             table = table.select(wanted.names).replace_schema_metadata(None)
             _check_num_values(table, file, index)
+            if _stored_bytes(file.metadata, index) != self.groups[group].stored_bytes:  # opened anew since
+                raise OSError("its columns have other sizes than at the start")
             if table.schema != wanted:  # other names or nullability of list elements
                 table = table.cast(wanted)
         except _UNREADABLE as error:
@@ -238,7 +240,7 @@ def _read_footer(
         with pq.ParquetFile(path) as file:
             found, metadata = file.schema_arrow, file.metadata
             rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-            tokens, stored = _history_tokens(metadata, history), _stored_bytes(metadata)
+            tokens, stored = _history_tokens(metadata, history), [_stored_bytes(metadata, n) for n in range(len(rows))]
     except _UNREADABLE as error:
         return [], [f"{path} is truncated or not a Parquet file ({error}); copy it again or build the data set again"]
     problems = []
@@ -263,10 +265,10 @@ def _read_footer(
     return groups, problems
 
 
-def _stored_bytes(metadata: pq.FileMetaData) -> list[tuple[int, ...]]:
-    """Of every row group and column, compressed."""
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    return [tuple(group.column(index).total_compressed_size for index in range(group.num_columns)) for group in groups]
+def _stored_bytes(metadata: pq.FileMetaData, number: int) -> tuple[int, ...]:
+    """Of every column of a row group, compressed."""
+    group = metadata.row_group(number)
+    return tuple(group.column(index).total_compressed_size for index in range(group.num_columns))
 
 
 def _short_hash(text: str) -> str:
