@@ -92,6 +92,8 @@ def write(
     ratings: fractal_blocks.Ratings, expansion: fractal_blocks.Expansion, out_dir: pathlib.Path, file_rows: int
 ) -> dict:
     """Streams the expansion to `out_dir`; returns the content of about.json. Equal input gives equal bytes."""
+    if file_rows < 1:
+        raise ValueError(f"--file_rows {file_rows} must be at least 1")
     if out_dir.exists() and any(out_dir.iterdir()):
         raise ValueError(f"--out_dir {out_dir} is not empty; choose another folder or empty it")
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,8 @@ START_TIME_S = 1_577_836_800  # 2020-01-01 UTC
 DAY_S = 86_400
 RANK_NOISE = 0.5  # standard deviation of the log counts by which a block orders users and items; untuned
 LEAST_RATE, LARGEST_RATE = 0.001, 0.995  # of the public tool
+MAX_BLOCKS = 2**20  # untuned: their shares are in memory, 8 bytes each
+MAX_ORDER_BYTES = 2**32  # untuned: the orders of one row of blocks are in memory
 LEAST_TIMES = 3  # distinct times that a user needs to count in the small matrix, as in the public tool
 
 
@@ -44,6 +46,9 @@ class Expansion:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least {low}")
+        if self.user_blocks * self.item_blocks > MAX_BLOCKS:
+            given = f"--user_blocks {self.user_blocks} x --item_blocks {self.item_blocks}"
+            raise ValueError(f"{given} are more than {MAX_BLOCKS:,} blocks; use fewer, or start from more ratings")
         if not 0 < self.element_rate <= 1:
             raise ValueError(f"--element_rate {self.element_rate} must lie in (0, 1]")
 
@@ -95,8 +100,15 @@ def compact(user, item, rating, time) -> Ratings:
 def block_rates(ratings: Ratings, expansion: Expansion) -> np.ndarray:
     """Shares of R that the blocks keep: [user_blocks, item_blocks] in [LEAST_RATE, LARGEST_RATE].
 
-    ValueError if the ratings are too few for so many blocks.
+    ValueError if the ratings are too few for so many blocks, or a row of them would not fit into memory.
     """
+    order_bytes = 4 * expansion.item_blocks * (ratings.num_users + ratings.num_items)
+    if order_bytes > MAX_ORDER_BYTES:
+        raise ValueError(
+            f"--item_blocks {expansion.item_blocks} orders of {ratings.num_users:,} users and {ratings.num_items:,} "
+            f"items take {order_bytes / 1e9:.1f} GB, at most {MAX_ORDER_BYTES / 1e9:.1f} are held; use fewer item "
+            "blocks, and more user blocks"
+        )
     rank = min(expansion.user_blocks, expansion.item_blocks)
     spread = ratings.rating.std() or 1.0
     matrix = scipy.sparse.csr_matrix(
@@ -157,9 +169,14 @@ def batches(ratings: Ratings, rates: np.ndarray, expansion: Expansion) -> typing
             for j, rate in enumerate(row_rates):
                 rng = _rng(expansion, 4, i, j, first)
                 row, item = _kept(ratings, orders[j][first:last], float(rate), rng)
-                parts.append((row + first + i * ratings.num_users + 1, names[j][item] + j * ratings.num_items + 1))
+                parts.append((_ids(row + first, i, ratings.num_users), _ids(names[j][item], j, ratings.num_items)))
             user, item = (np.concatenate(arrays) for arrays in zip(*parts))
             yield _in_time_order(user, item, expansion, (i, first))
+
+
+def _ids(number: np.ndarray, block: int, block_size: int) -> np.ndarray:
+    """int64 ids from 1 on; all blocks together may have more than an int32 counts, in which numbers may come."""
+    return number.astype(np.int64) + (block * block_size + 1)
 
 
 def _rng(expansion: Expansion, *place: int) -> np.random.Generator:

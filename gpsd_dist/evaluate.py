@@ -52,7 +52,7 @@ def evaluate_checkpoint(
     `data_dir` None: the folder that the run was trained on. `rank_cut`: see scoring.evaluate_split. ValueError if the
     data set has other features, vocabularies or tasks than the run was trained with, or nothing is ranked.
     """
-    folder = manager.find(checkpoint, which)
+    folder = manager.find_together(checkpoint, which)
     state = read_run(folder)
     run = run_config_from_dict(state.run_config)
     run = dataclasses.replace(run, data_dir=data_dir or run.data_dir, sparse=_ANY_SPARSE)

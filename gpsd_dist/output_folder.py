@@ -14,6 +14,7 @@ import typing
 
 import torch.distributed as dist
 
+from gpsd_dist.checkpoint import storage
 from gpsd_dist.distributed.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -24,14 +25,20 @@ _RETRY_S = 0.2
 
 
 @contextlib.contextmanager
-def held(folder: str | os.PathLike[str], runtime: Runtime, wait_s: float = WAIT_S) -> typing.Iterator[None]:
+def held(
+    folder: str | os.PathLike[str],
+    runtime: Runtime,
+    wait_s: float = WAIT_S,
+    checkpoints: storage.Location | None = None,
+) -> typing.Iterator[None]:
     """Makes `folder` and holds it for this job inside the block. Collective; rank 0 holds.
 
-    The kernel releases a lock whose process is gone, however it ended: nothing is ever left to remove.
+    `checkpoints`: where they will go, also if it is elsewhere; not held, but it must be writable as well. The kernel
+    releases a lock whose process is gone, however it ended: nothing is ever left to remove.
 
     Raises, on all ranks:
-        OSError: the folder cannot be written, or another job holds it (names host, process and start). Not a mistake
-            that is final: a file server may take a minute to notice that a holder is cut off.
+        OSError: one of the two cannot be written, or another job holds the folder (names host, process and start). Not
+            a mistake that is final: a file server may take a minute to notice that a holder is cut off.
     """
     path = pathlib.Path(folder) / LOCK_NAME
     descriptor, problem = None, ("", "")
@@ -41,6 +48,11 @@ def held(folder: str | os.PathLike[str], runtime: Runtime, wait_s: float = WAIT_
             problem = ("" if _locked(descriptor, path, wait_s) else "held", _holder(path))
         except OSError as error:
             problem = ("unwritable", str(error))
+        if checkpoints is not None and not problem[0]:
+            try:
+                storage.check_writable(checkpoints)
+            except (OSError, ValueError) as error:
+                problem = ("checkpoints", f"{checkpoints} cannot be written, so nothing was trained: {error}")
     problems = [problem]
     dist.broadcast_object_list(problems, src=0)
     try:
@@ -106,5 +118,7 @@ def _raise(problem: tuple[str, str], path: pathlib.Path) -> None:
             f"OUTPUT_DIR {path.parent} is in use by another job ({detail}), and two jobs would overwrite each other; "
             "wait for it, stop it, or use another OUTPUT_DIR"
         )
+    if kind == "checkpoints":
+        raise OSError(detail)
     if kind == "unwritable":
         raise OSError(f"OUTPUT_DIR {path.parent} cannot be written, so nothing was trained: {detail}")

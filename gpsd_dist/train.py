@@ -11,6 +11,8 @@ import sys
 
 from gpsd_dist import exit_codes, output_folder
 from gpsd_dist.capacity.frozen import expected_rows, frozen_line
+from gpsd_dist.checkpoint import storage
+from gpsd_dist.checkpoint.manager import folder_of
 from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.runtime import Runtime, process_group
 from gpsd_dist.distributed.sharding import Cluster
@@ -28,7 +30,11 @@ def main(argv: list[str]) -> int:
     try:
         parsed = load_run_config(argv)
         run = parsed.run
-        with process_group(run.train.collective_timeout_s) as runtime, output_folder.held(run.output_dir, runtime):
+        checkpoints = folder_of(run.output_dir, run.train)
+        with (
+            process_group(run.train.collective_timeout_s) as runtime,
+            output_folder.held(run.output_dir, runtime, checkpoints=checkpoints),
+        ):
             trainer = Trainer(run, runtime)
             if runtime.is_main:
                 _describe(parsed, trainer, runtime)
@@ -54,12 +60,16 @@ def _describe(parsed: ParsedRun, trainer: Trainer, runtime: Runtime) -> None:
     run: RunConfig = parsed.run
     folder = pathlib.Path(run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.gin").write_text(parsed.gin_text)
-    (folder / "run_config.json").write_text(json.dumps(dataclasses.asdict(run), indent=1))
-    (folder / "environment.json").write_text(json.dumps(environment(runtime), indent=1))
     tables = trainer.assembly.tables
     plan = [*tables.plan.splitlines(), *filter(None, [_saved_by_freezing(trainer, runtime)])]
-    (folder / "plan.txt").write_text("\n".join(plan) + "\n")
+    texts = {
+        "config.gin": parsed.gin_text,
+        "run_config.json": json.dumps(dataclasses.asdict(run), indent=1),
+        "plan.txt": "\n".join(plan) + "\n",
+        "environment.json": json.dumps(environment(runtime), indent=1),
+    }
+    for name, text in texts.items():  # whole or not at all: run_config.json says where the checkpoints are
+        storage.write(folder / name, text.encode())
     sparse = sum(weight.size()[0] * tables.width for weight in tables.weights().values())
     dense = sum(parameter.numel() for parameter in trainer.model.parameters())
     devices = f"{runtime.world_size} x {runtime.device.type}"

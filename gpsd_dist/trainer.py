@@ -1,6 +1,7 @@
 """The run, top to bottom: wire the parts, choose where weights come from, loop over steps, validate, save."""
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -46,8 +47,12 @@ class Trainer:
         self.assembly = assemble(run, self.manifest, runtime)
         self.loader = self._training_loader()
         self.validates = not run.refit_of and self.manifest.split("valid").num_rows > 0
+        self._valid_content = ""
         if self.validates:  # is it readable?
-            evaluation_loader(run, self.manifest, self.assembly.lookup_names, "valid", runtime).close()
+            with contextlib.closing(
+                evaluation_loader(run, self.manifest, self.assembly.lookup_names, "valid", runtime)
+            ) as valid:
+                self._valid_content = valid.state_dict()["order"]["content"]
         self.checkpoints = Checkpoints(run.output_dir, runtime, run.train)
         self.start = newest_intact(self.checkpoints.folder)
         if self.start is not None:  # before anything is written into the folder of another run
@@ -246,7 +251,7 @@ class Trainer:
         self.runtime.watchdog.note("checkpoint", is_collective=True)
         state = RunState(
             step=self.step,
-            data_position=self.loader.state_dict() | self._position,
+            data_position=self.loader.state_dict() | self._position | {"valid_content": self._valid_content},
             progress=dataclasses.asdict(self.progression),
             metrics=metrics,
             run_config=dataclasses.asdict(self.run),
@@ -268,6 +273,11 @@ class Trainer:
         """Own checkpoint, else transfer, else random. Says which. Collective."""
         if self.start is not None:
             state = read_state(self.start)
+            if state.data_position.get("valid_content", self._valid_content) != self._valid_content:
+                raise ValueError(
+                    f"{self.start} was judged on other rows: the files of split 'valid' in {self.run.data_dir} have "
+                    "changed; use those of that run, or another OUTPUT_DIR"
+                )
             fill_tensors(self.start, self._tensors())
             self.checkpoints.go_back_to(self.start)
             self.loader.load_state_dict(state.data_position)

@@ -9,6 +9,7 @@ A run is its folder, or what its TrainConfig.checkpoint_dir names.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import sys
@@ -51,7 +52,7 @@ def _facts(path: Location) -> list[str]:
     try:
         sums = integrity.read_checksums(path)
         run = state.read_run(path)
-    except ValueError:
+    except (ValueError, FileNotFoundError):
         return ["", "", "", ""]
     time, size = "", ""
     if sums is not None:
@@ -91,9 +92,13 @@ def verify(path: str, console: rich.console.Console) -> int:
             if sums is None:
                 console.print(f"{checkpoint}: not verified, saved without checksums by an older version")
                 continue
-            integrity.check(checkpoint)
+            if problems := integrity.wrong_files(checkpoint, sums, sums.files):
+                raise integrity.DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {'; '.join(problems)}")
             console.print(f"{checkpoint}: ok, {len(sums.files)} files")
-        except integrity.DamagedCheckpoint as error:
+        except (integrity.DamagedCheckpoint, FileNotFoundError) as error:
+            if not (checkpoint / retention.STATE_NAME).is_file():  # it was there when they were listed
+                console.print(f"{checkpoint}: not verified, its run has deleted it meanwhile or set it aside")
+                continue
             num_damaged += 1
             console.print(str(error), style="bold red")
     return 1 if num_damaged else 0
@@ -168,7 +173,8 @@ def prune(run: str, keep_last: int, keep_every_hours: float, is_dry: bool, conso
     gone = retention.removable(folder, keep_last, keep_every_hours)
     for path in gone:
         if not is_dry:
-            storage.delete(path, retention.STATE_NAME)
+            with contextlib.suppress(FileNotFoundError):  # its run, which goes on, was faster
+                storage.delete(path, retention.STATE_NAME)
         console.print(f"{'would delete' if is_dry else 'deleted'} {path}")
     kept = [path.name for path in retention.complete(folder) if path not in gone]
     console.print(f"{len(gone)} to delete, kept: {', '.join(kept)}" if is_dry else f"kept: {', '.join(kept)}")

@@ -53,7 +53,7 @@ class Checkpoints:
     """
 
     def __init__(self, output_dir: str | pathlib.Path, runtime: Runtime, train: TrainConfig):
-        self.folder = location(train.checkpoint_dir or output_dir) / _FOLDER_NAME
+        self.folder = folder_of(output_dir, train)
         self.stall_s = 0.0
         """How long the last `save` kept the caller."""
         self._runtime, self._train = runtime, train
@@ -85,11 +85,10 @@ class Checkpoints:
         if self._train.async_checkpoints:
             self._copies = files.staged(tensors, self._copies)
             self._writing = _in_thread(lambda: self._write(self._copies, state.step, content, start_s))
-            self.stall_s = time.perf_counter() - start_s
         else:
             with self._runtime.watchdog.waiting():
                 self._write(tensors, state.step, content, start_s)
-            self.stall_s = time.perf_counter() - start_s
+        self.stall_s = time.perf_counter() - start_s
 
     def wait(self) -> None:
         """Returns when the save under way is on disk. OSError on all ranks if it failed."""
@@ -214,6 +213,11 @@ def _first_failure(error: CheckpointException) -> str:
     return f"rank {rank}: {_described(first)}"
 
 
+def folder_of(output_dir: str | pathlib.Path, train: TrainConfig) -> Location:
+    """Where a run of these options keeps its checkpoints."""
+    return location(train.checkpoint_dir or output_dir) / _FOLDER_NAME
+
+
 def best_step(folder: str | pathlib.Path | Remote) -> int:
     """Step of the best checkpoint in a folder of them, -1 if there is none."""
     place = retention.place_of(found) if (found := retention.best(location(folder))) else None
@@ -233,6 +237,25 @@ def find(path: "str | os.PathLike[str] | Remote", which: str = "best") -> Locati
             f"{path} is neither a run folder with a finished checkpoint nor a checkpoint; has the run saved one?"
         )
     return done[-1]
+
+
+def find_together(path: "str | os.PathLike[str] | Remote", which: str = "best") -> Location:
+    """`find` of rank 0, for all ranks, its error too. Collective if there is a process group.
+
+    If each rank looked for itself while that run goes on, they could find two different ones, and mix their weights.
+    """
+    found: list[Location | Exception | None] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            found = [find(path, which)]
+        except (ValueError, OSError) as error:
+            found = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    assert found[0] is not None
+    return found[0]
 
 
 def checkpoint_folder(run: Location) -> Location:

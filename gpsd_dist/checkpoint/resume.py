@@ -67,11 +67,11 @@ def epochs_to_best(run: dict[str, typing.Any], manifest: dict[str, typing.Any]) 
     """How many epochs the run `refit_of` had trained when it was best on `valid`.
 
     `run`, `manifest`: of the refit, as plain dicts. ValueError if that run is not finished, or is no run of these
-    options on this data (seed and what may change on resume aside).
+    options on this data (seed and what may change on resume aside). Collective if there is a process group.
     """
-    checkpoint = manager.find(run["refit_of"])
+    checkpoint = manager.find_together(run["refit_of"])
     state = read_run(checkpoint)
-    if not read_run(manager.find(run["refit_of"], "last")).progress["is_finished"]:
+    if not read_run(manager.find_together(run["refit_of"], "last")).progress["is_finished"]:
         raise ValueError(
             f"REFIT_OF={run['refit_of']!r} is not finished: its best step may change; let it run to its end"
         )

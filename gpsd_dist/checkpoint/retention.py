@@ -119,7 +119,10 @@ def removable(folder: Location, keep_last: int, keep_every_hours: float) -> list
 
 
 def _every(checkpoints: list[Location], hours: float) -> list[Location]:
-    """The first one, and each that was written `hours` after the last of these. What they were stays so for good."""
+    """The first one, and each that was written `hours` after the last of these. What they were stays so for good.
+
+    One from before the last of these (the clock was set back) counts too, and hours count from there.
+    """
     chosen: list[Location] = []
     last_s = -float("inf")
     for path in checkpoints if hours > 0 else []:
@@ -127,7 +130,7 @@ def _every(checkpoints: list[Location], hours: float) -> list[Location]:
             checksums = read_checksums(path)
         except ValueError:
             continue  # damaged, or of a newer version
-        if checksums is not None and checksums.time_s >= last_s + 3600 * hours:
+        if checksums is not None and not last_s <= checksums.time_s < last_s + 3600 * hours:
             chosen.append(path)
             last_s = checksums.time_s
     return chosen

@@ -33,20 +33,20 @@ class RunState:
 
 
 def read_state(checkpoint: Location) -> RunState:
-    """The state, its parts unchecked. ValueError names the file if it is broken."""
+    """The state, its parts unchecked. ValueError names the file if it is broken; OSError if it cannot be read."""
     path = checkpoint / STATE_NAME
     try:
         state = RunState(**storage.read_json(path))
         check_types(state, is_finite=False)
         if not (_is_count(state.step) and state.world_size >= 1):
             raise ValueError(f"step {state.step}, world_size {state.world_size}")
-    except (OSError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a run state ({error}); use another checkpoint") from error
     return state
 
 
 def read_run(checkpoint: Location) -> RunState:
-    """The state of a run of this program, all parts checked as far as they are used. ValueError names the file.
+    """The state of a run of this program, all parts checked as far as they are used. Errors as of `read_state`.
 
     What is younger than the checkpoint (an option, a field of the manifest) is there with its default.
     """

@@ -17,6 +17,7 @@ import fsspec
 
 from gpsd_dist.option_checks import nests_deeper
 
+_PROBE_NAME = ".probe"
 MAX_NAME_LENGTH = 255
 MAX_NESTING = 32
 MAX_JSON_BYTES = 2**26  # untuned: a manifest in run_state.json takes some 100 kB
@@ -60,14 +61,22 @@ class Remote:
             raise OSError(f"{self.url}: {type(error).__name__}: {error}") from error
 
     def is_file(self) -> bool:
-        """Whether there is a file of this name."""
-        with self._store() as (system, path):
-            return bool(system.isfile(path))
+        """Whether there is a file of this name. OSError if the store does not say."""
+        return self._kind() == "file"
 
     def is_dir(self) -> bool:
-        """Whether anything is below this name."""
+        """Whether anything is below this name. OSError if the store does not say."""
+        return self._kind() == "directory"
+
+    def _kind(self) -> str:
+        """Of what has this name; empty if nothing has. fsspec's `isfile` says False to every error as well: a store
+        that is out of reach for a moment would look as if it held no checkpoint.
+        """
         with self._store() as (system, path):
-            return bool(system.isdir(path))
+            try:
+                return str(system.info(path)["type"])
+            except FileNotFoundError:
+                return ""
 
     def iterdir(self) -> list["Remote"]:
         """What is in this folder; nothing if it does not exist."""
@@ -128,7 +137,7 @@ def is_url(path: str) -> bool:
 
 
 def location(path: "str | os.PathLike[str] | Remote") -> Location:
-    """A path or URL as what it is. ValueError for a scheme that is unknown, or whose package is not installed."""
+    """A path or URL as what it is. ValueError for a scheme that is unknown or whose package is missing, or no place."""
     if isinstance(path, Remote):
         return path
     text = os.fspath(path)
@@ -138,6 +147,8 @@ def location(path: "str | os.PathLike[str] | Remote") -> Location:
         fsspec.get_filesystem_class(text.split("://", 1)[0])
     except (ValueError, ImportError) as error:
         raise ValueError(f"{text}: {error}; install the fsspec package of this scheme, or use another place") from error
+    if not text.split("://", 1)[1].strip("/"):
+        raise ValueError(f"{text} names no place in the store; expected a URL like s3://bucket/run")
     return Remote(text.rstrip("/"))
 
 
@@ -183,6 +194,14 @@ def write(path: Location, content: bytes) -> None:
         os.fsync(file.fileno())
     aside.replace(path)
     sync_folder(path.parent)
+
+
+def check_writable(folder: Location) -> None:
+    """Makes the folder, a file in it, and deletes that again. OSError or ValueError of the store if one of it fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / _PROBE_NAME
+    probe.write_bytes(b"can this be written?")
+    probe.unlink()
 
 
 def sync_folder(folder: pathlib.Path) -> None:

@@ -24,7 +24,7 @@ def transfer(run: RunConfig, manifest: Manifest, own: manager.Tensors) -> str:
     or a tensor that the strategy names is missing or has another shape: nothing is skipped silently.
     """
     weights, dense = own["table"], own["dense"]
-    checkpoint = manager.find(run.init_checkpoint)
+    checkpoint = manager.find_together(run.init_checkpoint)
     state = read_run(checkpoint)
     grown = _check_vocabularies(run, manifest, state, checkpoint)
     _check_width(run, state, checkpoint)

@@ -167,12 +167,13 @@ class Loader(typing.Generic[T]):
     def load_state_dict(self, state: dict[str, typing.Any]) -> None:
         """Continues there, at any world size. ValueError: data or options that fix the order have changed."""
         now = self._order_facts()
-        then = state["order"]
+        then = {"content": now["content"]} | state["order"]  # older positions do not say
         changed = [f"{key} was {then.get(key)!r}, is {value!r}" for key, value in now.items() if then.get(key) != value]
         if changed:
             raise ValueError(
                 f"the data position (epoch {state['epoch']}, step {state['step']}) belongs to another order of rows: "
-                f"{'; '.join(changed)}; restore these, or start a new run from the weights"
+                f"{'; '.join(changed)}; restore these (content: the values in the files), or start a new run from the "
+                "weights"
             )
         self._stop()
         self._epoch, self._step = int(state["epoch"]), int(state["step"])
@@ -248,6 +249,7 @@ class Loader(typing.Generic[T]):
             "split": self._split.split.name,
             "rows": self._split.num_rows,
             "files": self._split.fingerprint(),
+            "content": self._split.content,
             "num_data_shards": self._num_data_shards,
             "window_rows": self._window_rows,
             "shuffle": self._shuffle,

@@ -6,6 +6,7 @@ Knows files, columns and row groups; knows nothing of batches, shuffling or rank
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import typing
@@ -54,6 +55,8 @@ class RowGroup(typing.NamedTuple):
     num_rows: int
     num_history_tokens: int
     """A row without history counts as 1."""
+    stored_bytes: tuple[int, ...]
+    """Of each of its columns in the file."""
 
 
 class ParquetSplit:
@@ -100,8 +103,16 @@ class ParquetSplit:
 
     def fingerprint(self) -> str:
         """Short hash over file names and row group sizes: two data sets read alike only if it agrees."""
-        lines = [f"{path.relative_to(self.data_dir).as_posix()} {rows}" for path, _, _, rows, _ in self.groups]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+        lines = [f"{group.path.relative_to(self.data_dir).as_posix()} {group.num_rows}" for group in self.groups]
+        return _short_hash("\n".join(lines))
+
+    @functools.cached_property
+    def content(self) -> str:
+        """Short hash over the stored sizes of all columns of all row groups, from the footers: the same for copies, and
+        practically never for a data set whose values differ. Equal values that another version of Arrow wrote may
+        have another one.
+        """
+        return _short_hash(repr([group.stored_bytes for group in self.groups]))
 
     def read_group(self, group: int) -> pa.Table:
         """The columns of one row group, from the cache if it is there.
@@ -185,13 +196,15 @@ class ParquetSplit:
         return [group for groups, _ in footers for group in groups]
 
     def _decode(self, group: int, wanted: pa.Schema) -> pa.Table:
-        path, index, _, num_rows, _ = self.groups[group]
+        path, index, num_rows = self.groups[group].path, self.groups[group].number, self.groups[group].num_rows
         try:
             # Not memory-mapped: the speed is the same and a file that shrinks is an error, not a SIGBUS.
             file = self._file(path)
             table = file.read_row_group(index, columns=wanted.names, use_threads=False)
             table = table.select(wanted.names).replace_schema_metadata(None)
             _check_num_values(table, file, index)
+            if _stored_bytes(file.metadata, index) != self.groups[group].stored_bytes:  # opened anew since
+                raise OSError("its columns have other sizes than at the start")
             if table.schema != wanted:  # other names or nullability of list elements
                 table = table.cast(wanted)
         except _UNREADABLE as error:
@@ -227,7 +240,7 @@ def _read_footer(
         with pq.ParquetFile(path) as file:
             found, metadata = file.schema_arrow, file.metadata
             rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-            tokens = _history_tokens(metadata, history)
+            tokens, stored = _history_tokens(metadata, history), [_stored_bytes(metadata, n) for n in range(len(rows))]
     except _UNREADABLE as error:
         return [], [f"{path} is truncated or not a Parquet file ({error}); copy it again or build the data set again"]
     problems = []
@@ -245,9 +258,21 @@ def _read_footer(
             )
     starts = np.cumsum([0, *rows])
     groups = [
-        RowGroup(path, number, int(starts[number]), num, tokens[number]) for number, num in enumerate(rows) if num
+        RowGroup(path, number, int(starts[number]), num, tokens[number], stored[number])
+        for number, num in enumerate(rows)
+        if num
     ]
     return groups, problems
+
+
+def _stored_bytes(metadata: pq.FileMetaData, number: int) -> tuple[int, ...]:
+    """Of every column of a row group, compressed."""
+    group = metadata.row_group(number)
+    return tuple(group.column(index).total_compressed_size for index in range(group.num_columns))
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _history_tokens(metadata: pq.FileMetaData, history: str) -> list[int]:

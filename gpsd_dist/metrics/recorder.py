@@ -186,7 +186,7 @@ def truncate_jsonl(path: pathlib.Path, last_step: int) -> None:
     """
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = []
     for number, line in enumerate(lines, 1):
         try:

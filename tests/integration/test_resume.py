@@ -5,6 +5,8 @@ import json
 import logging
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch.distributed.checkpoint as dcp
 
@@ -242,6 +244,19 @@ def test_other_rows_are_refused_on_resume(data_dir, tmp_path, one_rank, caplog):
     _train(tiny_run("finetune", data_dir, output, train={"max_steps": 2}), one_rank, caplog)
     with pytest.raises(ValueError, match=r"splits \[.train.\]"):
         Trainer(tiny_run("finetune", other, output, train={"max_steps": 4}), one_rank).train()
+
+
+def test_other_values_in_valid_are_refused_on_resume(data_dir, tmp_path, one_rank, caplog):
+    """As many rows, candidates and tokens as before, but the best step so far was chosen on others."""
+    data, output = shutil.copytree(data_dir, tmp_path / "data"), tmp_path / "run"
+    _train(tiny_run("finetune", data, output, train={"max_steps": 2}), one_rank, caplog)
+    [path] = (data / "valid").glob("*.parquet")
+    rows = pq.read_table(path)
+    place = rows.column_names.index("candidate.item")
+    items = pa.array([[2] * len(row) for row in rows["candidate.item"].to_pylist()], rows.schema.field(place).type)
+    pq.write_table(rows.set_column(place, rows.schema.field(place), items), path, row_group_size=7)
+    with pytest.raises(ValueError, match=r"step_00000002 was judged on other rows: the files of split 'valid'"):
+        Trainer(tiny_run("finetune", data, output, train={"max_steps": 4}), one_rank).train()
 
 
 def test_copied_data_are_the_same_data(data_dir, tmp_path, one_rank, caplog):

@@ -24,6 +24,15 @@ def one_rank():
     dist.destroy_process_group()
 
 
+def test_a_place_for_checkpoints_that_cannot_be_written_is_known_before_training(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError, match=r"file/checkpoints cannot be written, so nothing was trained: .*Not a directory"):
+        with output_folder.held(tmp_path / "run", MAIN, checkpoints=tmp_path / "file" / "checkpoints"):
+            pytest.fail("it may train")
+    with output_folder.held(tmp_path / "run", MAIN, checkpoints=tmp_path / "run" / "checkpoints"):
+        assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds `tmp_path / run`."""

@@ -1,11 +1,13 @@
 """Which checkpoints of a folder count, on hand-made folders. Saving and loading: tests/integration."""
 
+import errno
 import json
 
+import fsspec
 import pytest
 import torch
 
-from gpsd_dist.checkpoint import integrity, manager, retention
+from gpsd_dist.checkpoint import integrity, manager, retention, storage
 from gpsd_dist.config import TrainConfig
 from gpsd_dist.distributed.runtime import Runtime
 from tests.unit.checkpoint.folders import STATE, add, mark_best
@@ -120,6 +122,56 @@ def test_a_folder_of_damaged_checkpoints_is_an_error_not_a_fresh_start(tmp_path)
     with pytest.raises(ValueError, match=r"no checkpoint in .* is intact") as error:
         manager.newest_intact(tmp_path / "checkpoints")
     assert "step_00000002" in str(error.value) and "step_00000004" in str(error.value)
+
+
+def test_a_state_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch):
+    """Else one rank would go back alone, because its disk did not answer for a moment."""
+    add(tmp_path, 2)
+    newest = add(tmp_path, 4)
+    read = storage.read_json
+
+    def fails_once(path):
+        if path == newest / retention.STATE_NAME:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(storage, "read_json", fails_once)
+    with pytest.raises(OSError, match="Input/output error"):
+        manager.newest_intact(tmp_path / "checkpoints")
+
+
+def test_all_ranks_take_what_rank_0_has_found(tmp_path, monkeypatch):
+    """Here as rank 1, which would find a later one: the run that is looked at goes on."""
+    first, later = add(tmp_path, 2, best_step=2), add(tmp_path, 4, best_step=4)
+    of_rank_0 = [first, ValueError("nothing there")]
+    monkeypatch.setattr(manager.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(manager.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(
+        manager.dist, "broadcast_object_list", lambda found, src: found.__setitem__(0, of_rank_0.pop(0))
+    )
+    assert manager.find(tmp_path) == later
+    assert manager.find_together(tmp_path) == first
+    with pytest.raises(ValueError, match="nothing there"):
+        manager.find_together(tmp_path)
+
+
+def test_a_store_that_does_not_answer_is_no_fresh_start_and_nothing_in_it_is_deleted(tmp_path, monkeypatch):
+    run = manager.location(f"memory://{tmp_path.name}/run")
+    kept = add(run, 2)
+    system = fsspec.implementations.memory.MemoryFileSystem
+    info = system.info
+
+    def fails_for_the_state(self, path, **more):
+        if path.endswith(retention.STATE_NAME):
+            raise OSError("reset by peer")
+        return info(self, path, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(system, "info", fails_for_the_state)
+        for ask in (lambda: manager.newest_intact(run / "checkpoints"), lambda: _checkpoints(str(run))._prepare(2)):
+            with pytest.raises(OSError, match="reset by peer"):
+                ask()
+    assert manager.newest_intact(run / "checkpoints") == kept
 
 
 def test_a_checkpoint_of_an_older_version_counts_with_a_warning(tmp_path, caplog):

@@ -49,6 +49,13 @@ def test_what_is_kept_by_the_hour_stays_kept_while_the_run_goes_on(run):
     assert [int(name[5:]) for name in names(run)] == [1, 6, 11, 16, 21, 26, 28, 29]
 
 
+def test_hours_count_on_after_the_clock_was_set_back(run):
+    """By a week, after the third one: not a week without a checkpoint that is kept."""
+    for step in range(1, 12):
+        add(run, step, time_s=1e9 + (step * 0.5 - 168 * (step > 3)) * HOUR_S)
+    assert _kept(run, 1, 1.0) == [1, 3, 4, 6, 8, 10, 11]
+
+
 def test_the_newest_checkpoint_knows_the_best_step(run):
     """A crash between the rename and `best.json` loses nothing."""
     add(run, 2, best_step=2)

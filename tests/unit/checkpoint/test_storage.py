@@ -80,14 +80,33 @@ def test_deleting_a_folder_begins_with_the_marker(folder, monkeypatch):
     assert not folder.is_dir()
 
 
-def test_errors_of_a_store_are_os_errors_with_the_url(monkeypatch):
-    class Unreachable(Exception):
-        pass
+class Unreachable(Exception):
+    pass
 
+
+@pytest.mark.parametrize("error", [Unreachable("no route"), PermissionError("Forbidden"), OSError("reset by peer")])
+def test_a_store_that_does_not_answer_is_an_error_and_not_an_empty_one(monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    place = location("memory://bucket/x")
+    storage.write(place, b"1")
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "info", fail)
+    for ask in (place.is_file, place.is_dir, place.parent.is_dir):
+        with pytest.raises(OSError, match=str(error)):
+            ask()
+
+
+def test_errors_of_a_stores_library_are_os_errors_with_the_url(monkeypatch):
     def fail(*args, **kwargs):
         raise Unreachable("no route")
 
-    place = location("memory://bucket/x")
-    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "isfile", fail)
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "info", fail)
     with pytest.raises(OSError, match="memory://bucket/x: Unreachable: no route"):
-        place.is_file()
+        location("memory://bucket/x").is_file()
+
+
+@pytest.mark.parametrize("url", ["s3://", "memory:///", "s3:////"])
+def test_a_url_without_a_place_is_refused(url):
+    with pytest.raises(ValueError, match=f"{url} names no place"):
+        location(url)

@@ -7,6 +7,7 @@ import threading
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from gpsd_dist import schema
 from gpsd_dist.data.loader import Loader
 from gpsd_dist.data.parquet_dataset import BadValue, BatchKey
+from tests.unit.data import parquet_files
 from tests.unit.data.parquet_files import NUM_ROWS, write_split
 
 COLUMNS = ["user_hash", "history_length", "history.item"]
@@ -118,6 +120,27 @@ def test_tokens_that_are_cut_off_do_not_count(tmp_path):
     tokens = np.array([list(loader) for loader in loaders])
     assert tokens.sum() == 5 * 3000 and loaders[0].steps_per_epoch == 5 * 3000 // 500
     assert np.abs(tokens - 250).max() <= 2 * 5
+
+
+def test_position_in_other_values_of_the_same_counts_is_refused(tmp_path, monkeypatch):
+    """A data set that was built anew with other negatives or labels has the same files, rows and tokens."""
+    state = make_loader((tmp_path / "a", write_split(tmp_path / "a"))).state_dict()
+    make_loader((tmp_path / "same", write_split(tmp_path / "same"))).load_state_dict(state)
+    make_table = parquet_files.make_table
+
+    def with_other_items(manifest, lengths):
+        table = make_table(manifest, lengths)
+        place = table.column_names.index("history.item")
+        items = pa.array([[3] * int(length) for length in lengths], table.field(place).type)
+        return table.set_column(place, table.field(place), items)
+
+    monkeypatch.setattr(parquet_files, "make_table", with_other_items)
+    rebuilt = make_loader((tmp_path / "b", write_split(tmp_path / "b")))
+    assert rebuilt.state_dict()["order"] == state["order"] | {"content": rebuilt.state_dict()["order"]["content"]}
+    with pytest.raises(ValueError, match=r"content was '\w+', is '\w+'; restore these"):
+        rebuilt.load_state_dict(state)
+    del state["order"]["content"]  # of a version that did not know it
+    rebuilt.load_state_dict(state)
 
 
 def test_position_of_an_older_cut_by_tokens_is_refused(data):

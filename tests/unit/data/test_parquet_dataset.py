@@ -106,6 +106,23 @@ def test_damaged_data_behind_an_intact_footer_names_file_and_row_group(tmp_path)
         split.read_group(2)
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_an_error(tmp_path):
+    """By one with as many rows in as many row groups: a data set that was built anew in place."""
+    lengths = np.full(sum(sum(groups) for groups in FILES), 5)
+    manifest = write_split(tmp_path / "a", lengths=lengths)
+    split = ParquetSplit(tmp_path / "a", manifest, "pretrain", cache_bytes=0)
+    before = split.read_group(0)
+    split.close()  # as after a validation
+    assert split.read_group(0) == before
+    write_split(tmp_path / "b", lengths=lengths[::-1] * 2)
+    first_file(tmp_path / "b", manifest).replace(first_file(tmp_path / "a", manifest))
+    split.close()
+    with pytest.raises(
+        ValueError, match=r"row group 0 cannot be decoded \(its columns have other sizes than at the start"
+    ):
+        split.read_group(0)
+
+
 def test_null_history_length_is_an_error(tmp_path):
     manifest = write_split(tmp_path, files=((3,),))
     table = make_table(manifest, np.array([1, 2, 3]))

@@ -1,5 +1,6 @@
 """Fractal expansion: sizes, rates, long tails, bytes and memory."""
 
+import dataclasses
 import hashlib
 import subprocess
 import sys
@@ -149,6 +150,7 @@ def _num_short(table: pa.Table) -> int:
     [
         (["--user_blocks", "0"], "--user_blocks 0 must be at least 1"),
         (["--element_rate", "1.5"], "must lie in (0, 1]"),
+        (["--user_blocks", "1099511627776", "--item_blocks", "1"], "are more than 1,048,576 blocks"),
         (["--user_blocks", "300", "--item_blocks", "300"], "use fewer blocks or more ratings"),
         (["--parquet", "none.parquet"], "none.parquet does not exist"),
     ],
@@ -157,6 +159,22 @@ def test_wrong_options_say_what_to_do(tmp_path, capsys, arguments, words):
     (tmp_path / "ratings.csv").write_text("userId,movieId,rating,timestamp\n1,2,3.5,4\n1,3,3,5\n2,2,1,6\n")
     assert fractal.main(["--raw_dir", str(tmp_path), "--out_dir", str(tmp_path / "out"), *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_options_that_would_not_fit_into_memory_are_refused(ratings, tmp_path):
+    many = dataclasses.replace(ratings, num_items=10**5)
+    options = fractal_blocks.Expansion(user_blocks=1, item_blocks=2**20)
+    with pytest.raises(
+        ValueError, match=r"--item_blocks 1048576 orders of \d+ users and 100,000 items take 42\d\.\d GB"
+    ):
+        fractal_blocks.block_rates(many, options)
+    with pytest.raises(ValueError, match="--file_rows 0 must be at least 1"):
+        fractal.write(ratings, fractal_blocks.Expansion(2, 2), tmp_path / "out", 0)
+
+
+def test_ids_beyond_31_bits_do_not_wrap():
+    ids = fractal_blocks._ids(np.array([0, 2_999], np.int32), 999_999, 3_000)
+    assert ids.tolist() == [2_999_997_001, 3_000_000_000] and ids.dtype == np.int64
 
 
 MEASURE = """

@@ -103,11 +103,12 @@ def test_new_run_in_an_old_folder_starts_clean(tmp_path):
     assert [entry["step"] for entry in _entries(tmp_path)] == [0]
 
 
-def test_foreign_file_is_not_rewritten(tmp_path):
-    (tmp_path / recorder.JSONL_NAME).write_text("hello\n{}\n")
+@pytest.mark.parametrize("content", [b"hello\n{}\n", b"\xff\xfe\x00h\n{}\n"])
+def test_foreign_file_is_not_rewritten(tmp_path, content):
+    (tmp_path / recorder.JSONL_NAME).write_bytes(content)
     with pytest.raises(ValueError, match="line 1 is not an entry of a run"):
         recorder.Recorder(tmp_path, 0)
-    assert (tmp_path / recorder.JSONL_NAME).read_text() == "hello\n{}\n"
+    assert (tmp_path / recorder.JSONL_NAME).read_bytes() == content
 
 
 def test_other_ranks_write_nothing(tmp_path):

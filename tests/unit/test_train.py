@@ -1,0 +1,46 @@
+"""What `gpsd_dist.train` writes into a run folder besides metrics and checkpoints."""
+
+import json
+import resource
+import types
+
+import pytest
+import torch
+
+from gpsd_dist import train
+from gpsd_dist.config import RunConfig
+from gpsd_dist.distributed.runtime import Runtime
+
+
+@pytest.fixture
+def describe(tmp_path):
+    tables = types.SimpleNamespace(plan="the plan", weights=dict, width=4)
+    trainer = types.SimpleNamespace(
+        assembly=types.SimpleNamespace(tables=tables),
+        model=torch.nn.Linear(1, 1),
+        loader=types.SimpleNamespace(steps_per_epoch=1),
+        total_steps=1,
+        warmup_steps=0,
+    )
+
+    def call(gin_text: str, seed: int) -> None:
+        run = RunConfig("pretrain", "data", str(tmp_path), seed=seed)
+        train._describe(train.ParsedRun(run, gin_text), trainer, Runtime(0, 1, 0, torch.device("cpu")))
+
+    return call
+
+
+def test_a_full_disk_leaves_the_description_that_was_there(describe, tmp_path):
+    """run_config.json says where the checkpoints are: half of it, and no command finds them any more."""
+    describe("first", 1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert json.loads(before["run_config.json"])["seed"] == 1 and before["config.gin"] == b"first"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+        with pytest.raises(OSError, match="File too large"):
+            describe("first", 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for name, content in before.items():
+        assert (tmp_path / name).read_bytes() == content, name
