@@ -16,16 +16,14 @@ from gpsd_dist.packing_rows import AttentionRows, RowBlock
 def in_rows(qkv_S3HK: torch.Tensor, rows: AttentionRows, num_skipped: int = 0, dropout: float = 0.0) -> torch.Tensor:
     """Attention output [S - num_skipped, H * K] of the last tokens in packed order."""
     qkv = _ToSlots.apply(qkv_S3HK, rows)
-    out = [_attend(*qkv[3 * i : 3 * i + 3], block, dropout) for i, block in enumerate(rows.blocks)]
+    out = [_attend(qkv[3 * i : 3 * i + 3], block, dropout) for i, block in enumerate(rows.blocks)]
     return _FromSlots.apply(out[0] if len(out) == 1 else torch.cat(out), rows.slot_S[num_skipped:])
 
 
-def _attend(query_nHWK, key_nHWK, value_nHWK, block: RowBlock, dropout: float) -> torch.Tensor:
-    """-> [n W, H K]"""
-    mask = None if block.mask is None else block.mask.to(query_nHWK.dtype)
-    out_nHWK = F.scaled_dot_product_attention(
-        query_nHWK, key_nHWK, value_nHWK, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
-    )
+def _attend(qkv: tuple[torch.Tensor, ...], block: RowBlock, dropout: float) -> torch.Tensor:
+    """Three times [n, H, W, K] -> [n W, H K]"""
+    mask = None if block.mask is None else block.mask.to(qkv[0].dtype)
+    out_nHWK = F.scaled_dot_product_attention(*qkv, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
     return out_nHWK.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
