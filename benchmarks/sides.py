@@ -21,7 +21,7 @@ from gpsd_dist import allocator, losses, packing
 from gpsd_dist.config import PretrainConfig
 from gpsd_dist.data import distinct
 from gpsd_dist.distributed import runtime as runtime_module
-from gpsd_dist.model import transformer
+from gpsd_dist.model import swiglu, transformer
 
 NUM_NEGATIVES = 4096
 _GROUPS = 8
@@ -150,6 +150,7 @@ def _switch(name: str) -> None:
     elif name == "folded norms":
         transformer.normed_linear = lambda x, norm, linear: linear(norm(x))
         transformer.normed = lambda x, norm: norm(x)
+        swiglu.folded = lambda x, norm, linear: (norm(x), linear.weight)
     elif name == "fused softmax loss":
         losses._SampledSoftmax = _PlainSoftmax
     elif name == "deduplicated lookup":

@@ -145,10 +145,10 @@ def transformer_bytes(run: RunConfig, step: Workload, device_type: str) -> tuple
 
     Per token and layer, with width D, feed-forward width F and v bytes per value (4; with autocast 2): the inputs of
     two norms 8 D and their outputs 2 v D (on CPU the outputs in float32, 8 D, and in v if that is another type);
-    attention's output v D; gate and up 2 v F, SiLU v F, product v F; two dropout masks if there are any; and what
-    `_attention_bytes` says. In the last layer of ranking, histories give queries, keys and values only. Once: the
-    rotations of three times D / 2 complex numbers per token (on CUDA of one head). On CPU without autocast, every
-    weight behind a norm is kept multiplied with its gain.
+    attention's output v D; gate and up 2 v F, SiLU v F (not on CPU without autocast, see `model/swiglu.py`), product
+    v F; two dropout masks if there are any; and what `_attention_bytes` says. In the last layer of ranking, histories
+    give queries, keys and values only. Once: the rotations of three times D / 2 complex numbers per token (on CUDA of
+    one head). On CPU without autocast, every weight behind a norm is kept multiplied with its gain.
     """
     model, width, layers = run.model, run.model.width, run.model.layers
     parts, is_ranking = run.train.micro_batches, run.stage != "pretrain"
@@ -156,7 +156,8 @@ def transformer_bytes(run: RunConfig, step: Workload, device_type: str) -> tuple
     norm = (_FLOAT + (0 if is_cpu and not run.train.bf16 else value)) * width
     tokens, candidates = step.tokens / parts, step.candidates / parts
     mask = width * (value if is_cpu else 1) if model.dropout else 0
-    behind_attention = value * width + norm + 4 * value * ffn_width(width) + 2 * mask
+    hidden = (3 if is_cpu and not run.train.bf16 else 4) * value * ffn_width(width)
+    behind_attention = value * width + norm + hidden + 2 * mask
     attention, once = _attention_bytes(run, step, device_type)
     every = last = (tokens + candidates) * (norm + behind_attention) + attention / parts
     if is_ranking:

@@ -19,7 +19,12 @@ def normed_linear(x_SD: torch.Tensor, norm: nn.RMSNorm, linear: nn.Linear) -> to
     assert linear.bias is None and norm.eps is not None, (linear, norm)
     if x_SD.is_cuda or torch.compiler.is_compiling():
         return linear(norm(x_SD))
-    return F.linear(_UnitRms.apply(x_SD, norm.eps), linear.weight * norm.weight)
+    return F.linear(*folded(x_SD, norm, linear))
+
+
+def folded(x_SD: torch.Tensor, norm: nn.RMSNorm, linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input x / rms(x) [S, D] and weight with gain [O, D] whose product is linear(norm(x))."""
+    return _UnitRms.apply(x_SD, norm.eps), linear.weight * norm.weight
 
 
 def normed(x_SD: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:

@@ -9,12 +9,12 @@ Shape letters: S tokens in packed order (histories, then candidates), D width, H
 import typing
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from gpsd_dist.config import ModelConfig
 from gpsd_dist.model.attention import attend
 from gpsd_dist.model.norms import normed, normed_linear
+from gpsd_dist.model.swiglu import swiglu
 from gpsd_dist.packing import Packing
 
 _NORM_EPS = 1e-5
@@ -115,8 +115,7 @@ class Block(nn.Module):
         if candidates_only:
             x_SD = x_SD[packing.num_history_tokens :]
         x_SD = x_SD + self.dropout(self.attention_out(attended_SD))
-        gate, up = normed_linear(x_SD, self.ffn_norm, self.gate_up).chunk(2, dim=-1)
-        return x_SD + self.dropout(self.down(F.silu(gate) * up))
+        return x_SD + self.dropout(swiglu(x_SD, self.ffn_norm, self.gate_up, self.down))
 
 
 class Transformer(nn.Module):
