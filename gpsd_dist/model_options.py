@@ -90,5 +90,7 @@ def size_text(model: collections.abc.Mapping[str, typing.Any]) -> str:
     `model`: fields of ModelConfig, also those of an older or damaged file: what is missing is "?".
     """
     name = model.get("name")
-    reads = READS.get(name, _SIZES) if isinstance(name, str) else _SIZES
+    reads: collections.abc.Collection[str] = _SIZES
+    if isinstance(name, str) and name in READS:
+        reads = READS[name]
     return "".join(f"{letter}{model.get(size, '?')}" for size, letter in _SIZES.items() if size in reads)
