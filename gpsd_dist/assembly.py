@@ -109,6 +109,8 @@ def check_options_against_data(run: RunConfig, manifest: Manifest) -> None:
             run.data.max_history_length,
             manifest.max_history_length,
         )
+    for name in run.model.unread():
+        log.warning("%s %s has no effect on model %r", name, getattr(run.model, name), run.model.name)
     if manifest.split("valid").num_rows == 0:
         if run.train.patience or run.train.best_metric:
             given = f"patience {run.train.patience} and best_metric {run.train.best_metric!r}"

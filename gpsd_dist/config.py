@@ -9,6 +9,8 @@ import typing
 
 from gpsd_dist.execution_config import ExecutionConfig
 from gpsd_dist.id_options import IdsConfig
+from gpsd_dist.model_options import POSITION_TABLE_MODELS
+from gpsd_dist.model_options import ModelConfig as ModelConfig
 from gpsd_dist.option_checks import below, check_types, raise_all
 from gpsd_dist.table_options import SHARDING_TYPES as SHARDING_TYPES
 from gpsd_dist.table_options import TablesConfig as TablesConfig
@@ -18,7 +20,6 @@ STRATEGIES = ("NT", "ST", "FT", "ST_SF", "FT_SF")  # arXiv:2506.03699, section 3
 NEGATIVES_PER = ("group", "request", "position")
 SPARSE_OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam", "lamb")
 CUDA_ONLY_SPARSE_OPTIMIZERS = ("adam", "partial_rowwise_adam", "lamb")  # no fbgemm CPU kernel
-POSITION_TABLE_MODELS = ("sasrec", "hstu")  # a learned vector per position: histories must fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,57 +50,6 @@ class DataConfig:
         for name in ("max_history_length", "eval_batch_rows_per_rank", "num_data_shards", "num_threads", "prefetch"):
             problems += below(self, name, 1)
         raise_all(self, problems)
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Dense tower and heads; `l{layers}h{width}a{heads}` in the paper."""
-
-    name: str = "transformer"
-    """transformer | sasrec | hstu | deepfm | din | dien | dmin | wukong: `gpsd_dist.model.registry.TOWERS`."""
-    layers: int = 4
-    width: int = 64
-    """D"""
-    heads: int = 4
-    dropout: float = 0.0
-    """On token embeddings, and on what attention and feed-forward add; off in evaluation. The paper uses none."""
-    init_std: float = 0.02
-    """Standard deviation of initial linear weights (official settings). 0: 1 / sqrt(fan-in), which learns in half the
-    steps at width 64, but generalised worse from the few labels of Grocery (docs/results.md)."""
-    context_dim: int = 16
-    """Width of the embedding of a context or candidate-only feature with a small table."""
-    compile: bool = False
-    """torch.compile the tower: 1.7x at width 256 on CPU, after some 40 s of compilation."""
-    max_positions: int = 211
-    """sasrec, hstu: rows of the position table; must exceed max_history_length. hstu divides attention by it. 211: the
-    200 of ML-1M and ML-20M plus the 11 that the authors add. wukong: slots of a history."""
-    head_width: int = 0
-    """hstu: width of a head's queries, keys and values; 0: width / heads."""
-    ffn_width: int = 0
-    """sasrec: hidden width of the feed-forward part; 0: width."""
-    time_bias: bool = True
-    """hstu: attention also sees the time from every event to the *next* one, up to the predicted one itself."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        problems = []
-        for name in ("layers", "width", "heads", "context_dim", "max_positions"):
-            problems += below(self, name, 1)
-        for name in ("init_std", "head_width", "ffn_width"):
-            problems += below(self, name, 0)
-        if self.heads > 0 and self.name == "transformer" and self.width % (2 * self.heads):
-            problems.append(f"width {self.width} must be a multiple of 2 x heads = {2 * self.heads} (rotary pairs)")
-        if self.heads > 0 and self.name in POSITION_TABLE_MODELS and self.head_width == 0 and self.width % self.heads:
-            problems.append(f"width {self.width} must be a multiple of heads = {self.heads}")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout {self.dropout} must be in [0, 1)")
-        raise_all(self, problems)
-
-    def refuse(self, *names: str) -> None:
-        """ValueError if one of these options, which the model does not have, was set."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        changed = [name for name in names if getattr(self, name) != defaults[name]]
-        raise_all(self, [f"{name} {getattr(self, name)} has no effect on {self.name!r}" for name in changed])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +195,8 @@ class RunConfig:
     strategy: str = "NT"
     """Finetuning only: NT | ST | FT | ST_SF | FT_SF"""
     init_checkpoint: str = ""
-    """Run folder (its best checkpoint is used) or checkpoint folder of a pretraining; needed unless strategy is NT."""
+    """Run folder (its best checkpoint is used) or checkpoint folder to start from: a pretraining, or the finetuning
+    that a later build of the data goes on from. Needed unless strategy is NT."""
     refit_of: str = ""
     """Finetuning only: a finished run folder of the same options. Trains on `train` and `valid` for as many epochs as
     that run took to its best validation; nothing is left to validate on, and the last checkpoint is the result."""
@@ -269,7 +220,11 @@ class RunConfig:
         if self.strategy not in STRATEGIES:
             problems.append(f"STRATEGY {self.strategy!r} is not one of {STRATEGIES}")
         if self.stage == "finetune" and (self.strategy == "NT") == bool(self.init_checkpoint):
-            needed = "must stay empty" if self.strategy == "NT" else "must name a pretraining run"
+            needed = (
+                "must stay empty"
+                if self.strategy == "NT"
+                else "must name a run to start from: a pretraining, or an earlier finetuning"
+            )
             given = f"STRATEGY {self.strategy} with INIT_CHECKPOINT={self.init_checkpoint!r}"
             problems.append(f"{given}: INIT_CHECKPOINT {needed}")
         if self.stage == "pretrain" and (self.strategy != "NT" or self.init_checkpoint):

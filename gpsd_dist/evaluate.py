@@ -117,12 +117,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", help="prepared data; default: the data the run was trained on")
     parser.add_argument("--split", default="test", help="split to score (default: test)")
     parser.add_argument("--rank_cut", type=int, help=f"next item: worse ranks count as this + 1 (HSTU: {RANK_CUT})")
+    history_help = (
+        f"{NEXT_ITEM}: events that do not compete, as a model with this option sees them (default: all stored)"
+    )
+    parser.add_argument("--max_history_length", type=int, help=history_help)
     parser.add_argument("--metrics_out", type=pathlib.Path, help="JSON file to write")
     args = parser.parse_args(argv)
     if args.baseline and not args.data:
         parser.error("--baseline needs --data")
     if args.rank_cut is not None and (args.baseline not in (None, NEXT_ITEM) or args.rank_cut < 1):
         parser.error(f"--rank_cut {args.rank_cut} must be at least 1, and goes with --checkpoint or {NEXT_ITEM}")
+    if args.max_history_length is not None and (args.baseline != NEXT_ITEM or args.max_history_length < 1):
+        parser.error(f"--max_history_length {args.max_history_length} must be at least 1, and goes with {NEXT_ITEM}")
     return args
 
 
@@ -131,9 +137,11 @@ def main(argv: list[str]) -> int:
     args = _parse(argv)
     try:
         if args.baseline:
-            return _report(
-                evaluate_baseline(args.baseline, args.data, args.split, rank_cut=args.rank_cut), args.metrics_out
+            longest = args.max_history_length
+            metrics = evaluate_baseline(
+                args.baseline, args.data, args.split, rank_cut=args.rank_cut, max_history_length=longest
             )
+            return _report(metrics, args.metrics_out)
         with process_group(_TIMEOUT_S) as runtime:
             metrics = evaluate_checkpoint(
                 args.checkpoint, args.data, args.split, runtime, args.which, rank_cut=args.rank_cut

@@ -14,6 +14,7 @@ import gin
 from gin import config_parser
 
 from gpsd_dist import config
+from gpsd_dist.model_options import READS
 
 MAX_FILE_BYTES = 2**20  # untuned: a config.gin takes some 5 kB
 _REPO_ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -65,6 +66,7 @@ def load_run_config(argv: list[str]) -> ParsedRun:
     except (ValueError, AttributeError, SyntaxError, NameError, TypeError, RuntimeError, OSError) as error:
         raise ValueError(_explain(error)) from error
     _check_overrides_are_read(bindings)
+    _check_overrides_matter(bindings, run)
     _check_files_are_read(scanned)
     return ParsedRun(run, gin.config_str())
 
@@ -226,6 +228,48 @@ def _check_overrides_are_read(bindings: list[str]) -> None:
             raise ValueError(
                 f"override `{binding}` changed nothing: no such macro, scope or field is read; there are {known}"
             )
+
+
+def _check_overrides_matter(bindings: list[str], run: config.RunConfig) -> None:
+    """What was typed for this run alone must change something that its model and stage compute with.
+
+    Files are shared by models and stages, so what they set may go unread; so may the default.
+    """
+    unread = _without_effect(run)
+    macros = _readers_of_macros()
+    problems = []
+    for binding in bindings:
+        match = _BINDING.match(binding)
+        assert match is not None, binding
+        reached = {match["leaf"]} if "." in match["leaf"] else macros.get(match["leaf"], set())
+        if reached and reached <= set(unread):
+            problems.append(f"override `{binding}` has no effect: {' '.join(unread[leaf] for leaf in sorted(reached))}")
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}; leave it out, or set another ModelConfig.name or STAGE")
+
+
+def _without_effect(run: config.RunConfig) -> dict[str, str]:
+    """Class.field of what differs from its default but is not read -> why."""
+    reads = sorted(READS.get(run.model.name, frozenset()) - {"name"})
+    why = f"model {run.model.name!r} does not read it, of ModelConfig it reads {reads}"
+    found = {f"ModelConfig.{name}": why for name in run.model.unread()}
+    is_pretraining = run.stage == "pretrain"
+    other: typing.Any = run.finetune if is_pretraining else run.pretrain
+    default, cls = type(other)(), type(other).__name__
+    changed = [f.name for f in dataclasses.fields(other) if getattr(other, f.name) != getattr(default, f.name)]
+    return found | {f"{cls}.{name}": f"stage {run.stage!r} does not read {cls}" for name in changed}
+
+
+def _readers_of_macros() -> dict[str, set[str]]:
+    """Macro -> every Class.field, or other macro, whose value refers to it."""
+    text = gin.config_str()
+    starts = list(_BINDING.finditer(text))
+    readers: dict[str, set[str]] = {}
+    for match, after in zip(starts, [*starts[1:], None], strict=True):
+        value = text[match.end() : after.start() if after else len(text)]
+        for macro in re.findall(r"%(\w+)", value):
+            readers.setdefault(macro, set()).add(match["leaf"])
+    return readers
 
 
 def _check_files_are_read(scanned: _Scanned) -> None:

@@ -6,9 +6,10 @@ r"""ENTRY: the scaling law of a data set, and the one-epoch figure.
     python -m gpsd_dist.scaling --epochs_figure runs/grocery/s0/{nt,st,ft,st_sf,ft_sf} --out_dir runs/epochs_grocery
 
 The first trains every rung with every seed by the ordinary commands, which it shows, scores the split, and fits
-AUC = c - a x^-b and log loss = c + a x^-b over the dense parameters x (tables excluded): scaling.json, .png, .svg.
-The same command again goes on where the last one stopped; finished runs are kept. `--gin.X=Y` reaches finetuning,
-`--pretrain_gin.X=Y` pretraining; layers, width, heads, seed, strategy and folders are set by the ladder.
+AUC = c - a x^-b and log loss = c + a x^-b over the dense parameters x (tables excluded), in
+scaling_<strategy>_<split>.json, .png, .svg. The same command again goes on where the last one stopped; finished runs
+are kept. Rungs and seeds may join; a file with some that the command leaves out is not replaced. `--gin.X=Y` reaches
+finetuning, `--pretrain_gin.X=Y` pretraining; layers, width, heads, seed, strategy and folders are set by the ladder.
 The second reads finished runs only: epochs.json, .png, .svg.
 """
 
@@ -113,6 +114,9 @@ def _request(args: argparse.Namespace, overrides: list[str]) -> Request:
 def _ladder(request: Request) -> int:
     trials = plan(request)
     runs.check_unchanged(trials)
+    name = f"scaling_{request.strategy.lower()}_{request.split}"
+    path = request.out_dir / f"{name}.json"
+    runs.check_nothing_is_lost(path, trials)  # not after hours of training
     points = []
     for number, trial in enumerate(trials, 1):
         runs.run_trial(trial, functools.partial(print, f"[{number}/{len(trials)}]", flush=True))
@@ -126,10 +130,9 @@ def _ladder(request: Request) -> int:
         "notes": notes,
         "commands": _commands(trials),
     }
-    path = request.out_dir / "scaling.json"
     runs.replace_file(path, (json.dumps(json_safe(summary), indent=1) + "\n").encode())
     title = f"{request.strategy}, {trials[0].finetuning.run.data_dir}, {request.split}"
-    drawn = figures.save(figures.scaling_figure(points, fits, title), request.out_dir, "scaling")
+    drawn = figures.save(figures.scaling_figure(points, fits, title), request.out_dir, name)
     _print(points, fits, notes, title)
     print("written: " + ", ".join(map(str, (path, *drawn))))
     return 0

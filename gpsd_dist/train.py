@@ -1,6 +1,6 @@
 """ENTRY: trains one run. `torchrun --nproc_per_node 2 -m gpsd_dist.train --gin_file configs/stage/pretrain.gin ...`
 
-Read this first: argv -> RunConfig -> process group -> Trainer -> train().
+Read this first: argv -> RunConfig -> process group -> Trainer -> load_weights() -> train().
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.runtime import Runtime, process_group
 from gpsd_dist.distributed.sharding import Cluster
 from gpsd_dist.gin_cli import ParsedRun, load_run_config
+from gpsd_dist.model_options import size_text
 from gpsd_dist.provenance import environment
 from gpsd_dist.trainer import Trainer
 from gpsd_dist.training_step import LossNotFinite
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> int:
             output_folder.held(run.output_dir, runtime, checkpoints=checkpoints),
         ):
             trainer = Trainer(run, runtime)
+            trainer.load_weights()  # the last that can be refused: a folder with a description is a run
             if runtime.is_main:
                 _describe(parsed, trainer, runtime)
             trainer.train()
@@ -73,7 +75,8 @@ def _describe(parsed: ParsedRun, trainer: Trainer, runtime: Runtime) -> None:
     sparse = sum(weight.size()[0] * tables.width for weight in tables.weights().values())
     dense = sum(parameter.numel() for parameter in trainer.model.parameters())
     devices = f"{runtime.world_size} x {runtime.device.type}"
-    log.info("run %s: %s %s, %s on %s", folder, run.stage, run.strategy, run.model.name, devices)
+    model = f"{run.model.name} {size_text(dataclasses.asdict(run.model))}"
+    log.info("run %s: %s %s, %s on %s", folder, run.stage, run.strategy, model, devices)
     log.info("parameters: %s in tables, %s dense", f"{sparse:,}", f"{dense:,}")
     for line in plan:
         log.info("%s", line)

@@ -40,7 +40,7 @@ class Trainer:
     """Wires the components in TorchRec's order and runs the loop. What one step does: `training_step.py`."""
 
     def __init__(self, run: RunConfig, runtime: Runtime):
-        """Collective. Builds everything with random weights; `train` decides where weights come from."""
+        """Collective. Builds everything with random weights; `load_weights` decides where weights come from."""
         self.run, self.runtime = run, runtime
         self.manifest = read_run_manifest(run)
         check_options_against_data(run, self.manifest)
@@ -64,6 +64,7 @@ class Trainer:
         self.model, self.optimizer = self.training_step.model, self.training_step.optimizer
         self.progression = Progression()
         self.step = 0
+        self._has_weights = False
         steps_per_epoch = self.loader.steps_per_epoch
         self.schedule_steps = run.train.epochs * steps_per_epoch
         self.total_steps = min(self.schedule_steps, run.train.max_steps or self.schedule_steps)
@@ -80,7 +81,8 @@ class Trainer:
 
     def train(self) -> dict[str, float]:
         """Runs to the end, from the newest checkpoint if there is one; returns the best validation. Collective."""
-        self._load_weights()
+        if not self._has_weights:
+            self.load_weights()
         if self.progression.is_finished:
             log.info("this run is finished (best step %d); nothing to do", self.progression.best_step)
             return self._best_metrics()
@@ -269,8 +271,12 @@ class Trainer:
         # an empty part (a rank without a piece of a trainable table) would be looked for under its own name by DCP
         return {name: part for name, part in parts.items() if part}
 
-    def _load_weights(self) -> None:
-        """Own checkpoint, else transfer, else random. Says which. Collective."""
+    def load_weights(self) -> None:
+        """Own checkpoint, else transfer, else random. Says which. Collective. ValueError if they do not fit this run.
+
+        `train` does it where nobody did before, to know that the run is accepted.
+        """
+        self._has_weights = True
         if self.start is not None:
             state = read_state(self.start)
             if state.data_position.get("valid_content", self._valid_content) != self._valid_content:

@@ -3,6 +3,7 @@
 import os
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
@@ -12,12 +13,17 @@ from gpsd_dist.metrics.ranking import Excluded, RankingSums, rank_targets
 
 
 def rank_by_popularity(
-    data_dir: str | os.PathLike, manifest: schema.Manifest, split: str, rank_cut: int | None = None
+    data_dir: str | os.PathLike,
+    manifest: schema.Manifest,
+    split: str,
+    rank_cut: int | None = None,
+    max_history_length: int | None = None,
 ) -> dict[str, float | int]:
     """hr@K, ndcg@K, mrr and rows of ranking every item by its number of events in the `pretrain` histories.
 
     Targets, and what does not compete, are those of a pretrained model: the positives of the first task, against all
-    items but those in the request's history (all of it that is stored). Ties count against the target.
+    items but those in the request's history: its last `max_history_length` events, those that a model with this
+    option sees, or None: all that are stored. Ties count against the target.
     """
     name, label = manifest.item_feature, f"label.{manifest.tasks[0].name}"
     counts_V = torch.from_numpy(pretrain_counts(data_dir, manifest, manifest.feature(name)))
@@ -31,10 +37,18 @@ def rank_by_popularity(
         is_positive_C = pc.list_flatten(labels).to_numpy(zero_copy_only=False) == 1
         request_P = pc.list_parent_indices(candidate).to_numpy()[is_positive_C]
         target_P = torch.from_numpy(pc.list_flatten(candidate).to_numpy()[is_positive_C])
-        of_positives = history.take(request_P)
-        offsets_P1 = np.concatenate([[0], pc.list_value_length(of_positives).to_numpy().cumsum()])
-        item_N = torch.from_numpy(pc.list_flatten(of_positives).to_numpy(zero_copy_only=False).copy())
-        excluded = Excluded.from_offsets(item_N, torch.from_numpy(offsets_P1))
+        excluded = _excluded(history.take(request_P), max_history_length)
         query_P1 = torch.ones(len(target_P), 1)
         sums.update(rank_targets(query_P1, score_V1, target_P, excluded=excluded, rank_cut=rank_cut), target_P)
     return sums.metrics()
+
+
+def _excluded(history_P: pa.ListArray, max_length: int | None) -> Excluded:
+    """The last `max_length` items of every query's history."""
+    length_P = pc.list_value_length(history_P).to_numpy()
+    item_N = pc.list_flatten(history_P).to_numpy(zero_copy_only=False)
+    if max_length is not None:
+        from_end_N = np.repeat(length_P.cumsum(), length_P) - np.arange(len(item_N))  # 1: the most recent one
+        item_N, length_P = item_N[from_end_N <= max_length], np.minimum(length_P, max_length)
+    offsets_P1 = np.concatenate([[0], length_P.cumsum()])
+    return Excluded.from_offsets(torch.from_numpy(item_N.copy()), torch.from_numpy(offsets_P1))

@@ -28,11 +28,13 @@ def evaluate_baseline(
     tasks: collections.abc.Sequence[str] | None = None,
     *,
     rank_cut: int | None = None,
+    max_history_length: int | None = None,
 ) -> dict[str, dict[str, float | int]]:
     """Metrics per task (all tasks by default) of the baseline `name`, one of NAMES, on one split.
 
-    The same keys as a model's: `metrics.classification.classification_metrics`, or for NEXT_ITEM, which alone has a
-    `rank_cut`, {"next_item": hr@K, ndcg@K, mrr}. ValueError for an unknown name, split or task.
+    The same keys as a model's: `metrics.classification.classification_metrics`, or for NEXT_ITEM, which alone has
+    `rank_cut` and `max_history_length`, {"next_item": hr@K, ndcg@K, mrr}. ValueError for an unknown name, split or
+    task.
     """
     if name not in NAMES:
         raise ValueError(f"there is no baseline {name!r}; choose one of {sorted(NAMES)}")
@@ -40,6 +42,6 @@ def evaluate_baseline(
     if not manifest.tasks:
         raise ValueError(f"{data_dir} has no task, so there is nothing to score")
     if name == NEXT_ITEM:
-        return {"next_item": rank_by_popularity(data_dir, manifest, split, rank_cut)}
+        return {"next_item": rank_by_popularity(data_dir, manifest, split, rank_cut, max_history_length)}
     tasks = [task.name for task in manifest.tasks] if tasks is None else tasks
     return {task: BASELINES[name](data_dir, manifest, split, task).metrics() for task in tasks}

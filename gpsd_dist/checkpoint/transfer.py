@@ -1,4 +1,6 @@
-"""From pretraining to finetuning: which tensors move, and the report of what moved (arXiv:2506.03699, section 3.3)."""
+"""From one run into the next, mostly pretraining into finetuning: which tensors move, and the report of what moved
+(arXiv:2506.03699, section 3.3).
+"""
 
 import logging
 
@@ -30,6 +32,7 @@ def transfer(run: RunConfig, manifest: Manifest, own: manager.Tensors) -> str:
     _check_width(run, state, checkpoint)
     if run.transfers_tower:
         _check_tower(run, state, checkpoint)
+    _warn_of_seen_validation(run, manifest, state, checkpoint)
     missing = [table for table in run.tables.transfer if table not in weights]
     if missing:
         raise ValueError(f"TRANSFER_TABLES names {missing}, but the sharded tables are {sorted(weights)}")
@@ -44,6 +47,24 @@ def transfer(run: RunConfig, manifest: Manifest, own: manager.Tensors) -> str:
     lines = [f"  loaded ids.{name}, which id has which row; updates go on: {not run.freezes_tables}" for name in maps]
     lines += growth.report(run, manifest, grown)
     return "\n".join([_report(run, checkpoint, state, tables, moved, dense), *lines])
+
+
+def _warn_of_seen_validation(run: RunConfig, manifest: Manifest, state: manager.RunState, checkpoint: Location) -> None:
+    """A refit was trained on `valid` too. Harmless where all of ours is later, as in the next day's build."""
+    valid = manifest.split("valid")
+    if not state.run_config.get("refit_of") or run.refit_of or not valid.num_rows:
+        return
+    seen_to = [split["time_to_s"] for split in state.manifest["splits"] if split["name"] in ("train", "valid")]
+    is_later = valid.time_from_s is not None and all(to is not None and to < valid.time_from_s for to in seen_to)
+    if not is_later:
+        log.warning(
+            "%s was trained on train + valid (REFIT_OF=%s), so %s may validate on rows that its weights have seen: "
+            "its best checkpoint and early stopping are not to be trusted; start from the run that was refitted, "
+            "or refit this one, too (REFIT_OF)",
+            checkpoint,
+            state.run_config["refit_of"],
+            run.output_dir,
+        )
 
 
 def _check_vocabularies(
@@ -110,7 +131,8 @@ def _report(
     dense: manager.Tensors,
 ) -> str:
     fate = f"frozen as {run.tables.frozen_dtype}" if run.freezes_tables else "trained on"
-    lines = [f"{run.strategy} from {checkpoint} (pretraining step {state.step})"]
+    kind = "pretraining" if state.run_config["stage"] == "pretrain" else "finetuning"
+    lines = [f"{run.strategy} from {checkpoint} ({kind} step {state.step})"]
     lines += [f"  loaded table.{name} {tuple(value.size())}, {fate}" for name, value in tables.items()]
     lines += [f"  loaded {len(moved)} tensors of the tower, {sum(v.numel() for v in moved.values()):,} parameters"]
     fresh = [name for name in dense if name not in moved]

@@ -27,7 +27,7 @@ class DeepFM(nn.Module):
     @classmethod
     def build(cls, config: ModelConfig, num_fields: int) -> "DeepFM":
         """See registry.Tower."""
-        config.refuse("head_width", "ffn_width", "time_bias")
+        config.refuse_foreign()
         return cls(num_fields, config.width)
 
     def forward(self, x_SFD: torch.Tensor, packing: Packing, candidates_only: bool = False, times=None) -> torch.Tensor:

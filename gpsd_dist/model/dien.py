@@ -90,7 +90,7 @@ class DIEN(nn.Module):
     @classmethod
     def build(cls, config: ModelConfig, num_fields: int) -> "DIEN":
         """See registry.Tower."""
-        config.refuse("head_width", "ffn_width", "time_bias")
+        config.refuse_foreign()
         return cls(num_fields, config.width, config.init_std)
 
     def forward(

@@ -63,7 +63,7 @@ class DMIN(nn.Module):
     @classmethod
     def build(cls, config: ModelConfig, num_fields: int) -> "DMIN":
         """See registry.Tower."""
-        config.refuse("head_width", "ffn_width", "time_bias")
+        config.refuse_foreign()
         if num_fields * config.width % config.heads:
             raise ValueError(
                 f"dmin splits {num_fields} token features x width {config.width} channels into {config.heads} heads: "

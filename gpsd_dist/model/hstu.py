@@ -87,7 +87,7 @@ class HSTU(nn.Module):
     @classmethod
     def build(cls, config: ModelConfig, num_fields: int) -> "HSTU":
         """See registry.Tower."""
-        config.refuse("ffn_width")
+        config.refuse_foreign()
         return cls(
             config.layers,
             config.width,

@@ -68,7 +68,7 @@ class SASRec(nn.Module):
     @classmethod
     def build(cls, config: ModelConfig, num_fields: int) -> "SASRec":
         """See registry.Tower."""
-        config.refuse("head_width", "time_bias")
+        config.refuse_foreign()
         ffn_width = config.ffn_width or config.width
         return cls(config.layers, config.width, config.heads, ffn_width, config.max_positions, config.dropout)
 

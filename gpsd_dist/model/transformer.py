@@ -138,7 +138,7 @@ class Transformer(nn.Module):
     @classmethod
     def build(cls, config: ModelConfig, num_fields: int) -> "Transformer":
         """See registry.Tower."""
-        config.refuse("head_width", "ffn_width", "time_bias")
+        config.refuse_foreign()
         return cls(config.layers, config.width, config.heads, config.dropout, config.init_std)
 
     def forward(self, x_SD: torch.Tensor, packing: Packing, candidates_only: bool = False, times=None) -> torch.Tensor:

@@ -83,7 +83,7 @@ class Wukong(nn.Module):
     @classmethod
     def build(cls, config: ModelConfig, num_fields: int) -> "Wukong":
         """See registry.Tower."""
-        config.refuse("head_width", "ffn_width", "time_bias")
+        config.refuse_foreign()
         return cls(num_fields, config.max_positions, config.layers, config.width, config.init_std)
 
     def forward(self, x_SFD: torch.Tensor, packing: Packing, candidates_only: bool = False, times=None) -> torch.Tensor:

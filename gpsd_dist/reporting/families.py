@@ -9,6 +9,7 @@ import pathlib
 import typing
 
 from gpsd_dist.config import STAGES, STRATEGIES
+from gpsd_dist.model_options import size_text
 from gpsd_dist.reporting import dataset
 from gpsd_dist.reporting.run_folder import CHECKPOINTS_NAME, CONFIG_NAME, Run
 from gpsd_dist.reporting.tables import option_text
@@ -60,12 +61,11 @@ def seed_text(run: Run) -> str:
 
 
 def model_text(run: Run) -> str:
-    """Name and size of the tower: transformer L4H64A4."""
+    """Name of the tower and the sizes that it reads: transformer L4H64A4, din H64."""
     model = run.config.get("model")
     if not isinstance(model, dict):
         return "?"
-    size = "L{}H{}A{}".format(*(model.get(name, "?") for name in ("layers", "width", "heads")))
-    return f"{model.get('name', '?')} {size}"
+    return f"{model.get('name', '?')} {size_text(model)}"
 
 
 def strategy_text(run: Run) -> str:

@@ -22,8 +22,9 @@ from gpsd_dist.checkpoint import manager, retention
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import STRATEGIES
 from gpsd_dist.metrics.recorder import JSONL_NAME
+from gpsd_dist.model_options import size_text
 from gpsd_dist.scaling_law.figures import panels
-from gpsd_dist.scaling_law.ladder import Command, Rung
+from gpsd_dist.scaling_law.ladder import Command
 
 _VALID_AUC = re.compile(r"valid/(.+)/auc")
 _COLORS = dict(zip(STRATEGIES, ("#4d4d4d", "#d98c1f", "#b8338a", "#1f5fa8", "#2a8f4f"), strict=True))
@@ -57,7 +58,7 @@ class RunCurves:
     def label(self) -> str:
         """Runs with the same one differ in their seed only, as far as the figure goes."""
         model = self.options["model"]
-        size = Rung(model["layers"], model["width"], model["heads"]).name
+        size = size_text(model).lower()
         return f"{self.strategy} {size}" + ("" if model["name"] == "transformer" else f" {model['name']}")
 
 

@@ -43,6 +43,27 @@ def check_unchanged(trials: collections.abc.Iterable[Trial]) -> None:
             _check_training(training, trial, is_needed=has_result)
 
 
+def check_nothing_is_lost(summary: pathlib.Path, trials: collections.abc.Iterable[Trial]) -> None:
+    """That the summary of an earlier ladder, if it is there, holds no rung with a seed which is not among `trials`.
+
+    ValueError otherwise: written anew, it would say less than it does.
+    """
+    if not summary.is_file():
+        return
+    try:
+        points = json.loads(summary.read_text())["points"]
+        there = {(point["rung"], point["seed"]) for point in points}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{summary} is no summary of a ladder ({error!r}): remove it") from error
+    lost = sorted(there - {(trial.rung.name, trial.seed) for trial in trials})
+    if lost:
+        names = ", ".join(f"{rung} seed {seed}" for rung, seed in lost)
+        raise ValueError(
+            f"{summary} also holds {names}, which this command leaves out: name them in --ladder and --seeds too "
+            "(finished runs are not trained again), or rename that file and its figures to keep them"
+        )
+
+
 def _check_training(training: Training, trial: Trial, is_needed: bool) -> None:
     path = training.folder / "run_config.json"
     if not path.is_file():

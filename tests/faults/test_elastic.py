@@ -73,7 +73,7 @@ def _leg(rank: int, world_size: int, runs: list[RunConfig], loaded_name: str) ->
         output = pathlib.Path(run.output_dir)
         if (output / "checkpoints").is_dir():
             fresh = Trainer(run, cpu_runtime(rank, world_size))
-            fresh._load_weights()
+            fresh.load_weights()
             dcp.save(fresh._tensors(), checkpoint_id=str(output / loaded_name))
         trainer = Trainer(run, cpu_runtime(rank, world_size))
         with _traced(trainer, output.parent / f"{output.name}_rows" / f"{loaded_name}_{rank}"):

@@ -67,7 +67,7 @@ def test_every_model_trains_and_takes_the_table_of_a_transformer(name, strategy,
     pretrained = read_checkpoint(manager.find(source))["table.item"]
     table = trainer.assembly.weights()["table"]["item"].local_shards()[0].tensor
     random = table.clone()
-    trainer._load_weights()
+    trainer.load_weights()
     assert torch.equal(table, random if strategy == "NT" else pretrained) and not torch.equal(random, pretrained)
     before = {key: value.clone() for key, value in trainer.assembly.weights()["dense"].items()}
     metrics = trainer.train()

@@ -27,7 +27,7 @@ def _scores(rank: int, world_size: int, runs):
     runtime, results = cpu_runtime(rank, world_size), []
     for run in runs:
         trainer = Trainer(run, runtime)
-        trainer._load_weights()
+        trainer.load_weights()
         splits = ("valid", "test")
         results.append({s: evaluate_split(run, trainer.manifest, trainer.assembly, s, runtime) for s in splits})
     return results
@@ -79,7 +79,7 @@ def test_next_item_ranking_equals_a_loop_over_all_items(scored, one_rank):
     root = scored["root"]
     run = tiny_run("pretrain", root / "data", root / "pretrain", tables={"sharding": PLAN}, train={"max_steps": 4})
     trainer = Trainer(run, one_rank)
-    trainer._load_weights()
+    trainer.load_weights()
     model, tables = trainer.model.eval(), trainer.assembly.tables
     item_VE = F.normalize(trainer.assembly.weights()["table"]["item"].local_shards()[0].tensor.double(), dim=-1)
     ranks = []

@@ -52,7 +52,7 @@ def test_old_rows_are_copied_and_new_ones_stay_random(grown, tmp_path, one_rank,
     }
     random = {name: value.clone() for name, value in tensors.items()}
     with caplog.at_level(logging.INFO):
-        trainer._load_weights()
+        trainer.load_weights()
     for name, num_old in (("table.item", 61), ("dense.backbone.embedder.small.category.weight", 12)):
         assert len(source[name]) == num_old < len(tensors[name])
         assert torch.equal(tensors[name][:num_old], source[name])
@@ -77,4 +77,4 @@ def test_a_vocabulary_that_did_not_grow_from_the_checkpoints_is_refused(grown, t
     _write(tmp_path / "other", NEW)
     run = dataclasses.replace(_run(grown, tmp_path / "out", "ST"), data_dir=str(tmp_path / "other"))
     with pytest.raises(ValueError, match=r"another vocabulary \(61 rows there, 75 here"):
-        Trainer(run, one_rank)._load_weights()
+        Trainer(run, one_rank).load_weights()

@@ -257,11 +257,11 @@ def test_a_table_of_another_kind_or_size_is_not_transferred(trained, data, tmp_p
     run = dataclasses.replace(run, ids=dataclasses.replace(IDS, rows={"item": 40}))
     trainer = Trainer(run, one_rank)
     with pytest.raises(ValueError, match="table 'item' has another vocabulary \\(32 rows there, 40 here\\)"):
-        trainer._load_weights()
+        trainer.load_weights()
 
 
 def test_another_eviction_policy_cannot_read_the_map(trained, data, tmp_path, one_rank):
     run = _run("finetune", data["managed"], tmp_path, "ST", trained / "one" / "managed" / "pretrain")
     trainer = Trainer(dataclasses.replace(run, ids=dataclasses.replace(IDS, eviction="lru")), one_rank)
     with pytest.raises(ValueError, match=r"ids\.item\.last_seen is not in it"):
-        trainer._load_weights()
+        trainer.load_weights()

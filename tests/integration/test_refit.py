@@ -1,13 +1,14 @@
 """A refit trains on train + valid as long as the run that it repeats took to its best validation."""
 
 import dataclasses
+import shutil
 import signal
 
 import pytest
 
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.checkpoint.resume import epochs_done
-from gpsd_dist.schema import read_manifest
+from gpsd_dist.schema import read_manifest, write_manifest
 from gpsd_dist.trainer import Trainer
 from tests.integration.tiny_data import tiny_run
 
@@ -57,6 +58,31 @@ def test_a_refit_of_an_unfinished_run_is_refused(tuned, tmp_path, one_rank):
     trainer.train()
     with pytest.raises(ValueError, match="is not finished"):
         Trainer(dataclasses.replace(refit(tuned, tmp_path / "out"), refit_of=short.output_dir), one_rank)
+
+
+def test_a_run_that_starts_from_a_refit_is_warned_of_its_valid_split(tuned, tmp_path, one_rank, caplog):
+    """The next day's build is not: there all of `valid` comes after what the refit has seen."""
+    again = refit(tuned, tmp_path / "refit")
+    Trainer(again, one_rank).train()
+    changes = {"output_dir": str(tmp_path / "next"), "strategy": "ST"}
+    later = tmp_path / "later"
+    shutil.copytree(tuned.data_dir, later)
+    manifest = read_manifest(later)
+    end_s = max(split.time_to_s for split in manifest.splits if split.name in ("train", "valid"))
+    splits = [
+        dataclasses.replace(split, time_from_s=end_s + 1, time_to_s=end_s + 2) if split.name == "valid" else split
+        for split in manifest.splits
+    ]
+    write_manifest(dataclasses.replace(manifest, splits=tuple(splits)), later)
+    for source, data_dir, is_warned in (
+        (again, tuned.data_dir, True), (again, later, False), (tuned, tuned.data_dir, False),
+    ):  # fmt: skip
+        caplog.clear()
+        run = dataclasses.replace(tuned, **changes, init_checkpoint=source.output_dir, data_dir=str(data_dir))
+        Trainer(run, one_rank).load_weights()
+        assert caplog.text.count("was trained on train + valid") == is_warned
+        assert not is_warned or (str(tmp_path / "refit") in caplog.text and changes["output_dir"] in caplog.text)
+        assert not is_warned or f"REFIT_OF={tuned.output_dir}" in caplog.text
 
 
 def test_epochs_of_batches_in_tokens_count_what_the_model_saw(data_dir, tmp_path, one_rank):

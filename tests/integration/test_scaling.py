@@ -40,7 +40,7 @@ def test_ladder_is_trained_once(tmp_path, data_dir, one_rank, capfd):
     capfd.readouterr()
     assert scaling.main(options) == 0, capfd.readouterr().err
     first, log = capfd.readouterr()
-    summary = json.loads((out / "scaling.json").read_text())
+    summary = json.loads((out / "scaling_st_sf_test.json").read_text())
     shown = [line.split("$ ", 1)[1] for line in first.splitlines() if "] $ python" in line]
     assert shown == summary["commands"]
     assert [shlex.split(line)[2] for line in shown] == ["gpsd_dist.train", "gpsd_dist.evaluate"] * 2
@@ -61,13 +61,17 @@ def test_ladder_is_trained_once(tmp_path, data_dir, one_rank, capfd):
         assert point["tower_parameters"] == 4 * width**2 + 3 * width * ffn + 3 * width  # attention, SwiGLU, norms
     assert summary["fits"] == {task: {"auc": None, "log_loss": None} for task in ("click", "buy")}
     assert "click auc: no fit is possible with 2 distinct sizes" in first
-    assert (out / "scaling.png").is_file() and (out / "scaling.svg").is_file()
+    assert (out / "scaling_st_sf_test.png").is_file() and (out / "scaling_st_sf_test.svg").is_file()
 
     before = saved_at(out)
     assert scaling.main(options) == 0
     again = capfd.readouterr().out
     assert "$ python" not in again and again.count("finished") == 2
-    assert saved_at(out) == before and json.loads((out / "scaling.json").read_text()) == summary
+    assert saved_at(out) == before and json.loads((out / "scaling_st_sf_test.json").read_text()) == summary
+
+    assert scaling.main([*options, "--ladder", "l1h16a2"]) == 2  # would write a file that says less
+    assert "scaling_st_sf_test.json also holds l1h32a2 seed 0" in capfd.readouterr().err
+    assert saved_at(out) == before and json.loads((out / "scaling_st_sf_test.json").read_text()) == summary
 
     assert scaling.main([*options, "--gin.DENSE_LR=0.5"]) == 2
     error = capfd.readouterr().err
@@ -86,7 +90,7 @@ def test_ladder_of_four_is_fitted_and_goes_on_where_it_stopped(tmp_path, data_di
     assert scaling.main(options) == 0, capfd.readouterr().err
     first, log = capfd.readouterr()
     assert log.count("weights: random") == 4 and log.count("weights: FT_SF from") == 4
-    summary = json.loads((out / "scaling.json").read_text())
+    summary = json.loads((out / "scaling_ft_sf_test.json").read_text())
     assert all(line.split()[2] == "torch.distributed.run" for line in summary["commands"])
     widths = {point["rung"]: point["embedding_dim"] for point in summary["points"]}
     assert widths == {"l1h8a2": 8, "l1h16a2": 16, "l2h16a2": 16, "l1h32a2": 32}
@@ -106,7 +110,7 @@ def test_ladder_of_four_is_fitted_and_goes_on_where_it_stopped(tmp_path, data_di
     assert f"weights: resumed from {steps[-2]}" in capfd.readouterr().err
     after = saved_at(out)
     assert all(after[path] == at for path, at in before.items() if "l2h16a2" not in str(path))
-    assert json.loads((out / "scaling.json").read_text())["points"] == pytest.approx(summary["points"])
+    assert json.loads((out / "scaling_ft_sf_test.json").read_text())["points"] == pytest.approx(summary["points"])
 
     figure = ["--epochs_figure", str(run), "--with_test_each_epoch", "--out_dir", str(tmp_path / "figure")]
     assert scaling.main(figure) == 0

@@ -62,7 +62,7 @@ def test_exactly_the_named_tensors_load(trained, data_dir, tmp_path, one_rank, s
     source = read_checkpoint(manager.find(trained / "source"))
     trainer = Trainer(_run(data_dir, trained / "source", tmp_path, strategy), one_rank)
     random = _whole(trainer.assembly)
-    trainer._load_weights()
+    trainer.load_weights()
     loaded = _whole(trainer.assembly)
     expected = set() if strategy == "NT" else {"table.item"}
     if strategy in ("FT", "FT_SF"):
@@ -201,7 +201,7 @@ def test_small_vocabulary_matters_to_full_transfer_only(trained, data_dir, tmp_p
     manifest = read_manifest(data_dir)
     tables = tuple(dataclasses.replace(t, fingerprint="x") if t.name == "category" else t for t in manifest.tables)
     write_manifest(dataclasses.replace(manifest, tables=tables), tmp_path / "data")
-    Trainer(_run(tmp_path / "data", trained / "source", tmp_path / "st", "ST"), one_rank)._load_weights()
+    Trainer(_run(tmp_path / "data", trained / "source", tmp_path / "st", "ST"), one_rank).load_weights()
     message = _refused(_run(tmp_path / "data", trained / "source", tmp_path / "ft", "FT"), one_rank, "category")
     assert "item" not in message.split("category")[0]
 
@@ -217,7 +217,7 @@ def test_other_tower_is_refused_by_full_transfer(trained, data_dir, tmp_path, on
     message = _refused(run, one_rank, "does not fit")
     assert "dense.backbone.project_in.layers.1.weight is not in it" in message
     assert "dense.backbone.tower.blocks.0.qkv.weight has shape" in message
-    Trainer(dataclasses.replace(run, strategy="ST"), one_rank)._load_weights()  # needs the table alone
+    Trainer(dataclasses.replace(run, strategy="ST"), one_rank).load_weights()  # needs the table alone
 
 
 @pytest.mark.parametrize(

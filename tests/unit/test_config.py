@@ -145,13 +145,6 @@ def test_histories_may_be_as_long_as_positions_less_one(name):
     assert run.data.max_history_length == 50
 
 
-def test_options_without_effect_are_refused():
-    config = ModelConfig("sasrec", head_width=5)
-    config.refuse("time_bias", "ffn_width")
-    with pytest.raises(ValueError, match=r"ModelConfig: head_width 5 has no effect on 'sasrec'"):
-        config.refuse("time_bias", "head_width")
-
-
 @pytest.mark.parametrize(("width", "stored"), [(1, 4), (4, 4), (50, 52), (52, 52), (61, 64)])
 def test_stored_width_is_the_next_multiple_of_4(width, stored):
     assert TablesConfig(embedding_dim=width).stored_dim == stored

@@ -23,3 +23,18 @@ def test_metrics_of_a_crashed_write_are_those_of_before(tmp_path, monkeypatch):
     evaluate._report({"click": {"auc": 0.75}}, out)
     assert json.loads(out.read_text()) == {"click": {"auc": 0.75}}
     assert [path.name for path in out.parent.iterdir()] == ["test.json"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--checkpoint", "a", "--max_history_length", "9"],
+        ["--baseline", "rates", "--data", "d", "--max_history_length", "9"],
+        ["--baseline", "next_item_popularity", "--data", "d", "--max_history_length", "0"],
+    ],
+    ids=str,
+)
+def test_a_shorter_history_is_for_the_baseline_that_has_one(options, capsys):
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main(options)
+    assert caught.value.code == 2 and "goes with next_item_popularity" in capsys.readouterr().err

@@ -156,6 +156,41 @@ def test_overrides_without_effect_are_errors(name):
     assert "'GLOBAL_BATCH_ROWS'" in str(caught.value) and "'dense/OptimizerConfig.peak_lr'" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("leaf", "override", "words"),
+    [
+        ("din", "LAYERS=9", "`LAYERS = 9` has no effect: model 'din' does not read it, of ModelConfig it reads ['comp"),
+        ("din", "HEADS=2", "model 'din' does not read it"),
+        ("din", "ModelConfig.max_positions=99", "`ModelConfig.max_positions = 99` has no effect: model 'din'"),
+        ("din", "ModelConfig.time_bias=False", "model 'din' does not read it"),
+        ("dmin", "LAYERS=1", "it reads ['compile', 'context_dim', 'dropout', 'heads', 'init_std', 'width']"),
+        ("wukong", "HEADS=2", "model 'wukong' does not read it"),
+        ("l4h64a4", "ModelConfig.max_positions=99", "model 'transformer' does not read it"),
+        ("sasrec_ml1m", "ModelConfig.head_width=8", "model 'sasrec' does not read it"),
+        ("din", "PretrainConfig.temperature=0.1", "stage 'finetune' does not read PretrainConfig"),
+    ],
+)
+def test_overrides_that_model_or_stage_do_not_read_are_errors(leaf, override, words):
+    """Before: a ladder of layers over DIN trained one model many times."""
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load(["configs/stage/finetune.gin", "configs/data/kuairand.gin", f"configs/model/{leaf}.gin"], OUT,
+             f"--gin.{override}")  # fmt: skip
+
+
+def test_an_override_of_finetuning_is_an_error_in_pretraining():
+    with pytest.raises(ValueError, match="stage 'pretrain' does not read FinetuneConfig"):
+        load(PRETRAIN, OUT, "--gin.FinetuneConfig.esmm=True")
+
+
+def test_what_a_model_does_not_read_may_stand_in_a_file_or_be_the_default(tmp_path):
+    files = [*FINETUNE, "configs/model/l1h32a4.gin", "configs/model/din.gin"]
+    assert load(files, OUT).run.model.layers == 1
+    assert load(files, OUT, "--gin.LAYERS=4", "--gin.DROPOUT=0.1", "--gin.WIDTH=32").run.model.width == 32
+    leaf = write(tmp_path, "ModelConfig.max_positions = %MAX_HISTORY_LENGTH\n")
+    run = load([*FINETUNE, "configs/model/din.gin", leaf], OUT, "--gin.MAX_HISTORY_LENGTH=20").run
+    assert run.data.max_history_length == run.model.max_positions == 20  # the macro has another reader
+
+
 def test_a_macro_that_another_override_has_replaced_is_an_error():
     with pytest.raises(ValueError, match="EPOCHS = 3` changed nothing"):
         load(PRETRAIN, OUT, "--gin.EPOCHS=3", "--gin.TrainConfig.epochs=4")

@@ -47,8 +47,8 @@ def make(folder, history, candidate, label):
     return folder
 
 
-def metrics(folder, rank_cut=None):
-    return evaluate_baseline("next_item_popularity", folder, "test", rank_cut=rank_cut)["next_item"]
+def metrics(folder, **cuts):
+    return evaluate_baseline("next_item_popularity", folder, "test", **cuts)["next_item"]
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,12 @@ def test_every_positive_is_a_query_with_the_history_of_its_request(tmp_path):
     # 3 without 2: 1st; 6 without 2: behind 3, 4, 5; 3 without 4 and 5: behind 2
     assert metrics(folder)["mrr"] == pytest.approx((1 + 1 / 4 + 1 / 2) / 3)
     assert metrics(folder, rank_cut=2)["mrr"] == pytest.approx((1 + 1 / 3 + 1 / 2) / 3)
+
+
+@pytest.mark.parametrize(("length", "ranks"), [(None, (1, 1, 1)), (3, (1, 1, 1)), (2, (2, 1, 2)), (1, (3, 1, 3))])
+def test_events_that_a_model_does_not_see_compete(tmp_path, length, ranks):
+    """Target 4, ranked behind 2 and 3 (and tied 5) unless they are excluded: as in scoring with MAX_HISTORY_LENGTH."""
+    history = [[2, 3, 5], [], [2, 5, 3]]
+    folder = make(tmp_path, history, [[4], [2], [4]], [[1.0], [1.0], [1.0]])
+    found = metrics(folder, max_history_length=length)
+    assert found["mrr"] == pytest.approx(sum(1 / rank for rank in ranks) / 3)

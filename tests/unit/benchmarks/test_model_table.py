@@ -44,13 +44,20 @@ def finish(training, progress: dict, **scores: float) -> None:
 
 
 def test_a_model_without_pretraining_has_no_full_transfer(tmp_path, capsys):
-    found = rows(tmp_path, "--models", "din,hstu", "--gin", "ModelConfig.max_positions=61")
+    found = rows(tmp_path, "--models", "din,hstu", "--gin", "MAX_HISTORY_LENGTH=40")
     assert [(row.model, row.strategy) for row in found] == [
         ("din", "NT"), ("din", "ST_SF"), ("hstu", "NT"), ("hstu", "ST_SF"), ("hstu", "FT_SF"),
     ]  # fmt: skip
     assert "din FT_SF: din cannot be pretrained" in capsys.readouterr().out
     assert found[1].tuning("1e-3").run.init_checkpoint == "runs/s0/pretrain"
     assert found[4].refit("1e-3", 2).run.init_checkpoint == "runs/hstu/pretrain"
+
+
+def test_an_option_that_one_of_the_models_does_not_read_is_an_error(tmp_path, capsys):
+    options = ("--models", "hstu,din", "--gin", "ModelConfig.max_positions=61", "--print_only")
+    assert model_table.main(arguments(tmp_path, *options)) == 2
+    error = capsys.readouterr().err
+    assert "`ModelConfig.max_positions = 61` has no effect: model 'din' does not read it" in error
 
 
 def test_a_row_is_the_rate_that_valid_chose(tmp_path, capsys):

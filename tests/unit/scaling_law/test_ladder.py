@@ -93,6 +93,15 @@ def test_widths_that_fit_the_heads_are_those_of_the_model(request_for):
         plan(request_for("NT", ladder="l8h50a4", gin_files=hstu))
 
 
+def test_rungs_that_are_the_same_model_are_refused(request_for):
+    """DIN has no layers: l1h32a4 and l4h32a4 would be one model, trained twice."""
+    din = (*FINETUNE, "configs/model/din.gin")
+    with pytest.raises(ValueError, match=r"LAYERS=1 .*`LAYERS = 1` has no effect: model 'din' does not read it"):
+        plan(request_for("NT", ladder="l1h32a4,l4h32a4", gin_files=din))
+    widths = [trial.finetuning.run.model.width for trial in plan(request_for("NT", "l4h32a4,l4h64a4", gin_files=din))]
+    assert widths == [32, 64]
+
+
 def test_seeds():
     assert parse_seeds("0, 12,3") == (0, 12, 3)
     for text in ("", "a", "1,", "-1", "0.5"):

@@ -211,3 +211,17 @@ def test_file_is_replaced_whole(tmp_path):
     runs.replace_file(path, b"one")
     runs.replace_file(path, b"two")
     assert path.read_bytes() == b"two" and os.listdir(path.parent) == ["file"]
+
+
+def test_a_summary_is_replaced_by_one_that_holds_as_much(trial, tmp_path):
+    """Before: a ladder of one seed took the place of that of three."""
+    path = tmp_path / "scaling_ft_sf_test.json"
+    runs.check_nothing_is_lost(path, [trial()])
+    path.write_text(json.dumps({"points": [{"rung": "l4h64a4", "seed": seed, "task": "click"} for seed in (0, 1)]}))
+    runs.check_nothing_is_lost(path, [trial(seed=seed) for seed in (0, 1, 2)])
+    with pytest.raises(ValueError, match=r"also holds l4h64a4 seed 1, which this command leaves out: name them in"):
+        runs.check_nothing_is_lost(path, [trial(), trial(seed=2)])
+    for text in ("{", "[]", '{"points": [{}]}', '{"points": 3}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="no summary of a ladder"):
+            runs.check_nothing_is_lost(path, [trial()])
