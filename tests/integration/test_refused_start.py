@@ -34,6 +34,6 @@ def test_a_refused_transfer_leaves_no_run_behind(data_dir, tmp_path, one_rank, m
     for mistake, message in (({"LAYERS": 2}, "layers 1 there, 2 here"), ({"WIDTH": 32}, "does not fit")):
         assert train.main(options(data_dir, tmp_path, **mistake)) == 2
         assert message in capsys.readouterr().err
-        assert [path for path in run.rglob("*") if not path.name.startswith(".")] == []
+        assert [path for path in run.rglob("*") if path.is_file() and not path.name.startswith(".")] == []
     assert train.main(options(data_dir, tmp_path)) == 0
     assert (run / CONFIG_NAME).is_file()
