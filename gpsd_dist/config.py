@@ -9,7 +9,7 @@ import typing
 
 from gpsd_dist.execution_config import ExecutionConfig
 from gpsd_dist.id_options import IdsConfig
-from gpsd_dist.option_checks import below, check_types, raise_all
+from gpsd_dist.option_checks import below, check_known, check_types, raise_all
 from gpsd_dist.table_options import SHARDING_TYPES as SHARDING_TYPES
 from gpsd_dist.table_options import TablesConfig as TablesConfig
 
@@ -19,6 +19,8 @@ NEGATIVES_PER = ("group", "request", "position")
 SPARSE_OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam", "lamb")
 CUDA_ONLY_SPARSE_OPTIMIZERS = ("adam", "partial_rowwise_adam", "lamb")  # no fbgemm CPU kernel
 POSITION_TABLE_MODELS = ("sasrec", "hstu")  # a learned vector per position: histories must fit
+_GONE = {"ModelConfig.head_hidden": "ranking MLPs have their own widths by model; 4 x width is still the usual one"}
+"""Options of older versions, and what became of them. Whoever removes one adds it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,11 +329,12 @@ GIN_CLASSES = (*_PARTS, ExecutionConfig, RunConfig)
 
 
 def run_config_from_dict(raw: dict[str, typing.Any]) -> RunConfig:
-    """The inverse of `dataclasses.asdict(run)` after a trip through JSON. ValueError names what does not fit."""
+    """The inverse of `dataclasses.asdict(run)` after a trip through JSON. ValueError names what does not fit.
+
+    UnknownOptions if some are of another version of the program.
+    """
     hints = typing.get_type_hints(RunConfig)
-    unknown = set(raw) - set(hints)
-    if unknown:
-        raise ValueError(f"unknown fields {sorted(unknown)}")
+    check_known(RunConfig, raw, _GONE)
     parts = {n: value for n, value in raw.items() if dataclasses.is_dataclass(hints[n]) and isinstance(value, dict)}
     try:
         return RunConfig(**raw | {name: hints[name](**value) for name, value in parts.items()})
