@@ -11,7 +11,7 @@ from gpsd_dist.execution_config import ExecutionConfig
 from gpsd_dist.id_options import IdsConfig
 from gpsd_dist.model_options import POSITION_TABLE_MODELS
 from gpsd_dist.model_options import ModelConfig as ModelConfig
-from gpsd_dist.option_checks import below, check_types, raise_all
+from gpsd_dist.option_checks import below, check_known, check_types, raise_all
 from gpsd_dist.table_options import SHARDING_TYPES as SHARDING_TYPES
 from gpsd_dist.table_options import TablesConfig as TablesConfig
 
@@ -20,6 +20,8 @@ STRATEGIES = ("NT", "ST", "FT", "ST_SF", "FT_SF")  # arXiv:2506.03699, section 3
 NEGATIVES_PER = ("group", "request", "position")
 SPARSE_OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam", "lamb")
 CUDA_ONLY_SPARSE_OPTIMIZERS = ("adam", "partial_rowwise_adam", "lamb")  # no fbgemm CPU kernel
+_GONE = {"ModelConfig.head_hidden": "ranking MLPs have their own widths by model; 4 x width is still the usual one"}
+"""Options of older versions, and what became of them. Whoever removes one adds it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,11 +289,12 @@ GIN_CLASSES = (*_PARTS, ExecutionConfig, RunConfig)
 
 
 def run_config_from_dict(raw: dict[str, typing.Any]) -> RunConfig:
-    """The inverse of `dataclasses.asdict(run)` after a trip through JSON. ValueError names what does not fit."""
+    """The inverse of `dataclasses.asdict(run)` after a trip through JSON. ValueError names what does not fit.
+
+    UnknownOptions if some are of another version of the program.
+    """
     hints = typing.get_type_hints(RunConfig)
-    unknown = set(raw) - set(hints)
-    if unknown:
-        raise ValueError(f"unknown fields {sorted(unknown)}")
+    check_known(RunConfig, raw, _GONE)
     parts = {n: value for n, value in raw.items() if dataclasses.is_dataclass(hints[n]) and isinstance(value, dict)}
     try:
         return RunConfig(**raw | {name: hints[name](**value) for name, value in parts.items()})

@@ -2,7 +2,8 @@
 
 torchrun itself ends with 0 or 1 and starts ranks again whatever they died of. Here the status is one of `exit_codes`,
 ranks that end with MISTAKE are not started again (they would only repeat it), and ranks that are started again do not
-read the addresses of the ranks before them.
+read the addresses of the ranks before them. A signal is passed on to the ranks, and further ones change
+nothing: torchrun would leave at the second, while its ranks save.
 """
 
 import os
@@ -15,11 +16,13 @@ from torch.distributed import DistError
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import ProcessFailure, SignalException
+from torch.distributed.elastic.multiprocessing import api as processes
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
 
 from gpsd_dist import exit_codes
+from gpsd_dist.distributed.launching import LAUNCHER_VARIABLE
 
 _BY_IMPORTANCE = (exit_codes.MISTAKE, exit_codes.NO_FILE_ACCESS, exit_codes.HUNG, exit_codes.STOPPED)
 """Of several ranks the cause is told; the others fail because a rank is missing."""
@@ -32,24 +35,49 @@ class _Agent(LocalElasticAgent):
             self._remaining_restarts = 0
         return result
 
+    def run(self, role: str = "default") -> typing.Any:
+        try:
+            return super().run(role)
+        except SignalException as error:  # it has closed the ranks
+            error.add_note(self._how_closed())
+            raise
+
+    def _how_closed(self) -> str:
+        """What became of the ranks of this host. PContext sends them the signal, waits, and kills those still there:
+
+        https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/elastic/multiprocessing/api.py
+        """
+        handlers = getattr(self._pcontext, "subprocess_handlers", {})
+        killed = [str(rank) for rank, part in handlers.items() if part.proc.poll() in (None, -signal.SIGKILL)]
+        if not killed:
+            return "its ranks have ended" if handlers else "it had not started its ranks"
+        return (
+            f"of its ranks, local rank {', '.join(killed)} did not end within {self._shutdown_timeout} s "
+            "(TORCH_ELASTIC_SHUTDOWN_TIMEOUT) and was killed: what it had not saved is lost"
+        )
+
 
 def main(argv: list[str]) -> int:
     """The exit status: one of `exit_codes`."""
     # launch_agent has no parameter for the agent's class; _remaining_restarts is read only in its _invoke_run:
     # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/launcher/api.py
     api.LocalElasticAgent = _Agent
+    # what PContext.start makes the handler of PET_SIGNALS_TO_HANDLE; its own one raises at every signal
+    processes._terminate_process_handler = _first_signal
+    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     # Else all attempts share one store and its keys: a rank that is faster than its peers connects to the addresses of
     # the dead ones, and the restart fails (https://github.com/pytorch/pytorch/issues/135712; seen with torch 2.13).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: torchrun would stop at a lost terminal all the same
         os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     for number in (signal.SIGTERM, signal.SIGINT):  # torchrun has handlers only once its ranks are started
-        signal.signal(number, _raise_signal)
+        signal.signal(number, _first_signal)
     try:
         torchrun.main(argv)
     except SignalException as error:
         status = exit_codes.INTERRUPTED if error.sigval == signal.SIGINT else exit_codes.STOPPED
-        return _ended(f"got {error.sigval.name}, and has stopped its ranks", status)
+        how = "; ".join(getattr(error, "__notes__", ["it had not started its ranks"]))
+        return _ended(f"got {error.sigval.name}; {how}", status)
     except ChildFailedError as error:
         status = _status(error.failures)
         ranks = ", ".join(f"rank {rank} with {_how(failure.exitcode)}" for rank, failure in error.failures.items())
@@ -60,8 +88,19 @@ def main(argv: list[str]) -> int:
     return exit_codes.FINISHED
 
 
-def _raise_signal(number: int, frame: types.FrameType | None) -> None:
+def _first_signal(number: int, frame: types.FrameType | None) -> None:
+    for other in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(other) == _first_signal:
+            signal.signal(other, _later_signal)
     raise SignalException(f"got signal {number}", signal.Signals(number))
+
+
+def _later_signal(number: int, frame: types.FrameType | None) -> None:
+    """Says so once per signal, past the buffers that it may have interrupted."""
+    signal.signal(number, signal.SIG_IGN)
+    name = signal.Signals(number).name
+    line = f"launcher: got {name} as well, and does not heed it: it waits for its ranks to save and end"
+    os.write(sys.stderr.fileno(), f"{line}; further ones are ignored\n".encode())
 
 
 def _status(failures: dict[int, ProcessFailure]) -> int:

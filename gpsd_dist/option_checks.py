@@ -7,6 +7,34 @@ import types
 import typing
 
 
+class UnknownOptions(ValueError):
+    """A saved run has options that this version does not have. Its message says of which version they are."""
+
+
+def unknown(config: type, raw: typing.Mapping[str, typing.Any]) -> list[str]:
+    """Names in `raw` that are no fields of the dataclass."""
+    return sorted(set(raw) - {field.name for field in dataclasses.fields(config)})
+
+
+def check_known(config: type, raw: dict[str, typing.Any], gone: dict[str, str]) -> None:
+    """`raw`: a saved `config`, whose fields may be dataclasses. `gone`: "Class.option" -> what became of it.
+
+    UnknownOptions names the options that `config` does not have.
+    """
+    hints = typing.get_type_hints(config)
+    names = [f"{config.__name__}.{name}" for name in unknown(config, raw)]
+    for part, value in raw.items():
+        if isinstance(value, dict) and dataclasses.is_dataclass(kind := hints.get(part)):
+            assert isinstance(kind, type)
+            names += [f"{kind.__name__}.{name}" for name in unknown(kind, value)]
+    younger = ", ".join(reprlib.repr(name)[1:-1] for name in names if name not in gone)
+    if younger:
+        raise UnknownOptions(f"written by a newer version (unknown option {younger})")
+    if names:
+        known = "; ".join(f"{name}: {gone[name]}" for name in names)
+        raise UnknownOptions(f"written by an older version, with options that are gone ({known})")
+
+
 def below(config: typing.Any, name: str, minimum: float) -> list[str]:
     """What is wrong with a number that is smaller than `minimum`; nothing otherwise."""
     value = getattr(config, name)

@@ -27,7 +27,7 @@ import typing
 import rich.console
 import rich.table
 
-from gpsd_dist.checkpoint import manager
+from gpsd_dist.checkpoint import integrity
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.metrics.recorder import json_safe
 from gpsd_dist.scaling_law import epochs, figures, runs
@@ -219,7 +219,7 @@ def _with_test(curves: epochs.RunCurves, ends: list[tuple[float, Location]], out
     print(f"{curves.folder}: {len(ends)} looks at test; choose nothing by them", flush=True)
     for epoch, checkpoint in ends:
         command, result = epochs.scoring_command(curves, checkpoint, out_dir)
-        if runs.read_result(result) is None or result.stat().st_mtime < manager.saved_at_s(checkpoint):
+        if runs.read_result(result) is None or result.stat().st_mtime < integrity.saved_at_s(checkpoint):
             runs.execute(command, functools.partial(print, flush=True))
         metrics = runs.read_result(result)
         for task, curve in test_auc.items():

@@ -14,6 +14,7 @@ from gpsd_dist.capacity.frozen import expected_rows, frozen_line
 from gpsd_dist.checkpoint import storage
 from gpsd_dist.checkpoint.manager import folder_of
 from gpsd_dist.config import RunConfig
+from gpsd_dist.distributed.launching import LauncherGone
 from gpsd_dist.distributed.runtime import Runtime, process_group
 from gpsd_dist.distributed.sharding import Cluster
 from gpsd_dist.gin_cli import ParsedRun, load_run_config
@@ -42,6 +43,8 @@ def main(argv: list[str]) -> int:
                 _describe(parsed, trainer, runtime)
             trainer.train()
             return exit_codes.FINISHED if trainer.progression.is_finished else trainer.stops.exit_code
+    except LauncherGone as error:
+        return _failed(error, exit_codes.FAILED)
     except LossNotFinite as error:  # an unstable run shows it again, a broken device does not
         return _failed(error, exit_codes.FAILED)
     except ValueError as error:

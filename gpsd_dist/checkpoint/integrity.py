@@ -18,6 +18,7 @@ from gpsd_dist.checkpoint.storage import Location
 
 log = logging.getLogger(__name__)
 CHECKSUMS_NAME = "checksums.json"
+STATE_NAME = "run_state.json"
 VERSION = 1
 _CHUNK_BYTES = 4 * 2**20  # untuned
 _MAX_TIME_S = 250_000_000_000  # the year 9892: dates can be shown
@@ -54,9 +55,14 @@ def sum_of(content: bytes) -> FileSum:
 
 
 def read_checksums(checkpoint: Location) -> Checksums | None:
-    """None: saved by a version that wrote none. DamagedCheckpoint if the file is broken; ValueError if it is newer."""
+    """None: saved by a version that wrote none.
+
+    DamagedCheckpoint if the file is broken, or missing where one was written; ValueError if it is newer.
+    """
     path = checkpoint / CHECKSUMS_NAME
     if not path.is_file():
+        if _has_checksums(checkpoint):
+            raise DamagedCheckpoint(f"{path} is missing, and {STATE_NAME} says that it was written")
         return None
     try:
         raw = storage.read_json(path)
@@ -70,6 +76,24 @@ def read_checksums(checkpoint: Location) -> Checksums | None:
     except ValueError as error:
         raise DamagedCheckpoint(f"{path} is damaged ({error})") from error
     raise ValueError(f"{path} has version {version}, this program knows {VERSION}: use a newer one")
+
+
+def saved_at_s(checkpoint: Location) -> float:
+    """When it was written, epoch seconds. ValueError if that is not known any more."""
+    checksums = read_checksums(checkpoint)
+    if checksums is not None:
+        return checksums.time_s
+    if isinstance(checkpoint, storage.Remote):
+        raise DamagedCheckpoint(f"{checkpoint / CHECKSUMS_NAME} is missing")
+    return (checkpoint / STATE_NAME).stat().st_mtime  # of a version before checksums
+
+
+def _has_checksums(checkpoint: Location) -> bool:
+    """What its state says; False if that cannot be read, which who reads it says."""
+    try:
+        return storage.read_json(checkpoint / STATE_NAME).get("has_checksums") is True
+    except (ValueError, FileNotFoundError):
+        return False
 
 
 def _checked_name(name: str) -> str:

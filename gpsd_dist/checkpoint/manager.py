@@ -33,6 +33,7 @@ from gpsd_dist.checkpoint.coded_rows import CodedRows
 from gpsd_dist.checkpoint.index import read_index
 from gpsd_dist.checkpoint.integrity import DamagedCheckpoint, FileSum
 from gpsd_dist.checkpoint.retention import STATE_NAME, complete
+from gpsd_dist.checkpoint.state import OtherVersion
 from gpsd_dist.checkpoint.state import RunState as RunState
 from gpsd_dist.checkpoint.state import read_state as read_state
 from gpsd_dist.checkpoint.storage import Location, Remote, location
@@ -81,7 +82,7 @@ class Checkpoints:
         if self._group is None:  # on the default group the thread would mix its collectives with those of training
             timeout = datetime.timedelta(seconds=self._train.collective_timeout_s)
             self._group = dist.new_group(backend="gloo", timeout=timeout)
-        content = json.dumps(dataclasses.asdict(state), indent=1).encode()
+        content = json.dumps(dataclasses.asdict(state) | {"has_checksums": True}, indent=1).encode()
         if self._train.async_checkpoints:
             self._copies = files.staged(tensors, self._copies)
             self._writing = _in_thread(lambda: self._write(self._copies, state.step, content, start_s))
@@ -225,7 +226,10 @@ def best_step(folder: str | pathlib.Path | Remote) -> int:
 
 
 def find(path: "str | os.PathLike[str] | Remote", which: str = "best") -> Location:
-    """A checkpoint from a run folder ("best" or "last") or from itself. ValueError says what was looked for."""
+    """A checkpoint from a run folder ("best" or "last") or from itself. ValueError says what was looked for.
+
+    Where the best one is gone, the one that was the best before it or the newest, with a warning.
+    """
     path = location(path)
     if (path / STATE_NAME).is_file():
         return path
@@ -236,6 +240,8 @@ def find(path: "str | os.PathLike[str] | Remote", which: str = "best") -> Locati
         raise ValueError(
             f"{path} is neither a run folder with a finished checkpoint nor a checkpoint; has the run saved one?"
         )
+    if which == "best" and (lost := retention.lost_best(folder)) is not None:
+        log.warning("%s was the best checkpoint and is not there any more; taking %s", folder / lost, done[-1].name)
     return done[-1]
 
 
@@ -271,7 +277,8 @@ def checkpoint_folder(run: Location) -> Location:
 def newest_intact(folder: Location) -> Location | None:
     """The newest checkpoint whose files are what was written; a warning names what is wrong with later ones.
 
-    None if there is no checkpoint at all. ValueError if there are some and all are damaged. Collective.
+    None if there is no checkpoint at all. ValueError if there are some and all are damaged; OtherVersion if the newest
+    intact one was written by a newer version. Collective.
     """
     names: list[list[str]] = [[path.name for path in complete(folder)]]
     if dist.is_initialized():
@@ -282,6 +289,8 @@ def newest_intact(folder: Location) -> Location | None:
             integrity.check(folder / name)
             read_state(folder / name)
             return folder / name
+        except OtherVersion:
+            raise  # it is whole: going back would train its steps again
         except ValueError as error:
             damages.append(str(error))
             log.warning("%s; trying the checkpoint before it", error)
@@ -322,16 +331,6 @@ def fill_tensors(checkpoint: Location, tensors: Tensors, grown: frozenset[str] =
         raise DamagedCheckpoint(f"checkpoint {checkpoint} cannot be read: {_first_failure(error)}") from error
     if partial := [key for key, rows in coded.items() if rows.is_waiting]:
         raise DamagedCheckpoint(f"checkpoint {checkpoint} has some columns of {partial} and not the others")
-
-
-def saved_at_s(checkpoint: Location) -> float:
-    """When it was written, epoch seconds. ValueError if that is not known any more."""
-    checksums = integrity.read_checksums(checkpoint)
-    if checksums is not None:
-        return checksums.time_s
-    if isinstance(checkpoint, Remote):
-        raise DamagedCheckpoint(f"{checkpoint / integrity.CHECKSUMS_NAME} is missing")
-    return (checkpoint / STATE_NAME).stat().st_mtime  # of a version before checksums
 
 
 def saved_keys(checkpoint: Location) -> list[str]:

@@ -3,13 +3,14 @@
 import json
 import logging
 import re
+import typing
 
 from gpsd_dist.checkpoint import storage
+from gpsd_dist.checkpoint.integrity import STATE_NAME as STATE_NAME
 from gpsd_dist.checkpoint.integrity import read_checksums
 from gpsd_dist.checkpoint.storage import Location
 
 log = logging.getLogger(__name__)
-STATE_NAME = "run_state.json"
 DAMAGED_NAME = "run_state.json.damaged"
 BEST_NAME = "best.json"
 _FOLDER = re.compile(r"step_(\d{8})(?:\.(\d+))?")
@@ -50,11 +51,27 @@ def best(folder: Location) -> Location | None:
     The newest checkpoint knows the best step, so that one rename makes both known; `best.json` repeats it for people
     and for checkpoints of other versions.
     """
-    there = {place[0]: path for path in complete(folder) if (place := place_of(path))}
-    for step in (_best_of_newest(list(there.values())), _best_of_file(folder)):
-        if step in there:
-            return there[step]
-    return None
+    there = _by_step(folder)
+    return next((there[step] for step in _best_steps(folder, there) if step in there), None)
+
+
+def lost_best(folder: Location) -> str | None:
+    """Name of the checkpoint that was the best one and is not there; None if it is, or there was no validation yet."""
+    there = _by_step(folder)
+    step = next(_best_steps(folder, there), None)
+    return folder_name(step) if step is not None and step not in there else None
+
+
+def _by_step(folder: Location) -> dict[int, Location]:
+    return {place[0]: path for path in complete(folder) if (place := place_of(path))}
+
+
+def _best_steps(folder: Location, there: dict[int, Location]) -> typing.Iterator[int]:
+    """What newest checkpoint and file say, in this order, where they say anything."""
+    for read in (lambda: _best_of_newest(list(there.values())), lambda: _best_of_file(folder)):
+        step = read()
+        if step is not None and step >= 0:
+            yield step
 
 
 def _best_of_newest(checkpoints: list[Location]) -> int | None:

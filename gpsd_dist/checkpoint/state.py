@@ -2,17 +2,25 @@
 
 import dataclasses
 import json
+import reprlib
 import typing
 
 from gpsd_dist.checkpoint import storage
 from gpsd_dist.checkpoint.retention import STATE_NAME
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import run_config_from_dict
-from gpsd_dist.option_checks import check_types
+from gpsd_dist.option_checks import UnknownOptions, check_types, unknown
 from gpsd_dist.progression import Progression
 from gpsd_dist.schema import manifest_from_dict
 
 _MAX_STEPS = 2**62
+_WITH_ITS_VERSION = (
+    "use that version (environment.json in the folder of the run names its commit), or start anew in another OUTPUT_DIR"
+)
+
+
+class OtherVersion(ValueError):
+    """The file is whole, but holds what this version of the program does not know. No damage: not to be passed over."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,16 +38,26 @@ class RunState:
     run_config: dict[str, typing.Any]
     manifest: dict[str, typing.Any]
     world_size: int
+    has_checksums: bool = False
+    """Whether `checksums.json` was written: one that is missing is damage then. False in older checkpoints."""
 
 
 def read_state(checkpoint: Location) -> RunState:
-    """The state, its parts unchecked. ValueError names the file if it is broken; OSError if it cannot be read."""
+    """The state, its parts unchecked.
+
+    ValueError names the file if it is broken, OtherVersion if it is of a newer version; OSError if it cannot be read.
+    """
     path = checkpoint / STATE_NAME
     try:
-        state = RunState(**storage.read_json(path))
+        raw = storage.read_json(path)
+        younger = unknown(RunState, raw)
+        state = RunState(**{name: value for name, value in raw.items() if name not in younger})
+        _check_version(path, younger)
         check_types(state, is_finite=False)
         if not (_is_count(state.step) and state.world_size >= 1):
             raise ValueError(f"step {state.step}, world_size {state.world_size}")
+    except OtherVersion:
+        raise
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a run state ({error}); use another checkpoint") from error
     return state
@@ -48,11 +66,14 @@ def read_state(checkpoint: Location) -> RunState:
 def read_run(checkpoint: Location) -> RunState:
     """The state of a run of this program, all parts checked as far as they are used. Errors as of `read_state`.
 
-    What is younger than the checkpoint (an option, a field of the manifest) is there with its default.
+    What is younger than the checkpoint (an option, a field of the manifest) is there with its default. OtherVersion if
+    it has an option that this version does not have, or not any more.
     """
     state = read_state(checkpoint)
+    place = checkpoint / STATE_NAME
     try:
         run = dataclasses.asdict(run_config_from_dict(state.run_config))
+        _check_version(place, [f"progress.{name}" for name in unknown(Progression, state.progress)])
         manifest = dataclasses.asdict(manifest_from_dict(state.manifest))
         progress = Progression(**state.progress)
         check_types(progress, is_finite=False)
@@ -61,11 +82,20 @@ def read_run(checkpoint: Location) -> RunState:
             raise ValueError("data_position has no epoch, step and order")
         if not all(_is_count(order.get(name)) and order[name] > 0 for name in ("rows", "global_batch")):
             raise ValueError("the order of its data_position has no rows and global_batch above 0")
+    except OtherVersion:
+        raise
+    except UnknownOptions as error:
+        raise OtherVersion(f"{place} was {error}; {_WITH_ITS_VERSION}") from error
     except (TypeError, ValueError) as error:
-        place = checkpoint / STATE_NAME
         raise ValueError(f"{place} cannot be read as the state of a run ({error}); use another checkpoint") from error
     parts = {"run_config": run, "manifest": manifest, "progress": dataclasses.asdict(progress)}
     return dataclasses.replace(state, **json.loads(json.dumps(parts)))  # lists for tuples, as in the file
+
+
+def _check_version(path: Location, names: list[str]) -> None:
+    if names:
+        fields = ", ".join(map(reprlib.repr, names))
+        raise OtherVersion(f"{path} was written by a newer version (unknown field {fields}); {_WITH_ITS_VERSION}")
 
 
 def _is_count(value: typing.Any) -> bool:

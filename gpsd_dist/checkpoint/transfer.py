@@ -9,11 +9,13 @@ from gpsd_dist.checkpoint.coded_rows import CodedRows
 from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import ModelConfig, RunConfig
+from gpsd_dist.model.embeddings import module_key
 from gpsd_dist.schema import Manifest
 
 log = logging.getLogger(__name__)
 _TOWER_PREFIX = "backbone."
 """Token embedder (small tables, segment), projection in and tower: what FT moves and ST leaves random."""
+_SMALL_TABLES = "backbone.embedder.small."
 _TOWER_OPTIONS = ("layers", "heads", "time_bias")
 """Options of ModelConfig that change what a tower computes, and that a fit of all shapes does not prove equal."""
 
@@ -30,6 +32,7 @@ def transfer(run: RunConfig, manifest: Manifest, own: manager.Tensors) -> str:
     state = read_run(checkpoint)
     grown = _check_vocabularies(run, manifest, state, checkpoint)
     _check_width(run, state, checkpoint)
+    _check_kept_alike(run, state, checkpoint, own)
     if run.transfers_tower:
         _check_tower(run, state, checkpoint)
     _warn_of_seen_validation(run, manifest, state, checkpoint)
@@ -99,6 +102,22 @@ def _check_width(run: RunConfig, state: manager.RunState, checkpoint: Location) 
     theirs, mine = state.run_config["tables"]["embedding_dim"], run.tables.embedding_dim
     if theirs != mine:
         raise ValueError(f"the tables of {checkpoint} are {theirs} wide, this run's {mine}: set EMBEDDING_DIM={theirs}")
+
+
+def _check_kept_alike(run: RunConfig, state: manager.RunState, checkpoint: Location, own: manager.Tensors) -> None:
+    """A table that is sharded here and was with the dense part there, or the other way round, has another width."""
+    saved = set(manager.saved_keys(checkpoint))
+    small = {table["name"]: f"{_SMALL_TABLES}{module_key(table['name'])}.weight" for table in state.manifest["tables"]}
+    grown = [name for name in run.tables.transfer if name in own["table"] and f"dense.{small.get(name)}" in saved]
+    needed = {*run.tables.transfer, *(small if run.transfers_tower else ())}
+    shrunk = [name for name in small if name in needed and small[name] in own["dense"] and f"table.{name}" in saved]
+    if grown or shrunk:
+        theirs = state.run_config["tables"]["small_table_max_rows"]
+        which = [f"{names} {how}" for names, how in ((grown, "small there"), (shrunk, "sharded there")) if names]
+        raise ValueError(
+            f"tables of {checkpoint} are kept in another way than here: {', '.join(which)}; set "
+            f"TablesConfig.small_table_max_rows={theirs}, as it was there"
+        )
 
 
 def _check_tower(run: RunConfig, state: manager.RunState, checkpoint: Location) -> None:

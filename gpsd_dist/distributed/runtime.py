@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from gpsd_dist.allocator import keep_freed_memory
+from gpsd_dist.distributed import launching
 from gpsd_dist.distributed.watchdog import Watchdog
 
 
@@ -43,7 +44,8 @@ class Runtime:
 def process_group(timeout_s: int) -> typing.Iterator[Runtime]:
     """Joins the group that torchrun describes, or a group of one outside torchrun. Collective.
 
-    On an error the group is not torn down by a collective: the launcher sees the exit and stops the other ranks.
+    LauncherGone if the launcher ends before all ranks have joined. On another error the group is not torn down by a
+    collective: the launcher sees the exit and stops the other ranks.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -55,12 +57,15 @@ def process_group(timeout_s: int) -> typing.Iterator[Runtime]:
         keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    launcher_pid = launching.launcher_pid()
+    with launching.leaving_with(launcher_pid):
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    launching.check(launcher_pid)
     _configure_logging(rank)
-    watchdog = Watchdog(rank, is_launched="TORCHELASTIC_RUN_ID" in os.environ)
+    watchdog = Watchdog(rank, launcher_pid)
     yield Runtime(rank, world_size, local_rank, device, int(os.environ.get("LOCAL_WORLD_SIZE", 0)), watchdog)
     dist.destroy_process_group()
 

@@ -14,6 +14,7 @@ import time
 import typing
 
 from gpsd_dist import exit_codes
+from gpsd_dist.distributed import launching
 
 FIRST_STEP_FACTOR = 4  # the first step compiles, tunes and fills caches; untuned
 _BACKSTOP_FACTOR = 2  # of the timeout; for a thread that holds the interpreter lock, so that ours cannot run
@@ -31,17 +32,17 @@ class Watchdog:
     def __init__(
         self,
         rank: int = 0,
-        is_launched: bool = False,
+        launcher_pid: int | None = None,
         *,
         clock: typing.Callable[[], float] = time.monotonic,
         end: typing.Callable[[str], None] | None = None,
     ):
-        """`is_launched`: the parent of this process is torchrun, which starts it again.
+        """`launcher_pid`: of the torchrun that starts this process again; None: nothing does.
 
         `end` gets the message of a hang; the default prints it with all stacks, and ends the process.
         """
         self._rank, self._clock, self._end = rank, clock, end or _end_process
-        self._parent = os.getppid() if is_launched else None
+        self._launcher_pid = launcher_pid
         self._step = self._first_step = 0
         self._phase, self._phase_s = "start", clock()
         self._alive_s = clock()
@@ -117,14 +118,15 @@ class Watchdog:
             thread.join()
 
     def _watch(self, timeout_s: float, on_orphaned: typing.Callable[[], None] | None) -> None:
+        launcher_pid = self._launcher_pid
         poll_s = min(timeout_s / _POLLS_PER_TIMEOUT or _LONGEST_POLL_S, _LONGEST_POLL_S)
         while not self._stopping.wait(poll_s):
-            if on_orphaned is not None and self._parent not in (None, os.getppid()):
+            if on_orphaned is not None and launcher_pid is not None and launching.is_gone(launcher_pid):
                 on_orphaned()
                 on_orphaned = None
             if timeout_s:
                 allowed_s = timeout_s * (FIRST_STEP_FACTOR if self._step <= self._first_step + 1 else 1)
-                if self._parent is not None:  # a C thread, which needs no interpreter lock; every poll puts it off
+                if launcher_pid is not None:  # a C thread, which needs no interpreter lock; every poll puts it off
                     faulthandler.dump_traceback_later(_BACKSTOP_FACTOR * allowed_s, exit=True)
                 if self._num_waiting and not self._num_writing:
                     self.alive()
@@ -132,7 +134,7 @@ class Watchdog:
                     faulthandler.cancel_dump_traceback_later()
                     self._end(self.message(allowed_s))
                     break
-        if timeout_s and self._parent is not None:
+        if timeout_s and launcher_pid is not None:
             faulthandler.cancel_dump_traceback_later()
 
 

@@ -56,7 +56,10 @@ class Tables(nn.Module):
         missing = set(frozen) - {table.name for table in tables}
         if missing:
             names = [table.name for table in tables]
-            raise ValueError(f"cannot freeze tables {sorted(missing)}: the sharded tables are {names}")
+            raise ValueError(
+                f"cannot freeze tables {sorted(missing)}: the sharded tables are {names}. One of at most "
+                f"TablesConfig.small_table_max_rows={config.small_table_max_rows} rows is kept with the dense part"
+            )
         width, is_coded = config.embedding_dim, config.frozen_dtype == "int8"
         frozen_type = DataType.FP16 if config.frozen_dtype == "fp16" else DataType.FP32
         trained, kept = ([t for t in tables if (t.name in frozen) == is_kept] for is_kept in (False, True))

@@ -89,7 +89,7 @@ def _read_all(root: pathlib.Path, checkpoint: pathlib.Path) -> None:
         lambda: manager.best_step(root / "checkpoints"),
         lambda: manager.newest_intact(root / "checkpoints"),
         lambda: manager.saved_sizes(checkpoint),
-        lambda: manager.saved_at_s(checkpoint),
+        lambda: integrity.saved_at_s(checkpoint),
         lambda: state.read_run(checkpoint),
         lambda: retention.removable(root / "checkpoints", 1, 1.0),
         lambda: retention.write_best(root / "checkpoints"),

@@ -40,11 +40,16 @@ DAMAGES = {
     "missing": ("__0_0.distcp", lambda path: path.unlink(), "__0_0.distcp is missing"),
     "index": (".metadata", _flip, ".metadata is not what was written"),
     "state": ("run_state.json", lambda path: path.write_text("{"), "run_state.json has 1 bytes"),
+    "no checksums": (
+        "checksums.json",
+        lambda path: path.unlink(),
+        "checksums.json is missing, and run_state.json says",
+    ),
     "checksums": ("checksums.json", lambda path: path.write_bytes(path.read_bytes()[:-9]), "checksums.json is damaged"),
 }
 
 
-@pytest.mark.parametrize("damage", ["flipped", "missing", "state"])
+@pytest.mark.parametrize("damage", ["flipped", "missing", "no checksums", "state"])
 def test_resume_falls_back_and_ends_where_the_whole_run_does(trained, data_dir, tmp_path, one_rank, caplog, damage):
     name, apply, message = DAMAGES[damage]
     shutil.copytree(trained / "half", tmp_path / "run")
@@ -96,6 +101,7 @@ def test_checkpoints_of_older_versions_still_resume(trained, data_dir, tmp_path,
     """Without checksums, and with options that did not exist then."""
     shutil.copytree(trained / "half", tmp_path / "run")
     for path in retention.complete(tmp_path / "run/checkpoints"):
+        edit_state(path, lambda state: state.pop("has_checksums"))
         (path / integrity.CHECKSUMS_NAME).unlink()
     Trainer(_run(data_dir, tmp_path / "run", 6), one_rank).train()
     parts = [read_checkpoint(step_folder(root, 6)) for root in (trained / "whole", tmp_path / "run")]
@@ -104,6 +110,7 @@ def test_checkpoints_of_older_versions_still_resume(trained, data_dir, tmp_path,
 
 def test_unreadable_old_checkpoint_is_an_error_with_its_name(trained, tmp_path, one_rank):
     shutil.copytree(step_folder(trained / "half", 4), tmp_path / "copy")
+    edit_state(tmp_path / "copy", lambda state: state.pop("has_checksums"))
     (tmp_path / "copy" / integrity.CHECKSUMS_NAME).unlink()
     path = tmp_path / "copy/__0_0.distcp"
     path.write_bytes(bytes(path.stat().st_size))

@@ -31,7 +31,7 @@ def attempts(folder: pathlib.Path) -> set[str]:
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
@@ -82,6 +82,64 @@ def test_signal_reaches_the_ranks_and_shows_in_the_status(tmp_path, number, stat
     assert process.returncode == status, stderr
     assert saved.read_text().split() == [str(int(number))] * 2
     assert "Traceback" not in stderr
+
+
+def test_a_second_signal_does_not_end_the_launcher_before_its_ranks_have_saved(tmp_path):
+    up, asked, saved = (tmp_path / name for name in ("up", "asked", "saved"))
+    code = (
+        f"def save(number, frame):\n    open({str(asked)!r}, 'a').write('x')\n    time.sleep(2)\n"
+        f"    open({str(saved)!r}, 'a').write('x')\n    sys.exit({exit_codes.STOPPED})\n"
+        f"signal.signal(signal.SIGTERM, save)\nopen({str(up)!r}, 'a').write('x')\ntime.sleep(60)\n"
+    )
+    process = start(tmp_path, code)
+    wait_for(lambda: up.exists() and up.read_text() == "xx", process)
+    process.send_signal(signal.SIGTERM)
+    wait_for(lambda: asked.exists() and asked.read_text() == "xx", process)
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    assert process.wait(timeout=60) == exit_codes.STOPPED
+    assert saved.read_text() == "xx"  # when the launcher ends, not later
+    stderr = process.communicate(timeout=60)[1]
+    assert stderr.count("got SIGTERM as well") == 1, stderr
+    assert "launcher: got SIGTERM; its ranks have ended; status 75" in stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_end_in_time_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")
+    up = tmp_path / "up"
+    code = (
+        "if os.environ['RANK'] == '1':\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"open({str(up)!r}, 'a').write('x')\ntime.sleep(60)\n"
+    )
+    process = start(tmp_path, code)
+    wait_for(lambda: up.exists() and up.read_text() == "xx", process)
+    process.send_signal(signal.SIGTERM)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == exit_codes.STOPPED, stderr
+    assert "local rank 1 did not end within 1 s (TORCH_ELASTIC_SHUTDOWN_TIMEOUT) and was killed" in stderr
+
+
+@pytest.mark.timeout(300)
+def test_ranks_whose_launcher_is_killed_before_they_have_joined_leave_at_once(tmp_path, monkeypatch):
+    """One waits for the other in the rendezvous of their group; the other comes to it as an orphan already."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    waiting, trained = (tmp_path / name for name in ("waiting", "trained"))
+    code = (
+        "from gpsd_dist.distributed.runtime import process_group\n"
+        "if os.environ['RANK'] == '1':\n"
+        f"    while not os.path.exists({str(waiting)!r}): time.sleep(0.05)\n"
+        "    time.sleep(1)\n    os.kill(os.getppid(), signal.SIGKILL)\n    time.sleep(0.5)\n"
+        f"open({str(waiting)!r}, 'a').write('x')\n"
+        f"with process_group(50):\n    open({str(trained)!r}, 'a').write('x')\n"
+    )
+    process = start(tmp_path, code)
+    assert process.wait(timeout=200) == -signal.SIGKILL
+    start_s = time.monotonic()
+    stderr = process.communicate(timeout=60)[1]  # until the ranks have ended, too
+    assert time.monotonic() - start_s < 30 and not trained.exists(), stderr
+    assert stderr.count(f"the launcher of this rank (process {process.pid}) has ended") == 2, stderr
 
 
 @pytest.mark.slow

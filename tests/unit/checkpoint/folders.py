@@ -14,6 +14,7 @@ STATE = manager.RunState(
     run_config={},
     manifest={},
     world_size=1,
+    has_checksums=True,
 )
 DATA = {"__0_0.distcp": b"numbers of rank 0", "__1_0.distcp": b"numbers of rank 1", ".metadata": b"index"}
 
@@ -23,7 +24,7 @@ def add(output_dir, step: int, *, is_complete=True, best_step=None, time_s=0.0, 
     folder = manager.location(output_dir) / "checkpoints" / retention.folder_name(step, attempt)
     folder.mkdir(parents=True)
     progress = STATE.progress | ({} if best_step is None else {"best_step": best_step})
-    state = dataclasses.replace(STATE, step=step, progress=progress, **state)
+    state = dataclasses.replace(STATE, step=step, progress=progress, has_checksums=has_checksums, **state)
     content = json.dumps(dataclasses.asdict(state)).encode()
     files = DATA | ({retention.STATE_NAME: content} if is_complete else {})
     sums = {name: integrity.sum_of(value) for name, value in (DATA | {retention.STATE_NAME: content}).items()}

@@ -44,6 +44,16 @@ def test_broken_checksums_are_damage(tmp_path, text):
         integrity.check(folder)
 
 
+def test_missing_checksums_are_damage_unless_there_never_were_any(tmp_path):
+    lost, older = add(tmp_path, 3, has_checksums=True), add(tmp_path, 4, has_checksums=False)
+    (lost / integrity.CHECKSUMS_NAME).unlink()
+    with pytest.raises(DamagedCheckpoint, match=r"checksums.json is missing, and run_state.json says") as error:
+        integrity.check(lost)
+    assert str(lost) in str(error.value)
+    assert integrity.read_checksums(older) is None
+    integrity.check(older)
+
+
 def test_all_damaged_files_are_named_at_once(tmp_path):
     folder = add(tmp_path, 3)
     (folder / ".metadata").unlink()

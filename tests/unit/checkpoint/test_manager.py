@@ -1,13 +1,16 @@
 """Which checkpoints of a folder count, on hand-made folders. Saving and loading: tests/integration."""
 
+import dataclasses
 import errno
 import json
+import shutil
 
 import fsspec
 import pytest
 import torch
 
 from gpsd_dist.checkpoint import integrity, manager, retention, storage
+from gpsd_dist.checkpoint.state import OtherVersion, read_run
 from gpsd_dist.config import TrainConfig
 from gpsd_dist.distributed.runtime import Runtime
 from tests.unit.checkpoint.folders import STATE, add, mark_best
@@ -98,6 +101,70 @@ def test_broken_state_is_named(tmp_path, text):
     with pytest.raises(ValueError, match="cannot be read as a run state") as error:
         manager.read_state(folder)
     assert str(folder / manager.STATE_NAME) in str(error.value)
+
+
+def _edit(folder, **fields) -> None:
+    """Changes the state of a checkpoint, and its checksum with it."""
+    path = folder / manager.STATE_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    sums = integrity.read_checksums(folder)
+    files = sums.files | {manager.STATE_NAME: integrity.sum_of(path.read_bytes())}
+    (folder / integrity.CHECKSUMS_NAME).write_bytes(dataclasses.replace(sums, files=files).to_json())
+
+
+def test_a_state_of_a_newer_version_is_no_damage(tmp_path):
+    """Else an older program would train the steps of the newest checkpoint again, and set it aside."""
+    add(tmp_path, 2)
+    newest = add(tmp_path, 4)
+    _edit(newest, colour="red")
+    with pytest.raises(OtherVersion, match=r"written by a newer version \(unknown field 'colour'\)") as error:
+        manager.newest_intact(tmp_path / "checkpoints")
+    assert str(newest / manager.STATE_NAME) in str(error.value)
+
+
+_RUN = {"stage": "pretrain", "data_dir": "data", "output_dir": "run"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"run_config": _RUN | {"colour": "red"}}, "newer version (unknown option RunConfig.colour)"),
+        ({"run_config": _RUN | {"model": {"depth": 3}}}, "newer version (unknown option ModelConfig.depth)"),
+        (
+            {"run_config": _RUN | {"model": {"head_hidden": 4}}},
+            "older version, with options that are gone (ModelConfig.h",
+        ),
+        (
+            {"run_config": _RUN, "progress": {"best_step": 3, "mood": 1}},
+            "newer version (unknown field 'progress.mood')",
+        ),
+    ],
+    ids=str,
+)
+def test_options_of_another_version_are_named_with_what_to_do(tmp_path, fields, words):
+    folder = add(tmp_path, 3)
+    _edit(folder, **fields)
+    with pytest.raises(OtherVersion) as error:
+        read_run(folder)
+    message = str(error.value)
+    assert f"{folder / manager.STATE_NAME} was written by a" in message and words in message, message
+    assert "use that version (environment.json" in message
+
+
+def test_find_says_which_checkpoint_stands_for_the_best_one_that_is_gone(tmp_path, caplog):
+    for step in (2, 4, 6):
+        add(tmp_path, step, best_step=min(step, 4))
+    assert manager.find(tmp_path) == tmp_path / "checkpoints/step_00000004" and not caplog.records
+    shutil.rmtree(tmp_path / "checkpoints/step_00000004")
+    assert manager.find(tmp_path, "last").name == "step_00000006" and not caplog.records
+    assert manager.find(tmp_path).name == "step_00000006"
+    [message] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "step_00000004 was the best checkpoint" in message and "taking step_00000006" in message
+
+
+def test_find_before_the_first_validation_takes_the_newest_without_a_warning(tmp_path, caplog):
+    add(tmp_path, 2, best_step=-1)
+    assert manager.find(tmp_path).name == "step_00000002" and not caplog.records
 
 
 def _flip_a_bit(path) -> None:

@@ -116,9 +116,9 @@ HANGS = {
 def test_a_hanging_process_ends_with_stacks(kind):
     hang, status, words = HANGS[kind]
     code = (
-        "import ctypes, time\nfrom gpsd_dist.distributed.watchdog import Watchdog\n"
+        "import ctypes, os, time\nfrom gpsd_dist.distributed.watchdog import Watchdog\n"
         "def stuck_here():\n    " + hang + "\n"
-        "watchdog = Watchdog(1, is_launched=True)\nwith watchdog.watching(0.3, first_step=0):\n"
+        "watchdog = Watchdog(1, os.getppid())\nwith watchdog.watching(0.3, first_step=0):\n"
         "    watchdog.note('forward', step=5)\n    time.sleep(0.1)\n    stuck_here()\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
@@ -130,7 +130,7 @@ def test_a_rank_whose_launcher_died_is_told_so(tmp_path):
     """The parent of the watched process ends at once; no torchrun is needed to be orphaned."""
     child = (
         "import os, pathlib, sys, time\nfrom gpsd_dist.distributed.watchdog import Watchdog\n"
-        "watchdog, told = Watchdog(0, is_launched=True), []\nprint('up', flush=True)\n"
+        "watchdog, told = Watchdog(0, os.getppid()), []\nprint('up', flush=True)\n"
         "with watchdog.watching(0, 0, lambda: told.append(1)):\n"
         "    for _ in range(600):\n"
         "        time.sleep(0.05)\n"
