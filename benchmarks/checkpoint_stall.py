@@ -19,7 +19,7 @@ import time
 import rich.console
 import rich.table
 
-from gpsd_dist.checkpoint import integrity, manager
+from gpsd_dist.checkpoint import integrity, loading
 from gpsd_dist.distributed.runtime import process_group
 from gpsd_dist.gin_cli import load_run_config
 from gpsd_dist.metrics.recorder import Recorder
@@ -49,7 +49,7 @@ def measure(argv: list[str], pairs: int, steps: int) -> dict:
         start_s = time.perf_counter()
         integrity.check(latest)
         verified_s = time.perf_counter()
-        manager.fill_tensors(latest, trainer._tensors())
+        loading.fill_tensors(latest, trainer._tensors())
         loaded_s = time.perf_counter()
         size = sum(entry.num_bytes for entry in integrity.read_checksums(latest).files.values())
         trainer.loader.close()

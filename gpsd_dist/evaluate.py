@@ -21,7 +21,7 @@ import torch
 
 from gpsd_dist.assembly import assemble, dense_model, meta_tables
 from gpsd_dist.baselines.registry import NAMES, NEXT_ITEM, evaluate_baseline
-from gpsd_dist.checkpoint import manager, storage
+from gpsd_dist.checkpoint import loading, manager, storage
 from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import OptimizerConfig, RunConfig, run_config_from_dict
@@ -61,7 +61,7 @@ def evaluate_checkpoint(
     manifest.split(split)
     _check_size(run, manifest, folder)
     assembly = assemble(run, manifest, runtime)
-    manager.load_tensors(folder, assembly.weights())
+    loading.load_tensors(folder, assembly.weights())
     log.info("scoring %s of %s with %s (step %d)", split, run.data_dir, folder, state.step)
     if rank_cut is not None and assembly.tasks:
         raise ValueError(f"--rank_cut belongs to next-item ranking; {folder} scores {[t.name for t in assembly.tasks]}")
@@ -80,7 +80,7 @@ def _check_same_schema(manifest: Manifest, saved: dict, folder: Location, data_d
 
 def _check_size(run: RunConfig, manifest: Manifest, folder: Location) -> None:
     """Before memory is taken: the options in a checkpoint may describe a larger model than it holds."""
-    saved = manager.saved_sizes(folder)
+    saved = loading.saved_sizes(folder)
     problem = f"{run.model.layers} layers" if run.model.layers > len(saved) else ""
     if not problem:  # on meta only modules cost something, and their number follows that of the layers
         sharded, _ = meta_tables(run, manifest)

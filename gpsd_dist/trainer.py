@@ -10,7 +10,8 @@ import typing
 import torch
 
 from gpsd_dist.assembly import assemble, check_options_against_data
-from gpsd_dist.checkpoint.manager import Checkpoints, RunState, fill_tensors, newest_intact
+from gpsd_dist.checkpoint.loading import fill_tensors
+from gpsd_dist.checkpoint.manager import Checkpoints, RunState, newest_intact
 from gpsd_dist.checkpoint.resume import check_resumable, epochs_to_best
 from gpsd_dist.checkpoint.state import read_run, read_state
 from gpsd_dist.checkpoint.transfer import transfer

@@ -18,6 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensorBase
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemBase, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
@@ -224,3 +225,14 @@ def _copied(tensor: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
     if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
         old = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
     return old.copy_(tensor.detach())
+
+
+def described(error: BaseException) -> str:
+    """Message of an error, with its type where the message alone says too little."""
+    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+
+
+def first_failure(error: CheckpointException) -> str:
+    """Which rank of DCP failed, and how; the same on all ranks."""
+    rank, (first, _) = min(error.failures.items())
+    return f"rank {rank}: {described(first)}"

@@ -21,17 +21,14 @@ import pathlib
 import threading
 import time
 import traceback
-import typing
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
-from gpsd_dist.checkpoint import files, growth, integrity, retention, storage
-from gpsd_dist.checkpoint.coded_rows import CodedRows
-from gpsd_dist.checkpoint.index import read_index
-from gpsd_dist.checkpoint.integrity import DamagedCheckpoint, FileSum
+from gpsd_dist.checkpoint import files, integrity, retention, storage
+from gpsd_dist.checkpoint.integrity import FileSum
+from gpsd_dist.checkpoint.loading import Tensors
 from gpsd_dist.checkpoint.retention import STATE_NAME, complete
 from gpsd_dist.checkpoint.state import OtherVersion
 from gpsd_dist.checkpoint.state import RunState as RunState
@@ -42,9 +39,6 @@ from gpsd_dist.distributed.runtime import Runtime
 
 log = logging.getLogger(__name__)
 _FOLDER_NAME = "checkpoints"
-
-Tensors = dict[str, typing.Any]
-"""Nested dict of tensors and ShardedTensors that alias the live state (and, to be loaded, CodedRows)."""
 
 
 class Checkpoints:
@@ -135,9 +129,9 @@ class Checkpoints:
             dist.all_gather_object(written, writer.written, group=self._group)
             self._on_main(lambda: self._commit(self.folder / name, integrity.merged(written), content))
         except CheckpointException as error:
-            raise OSError(f"{target} was not written: {_first_failure(error)}") from error
+            raise OSError(f"{target} was not written: {files.first_failure(error)}") from error
         except Exception as error:  # a peer is gone
-            raise OSError(f"{target} was not written: rank {self._runtime.rank}: {_described(error)}") from error
+            raise OSError(f"{target} was not written: rank {self._runtime.rank}: {files.described(error)}") from error
         megabytes = sum(entry.num_bytes for part in written for entry in part.values()) / 1e6
         taken_s = time.perf_counter() - start_s
         waited_s = waited_s if self._train.async_checkpoints else taken_s
@@ -150,7 +144,7 @@ class Checkpoints:
             try:
                 outcome = [(work(), "")]
             except Exception as error:
-                outcome = [("", _described(error))]
+                outcome = [("", files.described(error))]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         result, problem = outcome[0]
         if problem:
@@ -201,17 +195,6 @@ def _in_thread(work: collections.abc.Callable[[], None]) -> concurrent.futures.F
 
     threading.Thread(target=run, name="checkpoint", daemon=True).start()
     return future
-
-
-def _described(error: BaseException) -> str:
-    """Message of an error, with its type where the message alone says too little."""
-    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-
-
-def _first_failure(error: CheckpointException) -> str:
-    """Which rank of DCP failed, and how; the same on all ranks."""
-    rank, (first, _) = min(error.failures.items())
-    return f"rank {rank}: {_described(first)}"
 
 
 def folder_of(output_dir: str | pathlib.Path, train: TrainConfig) -> Location:
@@ -300,61 +283,3 @@ def newest_intact(folder: Location) -> Location | None:
             "copy, or start anew in another OUTPUT_DIR"
         )
     return None
-
-
-def load_tensors(checkpoint: Location, tensors: Tensors, grown: frozenset[str] = frozenset()) -> None:
-    """Verifies the checkpoint, then fills `tensors` in place, resharding as needed. Collective.
-
-    `grown`: dotted names of tensors that may have more rows here; those beyond the saved ones are left alone.
-    ValueError lists damaged files, or keys and shapes that do not fit.
-    """
-    integrity.check(checkpoint)
-    fill_tensors(checkpoint, tensors, grown)
-
-
-def fill_tensors(checkpoint: Location, tensors: Tensors, grown: frozenset[str] = frozenset()) -> None:
-    """`load_tensors` of a checkpoint that was verified before. Collective."""
-    reader = files.Reader(checkpoint)
-    saved = reader.index.state_dict_metadata
-    coded = {key: value for key, value in _flat(tensors) if isinstance(value, CodedRows)}
-    problems = []
-    for key, value in _flat(tensors):
-        if key not in saved:
-            problems.append(f"{key} is not in it")
-        elif not growth.fits(tuple(saved[key].size), tuple(value.size()), key in grown):
-            problems.append(f"{key} has shape {tuple(saved[key].size)} there and {tuple(value.size())} here")
-    if problems:
-        raise ValueError(f"checkpoint {checkpoint} does not fit this model: " + "; ".join(problems[:8]))
-    try:
-        dcp.load(_sharded(tensors), storage_reader=reader, planner=growth.Planner(grown, coded))
-    except CheckpointException as error:
-        raise DamagedCheckpoint(f"checkpoint {checkpoint} cannot be read: {_first_failure(error)}") from error
-    if partial := [key for key, rows in coded.items() if rows.is_waiting]:
-        raise DamagedCheckpoint(f"checkpoint {checkpoint} has some columns of {partial} and not the others")
-
-
-def saved_keys(checkpoint: Location) -> list[str]:
-    """Dotted names of all tensors in a checkpoint."""
-    return sorted(read_index(checkpoint).state_dict_metadata)
-
-
-def saved_sizes(checkpoint: Location) -> dict[str, int]:
-    """Dotted name -> number of elements of every tensor in a checkpoint. Reads no tensor, needs no process group."""
-    saved = read_index(checkpoint).state_dict_metadata
-    return {name: value.size.numel() for name, value in sorted(saved.items())}
-
-
-def _sharded(tensors: Tensors) -> Tensors:
-    """With tables of codes themselves where rows for them are to be loaded."""
-    return {
-        key: _sharded(value) if isinstance(value, dict) else value.codes if isinstance(value, CodedRows) else value
-        for key, value in tensors.items()
-    }
-
-
-def _flat(tensors: Tensors, prefix: str = "") -> typing.Iterator[tuple[str, torch.Tensor]]:
-    for key, value in tensors.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -4,7 +4,7 @@
 
 import logging
 
-from gpsd_dist.checkpoint import growth, manager
+from gpsd_dist.checkpoint import growth, loading, manager
 from gpsd_dist.checkpoint.coded_rows import CodedRows
 from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
@@ -20,7 +20,7 @@ _TOWER_OPTIONS = ("layers", "heads", "time_bias")
 """Options of ModelConfig that change what a tower computes, and that a fit of all shapes does not prove equal."""
 
 
-def transfer(run: RunConfig, manifest: Manifest, own: manager.Tensors) -> str:
+def transfer(run: RunConfig, manifest: Manifest, own: loading.Tensors) -> str:
     """Loads what the strategy takes over, in place; the map of a managed table goes with it.
 
     `own`: `Assembly.weights()`. Collective. Returns the report. A table whose vocabulary grew (`growth`) keeps its
@@ -46,7 +46,7 @@ def transfer(run: RunConfig, manifest: Manifest, own: manager.Tensors) -> str:
     width, columns = run.tables.embedding_dim, run.tables.stored_dim
     rows = {name: CodedRows(weight, width, columns) for name, weight in tables.items()} if is_coded else tables
     tensors = {"table": rows, "dense": moved} | ({"ids": maps} if maps else {})
-    manager.load_tensors(checkpoint, tensors, growth.keys(grown, tables, moved))
+    loading.load_tensors(checkpoint, tensors, growth.keys(grown, tables, moved))
     lines = [f"  loaded ids.{name}, which id has which row; updates go on: {not run.freezes_tables}" for name in maps]
     lines += growth.report(run, manifest, grown)
     return "\n".join([_report(run, checkpoint, state, tables, moved, dense), *lines])
@@ -104,9 +104,9 @@ def _check_width(run: RunConfig, state: manager.RunState, checkpoint: Location) 
         raise ValueError(f"the tables of {checkpoint} are {theirs} wide, this run's {mine}: set EMBEDDING_DIM={theirs}")
 
 
-def _check_kept_alike(run: RunConfig, state: manager.RunState, checkpoint: Location, own: manager.Tensors) -> None:
+def _check_kept_alike(run: RunConfig, state: manager.RunState, checkpoint: Location, own: loading.Tensors) -> None:
     """A table that is sharded here and was with the dense part there, or the other way round, has another width."""
-    saved = set(manager.saved_keys(checkpoint))
+    saved = set(loading.saved_keys(checkpoint))
     small = {table["name"]: f"{_SMALL_TABLES}{module_key(table['name'])}.weight" for table in state.manifest["tables"]}
     grown = [name for name in run.tables.transfer if name in own["table"] and f"dense.{small.get(name)}" in saved]
     needed = {*run.tables.transfer, *(small if run.transfers_tower else ())}
@@ -145,9 +145,9 @@ def _report(
     run: RunConfig,
     checkpoint: Location,
     state: manager.RunState,
-    tables: manager.Tensors,
-    moved: manager.Tensors,
-    dense: manager.Tensors,
+    tables: loading.Tensors,
+    moved: loading.Tensors,
+    dense: loading.Tensors,
 ) -> str:
     fate = f"frozen as {run.tables.frozen_dtype}" if run.freezes_tables else "trained on"
     kind = "pretraining" if state.run_config["stage"] == "pretrain" else "finetuning"
@@ -157,7 +157,7 @@ def _report(
     fresh = [name for name in dense if name not in moved]
     lines += [f"  random {len(fresh)} dense tensors: {', '.join(sorted({n.split('.')[0] for n in fresh})) or 'none'}"]
     used = {f"table.{name}" for name in tables} | {f"dense.{name}" for name in moved}
-    weights = [key for key in manager.saved_keys(checkpoint) if "optimizer" not in key.split(".")[0]]
+    weights = [key for key in loading.saved_keys(checkpoint) if "optimizer" not in key.split(".")[0]]
     used |= {key for key in weights if key.startswith(tuple(f"ids.{name}." for name in tables))}
     skipped = [key for key in weights if key not in used]
     examples = ", ".join(skipped[:4]) + " ..." * (len(skipped) > 4)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import typing
 
-from gpsd_dist.checkpoint import manager
+from gpsd_dist.checkpoint import loading, manager
 from gpsd_dist.checkpoint.resume import check_resumable
 from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
@@ -203,7 +203,7 @@ def parameters_of(folder: pathlib.Path) -> dict[str, int]:
     """Counts of a trained run, kept in its folder: checkpoints of a finished ladder may be deleted."""
     path = folder / PARAMETERS_NAME
     if not path.is_file():
-        counts = count_parameters(manager.saved_sizes(manager.find(folder)))
+        counts = count_parameters(loading.saved_sizes(manager.find(folder)))
         replace_file(path, (json.dumps(counts, indent=1) + "\n").encode())
     return json.loads(path.read_text())
 

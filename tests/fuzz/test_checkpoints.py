@@ -18,7 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import strategies as st
 
-from gpsd_dist.checkpoint import files, integrity, manager, pickled, retention, state, storage
+from gpsd_dist.checkpoint import files, integrity, loading, manager, pickled, retention, state, storage
 from gpsd_dist.checkpoint.__main__ import main
 from gpsd_dist.config import RunConfig
 from tests.fuzz.properties import assert_one_error_line, clean_or_one_error, fuzz
@@ -88,13 +88,13 @@ def _read_all(root: pathlib.Path, checkpoint: pathlib.Path) -> None:
         lambda: manager.find(root),
         lambda: manager.best_step(root / "checkpoints"),
         lambda: manager.newest_intact(root / "checkpoints"),
-        lambda: manager.saved_sizes(checkpoint),
+        lambda: loading.saved_sizes(checkpoint),
         lambda: integrity.saved_at_s(checkpoint),
         lambda: state.read_run(checkpoint),
         lambda: retention.removable(root / "checkpoints", 1, 1.0),
         lambda: retention.write_best(root / "checkpoints"),
-        lambda: manager.load_tensors(checkpoint, tensors),
-        lambda: manager.fill_tensors(checkpoint, tensors),
+        lambda: loading.load_tensors(checkpoint, tensors),
+        lambda: loading.fill_tensors(checkpoint, tensors),
     ):
         with clean_or_one_error():
             work()
@@ -285,6 +285,6 @@ def test_a_file_that_is_too_large_is_refused_unread(tmp_path, name):
         file.truncate(2**40)  # takes no place on the disk
     with clean_or_one_error() as errors:
         {"run_state.json": manager.read_state, "checksums.json": integrity.read_checksums}.get(
-            name, manager.saved_keys
+            name, loading.saved_keys
         )(checkpoint)
     assert f"has more than {storage.MAX_JSON_BYTES if 'json' in name else 2**28:,} bytes" in str(errors[0])

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from gpsd_dist.checkpoint import files, integrity, manager
+from gpsd_dist.checkpoint import files, integrity, loading, manager
 from gpsd_dist.config import TrainConfig
 from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed
@@ -22,7 +22,7 @@ def _state(step: int, best_step: int = 0) -> manager.RunState:
     return manager.RunState(step, {}, {"best_step": best_step or step}, {}, {}, {}, 1)
 
 
-def _tensors(value: float) -> manager.Tensors:
+def _tensors(value: float) -> loading.Tensors:
     return {"table": {"item": torch.full((50, 4), value)}}
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch.distributed.checkpoint as dcp
 
-from gpsd_dist.checkpoint.manager import load_tensors
+from gpsd_dist.checkpoint.loading import load_tensors
 from gpsd_dist.schema import read_manifest, write_manifest
 from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed

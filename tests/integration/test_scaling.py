@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from gpsd_dist import scaling
-from gpsd_dist.checkpoint import manager
+from gpsd_dist.checkpoint import loading, manager
 from gpsd_dist.trainer import Trainer
 from tests.integration.test_command_line import TINY
 from tests.integration.tiny_data import NUM_ITEMS, NUM_TAGS, tiny_run
@@ -54,7 +54,7 @@ def test_ladder_is_trained_once(tmp_path, data_dir, one_rank, capfd):
         measured = json.loads((run / "test.json").read_text())[point["task"]]
         assert point | measured == point and point["embedding_dim"] == EMBEDDING_DIM
         assert point["table_parameters"] > (NUM_ITEMS + NUM_TAGS) * EMBEDDING_DIM
-        stored = manager.saved_sizes(manager.find(run))
+        stored = loading.saved_sizes(manager.find(run))
         weights = sum(size for name, size in stored.items() if name.startswith(("table.", "dense.")))
         assert point["dense_parameters"] + point["table_parameters"] == weights
         width, ffn = {"l1h16a2": (16, 64), "l1h32a2": (32, 96)}[point["rung"]]

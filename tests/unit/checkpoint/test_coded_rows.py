@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpsd_dist.checkpoint import files, manager
+from gpsd_dist.checkpoint import files, loading
 from gpsd_dist.checkpoint.coded_rows import CodedRows
 from gpsd_dist.model.row_codes import encode
 
@@ -59,7 +59,7 @@ def _load(folder, rows, row_cuts, column_cuts, num_rows=ROWS):
     grown = frozenset({"table.item"} if num_rows > ROWS else ())
     codes = table.local_shards()[0].tensor
     with LargestMade(codes) as largest:
-        manager.fill_tensors(folder, {"table": {"item": coded}}, grown)
+        loading.fill_tensors(folder, {"table": {"item": coded}}, grown)
     assert not coded.is_waiting
     return codes, largest.num_elements
 

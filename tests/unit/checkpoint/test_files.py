@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from gpsd_dist.checkpoint import files, manager
+from gpsd_dist.checkpoint import files, loading
 from gpsd_dist.checkpoint.index import read_index
 from gpsd_dist.checkpoint.storage import location
 
@@ -49,7 +49,7 @@ def test_files_are_hashed_as_written_and_tensors_come_back(folder):
     dcp.load(loaded, storage_reader=files.Reader(folder), no_dist=True)
     for kind, part in TENSORS.items():
         assert all(torch.equal(loaded[kind][name], value) for name, value in part.items())
-    assert manager.saved_keys(folder) == ["dense.step", "dense.w", "table.item"]
+    assert loading.saved_keys(folder) == ["dense.step", "dense.w", "table.item"]
 
 
 def test_staged_copies_do_not_change_with_the_live_tensors():
@@ -99,7 +99,7 @@ def test_index_that_would_run_code_is_refused_and_not_run(tmp_path, attack, is_h
         index = read_index(tmp_path / "saved")
         index.planner_data = attack(proof)
     (tmp_path / "saved/.metadata").write_bytes(pickle.dumps(index))
-    for read in (manager.saved_keys, lambda folder: manager.fill_tensors(folder, _zeros())):
+    for read in (loading.saved_keys, lambda folder: loading.fill_tensors(folder, _zeros())):
         with pytest.raises(ValueError, match="nothing of it was run") as error:
             read(tmp_path / "saved")
         assert str(tmp_path / "saved/.metadata") in str(error.value)
@@ -116,7 +116,7 @@ def test_index_with_an_entry_that_dcp_would_unpickle_is_refused(tmp_path):
     index.state_dict_metadata["dense.w"] = BytesStorageMetadata()
     (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
     with pytest.raises(ValueError, match=r"asks for .*BytesStorageMetadata"):
-        manager.fill_tensors(tmp_path, _zeros())
+        loading.fill_tensors(tmp_path, _zeros())
 
 
 @pytest.mark.parametrize(
@@ -142,4 +142,4 @@ def test_index_of_dcp_itself_is_read(tmp_path):
     every = {str(t): torch.zeros(2, dtype=t) for t in (torch.float64, torch.float16, torch.int64, torch.bool)}
     dcp.save(TENSORS | {"more": every}, checkpoint_id=str(tmp_path), no_dist=True)
     assert b"pathlib" in (tmp_path / ".metadata").read_bytes()
-    manager.fill_tensors(tmp_path, _zeros())
+    loading.fill_tensors(tmp_path, _zeros())

@@ -9,7 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from gpsd_dist.checkpoint import files, index, manager, pickled
+from gpsd_dist.checkpoint import files, index, loading, pickled
 
 ITEM = MetadataIndex("item", [0, 0])
 
@@ -31,7 +31,7 @@ def _change(saved, change) -> None:
 def _refused(saved, message: str) -> bool:
     """Whether the error names the checkpoint; it must be one."""
     with pytest.raises(ValueError, match=message) as error:
-        manager.fill_tensors(saved, {"item": torch.zeros(4, 3)})
+        loading.fill_tensors(saved, {"item": torch.zeros(4, 3)})
     return str(saved) in str(error.value)
 
 
@@ -90,7 +90,7 @@ def test_more_elements_than_bytes_in_the_file_are_refused_before_memory_is_taken
         entry.size = entry.chunks[0].sizes = torch.Size([4, 10**12])
 
     _change(saved, change)
-    for read in (manager.saved_sizes, manager.saved_keys):
+    for read in (loading.saved_sizes, loading.saved_keys):
         with pytest.raises(ValueError, match="without a place in a file"):
             read(saved)
 
