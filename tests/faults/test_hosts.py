@@ -88,7 +88,7 @@ def test_two_hosts_give_the_bits_of_one(workshop, reference, hosts):
     run = Run(workshop, "two_hosts")
     job = Job(hosts, run)
     assert set(job.wait().values()) == {exit_codes.FINISHED}, job.logs()
-    assert "transformer on 2 x cpu" in job.logs() and len(hosts.names) == 2
+    assert " on 2 x cpu" in job.logs() and len(hosts.names) == 2
     check_equals(run, reference)
 
 
