@@ -68,9 +68,11 @@ def _by_step(folder: Location) -> dict[int, Location]:
 
 def _best_steps(folder: Location, there: dict[int, Location]) -> typing.Iterator[int]:
     """What newest checkpoint and file say, in this order, where they say anything."""
-    if (step := _best_of_newest(list(there.values()))) is not None and step >= 0:
+    step = _best_of_newest(list(there.values()))
+    if step is not None and step >= 0:
         yield step
-    if (step := _best_of_file(folder)) is not None and step >= 0:
+    step = _best_of_file(folder)  # not looked at, nor warned of, where the checkpoint is enough
+    if step is not None and step >= 0:
         yield step
 
 

@@ -21,6 +21,7 @@ from gpsd_dist.config import OptimizerConfig, RunConfig
 from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed
 from tests.integration.tiny_data import (
+    NUM_TAGS,
     STEPS_PER_EPOCH,
     cpu_runtime,
     differing,
@@ -34,7 +35,9 @@ from tests.integration.tiny_data import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-KINDS = ("pretrain", "ST_SF")  # all tables trained; the item table frozen
+KINDS = ("pretrain", "ST_SF", "wide_ST_SF")  # all tables trained; the item table frozen; the same with columns cut
+SOURCES = ("source", "wide_source")
+WIDE = 256  # TorchRec's planner cuts columns into pieces of 128 at least
 EPOCHS = 4
 LEGS = (  # ranks, plan, last step: no leg ends with an epoch
     (1, "row_wise", 4),
@@ -46,15 +49,18 @@ LEGS = (  # ranks, plan, last step: no leg ends with an epoch
 
 
 def _run(kind: str, root: pathlib.Path, name: str, plan: str, max_steps: int) -> RunConfig:
-    stage, strategy = ("pretrain", "NT") if kind == "pretrain" else ("finetune", kind)
+    """Wide ones are trained by Adagrad, whose state is cut as its table is; row-wise Adagrad's is not."""
+    is_pretraining, is_wide = "pretrain" in kind, kind.startswith("wide")
+    stage, strategy = ("pretrain", "NT") if is_pretraining else ("finetune", "ST_SF")
     return tiny_run(
         stage,
         root / "data",
         root / kind / name,
         strategy,
-        "" if kind == "pretrain" else root / "source",
-        tables={"embedding_dim": 16, "sharding": {"item": plan, "tag": plan}},  # too narrow to cut columns
+        "" if is_pretraining else root / SOURCES[is_wide],
+        tables={"embedding_dim": WIDE if is_wide else 16, "sharding": {"item": plan, "tag": plan}},
         data={"num_data_shards": 12},
+        sparse=OptimizerConfig("adagrad" if is_wide else "rowwise_adagrad", 0.05),
         dense=OptimizerConfig("adamw", 1e-2, weight_decay=0.1, eps=1e-4),
         train={"max_steps": max_steps, "epochs": EPOCHS, "keep_last": 9},
     )
@@ -104,12 +110,15 @@ def finished(tmp_path_factory):
     """root / kind / {moving, staying}, with what each leg loaded."""
     root = tmp_path_factory.mktemp("elastic")
     write_tiny_data(root / "data")
-    source = dataclasses.replace(_run("pretrain", root, "", "row_wise", 3), output_dir=str(root / "source"))
+    sources = [
+        dataclasses.replace(_run(kind, root, "", "row_wise", 3), output_dir=str(root / name))
+        for kind, name in zip(("pretrain", "wide_pretrain"), SOURCES, strict=True)
+    ]
     staying = [_run(kind, root, "staying", "row_wise", LEGS[-1][2]) for kind in KINDS]
     plans = []
     for ranks, plan, last_step in LEGS:
         legs = [([_run(kind, root, "moving", plan, last_step) for kind in KINDS], f"loaded_before_{last_step}")]
-        first = ([source], [(staying, "loaded")]) if not plans else ([], [])  # in the processes of the first leg
+        first = (sources, [(staying, "loaded")]) if not plans else ([], [])  # in the processes of the first leg
         plans.append(run_distributed(_legs, ranks, root, first[0], first[1] + legs, timeout_s=240)[0])
     return root, plans
 
@@ -146,29 +155,33 @@ def test_state_is_the_saved_one_bit_for_bit_in_every_layout(finished, kind):
             read_checkpoint(output / f"loaded_before_{last_step}"),
         )
         assert not differing(saved, loaded), saved_step
-        assert ("table_optimizer.item.momentum1" in saved) == (kind != "ST_SF")
+        assert ("table_optimizer.item.momentum1" in saved) == (kind == "pretrain")
+        assert saved["table_optimizer.tag.momentum1"].numel() == NUM_TAGS * (WIDE if kind.startswith("wide") else 1)
 
 
 def test_tables_lay_where_the_plans_say(finished):
     _, plans = finished
     for kind, plan in zip(KINDS, plans[2], strict=True):
         item = next(line for line in plan.splitlines() if line.startswith("table item"))
-        assert "column_wise" in item and item.count("61x16") == 1, kind
+        pieces = item.count("61x128 on ") == 2 if kind.startswith("wide") else item.count("61x16 on ") == 1
+        assert "column_wise" in item and pieces, kind
     assert all("table_wise" in plan for plan in plans[1] + plans[4])
 
 
-def test_frozen_table_keeps_its_bits_all_the_way(finished):
+@pytest.mark.parametrize(("kind", "source"), zip(KINDS[1:], SOURCES, strict=True))
+def test_frozen_table_keeps_its_bits_all_the_way(finished, kind, source):
     root, _ = finished
-    pretrained = read_checkpoint(step_folder(root / "source", 3))["table.item"]
+    pretrained = read_checkpoint(step_folder(root / source, 3))
     for _, _, last_step in LEGS:
-        checkpoint = read_checkpoint(step_folder(root / "ST_SF/moving", last_step))
-        assert checkpoint["table.item"].equal(pretrained)
-        assert not checkpoint["table.tag"].equal(read_checkpoint(step_folder(root / "source", 3))["table.tag"])
+        checkpoint = read_checkpoint(step_folder(root / kind / "moving", last_step))
+        assert checkpoint["table.item"].equal(pretrained["table.item"])
+        assert not checkpoint["table.tag"].equal(pretrained["table.tag"])
 
 
-def test_losses_are_those_of_one_rank(finished):
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_losses_are_those_of_one_rank(finished, kind):
     """Not in pretraining, where ranks draw their own negatives."""
     root, _ = finished
-    moving, staying = (train_losses(root / "ST_SF" / name) for name in ("moving", "staying"))
+    moving, staying = (train_losses(root / kind / name) for name in ("moving", "staying"))
     assert list(moving) == list(staying) == list(range(1, EPOCHS * STEPS_PER_EPOCH + 1))
     assert moving == pytest.approx(staying, rel=1e-3)
