@@ -37,12 +37,17 @@ class _HashedStream:
         self._stream, self._watchdog = stream, watchdog
         self._digest = hashlib.sha256()
         self._num_bytes = 0
+        self.failure: OSError | None = None
 
     def write(self, content: typing.Any) -> int:
         self._digest.update(content)
         self._num_bytes += memoryview(content).nbytes
         self._watchdog.alive()
-        return int(self._stream.write(content))
+        try:
+            return int(self._stream.write(content))
+        except OSError as error:
+            self.failure = error
+            raise
 
     def tell(self) -> int:
         return self._num_bytes
@@ -72,7 +77,10 @@ class _Files(FileSystemBase):
                 return
             hashed = _HashedStream(stream, self._watchdog)
             with self._watchdog.writing():
-                yield typing.cast(io.IOBase, hashed)
+                try:
+                    yield typing.cast(io.IOBase, hashed)
+                except RuntimeError as error:  # of torch's zip writer: its place in the file is another than it thought
+                    raise hashed.failure or error from error
                 if isinstance(path, pathlib.Path):
                     stream.flush()
                     os.fsync(stream.fileno())

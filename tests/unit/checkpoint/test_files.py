@@ -1,6 +1,7 @@
 """What is written is hashed and read back; an index that would run code is refused, and nothing of it runs."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import pathlib
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from gpsd_dist.checkpoint import files, loading
 from gpsd_dist.checkpoint.index import read_index
 from gpsd_dist.checkpoint.storage import location
+from gpsd_dist.distributed.watchdog import Watchdog
 
 TENSORS = {
     "table": {"item": torch.arange(12, dtype=torch.float32).reshape(4, 3)},
@@ -50,6 +52,38 @@ def test_files_are_hashed_as_written_and_tensors_come_back(folder):
     for kind, part in TENSORS.items():
         assert all(torch.equal(loaded[kind][name], value) for name, value in part.items())
     assert loading.saved_keys(folder) == ["dense.step", "dense.w", "table.item"]
+
+
+class _DiskFullOnce:
+    """A path whose file refuses one write; later ones succeed, as where another file has gone meanwhile."""
+
+    def __init__(self, refused: int):
+        self.refused, self.name = refused, "file"
+
+    def open(self, mode: str):
+        return contextlib.nullcontext(self)
+
+    def write(self, content) -> int:
+        self.refused -= 1
+        if self.refused == -1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return len(content)
+
+    def flush(self) -> None:
+        pass
+
+
+def test_a_full_disk_is_named_at_every_write_of_a_tensor():
+    """torch's zip writer reports its place in the file instead."""
+    place = _DiskFullOnce(10**6)
+    with files._Files(Watchdog()).create_stream(place, "wb") as stream:
+        torch.save(torch.ones(3), stream)
+    num_writes = 10**6 - place.refused
+    assert num_writes > 5
+    for refused in range(num_writes):
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            with files._Files(Watchdog()).create_stream(_DiskFullOnce(refused), "wb") as stream:
+                torch.save(torch.ones(3), stream)
 
 
 def test_staged_copies_do_not_change_with_the_live_tensors():
