@@ -56,9 +56,3 @@ def test_recomputed_blocks_give_the_same_bits_and_keep_less(name, dropout):
     for mine, expected in zip(recomputed, plain, strict=True):
         assert torch.equal(mine, expected)
     assert kept_less < kept / 3, (kept_less, kept)
-
-
-def test_tower_without_blocks_is_refused():
-    tower = TOWERS["deepfm"].build(ModelConfig("deepfm", layers=1, width=WIDTH, heads=2), 3)
-    with pytest.raises(ValueError, match="activation_checkpointing with DeepFM: it has no blocks"):
-        recompute_blocks(tower, has_dropout=False)

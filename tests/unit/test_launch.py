@@ -246,10 +246,11 @@ def test_every_exported_variable_has_a_comment():
 def stub_package(tmp_path):
     """A folder whose `gpsd_dist.train` only writes down its rank; the launchers run it instead of the real one."""
     package = tmp_path / "gpsd_dist"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    for name in ("launcher.py", "exit_codes.py"):
-        shutil.copy(REPO_ROOT / "gpsd_dist" / name, package)
+    (package / "distributed").mkdir(parents=True)
+    for folder in (package, package / "distributed"):
+        (folder / "__init__.py").touch()
+    for name in ("launcher.py", "exit_codes.py", "distributed/launching.py"):
+        shutil.copy(REPO_ROOT / "gpsd_dist" / name, package / name)
     (package / "train.py").write_text(
         "import json, os, pathlib, sys\n"
         "keys = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'GROUP_RANK')\n"

@@ -16,6 +16,8 @@ from gpsd_dist.distributed.runtime import Runtime
 def describe(tmp_path):
     tables = types.SimpleNamespace(plan="the plan", weights=dict, width=4)
     trainer = types.SimpleNamespace(
+        run=RunConfig("pretrain", "data", str(tmp_path)),
+        manifest=None,
         assembly=types.SimpleNamespace(tables=tables),
         model=torch.nn.Linear(1, 1),
         loader=types.SimpleNamespace(steps_per_epoch=1),
