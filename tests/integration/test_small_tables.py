@@ -5,8 +5,9 @@ Their weights have another width and another optimizer; the message names the op
 
 import pytest
 
+from gpsd_dist.checkpoint import manager
 from gpsd_dist.trainer import Trainer
-from tests.integration.tiny_data import NUM_TAGS, tiny_run
+from tests.integration.tiny_data import NUM_TAGS, read_checkpoint, tiny_run
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -66,3 +67,5 @@ def test_a_threshold_that_moves_no_table_changes_nothing_in_a_transfer(pretraine
     train = {"max_steps": 1}
     run = tiny_run("finetune", data_dir, tmp_path, "FT_SF", pretrained / kind, tables=tables, train=train)
     Trainer(run, one_rank).train()
+    source, mine = (read_checkpoint(manager.find(folder))["table.item"] for folder in (pretrained / kind, tmp_path))
+    assert bool(source.any()) and mine.equal(source)  # frozen
