@@ -38,10 +38,9 @@ def _disk_full(workshop: Workshop, name: str, bytes_left: int, *words: str) -> i
         ended = run.train(fault)
         assert ended.status == exit_codes.NO_FILE_ACCESS, ended.stderr
         errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-        for error in errors:  # one per rank; whether metrics or checkpoint fail first on rank 0 depends on the moment
+        for error in errors:  # one per rank; which file fails first depends on the moment
             assert os.strerror(errno.ENOSPC) in error and f"Safe: {step_folder(run.output, 6)}" in error, error
-        for word in words:
-            assert any(word in error for error in errors), errors
+        ended.says(*words)  # the last error, or what the log says of the save that was under way
         (run.folder / "small" / "filler").unlink()
         run.goes_on()
         return run.done(SAVE_INTERVAL + 2)
