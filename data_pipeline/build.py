@@ -169,7 +169,8 @@ def _build_all(
     cut = splits.cut(running, log, events, is_holdout=False)
     without_vocabulary = unbounded.tables(options, log)
     vocabs, tables = {}, []
-    for name, (counts, min_count) in sequences.occurrences(log, cut).items():
+    occurrences = sequences.occurrences(log, cut)
+    for name, (counts, min_count) in occurrences.items():
         if name in without_vocabulary:
             kind, num_rows = without_vocabulary[name].kind, without_vocabulary[name].num_rows
             tables.append(schema.Table(name, num_rows, schema.unbounded_fingerprint(kind, num_rows)))
@@ -179,10 +180,8 @@ def _build_all(
         tables.append(schema.Table(name, num_rows, digest))
     candidates, skipped = cut.candidates, {**log.skipped, **cut.skipped}
     if log.exposures is None:
-        item_vocab = vocabs.get(sequences.item_table(log))
-        if item_vocab is None:  # known items, to draw from
-            item_vocab = vocab.build(running, "drawn", sequences.occurrences(log, cut)[sequences.item_table(log)][0], 1)
-        candidates, short = negatives.add(running, log, candidates, events, item_vocab, options)
+        item_counts, _ = occurrences[sequences.item_table(log)]
+        candidates, short = negatives.add(running, log, candidates, events, item_counts, options)
         skipped |= short
     raw_dir = (
         None if options.raw_dir is None else str(options.raw_dir.resolve())

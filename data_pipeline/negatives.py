@@ -1,5 +1,9 @@
 """Negatives for logs without labels: hashed draws, the same on every engine and for every partitioning.
 
+A request of `train` draws from the items of the training period, one of `valid` or `test` from all items of the log,
+whether the vocabulary knows them or not. Drawn from the known items alone, no negative were ever index 1 (unknown), and
+a positive that is - a new item, or with --min_count a rare one - would give its label away.
+
 Draw d of a request is md5(seed, user, num_before, d) read as an integer modulo a number of slots; slots are allotted to
 items (one each for "uniform"; by training count, at least one each, for "popularity") and found by an equality join. A
 draw of the positive, of an item of the user's whole history before the request, or of an item already drawn is thrown
@@ -9,7 +13,7 @@ away and the next draw takes its place, which is exact rejection sampling.
 import ibis
 import ibis.expr.types as ir
 
-from data_pipeline import canonical, hashing
+from data_pipeline import canonical, hashing, vocab
 from data_pipeline.engine import Engine
 
 DISTRIBUTIONS = ("uniform", "popularity")
@@ -21,17 +25,19 @@ MAX_ROUNDS = 6
 SPARE_DRAWS = 2
 
 
-def slots(engine: Engine, item_vocab: ir.Table, distribution: str) -> tuple[ir.Table, int]:
-    """(table of slot -> item_id, number of slots). Items are those of the vocabulary: seen in the training period."""
+def slots(engine: Engine, pool: ir.Table, distribution: str, period: str = "train") -> tuple[ir.Table, int]:
+    """(table of slot -> item_id, number of slots) of the items in `pool`: raw_id, index, count, as `vocab.build` makes
+    it. `period` is part of a table's name.
+    """
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"--negatives {distribution!r} is not one of {DISTRIBUTIONS}")
     if distribution == "uniform":
         width = ibis.literal(1, type="int64")
     else:
-        total = int(item_vocab["count"].sum().execute())
-        share = (item_vocab["count"].cast("float64") * (POPULARITY_SLOTS / total)).round().cast("int64")
+        total = int(pool["count"].sum().execute())
+        share = (pool["count"].cast("float64") * (POPULARITY_SLOTS / total)).round().cast("int64")
         width = ibis.greatest(share, ibis.literal(1, type="int64"))
-    widths = item_vocab.select("index", item_id=item_vocab.raw_id, width=width)
+    widths = pool.select("index", item_id=pool.raw_id, width=width)
     up_to_here = ibis.window(order_by=widths["index"], preceding=None, following=0)
     # DuckDB sums int64 to HUGEINT, and Ibis, which does not know it, drops a cast to int64: sum as float64 (exact
     # below 2^53)
@@ -40,7 +46,7 @@ def slots(engine: Engine, item_vocab: ir.Table, distribution: str) -> tuple[ir.T
     # a range that starts at 0: Ibis 12 forgets the parentheses of a difference as the start of one on Spark
     places = ibis.range(ibis.literal(0, type="int64"), spans.width).map(lambda place: spans.until - spans.width + place)
     filled = spans.select("item_id", slot=places.unnest())
-    table = engine.materialise("negative_slots", filled)
+    table = engine.materialise(f"negative_slots_{period}", filled)
     return table, int(table.count().execute())
 
 
@@ -53,6 +59,7 @@ def draw(
     num_slots: int,
     per_positive: int,
     seed: int,
+    period: str = "train",
 ):
     """Candidates of the negatives: REQUEST_KEY, position (1 ... per_positive), item_id, time_s.
 
@@ -61,7 +68,7 @@ def draw(
     """
     seen = events.group_by(["user_id", "item_id"]).agg(first_rank=events["rank"].min())
     requests = engine.materialise(
-        "negative_requests", positives.select("user_id", "split", "num_before", "item_id", "time_s")
+        f"negative_requests_{period}", positives.select("user_id", "split", "num_before", "item_id", "time_s")
     )
     wanted, first_draw, accepted = requests, 0, None
     for round_number in range(MAX_ROUNDS):
@@ -71,7 +78,7 @@ def draw(
         accepted = fresh if accepted is None else accepted.union(fresh)
         in_draw_order = ibis.window(group_by=["user_id", "split", "num_before", "item_id"], order_by=accepted.draw)
         accepted = engine.materialise(
-            f"negatives_round_{round_number}",
+            f"negatives_{period}_round_{round_number}",
             accepted.mutate(repeat=ibis.row_number().over(in_draw_order)).filter(ibis._.repeat == 0).drop("repeat"),
         )
         counts = accepted.group_by(["user_id", "split", "num_before"]).agg(num=accepted.count())
@@ -79,7 +86,7 @@ def draw(
             "split_right", "num_before_right", "user_id_right"
         )
         wanted = engine.materialise(
-            f"negatives_wanted_{round_number}", counted.filter(ibis.coalesce(counted.num, 0) < per_positive).drop("num")
+            f"negatives_{period}_wanted_{round_number}", counted.filter(ibis.coalesce(counted.num, 0) < per_positive).drop("num")
         )
         first_draw += num_draws
         num_short = int(wanted.count().execute())
@@ -117,19 +124,35 @@ def _reject(drawn: ir.Table, seen: ir.Table) -> ir.Table:
 
 
 def add(
-    engine: Engine, log: canonical.Log, candidates: ir.Table, events: ir.Table, item_vocab: ir.Table, options
+    engine: Engine, log: canonical.Log, candidates: ir.Table, events: ir.Table, counts: ir.Table, options
 ) -> tuple[ir.Table, dict]:
-    """`candidates` (positives only) with options.num_negatives drawn ones each, and the skipped counts."""
-    slot_table, num_slots = slots(engine, item_vocab, options.negatives)
-    drawn, num_short = draw(
-        engine,
-        candidates,
-        events,
-        slot_table,
-        num_slots=num_slots,
-        per_positive=options.num_negatives,
-        seed=options.seed,
-    )
+    """`candidates` (positives only) with options.num_negatives drawn ones each, and the skipped counts.
+
+    `counts`: raw_id and count of the items of the training period, whatever --min_count says.
+    """
+    zero = ibis.literal(0, type="int64")
+    all_items = counts.union(events.select(raw_id=events.item_id).distinct().mutate(count=zero))
+    is_train = candidates.split == "train"
+    drawn_parts, num_short = [], 0
+    for period, positives, items in (
+        ("train", candidates.filter(is_train), counts),
+        ("later", candidates.filter(~is_train), all_items),
+    ):
+        pool = vocab.build(engine, f"drawn_{period}", items, 0)
+        slot_table, num_slots = slots(engine, pool, options.negatives, period)
+        drawn, short = draw(
+            engine,
+            positives,
+            events,
+            slot_table,
+            num_slots=num_slots,
+            per_positive=options.num_negatives,
+            seed=options.seed,
+            period=period,
+        )
+        drawn_parts.append(drawn)
+        num_short += short
+    drawn = drawn_parts[0].union(*drawn_parts[1:])
     missing = {name: ibis.null(kind) for name, kind in candidates.schema().items() if name not in drawn.columns}
     labels = {task.name: ibis.literal(0.0, type="float64") for task in log.tasks}
     filled = drawn.mutate(**(missing | labels)).select(*candidates.columns)

@@ -113,9 +113,8 @@ def draw(running, distribution: str, num_users: int, num_items: int, per_positiv
         "raw_id": [f"{item}" for item in range(num_items)],
         "count": [num_items - item for item in range(num_items)],
     }
-    words = vocab.build(running, "item", ibis.memtable(counts), min_count=1)
     options = argparse.Namespace(negatives=distribution, num_negatives=per_positive, seed=0)
-    both, skipped = negatives.add(running, log, cut.candidates, events, words, options)
+    both, skipped = negatives.add(running, log, cut.candidates, events, ibis.memtable(counts), options)
     assert not skipped
     table = both.execute().sort_values(["user_id", "position"])
     shape = (num_users, per_positive + 1)
@@ -169,11 +168,51 @@ def test_a_user_who_has_met_everything_is_counted(running):
     log = make_log(running, [("a", "x", 1), ("a", "y", 2), ("b", "x", 1), ("b", "z", 2)], canonical.LastItemByTime())
     events = splits.number_events(running, log)
     cut = splits.cut(running, log, events, is_holdout=False)
-    words = vocab.build(running, "item", ibis.memtable({"raw_id": ["x", "y", "z"], "count": [1, 1, 1]}), 1)
+    counts = ibis.memtable({"raw_id": ["x", "y", "z"], "count": [1, 1, 1]})
     options = argparse.Namespace(negatives="uniform", num_negatives=2, seed=0)
-    both, skipped = negatives.add(running, log, cut.candidates, events, words, options)
+    both, skipped = negatives.add(running, log, cut.candidates, events, counts, options)
     assert list(skipped.values()) == [2]  # only one item is left for either user
     assert both.count().execute() == 4
+
+
+def test_being_new_does_not_give_the_label_away(running):
+    """A third of the items first occurs after the training period: they are drawn for later requests, not in training,
+    and as often as uniform draws must.
+    """
+    num_users, new_items = 3000, [f"new{n}" for n in range(20)]
+    rng = np.random.default_rng(0)
+    rows = []
+    for user in range(num_users):
+        first, second = (f"{item}" for item in rng.choice(40, 2, replace=False))
+        is_late = user >= num_users * 7 // 10
+        rows += [(f"u{user}", first, user), (f"u{user}", rng.choice(new_items) if is_late else second, user + 1)]
+    log = make_log(running, rows, canonical.LastItemByTime(valid_fraction=0.0))
+    events = splits.number_events(running, log)
+    cut = splits.cut(running, log, events, is_holdout=False)
+    options = argparse.Namespace(negatives="uniform", num_negatives=1, seed=0)
+    counts = cut.training_events.group_by(raw_id="item_id").agg(count=ibis._.count())
+    both, skipped = negatives.add(running, log, cut.candidates, events, counts, options)
+    assert not skipped
+    drawn = both.filter(both["click"] == 0).execute()
+    is_new = drawn.item_id.isin(new_items)
+    assert not is_new[drawn.split == "train"].any()
+    share, num_test = is_new[drawn.split == "test"].mean(), (drawn.split == "test").sum()
+    assert abs(share - 1 / 3) < 4 * np.sqrt(2 / 9 / num_test)
+    assert num_test > 800
+
+
+def test_rare_items_are_drawn_in_training_too(running):
+    """An item below --min_count is unknown as a positive, so it must be possible as a negative."""
+    rows = [(f"u{user}", item, time) for user in range(300) for time, item in ((1, "a"), (2, f"rare{user}"))]
+    log = make_log(running, rows, canonical.LastItemByTime())
+    events = splits.number_events(running, log)
+    cut = splits.cut(running, log, events, is_holdout=False)
+    options = argparse.Namespace(negatives="uniform", num_negatives=1, seed=0)
+    counts = cut.training_events.group_by(raw_id="item_id").agg(count=ibis._.count())
+    both, _ = negatives.add(running, log, cut.candidates, events, counts, options)
+    train = both.filter((both.split == "train") & (both["click"] == 0)).execute()
+    assert train.item_id.str.startswith("rare").all()
+    assert train.item_id.nunique() > 50
 
 
 def test_specs_that_make_no_sense_are_errors():
