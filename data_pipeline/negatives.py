@@ -86,7 +86,8 @@ def draw(
             "split_right", "num_before_right", "user_id_right"
         )
         wanted = engine.materialise(
-            f"negatives_{period}_wanted_{round_number}", counted.filter(ibis.coalesce(counted.num, 0) < per_positive).drop("num")
+            f"negatives_{period}_wanted_{round_number}",
+            counted.filter(ibis.coalesce(counted.num, 0) < per_positive).drop("num"),
         )
         first_draw += num_draws
         num_short = int(wanted.count().execute())
