@@ -10,6 +10,7 @@ from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import ModelConfig, RunConfig
 from gpsd_dist.model.embeddings import module_key
+from gpsd_dist.model_options import READS
 from gpsd_dist.schema import Manifest
 
 log = logging.getLogger(__name__)
@@ -128,7 +129,8 @@ def _check_tower(run: RunConfig, state: manager.RunState, checkpoint: Location) 
             f"{run.strategy} copies the tower, but {checkpoint} is a {theirs['name']!r} and this run a "
             f"{run.model.name!r}; take the tables alone with STRATEGY ST or ST_SF"
         )
-    saved = {name: theirs.get(name, getattr(ModelConfig, name)) for name in _TOWER_OPTIONS}
+    read = [name for name in _TOWER_OPTIONS if name in READS[run.model.name]]
+    saved = {name: theirs.get(name, getattr(ModelConfig, name)) for name in read}
     different = [
         f"{name} {value} there, {getattr(run.model, name)} here"
         for name, value in saved.items()

@@ -240,6 +240,16 @@ def test_other_tower_of_fitting_shapes_is_refused(data_dir, tmp_path, one_rank, 
         Trainer(run, one_rank).train()
 
 
+def test_options_that_a_model_does_not_read_do_not_matter(data_dir, tmp_path, one_rank):
+    """Finetuning on from a finetuned DIN, which has no layers, only their number in its options."""
+    source = tiny_run(
+        "finetune", data_dir, tmp_path / "source", model={"name": "din", "layers": 4}, train={"max_steps": 1}
+    )
+    Trainer(source, one_rank).train()
+    run = _run(data_dir, tmp_path / "source", tmp_path / "run", "FT", model={"name": "din", "layers": 1})
+    Trainer(run, one_rank).train()
+
+
 @pytest.mark.parametrize("kind", ["missing", "empty", "half"])
 def test_missing_checkpoint_is_refused(trained, data_dir, tmp_path, one_rank, kind):
     source = tmp_path / "source"
