@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from gpsd_dist.config import RunConfig
+from gpsd_dist.distributed.dense import compile_tower
 from gpsd_dist.distributed.row_reset import RowReset
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.distributed.sharding import ShardedTables, shard_tables
@@ -59,6 +60,8 @@ def assemble(run: RunConfig, manifest: Manifest, runtime: Runtime) -> Assembly:
     placed = shard_tables(tables, run.tables, run.sparse, runtime, run.seed, run.execution)
     torch.manual_seed(run.seed)
     model, objective, tasks = dense_model(run, manifest, sharded)
+    if run.model.compile:
+        compile_tower(model.backbone.tower, by_block=run.execution.activation_checkpointing)
     names = tuple(table.name for table in sharded)
     ids = _id_assignment(run, manifest, placed, names, runtime.device)
     return Assembly(placed, model.to(runtime.device), objective, tasks, names, ids)

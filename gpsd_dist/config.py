@@ -239,6 +239,14 @@ class RunConfig:
         if self.freezes_tables and self.tables.frozen_dtype == "int8" and self.execution.exchange_forward != "fp32":
             given = f"frozen_dtype int8 with exchange_forward {self.execution.exchange_forward}"
             problems.append(f"{given}: codes do not survive rounding; keep exchange_forward at fp32, or take fp16")
+        if self.execution.cuda_graphs and not self.train.bf16:
+            problems.append("cuda_graphs without bf16: attention runs in length buckets, other ones in every batch")
+        if self.execution.cuda_graphs and self.train.micro_batches > 1:  # the next replay writes over the gradients
+            problems.append(
+                f"cuda_graphs with micro_batches {self.train.micro_batches}: gradients of parts do not add up"
+            )
+        if self.model.compile and self.execution.dense_parallel == "fsdp2":  # a compiled tower crashes on its hooks
+            problems.append("compile with dense_parallel fsdp2: not built, leave one of them out")
         if self.dense.name != "adamw":
             problems.append(f"dense optimizer {self.dense.name!r}: only adamw is built")
         if self.sparse.name not in SPARSE_OPTIMIZERS:

@@ -32,7 +32,8 @@ class ExecutionConfig:
     meets few shapes; 0: no padding. With --gin.DataConfig.global_batch_tokens the number of tokens hardly varies."""
     cuda_graphs: bool = False
     """Compile the tower for each padded shape and replay it as a CUDA graph: for small towers, whose kernels take less
-    time than their launch. Needs token_multiple."""
+    time than their launch. Needs token_multiple, TrainConfig.bf16 (only flash attention has few shapes) and a batch in
+    one part (micro_batches); not with options for large towers. On CPU: nothing."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -47,6 +48,8 @@ class ExecutionConfig:
         problems += below(self, "token_multiple", 0)
         if self.cuda_graphs and not self.token_multiple:
             problems.append("cuda_graphs needs few shapes: set token_multiple, to 1024 for example")
+        if self.cuda_graphs and (self.activation_checkpointing or self.dense_parallel == "fsdp2"):
+            problems.append("cuda_graphs is for small towers, activation_checkpointing and fsdp2 are for large ones")
         raise_all(self, problems)
 
 

@@ -25,7 +25,9 @@ def parallelize(model: nn.Module, run: RunConfig, runtime: Runtime) -> nn.Module
     """
     if run.execution.activation_checkpointing:
         recompute_blocks(model.backbone.tower, has_dropout=run.model.dropout > 0)
-    if run.execution.cuda_graphs:
+    if run.execution.cuda_graphs and runtime.device.type != "cuda":
+        log.warning("cuda_graphs has no effect without a GPU")
+    elif run.execution.cuda_graphs:
         # The function, not the module: a module set as an attribute would change parameter names.
         tower = model.backbone.tower
         model.backbone.call_padded = torch.compile(tower.forward, dynamic=False, mode="reduce-overhead")
@@ -54,6 +56,19 @@ def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
     """Clips the global norm in place and returns what it was, float32 []. Collective where parameters are sharded."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def compile_tower(tower: nn.Module, *, by_block: bool) -> None:
+    """`ModelConfig.compile`, in place: parameter names stay. Before `parallelize`.
+
+    `by_block`: where blocks are computed again; Dynamo (torch 2.13) cannot trace that together with length buckets.
+    """
+    if not by_block:
+        tower.compile(dynamic=True)
+        return
+    assert isinstance(tower.blocks, nn.ModuleList), type(tower).__name__
+    for block in tower.blocks:
+        block.forward = torch.compile(block.forward, dynamic=True)
 
 
 def recompute_blocks(tower: nn.Module, has_dropout: bool) -> None:

@@ -36,8 +36,6 @@ class Backbone(nn.Module):
         self.project_in = ProjectionIn(tables.embedding_dim, model.width, model.init_std)
         self.dropout = nn.Dropout(0.0 if tower.drops_inputs else model.dropout)
         self.tower = tower.build(model, self.embedder.num_fields)
-        if model.compile:
-            self.tower.compile(dynamic=True)  # in place: parameter names stay
         self.call_padded: typing.Callable[..., torch.Tensor] | None = None
         """What runs the tower on padded batches; None: the tower itself."""
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gpsd_dist.config import ModelConfig
-from gpsd_dist.distributed.dense import recompute_blocks
+from gpsd_dist.distributed.dense import compile_tower, recompute_blocks
 from gpsd_dist.model.registry import TOWERS, Times
 from gpsd_dist.packing import Packing
 from tests.helpers import reference
@@ -56,3 +56,36 @@ def test_recomputed_blocks_give_the_same_bits_and_keep_less(name, dropout):
     for mine, expected in zip(recomputed, plain, strict=True):
         assert torch.equal(mine, expected)
     assert kept_less < kept / 3, (kept_less, kept)
+
+
+def test_recomputed_blocks_may_be_compiled(monkeypatch):
+    """As a run with `ModelConfig.compile`, by dynamo's eager backend; the traced branches add up in another order."""
+    compiler, calls = torch.compile, []
+
+    def traced(function, **options):
+        calls.append(options)
+        return compiler(function, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    config = ModelConfig("transformer", layers=2, width=WIDTH, heads=2)
+    plain, compiled = (TOWERS["transformer"].build(config, 1).double() for _ in range(2))
+    for tower in (plain, compiled):
+        reference.fill_(tower)
+    compile_tower(compiled, by_block=True)
+    recompute_blocks(compiled, has_dropout=False)
+    packing = Packing.from_lengths(np.array([3, 9]), np.array([1, 2]))
+    x_SD = torch.randn(15, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    sides = []
+    try:
+        for tower in (compiled, plain):
+            with counted_bytes() as count:
+                out = tower(x_SD, packing, candidates_only=True)
+                kept = count()
+            gradients = torch.autograd.grad(out.square().sum(), [x_SD, *tower.parameters()])
+            sides.append((kept, out, *gradients))
+    finally:
+        torch._dynamo.reset()
+    (kept_less, *mine), (kept, *expected) = sides
+    assert calls == [{"dynamic": True}] * 2 and kept_less < kept / 2
+    for found, wanted in zip(mine, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)

@@ -31,6 +31,8 @@ def make_optimizer(**options):
 
 MAKERS = {cls: cls for cls in config.GIN_CLASSES} | {RunConfig: make_run, OptimizerConfig: make_optimizer}
 
+GRAPHS: dict[str, typing.Any] = {"cuda_graphs": True, "token_multiple": 64}
+
 INVALID = [
     (DataConfig, {"global_batch_rows": 0}, "set exactly one"),
     (DataConfig, {"global_batch_tokens": 100}, "set exactly one"),
@@ -43,6 +45,8 @@ INVALID = [
     (ExecutionConfig, {"exchange_backward": "half"}, "exchange_backward 'half'"),
     (ExecutionConfig, {"token_multiple": -1}, "token_multiple -1 must be >= 0"),
     (ExecutionConfig, {"cuda_graphs": True}, "cuda_graphs needs few shapes: set token_multiple"),
+    (ExecutionConfig, GRAPHS | {"activation_checkpointing": True}, "cuda_graphs is for small towers"),
+    (ExecutionConfig, GRAPHS | {"dense_parallel": "fsdp2"}, "cuda_graphs is for small towers"),
     (ExecutionConfig, {"dense_parallel": "zero3"}, "dense_parallel 'zero3'"),
     (ExecutionConfig, {"pipeline": "auto"}, "pipeline 'auto' is not one of ('plain', 'sparse_dist')"),
     (TablesConfig, {"embedding_dim": 0}, "embedding_dim 0 must be >= 1"),
@@ -190,7 +194,7 @@ def test_pretraining_takes_neither_strategy_nor_checkpoint(strategy, init_checkp
 
 
 def full_run():
-    """A value other than the default in every field."""
+    """A value other than the default in every field, but for those that do not go with others: see `graphs_run`."""
     return RunConfig(
         stage="finetune",
         data_dir="data/x",
@@ -201,29 +205,33 @@ def full_run():
         data=DataConfig(7, 0, 640, 9, 8, 3, 4),
         tables=TablesConfig(32, 9, {"item": "table_wise"}, ("item", "tag"), 0.1, "fp16"),
         ids=IdsConfig({"item": "managed"}, {"item": 50}, 5, "lru"),
-        model=ModelConfig("hstu", 2, 32, 2, 0.1, 0.05, 8, True, 99, 5, 7, False),
+        model=ModelConfig("hstu", 2, 32, 2, 0.1, 0.05, 8, False, 99, 5, 7, False),
         pretrain=PretrainConfig(0.1, "position", 3, 5, ("category", "brand"), 0.5),
         finetune=FinetuneConfig({"click": 0.5, "buy": 2}, True, 0.5),
         dense=OptimizerConfig("adamw", 0.2, 0.8, 0.7, 1e-6, 0.3),
         sparse=OptimizerConfig("sgd", 0.3, 0.5, 0.6, 1e-5, 0.0),
         train=TrainConfig(3, 9, 0.2, 0.3, 0.5, 2, True, 3, "click/auc", 4, 5, 6, 0.5, False, "s3://b", 7, 8, 10, True),
-        execution=ExecutionConfig(True, "bf16", "fp16", "sparse_dist", "fsdp2", 64, True),
+        execution=ExecutionConfig(True, "bf16", "fp16", "sparse_dist", "fsdp2", 64, False),
     )
 
 
+def graphs_run():
+    return make_run(model=ModelConfig(compile=True), execution=ExecutionConfig(**GRAPHS), train=TrainConfig(bf16=True))
+
+
 def test_round_trip_through_json():
-    for run in (full_run(), make_run()):
+    for run in (full_run(), graphs_run(), make_run()):
         assert run_config_from_dict(json.loads(json.dumps(dataclasses.asdict(run)))) == run
 
 
 def test_the_round_trip_covers_every_field():
-    full, plain = dataclasses.asdict(full_run()), dataclasses.asdict(make_run())
+    full, graphs, plain = (dataclasses.asdict(run) for run in (full_run(), graphs_run(), make_run()))
     same = {
         f"{part}.{name}"
         for part, values in full.items()
         if isinstance(values, dict)
         for name, value in values.items()
-        if value == plain[part][name]
+        if value == graphs[part][name] == plain[part][name]
     }
     assert same <= {"dense.name", "sparse.weight_decay"}
 
@@ -270,3 +278,17 @@ def test_codes_are_not_rounded_on_their_way():
     kept = ExecutionConfig(exchange_backward="fp16")
     run = make_run(stage="finetune", strategy="ST_SF", init_checkpoint="x", tables=tables, execution=kept)
     assert run.execution == kept
+
+
+@pytest.mark.parametrize(
+    ("execution", "other", "words"),
+    [
+        (GRAPHS, {"train": TrainConfig()}, "cuda_graphs without bf16"),
+        (GRAPHS, {"train": TrainConfig(bf16=True, micro_batches=2)}, "cuda_graphs with micro_batches 2"),
+        ({"dense_parallel": "fsdp2"}, {"model": ModelConfig(compile=True)}, "compile with dense_parallel fsdp2"),
+    ],
+)
+def test_ways_to_run_that_do_not_go_together(execution, other, words):
+    with pytest.raises(ValueError, match=words):
+        make_run(execution=ExecutionConfig(**execution), **other)
+    assert make_run(execution=ExecutionConfig(**GRAPHS), train=TrainConfig(bf16=True)).execution.cuda_graphs
