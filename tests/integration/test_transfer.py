@@ -301,3 +301,20 @@ def test_frozen_table_in_fewer_bytes(trained, data_dir, tmp_path, one_rank, dtyp
     assert ((rows - expected).abs() <= bound * (1 + 1e-4)).all()
     metrics = evaluate_checkpoint(tmp_path / "run", None, "valid", one_rank)
     assert all(np.isfinite(values["auc"]) for values in metrics.values())
+
+
+def test_codes_go_on_as_codes_and_nothing_else(trained, data_dir, tmp_path, one_rank):
+    """The next finetuning from one whose table is frozen as int8."""
+    tables = {"frozen_dtype": "int8"}
+    first = _run(data_dir, trained / "source", tmp_path / "first", "ST_SF", tables=tables)
+    Trainer(first, one_rank).train()
+    trainer = Trainer(_run(data_dir, tmp_path / "first", tmp_path / "next", "FT_SF", tables=tables), one_rank)
+    trainer.load_weights()
+    codes = read_checkpoint(step_folder(tmp_path / "first", STEPS))["table.item"]
+    assert codes.shape[1] == 8 and torch.equal(_whole(trainer.assembly)["table.item"], codes)
+    for strategy, dtype in (("ST_SF", "fp32"), ("ST_SF", "fp16"), ("FT", "fp32")):
+        run = _run(
+            data_dir, tmp_path / "first", tmp_path / f"{strategy}_{dtype}", strategy, tables={"frozen_dtype": dtype}
+        )
+        message = _refused(run, one_rank, "frozen as int8")
+        assert f"INIT_CHECKPOINT={trained / 'source'}" in message
