@@ -64,7 +64,7 @@ def _scenario(run: RunConfig, args: argparse.Namespace) -> Scenario:
     measured = read_run_manifest(run)
     check_options_against_data(run, measured)
     shape = data_shape(run, measured, run.training_split)
-    if args.mean_history is not None and not 0 < args.mean_history <= run.data.max_history_length:
+    if args.mean_history is not None and not 1 <= args.mean_history <= run.data.max_history_length:
         raise ValueError(
             f"--mean_history {args.mean_history:g}: the model sees 1 to {run.data.max_history_length} tokens; raise "
             "MAX_HISTORY_LENGTH or lower it"
@@ -81,6 +81,8 @@ def _sizes(entries: list[str]) -> dict[str, int]:
         name, _, rows = entry.partition("=")
         if not rows.replace("_", "").isdigit():
             raise ValueError(f"--table_rows {entry!r}: expected TABLE=ROWS, such as item=100000000")
+        if name in sizes:
+            raise ValueError(f"--table_rows gives {name!r} twice: {sizes[name]} and {rows}")
         sizes[name] = int(rows)
     return sizes
 
@@ -176,7 +178,7 @@ def _traffic_table(found: Estimate) -> rich.table.Table:
         "indices to the owners": found.exchange.indices,
         "rows back": found.exchange.rows,
         "gradients of rows": found.exchange.gradients,
-        "dense gradients (ring)": found.exchange.dense,
+        "dense part (ring)": found.exchange.dense,
         "all": found.exchange.total,
     }
     for name, traffic in kinds.items():
@@ -240,7 +242,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--local_world_size", type=int, default=0, help="ranks of one machine (default: all, at most 8)"
     )
     parser.add_argument("--hbm_gib", type=float, required=True, help="memory of one GPU")
-    parser.add_argument("--table_rows", nargs="+", default=[], metavar="TABLE=ROWS", help="sizes other than the data's")
+    rows_help = "sizes other than the data's"
+    parser.add_argument("--table_rows", nargs="+", action="extend", default=[], metavar="TABLE=ROWS", help=rows_help)
     parser.add_argument("--mean_history", type=float, help="history tokens of a request (default: the data's mean)")
     parser.add_argument("--candidates", type=float, help="candidates of a request (default: the data's mean)")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything there too")
@@ -248,8 +251,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     args.local_world_size = args.local_world_size or min(args.world_size, 8)
     for name in ("world_size", "local_world_size", "hbm_gib", "candidates"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
-            parser.error(f"--{name} {value} must be above 0")
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"--{name} {value} must be above 0 and finite")
     if args.local_world_size > args.world_size:
         parser.error(f"--local_world_size {args.local_world_size} is larger than --world_size {args.world_size}")
     return args, rest

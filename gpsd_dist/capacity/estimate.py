@@ -96,7 +96,9 @@ def estimate(scenario: Scenario, layout: Layout | None = None) -> Estimate:
         training=training,
         size=size,
         memory=memory(run, layout.shards, size, cluster, training, validation),
-        exchange=exchange(layout.shards, training.unique_rows, size.parameters, cluster, run.execution),
+        exchange=exchange(
+            layout.shards, training.unique_rows, size.parameters, cluster, run.execution, run.train.micro_batches
+        ),
         flops=training_flops(run, size, training) if run.model.name == "transformer" else None,
         saved=frozen_line(run, manifest, layout.shards, training.unique_rows, cluster),
         usable_bytes=(1 - RESERVE) * cluster.memory_bytes,

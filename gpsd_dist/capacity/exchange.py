@@ -48,7 +48,7 @@ class Exchange:
     gradients: Traffic
     """Backward, to the owners; nothing for frozen tables."""
     dense: Traffic
-    """All-reduce of the dense gradients as a ring over all ranks."""
+    """Dense gradients (all-reduce), with FSDP2 also weights (see `_dense`), as rings over all ranks."""
 
     @property
     def total(self) -> Traffic:
@@ -62,6 +62,7 @@ def exchange(
     dense_parameters: int,
     cluster: Cluster,
     execution: ExecutionConfig = DEFAULT,
+    micro_batches: int = 1,
 ) -> Exchange:
     """`unique_rows`: table -> U."""
     row_bytes, gradient_bytes = (_SENT_BYTES[t] for t in (execution.exchange_forward, execution.exchange_backward))
@@ -75,7 +76,7 @@ def exchange(
         indices=_to_owners(indices, cluster),
         rows=_from_owners(rows, cluster),
         gradients=_to_owners(gradients, cluster),
-        dense=_ring(dense_parameters * VALUE_BYTES, cluster),
+        dense=_dense(dense_parameters * VALUE_BYTES, cluster, execution, micro_batches),
     )
 
 
@@ -120,10 +121,19 @@ def _from_owners(owned: np.ndarray, cluster: Cluster) -> Traffic:
     return Traffic(owned * (neighbours - 1), owned * (cluster.world_size - neighbours))
 
 
-def _ring(size_bytes: int, cluster: Cluster) -> Traffic:
-    """Each rank sends 2 (W - 1) / W of the buffer to its successor; the last rank of a machine to the next machine."""
+def _dense(size_bytes: int, cluster: Cluster, execution: ExecutionConfig, micro_batches: int) -> Traffic:
+    """DDP: one all-reduce, which is two passes. FSDP2: the weights of blocks are gathered in every forward and again
+    in every backward, gradients scattered once; what is in no block is gathered once, which is not told apart here.
+    """
+    return _ring(size_bytes, cluster, 2 * micro_batches + 1 if execution.dense_parallel == "fsdp2" else 2)
+
+
+def _ring(size_bytes: int, cluster: Cluster, passes: int) -> Traffic:
+    """Each rank sends (W - 1) / W of the buffer per pass to its successor; the last rank of a machine to the next
+    machine.
+    """
     world_size = cluster.world_size
-    sent = np.full(world_size, 2 * (world_size - 1) / world_size * size_bytes)
+    sent = np.full(world_size, passes * (world_size - 1) / world_size * size_bytes)
     rank = np.arange(world_size)
     crosses = rank // cluster.local_world_size != (rank + 1) % world_size // cluster.local_world_size
     return Traffic(np.where(crosses, 0.0, sent), np.where(crosses, sent, 0.0))

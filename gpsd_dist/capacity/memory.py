@@ -128,10 +128,12 @@ def dense_bytes(run: RunConfig, size: ModelSize, world_size: int) -> int:
     """Weights, gradients, exp_avg, exp_avg_sq, all float32; DDP's buckets; bf16 copies of matrices under autocast.
 
     FSDP2 keeps a rank's part of the four, and gathered: weights and gradients of two blocks, and what is in no block.
+    Where parts of a batch add up (`micro_batches`), it keeps the gradients of all blocks whole until the last part.
     """
     half = _HALF * size.matrix_parameters if run.train.bf16 else 0
     if run.execution.dense_parallel == "fsdp2" and world_size > 1:
-        gathered = 2 * min(1.0, 2 / run.model.layers) * size.matrix_parameters
+        of_blocks = min(1.0, 2 / run.model.layers)
+        gathered = (of_blocks + (1 if run.train.micro_batches > 1 else of_blocks)) * size.matrix_parameters
         gathered += 2 * (size.parameters - size.matrix_parameters)
         return round(
             4 * _FLOAT * size.parameters / world_size + _FLOAT * gathered + half * min(1, 2 / run.model.layers)

@@ -9,6 +9,7 @@ from gpsd_dist.assembly import tables_kept_whole
 from gpsd_dist.capacity.estimate import Estimate, Layout, Scenario, estimate
 from gpsd_dist.capacity.memory import Memory
 from gpsd_dist.execution_config import BLOCK_MODELS
+from gpsd_dist.table_options import FROZEN_DTYPES, TablesConfig
 
 _MAX_RANKS = 1024
 _MIN_COLUMNS = 256  # TorchRec cuts columns into pieces of 128 at least
@@ -43,7 +44,27 @@ def _freezing(scenario: Scenario) -> typing.Iterator[Remedy]:
         source = run.init_checkpoint or "PRETRAINED_RUN"
         flags = f"--gin.STRATEGY={strategy}" + ("" if run.init_checkpoint else f" --gin.INIT_CHECKPOINT={source}")
         frozen = dataclasses.replace(run, strategy=strategy, init_checkpoint=source)
-        yield _built("freeze the transferred tables", flags, dataclasses.replace(scenario, run=frozen))
+        scenario = dataclasses.replace(scenario, run=frozen)
+        yield _built("freeze the transferred tables", flags, scenario)
+        yield from _fewer_bytes(scenario, "freeze the transferred tables, kept in", f"{flags} ")
+    elif run.freezes_tables:
+        yield from _fewer_bytes(scenario, "frozen tables kept in", "")
+
+
+def _fewer_bytes(scenario: Scenario, name: str, flags: str) -> typing.Iterator[Remedy]:
+    """Smaller types of frozen tables, as far as training takes them."""
+    tables = scenario.run.tables
+    for dtype in FROZEN_DTYPES[FROZEN_DTYPES.index(tables.frozen_dtype) + 1 :]:
+        try:
+            changed = _replaced(scenario, "tables", frozen_dtype=dtype)
+        except ValueError:  # int8 with tables cut by columns, or rows that are rounded on their way
+            continue
+        if _row_bytes(changed.run.tables) < _row_bytes(tables):
+            yield _built(f"{name} {dtype}", f"{flags}--gin.TablesConfig.frozen_dtype={dtype}", changed)
+
+
+def _row_bytes(tables: TablesConfig) -> int:
+    return tables.frozen_columns * tables.frozen_value_bytes
 
 
 def _layouts(scenario: Scenario) -> typing.Iterator[Remedy]:
@@ -78,11 +99,18 @@ def _batches(scenario: Scenario, found: Estimate) -> typing.Iterator[Remedy]:
     least, most = scenario.cluster.world_size, found.training.requests
     rows, tokens = _halves(data.global_batch_rows, least), _halves(data.global_batch_tokens, least)
     validation = _halves(data.eval_batch_rows_per_rank, 1)
+    parts = [] if run.execution.cuda_graphs else _doubles(run.train.micro_batches, most)
     precisions = [True] if not run.train.bf16 else []
     for label, flag, part, field, values in (
         ("smaller batches", "GLOBAL_BATCH_ROWS", "data", "global_batch_rows", rows),
         ("smaller batches", "DataConfig.global_batch_tokens", "data", "global_batch_tokens", tokens),
-        ("gradient accumulation", "", "train", "micro_batches", _doubles(run.train.micro_batches, most)),
+        (
+            "gradient accumulation",
+            "",
+            "train",
+            "micro_batches",
+            _doubles(run.train.micro_batches, 0 if run.execution.cuda_graphs else most),
+        ),
         ("smaller batches in validation", "", "data", "eval_batch_rows_per_rank", validation),
         ("bf16 autocast of the dense part", "", "train", "bf16", precisions),
     ):
@@ -94,20 +122,24 @@ def _batches(scenario: Scenario, found: Estimate) -> typing.Iterator[Remedy]:
 def _executions(scenario: Scenario, found: Estimate) -> typing.Iterator[Remedy]:
     """The same step, done with less memory: the tables stay."""
     run = scenario.run
+    if run.execution.cuda_graphs:  # refuses both
+        return
     if run.model.name in BLOCK_MODELS and not run.execution.activation_checkpointing:
         changed = _replaced(scenario, "execution", activation_checkpointing=True)
         flags = "--gin.ExecutionConfig.activation_checkpointing=True"
         yield _built("activation checkpointing of every layer", flags, changed, found.layout)
-    if scenario.cluster.world_size > 1 and run.execution.dense_parallel == "ddp":
+    if scenario.cluster.world_size > 1 and run.execution.dense_parallel == "ddp" and not run.model.compile:
         changed = _replaced(scenario, "execution", dense_parallel="fsdp2")
         yield _built("FSDP2 of the dense part", "--gin.ExecutionConfig.dense_parallel=fsdp2", changed, found.layout)
 
 
 def _not_built(scenario: Scenario, found: Estimate) -> typing.Iterator[Remedy]:
     """From the parts of the memory that each would change."""
-    memory = found.memory
-    half = dataclasses.replace(memory, tables=memory.tables / 2)
-    yield _other("tables in bf16", half, found)
+    memory, trained = found.memory, np.zeros_like(found.memory.tables)
+    for shard in found.layout.shards:
+        trained[shard.rank] += 0 if shard.is_frozen else shard.rows * shard.columns * shard.value_bytes
+    if trained.any():
+        yield _other("trained tables in bf16", dataclasses.replace(memory, tables=memory.tables - trained / 2), found)
     cached = dataclasses.replace(memory, tables=memory.tables * _CACHED_PART)
     yield _other(f"UVM caching with {_CACHED_PART:.0%} of the rows in HBM, the rest in host memory", cached, found)
 

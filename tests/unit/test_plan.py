@@ -127,6 +127,7 @@ def test_a_data_set_without_labels_is_refused_where_it_would_be_scored(options, 
     [
         (["--table_rows", "itme=10"], "there is no table 'itme'"),
         (["--table_rows", "item"], "'item': expected TABLE=ROWS"),
+        (["--table_rows", "item=100", "--table_rows", "item=200"], "--table_rows gives 'item' twice: 100 and 200"),
         (["--mean_history", "51"], r"--mean_history 51: the model sees 1 to 50 tokens"),
         (["--gin.TrainConfig.epoch=3"], "epoch"),
         (["--gin.DATA_DIR=nowhere"], "manifest.json does not exist"),
@@ -144,6 +145,8 @@ def test_mistakes_are_explained(options, capsys, argv, message):
         (["--world_size", "0", "--hbm_gib", "80"], "--world_size 0 must be above 0"),
         (["--world_size", "2", "--local_world_size", "4", "--hbm_gib", "80"], "--local_world_size 4 is larger"),
         (["--world_size", "2"], "--hbm_gib"),
+        (["--world_size", "2", "--hbm_gib", "inf"], "--hbm_gib inf must be above 0 and finite"),
+        (["--world_size", "2", "--hbm_gib", "nan"], "--hbm_gib nan must be above 0 and finite"),
     ],
 )
 def test_impossible_clusters_are_refused(capsys, argv, message):

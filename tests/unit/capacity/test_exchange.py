@@ -4,6 +4,7 @@ import pytest
 
 from gpsd_dist.capacity.exchange import exchange, held_rows
 from gpsd_dist.distributed.sharding import Cluster, Shard
+from gpsd_dist.execution_config import ExecutionConfig
 
 FOUR = Cluster(world_size=4, local_world_size=2, device_type="cuda")
 
@@ -56,3 +57,9 @@ def test_dense_ring_by_hand(world_size, local, intra, inter):
     found = exchange((), {}, 100, Cluster(world_size, local, "cuda")).dense
     assert found.intra[0] == intra and found.inter[-1] == inter
     assert found.total.tolist() == [2 * (world_size - 1) / world_size * 400] * world_size
+
+
+@pytest.mark.parametrize(("micro_batches", "passes"), [(1, 3), (4, 9)])
+def test_fsdp2_gathers_weights_twice_for_every_part_of_a_batch(micro_batches, passes):
+    found = exchange((), {}, 100, FOUR, ExecutionConfig(dense_parallel="fsdp2"), micro_batches).dense
+    assert found.total.tolist() == [passes * 3 / 4 * 400] * 4
