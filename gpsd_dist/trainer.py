@@ -218,6 +218,7 @@ class Trainer:
     def _validate(self, recorder: Recorder, is_last: bool) -> None:
         """Scores `valid`, judges it, saves. Collective."""
         self.runtime.watchdog.note("validation", is_collective=True)
+        self.training_step.check_last()
         metrics = evaluate_split(self.run, self.manifest, self.assembly, "valid", self.runtime)
         for task, values in metrics.items():
             recorder.record_all(f"valid/{task}", values)
@@ -252,6 +253,7 @@ class Trainer:
 
     def _save(self, metrics: dict[str, float]) -> None:
         self.runtime.watchdog.note("checkpoint", is_collective=True)
+        self.training_step.check_last()
         state = RunState(
             step=self.step,
             data_position=self.loader.state_dict() | self._position | {"valid_content": self._valid_content},

@@ -42,6 +42,7 @@ class TrainingStep:
         # here, because a copy to a GPU makes the host wait
         self._loss_weights = torch.tensor(list(assembly.objective.weights.values()), device=runtime.device)
         self._last_good = last_good
+        self._last_losses: tuple[torch.Tensor, torch.Tensor, int] | None = None
 
     def __call__(
         self, batches: tuple[Batch, ...], step: int, lr_factor: float, recorder: Recorder
@@ -88,7 +89,8 @@ class TrainingStep:
         for batch in batches[:-1]:
             part = self._forward(leaves, batch, is_last=False)
             sums += part.detach()
-            (part * scale).sum().backward()
+            with self.profiler.range(profiling.BACKWARD):
+                (part * scale).sum().backward()
         joined, anchor = join_rows(rows, leaves)
         part = self._forward(joined, batches[-1], is_last=True)
         sums += part.detach()
@@ -149,8 +151,17 @@ class TrainingStep:
 
     def _check_finite(self, sums: torch.Tensor, counts: torch.Tensor, step: int) -> None:
         """Before weights move. LossNotFinite names rank and step. On a GPU only at log steps: it waits for the GPU."""
-        if sums.is_cuda and step % self.run.train.log_interval_steps:
+        self._last_losses = sums, counts, step
+        if not sums.is_cuda or step % self.run.train.log_interval_steps == 0:
+            self.check_last()
+
+    def check_last(self) -> None:
+        """LossNotFinite if the last step's losses are not finite; before weights are scored or saved, because on a GPU
+        most steps are not looked at. What one of them has spoilt makes the losses of all later ones NaN, too.
+        """
+        if self._last_losses is None:
             return
+        sums, counts, step = self._last_losses
         if not torch.isfinite(sums).all():
             found = dict(zip(self.assembly.objective.weights, (sums / counts.clamp(min=1)).tolist(), strict=True))
             raise LossNotFinite(
@@ -173,6 +184,10 @@ class PipelinedStep:
     def zero_grad(self) -> None:
         """See StepHooks."""
         self.training_step.begin(self.number(), self.lr_factor(), self.recorder)
+
+    def looking_up(self) -> typing.ContextManager[typing.Any]:
+        """See StepHooks."""
+        return self.training_step.profiler.range(profiling.LOOKUP)
 
     def forward(
         self, rows: dict[str, torch.Tensor], parts: tuple[Batch, ...]

@@ -27,6 +27,9 @@ class StepHooks(typing.Protocol):
     def zero_grad(self) -> None:
         """First of all; also where the step's seed and learning rate are set."""
 
+    def looking_up(self) -> typing.ContextManager[typing.Any]:
+        """Around the lookup."""
+
     def forward(self, rows: dict[str, torch.Tensor], parts: Parts) -> tuple[torch.Tensor, Done]:
         """-> (a loss whose backward computes dense gradients and updates the tables, what `steps` hands out)."""
 
@@ -68,7 +71,9 @@ class SparseDistPipeline:
         lookup = _Lookup(tables.module.module)
 
         def forward(prefetched: PrefetchedParts) -> tuple[torch.Tensor, Done]:
-            return hooks.forward(lookup(prefetched), prefetched.parts)
+            with hooks.looking_up():
+                rows = lookup(prefetched)
+            return hooks.forward(rows, prefetched.parts)
 
         self._lookup = lookup
         self._pipeline = TrainPipelineSparseDist(lookup, hooks, device, custom_model_fwd=forward)

@@ -24,6 +24,7 @@ STEP, DATA_WAIT, FORWARD, TOWER, COLLECTIVES = "train step", "data wait", "forwa
 LOOKUP, BACKWARD, TABLE_UPDATE, OPTIMIZER = "table lookup", "dense backward", "table backward + update", "optimizer"
 _RANGES = (STEP, DATA_WAIT, FORWARD, TOWER, COLLECTIVES, LOOKUP, BACKWARD, TABLE_UPDATE, OPTIMIZER)
 _COLLECTIVE_PREFIXES = ("gloo:", "nccl:")  # of the process groups' own ranges, from call to completion
+_PIPELINE_BACKWARD = "## backward"  # TorchRec's pipeline: dense part and tables in one
 _WITH_COLLECTIVES = (COLLECTIVES, LOOKUP, BACKWARD, TABLE_UPDATE)
 _TOP_OPS = 20
 _NOTHING = contextlib.nullcontext()
@@ -107,6 +108,8 @@ def summary(averages: list, rank: int, num_steps: int, peaks: dict[str, float]) 
         "head + loss": forward_ms - tower_ms,
         **{name: spent_ms.get(name, 0.0) for name in (BACKWARD, TABLE_UPDATE, OPTIMIZER, COLLECTIVES)},
     }
+    joint_ms = sum(ms for name, ms in spent_ms.items() if name.startswith(_PIPELINE_BACKWARD))
+    parts[BACKWARD] += joint_ms
     parts["rest"] = total_ms - sum(parts.values())
     waiting_ms = sum(ms for name, ms in spent_ms.items() if name.startswith(_COLLECTIVE_PREFIXES))
     lines = [
@@ -115,6 +118,7 @@ def summary(averages: list, rank: int, num_steps: int, peaks: dict[str, float]) 
         "",
         f"{'part':<28}{'ms/step':>10}{'share':>8}",
         *(_share(name, ms, total_ms) for name, ms in parts.items()),
+        *([f"  {BACKWARD} is that of the tables, too: sparse_dist has one for both"] if joint_ms else []),
         _share("all", total_ms, total_ms),
         "",
         _share("collectives, all together", waiting_ms, total_ms),

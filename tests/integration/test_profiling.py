@@ -88,6 +88,15 @@ def test_summary_adds_up(data_dir, tmp_path, one_rank):
     assert not [name for name in RANGES if f"\n{name} " in operations] and "ProfilerStep" not in operations
 
 
+def test_summary_of_the_prefetching_pipeline_has_its_parts(data_dir, tmp_path, one_rank):
+    options = {"train": {"eval_per_epoch": 1, "micro_batches": 2}, "execution": {"pipeline": "sparse_dist"}}
+    Trainer(_run("finetune", data_dir, tmp_path, **options), one_rank).train()
+    parts = _parts(tmp_path)
+    assert all(parts[name][0] > 0 for name in ("table lookup", "tower", "dense backward", "optimizer"))
+    assert len(_trace_ranges(tmp_path)[profiling.LOOKUP]) == len(_trace_ranges(tmp_path)[profiling.BACKWARD]) == 3
+    assert "dense backward is that of the tables, too" in (tmp_path / "profile/summary_rank0.txt").read_text()
+
+
 def test_short_run_warns_and_writes_nothing(data_dir, tmp_path, one_rank, caplog):
     logger = logging.getLogger("gpsd_dist.metrics.profiling")
     logger.addHandler(caplog.handler)

@@ -157,6 +157,24 @@ def test_loss_that_is_not_finite_stops_before_weights_move(data_dir, tmp_path, o
     assert all(torch.isfinite(table).all() for table in tables.values())
 
 
+def test_spoilt_weights_are_not_saved_where_the_step_did_not_look(data_dir, tmp_path, one_rank):
+    """On a GPU the losses of most steps are not looked at."""
+    trainer = Trainer(tiny_run("finetune", data_dir, tmp_path, train={"save_interval_steps": 2}), one_rank)
+    step, original = trainer.training_step, trainer._train_step
+
+    def poisoned(*args):
+        if trainer.step == 2:
+            with torch.no_grad():
+                trainer.model.heads.mlps["click"][2].bias.fill_(math.nan)
+        original(*args)
+
+    trainer._train_step = poisoned
+    step._check_finite = lambda *last: setattr(step, "_last_losses", last)
+    with pytest.raises(ValueError, match="rank 0, step 3: the loss is not finite"):
+        trainer.train()
+    assert trainer.step == 4 and manager.find(tmp_path, "last") == step_folder(tmp_path, 2)
+
+
 @pytest.mark.parametrize("index", [NUM_ITEMS, -1, 2**40])
 def test_index_outside_a_table_is_an_error_not_row_0(data_dir, tmp_path, one_rank, index):
     """Collate checks indices; this is the net below it."""
