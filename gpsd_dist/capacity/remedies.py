@@ -104,13 +104,7 @@ def _batches(scenario: Scenario, found: Estimate) -> typing.Iterator[Remedy]:
     for label, flag, part, field, values in (
         ("smaller batches", "GLOBAL_BATCH_ROWS", "data", "global_batch_rows", rows),
         ("smaller batches", "DataConfig.global_batch_tokens", "data", "global_batch_tokens", tokens),
-        (
-            "gradient accumulation",
-            "",
-            "train",
-            "micro_batches",
-            _doubles(run.train.micro_batches, 0 if run.execution.cuda_graphs else most),
-        ),
+        ("gradient accumulation", "", "train", "micro_batches", parts),
         ("smaller batches in validation", "", "data", "eval_batch_rows_per_rank", validation),
         ("bf16 autocast of the dense part", "", "train", "bf16", precisions),
     ):

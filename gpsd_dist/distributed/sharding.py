@@ -122,6 +122,9 @@ def shard_tables(
     """
     if runtime.device.type != "cuda" and optimizer.name in CUDA_ONLY_SPARSE_OPTIMIZERS:
         raise ValueError(f"sparse optimizer {optimizer.name!r} has no CPU kernel in FBGEMM; use 'rowwise_adagrad'")
+    halved = {execution.exchange_forward, execution.exchange_backward} - {"fp32"}
+    if halved and runtime.world_size == 1:
+        log.warning("exchange in %s has no effect on one rank: nothing is exchanged", "/".join(sorted(halved)))
     sharder = _sharder(execution)
     planner = _planner(tables, config, optimizer, _cluster(runtime))
     try:
