@@ -6,27 +6,34 @@ import time
 
 import torch
 
-from benchmarks.datasets import BenchData, prepare
+from benchmarks.datasets import CANDIDATES_PER_ROW, BenchData, prepare
 from benchmarks.remote import Block, Facts, interleave, running
 from benchmarks.sides import SIZES, VARIANTS, SideSpec, Size, variants_of
+from benchmarks.step_split import split_table
 from benchmarks.tables import Table
 from gpsd_dist.model.transformer import ffn_width
 
 _SPLIT_STEPS = 20
-_LARGE = 16
-"""Requests per step of sizes that take seconds for them."""
+_LARGE_ROWS, _LARGE_SPLIT_STEPS, _LARGE_BLOCK_S = 16, 4, 10.0
+"""Of sizes that take seconds for a few requests: requests per step on both sides, steps that are split, and the CPU
+seconds of a turn, so that the faster side makes several steps in it.
+"""
 _NEGATIVES = 4096
 
 
 def batch_rows(data: BenchData, size: Size, *, is_baseline: bool) -> int:
     """Requests per step: the official batch; less for the baseline's wide pretraining, whose [B, N, D] negatives would
-    not fit into an ordinary machine (its cost per token hardly depends on it), and for towers that are far larger.
+    not fit into an ordinary machine (its cost per token hardly depends on it), and on both sides for large towers.
     """
-    if size.layers * size.width > 4 * 256:
-        return _LARGE
+    if _is_large(size):
+        return _LARGE_ROWS
     if data.split != "pretrain" or not is_baseline:
         return data.source.batch_rows
     return min(data.source.batch_rows, 512 * 64 // size.width)
+
+
+def _is_large(size: Size) -> bool:
+    return size.layers * size.width > 4 * 256
 
 
 def _spec(variant: str, data: BenchData, size: Size, folder: pathlib.Path) -> SideSpec:
@@ -36,18 +43,26 @@ def _spec(variant: str, data: BenchData, size: Size, folder: pathlib.Path) -> Si
     )
 
 
+def _products(name: str, size: Size) -> dict[str, str]:
+    """Name of the entry -> variant. Pretraining is measured with the product's default negatives, too, but for towers
+    so large that three sides do not fit into memory.
+    """
+    products = {name: "product"}
+    if name.startswith("pretrain/") and not _is_large(size):
+        products[f"{name}/default_negatives"] = "product, 8 x 1024 negatives"
+    return products
+
+
 def against_baseline(name: str, seconds: float, data_root: pathlib.Path, folder: pathlib.Path) -> list[dict]:
-    """Entries of bench.json for one name; pretraining has a second one, with the product's default negatives."""
+    """Entries of bench.json for one name, one per product of `_products`."""
     kind, data_name, size_name = name.split("/")
     data, size = prepare(kind, data_name, data_root, folder), SIZES[size_name]
-    labels = {name: "product"} | (
-        {f"{name}/default_negatives": "product, 8 x 1024 negatives"} if kind == "pretrain" else {}
-    )
+    is_large, labels = _is_large(size), _products(name, size)
     entries = []
     specs = {variant: _spec(variant, data, size, folder) for variant in ("baseline", *labels.values())}
     with running(specs) as sides:
-        blocks = interleave(sides, seconds)
-        steps = 2 if size.layers * size.width > 4 * 256 else _SPLIT_STEPS
+        blocks = interleave(sides, seconds, shortest_s=_LARGE_BLOCK_S if is_large else 2.0)
+        steps = _LARGE_SPLIT_STEPS if is_large else _SPLIT_STEPS
         baseline_facts = sides["baseline"].facts(0)
         for label, variant in labels.items():
             entry = _entry(label, blocks["baseline"], blocks[variant])
@@ -60,7 +75,8 @@ def against_baseline(name: str, seconds: float, data_root: pathlib.Path, folder:
             entry |= _facts(facts, blocks[variant], specs[variant], baseline_facts)
             if size.layers * size.width >= 4 * 256:
                 negatives = 0 if kind != "pretrain" else 1024 if "1024" in variant else _NEGATIVES
-                entry |= _utilisation(size, negatives, entry["tokens_per_cpu_s"])
+                candidates_per_s = CANDIDATES_PER_ROW[kind] * entry["examples_per_cpu_s"]
+                entry |= _utilisation(size, negatives, entry["tokens_per_cpu_s"], candidates_per_s)
             entries.append(entry)
     return entries
 
@@ -95,18 +111,21 @@ def _facts(facts: Facts, blocks: list[Block], spec: SideSpec, baseline: Facts) -
     }
 
 
-def _utilisation(size: Size, negatives: int, tokens_per_s: float) -> dict:
-    """Model FLOPs of the linear layers and the item softmax, forward and backward, over what a large matrix product
-    reaches on this core at this moment.
-    """
+def _model_flops(size: Size, negatives: int, tokens: float, candidates: float) -> float:
+    """Linear layers over history tokens and candidates, item softmax over history tokens; forward and backward."""
     layer = 4 * size.width**2 + 3 * size.width * ffn_width(size.width)
-    flops_per_token = 6 * (size.layers * layer + negatives * size.width)
+    return 6 * (size.layers * layer * (tokens + candidates) + negatives * size.width * tokens)
+
+
+def _utilisation(size: Size, negatives: int, tokens_per_s: float, candidates_per_s: float) -> dict:
+    """Model FLOPs over what a large matrix product reaches on this core at this moment."""
     torch.set_num_threads(1)
     left, right = torch.randn(2048, 1024), torch.randn(1024, 2048)
     torch.mm(left, right)
     best_s = min(_timed_product(left, right) for _ in range(5))
     peak = 2 * 2048 * 1024 * 2048 / best_s
-    return {"mfu": flops_per_token * tokens_per_s / peak, "peak_gflops": peak / 1e9}
+    flops_per_s = _model_flops(size, negatives, tokens_per_s, candidates_per_s)
+    return {"mfu": flops_per_s / peak, "peak_gflops": peak / 1e9}
 
 
 def _timed_product(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -164,10 +183,10 @@ def ablation_tables(entries: list[dict]) -> list[Table]:
 
 
 def comparison_tables(entries: list[dict]) -> list[Table]:
-    """Ratios, then the product's memory, then the phases of its step."""
+    """Ratios, then the phases of the product's step, then its memory."""
     ratios = Table(
-        "Real tokens per CPU-second, product against padded baseline",
-        ("name", "ratio", "min - max (pairs)", "product", "baseline", "product requests / CPU-s", "MFU"),
+        "Real tokens per CPU-second, product against padded baseline (requests / step: of both; / CPU-s: the product)",
+        ("name", "ratio", "min - max (pairs)", "product", "baseline", "requests / step", "requests / CPU-s", "MFU"),
     )
     memory = Table(
         "Memory of the process and table rows moved per step",
@@ -180,6 +199,7 @@ def comparison_tables(entries: list[dict]) -> list[Table]:
             f"{entry['ratio_min']:.1f} - {entry['ratio_max']:.1f} ({entry['pairs']})",
             f"{entry['tokens_per_cpu_s']:,.0f}",
             f"{entry['baseline_tokens_per_cpu_s']:,.0f}",
+            f"{entry['batch_requests']} / {entry['baseline_batch_requests']}",
             f"{entry['examples_per_cpu_s']:,.0f}",
             f"{entry['mfu']:.0%} of {entry['peak_gflops']:.0f} GFLOP/s" if "mfu" in entry else "",
         )
@@ -190,9 +210,5 @@ def comparison_tables(entries: list[dict]) -> list[Table]:
             f"{entry['baseline_peak_mib']:,.0f} MiB",
             f"{megabytes:.1f} MiB",
         )
-    phases = list(dict.fromkeys(phase for entry in entries for phase in entry["step_split_ms"]))
-    split = Table("Phases of the product's step, CPU ms", ("name", *phases))
-    for entry in entries:
-        times = entry["step_split_ms"]
-        split.add(entry["name"], *(f"{times[phase]:.1f}" if phase in times else "" for phase in phases))
-    return [ratios, split, memory]
+    splits = {entry["name"]: entry["step_split_ms"] for entry in entries}
+    return [ratios, split_table("Phases of the product's step, ms", splits), memory]

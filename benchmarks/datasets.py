@@ -4,8 +4,10 @@ Both sides read the same Parquet files with two token features (item, and one sm
 one task. Where the prepared data is not there, rows with the same distribution of history lengths take its place.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import logging
 import pathlib
 import typing
 
@@ -75,6 +77,23 @@ class BenchData:
     source: Source
     note: str
     """What the rows are, for the report."""
+
+
+@contextlib.contextmanager
+def without_validation() -> typing.Iterator[None]:
+    """Build a `Trainer` on these rows in it: it does not warn that none of them is `valid`, which is meant; of all else
+    it does.
+    """
+    logger = logging.getLogger("gpsd_dist.assembly")
+    logger.addFilter(_is_not_about_valid)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_not_about_valid)
+
+
+def _is_not_about_valid(record: logging.LogRecord) -> bool:
+    return "has no valid rows" not in record.msg
 
 
 def prepare_synthetic(kind: str, name: str, source: Source, per_row: int, out_dir: pathlib.Path) -> BenchData:

@@ -43,7 +43,7 @@ def measure(name: str, seconds: float, data_root: pathlib.Path, folder: pathlib.
                 "ratio_max": max(ratios),
                 "pairs": len(ratios),
                 "step_cpu_ms": statistics.median(block.step_cpu_ms for block in found),
-                "table_ms": sum(facts[label].step_split_ms.get(phase, 0.0) for phase in _TABLE_PHASES),
+                "table_ms": sum(facts[label].step_split_ms["CPU"][phase] for phase in _TABLE_PHASES),
                 "table_bytes_per_step": facts[label].table_bytes,
                 "peak_mib": facts[label].peak_mib,
                 "start_up_lines": facts[label].tables_report,

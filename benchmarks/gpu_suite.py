@@ -3,7 +3,8 @@
     python -m benchmarks.run --suite gpu [--names train/l4h256a4,lookup] [--out runs/bench/gpu.json]
 
 train/<size>[/<option>]   pretraining in bf16 at 64k tokens a step with 4096 shared negatives: real tokens/s, MFU,
-                          memory; the same batches over and over (`device`), and with the loader (`loop`)
+                          memory; the same batches over and over (`device`), and with the loader (`loop`); without
+                          `sparse_dist` also the phases of a step with the loader, see step_split.py
 lookup                    sharded lookup of table rows against a plain copy of as many bytes
 host_syncs                calls of a training step that make the host wait for the GPU, by place
 attention                 two flash parts against length buckets, forward and backward, and the error of both
@@ -25,6 +26,7 @@ import torch
 from benchmarks.gpu_bench import Bench, Sizes
 from benchmarks.gpu_kernels import attention_kernels, hstu_kernel, lookup
 from benchmarks.gpu_training import TRAINED, host_syncs, train
+from benchmarks.step_split import split_table
 from gpsd_dist.distributed.runtime import Runtime, process_group
 
 OPTIONS = ("", "compile", "sparse_dist", "activation_checkpointing")
@@ -97,5 +99,8 @@ def report(names: typing.Sequence[str], out: pathlib.Path, sizes: Sizes | None =
         )
         table.add_row(entry["name"], text, entry["goal"] or "")
     console.print(table)
+    splits = {entry["name"]: entry["step_split_ms"] for entry in entries if "step_split_ms" in entry}
+    if splits:
+        console.print(split_table("Phases of a step, ms", splits).rich())
     console.print(f"written to {out}")
     return 1 if any("error" in entry for entry in entries) else 0

@@ -10,8 +10,9 @@ import warnings
 import numpy as np
 import torch
 
-from benchmarks.datasets import BenchData, prepare
+from benchmarks.datasets import BenchData, prepare, without_validation
 from benchmarks.gpu_bench import Bench, Sizes
+from benchmarks.step_split import Split, split_steps
 from gpsd_dist.capacity.estimate import model_size, training_flops
 from gpsd_dist.capacity.workload import Workload
 from gpsd_dist.config import (
@@ -65,7 +66,8 @@ class Training:
     def __init__(self, bench: Bench, size: tuple[int, int, int], option: str):
         self.data = prepare("pretrain", "taobao_like", pathlib.Path("data"), bench.folder)
         self.run = run_config(self.data, bench.sizes.max_trained or size, bench.sizes, option, bench.folder)
-        self.trainer = Trainer(self.run, bench.runtime)
+        with without_validation():
+            self.trainer = Trainer(self.run, bench.runtime)
         self.recorder = Recorder(self.run.output_dir, 0, device=bench.device)
         self.source = self.trainer._endless()
 
@@ -102,11 +104,21 @@ def train(bench: Bench, name: str) -> dict[str, typing.Any]:
             peak = peak_bf16_flops(torch.cuda.get_device_name()) if bench.is_cuda else None
             found["tflops_per_s"] = flops.step / device_s / 1e12
             found["mfu"] = mfu(tokens / device_s, flops.token, peak) if peak else None
+            found["step_split_ms"] = _split(bench, training)
     finally:
         training.close()
     found |= {"loop_step_ms": 1000 * loop_s, "loop_tokens_per_s": training.mean_tokens / loop_s}
     found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if bench.is_cuda else None
     return found
+
+
+def _split(bench: Bench, training: Training) -> Split:
+    """Phases of a step with the loader."""
+    steps = training.steps()
+    for _ in range(bench.sizes.warmup_steps):
+        next(steps)
+    bench.wait()
+    return split_steps(training.trainer, lambda count: [next(steps) for _ in range(count)], bench.sizes.steps)
 
 
 def timed_steps(bench: Bench, steps: typing.Iterator[typing.Any]) -> float:

@@ -22,6 +22,7 @@ from benchmarks.datasets import SOURCES, BenchData, Constant, Source, prepare_sy
 from benchmarks.product import Product, run_config
 from benchmarks.remote import interleave, running
 from benchmarks.sides import SIZES, SideSpec
+from benchmarks.step_split import Split, split_table
 from benchmarks.tables import Table
 from gpsd_dist.capacity.workload import expected_distinct
 from gpsd_dist.config import PretrainConfig
@@ -39,7 +40,7 @@ SWEEPS = {
 _PLANNED_ROWS = 100_000_000  # 25 GiB at width 64: does not fit here
 _SIZE = SIZES["h64"]
 _ROUNDS = (3, 5)
-_STEPS = 20  # of a weak-scaling run, after as many to warm up
+_STEPS = 20  # of a weak-scaling run, after as many to warm up, and of its split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,12 +133,21 @@ def _weak_scaling(name: str, folder: pathlib.Path) -> list[dict]:
             rates[count].append(_scaling_run(count, folder, turn))
     entries = []
     for count, found in rates.items():
-        middle = {key: statistics.median(run[key] for run in found) for key in found[0]}
+        middle: dict = {key: statistics.median(run[key] for run in found) for key in found[0] if key != "step_split_ms"}
+        middle["step_split_ms"] = _middle_split([run["step_split_ms"] for run in found])
         speed = statistics.median(
             run["requests_per_s"] / one["requests_per_s"] for run, one in zip(found, rates[1], strict=True)
         )
         entries.append({"name": name, "size": count, "efficiency": speed / count, "cores": os.cpu_count()} | middle)
     return entries
+
+
+def _middle_split(splits: list[Split]) -> Split:
+    """Median of every phase."""
+    return {
+        clock: {phase: statistics.median(split[clock][phase] for split in splits) for phase in times}
+        for clock, times in splits[0].items()
+    }
 
 
 def _scaling_run(count: int, folder: pathlib.Path, turn: int) -> dict:
@@ -163,9 +173,10 @@ def _scaling_rank(folder: pathlib.Path, turn: str) -> None:
         begin, cpu_s = time.perf_counter(), time.process_time()
         product.run_steps(_STEPS)
         wall_s, cpu_s = time.perf_counter() - begin, time.process_time() - cpu_s
+        split = product.split_step(_STEPS)
         if runtime.is_main:
-            found = {"requests_per_s": rows * _STEPS / wall_s, "step_wall_ms": 1000 * wall_s / _STEPS}
-            found |= {"step_cpu_ms": 1000 * cpu_s / _STEPS}
+            found: dict = {"requests_per_s": rows * _STEPS / wall_s, "step_wall_ms": 1000 * wall_s / _STEPS}
+            found |= {"step_cpu_ms": 1000 * cpu_s / _STEPS, "step_split_ms": split}
             (folder / f"scaling-{world}-{turn}.json").write_text(json.dumps(found))
         product.close()
 
@@ -205,7 +216,9 @@ def tables(entries: list[dict]) -> list[Table]:
                 f"{entry['step_cpu_ms']:.0f}",
                 f"{entry['efficiency']:.0%}",
             )
-    return [table for table in (sweep, planned, weak) if table.rows]
+    splits = {f"processes: {entry['size']}": entry["step_split_ms"] for entry in entries if "efficiency" in entry}
+    split = split_table("Weak scaling: phases of a step of rank 0, ms", splits)
+    return [table for table in (sweep, planned, weak, split) if table.rows]
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import typing
 
 import torch
 
-from benchmarks.product import Product, split_step
+from benchmarks.product import Product
 from benchmarks.sides import Side, SideSpec, opened
+from benchmarks.step_split import Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Facts:
     """What a side knows of itself after some steps."""
 
     peak_mib: float
-    step_split_ms: dict[str, float]
+    step_split_ms: Split
+    """Empty but for products."""
     table_bytes: float
     """Rows read, their gradients and their updates, per step; empty products only."""
     tables_report: str
@@ -113,7 +115,7 @@ def _timed(side: Side, num_steps: int) -> Block:
 def _facts(side: Side, num_steps: int) -> Facts:
     split, table_bytes, report = {}, 0.0, ""
     if isinstance(side, Product):
-        split = split_step(side, num_steps)
+        split = side.split_step(num_steps)
         table_bytes, report = side.table_bytes_per_step(), side.trainer.assembly.tables.plan
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return Facts(peak_mib, split, table_bytes, report)

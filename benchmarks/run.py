@@ -7,10 +7,12 @@
 
 cpu       product against baseline, name by name. A name is kind/data/size: kind pretrain | discriminative |
           discriminative_k2 (two candidates per request), data grocery | kuairand | taobao_like, size h64 | h128 | h256
-          (four layers, four heads) | l24h1024a16. `all` selects every name.
+          (four layers, four heads) | l24h1024a16 (16 requests a step on both sides; 16 GiB of memory for the two).
+          `all` selects every name.
 ablation  every optimisation switched on its own, as parts added to the baseline and as parts taken out of the product.
 frozen    step time with a frozen item table over that with a trained one, at 1 and 10 million rows.
-growth    step time against rows, batch, history length and candidates, with the exponent that one would expect.
+growth    step time against rows, batch, history length and candidates, with the exponent that one would expect; and
+          one process against two, with the phases of a step.
 loader    tokens per CPU-second from Parquet to batches.
 
 Every side trains in a process of its own on one thread; they take turns, and ratios compare neighbours in time.

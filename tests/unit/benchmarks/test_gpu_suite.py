@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import gpu_suite, run
 from benchmarks.gpu_bench import TOY
+from benchmarks.step_split import PHASES
 
 
 @pytest.fixture
@@ -28,6 +29,9 @@ def test_every_part_measures_something(names, tmp_path, monkeypatch):
     assert entries["host_syncs"]["skipped"]
     plain = entries["train/l4h256a4"]
     assert plain["device_tokens_per_s"] > 0 and plain["tflops_per_s"] > 0 and plain["mfu"] is None
+    assert set(plain["step_split_ms"]) == {"CPU", "wall"}  # on a GPU: {"GPU", "wall"}
+    assert all(set(times) == set(PHASES) and times["backward"] > 0 for times in plain["step_split_ms"].values())
+    assert "step_split_ms" not in entries["train/l4h256a4/sparse_dist"]
     assert all(
         entries[f"train/l4h256a4/{o}"]["loop_tokens_per_s"] > 0 for o in ("sparse_dist", "activation_checkpointing")
     )
