@@ -15,8 +15,8 @@ from gpsd_dist.model.transformer import ffn_width
 
 _SPLIT_STEPS = 20
 _LARGE_ROWS, _LARGE_SPLIT_STEPS, _LARGE_BLOCK_S = 16, 4, 10.0
-"""Of sizes that take seconds for a few requests: requests per step on both sides, steps that are split, and the CPU
-seconds of a turn, so that the faster side makes several steps in it.
+"""Of sizes that take seconds for a few requests: requests per step on both sides, steps that are split, and about how
+many CPU seconds a turn takes (at least one step).
 """
 _NEGATIVES = 4096
 
