@@ -11,6 +11,7 @@ from benchmarks.padded_baseline import PaddedBaseline, PaddedLoader
 from benchmarks.remote import Block, running
 from benchmarks.run import selected
 from benchmarks.sides import VARIANTS, SideSpec, Size, variants_of
+from benchmarks.step_split import PHASES
 from benchmarks.tables import Table
 
 SIZE = Size(1, 16, 2)
@@ -99,6 +100,16 @@ def test_ratios_compare_neighbours():
     fast = [Block(1, 100, 0.5, 1.0), Block(1, 100, 0.5, 1.0), Block(1, 100, 2.0, 4.0)]
     entry = compare._entry("x", slow, fast)
     assert (entry["ratio"], entry["ratio_min"], entry["ratio_max"], entry["pairs"]) == (2.0, 2.0, 4.0, 3)
+
+
+def test_tables_state_the_batch_of_both_sides_and_every_phase():
+    blocks = [Block(1, 100, 1.0, 1.0)]
+    split = {clock: dict.fromkeys(PHASES, 1.0) for clock in ("CPU", "wall")}
+    entry = compare._entry("x", blocks, blocks) | {"batch_requests": 16, "baseline_batch_requests": 12}
+    entry |= {"examples_per_cpu_s": 16.0, "table_bytes_per_step": 0.0, "peak_mib": 1.0, "baseline_peak_mib": 2.0}
+    ratios, phases, _ = compare.comparison_tables([entry | {"step_split_ms": split}])
+    assert ratios.rows[0][ratios.columns.index("requests / step")] == "16 / 12"
+    assert {"H2D", "collectives"} < set(phases.columns) and [row[1] for row in phases.rows] == ["CPU", "wall"]
 
 
 def test_large_towers_have_one_batch_for_both_sides(data):
