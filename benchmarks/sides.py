@@ -31,6 +31,7 @@ VARIANTS = {
     "baseline + packed tower": "tokens without padding, attention in shared rows",
     "baseline + shared negatives": f"{_GROUPS} sets per batch instead of one per sequence",
     "baseline + columnar loader": "padded batches made from whole Arrow columns",
+    "baseline + kept memory": "an option of the C library, no part of the scheme: freed memory stays in the process",
     "product": "everything on",
     "product, 8 x 1024 negatives": "the default of the product instead of 8 x 4096",
     "product + frozen item table": "what ST&SF and FT&SF train",
@@ -107,6 +108,8 @@ def opened(spec: SideSpec) -> typing.Iterator[Side]:
 def _baseline(spec: SideSpec) -> PaddedBaseline:
     is_pretraining = spec.data.split == "pretrain"
     options = spec.variant.removeprefix("baseline").strip(" +")
+    if options == "kept memory":
+        allocator.keep_freed_memory()
     loader = PaddedLoader(
         spec.data.data_dir,
         spec.data.manifest,

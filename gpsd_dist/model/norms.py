@@ -2,8 +2,8 @@
 
     linear(x / rms(x) * gain) = (x / rms(x)) @ (weight * gain)^T
 
-The gain then costs one product with a weight instead of one with all tokens, forward and backward, and what is left of
-the norm has a backward of its own: four passes over the tokens where autograd through torch's unfused CPU norm makes
+The gain then costs one product with a weight instead of one with all tokens, forward and backward, which is less where
+tokens outnumber the layer's outputs: otherwise it stays with the tokens. What is left of the norm has a backward of its own: four passes over the tokens where autograd through torch's unfused CPU norm makes
 about twelve. CUDA has a fused kernel, and compilers fuse by themselves: there the plain formula is used.
 
 Shape letters: S tokens, D width in, O width out.
@@ -23,8 +23,11 @@ def normed_linear(x_SD: torch.Tensor, norm: nn.RMSNorm, linear: nn.Linear) -> to
 
 
 def folded(x_SD: torch.Tensor, norm: nn.RMSNorm, linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input x / rms(x) [S, D] and weight with gain [O, D] whose product is linear(norm(x))."""
-    return _UnitRms.apply(x_SD, norm.eps), linear.weight * norm.weight
+    """Input [S, D] and weight [O, D] whose product is linear(norm(x)); the gain is in the one with fewer rows."""
+    unit_SD = _UnitRms.apply(x_SD, norm.eps)
+    if len(x_SD) < linear.out_features:
+        return unit_SD * norm.weight, linear.weight
+    return unit_SD, linear.weight * norm.weight
 
 
 def normed(x_SD: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:

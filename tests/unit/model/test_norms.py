@@ -5,10 +5,11 @@ from torch import nn
 from gpsd_dist.model.norms import normed, normed_linear
 
 
+@pytest.mark.parametrize("num_tokens", [40, 20], ids=["folded", "fewer_tokens_than_outputs"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_folded_gain_gives_the_norm_and_the_layer_one_after_the_other(dtype):
+def test_folded_gain_gives_the_norm_and_the_layer_one_after_the_other(dtype, num_tokens):
     torch.manual_seed(0)
-    x = torch.randn(40, 16, dtype=dtype)
+    x = torch.randn(num_tokens, 16, dtype=dtype)
     x[3] = 0  # only eps keeps it finite
     norm, linear = nn.RMSNorm(16, eps=1e-5, dtype=dtype), nn.Linear(16, 24, bias=False, dtype=dtype)
     nn.init.uniform_(norm.weight, 0.5, 1.5)
