@@ -120,6 +120,7 @@ class Packing:
         """Sum over candidates of history length: pairs of a candidate and a token of its own history."""
         return self.candidate_key_count - self.num_candidates
 
+    @torch.compiler.disable  # Dynamo would compile the caller anew for every number of buckets
     def without_candidates(self) -> "Packing":
         """The same histories alone."""
         none: dict[str, typing.Any] = {

@@ -26,8 +26,12 @@ def attend(
     is_half = qkv_S3HK.dtype in (torch.bfloat16, torch.float16)
     if qkv_S3HK.is_cuda and is_half and not dropout and qkv_S3HK.shape[-1] <= MAX_HEAD_WIDTH:
         return two_part(qkv_S3HK, packing, candidates_only)
-    # planning rows is numpy: a compiler takes the buckets, which are there already
-    if not (qkv_S3HK.is_cuda or torch.compiler.is_compiling()) and packing.rows is not None:
+    return _by_length(qkv_S3HK, packing, candidates_only, dropout)
+
+
+@torch.compiler.disable  # buckets differ by batch: Dynamo would compile anew for each, until it gives up
+def _by_length(qkv_S3HK: torch.Tensor, packing: Packing, candidates_only: bool, dropout: float) -> torch.Tensor:
+    if not qkv_S3HK.is_cuda and packing.rows is not None:
         return in_rows(qkv_S3HK, packing.rows, packing.num_history_tokens if candidates_only else 0, dropout)
     return bucketed(qkv_S3HK, packing, candidates_only, dropout)
 

@@ -106,8 +106,14 @@ def _has_triton() -> bool:
 def relate(packing: Packing, history_T: torch.Tensor, request_B: torch.Tensor, for_kernel: bool) -> Relations:
     """With a time bias. Times are int64 seconds, -1 unknown."""
     times = event_times(history_T, request_B, packing)
-    if for_kernel:
-        return Relations(packing, times, None)
+    return Relations(packing, times, None if for_kernel else _pairs(times, packing, history_T, request_B))
+
+
+@torch.compiler.disable  # buckets differ by batch: Dynamo would compile anew for each, until it gives up
+def _pairs(
+    times: EventTimes, packing: Packing, history_T: torch.Tensor, request_B: torch.Tensor
+) -> tuple[BucketPairs, ...]:
+    """Of each length bucket."""
     sizes = [bucket.num_tokens for bucket in packing.buckets]
     queries = times.query_S[: packing.num_history_tokens].split(sizes)
     requests = request_B.split([bucket.num_requests for bucket in packing.buckets])
@@ -118,7 +124,7 @@ def relate(packing: Packing, history_T: torch.Tensor, request_B: torch.Tensor, f
         query_nW, key_nW = (_slots(part, bucket) for part in (query_t, key_t))
         history_nWW = time_bucket(query_nW[:, :, None], key_nW[:, None])
         pairs.append(BucketPairs(history_nWW, time_bucket(request_n[:, None], key_nW)))
-    return Relations(packing, times, tuple(pairs))
+    return tuple(pairs)
 
 
 def _slots(packed_t: torch.Tensor, bucket: Bucket) -> torch.Tensor:
@@ -164,6 +170,7 @@ def _own_part(candidate_C3HK: torch.Tensor, bias: BiasWeights, relations: Relati
     return (F.silu(score_CH1) / positions).to(value.dtype) * value
 
 
+@torch.compiler.disable  # as `_pairs`
 def bucketed(
     qkv_S3HK: torch.Tensor, bias: BiasWeights, relations: Relations, candidates_only: bool = False
 ) -> list[torch.Tensor]:

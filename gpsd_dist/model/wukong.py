@@ -98,6 +98,7 @@ class Wukong(nn.Module):
             x_CfD = layer(x_CfD)
         return x_CfD.flatten(1)
 
+    @torch.compiler.disable  # buckets differ by batch: Dynamo would compile anew for each, until it gives up
     def _first_layer(self, history_TFD: torch.Tensor, candidate_CFD: torch.Tensor, packing: Packing) -> torch.Tensor:
         """A history is mixed once per request, in as many slots as the longest one of its length bucket has."""
         first, num_fields = self.layers[0], candidate_CFD.shape[1]

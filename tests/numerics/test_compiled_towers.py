@@ -1,7 +1,7 @@
 """`ModelConfig.compile`: a tower, traced by dynamo and run by its eager backend, computes what it computes alone.
 
-The traced program takes other branches (plain norms, buckets instead of rows), so sums of at most 30 terms differ in
-order: float64 and TOLERANCE are far below any error of a mask, a position or a branch.
+The traced program takes other branches (plain norms), so sums of at most 30 terms differ in order: float64 and TOLERANCE
+are far below any error of a mask, a position or a branch.
 """
 
 import numpy as np
@@ -60,5 +60,32 @@ def test_compiled_tower_equals_the_plain_one(name, num_batches):
             for mine, expected in zip(run(compiled, *batch, seed), run(plain, *batch, seed)):
                 torch.testing.assert_close(mine, expected, **TOLERANCE)
         assert sum(traced) > 0, "nothing was compiled"
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", sorted(TOWERS))
+def test_batches_with_other_buckets_are_not_compiled_anew(name):
+    """Dynamo compiles a function 8 times at most, then runs it as it is, for good, with a warning."""
+    num_fields = FIELDS if TOWERS[name].reads_fields else 1
+    tower = TOWERS[name].build(ModelConfig(name, layers=1, width=WIDTH, heads=2), num_fields).double()
+    random = np.random.default_rng(0)
+    graphs = []  # number of the batch that each was made for
+
+    def backend(graph, inputs):
+        graphs.append(seed)
+        return graph.forward
+
+    try:
+        tower.compile(dynamic=True, backend=backend)
+        for seed in range(10):
+            lengths = np.sort(random.integers(1, 60 if seed % 2 else 9, random.integers(3, 20)))
+            counts = random.integers(1, 4, len(lengths))
+            x, packing, times = make_batch(tower, lengths.tolist(), counts.tolist(), seed)
+            tower(x, packing, candidates_only=True, times=times).sum().backward()
+        assert graphs, "nothing was compiled"
+        assert max(graphs) < 4, graphs
     finally:
         torch._dynamo.reset()
