@@ -114,7 +114,7 @@ def main(argv: list[str]) -> int:
     if args.suite == "gpu":
         from benchmarks import gpu_suite  # needs CUDA and imports its compilers
 
-        return gpu_suite.report(args.names.split(",") if args.names else gpu_suite.NAMES, args.out)
+        return gpu_suite.report(gpu_suite.NAMES if args.names in ("", "all") else args.names.split(","), args.out)
     console = rich.console.Console(width=None if sys.stdout.isatty() else 200)
     try:
         names = selected(args.suite, args.names)

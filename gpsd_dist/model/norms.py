@@ -3,8 +3,9 @@
     linear(x / rms(x) * gain) = (x / rms(x)) @ (weight * gain)^T
 
 The gain then costs one product with a weight instead of one with all tokens, forward and backward, which is less where
-tokens outnumber the layer's outputs: otherwise it stays with the tokens. What is left of the norm has a backward of its own: four passes over the tokens where autograd through torch's unfused CPU norm makes
-about twelve. CUDA has a fused kernel, and compilers fuse by themselves: there the plain formula is used.
+tokens outnumber the layer's outputs: otherwise it stays with the tokens. What is left of the norm has a backward of its
+own: four passes over the tokens where autograd through torch's unfused CPU norm makes about twelve. CUDA has a fused
+kernel, and compilers fuse by themselves: there the plain formula is used.
 
 Shape letters: S tokens, D width in, O width out.
 """

@@ -1,7 +1,7 @@
 """`ModelConfig.compile`: a tower, traced by dynamo and run by its eager backend, computes what it computes alone.
 
-The traced program takes other branches (plain norms), so sums of at most 30 terms differ in order: float64 and TOLERANCE
-are far below any error of a mask, a position or a branch.
+The traced program takes other branches (plain norms), so sums of at most 30 terms differ in order: float64 and
+TOLERANCE are far below any error of a mask, a position or a branch.
 """
 
 import numpy as np
