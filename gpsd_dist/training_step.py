@@ -150,9 +150,11 @@ class TrainingStep:
             return self.assembly.objective.sums(self.parallel, rows, batch)
 
     def _check_finite(self, sums: torch.Tensor, counts: torch.Tensor, step: int) -> None:
-        """Before weights move. LossNotFinite names rank and step. On a GPU only at log steps: it waits for the GPU."""
+        """Before weights move. LossNotFinite names rank and step. On a GPU only in the steps after which metrics are
+        logged: both wait for the GPU.
+        """
         self._last_losses = sums, counts, step
-        if not sums.is_cuda or step % self.run.train.log_interval_steps == 0:
+        if not sums.is_cuda or (step + 1) % self.run.train.log_interval_steps == 0:
             self.check_last()
 
     def check_last(self) -> None:
