@@ -242,12 +242,13 @@ def test_other_tower_of_fitting_shapes_is_refused(data_dir, tmp_path, one_rank, 
 
 def test_options_that_a_model_does_not_read_do_not_matter(data_dir, tmp_path, one_rank):
     """Finetuning on from a finetuned DIN, which has no layers, only their number in its options."""
-    source = tiny_run(
-        "finetune", data_dir, tmp_path / "source", model={"name": "din", "layers": 4}, train={"max_steps": 1}
-    )
-    Trainer(source, one_rank).train()
-    run = _run(data_dir, tmp_path / "source", tmp_path / "run", "FT", model={"name": "din", "layers": 1})
-    Trainer(run, one_rank).train()
+    din = {"name": "din", "layers": 4}
+    first = Trainer(tiny_run("finetune", data_dir, tmp_path / "source", model=din, train={"max_steps": 1}), one_rank)
+    first.train()
+    second = Trainer(_run(data_dir, tmp_path / "source", tmp_path / "run", "FT", model=din | {"layers": 1}), one_rank)
+    second.load_weights()
+    theirs, ours = (trainer.assembly.model.backbone.tower.state_dict() for trainer in (first, second))
+    assert ours and all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "half"])
