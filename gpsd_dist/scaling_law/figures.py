@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from gpsd_dist.scaling_law.fit import LAWS, Fit
 from gpsd_dist.scaling_law.runs import replace_file
@@ -35,6 +36,9 @@ def scaling_figure(points: collections.abc.Sequence[dict[str, typing.Any]], fits
             _draw_points(axes, rows, metric)
             _draw_fit(axes, laws[metric])
             axes.set(xscale="log", xlabel="dense parameters (without tables)", ylabel=f"{task}: {LABELS[metric]}")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(EngFormatter())
+            axes.xaxis.set_minor_locator(NullLocator())
             axes.margins(x=0.08, y=0.18)
     return figure
 
@@ -64,7 +68,8 @@ def _draw_fit(axes: Axes, fit: Fit | None) -> None:
     axes.plot(x, fit.predict(x), color=_CURVE, linewidth=1.5, label="fit")
     axes.fill_between(x, low, high, color=_CURVE, alpha=0.15, linewidth=0, label="95 % band of the curve")
     sign = "+" if fit.law.sign > 0 else "-"
-    axes.set_title(f"{fit.c:.4f} {sign} {fit.a:.4g} x^-{fit.b:.4f}   R^2 {fit.r2():.3f}", fontsize=9)
+    doubt = ", not determined by these points" if fit.not_determined() else ""
+    axes.set_title(f"{fit.c:.4f} {sign} {fit.a:.4g} x^-{fit.b:.4f}   R^2 {fit.r2():.3f}{doubt}", fontsize=9)
     values = np.append(fit.y_n, fit.predict(x))
     room = 1.5 * max(float(np.ptp(values)), 1e-4)  # a band without bounds must not flatten the points
     axes.set_ylim(max(float(low.min()), values.min() - room), min(float(high.max()), values.max() + room))
