@@ -150,7 +150,8 @@ def transformer_bytes(run: RunConfig, step: Workload, device_type: str) -> tuple
     attention's output v D; gate and up 2 v F, SiLU v F (not on CPU without autocast, see `model/swiglu.py`), product
     v F; two dropout masks if there are any; and what `_attention_bytes` says. In the last layer of ranking, histories
     give queries, keys and values only. Once: the rotations of three times D / 2 complex numbers per token (on CUDA of
-    one head). On CPU without autocast, every weight behind a norm is kept multiplied with its gain.
+    one head). On CPU without autocast, what a norm's gain is multiplied with is kept, too: the tokens or the weight
+    behind the norm, whichever has fewer rows (`model/norms.py`).
     """
     model, width, layers = run.model, run.model.width, run.model.layers
     parts, is_ranking = run.train.micro_batches, run.stage != "pretrain"
@@ -166,11 +167,11 @@ def transformer_bytes(run: RunConfig, step: Workload, device_type: str) -> tuple
         last = (tokens + candidates) * norm + candidates * behind_attention + attention / parts
         if not _in_rows(step, device_type):  # a history's own attention is not computed
             last -= tokens * (value * width + _FLOAT * model.heads)
+    if is_cpu and not run.train.bf16:
+        every += _gain_bytes(width, tokens + candidates, tokens + candidates)
+        last += _gain_bytes(width, tokens + candidates, candidates if is_ranking else tokens)
     around = (candidates if is_ranking else tokens) * _FLOAT * width + once / parts
     around += (tokens + candidates) * 12 * width / (1 if is_cpu else model.heads)
-    if is_cpu and not run.train.bf16:
-        kept_layers = 1 if run.execution.activation_checkpointing else layers
-        around += kept_layers * _FLOAT * width * (3 * width + 2 * ffn_width(width))
     if run.tables.embedding_dim != width:
         unfused = 2 * _FLOAT if is_cpu else _FLOAT
         around += (tokens + candidates) * (unfused + value) * run.tables.embedding_dim
@@ -180,6 +181,12 @@ def transformer_bytes(run: RunConfig, step: Workload, device_type: str) -> tuple
         inputs = layers * (tokens + candidates) * _FLOAT * width
         blocks = inputs + (every if layers > 1 else last)
     return blocks + around, widest * 2 * value * (ffn_width(width) + width)
+
+
+def _gain_bytes(width: int, before_attention: float, behind_attention: float) -> float:
+    """Of a layer whose two norms see these numbers of tokens."""
+    rows = min(before_attention, 3 * width) + min(behind_attention, 2 * ffn_width(width))
+    return _FLOAT * width * rows
 
 
 def _in_rows(step: Workload, device_type: str) -> tuple[float, float] | None:

@@ -168,8 +168,10 @@ def test_recomputed_activations_are_the_inputs_of_the_blocks_and_one_block():
 
 
 def test_parts_of_a_batch_share_the_activations():
-    """All but the weights multiplied with their gains, which every part needs whole (CPU without autocast)."""
-    step = Workload(16.0, 160.0, 16.0, 5.5, 0, {})
+    """All but the weights multiplied with their gains, which every part needs whole (CPU without autocast, and more
+    tokens in a part than a layer has outputs).
+    """
+    step = Workload(160.0, 1600.0, 480.0, 5.5, 0, {})
     whole, parts = (
         tiny_run("finetune", "x", "y", train=TrainConfig(micro_batches=m), model={"layers": 3}) for m in (1, 4)
     )
