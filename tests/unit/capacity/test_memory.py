@@ -171,7 +171,7 @@ def test_parts_of_a_batch_share_the_activations():
     """All but the weights multiplied with their gains, which every part needs whole (CPU without autocast, and more
     tokens in a part than a layer has outputs).
     """
-    step = Workload(160.0, 1600.0, 480.0, 5.5, 0, {})
+    step = Workload(160.0, 1600.0, 640.0, 5.5, 0, {})
     whole, parts = (
         tiny_run("finetune", "x", "y", train=TrainConfig(micro_batches=m), model={"layers": 3}) for m in (1, 4)
     )
