@@ -138,17 +138,22 @@ def test_sigterm_during_any_step_saves_that_step(data_dir, tmp_path, one_rank, m
         assert trainer.step in (stop_at, stop_at + 1)
 
 
-def test_loss_that_is_not_finite_stops_before_weights_move(data_dir, tmp_path, one_rank):
-    trainer = Trainer(tiny_run("finetune", data_dir, tmp_path, train={"save_interval_steps": 2}), one_rank)
+def poison(trainer: Trainer, at_step: int) -> None:
+    """The click head gives NaN from that step on."""
     original = trainer._train_step
 
     def poisoned(*args):
-        if trainer.step == 3:
+        if trainer.step == at_step:
             with torch.no_grad():
                 trainer.model.heads.mlps["click"][2].bias.fill_(math.nan)
         original(*args)
 
     trainer._train_step = poisoned
+
+
+def test_loss_that_is_not_finite_stops_before_weights_move(data_dir, tmp_path, one_rank):
+    trainer = Trainer(tiny_run("finetune", data_dir, tmp_path, train={"save_interval_steps": 2}), one_rank)
+    poison(trainer, at_step=3)
     with pytest.raises(ValueError, match="rank 0, step 3: the loss is not finite") as error:
         trainer.train()
     assert f"last good checkpoint: {step_folder(tmp_path, 2)}" in str(error.value)
@@ -160,15 +165,8 @@ def test_loss_that_is_not_finite_stops_before_weights_move(data_dir, tmp_path, o
 def test_spoilt_weights_are_not_saved_where_the_step_did_not_look(data_dir, tmp_path, one_rank):
     """On a GPU the losses of most steps are not looked at."""
     trainer = Trainer(tiny_run("finetune", data_dir, tmp_path, train={"save_interval_steps": 2}), one_rank)
-    step, original = trainer.training_step, trainer._train_step
-
-    def poisoned(*args):
-        if trainer.step == 2:
-            with torch.no_grad():
-                trainer.model.heads.mlps["click"][2].bias.fill_(math.nan)
-        original(*args)
-
-    trainer._train_step = poisoned
+    poison(trainer, at_step=2)
+    step = trainer.training_step
     step._check_finite = lambda *last: setattr(step, "_last_losses", last)
     with pytest.raises(ValueError, match="rank 0, step 3: the loss is not finite"):
         trainer.train()
