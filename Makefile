@@ -6,6 +6,7 @@ PYTEST_FLAGS ?= -n 2 --dist loadfile
 BENCH_FLAGS ?= --suite cpu
 EXPERIMENTS_FLAGS ?=
 FAULTS ?=
+KERNEL ?= default
 
 BIN := $(abspath $(VENV))/bin
 # torchrun and the linters are looked up on PATH by the programs they are called from.
@@ -13,7 +14,7 @@ export PATH := $(BIN):$(PATH)
 SHELL_SCRIPTS := .ci/run $(wildcard .ci/*.sh launch/*.sh launch/slurm/*.sbatch)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all faults experiments check format doctor bench lock clean
+.PHONY: help setup quickstart test test-all test-kernels faults experiments check format doctor bench lock clean
 
 help: ## list the targets
 	@echo "make TARGET [VENV=$(VENV)] [FLAVOR=cpu|cuda] [PYTHON=python3.11]"
@@ -30,6 +31,10 @@ test: setup ## the default test suite (PYTEST_FLAGS)
 
 test-all: setup ## the default suite and what is marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not gpu and not multi_gpu"
+
+EQUIVALENCES := $(addprefix tests/integration/test_,sharding.py resume.py pipeline.py padded_training.py ids.py)
+test-kernels: setup ## numerics and equivalences with other CPU kernels (KERNEL=default|avx2|avx512)
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=$(KERNEL) $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/numerics $(EQUIVALENCES)
 
 faults: setup ## break real training jobs in every way we know and count the survivors (FAULTS="name ...")
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.faults.run $(FAULTS)

@@ -23,6 +23,7 @@ from tests.integration.tiny_data import (
     differing,
     fixed_negatives,
     read_checkpoint,
+    rounding,
     step_folder,
     tiny_run,
     train_losses,
@@ -100,7 +101,7 @@ def test_two_ranks_are_one_rank(trained, kind, run):
         assert bool(maps) == (kind == "managed")
         assert not differing({n: one[n] for n in maps}, {n: two[n] for n in maps}), "the maps differ"
         others = [{n: v for n, v in part.items() if n not in maps} for part in (one, two)]
-        assert not differing(*others, atol=2e-5 * step)  # float32 sums in another order
+        assert not differing(*others, rtol=rounding(step))
     losses = [train_losses(trained / ranks / kind / run) for ranks in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=2e-5 * STEPS)
 

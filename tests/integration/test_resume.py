@@ -19,6 +19,7 @@ from tests.integration.tiny_data import (
     differing,
     edit_state,
     read_checkpoint,
+    rounding,
     step_folder,
     tiny_run,
     train_losses,
@@ -150,7 +151,7 @@ def test_run_goes_on_at_another_world_size(resumed):
     assert list(moving) == list(range(1, 10))
     assert moving == pytest.approx(staying, rel=1e-3)
     states = [read_checkpoint(step_folder(resumed / name, 9)) for name in ("moving", "staying")]
-    assert not differing(*states, atol=0.02)
+    assert not differing(*states, rtol=30 * rounding(9))  # 1.6e-5 seen, of 1e-3; Adam's eps is 1e-8 here
 
 
 def test_finished_run_says_so_and_does_nothing(resumed, data_dir, one_rank, caplog):

@@ -1,6 +1,6 @@
 """Sharded = unsharded: 1 and 2 ranks with the same global batches give the same run, for every kind of plan.
 
-Tolerances: sums over a batch are split differently over ranks, so float32 results agree to some 1e-6 relative per step.
+Tolerances: sums over a batch are split differently over ranks, so float32 results agree up to `rounding`.
 Dense eps is 1e-4 here: Adam divides by the gradient's own size, so with 1e-8 rounding of a near-zero gradient would be
 amplified to a full step.
 """
@@ -22,6 +22,7 @@ from tests.integration.tiny_data import (
     differing,
     fixed_negatives,
     read_checkpoint,
+    rounding,
     step_folder,
     tiny_run,
     train_losses,
@@ -147,12 +148,12 @@ def test_one_step_gives_the_same_gradients_and_tables(trained, name):
     # exp_avg of the first step is (1 - beta1) times the gradient
     gradients = [{k: v for k, v in side.items() if k.endswith("exp_avg")} for side in (one, two)]
     assert any(float(value.abs().max()) > 1e-3 for value in gradients[0].values())
-    assert not differing(*gradients, atol=1e-6)
+    assert not differing(*gradients, rtol=rounding(1))
     tables = [{k: v for k, v in side.items() if k.startswith("table.")} for side in (one, two)]
-    assert not differing(*tables, atol=1e-5)
+    assert not differing(*tables, rtol=rounding(1))
     states = [{k: v for k, v in side.items() if k.startswith("table_optimizer.")} for side in (one, two)]
     assert set(states[0]) == {f"table_optimizer.{table}.momentum1" for table in SHARDED_TABLES}
-    assert not differing(*states, atol=1e-5)
+    assert not differing(*states, rtol=rounding(1))
 
 
 @pytest.mark.parametrize("name", [*PLANS, "pretrain", "hstu"])
@@ -163,7 +164,34 @@ def test_training_does_not_depend_on_world_size(trained, name):
     assert losses_two == pytest.approx(losses, rel=1e-4)
     first, last = read_checkpoint(one / "initial"), read_checkpoint(step_folder(one, STEPS))
     assert float((first["table.item"] - last["table.item"]).abs().max()) > 0.05  # there was something to compare
-    assert not differing(last, read_checkpoint(step_folder(two, STEPS)), atol=2e-3)
+    assert not differing(last, read_checkpoint(step_folder(two, STEPS)), rtol=rounding(STEPS))
+
+
+_TOWER = "dense_optimizer.backbone.tower"
+PLANTED = {  # what a fault changes -> the tensor that shows it, and how
+    "a gradient is a thousandth too large": (f"{_TOWER}.blocks.0.qkv.weight.exp_avg", lambda x: x * 1.001),
+    "a bias has no gradient": ("dense_optimizer.heads.mlps.click.2.bias.exp_avg", torch.zeros_like),
+    "the last row of a table is another row": ("table.item", lambda x: torch.cat((x[:-1], x[:1]))),
+    "a row moves by a thousandth of the largest": ("table.item", lambda x: x + 1e-3 * x.abs().max() * _only(3, x)),
+    "a row's momentum counts a step twice": (
+        "table_optimizer.item.momentum1",
+        lambda x: x + x.max() / STEPS * _only(int(x.argmax()), x),
+    ),
+}
+
+
+def _only(row: int, like: torch.Tensor) -> torch.Tensor:
+    """1 in one row, 0 in all others."""
+    is_row = torch.arange(len(like)) == row
+    return is_row.float().reshape(-1, *[1] * (like.dim() - 1))
+
+
+@pytest.mark.parametrize("step", [1, STEPS])
+@pytest.mark.parametrize("fault", PLANTED)
+def test_planted_faults_exceed_the_tolerance(trained, fault, step):
+    sound = read_checkpoint(step_folder(trained["row_wise"][0], step))
+    name, change = PLANTED[fault]
+    assert set(differing(sound, sound | {name: change(sound[name])}, rtol=rounding(step))) == {name}
 
 
 @pytest.mark.parametrize("stage", STAGES)

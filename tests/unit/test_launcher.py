@@ -136,9 +136,8 @@ def test_ranks_whose_launcher_is_killed_before_they_have_joined_leave_at_once(tm
     )
     process = start(tmp_path, code)
     assert process.wait(timeout=200) == -signal.SIGKILL
-    start_s = time.monotonic()
     stderr = process.communicate(timeout=60)[1]  # until the ranks have ended, too
-    assert time.monotonic() - start_s < 30 and not trained.exists(), stderr
+    assert not trained.exists(), stderr
     assert stderr.count(f"the launcher of this rank (process {process.pid}) has ended") == 2, stderr
 
 
