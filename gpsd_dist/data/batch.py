@@ -7,6 +7,7 @@ G negative groups, N negatives per group.
 import dataclasses
 import typing
 
+import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -62,8 +63,8 @@ class Batch:
     """All tensors of one rank's batch; requests are sorted by history length."""
 
     lookup: KeyedJaggedTensor
-    """One key per TorchRec table, stride 1: the U distinct table indices (or ids, see `raw_ids`) that this batch needs
-    (int64)."""
+    """One key per TorchRec table, stride `bags_per_table()`: the U distinct table indices (or ids, see `raw_ids`) that
+    this batch needs (int64)."""
     packing: Packing
     history: dict[str, Column]
     """Feature -> [T]"""
@@ -112,11 +113,36 @@ class Batch:
         _map_tensors(self, record)
 
 
+def bags_per_table() -> int:
+    """Number of bags over which `lookup_of` spreads the rows of one table; the same on every rank.
+
+    On CUDA, FBGEMM's lookup, its bounds check and its index linearisation give one warp to each bag: with one bag per
+    table, a single warp would copy the whole table's rows. 8192 warps fill a Hopper GPU once (132 SMs x 64 warps; not
+    tuned yet). Between ranks, each bag costs 8 bytes per table. On CPU, one bag is the fastest: 8192 of them add
+    0.16 ms to a lookup of three tables, forward and backward (2 % at 10,000 rows, 15 % at 1000).
+    """
+    return 8192 if torch.cuda.is_available() else 1
+
+
 def lookup_of(tables: tuple[str, ...], index_U: torch.Tensor, sizes: list[int]) -> KeyedJaggedTensor:
-    """What `Batch.lookup` holds: `index_U` int64, table after table; `sizes`: how many of them belong to each."""
-    lengths = torch.tensor(sizes, dtype=torch.int64, device=index_U.device)
+    """Packs the distinct rows of every table into one KeyedJaggedTensor with `bags_per_table()` bags per table.
+
+    `index_U`: int64, table after table; `sizes`: how many of them belong to each. A table's rows keep their order and
+    are spread evenly over its bags; with fewer rows than bags, the last bags are empty. The number of bags must not
+    depend on the batch: it is the stride of the KeyedJaggedTensor, which TorchRec shares between tables and ranks.
+    """
+    num_bags = bags_per_table()
+    lengths = np.empty((len(sizes), num_bags), np.int64)
+    for table, size in enumerate(sizes):
+        rows_per_bag, num_longer_bags = divmod(size, num_bags)
+        lengths[table, :num_longer_bags], lengths[table, num_longer_bags:] = rows_per_bag + 1, rows_per_bag
     # `length_per_key`: TorchRec would ask the device for these numbers, which the host has
-    return KeyedJaggedTensor(keys=list(tables), values=index_U, lengths=lengths, length_per_key=list(sizes))
+    return KeyedJaggedTensor(
+        keys=list(tables),
+        values=index_U,
+        lengths=torch.from_numpy(lengths).view(-1).to(index_U.device),
+        length_per_key=list(sizes),
+    )
 
 
 def to_device(value: typing.Any, device: torch.device) -> typing.Any:

@@ -16,7 +16,7 @@ from gpsd_dist.capacity.exchange import exchange, unsent_gradients
 from gpsd_dist.capacity.memory import memory
 from gpsd_dist.capacity.workload import Workload, data_shape, expected_distinct
 from gpsd_dist.config import OptimizerConfig
-from gpsd_dist.data.batch import lookup_of
+from gpsd_dist.data.batch import bags_per_table, lookup_of
 from gpsd_dist.distributed.sharding import Cluster, plan_tables, readable, shards_of, table_names
 from gpsd_dist.metrics.recorder import Recorder
 from gpsd_dist.schema import read_manifest
@@ -61,8 +61,8 @@ class Sent(TorchDispatchMode):
 
 
 def _lengths_bytes(num_tables: int) -> int:
-    """TorchRec also sends how many indices come per table; the estimate leaves them out."""
-    return num_tables * (RANKS - 1) * 8
+    """TorchRec also sends how many indices are in each bag of a table; the estimate leaves them out."""
+    return num_tables * (RANKS - 1) * 8 * bags_per_table()
 
 
 def _bytes_of(tensor) -> int:
@@ -102,7 +102,7 @@ def _train_an_epoch(rank: int, world_size: int, run) -> dict[str, float]:
     with Sent(rank) as sent:
         for batches in trainer.loader:
             trainer._train_step(batches, recorder)
-            unique += batches[0].lookup.lengths().numpy()
+            unique += batches[0].lookup.length_per_key()
     trainer.loader.close()
     recorder.close()
     steps = trainer.step
@@ -239,7 +239,7 @@ def test_distinct_rows_of_real_batches(one_rank, tmp_path):
     write_dataset(tmp_path / "data", seed=3, num_rows=400, num_files=1, table_rows={"item": 3000})
     run = tiny_run("pretrain", tmp_path / "data", tmp_path / "run", data={"global_batch_rows": 100})
     trainer = Trainer(run, one_rank)
-    unique = [float(batches[0].lookup.lengths()[0]) for batches in trainer.loader]
+    unique = [float(batches[0].lookup.length_per_key()[0]) for batches in trainer.loader]
     trainer.loader.close()
     assert len(unique) == 4
     shape = data_shape(run, trainer.manifest, "pretrain")

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from gpsd_dist.data.batch import Batch, pinned, to_device
+from gpsd_dist.data import batch as batch_module
+from gpsd_dist.data.batch import Batch, lookup_of, pinned, to_device
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.parquet_dataset import BatchKey
 from gpsd_dist.distributed.pipeline import PrefetchedParts
@@ -139,3 +140,21 @@ def test_every_field_of_a_batch_occurs_in_these_tests():
 def test_number_of_requests_is_that_of_the_packing():
     assert make_batch("train").num_requests == 12
     assert Packing.from_lengths(np.zeros(0, np.int64), np.zeros(0, np.int64)).num_requests == 0
+
+
+@pytest.mark.parametrize("num_bags", [1, 4, 100])
+def test_rows_are_spread_evenly_over_the_bags_of_their_table(num_bags, monkeypatch):
+    """One warp looks up one bag; 7 rows, 2 rows (fewer than bags), and a table that this batch does not read."""
+    monkeypatch.setattr(batch_module, "bags_per_table", lambda: num_bags)
+    sizes = [7, 2, 0, 4]
+    lookup = lookup_of(("item", "tag", "shop", "brand"), torch.arange(13) * 3, sizes)
+    assert lookup.stride() == num_bags and lookup.lengths().dtype == torch.int64
+    lengths = lookup.lengths().view(4, num_bags)
+    assert lengths.sum(1).tolist() == sizes == lookup.length_per_key()
+    assert (lengths.max(1).values - lengths.min(1).values <= 1).all()
+    rows = [lookup[table].values().tolist() for table in ("item", "tag", "shop", "brand")]
+    assert rows == [list(range(0, 21, 3)), [21, 24], [], [27, 30, 33, 36]]
+
+
+def test_a_lookup_of_no_table_is_empty():
+    assert lookup_of((), torch.zeros(0, dtype=torch.int64), []).lengths().tolist() == []

@@ -8,7 +8,7 @@ import torch
 
 from gpsd_dist import schema
 from gpsd_dist.config import NEGATIVES_PER, ModelConfig, TablesConfig
-from gpsd_dist.data.batch import Bag
+from gpsd_dist.data.batch import Bag, bags_per_table
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.loader import Loader
 from gpsd_dist.data.parquet_dataset import BadValue, BatchKey
@@ -106,7 +106,7 @@ def test_batch_of_a_table_by_hand():
     assert batch.next_item is None
     assert item.tolist() == [1, 3, 5, 7, 8, 20]  # each once
     assert tag.tolist() == [2, 8, 9, 10, 11, 31, 39]  # of three columns
-    assert batch.lookup.stride() == 1
+    assert batch.lookup.stride() == bags_per_table()
 
 
 def test_numbers_are_standardised_and_outliers_cut():
