@@ -1,4 +1,4 @@
-"""Sizes, device and clock of the GPU suite."""
+"""Sizes, device and clock of the GPU suite. Imports neither TorchRec nor FBGEMM: some parts need none of them."""
 
 import dataclasses
 import pathlib
@@ -8,6 +8,9 @@ import typing
 import torch
 
 from gpsd_dist.distributed.runtime import Runtime
+
+TRAINED = {"l24h1024a16": (24, 1024, 16), "l4h256a4": (4, 256, 4)}
+"""Size -> (layers, width, heads)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Sizes:
     candidates: tuple[int, ...] = (1, 10, 100)
 
 
-TOY = Sizes(300, 16, 2, 1, 200, 50, 2, (2, 16, 2), 6, 9, (1, 3))
+SIZES = {"gpu": Sizes(), "toy": Sizes(300, 16, 2, 1, 200, 50, 2, (2, 16, 2), 6, 9, (1, 3))}
+"""`toy` is for tests on a CPU."""
 
 
 @dataclasses.dataclass(frozen=True)

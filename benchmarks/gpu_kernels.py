@@ -1,5 +1,6 @@
-"""Parts of a step on one GPU: lookup of table rows, attention kernels against the length buckets."""
+"""Attention kernels on one GPU against the length buckets. Imports neither TorchRec nor FBGEMM."""
 
+import dataclasses
 import statistics
 import typing
 
@@ -7,31 +8,8 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_bench import Bench
-from gpsd_dist.config import OptimizerConfig, TablesConfig
-from gpsd_dist.data.batch import lookup_of, to_device
-from gpsd_dist.distributed.sharding import shard_tables
 from gpsd_dist.model import attention, hstu_attention
-from gpsd_dist.model.embeddings import Tables
 from gpsd_dist.packing import Packing
-from gpsd_dist.schema import Table
-
-
-def lookup(bench: Bench, name: str) -> dict[str, typing.Any]:
-    """Forward of the sharded tables on distinct random rows, against copying those rows from memory to memory."""
-    config, sizes = TablesConfig(embedding_dim=128), bench.sizes
-    tables = Tables((Table("item", sizes.table_rows, "x"),), (), config, torch.device("meta"))
-    sharded = shard_tables(tables, config, OptimizerConfig("rowwise_adagrad", 0.1), bench.runtime, seed=0)
-    index = np.random.default_rng(0).permutation(sizes.table_rows)[: sizes.looked_up_rows]
-    batch = lookup_of(("item",), torch.from_numpy(np.sort(index)), [len(index)]).to(bench.device)
-    with torch.no_grad():
-        lookup_s = bench.seconds(lambda: sharded(batch)["item"], sizes.repeats)
-        rows = sharded(batch)["item"]
-        target = torch.empty_like(rows)
-        copy_s = bench.seconds(lambda: target.copy_(rows), sizes.repeats)
-    moved = 2 * rows.numel() * rows.element_size()  # read and written
-    times = {"lookup": statistics.median(lookup_s), "copy": statistics.median(copy_s)}
-    rates = {f"{key}_gb_per_s": moved / seconds / 1e9 for key, seconds in times.items()}
-    return rates | {"time_ratio": times["lookup"] / times["copy"], "spread_ms": _spread_ms(lookup_s)}
 
 
 def attention_kernels(bench: Bench, name: str) -> dict[str, typing.Any]:
@@ -74,7 +52,17 @@ def _requests(bench: Bench, candidates: int, heads: int, width: int) -> tuple[Pa
     tokens = host.num_history_tokens + host.num_candidates
     qkv = torch.randn(tokens, 3, heads, width, generator=torch.Generator().manual_seed(0))
     dtype = torch.bfloat16 if bench.is_cuda else torch.float32
-    return to_device(host, bench.device), qkv.to(bench.device, dtype).requires_grad_()
+    return _on_device(host, bench.device), qkv.to(bench.device, dtype).requires_grad_()
+
+
+def _on_device(value: typing.Any, device: torch.device) -> typing.Any:
+    """Copies a Packing, or a piece of one; `batch.to_device` does the same for whole batches, and needs TorchRec."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return type(value)(**{name: _on_device(entry, device) for name, entry in fields.items()})
+    return tuple(_on_device(entry, device) for entry in value) if isinstance(value, tuple) else value
 
 
 def _compared(bench: Bench, sides: dict, qkv: torch.Tensor, packing: Packing, key: str) -> dict[str, typing.Any]:
@@ -95,7 +83,3 @@ def _compared(bench: Bench, sides: dict, qkv: torch.Tensor, packing: Packing, ke
     found[f"{key}_{first}_error"] = float((gradients[first] - expected).norm() / expected.norm())
     found[f"{key}_{last}_error"] = float((gradients[last] - expected).norm() / expected.norm())
     return found
-
-
-def _spread_ms(seconds: list[float]) -> list[float]:
-    return [1000 * min(seconds), 1000 * max(seconds)]

@@ -1,41 +1,52 @@
-"""What one GPU does with the product, part by part; a part that fails is reported and does not end the others.
+"""Measures what one GPU does with the product, part by part, each in a process of its own.
 
     python -m benchmarks.run --suite gpu [--names train/l4h256a4,lookup] [--out runs/bench/gpu.json]
 
+attention                 two flash parts against length buckets, forward and backward, and the error of both
+lookup                    sharded lookup of table rows against a plain copy of as many bytes
+host_syncs                calls of a training step that make the host wait for the GPU, by place
 train/<size>[/<option>]   pretraining in bf16 at 64k tokens a step with 4096 shared negatives: real tokens/s, MFU,
                           memory; the same batches over and over (`device`), and with the loader (`loop`); without
                           `sparse_dist` also the phases of a step with the loader, see step_split.py
-lookup                    sharded lookup of table rows against a plain copy of as many bytes
-host_syncs                calls of a training step that make the host wait for the GPU, by place
-attention                 two flash parts against length buckets, forward and backward, and the error of both
 hstu_kernel               HSTU's Triton kernel against length buckets
 
-Without a GPU only `toy` sizes make sense: the test that keeps this file alive runs them on CPU.
+The order is the safest part first and compiling last. After an error on the device, every later call in the same
+process fails, too: hence the processes. A part that dies is recorded with its exit status and the end of its stderr;
+the JSON is rewritten after every part. `attention` and `hstu_kernel` need neither TorchRec nor FBGEMM, nor does this
+module import them.
 """
 
 import json
 import pathlib
+import signal
+import subprocess
+import sys
 import tempfile
-import traceback
 import typing
 
 import rich.console
+import rich.markup
 import rich.table
 import torch
 
-from benchmarks.gpu_bench import Bench, Sizes
-from benchmarks.gpu_kernels import attention_kernels, hstu_kernel, lookup
-from benchmarks.gpu_training import TRAINED, host_syncs, train
-from benchmarks.step_split import split_table
-from gpsd_dist.distributed.runtime import Runtime, process_group
+from benchmarks.gpu_bench import TRAINED
 
-OPTIONS = ("", "compile", "sparse_dist", "activation_checkpointing")
+PARTS = {
+    "attention": "benchmarks.gpu_kernels:attention_kernels",
+    "lookup": "benchmarks.gpu_lookup:lookup",
+    "host_syncs": "benchmarks.gpu_training:host_syncs",
+    "train": "benchmarks.gpu_training:train",
+    "hstu_kernel": "benchmarks.gpu_kernels:hstu_kernel",
+}
+"""First word of a name -> the function that measures it: (Bench, name) -> figures by name."""
+_EAGER = ("", "/activation_checkpointing", "/sparse_dist")
 NAMES = (
-    *(f"train/{size}{'/' if option else ''}{option}" for size in TRAINED for option in OPTIONS),
+    "attention",
     "lookup",
     "host_syncs",
-    "attention",
+    *(f"train/{size}{option}" for size in reversed(TRAINED) for option in _EAGER),
     "hstu_kernel",
+    *(f"train/{size}/compile" for size in reversed(TRAINED)),
 )
 GOALS = {
     "train/l24h1024a16": "mfu >= 0.45",
@@ -43,64 +54,68 @@ GOALS = {
     "lookup": "time_ratio <= 1.25",
     "host_syncs": "waits == 0",
 }
-
-PARTS: dict[str, typing.Callable[[Bench, str], dict[str, typing.Any]]] = {
-    "train": train,
-    "lookup": lookup,
-    "host_syncs": host_syncs,
-    "attention": attention_kernels,
-    "hstu_kernel": hstu_kernel,
-}
+PART_TIMEOUT_S = 600.0
+_STDERR_LINES = 40
 
 
-def measure(
-    names: typing.Sequence[str], sizes: Sizes, runtime: Runtime, out: pathlib.Path
-) -> list[dict[str, typing.Any]]:
-    """One entry per name, written to `out` after each: a later failure loses nothing."""
-    entries: list[dict] = []
-    out.parent.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_name() if runtime.device.type == "cuda" else "CPU"
-    for name in names:
-        entry: dict[str, typing.Any] = {
-            "name": name,
-            "device": device,
-            "torch": torch.__version__,
-            "goal": GOALS.get(name),
-        }
-        with tempfile.TemporaryDirectory(prefix="gpsd-gpu-") as folder:
+def run_part(name: str, sizes: str) -> dict[str, typing.Any]:
+    """Entry of one part, measured in a new process; with `error` and the last lines of `stderr` if that died."""
+    with tempfile.TemporaryDirectory(prefix="gpsd-gpu-") as folder:
+        out, errors = pathlib.Path(folder) / "entry.json", pathlib.Path(folder) / "stderr.txt"
+        command = [sys.executable, "-m", "benchmarks.gpu_part", PARTS[name.split("/")[0]], name, sizes, str(out)]
+        with errors.open("wb") as stderr:
             try:
-                if runtime.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                entry |= PARTS[name.split("/")[0]](Bench(sizes, runtime, pathlib.Path(folder)), name)
-            except Exception as error:  # whatever it is, the other parts still count; the report shows it
-                entry |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        entries.append(entry)
+                status: int | None = subprocess.run(command, stderr=stderr, timeout=PART_TIMEOUT_S).returncode
+            except subprocess.TimeoutExpired:
+                status = None
+        entry = {"name": name, "goal": GOALS.get(name)}
+        if out.exists():
+            entry |= json.loads(out.read_text())
+        if status != 0:
+            lines = errors.read_text(errors="replace").splitlines()
+            entry |= {"error": _ending(status), "stderr": lines[-_STDERR_LINES:]}
+    return entry
+
+
+def _ending(status: int | None) -> str:
+    """`status`: as subprocess gives it, None if the part took too long."""
+    if status is None:
+        return f"killed after {PART_TIMEOUT_S:g} s"
+    return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+
+
+def measure(names: typing.Sequence[str], sizes: str, out: pathlib.Path) -> list[dict[str, typing.Any]]:
+    """Runs part by part, and rewrites `out` after each: a later failure loses nothing."""
+    entries: list[dict[str, typing.Any]] = []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        entries.append(run_part(name, sizes))
         out.write_text(json.dumps(entries, indent=1) + "\n")
     return entries
 
 
-def report(names: typing.Sequence[str], out: pathlib.Path, sizes: Sizes | None = None) -> int:
+def report(names: typing.Sequence[str], out: pathlib.Path, sizes: str = "gpu") -> int:
     """Measures and prints; exit status 1 if a part failed, 2 for a wrong name, or without a GPU."""
     console = rich.console.Console()
     unknown = sorted(set(names) - set(NAMES))
     if unknown:
         console.print(f"error: --names {unknown} are not parts of the GPU suite; there are {list(NAMES)}")
         return 2
-    if sizes is None and not torch.cuda.is_available():
+    if sizes == "gpu" and not torch.cuda.is_available():
         console.print("error: --suite gpu needs a CUDA device; python -m gpsd_dist.doctor says what is missing")
         return 2
-    with process_group(timeout_s=600) as runtime:
-        entries = measure(names, sizes or Sizes(), runtime, out)
+    entries = measure(names, sizes, out)
     table = rich.table.Table("part", "measured", "goal")
     for entry in entries:
-        shown = {k: v for k, v in entry.items() if isinstance(v, int | float | str) and k not in ("name", "traceback")}
-        text = ", ".join(
-            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items() if k != "goal"
-        )
-        table.add_row(entry["name"], text, entry["goal"] or "")
+        shown = {k: v for k, v in entry.items() if isinstance(v, int | float | str) and k not in ("name", "goal")}
+        text = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+        reason = "\n".join(entry.get("stderr", [])[-3:])
+        table.add_row(entry["name"], rich.markup.escape(f"{text}\n{reason}".strip()), entry["goal"] or "")
     console.print(table)
     splits = {entry["name"]: entry["step_split_ms"] for entry in entries if "step_split_ms" in entry}
     if splits:
+        from benchmarks.step_split import split_table  # imports the trainer, and FBGEMM with it
+
         console.print(split_table("Phases of a step, ms", splits).rich())
     console.print(f"written to {out}")
     return 1 if any("error" in entry for entry in entries) else 0

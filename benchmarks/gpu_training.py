@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from benchmarks.datasets import BenchData, prepare, without_validation
-from benchmarks.gpu_bench import Bench, Sizes
+from benchmarks.gpu_bench import TRAINED, Bench, Sizes
 from benchmarks.step_split import Split, split_steps
 from gpsd_dist.capacity.estimate import model_size, training_flops
 from gpsd_dist.capacity.workload import Workload
@@ -29,8 +29,6 @@ from gpsd_dist.execution_config import ExecutionConfig
 from gpsd_dist.metrics.recorder import Recorder
 from gpsd_dist.metrics.throughput import mfu, peak_bf16_flops
 from gpsd_dist.trainer import Trainer
-
-TRAINED = {"l24h1024a16": (24, 1024, 16), "l4h256a4": (4, 256, 4)}
 
 
 def run_config(

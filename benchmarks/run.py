@@ -21,54 +21,101 @@ threads: loader, forward, backward, optimizer. --markdown writes the tables of d
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import platform
 import sys
 import tempfile
 import time
+import typing
 
 import rich.console
 import torch
 
-from benchmarks import compare, frozen_tables, growth, loader_throughput
-from benchmarks.datasets import CANDIDATES_PER_ROW, SOURCES
-from benchmarks.sides import SIZES
 from benchmarks.tables import Table
 
-SUITES = ("cpu", "ablation", "frozen", "growth", "loader", "gpu")
-NAMES = tuple(f"{kind}/{data}/{size}" for kind in CANDIDATES_PER_ROW for data in SOURCES for size in SIZES)
-DEFAULT_NAMES = {
-    "cpu": (
-        "pretrain/grocery/h64",
-        "pretrain/grocery/h256",
-        "pretrain/kuairand/h64",
-        "pretrain/taobao_like/h64",
-        "discriminative/grocery/h64",
-        "discriminative_k2/grocery/h64",
-    ),
-    "ablation": ("pretrain/grocery/h64", "discriminative/grocery/h64"),
-    "frozen": tuple(frozen_tables.ROWS),
-    "growth": tuple(growth.SWEEPS),
-    "loader": tuple(loader_throughput.COMPRESSIONS),
-}
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """Benchmarks that are measured name by name."""
+
+    names: tuple[str, ...]
+    default_names: tuple[str, ...]
+    """A subset that takes minutes."""
+    measure: typing.Callable[[str, float, pathlib.Path, pathlib.Path], list[dict[str, typing.Any]]]
+    """(name, seconds, data root, scratch folder) -> entries of the JSON file."""
+    tables: typing.Callable[[list[dict[str, typing.Any]]], list[Table]]
 
 
-def selected(suite: str, names: str) -> tuple[str, ...]:
-    """ValueError lists the known names."""
-    known = NAMES if suite in ("cpu", "ablation") else DEFAULT_NAMES[suite]
+# A suite is imported only when it is asked for: each needs other libraries, and a machine to measure on may lack some.
+def _cpu() -> Suite:
+    from benchmarks import compare
+
+    return Suite(_compared_names(), CPU_NAMES, compare.against_baseline, compare.comparison_tables)
+
+
+def _ablation() -> Suite:
+    from benchmarks import compare
+
+    defaults = ("pretrain/grocery/h64", "discriminative/grocery/h64")
+    return Suite(_compared_names(), defaults, compare.ablation, compare.ablation_tables)
+
+
+def _frozen() -> Suite:
+    from benchmarks import frozen_tables
+
+    names = tuple(frozen_tables.ROWS)
+    return Suite(names, names, frozen_tables.measure, frozen_tables.tables)
+
+
+def _growth() -> Suite:
+    from benchmarks import growth
+
+    names = tuple(growth.SWEEPS)
+    return Suite(names, names, growth.measure, growth.tables)
+
+
+def _loader() -> Suite:
+    from benchmarks import loader_throughput
+
+    names = tuple(loader_throughput.COMPRESSIONS)
+    return Suite(names, names, loader_throughput.measure, loader_throughput.tables)
+
+
+def _compared_names() -> tuple[str, ...]:
+    from benchmarks.datasets import CANDIDATES_PER_ROW, SOURCES
+    from benchmarks.sides import SIZES
+
+    return tuple(f"{kind}/{data}/{size}" for kind in CANDIDATES_PER_ROW for data in SOURCES for size in SIZES)
+
+
+SUITES = {"cpu": _cpu, "ablation": _ablation, "frozen": _frozen, "growth": _growth, "loader": _loader}
+CPU_NAMES = (
+    "pretrain/grocery/h64",
+    "pretrain/grocery/h256",
+    "pretrain/kuairand/h64",
+    "pretrain/taobao_like/h64",
+    "discriminative/grocery/h64",
+    "discriminative_k2/grocery/h64",
+)
+
+
+def selected(suite_name: str, names: str) -> tuple[str, ...]:
+    """Names that `--names` asks for. ValueError lists the known ones."""
+    suite = SUITES[suite_name]()
     if names in ("", "all"):
-        return known if names else DEFAULT_NAMES[suite]
+        return suite.names if names else suite.default_names
     chosen = tuple(names.split(","))
-    unknown = sorted(set(chosen) - set(known))
+    unknown = sorted(set(chosen) - set(suite.names))
     if unknown:
-        raise ValueError(f"--names {unknown} are not benchmarks of suite {suite!r}; there are {list(known)}")
+        raise ValueError(f"--names {unknown} are not benchmarks of suite {suite_name!r}; there are {list(suite.names)}")
     return chosen
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=SUITES, default="cpu")
+    parser.add_argument("--suite", choices=(*SUITES, "gpu"), default="cpu")
     parser.add_argument("--names", default="", help="comma-separated, or all; default: a subset of some minutes")
     parser.add_argument(
         "--seconds", type=float, default=30.0, help="CPU time per name (ablation: per variant) after warm-up"
@@ -84,35 +131,22 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def _measure(args: argparse.Namespace, names: tuple[str, ...], console: rich.console.Console) -> list[Table]:
     """Runs the suite name by name, rewriting the JSON after each; -> tables."""
-    entries: list[dict] = []
-    suite = {
-        "cpu": compare.against_baseline,
-        "ablation": compare.ablation,
-        "frozen": frozen_tables.measure,
-        "growth": growth.measure,
-        "loader": loader_throughput.measure,
-    }[args.suite]
+    entries: list[dict[str, typing.Any]] = []
+    suite = SUITES[args.suite]()
     with tempfile.TemporaryDirectory(prefix="gpsd-bench-") as folder:
         for name in names:
             begin = time.perf_counter()
-            entries += suite(name, args.seconds, args.data_root, pathlib.Path(folder))
+            entries += suite.measure(name, args.seconds, args.data_root, pathlib.Path(folder))
             args.out.write_text(json.dumps(entries, indent=1) + "\n")
             console.print(f"{name}: done in {time.perf_counter() - begin:.0f} s")
-    show = {
-        "cpu": compare.comparison_tables,
-        "ablation": compare.ablation_tables,
-        "frozen": frozen_tables.tables,
-        "growth": growth.tables,
-        "loader": loader_throughput.tables,
-    }[args.suite]
-    return show(entries)
+    return suite.tables(entries)
 
 
 def main(argv: list[str]) -> int:
     """Exit status 2 for a wrong name."""
     args = _arguments(argv)
     if args.suite == "gpu":
-        from benchmarks import gpu_suite  # needs CUDA and imports its compilers
+        from benchmarks import gpu_suite
 
         return gpu_suite.report(gpu_suite.NAMES if args.names in ("", "all") else args.names.split(","), args.out)
     console = rich.console.Console(width=None if sys.stdout.isatty() else 200)
