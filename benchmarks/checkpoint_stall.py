@@ -20,8 +20,8 @@ import rich.console
 import rich.table
 
 from gpsd_dist.checkpoint import integrity, loading
+from gpsd_dist.config.gin_cli import load_run_config
 from gpsd_dist.distributed.runtime import process_group
-from gpsd_dist.gin_cli import load_run_config
 from gpsd_dist.metrics.recorder import Recorder
 from gpsd_dist.trainer import Trainer
 

@@ -38,7 +38,7 @@ from benchmarks.expected import (
     ordered,
     read_experiments,
 )
-from gpsd_dist.gin_cli import load_run_config
+from gpsd_dist.config.gin_cli import load_run_config
 from gpsd_dist.schema import read_manifest
 
 _REPO_ROOT = pathlib.Path(__file__).resolve().parents[1]

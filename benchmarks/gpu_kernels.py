@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_bench import Bench
-from gpsd_dist.model import attention, hstu_attention
-from gpsd_dist.packing import Packing
+from gpsd_dist.batch.packing import Packing
+from gpsd_dist.model.ops import attention, hstu_attention, hstu_bias
 
 
 def attention_kernels(bench: Bench, name: str) -> dict[str, typing.Any]:
@@ -27,8 +27,8 @@ def hstu_kernel(bench: Bench, name: str) -> dict[str, typing.Any]:
     packing, qkv = _requests(bench, 1, 4, 64)
     positions = bench.sizes.longest_history + 11
     random = torch.Generator().manual_seed(1)
-    weights = (torch.randn(n, generator=random) * 0.02 for n in (2 * positions - 1, hstu_attention.NUM_TIME_BUCKETS))
-    bias = hstu_attention.BiasWeights(*(weight.to(bench.device) for weight in weights))
+    weights = (torch.randn(n, generator=random) * 0.02 for n in (2 * positions - 1, hstu_bias.NUM_TIME_BUCKETS))
+    bias = hstu_bias.BiasWeights(*(weight.to(bench.device) for weight in weights))
     times = torch.arange(packing.num_history_tokens, device=bench.device) * 60
     request = torch.full((packing.num_requests,), 10**9, device=bench.device)
 

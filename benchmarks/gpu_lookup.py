@@ -7,11 +7,11 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_bench import Bench
+from gpsd_dist.batch.batch import lookup_of
 from gpsd_dist.config import OptimizerConfig, TablesConfig
-from gpsd_dist.data.batch import lookup_of
-from gpsd_dist.distributed.sharding import shard_tables
-from gpsd_dist.model.embeddings import Tables
 from gpsd_dist.schema import Table
+from gpsd_dist.tables.collections import Tables
+from gpsd_dist.tables.sharding import shard_tables
 
 
 def lookup(bench: Bench, name: str) -> dict[str, typing.Any]:

@@ -13,8 +13,7 @@ import torch
 from benchmarks.datasets import BenchData, prepare, without_validation
 from benchmarks.gpu_bench import TRAINED, Bench, Sizes
 from benchmarks.step_split import Split, split_steps
-from gpsd_dist.capacity.estimate import model_size, training_flops
-from gpsd_dist.capacity.workload import Workload
+from gpsd_dist.batch.batch import Batch
 from gpsd_dist.config import (
     DataConfig,
     ModelConfig,
@@ -24,10 +23,11 @@ from gpsd_dist.config import (
     TablesConfig,
     TrainConfig,
 )
-from gpsd_dist.data.batch import Batch
-from gpsd_dist.execution_config import ExecutionConfig
+from gpsd_dist.config.execution import ExecutionConfig
 from gpsd_dist.metrics.recorder import Recorder
 from gpsd_dist.metrics.throughput import mfu, peak_bf16_flops
+from gpsd_dist.plan.estimate import model_size, training_flops
+from gpsd_dist.plan.workload import Workload
 from gpsd_dist.trainer import Trainer
 
 

@@ -24,10 +24,10 @@ from benchmarks.remote import interleave, running
 from benchmarks.sides import SIZES, SideSpec
 from benchmarks.step_split import Split, split_table
 from benchmarks.tables import Table
-from gpsd_dist.capacity.workload import expected_distinct
 from gpsd_dist.config import PretrainConfig
 from gpsd_dist.distributed.runtime import process_group
 from gpsd_dist.model.transformer import ffn_width
+from gpsd_dist.plan.workload import expected_distinct
 from gpsd_dist.schema import read_manifest
 
 SWEEPS = {

@@ -11,8 +11,8 @@ import time
 import numpy as np
 import torch
 
-from gpsd_dist.id_options import EVICTIONS, IdsConfig
-from gpsd_dist.ids.managed import ManagedMap
+from gpsd_dist.config.ids import EVICTIONS, IdsConfig
+from gpsd_dist.tables.managed_collision import ManagedMap
 
 SIZES = (10_000, 100_000, 1_000_000)
 TOKENS = 30_000  # of a global batch of 512 requests with 50 events and 10 candidates, about

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 from benchmarks.tables import Table
 from data_pipeline.write import encodings
 from gpsd_dist import schema
-from gpsd_dist.allocator import keep_freed_memory
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.loader import BatchKey, Loader
+from gpsd_dist.distributed.allocator import keep_freed_memory
 
 COMPRESSIONS = ("loader/zstd", "loader/lz4", "loader/none")
 _SETTINGS = {"cold": (0, False), "cached": (2**30, False), "batch": (0, True)}  # cache bytes, collated

@@ -21,10 +21,10 @@ import sys
 import time
 
 from gpsd_dist.checkpoint import manager
-from gpsd_dist.gin_cli import load_run_config
+from gpsd_dist.config.gin_cli import load_run_config
 from gpsd_dist.model.registry import TOWERS
-from gpsd_dist.scaling_law.ladder import Training
-from gpsd_dist.scaling_law.runs import differences, execute, is_trained, parameters_of, read_result, replace_file
+from gpsd_dist.scaling.ladder import Training
+from gpsd_dist.scaling.runs import differences, execute, is_trained, parameters_of, read_result, replace_file
 
 METRICS = ("auc", "gauc", "log_loss")
 WALL_NAME = "wall_s.json"

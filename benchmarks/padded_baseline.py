@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gpsd_dist.batch.packing import Packing
 from gpsd_dist.model.transformer import Transformer
-from gpsd_dist.packing import Packing
 from gpsd_dist.schema import NUM_RESERVED_ROWS, Manifest
 
 _INIT_STD = 0.02

@@ -17,11 +17,14 @@ import torch
 from benchmarks.datasets import BenchData
 from benchmarks.padded_baseline import PaddedBaseline, PaddedLoader
 from benchmarks.product import Product, Size, run_config
-from gpsd_dist import allocator, losses, packing
+from gpsd_dist.batch import packing
 from gpsd_dist.config import PretrainConfig
 from gpsd_dist.data import distinct
+from gpsd_dist.distributed import allocator
 from gpsd_dist.distributed import runtime as runtime_module
-from gpsd_dist.model import swiglu, transformer
+from gpsd_dist.model import transformer
+from gpsd_dist.model.ops import swiglu
+from gpsd_dist.stages import losses
 
 NUM_NEGATIVES = 4096
 _GROUPS = 8

@@ -25,8 +25,8 @@ from gpsd_dist.checkpoint import loading, manager, storage
 from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import OptimizerConfig, RunConfig, run_config_from_dict
+from gpsd_dist.data.run_manifest import read_run_manifest
 from gpsd_dist.distributed.runtime import Runtime, process_group
-from gpsd_dist.ids.tables import read_run_manifest
 from gpsd_dist.metrics.ranking import RANK_CUT
 from gpsd_dist.metrics.recorder import json_safe
 from gpsd_dist.schema import Manifest

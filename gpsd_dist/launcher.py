@@ -21,8 +21,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
 
-from gpsd_dist import exit_codes
-from gpsd_dist.distributed.launching import LAUNCHER_VARIABLE
+from gpsd_dist.distributed import exit_codes
+from gpsd_dist.distributed.parent_watch import LAUNCHER_VARIABLE
 
 _BY_IMPORTANCE = (exit_codes.MISTAKE, exit_codes.NO_FILE_ACCESS, exit_codes.HUNG, exit_codes.STOPPED)
 """Of several ranks the cause is told; the others fail because a rank is missing."""

@@ -20,7 +20,7 @@ import typing
 
 import pyarrow as pa
 
-from gpsd_dist.option_checks import nests_deeper
+from gpsd_dist.validation import nests_deeper
 
 SCHEMA_VERSION = 1
 PADDING_INDEX = 0

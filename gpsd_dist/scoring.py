@@ -6,17 +6,18 @@ import typing
 import torch
 import torch.nn.functional as F
 
-from gpsd_dist.assembly import Assembly, check_can_be_scored
+from gpsd_dist.assembly import Assembly
+from gpsd_dist.batch.batch import Batch, lookup_of
 from gpsd_dist.config import RunConfig
-from gpsd_dist.data.batch import Batch, lookup_of
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.loader import Loader
 from gpsd_dist.distributed.collectives import all_gather_rows, all_sum
 from gpsd_dist.distributed.runtime import Runtime
-from gpsd_dist.losses import conditional_label
 from gpsd_dist.metrics.classification import Predictions, gather_metrics
 from gpsd_dist.metrics.ranking import Excluded, RankingSums, rank_targets
+from gpsd_dist.preflight import check_can_be_scored
 from gpsd_dist.schema import Manifest, Task
+from gpsd_dist.stages.losses import conditional_label
 
 Metrics = dict[str, dict[str, float | int]]
 _LOOKUP_CHUNK_ROWS = 65_536

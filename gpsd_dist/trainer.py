@@ -9,29 +9,29 @@ import typing
 
 import torch
 
-from gpsd_dist.assembly import assemble, check_options_against_data
+from gpsd_dist.assembly import assemble
+from gpsd_dist.batch.batch import Batch, pinned
 from gpsd_dist.checkpoint.loading import fill_tensors
 from gpsd_dist.checkpoint.manager import Checkpoints, RunState, newest_intact
 from gpsd_dist.checkpoint.resume import check_resumable, epochs_to_best
 from gpsd_dist.checkpoint.state import read_run, read_state
 from gpsd_dist.checkpoint.transfer import transfer
 from gpsd_dist.config import RunConfig
-from gpsd_dist.data.batch import Batch, pinned
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.loader import Loader
+from gpsd_dist.data.run_manifest import read_run_manifest
 from gpsd_dist.distributed.collectives import all_sum
-from gpsd_dist.distributed.pipeline import SparseDistPipeline
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.distributed.stopping import StopRequests
-from gpsd_dist.ids.tables import read_run_manifest
 from gpsd_dist.metrics import profiling
-from gpsd_dist.metrics.progress import Progress
+from gpsd_dist.metrics.early_stopping import Progression
+from gpsd_dist.metrics.progress_bar import Progress
 from gpsd_dist.metrics.recorder import Recorder
 from gpsd_dist.metrics.throughput import Throughput
-from gpsd_dist.optim.dense import named_state
-from gpsd_dist.optim.schedule import learning_rate_factor
-from gpsd_dist.progression import Progression
+from gpsd_dist.optim import learning_rate_factor, named_state
+from gpsd_dist.preflight import check_options_against_data
 from gpsd_dist.scoring import Metrics, evaluate_split, evaluation_loader
+from gpsd_dist.tables.prefetch import SparseDistPipeline
 from gpsd_dist.training_step import PipelinedStep, TrainingStep
 
 log = logging.getLogger(__name__)

@@ -6,15 +6,15 @@ import typing
 import torch
 
 from gpsd_dist.assembly import Assembly
+from gpsd_dist.batch.batch import Batch, to_device
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import RunConfig
-from gpsd_dist.data.batch import Batch, to_device
 from gpsd_dist.distributed.collectives import all_sum
-from gpsd_dist.distributed.dense import clip_gradients, exchange_gradients, parallelize
+from gpsd_dist.distributed.dense_parallel import clip_gradients, exchange_gradients, parallelize
 from gpsd_dist.distributed.runtime import Runtime, seed_step
 from gpsd_dist.metrics import profiling
 from gpsd_dist.metrics.recorder import Recorder
-from gpsd_dist.optim.dense import dense_optimizer
+from gpsd_dist.optim import dense_optimizer
 
 
 class LossNotFinite(ValueError):

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gpsd_dist import schema
+from gpsd_dist.data.hashing import hashed_rows
 from gpsd_dist.data.parquet_dataset import ParquetSplit
-from gpsd_dist.ids.hashing import hashed_rows
 from gpsd_dist.metrics.classification import Predictions
 
 USER_KEY = "user"

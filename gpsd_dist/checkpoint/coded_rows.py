@@ -8,7 +8,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from gpsd_dist.model.row_codes import encode
+from gpsd_dist.tables.int8_rows import encode
 
 _BLOCK_ROWS = 4096
 

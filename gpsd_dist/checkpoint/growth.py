@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from gpsd_dist.checkpoint.coded_rows import CodedRows
 from gpsd_dist.config import RunConfig
-from gpsd_dist.model.embeddings import module_key
+from gpsd_dist.parameter_names import module_key
 from gpsd_dist.schema import Manifest
 
 _SMALL = "backbone.embedder.small."

@@ -9,9 +9,9 @@ from gpsd_dist.checkpoint import storage
 from gpsd_dist.checkpoint.retention import STATE_NAME
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import run_config_from_dict
-from gpsd_dist.option_checks import UnknownOptions, check_types, unknown
-from gpsd_dist.progression import Progression
+from gpsd_dist.metrics.early_stopping import Progression
 from gpsd_dist.schema import manifest_from_dict
+from gpsd_dist.validation import UnknownOptions, check_types, unknown
 
 _MAX_STEPS = 2**62
 _WITH_ITS_VERSION = (

@@ -9,8 +9,8 @@ from gpsd_dist.checkpoint.coded_rows import CodedRows
 from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import ModelConfig, RunConfig, run_config_from_dict
-from gpsd_dist.model.embeddings import module_key
-from gpsd_dist.model_options import READS
+from gpsd_dist.config.model import READS
+from gpsd_dist.parameter_names import module_key
 from gpsd_dist.schema import Manifest
 
 log = logging.getLogger(__name__)

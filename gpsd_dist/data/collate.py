@@ -13,14 +13,14 @@ import pyarrow.compute as pc
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from gpsd_dist.data.batch import Bag, Batch, NextItem, RawIds
+from gpsd_dist.batch.batch import Bag, Batch, NextItem, RawIds
+from gpsd_dist.batch.packing import Packing
+from gpsd_dist.batch.padding import PaddedPacking, pad_packing
 from gpsd_dist.data.distinct import Wanted, deduplicate
 from gpsd_dist.data.gather import gather, one_chunk
+from gpsd_dist.data.hashing import hashed_rows
 from gpsd_dist.data.loader import BatchKey
 from gpsd_dist.data.parquet_dataset import BadValue
-from gpsd_dist.ids.hashing import hashed_rows
-from gpsd_dist.packing import Packing
-from gpsd_dist.packing_padded import PaddedPacking, pad_packing
 from gpsd_dist.schema import NUM_RESERVED_ROWS, Feature, Manifest
 
 _MAX_DEVIATIONS = 5.0  # a numerical feature is standardised and cut here: one outlier must not drown a token (untuned)

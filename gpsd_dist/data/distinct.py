@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from gpsd_dist.data.batch import RawIds, lookup_of
+from gpsd_dist.batch.batch import RawIds, lookup_of
 from gpsd_dist.schema import Manifest
 
 _DENSE_UNIQUE_ROWS = 4_000_000  # below this a mark per table row beats sorting the ids (5x at 100 k ids, 1 M rows)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from gpsd_dist.allocator import keep_freed_memory
-from gpsd_dist.distributed import launching
+from gpsd_dist.distributed import parent_watch
+from gpsd_dist.distributed.allocator import keep_freed_memory
 from gpsd_dist.distributed.watchdog import Watchdog
 
 
@@ -57,13 +57,13 @@ def process_group(timeout_s: int) -> typing.Iterator[Runtime]:
         keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
-    launcher_pid = launching.launcher_pid()
-    with launching.leaving_with(launcher_pid):
+    launcher_pid = parent_watch.launcher_pid()
+    with parent_watch.leaving_with(launcher_pid):
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    launching.check(launcher_pid)
+    parent_watch.check(launcher_pid)
     _configure_logging(rank)
     watchdog = Watchdog(rank, launcher_pid)
     yield Runtime(rank, world_size, local_rank, device, int(os.environ.get("LOCAL_WORLD_SIZE", 0)), watchdog)

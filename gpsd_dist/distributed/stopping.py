@@ -7,7 +7,7 @@ import typing
 
 import torch
 
-from gpsd_dist import exit_codes
+from gpsd_dist.distributed import exit_codes
 from gpsd_dist.distributed.collectives import all_sum
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # of a scheduler, of a lost terminal, Ctrl-C

@@ -13,8 +13,7 @@ import threading
 import time
 import typing
 
-from gpsd_dist import exit_codes
-from gpsd_dist.distributed import launching
+from gpsd_dist.distributed import exit_codes, parent_watch
 
 FIRST_STEP_FACTOR = 4  # the first step compiles, tunes and fills caches; untuned
 _BACKSTOP_FACTOR = 2  # of the timeout; for a thread that holds the interpreter lock, so that ours cannot run
@@ -121,7 +120,7 @@ class Watchdog:
         launcher_pid = self._launcher_pid
         poll_s = min(timeout_s / _POLLS_PER_TIMEOUT or _LONGEST_POLL_S, _LONGEST_POLL_S)
         while not self._stopping.wait(poll_s):
-            if on_orphaned is not None and launcher_pid is not None and launching.is_gone(launcher_pid):
+            if on_orphaned is not None and launcher_pid is not None and parent_watch.is_gone(launcher_pid):
                 on_orphaned()
                 on_orphaned = None
             if timeout_s:

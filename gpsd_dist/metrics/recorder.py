@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.tensorboard
 
-from gpsd_dist.metrics.progress import Progress
+from gpsd_dist.metrics.progress_bar import Progress
 
 REDUCTIONS = ("mean", "sum", "max", "last")
 JSONL_NAME = "metrics.jsonl"

@@ -8,9 +8,9 @@ Shape letters: S tokens in packed order, T history tokens, C candidates, B reque
 import torch
 from torch import nn
 
+from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig
 from gpsd_dist.model.pairs import split_tokens, sum_histories
-from gpsd_dist.packing import Packing
 
 
 class DeepFM(nn.Module):

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
+from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig
 from gpsd_dist.model.din import ActivationUnit
 from gpsd_dist.model.pairs import join, pair_up, softmax, split_tokens
-from gpsd_dist.packing import Packing
 
 
 class TimeMajor(typing.NamedTuple):

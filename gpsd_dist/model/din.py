@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig
 from gpsd_dist.model.pairs import Pairs, pair_up, pool, softmax, split_tokens
 from gpsd_dist.model.transformer import init_linear
-from gpsd_dist.packing import Packing
 
 
 class Dice(nn.Module):

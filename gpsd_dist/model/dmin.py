@@ -10,12 +10,12 @@ a token, H heads, K = N / H head width.
 import torch
 from torch import nn
 
+from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig
-from gpsd_dist.model.attention import attend
 from gpsd_dist.model.din import ActivationUnit, attention_widths
+from gpsd_dist.model.ops.attention import attend
 from gpsd_dist.model.pairs import Pairs, join, pair_up, pool, softmax, split_tokens
 from gpsd_dist.model.transformer import init_linear
-from gpsd_dist.packing import Packing
 
 _FFN_MULTIPLE = 2  # hidden width of a feed-forward over N: 4 d with two features (official settings)
 

@@ -1,7 +1,7 @@
 """GPSD's two dense models on one tower: next item (pretraining) and ranking (finetuning). arXiv:2506.03699, figure 2.
 
-They take the looked-up table rows and a batch and return outputs; losses are in `gpsd_dist.losses`, the tables in
-`gpsd_dist.model.embeddings.Tables`.
+They take looked-up rows of tables and a batch and return outputs; losses are in `stages/losses.py`, the tables in
+`tables/collections.py`.
 
 Shape letters: S tokens in packed order, T history tokens, C candidates, D width, E embedding width.
 """
@@ -11,11 +11,12 @@ import typing
 import torch
 from torch import nn
 
+from gpsd_dist.batch.batch import Batch
 from gpsd_dist.config import ModelConfig, TablesConfig
-from gpsd_dist.data.batch import Batch
-from gpsd_dist.model.embeddings import ContextEmbedder, TokenEmbedder, module_key
+from gpsd_dist.model.embeddings import ContextEmbedder, TokenEmbedder
 from gpsd_dist.model.heads import ProjectionIn, ProjectionOut, RankingHeads
 from gpsd_dist.model.registry import TOWERS, Times, Tower
+from gpsd_dist.parameter_names import module_key
 from gpsd_dist.schema import Manifest, Table
 
 

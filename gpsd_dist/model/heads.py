@@ -8,8 +8,8 @@ import itertools
 import torch
 from torch import nn
 
-from gpsd_dist.model.embeddings import module_key
 from gpsd_dist.model.transformer import init_linear
+from gpsd_dist.parameter_names import module_key
 
 
 class RankingHeads(nn.Module):

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig
-from gpsd_dist.model import hstu_attention
 from gpsd_dist.model.learned_positions import LearnedPositions
+from gpsd_dist.model.ops import hstu_attention, hstu_bias
 from gpsd_dist.model.transformer import init_linear
-from gpsd_dist.packing import Packing
 
 _NORM_EPS = 1e-6
 _BIAS_STD = 0.02
@@ -31,15 +31,15 @@ class HSTUBlock(nn.Module):
         self.out = nn.Linear(heads * head_width, width)
         self.dropout = nn.Dropout(dropout)
         self.position_bias = nn.Parameter(torch.empty(2 * max_positions - 1).normal_(std=_BIAS_STD))
-        time_weights = torch.empty(hstu_attention.NUM_TIME_BUCKETS).normal_(std=_BIAS_STD) if time_bias else None
+        time_weights = torch.empty(hstu_bias.NUM_TIME_BUCKETS).normal_(std=_BIAS_STD) if time_bias else None
         self.time_bias = None if time_weights is None else nn.Parameter(time_weights)
 
     def forward(
-        self, x_SD: torch.Tensor, relations: hstu_attention.Relations, candidates_only: bool = False
+        self, x_SD: torch.Tensor, relations: hstu_bias.Relations, candidates_only: bool = False
     ) -> torch.Tensor:
         """[S, D] -> [S, D], or [C, D] if only the candidates' outputs are wanted."""
         gate, value, query, key = F.silu(self.uvqk(_norm(x_SD))).unflatten(-1, (4, self.heads, -1)).unbind(1)
-        bias = hstu_attention.BiasWeights(self.position_bias, self.time_bias)
+        bias = hstu_bias.BiasWeights(self.position_bias, self.time_bias)
         qkv_S3HK = torch.stack((query, key, value), dim=1)
         attended = hstu_attention.attend(qkv_S3HK, bias, relations, candidates_only)
         if candidates_only:
@@ -111,9 +111,9 @@ class HSTU(nn.Module):
             x_SD = block(x_SD, relations, candidates_only and index == len(self.blocks) - 1)
         return x_SD
 
-    def _relations(self, packing: Packing, times, for_kernel: bool) -> hstu_attention.Relations:
+    def _relations(self, packing: Packing, times, for_kernel: bool) -> hstu_bias.Relations:
         if not self.time_bias:
-            return hstu_attention.Relations(packing, None, None)
+            return hstu_bias.Relations(packing, None, None)
         if times is None:
             history_T = torch.full_like(packing.position_S[: packing.num_history_tokens], -1)
             request_B = torch.full_like(packing.history_offsets[1:], -1)

@@ -9,7 +9,7 @@ import typing
 import torch
 import torch.nn.functional as F
 
-from gpsd_dist.packing import Packing
+from gpsd_dist.batch.packing import Packing
 
 
 class Pairs(typing.NamedTuple):

@@ -4,6 +4,7 @@ import typing
 
 import torch
 
+from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig
 from gpsd_dist.model.deepfm import DeepFM
 from gpsd_dist.model.dien import DIEN
@@ -13,7 +14,6 @@ from gpsd_dist.model.hstu import HSTU
 from gpsd_dist.model.sasrec import SASRec
 from gpsd_dist.model.transformer import Transformer
 from gpsd_dist.model.wukong import Wukong
-from gpsd_dist.packing import Packing
 
 
 class Times(typing.NamedTuple):

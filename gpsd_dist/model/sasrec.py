@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig
-from gpsd_dist.model.attention import attend
 from gpsd_dist.model.learned_positions import LearnedPositions
-from gpsd_dist.packing import Packing
+from gpsd_dist.model.ops.attention import attend
 
 _NORM_EPS = 1e-8
 

@@ -11,11 +11,11 @@ import typing
 import torch
 from torch import nn
 
+from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig
-from gpsd_dist.model.attention import attend
-from gpsd_dist.model.norms import normed, normed_linear
-from gpsd_dist.model.swiglu import swiglu
-from gpsd_dist.packing import Packing
+from gpsd_dist.model.ops.attention import attend
+from gpsd_dist.model.ops.norms import normed, normed_linear
+from gpsd_dist.model.ops.swiglu import swiglu
 
 _NORM_EPS = 1e-5
 _ROPE_THETA = 1e4

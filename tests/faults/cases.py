@@ -8,7 +8,7 @@ import json
 import socket
 import typing
 
-from gpsd_dist import exit_codes
+from gpsd_dist.distributed import exit_codes
 from tests.faults import file_cases
 from tests.faults.jobs import SAVE_INTERVAL, Run, Workshop, finish, wait_until
 

@@ -11,7 +11,7 @@ import typing
 import pyarrow.parquet as pq
 import pytest
 
-from gpsd_dist import exit_codes
+from gpsd_dist.distributed import exit_codes
 from tests.faults.jobs import SAVE_INTERVAL, Run, Workshop
 from tests.integration.tiny_data import step_folder
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from gpsd_dist import exit_codes
+from gpsd_dist.distributed import exit_codes
 from tests.helpers.commands import TINY_GIN, environment
 from tests.integration.tiny_data import differing, read_checkpoint, step_folder, train_losses, write_tiny_data
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from gpsd_dist import exit_codes
+from gpsd_dist.distributed import exit_codes
 from tests.faults.hosts import TwoHosts
 from tests.faults.jobs import Run, Workshop, wait_until
 from tests.integration.tiny_data import differing, read_checkpoint, step_folder, train_losses

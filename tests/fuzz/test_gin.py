@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from gpsd_dist import config
-from gpsd_dist.gin_cli import load_run_config
+from gpsd_dist.config.gin_cli import load_run_config
 from gpsd_dist.train import main
 from tests.fuzz.properties import assert_one_error_line, clean_or_one_error, fuzz
 

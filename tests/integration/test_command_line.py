@@ -11,8 +11,8 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
-from gpsd_dist import exit_codes
 from gpsd_dist.config import STRATEGIES, run_config_from_dict
+from gpsd_dist.distributed import exit_codes
 from gpsd_dist.schema import read_manifest
 from tests.helpers.commands import TINY_GIN, environment
 from tests.integration.tiny_data import differing, read_checkpoint, step_folder, train_losses

@@ -11,7 +11,7 @@ import torch
 
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.config import OptimizerConfig
-from gpsd_dist.gin_cli import load_run_config
+from gpsd_dist.config.gin_cli import load_run_config
 from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed
 from tests.integration.tiny_data import (

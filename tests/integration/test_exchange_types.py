@@ -7,14 +7,14 @@ import pytest
 import torch
 from torchrec.distributed.types import CommOp
 
-from gpsd_dist.capacity.exchange import exchange
+from gpsd_dist.batch.batch import lookup_of
 from gpsd_dist.config import OptimizerConfig, TablesConfig
-from gpsd_dist.data.batch import lookup_of
-from gpsd_dist.distributed.exchange_codec import exchange_codecs
-from gpsd_dist.distributed.sharding import Cluster, Shard, shard_tables
-from gpsd_dist.execution_config import ExecutionConfig
-from gpsd_dist.model.embeddings import Tables
+from gpsd_dist.config.execution import ExecutionConfig
+from gpsd_dist.plan.all_to_all import exchange
 from gpsd_dist.schema import Table
+from gpsd_dist.tables.all_to_all_codec import exchange_codecs
+from gpsd_dist.tables.collections import Tables
+from gpsd_dist.tables.sharding import Cluster, Shard, shard_tables
 from tests.helpers.distributed import run_distributed
 from tests.integration.tiny_data import NUM_ITEMS, cpu_runtime
 

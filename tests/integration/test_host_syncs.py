@@ -5,10 +5,10 @@ import warnings
 import pytest
 import torch
 
-from gpsd_dist import losses
+from gpsd_dist.batch.packing import Packing
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.metrics.recorder import Recorder
-from gpsd_dist.packing import Packing
+from gpsd_dist.stages import losses
 from gpsd_dist.trainer import Trainer
 from gpsd_dist.training_step import TrainingStep
 from tests.helpers.host_syncs import HostSyncs

@@ -11,10 +11,10 @@ from gpsd_dist import evaluate
 from gpsd_dist.baselines.registry import evaluate_baseline
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.config import OptimizerConfig
-from gpsd_dist.id_options import IdsConfig
-from gpsd_dist.ids.hashing import hashed_rows
-from gpsd_dist.ids.waiting import NO_ID
+from gpsd_dist.config.ids import IdsConfig
+from gpsd_dist.data.hashing import hashed_rows
 from gpsd_dist.schema import write_manifest
+from gpsd_dist.tables.admission_filter import NO_ID
 from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed
 from tests.integration.test_resume import _load_and_save

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gpsd_dist.distributed.pipeline import PrefetchedParts, SparseDistPipeline
+from gpsd_dist.tables.prefetch import PrefetchedParts, SparseDistPipeline
 from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed
 from tests.integration.tiny_data import (

@@ -11,15 +11,15 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpsd_dist.assembly import assemble, meta_tables
-from gpsd_dist.capacity.estimate import Scenario, estimate, model_size
-from gpsd_dist.capacity.exchange import exchange, unsent_gradients
-from gpsd_dist.capacity.memory import memory
-from gpsd_dist.capacity.workload import Workload, data_shape, expected_distinct
+from gpsd_dist.batch.batch import bags_per_table, lookup_of
 from gpsd_dist.config import OptimizerConfig
-from gpsd_dist.data.batch import bags_per_table, lookup_of
-from gpsd_dist.distributed.sharding import Cluster, plan_tables, readable, shards_of, table_names
 from gpsd_dist.metrics.recorder import Recorder
+from gpsd_dist.plan.all_to_all import exchange, unsent_gradients
+from gpsd_dist.plan.estimate import Scenario, estimate, model_size
+from gpsd_dist.plan.memory import memory
+from gpsd_dist.plan.workload import Workload, data_shape, expected_distinct
 from gpsd_dist.schema import read_manifest
+from gpsd_dist.tables.sharding import Cluster, plan_tables, readable, shards_of, table_names
 from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed
 from tests.helpers.synthetic import write_dataset

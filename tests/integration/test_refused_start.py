@@ -3,7 +3,7 @@
 import contextlib
 
 from gpsd_dist import train
-from gpsd_dist.reporting.run_folder import CONFIG_NAME
+from gpsd_dist.report.run_folder import CONFIG_NAME
 from gpsd_dist.trainer import Trainer
 from tests.integration.tiny_data import tiny_run
 

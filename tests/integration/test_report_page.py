@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from gpsd_dist.reporting.page import make_report
+from gpsd_dist.report.page import make_report
 from tests.helpers.run_folders import scored, write_run
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make setup")

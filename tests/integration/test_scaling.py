@@ -5,8 +5,8 @@ import shlex
 
 import pytest
 
-from gpsd_dist import scaling
 from gpsd_dist.checkpoint import loading, manager
+from gpsd_dist.scaling import __main__ as scaling
 from gpsd_dist.trainer import Trainer
 from tests.integration.test_command_line import TINY
 from tests.integration.tiny_data import NUM_ITEMS, NUM_TAGS, tiny_run

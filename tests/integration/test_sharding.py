@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from gpsd_dist import schema
+from gpsd_dist.batch.batch import lookup_of
 from gpsd_dist.config import OptimizerConfig, TablesConfig
-from gpsd_dist.data.batch import lookup_of
-from gpsd_dist.distributed.sharding import shard_tables
-from gpsd_dist.model.embeddings import Tables
+from gpsd_dist.tables.collections import Tables
+from gpsd_dist.tables.sharding import shard_tables
 from tests.helpers.distributed import run_distributed
 from tests.integration.tiny_data import (
     NUM_ITEMS,

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gpsd_dist import schema
-from gpsd_dist.ids.hashing import mix
+from gpsd_dist.data.hashing import mix
 from tests.integration.tiny_data import write_tiny_data
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig
-from gpsd_dist.distributed.dense import compile_tower, recompute_blocks
+from gpsd_dist.distributed.dense_parallel import compile_tower, recompute_blocks
 from gpsd_dist.model.registry import TOWERS, Times
-from gpsd_dist.packing import Packing
 from tests.helpers import reference
 
 LENGTHS, COUNTS, WIDTH, LAYERS = [0, 3, 9, 40], [2, 1, 3, 2], 16, 6

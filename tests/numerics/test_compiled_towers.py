@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig
 from gpsd_dist.model.registry import TOWERS, Times
-from gpsd_dist.packing import Packing
 from tests.helpers.reference import fill_
 
 TOLERANCE = {"rtol": 1e-8, "atol": 1e-8}

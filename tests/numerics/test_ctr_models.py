@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig
 from gpsd_dist.model import wukong
 from gpsd_dist.model.registry import TOWERS
-from gpsd_dist.packing import Packing
 from tests.helpers import reference_ctr
 from tests.helpers.reference import fill_
 

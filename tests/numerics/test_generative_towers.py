@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig
-from gpsd_dist.model import hstu_attention
+from gpsd_dist.model.ops import hstu_bias
 from gpsd_dist.model.registry import TOWERS, Times
-from gpsd_dist.packing import Packing
 from tests.helpers import reference_generative as reference
 from tests.helpers.reference import fill_
 
@@ -191,16 +191,16 @@ BY_HAND = [(0, 0), (1, 0), (2, 2), (3, 3), (60, 13), (3_600, 27), (86_400, 37), 
 @pytest.mark.parametrize(("gap", "bucket"), BY_HAND)
 def test_time_buckets_by_hand(gap, bucket):
     start = torch.tensor([1_000])
-    assert hstu_attention.time_bucket(start + gap, start).tolist() == [bucket]
-    assert hstu_attention.time_bucket(start, start + gap).tolist() == [bucket]
+    assert hstu_bias.time_bucket(start + gap, start).tolist() == [bucket]
+    assert hstu_bias.time_bucket(start, start + gap).tolist() == [bucket]
     assert reference.time_bucket(1_000 + gap, 1_000) == bucket
 
 
 def test_unknown_times_have_a_bucket_that_no_known_gap_reaches():
     known, unknown = torch.tensor([0, 5]), torch.tensor([-1, -1])
-    assert hstu_attention.time_bucket(unknown, known).tolist() == [128, 128]
-    assert hstu_attention.time_bucket(known, unknown).tolist() == [128, 128]
+    assert hstu_bias.time_bucket(unknown, known).tolist() == [128, 128]
+    assert hstu_bias.time_bucket(known, unknown).tolist() == [128, 128]
     age_of_the_universe_s = torch.tensor([435 * 10**15])
-    assert hstu_attention.time_bucket(age_of_the_universe_s, known[:1]).item() == 128  # and nothing younger:
-    assert hstu_attention.time_bucket(age_of_the_universe_s // 10, known[:1]).item() < 128
+    assert hstu_bias.time_bucket(age_of_the_universe_s, known[:1]).item() == 128  # and nothing younger:
+    assert hstu_bias.time_bucket(age_of_the_universe_s // 10, known[:1]).item() < 128
     assert math.exp(128 * 0.301) / 31_557_600 > 1e9  # years

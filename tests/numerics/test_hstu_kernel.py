@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from gpsd_dist.model import hstu_attention
-from gpsd_dist.packing import Packing
+from gpsd_dist.batch.packing import Packing
+from gpsd_dist.model.ops import hstu_attention, hstu_bias
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 POSITIONS = 90
@@ -34,7 +34,7 @@ def interpreted():
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed: it comes with CUDA builds of torch")
     os.environ["TRITON_INTERPRET"] = "1"
-    from gpsd_dist.model import hstu_triton
+    from gpsd_dist.model.ops import hstu_triton
 
     if not is_interpreted():
         pytest.skip("Triton was imported for compiling before: run this file in a process of its own")
@@ -53,14 +53,14 @@ def make_problem(lengths, counts, heads, width, dtype=torch.float32, device="cpu
     packing = Packing.from_lengths(np.array(lengths, np.int64), np.array(counts, np.int64))
     tokens = sum(lengths) + sum(counts)
     qkv = torch.randn(tokens, 3, heads, width, generator=random).to(dtype)
-    position, time = (torch.randn(n, generator=random) for n in (2 * POSITIONS - 1, hstu_attention.NUM_TIME_BUCKETS))
+    position, time = (torch.randn(n, generator=random) for n in (2 * POSITIONS - 1, hstu_bias.NUM_TIME_BUCKETS))
     gaps = torch.randn(sum(lengths), generator=random).mul(3).exp().mul(1000).long()
     history_T = 10**9 + gaps.cumsum(0)
     history_T[1::5] = -1
     request_B = torch.full((len(lengths),), int(10**9 + gaps.sum()) + 50)
     request_B[-1] = -1
     related = [hstu_attention.relate(packing, history_T, request_B, for_kernel=flag) for flag in (False, True)]
-    return qkv, hstu_attention.BiasWeights(position, time), *related
+    return qkv, hstu_bias.BiasWeights(position, time), *related
 
 
 def run(attend, qkv, bias, relations, candidates_only):
@@ -69,7 +69,7 @@ def run(attend, qkv, bias, relations, candidates_only):
     if bias.time is not None:
         leaves.append(bias.time.detach().clone().requires_grad_())
     outputs = attend(
-        leaves[0], hstu_attention.BiasWeights(*leaves[1:], *[None] * (3 - len(leaves))), relations, candidates_only
+        leaves[0], hstu_bias.BiasWeights(*leaves[1:], *[None] * (3 - len(leaves))), relations, candidates_only
     )
     random = torch.Generator().manual_seed(1)
     upstream = [torch.randn(out.shape, generator=random).to(out) for out in outputs]
@@ -80,8 +80,8 @@ def run(attend, qkv, bias, relations, candidates_only):
 def check_agreement(module, problem, candidates_only, has_times, tolerance):
     qkv, bias, for_buckets, for_kernel = problem
     if not has_times:
-        bias = hstu_attention.BiasWeights(bias.position, None)
-        for_buckets = for_kernel = hstu_attention.Relations(for_kernel.packing, None, None)
+        bias = hstu_bias.BiasWeights(bias.position, None)
+        for_buckets = for_kernel = hstu_bias.Relations(for_kernel.packing, None, None)
     wanted, wanted_gradients = run(hstu_attention.bucketed, qkv.float(), bias, for_buckets, candidates_only)
     got, gradients = run(module.attend_to_histories, qkv, bias, for_kernel, candidates_only)
     assert len(got) == len(wanted)
@@ -135,7 +135,7 @@ def compile_for_a_gpu() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gpsd_dist.model import hstu_triton
+    from gpsd_dist.model.ops import hstu_triton
 
     words = {
         "offsets": "*i64",
@@ -174,7 +174,7 @@ def test_a_cpu_never_runs_the_kernel():
 def test_the_compiled_kernel_agrees_with_the_buckets(dtype, tolerance, candidates_only, has_times):
     """On the GPU, whose logarithm may put a pair at the edge of a time bucket into the next one: rare, seed 0 has none
     on a CPU."""
-    from gpsd_dist.model import hstu_triton
+    from gpsd_dist.model.ops import hstu_triton
 
     if is_interpreted():
         pytest.skip("Triton was imported for its interpreter before: run the tests marked gpu by themselves")
@@ -182,7 +182,7 @@ def test_the_compiled_kernel_agrees_with_the_buckets(dtype, tolerance, candidate
     qkv, bias, for_buckets, for_kernel = make_problem(lengths, counts, 2, 25, dtype)
     on_gpu = [part.cuda() for part in (qkv, bias.position, bias.time)]
     related = [to_cuda(part) for part in (for_buckets, for_kernel)]
-    problem = on_gpu[0], hstu_attention.BiasWeights(*on_gpu[1:]), *related
+    problem = on_gpu[0], hstu_bias.BiasWeights(*on_gpu[1:]), *related
     check_agreement(hstu_triton, problem, candidates_only, has_times, tolerance)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpsd_dist import losses
+from gpsd_dist.stages import losses
 from tests.helpers import reference
 
 NAN = math.nan

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from gpsd_dist import packing as packing_module
+from gpsd_dist.batch import packing as packing_module
+from gpsd_dist.batch.packing import Packing
 from gpsd_dist.model.transformer import RotaryPositions, Transformer, rotate
-from gpsd_dist.packing import Packing
 from tests.helpers import reference
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from gpsd_dist.data.batch import to_device
-from gpsd_dist.model import flash_parts, transformer
-from gpsd_dist.model.attention import bucketed, two_part
+from gpsd_dist.batch.batch import to_device
+from gpsd_dist.batch.packing import Packing
+from gpsd_dist.model import transformer
+from gpsd_dist.model.ops import flash_attention
+from gpsd_dist.model.ops.attention import bucketed, two_part
 from gpsd_dist.model.transformer import Transformer
-from gpsd_dist.packing import Packing
 from tests.helpers import reference
 
 SHAPES = [
@@ -92,21 +93,21 @@ def test_operator_keeps_its_promises_to_the_compiler(candidates_only):
     qkv, packing = make([0, 2, 9], [3, 1, 2], torch.float32)
     offsets = packing.history_offsets, packing.candidate_offsets
     sizes = packing.num_history_tokens, packing.max_history_length, 3
-    torch.library.opcheck(flash_parts._two_part, (qkv, *offsets, *sizes, candidates_only))
+    torch.library.opcheck(flash_attention._two_part, (qkv, *offsets, *sizes, candidates_only))
 
 
 @pytest.mark.parametrize("head_width", [50, 64])
 def test_cuda_kernels_are_called_as_torch_declares_them(head_width):
     """On tensors without data: arguments are accepted; shapes and types are those that the CPU kernel gives."""
-    spans = flash_parts.Spans(torch.tensor([0, 2, 5]), torch.tensor([0, 3, 7]), 3, 4, False)
+    spans = flash_attention.Spans(torch.tensor([0, 2, 5]), torch.tensor([0, 3, 7]), 3, 4, False)
     query, key, value = (torch.randn(n, HEADS, head_width, dtype=torch.bfloat16) for n in (5, 7, 7))
-    on_cpu = flash_parts._cpu_forward(query, key, value, spans)
+    on_cpu = flash_attention._cpu_forward(query, key, value, spans)
     bare = [part.to("meta") for part in (query, key, value)]
     meta_spans = spans._replace(query_offsets=spans.query_offsets.to("meta"), key_offsets=spans.key_offsets.to("meta"))
-    without_data = flash_parts._cuda_forward(*bare, meta_spans)
+    without_data = flash_attention._cuda_forward(*bare, meta_spans)
     pairs = list(zip(without_data, on_cpu, strict=True))
-    gradients = flash_parts._cuda_backward(bare[0], *bare, *without_data, meta_spans)
-    pairs += zip(gradients, flash_parts._cpu_backward(query, query, key, value, *on_cpu, spans), strict=True)
+    gradients = flash_attention._cuda_backward(bare[0], *bare, *without_data, meta_spans)
+    pairs += zip(gradients, flash_attention._cpu_backward(query, query, key, value, *on_cpu, spans), strict=True)
     for mine, expected in pairs:
         assert mine.shape == expected.shape and mine.dtype == expected.dtype
 

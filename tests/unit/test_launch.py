@@ -13,7 +13,7 @@ import time
 import pytest
 import yaml
 
-from gpsd_dist import exit_codes
+from gpsd_dist.distributed import exit_codes
 
 REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
 LAUNCH = REPO_ROOT / "launch"
@@ -249,7 +249,7 @@ def stub_package(tmp_path):
     (package / "distributed").mkdir(parents=True)
     for folder in (package, package / "distributed"):
         (folder / "__init__.py").touch()
-    for name in ("launcher.py", "exit_codes.py", "distributed/launching.py"):
+    for name in ("launcher.py", "distributed/exit_codes.py", "distributed/parent_watch.py"):
         shutil.copy(REPO_ROOT / "gpsd_dist" / name, package / name)
     (package / "train.py").write_text(
         "import json, os, pathlib, sys\n"

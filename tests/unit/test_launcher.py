@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from gpsd_dist import exit_codes
+from gpsd_dist.distributed import exit_codes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -222,7 +222,14 @@ def test_ci_ends_with_the_summary_of_pytest_and_stops_at_a_failure(failing, tmp_
         assert [target for _, target, _ in called] == ["setup", "check"]
     else:
         assert result.returncode == 0, result.stderr
-        assert [target for _, target, _ in called] == ["setup", "check", "test", "experiments", "quickstart"]
+        assert [target for _, target, _ in called] == [
+            "setup",
+            "check",
+            "test",
+            "test-kernels",
+            "experiments",
+            "quickstart",
+        ]
         assert result.stdout.splitlines()[-1] == "=== 3 passed, 1 skipped in 0.1s ==="
 
 

@@ -7,8 +7,9 @@ import types
 import pytest
 import torch
 
-from gpsd_dist import train
+from gpsd_dist import run_description
 from gpsd_dist.config import RunConfig
+from gpsd_dist.config.gin_cli import ParsedRun
 from gpsd_dist.distributed.runtime import Runtime
 
 
@@ -27,7 +28,7 @@ def describe(tmp_path):
 
     def call(gin_text: str, seed: int) -> None:
         run = RunConfig("pretrain", "data", str(tmp_path), seed=seed)
-        train._describe(train.ParsedRun(run, gin_text), trainer, Runtime(0, 1, 0, torch.device("cpu")))
+        run_description.write(ParsedRun(run, gin_text), trainer, Runtime(0, 1, 0, torch.device("cpu")), [])
 
     return call
 

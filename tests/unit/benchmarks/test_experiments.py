@@ -22,7 +22,7 @@ from benchmarks.expected import (
     ordered,
     read_experiments,
 )
-from gpsd_dist.gin_cli import load_run_config
+from gpsd_dist.config.gin_cli import load_run_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 GIN_FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs" / "experiments").glob("*.gin"))

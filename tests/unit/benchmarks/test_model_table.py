@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import model_table
 from gpsd_dist.checkpoint.state import RunState
-from gpsd_dist.scaling_law.runs import PARAMETERS_NAME
+from gpsd_dist.scaling.runs import PARAMETERS_NAME
 from tests.helpers.synthetic import make_manifest
 
 FILE = "configs/experiments/grocery_finetune.gin"

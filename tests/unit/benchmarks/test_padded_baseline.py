@@ -6,11 +6,11 @@ import torch
 
 from benchmarks import datasets
 from benchmarks.padded_baseline import PaddedBaseline, PaddedLoader, PaddedModel, PaddedTransformer
-from gpsd_dist import losses
+from gpsd_dist.batch.packing import Packing
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.loader import Loader
 from gpsd_dist.model.transformer import Transformer
-from gpsd_dist.packing import Packing
+from gpsd_dist.stages import losses
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpsd_dist.checkpoint import files, loading
 from gpsd_dist.checkpoint.coded_rows import CodedRows
-from gpsd_dist.model.row_codes import encode
+from gpsd_dist.tables.int8_rows import encode
 
 ROWS, WIDTH, COLUMNS, CODED = 9_000, 6, 8, 4  # S = 8, two of them padding; P = 4
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from gpsd_dist import schema
+from gpsd_dist.batch.batch import Bag, bags_per_table
 from gpsd_dist.config import NEGATIVES_PER, ModelConfig, TablesConfig
-from gpsd_dist.data.batch import Bag, bags_per_table
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.loader import Loader
 from gpsd_dist.data.parquet_dataset import BadValue, BatchKey
-from gpsd_dist.model.embeddings import Tables
 from gpsd_dist.model.gpsd import NextItemModel, RankingModel
+from gpsd_dist.tables.collections import Tables
 from tests.helpers.synthetic import FEATURES, TABLE_ROWS, make_manifest, make_rows, write_split
 
 KEY = BatchKey(epoch=0, step=0, rank=0)

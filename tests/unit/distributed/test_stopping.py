@@ -6,8 +6,7 @@ import signal
 import pytest
 import torch.distributed as dist
 
-from gpsd_dist import exit_codes
-from gpsd_dist.distributed import stopping
+from gpsd_dist.distributed import exit_codes, stopping
 from gpsd_dist.distributed.stopping import StopRequests
 from tests.helpers.distributed import run_distributed
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from gpsd_dist import exit_codes
+from gpsd_dist.distributed import exit_codes
 from gpsd_dist.distributed.watchdog import FIRST_STEP_FACTOR, Watchdog
 
 

@@ -5,11 +5,13 @@ import torch
 from torch import nn
 
 from gpsd_dist import schema
+from gpsd_dist.batch.batch import Bag
 from gpsd_dist.config import TablesConfig
-from gpsd_dist.data.batch import Bag
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.parquet_dataset import BatchKey
-from gpsd_dist.model.embeddings import ContextEmbedder, Tables, TokenEmbedder, embed, lookup_tables, module_key
+from gpsd_dist.model.embeddings import ContextEmbedder, TokenEmbedder, embed
+from gpsd_dist.parameter_names import module_key
+from gpsd_dist.tables.collections import Tables, lookup_tables
 from tests.helpers.reference import fill_
 from tests.helpers.synthetic import make_manifest, make_rows
 

@@ -7,10 +7,10 @@ import torch
 
 from gpsd_dist import schema
 from gpsd_dist.config import ModelConfig
-from gpsd_dist.gin_cli import load_run_config
-from gpsd_dist.model.embeddings import Tables, lookup_tables
+from gpsd_dist.config.gin_cli import load_run_config
 from gpsd_dist.model.gpsd import NextItemModel, RankingModel
 from gpsd_dist.model.registry import TOWERS
+from gpsd_dist.tables.collections import Tables, lookup_tables
 from tests.helpers.synthetic import make_manifest
 
 ITEMS_ONLY = dataclasses.replace(

@@ -6,10 +6,10 @@ import torch
 from gpsd_dist.config import ModelConfig, PretrainConfig, TablesConfig
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.parquet_dataset import BatchKey
-from gpsd_dist.model.embeddings import Tables, lookup_tables
 from gpsd_dist.model.gpsd import NextItemModel, RankingModel
 from gpsd_dist.model.registry import TOWERS
-from gpsd_dist.objective import NextItemObjective
+from gpsd_dist.stages.objective import NextItemObjective
+from gpsd_dist.tables.collections import Tables, lookup_tables
 from tests.helpers.reference import fill_, rms_norm
 from tests.helpers.synthetic import make_manifest, make_rows
 

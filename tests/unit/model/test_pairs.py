@@ -4,9 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpsd_dist.batch.packing import Packing
 from gpsd_dist.model.dien import time_major
 from gpsd_dist.model.pairs import pair_up, pool, request_of_tokens, softmax, split_tokens, sum_histories
-from gpsd_dist.packing import Packing
 
 REQUESTS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 4)), max_size=12)
 

@@ -1,0 +1,68 @@
+"""A packed batch with its tokens, candidates and requests rounded up, so that compiled code and CUDA graphs meet few
+shapes. The padding is further requests that nothing reads; real tokens get the same states as without it.
+
+Shape letters: B requests, T history tokens, C candidates, S = T + C; a stroke (S') means with padding.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from gpsd_dist.batch.packing import Packing
+
+_REQUEST_MULTIPLE = 64  # offsets are short: rounding them up costs nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class PaddedPacking:
+    """Geometry of the padded batch, and where the real tokens are in it."""
+
+    packing: Packing
+    """Of S' tokens; `max_history_length` and `max_candidates` are rounded up too."""
+    place_S: torch.Tensor
+    """int64 [S]: place of each real token."""
+    place_C: torch.Tensor
+    """int64 [C]: place of each real candidate among the C' candidates."""
+
+    def fill(self, x_SD: torch.Tensor) -> torch.Tensor:
+        """[S, D] -> [S', D], zero where padded."""
+        padded = x_SD.new_zeros(self.packing.num_history_tokens + self.packing.num_candidates, x_SD.shape[1])
+        return padded.index_copy(0, self.place_S, x_SD)
+
+    def take(self, out: torch.Tensor, candidates_only: bool) -> torch.Tensor:
+        """[S', D] -> [S, D], or [C', D] -> [C, D]."""
+        return out.index_select(0, self.place_C if candidates_only else self.place_S)
+
+
+def pad_packing(packing: Packing, multiple: int, longest: int) -> PaddedPacking:
+    """T' and C' are multiples of `multiple` (0 stays 0), B' of 64; no history of the batch exceeds `longest`."""
+    lengths, counts = packing.history_length_B, packing.candidate_count_B
+    missing_tokens, missing_candidates = (-int(n.sum()) % multiple for n in (lengths, counts))
+    most = _power_of_2(int(counts.max(initial=0)))
+    pieces = [(longest, 0)] * (missing_tokens // longest)
+    pieces += [(missing_tokens % longest, 0)] if missing_tokens % longest else []
+    pieces += [(0, most)] * (missing_candidates // max(most, 1))
+    pieces += [(0, missing_candidates % most)] if missing_candidates and missing_candidates % most else []
+    pieces += [(0, 0)] * (-(len(lengths) + len(pieces)) % _REQUEST_MULTIPLE)
+    added = np.array(pieces, np.int64).reshape(-1, 2)
+    all_lengths, all_counts = np.concatenate([lengths, added[:, 0]]), np.concatenate([counts, added[:, 1]])
+    order = np.argsort(all_lengths, kind="stable")
+    padded = Packing.from_lengths(all_lengths[order], all_counts[order])
+    padded = dataclasses.replace(padded, max_history_length=longest, max_candidates=most)
+    request_B = np.argsort(order)[: len(lengths)]  # where each real request has come to stand
+    place_T = _places(padded.history_offsets.numpy()[request_B], lengths)
+    place_C = _places(padded.candidate_offsets.numpy()[request_B], counts)
+    place_S = np.concatenate([place_T, padded.num_history_tokens + place_C])
+    return PaddedPacking(padded, torch.from_numpy(place_S), torch.from_numpy(place_C))
+
+
+def _places(start_B: np.ndarray, count_B: np.ndarray) -> np.ndarray:
+    """Consecutive places of every request, one request after the other."""
+    first_B = np.cumsum(count_B) - count_B
+    return np.repeat(start_B - first_B, count_B) + np.arange(count_B.sum())
+
+
+def _power_of_2(value: int) -> int:
+    """The smallest one that is not below; 0 for 0."""
+    return 1 << (value - 1).bit_length() if value else 0

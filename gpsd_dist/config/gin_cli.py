@@ -1,0 +1,287 @@
+"""Turns `--gin_file` / `--gin.X=Y` into one frozen RunConfig. The only module that imports gin."""
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import importlib.util  # noqa: F401  gin 0.5.0 uses importlib.util without importing it
+import pathlib
+import re
+import tokenize
+import typing
+
+import gin
+from gin import config_parser
+
+from gpsd_dist import config
+from gpsd_dist.config.model import READS
+
+MAX_FILE_BYTES = 2**20  # untuned: a config.gin takes some 5 kB
+_REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_BINDING = re.compile(r"^(?:(?P<scope>[\w/]+)/)?(?P<leaf>\w+(?:\.\w+)?) = ", re.MULTILINE)
+_ASSIGNMENT = re.compile(r"^\s*(?:[\w/]+/)?\w+(?:\.\w+)?(?=\s*=)", re.MULTILINE)
+_NAME = re.compile(r"(?:[\w/]+/)?\w+(?:\.\w+)?")
+_REQUIRED = "gin.REQUIRED"
+_USAGE = "python -m gpsd_dist.train --gin_file configs/stage/pretrain.gin --gin_file configs/data/grocery.gin ..."
+
+for _cls in config.GIN_CLASSES:
+    gin.external_configurable(_cls, module="gpsd_dist")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParsedRun:
+    """What the command line means."""
+
+    run: config.RunConfig
+    gin_text: str
+    """Every file and override in one text that gives the same run again."""
+
+
+def load_run_config(argv: list[str]) -> ParsedRun:
+    """Parses `argv`, builds the whole config tree once. ValueError for what has no effect or does not fit."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, usage=_USAGE, description="Options: docstrings of gpsd_dist/config/run.py"
+    )
+    parser.add_argument(
+        "--gin_file", action="append", required=True, help="repeatable, later files win; the first may include"
+    )
+    args, rest = parser.parse_known_args(_join_values(argv))
+    unknown = [argument for argument in rest if not (argument.startswith("--gin.") and "=" in argument)]
+    if unknown:
+        parser.error(f"unknown arguments {unknown}; overrides look like --gin.OUTPUT_DIR=runs/a")
+    bindings = [_binding(argument.removeprefix("--gin.")) for argument in rest]
+    files = [_checked_file(file, is_first=index == 0) for index, file in enumerate(args.gin_file)]
+    scanned = _Scanned()
+    for file in files:
+        _scan_file(file, scanned)
+    for binding in bindings:
+        _scan(binding, f"override `{binding}`", scanned)
+    _check_macros_are_set(scanned, bindings)
+
+    gin.clear_config()
+    try:
+        with contextlib.chdir(_REPO_ROOT):  # `include 'configs/...'` resolves against the working directory
+            gin.parse_config_files_and_bindings([str(file) for file in files], bindings, finalize_config=True)
+            run = gin.get_configurable("gpsd_dist.RunConfig")()
+    except (ValueError, AttributeError, SyntaxError, NameError, TypeError, RuntimeError, OSError) as error:
+        raise ValueError(_explain(error)) from error
+    _check_overrides_are_read(bindings)
+    _check_overrides_matter(bindings, run)
+    _check_files_are_read(scanned)
+    return ParsedRun(run, gin.config_str())
+
+
+def _join_values(argv: list[str]) -> list[str]:
+    """Accepts `--gin.X Y` beside `--gin.X=Y`."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and re.fullmatch(r"--gin\.[\w./]+", joined[-1]) and not argument.startswith("--"):
+            joined[-1] += "=" + argument
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _binding(override: str) -> str:
+    """`X=Y` -> gin's `X = Y`; a value that is neither a Python literal nor a gin reference is quoted."""
+    name, value = override.split("=", 1)
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"--gin.{override}: {name!r} is not a name like SEED, TrainConfig.epochs or dense/OptimizerConfig.peak_lr"
+        )
+    if not value.startswith(("%", "@")):
+        try:
+            ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval may raise
+            value = repr(value)
+    return f"{name} = {value}"
+
+
+def _checked_file(file: str, is_first: bool) -> pathlib.Path:
+    """An existing file: as given, or relative to the repository."""
+    path = pathlib.Path(file).resolve()
+    if not path.is_file():
+        path = _REPO_ROOT / file
+    if not path.is_file():
+        folder = _REPO_ROOT / "configs"
+        known = sorted(str(p.relative_to(_REPO_ROOT)) for p in folder.rglob("*.gin"))
+        raise ValueError(f"--gin_file {file} does not exist; there are {known}")
+    text = _text_of(path)
+    if not is_first and re.search(r"^\s*include\b", text, re.MULTILINE):
+        raise ValueError(
+            f"{path} has an `include`, so it must be the first --gin_file (its base would undo earlier files)"
+        )
+    names = [match.group().strip() for match in _ASSIGNMENT.finditer(text)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{path} sets {twice} twice; keep one line each")
+    return path
+
+
+def _text_of(path: pathlib.Path) -> str:
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{path} has more than {MAX_FILE_BYTES:,} bytes: this is no configuration")
+    return path.read_text(encoding="utf-8")
+
+
+@dataclasses.dataclass
+class _Scanned:
+    """What files and overrides say, before gin acts on it."""
+
+    files: list[pathlib.Path] = dataclasses.field(default_factory=list)
+    bindings: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
+    """(scope, name of a macro or Class.field, where) of what files set."""
+    macros: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Macros that some value refers to, and where."""
+
+
+class _References(config_parser.ParserDelegate):
+    """Keeps what values refer to; nothing is looked up or called."""
+
+    def __init__(self, where: str, scanned: _Scanned):
+        self._where, self._scanned = where, scanned
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> str:
+        """`@scope/Class` or `@scope/Class()`."""
+        _check_is_ours(scoped_configurable_name.rsplit("/", 1)[-1], f"@{scoped_configurable_name}", self._where)
+        return scoped_configurable_name
+
+    def macro(self, macro_name: str) -> str:
+        """`%NAME`"""
+        self._scanned.macros.setdefault(macro_name, self._where)
+        return macro_name
+
+
+def _check_is_ours(selector: str, shown: str, where: str) -> None:
+    known = [cls.__name__ for cls in config.GIN_CLASSES]
+    if selector.removeprefix("gpsd_dist.") not in known:
+        raise ValueError(
+            f"{where}: {shown} is none of {known}; a configuration sets their fields, and calls nothing else"
+        )
+
+
+def _scan_file(path: pathlib.Path, scanned: _Scanned) -> None:
+    """Of a file and what it includes."""
+    scanned.files.append(path)
+    for statement in _scan(_text_of(path), str(path), scanned):
+        if isinstance(statement, config_parser.IncludeStatement):
+            included = _REPO_ROOT / statement.filename
+            if not included.is_file() or included.suffix != ".gin":
+                raise ValueError(f"{path} includes {statement.filename!r}, which is no .gin file below {_REPO_ROOT}")
+            if included in scanned.files:
+                raise ValueError(f"{path} includes {statement.filename!r}, which is read already")
+            _scan_file(included, scanned)
+        elif isinstance(statement, config_parser.BindingStatement):
+            name = f"{statement.selector}.{statement.arg_name}" if statement.arg_name else statement.selector
+            scanned.bindings.append((statement.scope, name, f"{path}, line {statement.location.line_num}"))
+
+
+def _scan(text: str, where: str, scanned: _Scanned) -> list[typing.Any]:
+    """Statements of a text. ValueError for what a configuration has no use for, above all an import: it runs code."""
+    try:
+        statements = list(config_parser.ConfigParser(text, _References(where, scanned)))
+    except (SyntaxError, tokenize.TokenError, RecursionError, MemoryError, IndexError) as error:
+        raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
+    for statement in statements:
+        if isinstance(statement, config_parser.ImportStatement):
+            raise ValueError(f"{where}: `{statement.format()}` is refused: a configuration imports nothing")
+        selector = getattr(statement, "selector", "")
+        if getattr(statement, "arg_name", "") or isinstance(statement, config_parser.BlockDeclaration):
+            _check_is_ours(selector, selector, where)
+    if where.startswith("override") and len(statements) != 1:
+        raise ValueError(f"{where}: an override sets one value, this is {len(statements)} statements")
+    return statements
+
+
+def _check_macros_are_set(scanned: _Scanned, bindings: list[str]) -> None:
+    known = {name for _, name, _ in scanned.bindings} | {binding.split(" = ", 1)[0] for binding in bindings}
+    missing = [f"{where}: nothing sets %{n}" for n, where in scanned.macros.items() if n not in known | {_REQUIRED}]
+    if missing:
+        raise ValueError(f"{'; '.join(missing)}; set macros are {sorted(name for name in known if '.' not in name)}")
+
+
+def _explain(error: BaseException) -> str:
+    """Messages of gin, with what to do."""
+    text = str(error).strip()
+    names = re.findall(r"(\w+)/(?:gin\.)?macro\.value set to `%gin\.REQUIRED`", text)
+    if not names and re.search(r"missing \d+ required .*argument|Required bindings for", text):
+        names = re.findall(r"'(\w+)'", text)
+    if names:
+        return f"a required option is missing ({', '.join(names)}): set it with --gin.NAME=VALUE. gin says: {text}"
+    return text
+
+
+def _check_overrides_are_read(bindings: list[str]) -> None:
+    """A misspelt macro or scope is silently accepted by gin: every override must show up in what was read.
+
+    One without a scope must reach a reader whose own scope does not set the field.
+    """
+    read = {(match["scope"], match["leaf"]) for match in _BINDING.finditer(gin.operative_config_str())}
+    set_in_scope = {(match["scope"], match["leaf"]) for match in _BINDING.finditer(gin.config_str()) if match["scope"]}
+    for binding in bindings:
+        match = _BINDING.match(binding)
+        assert match is not None, binding
+        readers = {entry for entry in read if entry[1] == match["leaf"]}
+        reached = readers & {(match["scope"], match["leaf"])} if match["scope"] else readers - set_in_scope
+        if not reached:
+            known = sorted({f"{scope}/{leaf}" if scope else leaf for scope, leaf in read})
+            raise ValueError(
+                f"override `{binding}` changed nothing: no such macro, scope or field is read; there are {known}"
+            )
+
+
+def _check_overrides_matter(bindings: list[str], run: config.RunConfig) -> None:
+    """What was typed for this run alone must change something that its model and stage compute with.
+
+    Files are shared by models and stages, so what they set may go unread; so may the default.
+    """
+    unread = _without_effect(run)
+    macros = _readers_of_macros()
+    problems = []
+    for binding in bindings:
+        match = _BINDING.match(binding)
+        assert match is not None, binding
+        reached = {match["leaf"]} if "." in match["leaf"] else macros.get(match["leaf"], set())
+        if reached and reached <= set(unread):
+            problems.append(f"override `{binding}` has no effect: {' '.join(unread[leaf] for leaf in sorted(reached))}")
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}; leave it out, or set another ModelConfig.name or STAGE")
+
+
+def _without_effect(run: config.RunConfig) -> dict[str, str]:
+    """Class.field of what differs from its default but is not read -> why."""
+    reads = sorted(READS.get(run.model.name, frozenset()) - {"name"})
+    why = f"model {run.model.name!r} does not read it, of ModelConfig it reads {reads}"
+    found = {f"ModelConfig.{name}": why for name in run.model.unread()}
+    is_pretraining = run.stage == "pretrain"
+    other: typing.Any = run.finetune if is_pretraining else run.pretrain
+    default, cls = type(other)(), type(other).__name__
+    changed = [f.name for f in dataclasses.fields(other) if getattr(other, f.name) != getattr(default, f.name)]
+    return found | {f"{cls}.{name}": f"stage {run.stage!r} does not read {cls}" for name in changed}
+
+
+def _readers_of_macros() -> dict[str, set[str]]:
+    """Macro -> every Class.field, or other macro, whose value refers to it."""
+    text = gin.config_str()
+    starts = list(_BINDING.finditer(text))
+    readers: dict[str, set[str]] = {}
+    for match, after in zip(starts, [*starts[1:], None], strict=True):
+        value = text[match.end() : after.start() if after else len(text)]
+        for macro in re.findall(r"%(\w+)", value):
+            readers.setdefault(macro, set()).add(match["leaf"])
+    return readers
+
+
+def _check_files_are_read(scanned: _Scanned) -> None:
+    """What a file sets must be used: a misspelt macro or scope is silently accepted by gin."""
+    read = {(match["scope"] or "", match["leaf"]) for match in _BINDING.finditer(gin.operative_config_str())}
+    problems = []
+    for scope, name, where in scanned.bindings:
+        is_macro = "." not in name
+        leaf = name if is_macro else ".".join(name.split(".")[-2:])
+        is_used = name in scanned.macros if is_macro else not scope or (scope, leaf) in read
+        if not is_used:
+            problems.append(f"{where}: nothing reads {f'{scope}/{name}' if scope else name}")
+    if problems:
+        known = sorted(name for name in scanned.macros if name != _REQUIRED)
+        raise ValueError(f"{'; '.join(problems)}: misspelt? There are the macros {known}")

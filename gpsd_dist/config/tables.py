@@ -1,0 +1,60 @@
+"""Options of embedding tables; a part of `RunConfig`. Neither gin nor torch is imported here."""
+
+import dataclasses
+
+from gpsd_dist.validation import below, check_types, raise_all
+
+SHARDING_TYPES = ("row_wise", "table_wise", "column_wise")
+FROZEN_DTYPES = ("fp32", "fp16", "int8")
+_STORED_MULTIPLE = 4  # FBGEMM's kernels read rows in pieces of 4 columns
+
+
+@dataclasses.dataclass(frozen=True)
+class TablesConfig:
+    """Embedding tables."""
+
+    embedding_dim: int = 64
+    """E, width of every token table. Differs from the model width if a projection is wanted. Sharded rows are stored
+    at the next multiple of 4 (FBGEMM's kernels); the padding is zero, never trained, and cut off after the lookup."""
+    small_table_max_rows: int = 512
+    """A table with at most this many rows is replicated with the dense part instead of sharded."""
+    sharding: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Table name -> row_wise | table_wise | column_wise; tables not named are row_wise."""
+    transfer: tuple[str, ...] = ("item",)
+    """Tables that ST, FT, ST_SF and FT_SF take from the pretrained checkpoint, and that the SF strategies freeze."""
+    init_std: float = 0.02
+    """Standard deviation of the normal initial weights (official settings)."""
+    frozen_dtype: str = "fp32"
+    """What a frozen table is kept in: fp32 | fp16 | int8 (with a scale and an offset per row). At width 64 a row takes
+    256, 128 or 96 bytes; what it does to AUC: docs/performance.md. Lookups give float32."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        problems = below(self, "embedding_dim", 1) + below(self, "small_table_max_rows", 0)
+        if self.frozen_dtype not in FROZEN_DTYPES:
+            problems.append(f"frozen_dtype {self.frozen_dtype!r} is not one of {FROZEN_DTYPES}")
+        cut = [name for name in self.transfer if self.sharding.get(name) == "column_wise"]
+        if self.frozen_dtype == "int8" and cut:
+            problems.append(
+                f"frozen_dtype int8 cannot cut rows into columns: shard tables {cut} row_wise or table_wise"
+            )
+        for table, sharding in self.sharding.items():
+            if sharding not in SHARDING_TYPES:
+                problems.append(f"sharding of table {table!r} is {sharding!r}, not one of {SHARDING_TYPES}")
+        raise_all(self, problems)
+
+    @property
+    def stored_dim(self) -> int:
+        """Columns of a sharded table's rows: `embedding_dim`, padded."""
+        return _STORED_MULTIPLE * -(-self.embedding_dim // _STORED_MULTIPLE)
+
+    @property
+    def frozen_columns(self) -> int:
+        """The same of a frozen table: with int8, three codes per float32 and two values for scale and offset."""
+        values = -(-self.embedding_dim // 3) + 2 if self.frozen_dtype == "int8" else self.embedding_dim
+        return _STORED_MULTIPLE * -(-values // _STORED_MULTIPLE)
+
+    @property
+    def frozen_value_bytes(self) -> int:
+        """Bytes of each of these columns."""
+        return 2 if self.frozen_dtype == "fp16" else 4

@@ -1,0 +1,32 @@
+"""The manifest as a run sees it: options of the run replace kind and size of tables without a vocabulary."""
+
+import dataclasses
+
+from gpsd_dist.config import RunConfig
+from gpsd_dist.config.ids import IdsConfig
+from gpsd_dist.schema import Manifest, Table, read_manifest, unbounded_fingerprint
+
+
+def read_run_manifest(run: RunConfig) -> Manifest:
+    """The manifest of `run.data_dir` with the options `run.ids`. ValueError if one of the two is wrong."""
+    return with_id_options(read_manifest(run.data_dir), run.ids)
+
+
+def with_id_options(manifest: Manifest, config: IdsConfig) -> Manifest:
+    """The manifest with other kinds and sizes. ValueError for a table that has a vocabulary, or does not exist."""
+    named = {*config.kinds, *config.rows}
+    wrong = sorted(named - set(manifest.unbounded))
+    if wrong:
+        raise ValueError(
+            f"IdsConfig names tables {wrong}, but those with 64-bit ids are {sorted(manifest.unbounded)}; build the "
+            "data with --hashed_features or --managed_features"
+        )
+    kinds = manifest.unbounded | config.kinds
+
+    def resized(table: Table) -> Table:
+        if table.name not in named:
+            return table
+        rows = config.rows.get(table.name, table.num_rows)
+        return Table(table.name, rows, unbounded_fingerprint(kinds[table.name], rows))
+
+    return dataclasses.replace(manifest, unbounded=kinds, tables=tuple(resized(table) for table in manifest.tables))

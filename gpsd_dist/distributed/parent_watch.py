@@ -1,0 +1,88 @@
+"""The launcher that started this process: is it still there?
+
+A rank without one belongs to no one, and is in the way of the next start.
+"""
+
+import contextlib
+import os
+import pathlib
+import sys
+import threading
+import typing
+
+from gpsd_dist.distributed import exit_codes
+
+LAUNCHER_VARIABLE = "GPSD_LAUNCHER_PID"
+"""Process id of `gpsd_dist.launcher`, which sets it. A rank that asked for its parent might be orphaned already."""
+_POLL_S = 0.5
+
+
+class LauncherGone(RuntimeError):
+    """Nothing may be begun."""
+
+
+def launcher_pid() -> int | None:
+    """Process id of what started this rank: our launcher, else torchrun; None outside of torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    handed_down = os.environ.get(LAUNCHER_VARIABLE)
+    if handed_down is None:
+        return os.getppid()
+    if not (handed_down.isascii() and handed_down.isdigit()):
+        raise ValueError(f"{LAUNCHER_VARIABLE}={handed_down!r} is no process id; leave it to gpsd_dist.launcher to set")
+    return int(handed_down)
+
+
+def is_gone(pid: int) -> bool:
+    """Whether no ancestor of this process has that id: who loses its parent is given to another one.
+
+    Not only the parent: a shell script may stand between launcher and rank. Without /proc the parent alone counts.
+    """
+    ancestor, seen = os.getppid(), set[int]()
+    while ancestor != pid:
+        if ancestor <= 1 or ancestor in seen:
+            return True
+        seen.add(ancestor)
+        try:
+            stat = pathlib.Path(f"/proc/{ancestor}/stat").read_text()
+        except OSError:
+            return True
+        ancestor = int(stat.rpartition(")")[2].split()[1])  # the name before it may hold anything
+    return False
+
+
+def check(pid: int | None) -> None:
+    """LauncherGone if there was a launcher, and it is not there any more."""
+    if pid is not None and is_gone(pid):
+        raise LauncherGone(_message(pid))
+
+
+@contextlib.contextmanager
+def leaving_with(pid: int | None) -> typing.Iterator[None]:
+    """Ends this process if its launcher goes while it waits inside, for ranks that may never come.
+
+    LauncherGone if it has gone before.
+    """
+    check(pid)
+    is_over = threading.Event()
+
+    def watch(launcher: int) -> None:
+        while not is_over.wait(_POLL_S):
+            if is_gone(launcher):
+                sys.stderr.write(f"error: {_message(launcher)}\n")
+                sys.stderr.flush()
+                os._exit(exit_codes.FAILED)
+
+    if pid is not None:
+        threading.Thread(target=watch, args=(pid,), name="launcher", daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
+
+
+def _message(pid: int) -> str:
+    return (
+        f"the launcher of this rank (process {pid}) has ended before the ranks had joined their group; nothing was "
+        "trained. Start the command again"
+    )

@@ -1,0 +1,323 @@
+"""`python -m gpsd_dist.doctor`: is this installation sound, and what is on this machine?
+
+Versions against the pinned ones, one small operation per dependency, GPU, memory, disk - and for each problem the
+command that fixes it. Exit status 0 if nothing failed, 1 otherwise. Every import happens inside a check, so that a
+missing or broken package becomes a line of the report. Not responsible for data or configuration files.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+
+from gpsd_dist.doctor import operations
+
+_REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
+OK, WARNING, FAILED = "ok", "warning", "FAILED"
+_STATUS_STYLE = {OK: "green", WARNING: "yellow", FAILED: "bold red"}
+
+MIN_FREE_DISK_BYTES = 5 * 2**30  # untuned: prepared data and a few checkpoints of a medium run
+MIN_MEMORY_BYTES = 4 * 2**30  # the quickstart's two ranks need about 2 GiB
+# fbgemm's wheels are bound to the ABI of one torch minor version, and torchrec follows fbgemm.
+COMPATIBLE_MINOR_VERSIONS = {"2.11": "1.6", "2.13": "1.8"}
+DEPENDENCIES = (
+    "torch",
+    "torchrec",
+    "fbgemm-gpu",
+    "fbgemm-gpu-cpu",
+    "numpy",
+    "pyarrow",
+    "ibis-framework",
+    "duckdb",
+    "gin-config",
+    "lightgbm",
+    "tensorboard",
+    "fsspec",
+    "psutil",
+    "rich",
+    "scipy",
+    "matplotlib",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One line of the report."""
+
+    name: str
+    status: str
+    """OK, WARNING (works, but not as documented) or FAILED (decides the exit status)."""
+    detail: str
+    fix: str = ""
+    """Shell command or sentence that removes the problem; empty if there is none."""
+
+
+def run_checks() -> list[Check]:
+    """Runs every check; none of them raises."""
+    versions = installed_versions()
+    flavor = (
+        "cuda"
+        if "fbgemm-gpu" in versions or (shutil.which("nvidia-smi") and "fbgemm-gpu-cpu" not in versions)
+        else "cpu"
+    )
+    reinstall = install_command(flavor)
+    checks = [
+        _check_python(),
+        *check_versions(versions, pinned_versions(flavor), reinstall),
+        *check_fbgemm(versions, flavor),
+    ]
+    for name, (distribution, operation) in operations.OPERATIONS.items():
+        checks.append(check_operation(name, distribution, operation, reinstall))
+    return [
+        *checks,
+        check_torchrun(reinstall),
+        *check_gpu(versions),
+        *_check_machine(),
+        check_writable(pathlib.Path.cwd()),
+    ]
+
+
+# ---- versions -------------------------------------------------------------------------------------------------------
+
+
+def installed_versions() -> dict[str, str]:
+    """Distribution name -> version, for those of DEPENDENCIES that are installed."""
+    versions = {}
+    for name in DEPENDENCIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def pinned_versions(flavor: str) -> dict[str, str]:
+    """Distribution name -> version in the lock of `flavor` ("cpu" or "cuda"); empty outside a checkout or image."""
+    lock = _REPO_ROOT / ("requirements.txt" if flavor == "cuda" else "requirements-cpu.txt")
+    if not lock.is_file():
+        return {}
+    return dict(re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;]+)", lock.read_text(), re.MULTILINE))
+
+
+def install_command(flavor: str) -> str:
+    """The command that puts the pinned requirements into the environment of this interpreter."""
+    if sys.prefix != sys.base_prefix:
+        # Without its stamp the set-up script looks at every package again.
+        return f"rm -f {sys.prefix}/.installed-lock && .ci/setup_venv.sh {sys.prefix} {flavor}"
+    return f"make setup FLAVOR={flavor}, then use .venv/bin/python instead of {sys.executable}"
+
+
+def _check_python() -> Check:
+    detail = f"{platform.python_version()} at {sys.executable}; {platform.platform()}"
+    if sys.version_info < (3, 11):  # noqa: UP036  the whole point is to be asked by an older one
+        fix = "install Python 3.11 or newer, then: make setup PYTHON=/path/to/python3.11"
+        return Check("python", FAILED, detail, fix)
+    return Check("python", OK, detail)
+
+
+def check_versions(versions: dict[str, str], pins: dict[str, str], reinstall: str) -> list[Check]:
+    """Compares what is installed with the pins. A build label (`+cpu`) is not part of the comparison."""
+    checks = []
+    for name in DEPENDENCIES:
+        if name.startswith("fbgemm-gpu"):
+            continue  # check_fbgemm looks at both builds together
+        installed, pinned = versions.get(name), pins.get(name)
+        if installed is None:
+            checks.append(Check(name, FAILED, f"not installed (pinned: {pinned or 'no lock found'})", reinstall))
+        elif pinned is not None and installed.split("+")[0] != pinned:
+            checks.append(Check(name, WARNING, f"{installed}, but {pinned} is pinned", reinstall))
+        else:
+            checks.append(Check(name, OK, installed if pinned else f"{installed} (no lock found to compare with)"))
+    return checks
+
+
+def check_fbgemm(versions: dict[str, str], flavor: str) -> list[Check]:
+    """Exactly one build of fbgemm, of the version that torch and torchrec were made for."""
+    builds: dict[str, str] = {name: versions[name] for name in ("fbgemm-gpu", "fbgemm-gpu-cpu") if name in versions}
+    if not builds:
+        package = "fbgemm-gpu" if flavor == "cuda" else "fbgemm-gpu-cpu"
+        return [Check("fbgemm", FAILED, f"neither build is installed; here: {package}", install_command(flavor))]
+    if len(builds) == 2:
+        # Both write the folder fbgemm_gpu; whichever came last wins, and uninstalling one breaks the other.
+        keep = "fbgemm-gpu" if shutil.which("nvidia-smi") else "fbgemm-gpu-cpu"
+        fix = (
+            f"{sys.executable} -m pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu"
+            f" && {sys.executable} -m pip install --no-deps {keep}=={builds[keep].split('+')[0]}"
+        )
+        return [Check("fbgemm", FAILED, "fbgemm-gpu (CUDA) and fbgemm-gpu-cpu overwrite each other's files", fix)]
+    (name, version), torch_version = next(iter(builds.items())), versions.get("torch", "")
+    checks = [Check(name, OK, version)]
+    minors = [_minor(versions.get(other, "")) for other in ("torch", "torchrec")] + [_minor(version)]
+    expected = COMPATIBLE_MINOR_VERSIONS.get(minors[0])
+    found = f"torch {minors[0]}, torchrec {minors[1]}, fbgemm {minors[2]}"
+    if all(minors) and expected and (minors[1], minors[2]) != (expected, expected):
+        detail = f"{found} do not belong together: torch {minors[0]} needs {expected} of both"
+        checks.append(Check("torch ABI", FAILED, detail, install_command(flavor)))
+    elif all(minors) and not expected:
+        detail = f"{found}: untested; tested torch versions are {', '.join(COMPATIBLE_MINOR_VERSIONS)}"
+        checks.append(Check("torch ABI", WARNING, detail, install_command(flavor)))
+    if name == "fbgemm-gpu" and torch_version.endswith("+cpu"):
+        fix = f"{sys.executable} -m pip uninstall -y fbgemm-gpu && {install_command('cpu')}"
+        checks.append(Check("torch build", FAILED, f"torch {torch_version} with the CUDA build of fbgemm", fix))
+    return checks
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split("+")[0].split(".")[:2])
+
+
+# ---- one operation per dependency -----------------------------------------------------------------------------------
+
+
+def check_operation(name: str, distribution: str, operation: Callable[[], str], reinstall: str) -> Check:
+    """Runs one operation; whatever goes wrong in it is a line of the report, not a crash."""
+    try:
+        return Check(name, OK, operation())
+    except ModuleNotFoundError as error:
+        return Check(name, FAILED, f"{error}", reinstall)
+    except Exception as error:
+        detail = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        if name == "gloo":
+            fix = (
+                "export GLOO_SOCKET_IFNAME=lo (one machine), or the interface that `ip route` names for the other nodes"
+            )
+            return Check(name, FAILED, detail, fix)
+        # pip leaves an installed package alone, however broken, if its version is the wanted one.
+        return Check(name, FAILED, detail, f"{sys.executable} -m pip uninstall -y {distribution} && {reinstall}")
+
+
+# ---- machine --------------------------------------------------------------------------------------------------------
+
+
+def check_torchrun(reinstall: str) -> Check:
+    """The launchers call torchrun by name."""
+    found = shutil.which("torchrun")
+    if found:
+        return Check("torchrun", OK, found)
+    beside_python = pathlib.Path(sys.executable).with_name("torchrun")
+    fix = f'export PATH="{beside_python.parent}:$PATH"' if beside_python.exists() else reinstall
+    return Check("torchrun", FAILED, "not on PATH", fix)
+
+
+def check_gpu(versions: dict[str, str]) -> list[Check]:
+    """One line per CUDA device, NCCL and the packed attention kernel; no GPU is fine on a machine that has none."""
+    has_driver = shutil.which("nvidia-smi") is not None
+    try:
+        import torch
+
+        num_devices = torch.cuda.device_count()
+    except Exception as error:
+        return [Check("GPU", FAILED, f"torch cannot be imported: {type(error).__name__}", install_command("cpu"))]
+    if num_devices == 0:
+        if not has_driver:
+            return [Check("GPU", OK, "none; training runs on CPU with gloo")]
+        if torch.version.cuda is None:
+            fix = f"{sys.executable} -m pip uninstall -y torch fbgemm-gpu-cpu && {install_command('cuda')}"
+            return [Check("GPU", WARNING, f"nvidia-smi is here, but torch {torch.__version__} is a CPU build", fix)]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        detail = f"torch for CUDA {torch.version.cuda} sees no device (CUDA_VISIBLE_DEVICES: {visible})"
+        return [Check("GPU", FAILED, detail, "nvidia-smi; update the driver, or start the container with --gpus all")]
+    checks = []
+    for index in range(num_devices):
+        device = torch.cuda.get_device_properties(index)
+        detail = f"{device.name}, {device.total_memory / 2**30:.0f} GiB, capability {device.major}.{device.minor}"
+        checks.append(Check(f"GPU {index}", OK, detail))
+    if versions.get("fbgemm-gpu") is None:
+        fix = f"{sys.executable} -m pip uninstall -y fbgemm-gpu-cpu && {install_command('cuda')}"
+        checks.append(Check("fbgemm build", FAILED, "a GPU is here, but fbgemm is not the CUDA build", fix))
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
+    checks.append(
+        Check(
+            "NCCL", OK if nccl else FAILED, nccl or "not in this torch build", "" if nccl else install_command("cuda")
+        )
+    )
+    has_flash = torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability() >= (8, 0)
+    detail = "flash kernel" if has_flash else "no flash kernel (sm80 or newer, CUDA build): bf16 runs will fail"
+    checks.append(Check("attention", OK if has_flash else WARNING, detail, "" if has_flash else "set bf16=False"))
+    return checks
+
+
+def _check_machine() -> list[Check]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    free_bytes = shutil.disk_usage(pathlib.Path.cwd()).free
+    few = free_bytes < MIN_FREE_DISK_BYTES
+    fix = (
+        f"free {MIN_FREE_DISK_BYTES / 2**30:.0f} GiB, or write elsewhere: --gin.OUTPUT_DIR=/large/disk/run"
+        if few
+        else ""
+    )
+    checks = [
+        Check("cores", OK, f"{cores} usable"),
+        Check("disk", WARNING if few else OK, f"{free_bytes / 2**30:.1f} GiB free in {pathlib.Path.cwd()}", fix),
+    ]
+    try:
+        import psutil
+    except ImportError as error:
+        return [*checks, Check("memory", WARNING, f"unknown: {error}", install_command("cpu"))]
+    memory = psutil.virtual_memory()
+    few = memory.available < MIN_MEMORY_BYTES
+    fix = "stop other programs, or use fewer ranks (NPROC=1 launch/local.sh ...)" if few else ""
+    detail = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB available"
+    return [*checks, Check("memory", WARNING if few else OK, detail, fix)]
+
+
+def check_writable(folder: pathlib.Path) -> Check:
+    """Runs and prepared data go below the current folder unless a configuration says otherwise."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return Check("folder", OK, f"{folder} is writable")
+    except OSError as error:
+        fix = "cd to a folder of yours, or pass absolute paths: --gin.OUTPUT_DIR=/path --gin.DATA_DIR=/path"
+        return Check("folder", FAILED, f"cannot write in {folder}: {error.strerror}", fix)
+
+
+# ---- report ---------------------------------------------------------------------------------------------------------
+
+
+def print_report(checks: list[Check]) -> None:
+    """A table on the terminal, then each problem with its fix on a line of its own, unwrapped, to be copied."""
+    try:
+        import rich.console
+        import rich.table
+        import rich.text
+    except ImportError:
+        for check in checks:
+            print(f"{check.status:8} {check.name:16} {check.detail}")
+    else:
+        table = rich.table.Table("check", "status", "found")
+        for check in checks:
+            table.add_row(
+                check.name, rich.text.Text(check.status, _STATUS_STYLE[check.status]), rich.text.Text(check.detail)
+            )
+        rich.console.Console().print(table)
+    for check in checks:
+        if check.status != OK:
+            print(f"{check.status}: {check.name}: {check.detail}\n    fix: {check.fix}")
+    counts = {status: sum(check.status == status for check in checks) for status in (OK, WARNING, FAILED)}
+    print(f"doctor: {counts[OK]} ok, {counts[WARNING]} warnings, {counts[FAILED]} failed")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the checks, prints the report, returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.doctor", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object instead of a table")
+    args = parser.parse_args(argv)
+    checks = run_checks()
+    is_healthy = all(check.status != FAILED for check in checks)
+    if args.json:
+        print(json.dumps({"healthy": is_healthy, "checks": [dataclasses.asdict(check) for check in checks]}, indent=1))
+    else:
+        print_report(checks)
+    return 0 if is_healthy else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,286 @@
+"""HSTU's attention as Triton kernels with their own backward: no padding, no scores or time buckets in memory.
+
+One kernel serves both kinds of queries: history tokens (causal, over their own history) and candidates (over the whole
+history of their request). The reference is `hstu_attention.bucketed`. So far compiled for sm_90, but run in Triton's
+interpreter only, never on a GPU. Bias gradients are sums of atomic adds, whose last bits vary from run to run.
+
+Shape letters: M queries, N keys, H heads, K head width, B requests, P positions.
+"""
+
+import typing
+
+import torch
+import triton
+import triton.language as tl
+
+from gpsd_dist.model.ops.hstu_bias import LOG_STEP, UNKNOWN_BUCKET, BiasWeights, Relations, num_positions
+
+_LOG_STEP = tl.constexpr(LOG_STEP)
+_UNKNOWN = tl.constexpr(UNKNOWN_BUCKET)
+_GRADIENT_COPIES = 64  # of the bias gradients, to spread atomic adds over addresses
+_MIN_DOT_WIDTH = 16  # what tl.dot needs
+_TILE_BYTES = 8192
+
+
+@triton.jit
+def _load_rows(base, row, is_row, head, H: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr):
+    """Tile [rows, WIDTH] of one head from [*, H, K]; zeros outside."""
+    column = tl.arange(0, WIDTH)
+    pointer = base + (row[:, None] * H + head) * K + column[None, :]
+    return tl.load(pointer, mask=is_row[:, None] & (column < K)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_rows(base, row, is_row, head, tile, H: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr):
+    column = tl.arange(0, WIDTH)
+    pointer = base + (row[:, None] * H + head) * K + column[None, :]
+    tl.store(pointer, tile.to(base.dtype.element_ty), mask=is_row[:, None] & (column < K)[None, :])
+
+
+@triton.jit
+def _pairs(m, n, num_q, num_k, P, IS_CAUSAL: tl.constexpr):
+    """(is the pair one that attends, its position weight). A candidate stands right after its history."""
+    is_pair = (m < num_q)[:, None] & (n < num_k)[None, :]
+    if IS_CAUSAL:
+        is_pair = is_pair & (n[None, :] <= m[:, None])
+        position = P - 1 + n[None, :] - m[:, None]
+    else:
+        position = tl.zeros_like(m)[:, None] + P - 1 + n[None, :] - num_k
+    return is_pair, tl.where(is_pair, position, 0)
+
+
+@triton.jit
+def _time_buckets(query_time, key_time):
+    """Gives the bucket of `hstu_bias.time_bucket`."""
+    gap = query_time[:, None] - key_time[None, :]
+    gap = tl.where(gap < 0, -gap, gap)
+    bucket = tl.log(tl.maximum(gap, 1).to(tl.float32)) / _LOG_STEP
+    is_known = (query_time >= 0)[:, None] & (key_time >= 0)[None, :]
+    return tl.where(is_known, tl.minimum(bucket.to(tl.int32), _UNKNOWN), _UNKNOWN)
+
+
+@triton.jit
+def _scores(q, k, position, bucket, is_pair, position_weight, time_weight, HAS_TIME: tl.constexpr):
+    """float32 q k + bias; 0 where no pair attends."""
+    score = tl.dot(q, tl.trans(k), input_precision="ieee")
+    score += tl.load(position_weight + position, mask=is_pair, other=0.0)
+    if HAS_TIME:
+        score += tl.load(time_weight + bucket, mask=is_pair, other=0.0)
+    return score
+
+
+@triton.jit
+def _forward(
+    query, key, value, out, query_offsets, key_offsets, query_time, key_time, position_weight, time_weight, P,
+    H: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_TIME: tl.constexpr,
+):  # fmt: skip
+    request, head = tl.program_id(0) // H, tl.program_id(0) % H
+    first_q, first_k = tl.load(query_offsets + request), tl.load(key_offsets + request)
+    num_q = (tl.load(query_offsets + request + 1) - first_q).to(tl.int32)
+    num_k = (tl.load(key_offsets + request + 1) - first_k).to(tl.int32)
+    m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(1) * BLOCK < num_q:
+        q = _load_rows(query, first_q + m, m < num_q, head, H, K, WIDTH)
+        q_time = tl.load(query_time + first_q + m, mask=m < num_q, other=0) if HAS_TIME else m
+        total = tl.zeros([BLOCK, WIDTH], tl.float32)
+        stop = tl.minimum(num_k, (tl.program_id(1) + 1) * BLOCK) if IS_CAUSAL else num_k
+        for start in range(0, stop, BLOCK):
+            n = start + tl.arange(0, BLOCK)
+            k = _load_rows(key, first_k + n, n < num_k, head, H, K, WIDTH)
+            v = _load_rows(value, first_k + n, n < num_k, head, H, K, WIDTH)
+            is_pair, position = _pairs(m, n, num_q, num_k, P, IS_CAUSAL)
+            bucket = position
+            if HAS_TIME:
+                bucket = _time_buckets(q_time, tl.load(key_time + first_k + n, mask=n < num_k, other=0))
+            score = _scores(q, k, position, bucket, is_pair, position_weight, time_weight, HAS_TIME)
+            weight = tl.where(is_pair, score * tl.sigmoid(score) / P, 0.0)
+            total += tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+        _store_rows(out, first_q + m, m < num_q, head, total, H, K, WIDTH)
+
+
+@triton.jit
+def _weights_and_slopes(score, grad_weight, is_pair, P):
+    """SiLU(score) / P, and the gradient of the score from that of this weight."""
+    gate = tl.sigmoid(score)
+    weight = tl.where(is_pair, score * gate / P, 0.0)
+    return weight, tl.where(is_pair, grad_weight * gate * (1 + score * (1 - gate)) / P, 0.0)
+
+
+@triton.jit
+def _backward_queries(
+    query, key, value, grad_out, grad_query, query_offsets, key_offsets, query_time, key_time, position_weight,
+    time_weight, grad_position, grad_time, P, NUM_TIME, COPIES: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_TIME: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one block of queries, and what its pairs add to those of the bias weights."""
+    request, head = tl.program_id(0) // H, tl.program_id(0) % H
+    first_q, first_k = tl.load(query_offsets + request), tl.load(key_offsets + request)
+    num_q = (tl.load(query_offsets + request + 1) - first_q).to(tl.int32)
+    num_k = (tl.load(key_offsets + request + 1) - first_k).to(tl.int32)
+    m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    copy = (tl.program_id(1) + tl.program_id(0)) % COPIES
+    if tl.program_id(1) * BLOCK < num_q:
+        q = _load_rows(query, first_q + m, m < num_q, head, H, K, WIDTH)
+        g = _load_rows(grad_out, first_q + m, m < num_q, head, H, K, WIDTH)
+        q_time = tl.load(query_time + first_q + m, mask=m < num_q, other=0) if HAS_TIME else m
+        total = tl.zeros([BLOCK, WIDTH], tl.float32)
+        stop = tl.minimum(num_k, (tl.program_id(1) + 1) * BLOCK) if IS_CAUSAL else num_k
+        for start in range(0, stop, BLOCK):
+            n = start + tl.arange(0, BLOCK)
+            k = _load_rows(key, first_k + n, n < num_k, head, H, K, WIDTH)
+            v = _load_rows(value, first_k + n, n < num_k, head, H, K, WIDTH)
+            is_pair, position = _pairs(m, n, num_q, num_k, P, IS_CAUSAL)
+            bucket = position
+            if HAS_TIME:
+                bucket = _time_buckets(q_time, tl.load(key_time + first_k + n, mask=n < num_k, other=0))
+            score = _scores(q, k, position, bucket, is_pair, position_weight, time_weight, HAS_TIME)
+            grad_weight = tl.dot(g, tl.trans(v), input_precision="ieee")
+            _, slope = _weights_and_slopes(score, grad_weight, is_pair, P)
+            total += tl.dot(slope.to(k.dtype), k, input_precision="ieee")
+            tl.atomic_add(grad_position + copy * (2 * P - 1) + position, slope, mask=is_pair)
+            if HAS_TIME:
+                tl.atomic_add(grad_time + copy * NUM_TIME + bucket, slope, mask=is_pair)
+        _store_rows(grad_query, first_q + m, m < num_q, head, total, H, K, WIDTH)
+
+
+@triton.jit
+def _backward_keys(
+    query, key, value, grad_out, grad_key, grad_value, query_offsets, key_offsets, query_time, key_time,
+    position_weight, time_weight, P,
+    H: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_TIME: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one block of keys and values, over all queries that see it."""
+    request, head = tl.program_id(0) // H, tl.program_id(0) % H
+    first_q, first_k = tl.load(query_offsets + request), tl.load(key_offsets + request)
+    num_q = (tl.load(query_offsets + request + 1) - first_q).to(tl.int32)
+    num_k = (tl.load(key_offsets + request + 1) - first_k).to(tl.int32)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(1) * BLOCK < num_k:
+        k = _load_rows(key, first_k + n, n < num_k, head, H, K, WIDTH)
+        v = _load_rows(value, first_k + n, n < num_k, head, H, K, WIDTH)
+        k_time = tl.load(key_time + first_k + n, mask=n < num_k, other=0) if HAS_TIME else n
+        total_k, total_v = tl.zeros([BLOCK, WIDTH], tl.float32), tl.zeros([BLOCK, WIDTH], tl.float32)
+        begin = tl.program_id(1) * BLOCK if IS_CAUSAL else 0
+        for start in range(begin, num_q, BLOCK):
+            m = start + tl.arange(0, BLOCK)
+            q = _load_rows(query, first_q + m, m < num_q, head, H, K, WIDTH)
+            g = _load_rows(grad_out, first_q + m, m < num_q, head, H, K, WIDTH)
+            is_pair, position = _pairs(m, n, num_q, num_k, P, IS_CAUSAL)
+            bucket = position
+            if HAS_TIME:
+                bucket = _time_buckets(tl.load(query_time + first_q + m, mask=m < num_q, other=0), k_time)
+            score = _scores(q, k, position, bucket, is_pair, position_weight, time_weight, HAS_TIME)
+            grad_weight = tl.dot(g, tl.trans(v), input_precision="ieee")
+            weight, slope = _weights_and_slopes(score, grad_weight, is_pair, P)
+            total_k += tl.dot(tl.trans(slope).to(q.dtype), q, input_precision="ieee")
+            total_v += tl.dot(tl.trans(weight).to(g.dtype), g, input_precision="ieee")
+        _store_rows(grad_key, first_k + n, n < num_k, head, total_k, H, K, WIDTH)
+        _store_rows(grad_value, first_k + n, n < num_k, head, total_v, H, K, WIDTH)
+
+
+class Segments(typing.NamedTuple):
+    """Which queries belong to which keys: those of one request."""
+
+    query_offsets: torch.Tensor
+    """int64 [B + 1]"""
+    key_offsets: torch.Tensor
+    """int64 [B + 1]"""
+    query_time: torch.Tensor | None
+    """int64 [M] seconds, -1 unknown; None without a time bias."""
+    key_time: torch.Tensor | None
+    max_queries: int
+    """Of one request."""
+    max_keys: int
+    is_causal: bool
+    """Queries and keys are the same tokens; else queries come after all keys of their request."""
+
+
+class _Attention(torch.autograd.Function):
+    """out [M, H, K] from query [M, H, K], key and value [N, H, K] and the bias weights."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, position_weight, time_weight, segments):
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        weights = [w if w is None else w.detach().float().contiguous() for w in (position_weight, time_weight)]
+        out = torch.empty_like(query)
+        options = _options(query, weights, segments)
+        _forward[_grid(segments.max_queries, query, segments)](
+            query, key, value, out, *_pointers(weights, segments), **options
+        )
+        ctx.save_for_backward(query, key, value)
+        ctx.weights, ctx.segments, ctx.options = weights, segments, options
+        ctx.dtypes = [w if w is None else w.dtype for w in (position_weight, time_weight)]
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        (query, key, value), weights, segments = ctx.saved_tensors, ctx.weights, ctx.segments
+        grad_out = grad_out.to(query.dtype).contiguous()
+        grad_query, grad_key, grad_value = (torch.empty_like(part) for part in (query, key, value))
+        copies = [None if w is None else w.new_zeros(_GRADIENT_COPIES, len(w)) for w in weights]
+        pointers = _pointers(weights, segments)
+        *pointers_without_p, positions = pointers
+        grad_time, num_time = (copies[0], 0) if copies[1] is None else (copies[1], len(weights[1]))
+        _backward_queries[_grid(segments.max_queries, query, segments)](
+            query, key, value, grad_out, grad_query, *pointers_without_p, copies[0], grad_time, positions, num_time,
+            COPIES=_GRADIENT_COPIES, **ctx.options,
+        )  # fmt: skip
+        _backward_keys[_grid(segments.max_keys, query, segments)](
+            query, key, value, grad_out, grad_key, grad_value, *pointers, **ctx.options
+        )
+        sums = [None if c is None else c.sum(0).to(dtype) for c, dtype in zip(copies, ctx.dtypes, strict=True)]
+        return grad_query, grad_key, grad_value, *sums, None
+
+
+def _grid(longest: int, query: torch.Tensor, segments: Segments) -> tuple[int, int]:
+    num_requests, heads = len(segments.query_offsets) - 1, query.shape[1]
+    return num_requests * heads, max(1, triton.cdiv(longest, _block(query)))  # CUDA takes 65,535 along the second axis
+
+
+def _width(query: torch.Tensor) -> int:
+    """Channels of a tile."""
+    return max(_MIN_DOT_WIDTH, triton.next_power_of_2(query.shape[2]))
+
+
+def _block(query: torch.Tensor) -> int:
+    """Rows of a tile, so that one takes 8 KiB: several must fit into shared memory. Untuned."""
+    return min(64, max(_MIN_DOT_WIDTH, _TILE_BYTES // (_width(query) * query.element_size())))
+
+
+def _options(query: torch.Tensor, weights: list, segments: Segments) -> dict[str, typing.Any]:
+    sizes = {"H": query.shape[1], "K": query.shape[2], "WIDTH": _width(query), "BLOCK": _block(query)}
+    return sizes | {"IS_CAUSAL": segments.is_causal, "HAS_TIME": weights[1] is not None}
+
+
+def _pointers(weights: list, segments: Segments) -> tuple:
+    """Arguments that all kernels share; without a time bias anything stands for what they do not read."""
+    position, time = weights
+    offsets = segments.query_offsets, segments.key_offsets
+    times = offsets if time is None else (segments.query_time.contiguous(), segments.key_time.contiguous())
+    return *offsets, *times, position, position if time is None else time, (len(position) + 1) // 2
+
+
+def attend_to_histories(
+    qkv_S3HK: torch.Tensor, bias: BiasWeights, relations: Relations, candidates_only: bool = False
+) -> list[torch.Tensor]:
+    """What `hstu_attention.bucketed` gives: see there."""
+    packing, times = relations.packing, relations.times
+    assert num_positions(bias) > packing.max_history_length, "positions outside the bias table"
+    query, key, value = qkv_S3HK.unbind(1)
+    num_tokens, offsets, longest = packing.num_history_tokens, packing.history_offsets, packing.max_history_length
+    history_time, candidate_time = (None, None) if times is None else times.query_S.tensor_split([num_tokens])
+    key_time = None if times is None else times.key_S[:num_tokens]
+    history = key[:num_tokens], value[:num_tokens], bias.position, bias.time
+    outputs = []
+    if num_tokens and not candidates_only:
+        segments = Segments(offsets, offsets, history_time, key_time, longest, longest, is_causal=True)
+        outputs.append(_Attention.apply(query[:num_tokens], *history, segments).flatten(1))
+    if packing.num_candidates:
+        most = max(bucket.max_candidates for bucket in packing.buckets)
+        candidates = packing.candidate_offsets, offsets, candidate_time, key_time, most, longest
+        segments = Segments(*candidates, is_causal=False)
+        outputs.append(_Attention.apply(query[num_tokens:], *history, segments).flatten(1))
+    return outputs

@@ -1,0 +1,263 @@
+"""ENTRY: would this run fit on that cluster? Needs no GPU and allocates no table.
+
+    python -m gpsd_dist.plan --gin_file configs/stage/finetune.gin --gin_file configs/data/grocery.gin
+        --world_size 64 --local_world_size 8 --hbm_gib 80 --table_rows item=100000000 --mean_history 40
+
+Options that are not listed here are those of gpsd_dist.train. Prints the layout of the tables that TorchRec's planner
+chooses for training, memory, traffic and FLOPs of a rank, and what would help if it does not fit. The formulas are in
+the docstrings of gpsd_dist/plan/. Exit status: 0 fits, 3 does not fit, 2 for a mistake in the options or the data.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import logging
+import math
+import pathlib
+import sys
+import typing
+
+import numpy as np
+import rich.console
+import rich.table
+
+from gpsd_dist.config import RunConfig
+from gpsd_dist.config.gin_cli import load_run_config
+from gpsd_dist.data.run_manifest import read_run_manifest
+from gpsd_dist.distributed.runtime import quiet_libraries
+from gpsd_dist.plan.all_to_all import Traffic
+from gpsd_dist.plan.estimate import RESERVE, Estimate, Scenario, estimate
+from gpsd_dist.plan.suggestions import Remedy, remedies
+from gpsd_dist.plan.workload import data_shape, with_assumptions, with_table_rows
+from gpsd_dist.preflight import check_options_against_data
+from gpsd_dist.tables.sharding import Cluster, Shard
+
+FITS, MISTAKE, DOES_NOT_FIT = 0, 2, 3
+_GIB, _MIB = 2**30, 2**20
+_MIN_WIDTH = 110  # of the tables, also in a log file
+
+
+def main(argv: list[str]) -> int:
+    """Exit status: see the module."""
+    args, rest = _parse(argv)
+    quiet_libraries()
+    if not any(argument.startswith("--gin.OUTPUT_DIR") for argument in rest):
+        rest.append("--gin.OUTPUT_DIR=nothing-is-written")
+    try:
+        run = load_run_config(rest).run
+        scenario = _scenario(run, args)
+        found = estimate(scenario)
+        options = [] if found.fits else remedies(scenario, found)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return MISTAKE
+    _print(scenario, found, options)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(as_dict(scenario, found, options), indent=1) + "\n")
+    return FITS if found.fits else DOES_NOT_FIT
+
+
+def _scenario(run: RunConfig, args: argparse.Namespace) -> Scenario:
+    table_rows = _sizes(args.table_rows)
+    measured = read_run_manifest(run)
+    check_options_against_data(run, measured)
+    shape = data_shape(run, measured, run.training_split)
+    if args.mean_history is not None and not 1 <= args.mean_history <= run.data.max_history_length:
+        raise ValueError(
+            f"--mean_history {args.mean_history:g}: the model sees 1 to {run.data.max_history_length} tokens; raise "
+            "MAX_HISTORY_LENGTH or lower it"
+        )
+    shape = with_assumptions(shape, mean_history=args.mean_history, candidates=args.candidates, table_rows=table_rows)
+    cluster = Cluster(args.world_size, args.local_world_size, "cuda", round(args.hbm_gib * _GIB))
+    return Scenario(run, with_table_rows(measured, table_rows), shape, cluster)
+
+
+def _sizes(entries: list[str]) -> dict[str, int]:
+    """["item=100000000"] -> {"item": 100000000}"""
+    sizes = {}
+    for entry in entries:
+        name, _, rows = entry.partition("=")
+        if not rows.replace("_", "").isdigit():
+            raise ValueError(f"--table_rows {entry!r}: expected TABLE=ROWS, such as item=100000000")
+        if name in sizes:
+            raise ValueError(f"--table_rows gives {name!r} twice: {sizes[name]} and {rows}")
+        sizes[name] = int(rows)
+    return sizes
+
+
+def _warnings(scenario: Scenario, found: Estimate) -> list[str]:
+    run, world_size = scenario.run, scenario.cluster.world_size
+    lines = []
+    if run.data.num_data_shards < world_size:
+        lines.append(f"training on {world_size} ranks also needs --gin.DataConfig.num_data_shards={world_size}")
+    if found.training.requests < 1:
+        lines.append(f"a rank has {found.training.requests:.2f} requests per step: a larger global batch is due")
+    if found.memory.activations is None:
+        lines.append(f"there is no formula for tower {run.model.name!r}: its activations and FLOPs are not counted")
+    return lines
+
+
+def _print(scenario: Scenario, found: Estimate, options: list[Remedy]) -> None:
+    console = rich.console.Console(highlight=False)
+    console.width = max(console.width, _MIN_WIDTH)
+    cluster, run, step = scenario.cluster, scenario.run, found.training
+    machines = math.ceil(cluster.world_size / cluster.local_world_size)
+    console.print(
+        f"{run.stage} {run.strategy}, {run.model.name} of {run.model.layers} layers x {run.model.width}, on "
+        f"{cluster.world_size} ranks of {cluster.memory_bytes / _GIB:g} GiB on {machines} machines",
+        soft_wrap=True,
+    )
+    for line in (*_layout_lines(found.layout.shards), *filter(None, [found.saved])):
+        console.print(line, soft_wrap=True)
+    unique = ", ".join(f"{rows:,.0f} rows of {table}" for table, rows in step.unique_rows.items())
+    console.print(
+        f"a rank's step: {step.requests:,.1f} requests, {step.tokens:,.0f} history tokens, "
+        f"{step.candidates:,.0f} candidates, {step.negatives:,} negatives; it looks up {unique}",
+        soft_wrap=True,
+    )
+    console.print(_memory_table(found))
+    console.print(_traffic_table(found))
+    if found.flops is not None:
+        console.print(
+            f"FLOPs, forward and backward: {found.flops.step:.4g} per rank and step, {found.flops.token:.4g} "
+            "per history token",
+            soft_wrap=True,
+        )
+    for note in scenario.shape.notes:
+        console.print(f"assumed: {note}", markup=False, soft_wrap=True)
+    for warning in _warnings(scenario, found):
+        console.print(f"note: {warning}", markup=False, soft_wrap=True)
+    _print_verdict(console, scenario, found, options)
+
+
+def _layout_lines(shards: tuple[Shard, ...]) -> list[str]:
+    """One line per table; pieces of one size on neighbouring ranks are named once."""
+    lines = []
+    for (table, is_frozen, kind), pieces in itertools.groupby(shards, lambda s: (s.table, s.is_frozen, s.sharding)):
+        groups: list[tuple[str, list[int]]] = []
+        for piece in pieces:
+            size = f"{piece.rows:,} x {piece.columns}"
+            if groups and groups[-1][0] == size and piece.rank == groups[-1][1][-1] + 1:
+                groups[-1][1].append(piece.rank)
+            else:
+                groups.append((size, [piece.rank]))
+        places = (f"{size} on rank {r[0]}" if len(r) == 1 else f"{size} on ranks {r[0]}-{r[-1]}" for size, r in groups)
+        lines.append(f"table {table}: {'frozen' if is_frozen else 'trainable'}, {kind}: {'; '.join(places)}")
+    return lines
+
+
+def _memory_table(found: Estimate) -> rich.table.Table:
+    memory, table = found.memory, rich.table.Table("memory of a rank, MiB", "fullest", "emptiest")
+    rows: dict[str, typing.Any] = {
+        "table weights": memory.tables,
+        "state of the tables' optimizer": memory.optimizer,
+        "dense: weights, gradients, AdamW, buckets": memory.dense,
+        "maps of managed ids": memory.maps,
+        "held all the time": memory.held,
+        "activations kept for the backward": memory.activations,
+        "gradients under way": memory.working,
+        "loss and heads": memory.loss,
+        "looked-up rows and their gradients": memory.buffers,
+        "training step on top": memory.step,
+        "or validation on top": memory.validation,
+        "peak": memory.peak,
+    }
+    for name, value in rows.items():
+        values = ["not counted"] * 2
+        if value is not None:
+            values = [f"{extreme / _MIB:,.1f}" for extreme in (np.max(value), np.min(value))]
+        table.add_row(name, *values)
+    return table
+
+
+def _traffic_table(found: Estimate) -> rich.table.Table:
+    table = rich.table.Table("sent per step, MiB", "busiest rank", "mean", "to the same machine", "to other machines")
+    kinds = {
+        "indices to the owners": found.exchange.indices,
+        "rows back": found.exchange.rows,
+        "gradients of rows": found.exchange.gradients,
+        "dense part (ring)": found.exchange.dense,
+        "all": found.exchange.total,
+    }
+    for name, traffic in kinds.items():
+        values = [traffic.total.max(), traffic.total.mean(), traffic.intra.mean(), traffic.inter.mean()]
+        table.add_row(name, *(f"{value / _MIB:,.3f}" for value in values))
+    return table
+
+
+def _print_verdict(console: rich.console.Console, scenario: Scenario, found: Estimate, options: list[Remedy]) -> None:
+    peak, usable = found.memory.peak.max() / _GIB, found.usable_bytes / _GIB
+    limit = f"{usable:.2f} GiB usable ({RESERVE:.0%} kept free for CUDA context, NCCL and fragmentation)"
+    if found.fits:
+        console.print(f"fits: peak {peak:.2f} GiB of {limit}", soft_wrap=True)
+        return
+    console.print(f"does not fit: peak {peak:.2f} GiB, {limit}", soft_wrap=True)
+    if found.layout.refusal:
+        reason = found.layout.refusal.splitlines()[0]
+        console.print(f"TorchRec's planner refuses the tables: {reason}", markup=False, soft_wrap=True)
+    if not any(option.fits for option in options):
+        console.print("no single option is enough", soft_wrap=True)
+    if options:
+        console.print("one option at a time would make the peak", soft_wrap=True)
+    for option in options:
+        verdict = f"{'fits' if option.fits else 'no':<4} {option.peak_bytes / _GIB:>10.2f} GiB"
+        how = option.flags if option.is_built else "(not built yet)"
+        console.print(f"  {verdict}  {option.name}  {how}", markup=False, soft_wrap=True)
+
+
+def as_dict(scenario: Scenario, found: Estimate, options: list[Remedy]) -> dict[str, typing.Any]:
+    """Everything that is printed, in bytes, with values of every rank."""
+    memory = {field.name: _plain(getattr(found.memory, field.name)) for field in dataclasses.fields(found.memory)}
+    kinds = {field.name: getattr(found.exchange, field.name) for field in dataclasses.fields(found.exchange)}
+    return {
+        "fits": found.fits,
+        "usable_bytes": found.usable_bytes,
+        "refusal": found.layout.refusal,
+        "layout": [*found.layout.text.splitlines(), *filter(None, [found.saved])],
+        "cluster": dataclasses.asdict(scenario.cluster),
+        "assumed": [*scenario.shape.notes, *_warnings(scenario, found)],
+        "step_of_a_rank": dataclasses.asdict(found.training),
+        "memory_bytes": memory | {"held": _plain(found.memory.held), "peak": _plain(found.memory.peak)},
+        "sent_bytes": {name: _sent(traffic) for name, traffic in (kinds | {"total": found.exchange.total}).items()},
+        "flops": None if found.flops is None else dataclasses.asdict(found.flops),
+        "options": [dataclasses.asdict(option) for option in options],
+    }
+
+
+def _sent(traffic: Traffic) -> dict[str, list[float]]:
+    return {"same_machine": traffic.intra.tolist(), "other_machines": traffic.inter.tolist()}
+
+
+def _plain(value: typing.Any) -> typing.Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawTextHelpFormatter
+    parser.add_argument("--world_size", type=int, required=True, help="ranks (GPUs) of the cluster")
+    parser.add_argument(
+        "--local_world_size", type=int, default=0, help="ranks of one machine (default: all, at most 8)"
+    )
+    parser.add_argument("--hbm_gib", type=float, required=True, help="memory of one GPU")
+    rows_help = "sizes other than the data's"
+    parser.add_argument("--table_rows", nargs="+", action="extend", default=[], metavar="TABLE=ROWS", help=rows_help)
+    parser.add_argument("--mean_history", type=float, help="history tokens of a request (default: the data's mean)")
+    parser.add_argument("--candidates", type=float, help="candidates of a request (default: the data's mean)")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything there too")
+    args, rest = parser.parse_known_args(argv)
+    args.local_world_size = args.local_world_size or min(args.world_size, 8)
+    for name in ("world_size", "local_world_size", "hbm_gib", "candidates"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"--{name} {value} must be above 0 and finite")
+    if args.local_world_size > args.world_size:
+        parser.error(f"--local_world_size {args.local_world_size} is larger than --world_size {args.world_size}")
+    return args, rest
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(message)s")
+    sys.exit(main(sys.argv[1:]))

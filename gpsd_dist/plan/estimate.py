@@ -1,0 +1,169 @@
+"""One run on one cluster: layout of the tables, memory, traffic, FLOPs. Allocates nothing, needs no process group."""
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from gpsd_dist.assembly import dense_model, meta_tables
+from gpsd_dist.config import RunConfig
+from gpsd_dist.metrics.throughput import flops_per_token
+from gpsd_dist.model.gpsd import NextItemModel, RankingModel
+from gpsd_dist.model.transformer import ffn_width
+from gpsd_dist.plan.all_to_all import Exchange, exchange
+from gpsd_dist.plan.frozen import frozen_line
+from gpsd_dist.plan.memory import Memory, ModelSize, memory
+from gpsd_dist.plan.workload import DataShape, Workload, training_requests, workload
+from gpsd_dist.schema import Manifest
+from gpsd_dist.tables.managed_collision import map_bytes
+from gpsd_dist.tables.sharding import Cluster, Shard, plan_tables, readable, shards_of, table_names
+
+RESERVE = 0.15
+"""Part of the memory that TorchRec's planner keeps free, and so does the verdict: CUDA context, NCCL, fragmentation."""
+_UNLIMITED_BYTES = 1 << 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """What is to be planned."""
+
+    run: RunConfig
+    manifest: Manifest
+    shape: DataShape
+    cluster: Cluster
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the tables are."""
+
+    text: str
+    """Readable, one line per table."""
+    shards: tuple[Shard, ...]
+    refusal: str
+    """Why TorchRec's planner would not plan this; empty if it would."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Forward and backward, multiply and add counted as two; of one rank."""
+
+    step: float
+    token: float
+    """Per history token of the step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What `estimate` found."""
+
+    layout: Layout
+    training: Workload
+    size: ModelSize
+    memory: Memory
+    exchange: Exchange
+    flops: Flops | None
+    """None: there is no formula for this tower."""
+    saved: str
+    """What freezing saves, in a line; empty if nothing is frozen."""
+    usable_bytes: float
+    """Memory of a rank without the reserve."""
+
+    @property
+    def fits(self) -> bool:
+        """Every rank stays below its usable memory, and TorchRec's planner agrees."""
+        return not self.layout.refusal and float(self.memory.peak.max()) <= self.usable_bytes
+
+
+def estimate(scenario: Scenario, layout: Layout | None = None) -> Estimate:
+    """ValueError where training would refuse the run too (features, tasks, tables).
+
+    `layout`: that of a scenario with the same tables on the same ranks; planning hundreds of ranks takes seconds.
+    """
+    run, manifest, cluster = scenario.run, scenario.manifest, scenario.cluster
+    assert cluster.memory_bytes is not None
+    sharded, _ = meta_tables(run, manifest)
+    layout = layout or plan_layout(scenario)
+    names = tuple(table.name for table in sharded)
+    requests = training_requests(run, scenario.shape, cluster.world_size)
+    training = workload(run, manifest, names, scenario.shape, requests)
+    validation = None
+    if not run.refit_of and manifest.split("valid").num_rows:
+        validation = workload(run, manifest, names, scenario.shape, run.data.eval_batch_rows_per_rank)
+    size = model_size(run, manifest)
+    return Estimate(
+        layout=layout,
+        training=training,
+        size=size,
+        memory=memory(run, layout.shards, size, cluster, training, validation),
+        exchange=exchange(
+            layout.shards, training.unique_rows, size.parameters, cluster, run.execution, run.train.micro_batches
+        ),
+        flops=training_flops(run, size, training) if run.model.name == "transformer" else None,
+        saved=frozen_line(run, manifest, layout.shards, training.unique_rows, cluster),
+        usable_bytes=(1 - RESERVE) * cluster.memory_bytes,
+    )
+
+
+def plan_layout(scenario: Scenario) -> Layout:
+    """What training would do. Where the planner refuses for lack of memory, the same without that limit."""
+    run, manifest, cluster = scenario.run, scenario.manifest, scenario.cluster
+    refusal = ""
+    _, tables = meta_tables(run, manifest)
+    names = table_names(tables)
+    try:
+        plan = plan_tables(tables, run.tables, run.sparse, cluster)
+    except ValueError as error:
+        refusal = str(error)
+        _, tables = meta_tables(run, manifest)
+        unlimited = dataclasses.replace(cluster, memory_bytes=_UNLIMITED_BYTES)
+        plan = plan_tables(tables, run.tables, run.sparse, unlimited)
+    return Layout(readable(plan, run.tables), shards_of(plan, names, run.tables.frozen_value_bytes), refusal)
+
+
+def model_size(run: RunConfig, manifest: Manifest) -> ModelSize:
+    """Counted on the model itself, built without memory."""
+    sharded, _ = meta_tables(run, manifest)
+    with torch.device("meta"):
+        model, _, _ = dense_model(run, manifest, sharded)
+    matrices = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
+    auxiliary = model.auxiliary_table.values() if isinstance(model, NextItemModel) else ()
+    item_table = manifest.feature(manifest.item_feature).table
+    assert item_table is not None
+    return ModelSize(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        matrix_parameters=sum(weight.numel() for weight in matrices),
+        item_table=item_table,
+        item_rows=manifest.table(item_table).num_rows,
+        auxiliary_rows=max((manifest.table(table).num_rows for table in auxiliary), default=0),
+        head_parameters=sum(p.numel() for p in model.heads.parameters()) if isinstance(model, RankingModel) else 0,
+        head_values=_head_values(model) if isinstance(model, RankingModel) else 0,
+        map_bytes=sum(
+            map_bytes(table.num_rows, run.ids.eviction)
+            for table in sharded
+            if manifest.unbounded.get(table.name) == "managed"
+        ),
+    )
+
+
+def _head_values(model: RankingModel) -> int:
+    hidden = [layer.out_features for mlp in model.heads.mlps.values() for layer in mlp[:-1] if hasattr(layer, "weight")]
+    return model.backbone.tower.out_width + model.context.width + sum(hidden)
+
+
+def training_flops(run: RunConfig, size: ModelSize, step: Workload) -> Flops:
+    """`metrics.throughput.flops_per_token` for histories and candidates of the Transformer, and 6 per head weight.
+
+    In the last layer of ranking, histories give queries, keys and values only. Embedding sums, norms, rotary positions
+    and the projections of a table width that differs are left out.
+    """
+    layers, width = run.model.layers, run.model.width
+    if run.stage == "pretrain":
+        negatives = step.positions * run.pretrain.num_negatives + step.positions * size.auxiliary_rows
+        total = step.tokens * flops_per_token(layers, width, step.context) + 6 * width * negatives
+    else:
+        seen = step.candidate_keys / max(step.candidates, 1e-9)
+        unused = 6 * (width**2 + 3 * width * ffn_width(width)) + 12 * width * step.context
+        total = step.tokens * (flops_per_token(layers, width, step.context) - unused)
+        total += step.candidates * (flops_per_token(layers, width, seen) + 6 * size.head_parameters)
+    return Flops(total, total / max(step.tokens, 1e-9))

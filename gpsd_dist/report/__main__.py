@@ -1,0 +1,35 @@
+"""ENTRY: one HTML page about one or several runs: curves, strategy table, generalization gap, data, how to rerun.
+
+    python -m gpsd_dist.report runs/kuairand --out report.html
+
+RUN_DIR is a run folder of gpsd_dist.train, or a folder that contains some. The page needs no network and no script.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from gpsd_dist.report.page import make_report
+
+
+def main(argv: list[str]) -> int:
+    """Exit status 0, or 2 if a folder holds no run or the page cannot be written."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=pathlib.Path, help="run folder, or one above")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("report.html"), help="default: report.html")
+    args = parser.parse_args(argv)
+    try:
+        report = make_report(args.run_dirs)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(report.html, encoding="utf-8")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    remarks = f", {report.num_problems} remarks on missing or broken files" if report.num_problems else ""
+    print(f"{args.out}: {report.num_runs} runs, {len(report.html.encode()) / 1024:.0f} KiB{remarks}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

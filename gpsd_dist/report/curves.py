@@ -1,0 +1,192 @@
+"""Which curves a family of runs has, and their figures: training, validation, generalization gap, speed."""
+
+import dataclasses
+import math
+import typing
+
+from gpsd_dist.report.families import Family, seed_text
+from gpsd_dist.report.figures import Dots, Line, line_figure, strip_figure
+from gpsd_dist.report.run_folder import Run
+from gpsd_dist.report.tables import listed
+
+VALID_METRICS = {
+    "auc": "AUC",
+    "gauc": "GAUC",
+    "log_loss": "log loss",
+    "mrr": "MRR",
+    "hr@10": "HR@10",
+    "ndcg@10": "NDCG@10",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """One drawing with what stands above and below it."""
+
+    title: str
+    svg: str
+    note: str = ""
+
+
+def tasks(runs: typing.Iterable[Run]) -> list[str]:
+    """Tasks that were validated or scored, in the order in which they first occur."""
+    found: dict[str, None] = {}
+    for run in runs:
+        names = [name.removeprefix("valid/") for name in run.names() if name.startswith("valid/")]
+        for name in [*run.best_metrics, *names]:
+            found.setdefault(name.rpartition("/")[0])
+        for scores in run.scores.values():
+            found.update(dict.fromkeys(scores))
+    return [task for task in found if task]
+
+
+def training_figures(family: Family) -> list[Figure]:
+    """Loss, validation metrics and learning rate by step."""
+    names = {"train/loss": "training loss"}
+    parts = _names(family, "train/", "_loss")
+    if len(parts) > 1:
+        names |= {part: f"training loss, {part[len('train/') : -len('_loss')]}" for part in parts}
+    figures = [_by_step(family, name, title) for name, title in names.items()]
+    for task in tasks(family.runs):
+        for metric, word in VALID_METRICS.items():
+            figures.append(_by_step(family, f"valid/{task}/{metric}", f"valid {word}, {task}", is_validation=True))
+    figures.append(_by_step(family, "train/dense_lr", "learning rate of the tower"))
+    return [figure for figure in figures if figure is not None]
+
+
+def gap_figures(family: Family) -> list[Figure]:
+    """Valid log loss minus training loss, by epoch; one figure per task."""
+    figures = []
+    for task in tasks(family.runs):
+        name = f"gap/{task}_log_loss"
+        lines = _lines(family, name, x="epoch", is_validation=True)
+        if lines:
+            title = f"generalization gap, {task}"
+            svg = line_figure(lines, _slug(family, name), f"{title} by epoch", x_label="epoch", zero_line=True)
+            figures.append(Figure(title, svg, _absent(family, name)))
+    return figures
+
+
+def loss_pairs(family: Family) -> list[list[Figure]]:
+    """Training and valid log loss together, by epoch: per task, one small figure per configuration on one scale."""
+    return [figures for task in tasks(family.runs) if (figures := _pairs_of_task(family, task))]
+
+
+def _pairs_of_task(family: Family, task: str) -> list[Figure]:
+    drawn = []
+    for configuration in family.configurations:
+        lines = [line for run in configuration.runs for line in _pair(run, task, configuration.style_index)]
+        if lines:
+            drawn.append((configuration, lines))
+    y_range = _range([value for _, lines in drawn for line in lines for value in line.y])
+    figures = []
+    for configuration, lines in drawn:
+        title = f"{task}: {configuration.label}"
+        slug = _slug(family, f"pair-{task}-{configuration.style_index}")
+        described = f"training and valid log loss by epoch, {title}"
+        svg = line_figure(lines, slug, described, x_label="epoch", y_range=y_range, is_small=True)
+        figures.append(Figure(title, svg))
+    return figures
+
+
+def _pair(run: Run, task: str, style_index: int) -> list[Line]:
+    """Both losses of a run; nothing if one is missing, or if ESMM trained the task on another quantity."""
+    train, valid = run.series(f"train/{task}_loss", "epoch"), run.series(f"valid/{task}/log_loss", "epoch")
+    finetune = run.config.get("finetune")
+    is_esmm = isinstance(finetune, dict) and bool(finetune.get("esmm"))
+    if not train or not valid or (is_esmm and not run.series(f"gap/{task}_log_loss")):
+        return []
+    return [
+        Line(f"{run.label}: training", *_columns(train), is_muted=True),
+        Line(f"{run.label}: valid", *_columns(valid), style_index=style_index, has_markers=True),
+    ]
+
+
+def speed_figure(family: Family) -> Figure | None:
+    """Tokens per second by step."""
+    return _by_step(family, "perf/tokens_per_s", f"history tokens per second, {family.title}")
+
+
+def strip(family: Family, task: str, metric: str, split: str) -> Figure | None:
+    """The seeds of every configuration as dots; None if there is nothing to compare."""
+    rows = []
+    for configuration in family.configurations:
+        values = [value_of(run, split, task, metric) for run in configuration.runs]
+        finite = tuple(value for value in values if value is not None and math.isfinite(value))
+        if finite:
+            rows.append(Dots(configuration.label, finite, configuration.style_index))
+    if len(rows) < 2:
+        return None
+    word = VALID_METRICS.get(metric, metric)
+    title = f"{split} {word}, {task}"
+    described = f"{title}, by configuration and seed"
+    svg = strip_figure(rows, _slug(family, f"strip-{split}-{task}-{metric}"), described, x_label=f"{split} {word}")
+    return Figure(title, svg, "dot: one seed; bar: mean")
+
+
+def value_of(run: Run, split: str, task: str, metric: str) -> float | None:
+    """A metric of a scored split, or for "valid" at the best step unless valid.json was written too."""
+    if split in run.scores:
+        return run.scores[split].get(task, {}).get(metric)
+    return run.best_metrics.get(f"{task}/{metric}") if split == "valid" else None
+
+
+def _by_step(family: Family, name: str, title: str, is_validation: bool = False) -> Figure | None:
+    lines = _lines(family, name, is_validation=is_validation)
+    if not lines:
+        return None
+    svg = line_figure(lines, _slug(family, name), f"{title} by step", x_label="step")
+    return Figure(title, svg, _absent(family, name))
+
+
+def _lines(family: Family, name: str, x: str = "step", is_validation: bool = False) -> list[Line]:
+    """One line per run that has the metric: colour by configuration, dashes by seed."""
+    lines = []
+    for configuration in family.configurations:
+        for dash_index, run in enumerate(configuration.runs):
+            points = run.series(name, x)
+            if not any(math.isfinite(value) for _, value in points):
+                continue
+            label = f"{configuration.label}, seed {seed_text(run)} ({run.label})"
+            lines.append(
+                Line(
+                    label,
+                    *_columns(points),
+                    style_index=configuration.style_index,
+                    dash_index=dash_index,
+                    has_markers=is_validation,
+                    ring_x=run.best_step if is_validation and x == "step" else None,
+                )
+            )
+    return lines
+
+
+def _columns(points: typing.Sequence[tuple[float, float]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Columns x and y; what is not finite becomes NaN, which breaks a line."""
+    return tuple(x for x, _ in points), tuple(y if math.isfinite(y) else math.nan for _, y in points)
+
+
+def _range(values: typing.Sequence[float]) -> tuple[float, float] | None:
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return None
+    margin = 0.05 * (max(finite) - min(finite)) or 0.05
+    return min(finite) - margin, max(finite) + margin
+
+
+def _names(family: Family, prefix: str, suffix: str) -> list[str]:
+    names = {name for run in family.runs for name in run.names()}
+    return sorted(name for name in names if name.startswith(prefix) and name.endswith(suffix))
+
+
+def _absent(family: Family, name: str) -> str:
+    """Names the runs that did not record it, but should have."""
+    is_of_valid = name.startswith(("valid/", "gap/"))
+    runs = [run for made in family.configurations if not (made.is_refit and is_of_valid) for run in made.runs]
+    absent = [run.label for run in runs if not any(math.isfinite(value) for _, value in run.series(name))]
+    return f"not recorded by {listed(absent)}" if absent else ""
+
+
+def _slug(family: Family, name: str) -> str:
+    """Unique on the page, and a valid id."""
+    return f"{family.anchor}-" + "".join(c if c.isalnum() else "-" for c in name)

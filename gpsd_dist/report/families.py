@@ -1,0 +1,218 @@
+"""Which runs belong together: same data and stage (a family), and inside one, the same options but for the seed."""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import typing
+
+from gpsd_dist.config import STAGES, STRATEGIES
+from gpsd_dist.config.model import size_text
+from gpsd_dist.report import dataset
+from gpsd_dist.report.run_folder import CHECKPOINTS_NAME, CONFIG_NAME, Run
+from gpsd_dist.report.tables import option_text
+
+PLACE_OPTIONS = ("output_dir", "seed")  # say where and with which dice, not what
+_RUN_OPTIONS = ("init_checkpoint", "refit_of")  # name another run
+_MAX_DEPTH = 3  # refit -> run -> pretraining
+_OPTIONS_IN_LABEL = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """Runs that differ in their seed only, by seed."""
+
+    label: str
+    style_index: int
+    """Colour and marker of its lines."""
+    runs: tuple[Run, ...]
+
+    @property
+    def is_refit(self) -> bool:
+        """Trained on `valid` too: there is no validation."""
+        return any(run.config.get("refit_of") for run in self.runs)
+
+    @property
+    def seeds(self) -> str:
+        """0, 1, 2"""
+        return ", ".join(seed_text(run) for run in self.runs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Runs of one stage on one data set: what may share an axis and a table."""
+
+    title: str
+    anchor: str
+    stage: str | None
+    configurations: tuple[Configuration, ...]
+
+    @property
+    def runs(self) -> list[Run]:
+        """All of them, in the order of the page."""
+        return [run for configuration in self.configurations for run in configuration.runs]
+
+
+def seed_text(run: Run) -> str:
+    """The run's seed, "?" if its configuration is lost."""
+    return f"{run.config.get('seed', '?')}"
+
+
+def model_text(run: Run) -> str:
+    """Name of the tower and the sizes that it reads: transformer L4H64A4, din H64."""
+    model = run.config.get("model")
+    if not isinstance(model, dict):
+        return "?"
+    return f"{model.get('name', '?')} {size_text(model)}"
+
+
+def strategy_text(run: Run) -> str:
+    """NT, ST, ..., with "refit" if it repeats another run on more data; a pretraining has none."""
+    if run.config.get("stage") == "pretrain":
+        return "pretraining"
+    return f"{run.config.get('strategy', '?')}" + (" refit" if run.config.get("refit_of") else "")
+
+
+def flat_options(run: Run) -> dict[str, typing.Any]:
+    """run_config.json with dotted names. Lists stay values, and so do empty objects."""
+    flat: dict[str, typing.Any] = {}
+
+    def add(prefix: str, value: typing.Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, entry in value.items():
+                add(f"{prefix}.{key}" if prefix else key, entry)
+        else:
+            flat[prefix] = value
+
+    if run.config:
+        add("", run.config)
+    return flat
+
+
+def differing_options(runs: typing.Sequence[Run]) -> list[str]:
+    """Dotted names whose values are not the same in all runs, in the order of run_config.json."""
+    flats = [flat_options(run) for run in runs]
+    names = list(dict.fromkeys(name for flat in flats for name in flat))
+    return [
+        name for name in names if any((name in f, f.get(name)) != (name in flats[0], flats[0].get(name)) for f in flats)
+    ]
+
+
+def group(runs: typing.Sequence[Run], data_sets: typing.Sequence[dataset.DataSet]) -> list[Family]:
+    """Families by data set, pretraining first; their configurations by strategy, in the order of the paper."""
+    place = {id(run): index for index, data_set in enumerate(data_sets) for run in data_set.runs}
+    by_family: dict[tuple, list[Run]] = {}
+    for run in runs:
+        stage = run.config.get("stage")
+        by_family.setdefault((place[id(run)], stage if stage in STAGES else None), []).append(run)
+    keys = sorted(by_family, key=lambda key: (key[0], STAGES.index(key[1]) if key[1] else len(STAGES)))
+    families = []
+    for data_index, stage in keys:
+        members = by_family[data_index, stage]
+        what = {"pretrain": "pretraining", "finetune": "finetuning", None: "unknown stage"}[stage]
+        title = f"{data_sets[data_index].name}: {what}"
+        families.append(Family(title, f"family-{len(families) + 1}", stage, _configurations(members, runs)))
+    return families
+
+
+def _configurations(members: list[Run], runs: typing.Sequence[Run]) -> tuple[Configuration, ...]:
+    by_key: dict[str, list[Run]] = {}
+    for run in members:
+        by_key.setdefault(configuration_key(run, runs), []).append(run)
+    groups = [sorted(group, key=lambda run: (seed_text(run).zfill(9), run.label)) for group in by_key.values()]
+    groups.sort(key=lambda group: (_strategy_order(group[0]), strategy_text(group[0]), group[0].label))
+    labels = _labels(groups)
+    return tuple(Configuration(label, i, tuple(g)) for i, (label, g) in enumerate(zip(labels, groups, strict=True)))
+
+
+def _strategy_order(run: Run) -> int:
+    strategy = run.config.get("strategy")
+    return STRATEGIES.index(strategy) if strategy in STRATEGIES else len(STRATEGIES)
+
+
+def configuration_key(run: Run, runs: typing.Sequence[Run]) -> str:
+    """Equal for runs that differ in seed (and folder) only.
+
+    A run that this one starts from or repeats counts by its own options, not by its path, so that seeds with a
+    pretraining each are still seeds of one configuration. One that is neither among `runs` nor on disk counts by path.
+    """
+    if not run.config:
+        return f"unknown {run.label}"
+    return _digest(_key_parts(run.config, runs, depth=0))
+
+
+def _key_parts(config: dict[str, typing.Any], runs: typing.Sequence[Run], depth: int) -> dict[str, typing.Any]:
+    parts = copy.deepcopy({name: value for name, value in config.items() if name not in PLACE_OPTIONS})
+    for name in _RUN_OPTIONS:
+        value = parts.get(name)
+        if isinstance(value, str) and value and depth < _MAX_DEPTH:
+            parts[name] = _options_of(value, runs, depth)
+    return parts
+
+
+def _options_of(place: str, runs: typing.Sequence[Run], depth: int) -> typing.Any:
+    """What counts of the run or checkpoint at `place`; the place itself if it cannot be found."""
+    folder, step = pathlib.Path(place), ""
+    if folder.parent.name == CHECKPOINTS_NAME:
+        folder, step = folder.parent.parent, folder.name
+    found = [run.config for run in _runs_at(folder, runs)]
+    if not found:
+        try:
+            found = [json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))]
+        except (OSError, ValueError):
+            return place
+    if not found[0] or not isinstance(found[0], dict):
+        return place
+    return [step, _key_parts(found[0], runs, depth + 1)]
+
+
+def _runs_at(folder: pathlib.Path, runs: typing.Sequence[Run]) -> list[Run]:
+    """Runs that a recorded path may mean, the likeliest first.
+
+    A relative path was relative to a folder that the report does not know, so its end has to do. A run that was moved
+    or copied afterwards is still known by the folder that it was written to.
+    """
+    recorded = pathlib.PurePath(os.path.realpath(folder) if folder.is_absolute() else os.path.normpath(folder))
+    places = [pathlib.PurePath(os.path.realpath(run.folder)).parts for run in runs]
+    found = [run for run, place in zip(runs, places, strict=True) if place[-len(recorded.parts) :] == recorded.parts]
+    return found + [
+        run for run in runs if os.path.normpath(f"{run.config.get('output_dir')}") == os.path.normpath(folder)
+    ]
+
+
+def refits(configuration: Configuration, others: typing.Sequence[Configuration]) -> Configuration | None:
+    """The one of `others` that repeats a run of this configuration on more data."""
+    for other in others:
+        places = [run.config.get("refit_of") for run in other.runs]
+        if any(_runs_at(pathlib.Path(f"{place}"), configuration.runs) for place in places if place):
+            return other
+    return None
+
+
+def _digest(parts: typing.Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _labels(groups: list[list[Run]]) -> list[str]:
+    """A name for each configuration of a family: strategy, model if there are several, and what else tells it apart."""
+    firsts = [group[0] for group in groups]
+    has_models = len({model_text(run) for run in firsts if run.config}) > 1
+    names = [f"{strategy_text(run)} {model_text(run)}" if has_models else strategy_text(run) for run in firsts]
+    names = [name if run.config else run.label for name, run in zip(names, firsts, strict=True)]
+    labels = []
+    for name, run in zip(names, firsts, strict=True):
+        alike = [other for other_name, other in zip(names, firsts, strict=True) if other_name == name]
+        labels.append(name if len(alike) == 1 else f"{name}, {_distinction(run, alike)}")
+    for index, label in enumerate(labels):
+        if labels.count(label) > 1:
+            labels[index] = f"{label} ({firsts[index].label})"
+    return labels
+
+
+def _distinction(run: Run, alike: list[Run]) -> str:
+    options = flat_options(run)
+    names = [name for name in differing_options(alike) if name not in PLACE_OPTIONS]
+    shown = [f"{name}={option_text(options.get(name, '?'))}" for name in names[:_OPTIONS_IN_LABEL]]
+    return " ".join(shown + ["..."] * (len(names) > _OPTIONS_IN_LABEL)) or run.label

@@ -1,0 +1,190 @@
+"""The strategy tables: metrics of every configuration (mean and range over seeds) and of every run."""
+
+import dataclasses
+import math
+import statistics
+import typing
+
+from gpsd_dist.report import curves
+from gpsd_dist.report.curves import tasks, value_of
+from gpsd_dist.report.families import Configuration, Family, model_text, refits, seed_text, strategy_text
+from gpsd_dist.report.run_folder import Run
+from gpsd_dist.report.tables import (
+    MISSING,
+    Cell,
+    Row,
+    Table,
+    best_index,
+    count_text,
+    mean_cell,
+    metric_text,
+    number_cell,
+)
+
+MAIN_METRICS = ("auc", "gauc", "log_loss", "ne", "calibration", "mrr", "hr@10", "hr@100", "ndcg@10", "ndcg@100")
+SPLIT_ORDER = ("valid", "test", "holdout")
+STATES = {True: "finished", False: "not finished", None: "no checkpoint"}
+_STRIP_METRICS = ("auc", "gauc", "log_loss", "mrr", "hr@10", "ndcg@10")
+_METRIC_WORDS = curves.VALID_METRICS | {"ne": "NE", "hr@100": "HR@100", "ndcg@100": "NDCG@100"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskResult:
+    """What the page says about one task of a family."""
+
+    task: str
+    summary: Table
+    strips: tuple[curves.Figure, ...]
+    every_run: Table
+    highlight: "Highlight | None"
+
+
+@dataclasses.dataclass(frozen=True)
+class Highlight:
+    """The configuration that `valid` would choose."""
+
+    what: str
+    configuration: str
+    value: str
+    note: str
+
+
+def task_results(family: Family) -> list[TaskResult]:
+    """One entry per task, in the order of the files."""
+    results = []
+    for task in tasks(family.runs):
+        columns = _columns(family, task)
+        if not columns:
+            continue
+        metric = next((m for m in ("auc", "mrr") if any(column[1] == m for column in columns)), columns[0][1])
+        splits = [split for split, name in columns if name == metric]
+        split = next((s for s in splits if s != "valid"), splits[0])
+        strips = [curves.strip(family, task, m, split) for s, m in columns if s == split and m in _STRIP_METRICS]
+        results.append(
+            TaskResult(
+                task=task,
+                summary=_summary(family, task, columns),
+                strips=tuple(strip for strip in strips if strip is not None),
+                every_run=_every_run(family, task, columns),
+                highlight=_highlight(family, task, metric, splits),
+            )
+        )
+    return results
+
+
+def _columns(family: Family, task: str) -> list[tuple[str, str]]:
+    """(split, metric) of everything known about the task: splits in their order, main metrics first."""
+    known: dict[tuple[str, str], None] = {}
+    for run in family.runs:
+        for split in {*run.scores, "valid"}:
+            values = run.scores[split].get(task, {}) if split in run.scores else _best_of(run, task)
+            known.update(dict.fromkeys((split, metric) for metric in values))
+    return sorted(known, key=lambda column: (*_rank(SPLIT_ORDER, column[0]), *_rank(MAIN_METRICS, column[1])))
+
+
+def _best_of(run: Run, task: str) -> dict[str, float]:
+    prefix = f"{task}/"
+    return {name[len(prefix) :]: value for name, value in run.best_metrics.items() if name.startswith(prefix)}
+
+
+def _rank(order: tuple[str, ...], name: str) -> tuple[int, str]:
+    return (order.index(name) if name in order else len(order), name)
+
+
+def _main(columns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [column for column in columns if column[1] in MAIN_METRICS] or columns
+
+
+def _spans(num_before: int, columns: list[tuple[str, str]]) -> tuple[tuple[str, int], ...]:
+    splits = list(dict.fromkeys(split for split, _ in columns))
+    counts = [(split, sum(column[0] == split for column in columns)) for split in splits]
+    return (("", num_before), *((f"{s} (best step)" if s == "valid" else s, count) for s, count in counts))
+
+
+def _values(configuration: Configuration, task: str, column: tuple[str, str]) -> list[float | None]:
+    return [value_of(run, column[0], task, column[1]) for run in configuration.runs]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """None unless every seed has a value: means over different seeds do not compare."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
+
+
+def _summary(family: Family, task: str, columns: list[tuple[str, str]]) -> Table:
+    """One row per configuration; the best mean of a column is bold."""
+    shown = _main(columns)
+    configurations = family.configurations
+    best = {c: best_index(c[1], [_mean(_values(made, task, c)) for made in configurations]) for c in shown}
+    rows = []
+    for index, made in enumerate(configurations):
+        cells = [Cell(made.label, style_index=made.style_index), Cell(made.seeds)]
+        cells += [mean_cell(c[1], _values(made, task, c), is_strong=best[c] == index) for c in shown]
+        rows.append(Row(tuple(cells)))
+    headers = (Cell("configuration"), Cell("seeds"), *(number_cell(_METRIC_WORDS.get(m, m)) for _, m in shown))
+    return Table(headers, (tuple(rows),), _spans(2, shown), f"{task}: mean over seeds, smallest to largest below it")
+
+
+def _every_run(family: Family, task: str, columns: list[tuple[str, str]]) -> Table:
+    """One row per run with every metric there is; a configuration of several seeds ends with its mean."""
+    groups = []
+    for made in family.configurations:
+        rows = [Row((*_who(run, family), *_metrics(run, task, columns))) for run in made.runs]
+        if len(made.runs) > 1:
+            first = Cell(f"mean of {len(made.runs)}", style_index=made.style_index)
+            who = (first, *(cell for cell in _who(made.runs[0], family)[1:4]), Cell(made.seeds))
+            means = (mean_cell(c[1], _values(made, task, c)) for c in columns)
+            rows.append(Row((*who, Cell(""), Cell(""), *means), is_mean=True))
+        groups.append(tuple(rows))
+    names = ("run", "stage", "strategy", "model", "seed", "state")
+    headers = (*map(Cell, names), number_cell("best step"), *(number_cell(_METRIC_WORDS.get(m, m)) for _, m in columns))
+    return Table(headers, tuple(groups), _spans(7, columns), f"{task}: every run")
+
+
+def _who(run: Run, family: Family) -> tuple[Cell, ...]:
+    best = MISSING if run.best_step is None else count_text(run.best_step)
+    strategy = MISSING if family.stage == "pretrain" else strategy_text(run)
+    words = (
+        run.label,
+        family.stage or "?",
+        strategy,
+        model_text(run),
+        seed_text(run),
+        STATES.get(run.is_finished, "?"),
+    )
+    return (*map(Cell, words), number_cell(best))
+
+
+def _metrics(run: Run, task: str, columns: list[tuple[str, str]]) -> list[Cell]:
+    return [number_cell(metric_text(metric, value_of(run, split, task, metric))) for split, metric in columns]
+
+
+def _is_scored(configuration: Configuration, task: str, column: tuple[str, str]) -> bool:
+    return _mean(_values(configuration, task, column)) is not None
+
+
+def _highlight(family: Family, task: str, metric: str, splits: typing.Sequence[str]) -> Highlight | None:
+    """Chosen by its mean on `valid`, shown with its mean on the scored split: no look at test decides.
+
+    If it was not scored itself, but repeated on more data, the repetition's score counts.
+    """
+    means = [_mean(_values(made, task, ("valid", metric))) for made in family.configurations]
+    known = [index for index, mean in enumerate(means) if mean is not None and math.isfinite(mean)]
+    if not known and len(family.configurations) > 1:
+        return None
+    index = best_index(metric, means)
+    chosen = family.configurations[index if index is not None else known[0] if known else 0]
+    candidates = [made for made in (chosen, refits(chosen, family.configurations)) if made is not None]
+    shown, split = next(
+        ((made, s) for made in candidates for s in splits if s != "valid" and _is_scored(made, task, (s, metric))),
+        (chosen, "valid"),
+    )
+    values = _values(shown, task, (split, metric))
+    if _mean(values) is None:
+        return None
+    num_seeds = len(values)
+    note = f"mean of {num_seeds} seeds" if num_seeds > 1 else "one seed"
+    if len(family.configurations) > 1:
+        note += f"; best of {len(known)} on valid"
+    word = _METRIC_WORDS.get(metric, metric)
+    return Highlight(f"{task}, {split} {word}", shown.label, metric_text(metric, _mean(values)), note)

@@ -1,0 +1,88 @@
+"""Writes what a run is into its folder: options, table layout, command, commit, versions, hardware."""
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import pathlib
+import platform
+import subprocess
+import sys
+import typing
+
+import torch
+
+from gpsd_dist.checkpoint import storage
+from gpsd_dist.config.gin_cli import ParsedRun
+from gpsd_dist.config.model import size_text
+from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.trainer import Trainer
+
+log = logging.getLogger(__name__)
+_PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy", "gin-config")
+
+
+def write(parsed: ParsedRun, trainer: Trainer, runtime: Runtime, plan_lines: list[str]) -> None:
+    """Writes four files into OUTPUT_DIR, and the same in short to the log. For rank 0.
+
+    config.gin runs the command again, run_config.json has every option, plan.txt the layout of the tables with
+    `plan_lines` below it, environment.json the command, commit, versions and hardware.
+    """
+    run = parsed.run
+    folder = pathlib.Path(run.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = trainer.assembly.tables
+    plan = [*tables.plan.splitlines(), *plan_lines]
+    texts = {
+        "config.gin": parsed.gin_text,
+        "run_config.json": json.dumps(dataclasses.asdict(run), indent=1),
+        "plan.txt": "\n".join(plan) + "\n",
+        "environment.json": json.dumps(environment(runtime), indent=1),
+    }
+    # Every file is replaced whole or not at all: run_config.json says where the checkpoints are.
+    for name, text in texts.items():
+        storage.write(folder / name, text.encode())
+    sparse = sum(weight.size()[0] * tables.width for weight in tables.weights().values())
+    dense = sum(parameter.numel() for parameter in trainer.model.parameters())
+    devices = f"{runtime.world_size} x {runtime.device.type}"
+    model = f"{run.model.name} {size_text(dataclasses.asdict(run.model))}"
+    log.info("run %s: %s %s, %s on %s", folder, run.stage, run.strategy, model, devices)
+    log.info("parameters: %s in tables, %s dense", f"{sparse:,}", f"{dense:,}")
+    for line in plan:
+        log.info("%s", line)
+    epochs = f"{trainer.loader.steps_per_epoch} per epoch x {run.train.epochs} epochs"
+    log.info("steps: %s, %d in all, warm-up %d", epochs, trainer.total_steps, trainer.warmup_steps)
+
+
+def environment(runtime: Runtime) -> dict[str, typing.Any]:
+    """JSON-able facts for `environment.json`."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    is_cuda = runtime.device.type == "cuda"
+    return {
+        "argv": sys.argv,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "world_size": runtime.world_size,
+        "device": torch.cuda.get_device_name(runtime.device) if is_cuda else platform.processor() or "cpu",
+        "threads_per_rank": torch.get_num_threads(),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the source tree, "+changes" if it is edited; None outside git."""
+    root = pathlib.Path(__file__).resolve().parents[1]
+    commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
+    try:
+        results = [subprocess.run(c, cwd=root, capture_output=True, text=True, timeout=10) for c in commands]
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if any(result.returncode for result in results):
+        return None
+    return results[0].stdout.strip() + ("+changes" if results[1].stdout.strip() else "")

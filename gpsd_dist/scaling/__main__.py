@@ -1,0 +1,231 @@
+r"""ENTRY: the scaling law of a data set, and the one-epoch figure.
+
+    python -m gpsd_dist.scaling --ladder l1h32a4,l2h32a4,l4h32a4,l4h64a4 --strategy FT_SF --seeds 0,1,2 \
+        --gin_file configs/experiments/grocery_finetune.gin \
+        --pretrain_gin_file configs/experiments/grocery_pretrain.gin --out_dir runs/scaling_grocery
+    python -m gpsd_dist.scaling --epochs_figure runs/grocery/s0/{nt,st,ft,st_sf,ft_sf} --out_dir runs/epochs_grocery
+
+The first trains every rung with every seed by the ordinary commands, which it shows, scores the split, and fits
+AUC = c - a x^-b and log loss = c + a x^-b over the dense parameters x (tables excluded), in
+scaling_<strategy>_<split>.json, .png, .svg. The same command again goes on where the last one stopped; finished runs
+are kept. Rungs and seeds may join; a file with some that the command leaves out is not replaced. `--gin.X=Y` reaches
+finetuning, `--pretrain_gin.X=Y` pretraining; layers, width, heads, seed, strategy and folders are set by the ladder.
+The second reads finished runs only: epochs.json, .png, .svg.
+"""
+
+import argparse
+import collections.abc
+import dataclasses
+import functools
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import typing
+
+import rich.console
+import rich.table
+
+from gpsd_dist.checkpoint import integrity
+from gpsd_dist.checkpoint.storage import Location
+from gpsd_dist.metrics.recorder import json_safe
+from gpsd_dist.scaling import epochs, figures, runs
+from gpsd_dist.scaling.fit import LAWS, MIN_SIZES, fit_law
+from gpsd_dist.scaling.ladder import Request, Trial, parse_ladder, parse_seeds, plan
+
+_LADDER_ONLY = ("gin_file", "ladder", "strategy", "pretrain_gin_file", "init_checkpoint", "seeds", "split",
+                "nproc_per_node", "embedding_dim_follows_width")  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """Exit status 0; 2 for a mistake in the options or data; 130 if stopped; else that of the command that failed."""
+    try:
+        args, overrides = _parse(argv)
+        if args.epochs_figure:
+            return _epochs(args)
+        return _ladder(_request(args, overrides))
+    except subprocess.CalledProcessError as error:
+        command = runs.shell(tuple(error.cmd[1:]))
+        print(f"error: this command failed with status {error.returncode}:\n  {command}", file=sys.stderr, flush=True)
+        return error.returncode if error.returncode > 0 else 1
+    except (runs.Stopped, KeyboardInterrupt) as error:
+        print(
+            f"stopped: {str(error) or 'interrupted'}; the same command goes on from there", file=sys.stderr, flush=True
+        )
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--out_dir", type=pathlib.Path, required=True)
+    ladder = parser.add_argument_group("ladder")
+    ladder.add_argument("--ladder", help="rungs: layers, width, heads, like l1h32a4,l4h64a4")
+    ladder.add_argument("--strategy", help="NT, ST, FT, ST_SF or FT_SF")
+    ladder.add_argument("--gin_file", action="append", default=[], help="of the finetuning; repeatable")
+    ladder.add_argument("--pretrain_gin_file", action="append", default=[], help="of the pretraining; repeatable")
+    ladder.add_argument("--init_checkpoint", default="", help="ST, ST_SF: one pretraining for all rungs")
+    ladder.add_argument("--seeds", help="default 0")
+    ladder.add_argument("--split", help="split to score (default: test)")
+    ladder.add_argument("--nproc_per_node", type=int, help="processes per run (default 1; more: torchrun)")
+    follows_help = "tables as wide as the tower (default: the width in the config, with a projection)"
+    ladder.add_argument("--embedding_dim_follows_width", action="store_true", help=follows_help)
+    curves = parser.add_argument_group("one-epoch figure")
+    curves.add_argument("--epochs_figure", nargs="+", type=pathlib.Path, metavar="RUN_DIR", help="finetuning runs")
+    test_help = "also score test with the kept checkpoint of every epoch (TrainConfig.keep_last)"
+    curves.add_argument("--with_test_each_epoch", action="store_true", help=test_help)
+    args, rest = parser.parse_known_args(argv)
+    unknown = [argument for argument in rest if not argument.startswith(("--gin.", "--pretrain_gin."))]
+    unknown += [argument for argument in rest if argument not in unknown and "=" not in argument]
+    if unknown:
+        parser.error(f"unknown arguments {unknown}; overrides look like --gin.EPOCHS=5 or --pretrain_gin.EPOCHS=5")
+    if args.epochs_figure and (rest or any(getattr(args, name) for name in _LADDER_ONLY)):
+        parser.error("--epochs_figure reads finished runs: leave out the options of the ladder")
+    if not args.epochs_figure and args.with_test_each_epoch:
+        parser.error("--with_test_each_epoch belongs to --epochs_figure")
+    missing = [f"--{name}" for name in ("ladder", "strategy", "gin_file") if not getattr(args, name)]
+    if not args.epochs_figure and missing:
+        parser.error(f"{', '.join(missing)} missing")
+    return args, rest
+
+
+def _request(args: argparse.Namespace, overrides: list[str]) -> Request:
+    pretraining = [o.removeprefix("--pretrain_") for o in overrides if o.startswith("--pretrain_gin.")]
+    return Request(
+        ladder=parse_ladder(args.ladder),
+        seeds=parse_seeds(args.seeds or "0"),
+        strategy=args.strategy,
+        out_dir=args.out_dir.resolve(),
+        gin_files=tuple(args.gin_file),
+        overrides=tuple(o for o in overrides if o.startswith("--gin.")),
+        pretrain_gin_files=tuple(args.pretrain_gin_file),
+        pretrain_overrides=tuple(f"--{o}" for o in pretraining),
+        init_checkpoint=args.init_checkpoint,
+        split=args.split or "test",
+        num_processes=1 if args.nproc_per_node is None else args.nproc_per_node,
+        embedding_dim_follows_width=args.embedding_dim_follows_width,
+    )
+
+
+def _ladder(request: Request) -> int:
+    trials = plan(request)
+    runs.check_unchanged(trials)
+    name = f"scaling_{request.strategy.lower()}_{request.split}"
+    path = request.out_dir / f"{name}.json"
+    runs.check_nothing_is_lost(path, trials)  # not after hours of training
+    points = []
+    for number, trial in enumerate(trials, 1):
+        runs.run_trial(trial, functools.partial(print, f"[{number}/{len(trials)}]", flush=True))
+        points += runs.points_of(trial)
+    fits, notes = fit_all(points)
+    summary = {
+        "strategy": request.strategy,
+        "split": request.split,
+        "points": points,
+        "fits": {task: {m: fit and fit.as_dict() for m, fit in laws.items()} for task, laws in fits.items()},
+        "notes": notes,
+        "commands": _commands(trials),
+    }
+    runs.replace_file(path, (json.dumps(json_safe(summary), indent=1) + "\n").encode())
+    title = f"{request.strategy}, {trials[0].finetuning.run.data_dir}, {request.split}"
+    drawn = figures.save(figures.scaling_figure(points, fits, title), request.out_dir, name)
+    _print(points, fits, notes, title)
+    print("written: " + ", ".join(map(str, (path, *drawn))))
+    return 0
+
+
+def _commands(trials: list[Trial]) -> list[str]:
+    """All of the ladder in order, whenever they ran."""
+    return [runs.shell(command) for trial in trials for command in trial.commands]
+
+
+def fit_all(points: collections.abc.Sequence[dict[str, typing.Any]]) -> tuple[figures.Fits, list[str]]:
+    """(task -> metric -> fit or None, what a reader should know about them)."""
+    fits: figures.Fits = {task: {} for task in dict.fromkeys(point["task"] for point in points)}
+    notes = []
+    for task, laws in fits.items():
+        for metric, law in LAWS.items():
+            name = f"{task} {metric}"
+            rows = [point for point in points if point["task"] == task]
+            known = [row for row in rows if row[metric] is not None]
+            if len(known) < len(rows):
+                without = [f"{row['rung']} seed {row['seed']}" for row in rows if row[metric] is None]
+                notes.append(f"{name}: left out, because the metric is undefined: {', '.join(without)}")
+            fit = fit_law(law, [row["dense_parameters"] for row in known], [row[metric] for row in known])
+            laws[metric] = fit
+            if fit is None:
+                sizes = len({row["dense_parameters"] for row in known})
+                notes.append(f"{name}: no fit is possible with {sizes} distinct sizes; at least {MIN_SIZES} needed")
+                continue
+            notes += [f"{name}: not determined by these points: {what}" for what in fit.not_determined()]
+            if fit.lack_of_fit_p() < 0.05:
+                p = f"p = {fit.lack_of_fit_p():.3f}"
+                notes.append(f"{name}: rungs leave the curve by more than seeds scatter ({p}): intervals too narrow")
+    return fits, notes
+
+
+def _print(points: list[dict[str, typing.Any]], fits: figures.Fits, notes: list[str], title: str) -> None:
+    console = rich.console.Console(width=120)
+    for task, laws in fits.items():
+        table = rich.table.Table("rung", "dense", "tower", "tables", "seeds", *laws, title=f"{title}: {task}")
+        for rung in dict.fromkeys(point["rung"] for point in points):
+            rows = [point for point in points if point["task"] == task and point["rung"] == rung]
+            counts = [f"{rows[0][name]:,}" for name in ("dense_parameters", "tower_parameters", "table_parameters")]
+            table.add_row(rung, *counts, str(len(rows)), *(_spread([row[m] for row in rows]) for m in laws))
+        console.print(table)
+    table = rich.table.Table("task", "fit", "c", "a", "b", "R^2", "largest rung - prediction", title="95 % intervals")
+    for task, laws in fits.items():
+        for fit in filter(None, laws.values()):
+            values = fit.as_dict()
+            left_out = values["largest_left_out"]
+            error = "-" if left_out is None else f"{left_out['error']:+.4f}"
+            cells = [f"{values[k]:.4g} ({low:.4g} - {high:.4g})" for k, (low, high) in fit.intervals().items()]
+            table.add_row(task, fit.law.formula, *cells, f"{values['r2']:.3f}", error)
+    if table.row_count:
+        console.print(table)
+    for note in notes:
+        print(f"note: {note}")
+
+
+def _spread(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    mean = f"{statistics.mean(known):.4f}"
+    return mean if len(known) == 1 else f"{mean} ({min(known):.4f} - {max(known):.4f})"
+
+
+def _epochs(args: argparse.Namespace) -> int:
+    folders = list(dict.fromkeys(folder.resolve() for folder in args.epochs_figure))
+    curves = [epochs.read_run(folder) for folder in folders]
+    epochs.check_comparable(curves)
+    if args.with_test_each_epoch:
+        ends = [epochs.epoch_ends(run) for run in curves]  # all of them, before anything is scored
+        curves = [_with_test(run, run_ends, args.out_dir) for run, run_ends in zip(curves, ends, strict=True)]
+    path = args.out_dir / "epochs.json"
+    runs.replace_file(path, (json.dumps(json_safe(epochs.as_json(curves)), indent=1) + "\n").encode())
+    drawn = figures.save(epochs.epochs_figure(curves), args.out_dir, "epochs")
+    print("written: " + ", ".join(map(str, (path, *drawn))))
+    return 0
+
+
+def _with_test(curves: epochs.RunCurves, ends: list[tuple[float, Location]], out_dir: pathlib.Path):
+    """The same run with test AUC at every epoch's end; files newer than their checkpoint are kept."""
+    test_auc: dict[str, epochs.Curve] = {task: [] for task in curves.valid_auc}
+    print(f"{curves.folder}: {len(ends)} looks at test; choose nothing by them", flush=True)
+    for epoch, checkpoint in ends:
+        command, result = epochs.scoring_command(curves, checkpoint, out_dir)
+        if runs.read_result(result) is None or result.stat().st_mtime < integrity.saved_at_s(checkpoint):
+            runs.execute(command, functools.partial(print, flush=True))
+        metrics = runs.read_result(result)
+        for task, curve in test_auc.items():
+            curve.append((epoch, metrics[task]["auc"]))
+    return dataclasses.replace(curves, test_auc=test_auc)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

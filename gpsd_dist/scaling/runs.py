@@ -1,0 +1,227 @@
+"""What of a ladder is done already, and doing the rest, one ordinary command after the other.
+
+A trial is finished when its result file is there; what is half-trained goes on from its checkpoint, because that is
+what the trainer does with the same command. Nothing is skipped or continued whose options differ.
+"""
+
+import collections.abc
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import typing
+
+from gpsd_dist.checkpoint import loading, manager
+from gpsd_dist.checkpoint.resume import check_resumable
+from gpsd_dist.checkpoint.state import read_run
+from gpsd_dist.checkpoint.storage import Location
+from gpsd_dist.config import run_config_from_dict
+from gpsd_dist.data.run_manifest import read_run_manifest
+from gpsd_dist.scaling.ladder import Command, Training, Trial
+
+_REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_PLACES = ("output_dir",)
+_SMALL_TABLE = re.compile(r"dense\.(backbone\.embedder|context)\.small\..*")
+_TOWER = "dense.backbone.tower."
+PARAMETERS_NAME = "parameters.json"
+
+
+class Stopped(Exception):
+    """We, or a training of ours, were asked to stop; what was trained is saved."""
+
+
+def check_unchanged(trials: collections.abc.Iterable[Trial]) -> None:
+    """Before anything is trained: what is there already must be what would be run. ValueError says what differs."""
+    for trial in trials:
+        has_result = read_result(trial.result) is not None
+        for training in filter(None, (trial.pretraining, trial.finetuning)):
+            _check_training(training, trial, is_needed=has_result)
+
+
+def check_nothing_is_lost(summary: pathlib.Path, trials: collections.abc.Iterable[Trial]) -> None:
+    """That the summary of an earlier ladder, if it is there, holds no rung with a seed which is not among `trials`.
+
+    ValueError otherwise: written anew, it would say less than it does.
+    """
+    if not summary.is_file():
+        return
+    try:
+        points = json.loads(summary.read_text())["points"]
+        there = {(point["rung"], point["seed"]) for point in points}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{summary} is no summary of a ladder ({error!r}): remove it") from error
+    lost = sorted(there - {(trial.rung.name, trial.seed) for trial in trials})
+    if lost:
+        names = ", ".join(f"{rung} seed {seed}" for rung, seed in lost)
+        raise ValueError(
+            f"{summary} also holds {names}, which this command leaves out: name them in --ladder and --seeds too "
+            "(finished runs are not trained again), or rename that file and its figures to keep them"
+        )
+
+
+def _check_training(training: Training, trial: Trial, is_needed: bool) -> None:
+    path = training.folder / "run_config.json"
+    if not path.is_file():
+        if is_needed:
+            raise ValueError(
+                f"{trial.result} is there, but {path} is not: what it was trained with is unknown; "
+                f"delete {trial.finetuning.folder} to train it anew"
+            )
+        return
+    changes = differences(training, json.loads(path.read_text()), moves=trial.pretraining is not None)
+    if changes:
+        raise ValueError(
+            f"{training.folder} holds a run with other options: {'; '.join(changes)}; "
+            "use the same options, another --out_dir, or delete that folder"
+        )
+    checkpoint = _checkpoint(training.folder)
+    if checkpoint is not None:  # was it trained on the data that is there now?
+        state = read_run(checkpoint)
+        manifest = dataclasses.asdict(read_run_manifest(training.run))
+        check_resumable(state.run_config, manifest, state, training.folder)
+
+
+def differences(training: Training, saved: dict[str, typing.Any], moves: bool = False) -> list[str]:
+    """Options in which the run of a folder differs from the one that would be run; OUTPUT_DIR may.
+
+    `moves`: INIT_CHECKPOINT is a folder of the ladder itself, which may have been moved with it.
+    """
+    ignored = (*_PLACES, "init_checkpoint") if moves else _PLACES
+    there = _flat(dataclasses.asdict(run_config_from_dict(saved)))
+    here = _flat(dataclasses.asdict(training.run))
+    return [
+        f"{name}: {there.get(name)!r} there, {here.get(name)!r} now"
+        for name in sorted(set(here) | set(there))
+        if here.get(name) != there.get(name) and name not in ignored
+    ]
+
+
+def _flat(options: dict[str, typing.Any], prefix: str = "") -> dict[str, typing.Any]:
+    flat = {}
+    for name, value in options.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _checkpoint(folder: pathlib.Path) -> Location | None:
+    try:
+        return manager.find(folder, "last")
+    except ValueError:
+        return None
+
+
+def is_trained(training: Training) -> bool:
+    """Whether the run has come to its end."""
+    checkpoint = _checkpoint(training.folder)
+    return checkpoint is not None and bool(read_run(checkpoint).progress["is_finished"])
+
+
+def read_result(path: pathlib.Path) -> dict[str, dict[str, typing.Any]] | None:
+    """Task -> metrics; None if the file is missing or half-written."""
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    return result if isinstance(result, dict) and result else None
+
+
+def run_trial(trial: Trial, say: collections.abc.Callable[[str], None]) -> None:
+    """Runs the commands whose results are missing. subprocess.CalledProcessError, or Stopped."""
+    name = f"{trial.rung.name}, seed {trial.seed}"
+    if read_result(trial.result) is not None:
+        say(f"{name}: finished, {trial.result}")
+        return
+    for training in filter(None, (trial.pretraining, trial.finetuning)):
+        if is_trained(training):
+            say(f"{name}: {training.run.stage} is finished, {training.folder}")
+            continue
+        execute(training.command, say)
+        if not is_trained(training):
+            raise Stopped(f"{training.folder} ended before its last step")
+    execute(trial.scoring, say)
+    if read_result(trial.result) is None:
+        raise ValueError(f"{trial.result} is missing or broken after `python {' '.join(trial.scoring)}`")
+
+
+def execute(command: Command, say: collections.abc.Callable[[str], None]) -> None:
+    """Runs `python COMMAND` as a child that sees our terminal, after showing it.
+
+    SIGTERM is passed on to it: a training saves and ends, and then so do we, with Stopped.
+    """
+    say(f"$ {shell(command)}")
+    search_path = os.pathsep.join(filter(None, (str(_REPO_ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": search_path}
+    arguments = [sys.executable, *command]
+    signals = []
+    with subprocess.Popen(arguments, env=environment, stdin=subprocess.DEVNULL) as child:
+
+        def pass_on(signum, frame) -> None:
+            signals.append(signum)
+            child.terminate()
+
+        previous = signal.signal(signal.SIGTERM, pass_on)
+        try:
+            status = child.wait()
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+    if signals:
+        raise Stopped(f"asked to stop during: {shell(command)}")
+    if status:
+        raise subprocess.CalledProcessError(status, ["python", *command])
+
+
+def shell(command: Command) -> str:
+    """As it can be typed."""
+    return shlex.join(["python", *command])
+
+
+def count_parameters(sizes: dict[str, int]) -> dict[str, int]:
+    """Tensor name -> elements of a checkpoint, to counts.
+
+    dense_parameters: every weight outside tables: tower, norms, projections, ranking heads, segment embedding. Not:
+    sharded tables, and the small ones that are kept with the dense part (their rows belong to the data set).
+    tower_parameters: the Transformer alone, the size that the paper gives (13 K for L1H32A4). Optimizers do not count.
+    """
+    weights = {name: size for name, size in sizes.items() if name.startswith(("table.", "dense."))}
+    tables = {name for name in weights if name.startswith("table.") or _SMALL_TABLE.fullmatch(name)}
+    return {
+        "dense_parameters": sum(size for name, size in weights.items() if name not in tables),
+        "table_parameters": sum(weights[name] for name in tables),
+        "tower_parameters": sum(size for name, size in weights.items() if name.startswith(_TOWER)),
+    }
+
+
+def parameters_of(folder: pathlib.Path) -> dict[str, int]:
+    """Counts of a trained run, kept in its folder: checkpoints of a finished ladder may be deleted."""
+    path = folder / PARAMETERS_NAME
+    if not path.is_file():
+        counts = count_parameters(loading.saved_sizes(manager.find(folder)))
+        replace_file(path, (json.dumps(counts, indent=1) + "\n").encode())
+    return json.loads(path.read_text())
+
+
+def points_of(trial: Trial) -> list[dict[str, typing.Any]]:
+    """One row per task of a finished trial: rung, seed, parameters and every metric that evaluate gives."""
+    head = {
+        "rung": trial.rung.name,
+        "seed": trial.seed,
+        "embedding_dim": trial.finetuning.run.tables.embedding_dim,
+        **parameters_of(trial.finetuning.folder),
+    }
+    return [{**head, "task": task, **metrics} for task, metrics in (read_result(trial.result) or {}).items()]
+
+
+def replace_file(path: pathlib.Path, content: bytes) -> None:
+    """Writes aside and renames: a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_bytes(content)
+    aside.replace(path)

@@ -1,0 +1,65 @@
+"""Which model reads which option: the declaration against what towers really take, and what follows from it."""
+
+import dataclasses
+
+import pytest
+
+from gpsd_dist.config import ModelConfig
+from gpsd_dist.config.model import READS, size_text
+from gpsd_dist.model.registry import TOWERS
+
+FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
+BY_THE_BACKBONE = {"name", "width", "dropout", "init_std", "context_dim", "compile"}  # projection, input dropout, heads
+OTHER_VALUES = {"name": "", "layers": 9, "width": 8, "heads": 2, "time_bias": False, "compile": True, "dropout": 0.1}
+
+
+class Watched:
+    """A ModelConfig that notes what is read of it."""
+
+    def __init__(self, config: ModelConfig):
+        self._config, self.read = config, set()
+
+    def __getattr__(self, name):
+        if name in FIELDS:
+            self.read.add(name)
+        return getattr(self._config, name)
+
+
+def test_every_tower_is_declared():
+    assert READS.keys() == TOWERS.keys()
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_tower_reads_what_is_declared_and_nothing_else(name):
+    watched = Watched(ModelConfig(name, layers=1, width=8, heads=2, max_positions=12))
+    TOWERS[name].build(watched, 3)
+    assert watched.read | BY_THE_BACKBONE == READS[name]
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_unread_are_changed_options_alone(name):
+    assert ModelConfig(name).unread() == []
+    for field in FIELDS[1:]:
+        changed = ModelConfig(name, **{field: OTHER_VALUES.get(field, 96)})
+        assert changed.unread() == ([] if field in READS[name] else [field])
+
+
+def test_a_foreign_option_is_refused_but_a_size_of_another_model_is_not():
+    """Files set layers and heads for every model; head_width is set for one."""
+    ModelConfig("sasrec", ffn_width=5).refuse_foreign()
+    ModelConfig("din", layers=9, heads=2).refuse_foreign()
+    with pytest.raises(ValueError, match=r"ModelConfig: head_width 5 has no effect on 'sasrec'"):
+        ModelConfig("sasrec", head_width=5).refuse_foreign()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("transformer", "L9H64A4"), ("hstu", "L9H64A4"), ("din", "H64"), ("dmin", "H64A4"), ("wukong", "L9H64")],
+)
+def test_a_title_shows_the_sizes_that_are_read(name, text):
+    assert size_text(dataclasses.asdict(ModelConfig(name, layers=9))) == text
+
+
+@pytest.mark.parametrize("name", ["of a later version", None, ["din"]])
+def test_a_title_of_a_damaged_file_shows_what_there_is(name):
+    assert size_text({"name": name, "layers": 2}) == "L2H?A?"
