@@ -11,7 +11,7 @@ KERNEL ?= default
 BIN := $(abspath $(VENV))/bin
 # torchrun and the linters are looked up on PATH by the programs they are called from.
 export PATH := $(BIN):$(PATH)
-SHELL_SCRIPTS := .ci/run $(wildcard .ci/*.sh launch/*.sh launch/slurm/*.sbatch)
+SHELL_SCRIPTS := .ci/run $(wildcard .ci/*.sh launch/*.sh benchmarks/*.sh launch/slurm/*.sbatch)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test test-all test-kernels faults experiments check format doctor bench lock clean

@@ -18,7 +18,11 @@ from gpsd_dist.distributed import exit_codes
 REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
 LAUNCH = REPO_ROOT / "launch"
 ENTRIES = [LAUNCH / "local.sh", LAUNCH / "multi_node.sh", LAUNCH / "slurm" / "train.sbatch"]
-SHELL_FILES = [*sorted(LAUNCH.rglob("*.sh")), LAUNCH / "slurm" / "train.sbatch"]
+SHELL_FILES = [
+    *sorted(LAUNCH.rglob("*.sh")),
+    LAUNCH / "slurm" / "train.sbatch",
+    REPO_ROOT / "benchmarks" / "measure_gpu.sh",
+]
 BIN = pathlib.Path(sys.executable).parent
 PASSED_ON = ["--gin_file", "configs/a b.gin", "--gin.OUTPUT_DIR=runs/x"]  # the blank must survive
 
