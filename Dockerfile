@@ -1,11 +1,13 @@
-# One image for training, data preparation and tests.
+# One image for training and data preparation. `make test` in a container adds what tests need.
 #   docker build -t gpsd .                               CUDA (torch's wheels carry the CUDA libraries; the host needs a driver)
 #   docker build -t gpsd:cpu --build-arg FLAVOR=cpu .    CPU
 #   docker run --gpus all --shm-size 16g -v "$PWD/runs:/app/runs" gpsd launch/local.sh --gin_file ...
 FROM python:3.11-slim-bookworm
 
 ARG FLAVOR=cuda
+# VENV and FLAVOR are also what make reads in a container.
 ENV VENV=/opt/venv \
+    FLAVOR=$FLAVOR \
     PATH=/opt/venv/bin:$PATH \
     PIP_NO_CACHE_DIR=1 \
     PYTHONDONTWRITEBYTECODE=1 \

@@ -14,35 +14,38 @@ export PATH := $(BIN):$(PATH)
 SHELL_SCRIPTS := .ci/run $(wildcard .ci/*.sh launch/*.sh benchmarks/*.sh launch/slurm/*.sbatch)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all test-kernels faults experiments check format doctor bench lock clean
+.PHONY: help setup setup-dev quickstart test test-all test-kernels faults experiments check format doctor bench lock clean
 
 help: ## list the targets
 	@echo "make TARGET [VENV=$(VENV)] [FLAVOR=cpu|cuda] [PYTHON=python3.11]"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-13s %s\n", $$1, $$2}'
 
-setup: ## install the pinned requirements into $(VENV); nothing to do if they are there
+setup: ## install what a run needs, pinned, into $(VENV); nothing to do if it is there
 	@.ci/setup_venv.sh "$(VENV)" "$(FLAVOR)"
+
+setup-dev: ## the same, and what tests and checks need
+	@.ci/setup_venv.sh "$(VENV)" "$(FLAVOR)" dev
 
 quickstart: setup ## synthetic data, pretraining, three strategies, one table (QUICKSTART_FLAGS)
 	$(BIN)/python -m gpsd_dist.quickstart $(QUICKSTART_FLAGS)
 
-test: setup ## the default test suite (PYTEST_FLAGS)
+test: setup-dev ## the default test suite (PYTEST_FLAGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-test-all: setup ## the default suite and what is marked slow
+test-all: setup-dev ## the default suite and what is marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not gpu and not multi_gpu"
 
 EQUIVALENCES := $(addprefix tests/integration/test_,sharding.py resume.py pipeline.py padded_training.py ids.py)
-test-kernels: setup ## numerics and equivalences with other CPU kernels (KERNEL=default|avx2|avx512)
+test-kernels: setup-dev ## numerics and equivalences with other CPU kernels (KERNEL=default|avx2|avx512)
 	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=$(KERNEL) $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/numerics $(EQUIVALENCES)
 
-faults: setup ## break real training jobs in every way we know and count the survivors (FAULTS="name ...")
+faults: setup-dev ## break real training jobs in every way we know and count the survivors (FAULTS="name ...")
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.faults.run $(FAULTS)
 
 experiments: setup ## rerun reported results and compare with what is expected (EXPERIMENTS_FLAGS)
 	$(BIN)/python -m benchmarks.experiments $(EXPERIMENTS_FLAGS)
 
-check: setup ## lint, format, spelling, types, shell scripts, Dockerfile
+check: setup-dev ## lint, format, spelling, types, shell scripts, Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
@@ -50,7 +53,7 @@ check: setup ## lint, format, spelling, types, shell scripts, Dockerfile
 	$(BIN)/shellcheck -x $(SHELL_SCRIPTS)
 	$(BIN)/hadolint Dockerfile
 
-format: setup ## rewrite the Python files in the project's format
+format: setup-dev ## rewrite the Python files in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -60,7 +63,7 @@ doctor: setup ## check this machine and the installation
 bench: setup ## the CPU benchmarks (BENCH_FLAGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run $(BENCH_FLAGS)
 
-lock: ## regenerate requirements*.txt from requirements-cpu.in (needs uv; UV=path)
+lock: ## regenerate requirements*.txt from requirements-*.in (needs uv; UV=path)
 	.ci/lock.sh
 
 clean: ## remove caches and build leftovers; keeps $(VENV), data/ and runs/

@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# Regenerates requirements-cpu.txt and requirements.txt from requirements-cpu.in (`make lock`).
-# Pins that still fit are kept; delete a line of the lock (or pass --upgrade) to let it move.
+# Regenerates the locks (`make lock`):
+#   requirements-cpu.txt   what a run needs, CPU          from requirements-cpu.in
+#   requirements.txt       what a run needs, CUDA         from requirements-cpu.in with the CUDA build of fbgemm
+#   requirements-dev.txt   what tests and checks add      from requirements-dev.in
+# Pins that still fit are kept; delete a line of a lock (or pass --upgrade) to let it move.
 # Only metadata is resolved, so the CUDA wheels are not downloaded. Needs uv: on PATH, or UV=/path/to/uv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -30,4 +33,8 @@ grep '^python-dateutil' .ci/lock-overrides.txt >"$cuda_dir/overrides.txt"
     compile requirements-cuda.in --override overrides.txt --output-file requirements.txt "$@"
 )
 cp "$cuda_dir/requirements.txt" requirements.txt
-echo "lock: wrote requirements-cpu.txt and requirements.txt"
+
+# The running lock is a constraint (requirements-dev.in names it), and what it holds is left out: one list serves both builds.
+mapfile -t held < <(sed -n 's/^\([A-Za-z0-9_.-]*\)==.*/--no-emit-package=\1/p' requirements-cpu.txt)
+compile requirements-dev.in --override .ci/lock-overrides.txt "${held[@]}" --output-file requirements-dev.txt "$@"
+echo "lock: wrote requirements-cpu.txt, requirements.txt and requirements-dev.txt"

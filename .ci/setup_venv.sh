@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# usage: .ci/setup_venv.sh VENV [cpu|cuda]
-# Makes VENV hold exactly the pins of requirements-cpu.txt (or requirements.txt for cuda); does nothing when it already does.
+# usage: .ci/setup_venv.sh VENV [cpu|cuda] [dev]
+# Makes VENV hold the pins of requirements-cpu.txt (or requirements.txt for cuda), with `dev` also those of
+# requirements-dev.txt (tests and checks). Does nothing when it already does.
 # PYTHON=/path/to/python3.11 chooses the interpreter of a new VENV.
 #
 # Why not plain `pip install -r`: torchrec requires the CUDA build of fbgemm, which overwrites the CPU build, so a
@@ -61,9 +62,22 @@ install_torch_cpu() {
     fi
 }
 
-[[ $# -ge 1 && $# -le 2 && $1 != -* ]] || die "usage: .ci/setup_venv.sh VENV [cpu|cuda]"
+# A lock that was installed is copied into the virtual environment: equal to its copy means nothing to do.
+stamp_of() {
+    case $1 in
+    *requirements-dev.txt) echo "$venv/.installed-dev-lock" ;;
+    *) echo "$venv/.installed-lock" ;;
+    esac
+}
+
+is_installed() {
+    [[ -x $venv/bin/python ]] && cmp -s "$1" "$(stamp_of "$1")"
+}
+
+[[ $# -ge 1 && $# -le 3 && $1 != -* ]] || die "usage: .ci/setup_venv.sh VENV [cpu|cuda] [dev]"
 venv=$1
 flavor=${2:-cpu}
+[[ ${3:-dev} == dev ]] || die "the third argument is '$3'; only 'dev' is known"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 case $flavor in
 cpu) lock=$root/requirements-cpu.txt ;;
@@ -71,15 +85,22 @@ cuda) lock=$root/requirements.txt ;;
 *) die "flavor '$flavor' is neither cpu nor cuda" ;;
 esac
 
-stamp=$venv/.installed-lock
-if [[ -f $stamp && -x $venv/bin/python ]] && cmp -s "$lock" "$stamp"; then
-    exit 0
-fi
+locks=("$lock")
+[[ $# -lt 3 ]] || locks+=("$root/requirements-dev.txt")
+
+is_complete=true
+for each in "${locks[@]}"; do
+    is_installed "$each" || is_complete=false
+done
+[[ $is_complete == false ]] || exit 0
 
 start_s=$SECONDS
-make_venv
+make_venv # which forgets the stamps if it has to build the environment anew
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
-[[ $(uname -s) != Linux || $flavor != cpu ]] || install_torch_cpu
-"${pip[@]}" install --no-deps -r "$lock"
-cp "$lock" "$stamp" # last, so that an interrupted installation is repeated
-echo "setup: $venv holds $(basename "$lock") after $((SECONDS - start_s)) s"
+for each in "${locks[@]}"; do
+    ! is_installed "$each" || continue
+    [[ $(uname -s) != Linux || $each != */requirements-cpu.txt ]] || install_torch_cpu
+    "${pip[@]}" install --no-deps -r "$each"
+    cp "$each" "$(stamp_of "$each")" # after its packages, so that an interrupted installation is repeated
+    echo "setup: $venv holds $(basename "$each") after $((SECONDS - start_s)) s"
+done

@@ -12,7 +12,7 @@ import pytest
 from gpsd_dist.report.page import make_report
 from tests.helpers.run_folders import scored, write_run
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make setup")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make setup-dev")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chromium-headless-shell", "chrome")
 SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
 MIN_CONTRAST = 4.5  # WCAG 2.1, 1.4.3, text of ordinary size

