@@ -1,10 +1,10 @@
 """Bytes that every rank sends in a training step: table rows by all-to-all, dense gradients by all-reduce.
 
-Per table piece that rank o holds (a part f of the rows, c columns), every rank sends o the indices of U f rows
-(8 bytes each), o answers with U f c values (float32 unless `ExecutionConfig.exchange_*` says less), and, if the table
-is trained, gets as many back as gradients.
+Per table piece that rank o holds (a part f of the rows, c columns), every rank sends o the indices of U f rows and
+the length of each bag (8 bytes each; see `bags_per_table`), o answers with U f c values (float32 unless
+`ExecutionConfig.exchange_*` says less), and, if the table is trained, gets as many back as gradients.
 U: distinct rows that a rank looks up; every rank is assumed to need the same number, evenly over the table. What a
-rank sends to itself does not count. Lengths of the lists (8 bytes per table and rank) are left out.
+rank sends to itself does not count.
 """
 
 import collections
@@ -12,10 +12,11 @@ import dataclasses
 
 import numpy as np
 
+from gpsd_dist.batch.batch import bags_per_table
 from gpsd_dist.config.execution import DEFAULT, ExecutionConfig
 from gpsd_dist.tables.sharding import Cluster, Shard
 
-INDEX_BYTES, VALUE_BYTES = 8, 4  # int64 indices; float32 rows
+INDEX_BYTES, VALUE_BYTES = 8, 4  # int64 indices and lengths; float32 rows
 _SENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -68,8 +69,9 @@ def exchange(
     row_bytes, gradient_bytes = (_SENT_BYTES[t] for t in (execution.exchange_forward, execution.exchange_backward))
     held = held_rows(shards, unique_rows)
     indices, rows, gradients = (np.zeros(cluster.world_size) for _ in range(3))
+    num_bags = bags_per_table(cluster.device_type, cluster.world_size)
     for shard, count in zip(shards, held, strict=True):
-        indices[shard.rank] += count * INDEX_BYTES
+        indices[shard.rank] += (count + num_bags) * INDEX_BYTES
         rows[shard.rank] += count * shard.columns * row_bytes
         gradients[shard.rank] += 0 if shard.is_frozen else count * shard.columns * gradient_bytes
     return Exchange(

@@ -145,7 +145,7 @@ def test_number_of_requests_is_that_of_the_packing():
 @pytest.mark.parametrize("num_bags", [1, 4, 100])
 def test_rows_are_spread_evenly_over_the_bags_of_their_table(num_bags, monkeypatch):
     """One warp looks up one bag; 7 rows, 2 rows (fewer than bags), and a table that this batch does not read."""
-    monkeypatch.setattr(batch_module, "bags_per_table", lambda: num_bags)
+    monkeypatch.setattr(batch_module, "bags_per_table", lambda *_: num_bags)
     sizes = [7, 2, 0, 4]
     lookup = lookup_of(("item", "tag", "shop", "brand"), torch.arange(13) * 3, sizes)
     assert lookup.stride() == num_bags and lookup.lengths().dtype == torch.int64
@@ -158,3 +158,11 @@ def test_rows_are_spread_evenly_over_the_bags_of_their_table(num_bags, monkeypat
 
 def test_a_lookup_of_no_table_is_empty():
     assert lookup_of((), torch.zeros(0, dtype=torch.int64), []).lengths().tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("device_type", "world_size", "expected"),
+    [("cpu", 8, 1), ("cuda", 1, 8192), ("cuda", 8, 8192), ("cuda", 64, 1024), ("cuda", 10**6, 1)],
+)
+def test_bags_fill_a_gpu_and_cost_many_ranks_no_more(device_type, world_size, expected):
+    assert batch_module.bags_per_table(device_type, world_size) == expected

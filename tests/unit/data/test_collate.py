@@ -106,7 +106,7 @@ def test_batch_of_a_table_by_hand():
     assert batch.next_item is None
     assert item.tolist() == [1, 3, 5, 7, 8, 20]  # each once
     assert tag.tolist() == [2, 8, 9, 10, 11, 31, 39]  # of three columns
-    assert batch.lookup.stride() == bags_per_table()
+    assert batch.lookup.stride() == bags_per_table("cuda" if torch.cuda.is_available() else "cpu", 1)
 
 
 def test_numbers_are_standardised_and_outliers_cut():

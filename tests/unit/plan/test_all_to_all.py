@@ -6,7 +6,7 @@ from gpsd_dist.config.execution import ExecutionConfig
 from gpsd_dist.plan.all_to_all import exchange, held_rows
 from gpsd_dist.tables.sharding import Cluster, Shard
 
-FOUR = Cluster(world_size=4, local_world_size=2, device_type="cuda")
+FOUR = Cluster(world_size=4, local_world_size=2, device_type="cpu")  # one bag per table
 
 
 def _pieces(kind, sizes, is_frozen=False):
@@ -14,25 +14,31 @@ def _pieces(kind, sizes, is_frozen=False):
 
 
 def test_row_wise_by_hand():
-    """8 rows over 4 ranks; a rank looks all of them up: 2 rows of 4 columns from each rank."""
+    """8 rows over 4 ranks; a rank looks all of them up: 2 rows of 4 columns and a bag from each rank."""
     found = exchange(_pieces("row_wise", [(rank, 2, 4) for rank in range(4)]), {"item": 8.0}, 0, FOUR)
-    assert found.indices.intra.tolist() == [2 * 8] * 4 and found.indices.inter.tolist() == [2 * 2 * 8] * 4
+    assert found.indices.intra.tolist() == [3 * 8] * 4 and found.indices.inter.tolist() == [2 * 3 * 8] * 4
     assert found.rows.intra.tolist() == [2 * 4 * 4] * 4 and found.rows.inter.tolist() == [2 * 2 * 4 * 4] * 4
     assert found.gradients.total.tolist() == found.rows.total.tolist()
-    assert found.total.total.tolist() == [48 + 96 + 96] * 4
+    assert found.total.total.tolist() == [72 + 96 + 96] * 4
 
 
 def test_table_wise_by_hand():
     """Rank 1 has everything: the others send it indices and gradients, it sends rows to all."""
     found = exchange(_pieces("table_wise", [(1, 8, 4)]), {"item": 6.0}, 0, FOUR)
-    assert found.indices.intra.tolist() == [6 * 8, 0, 0, 0] and found.indices.inter.tolist() == [0, 0, 48, 48]
+    assert found.indices.intra.tolist() == [7 * 8, 0, 0, 0] and found.indices.inter.tolist() == [0, 0, 56, 56]
     assert found.rows.intra.tolist() == [0, 96, 0, 0] and found.rows.inter.tolist() == [0, 2 * 96, 0, 0]
     assert found.gradients.intra.tolist() == [96, 0, 0, 0] and found.gradients.inter.tolist() == [0, 0, 96, 96]
 
 
+def test_a_gpu_sends_the_length_of_each_of_its_bags():
+    cluster = Cluster(world_size=16, local_world_size=16, device_type="cuda")
+    found = exchange(_pieces("table_wise", [(1, 8, 4)]), {"item": 6.0}, 0, cluster)
+    assert found.indices.total.tolist() == [(6 + 4096) * 8, 0, *[(6 + 4096) * 8] * 14]
+
+
 def test_column_wise_sends_indices_to_every_piece():
     found = exchange(_pieces("column_wise", [(0, 8, 2), (2, 8, 2)]), {"item": 6.0}, 0, FOUR)
-    assert found.indices.total.tolist() == [48, 96, 48, 96]
+    assert found.indices.total.tolist() == [56, 112, 56, 112]
     assert found.rows.total.tolist() == [3 * 6 * 2 * 4, 0, 3 * 6 * 2 * 4, 0]
 
 
