@@ -1,10 +1,10 @@
-"""ENTRY. Blows a real set of ratings up to billions of rows for systems tests (fractal expansion, arXiv:1901.08910).
+"""Expands a real set of ratings to billions of rows, to load a system with (fractal expansion, arXiv:1901.08910).
 
-    python -m data_pipeline.fractal --raw_dir ML20M --out_dir RAW --user_blocks 16 --item_blocks 32 --seed 0
+    python -m benchmarks.fractal --raw_dir RAW --out_dir BIG --user_blocks 16 --item_blocks 32 --seed 0
 
 Reads a MovieLens-format folder (ratings.csv or ratings.dat, also MovieTweetings) or a Parquet file with named columns,
-and writes Parquet files and a schema.toml for `--source generic`. Users and items multiply by the numbers of blocks;
-the long tails of both stay. Never in memory: the result. In memory: the ratings, once (16 bytes each).
+and writes Parquet files and a schema.toml for `data_pipeline.build --source generic`. Users and items multiply by the
+numbers of blocks; the long tails of both stay. Memory holds the ratings once (16 bytes each), never the result.
 """
 
 import argparse
@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from data_pipeline import fractal_blocks, progress
+from benchmarks import fractal_blocks
+from data_pipeline import progress
 
 COLUMNS_CSV = ("userId", "movieId", "rating", "timestamp")
 SCHEMA_TOML = """# Fractal expansion; see data_pipeline/sources/README.md.
@@ -39,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--raw_dir", type=pathlib.Path, required=True, help="folder with ratings.csv or ratings.dat")
     parser.add_argument("--parquet", help="instead of ratings.*: name of a Parquet file in --raw_dir")
     parser.add_argument(
-        "--columns", default=",".join(COLUMNS_CSV), help="of --parquet: user, item, rating and time; names by commas"
+        "--columns",
+        default=",".join(COLUMNS_CSV),
+        help="of --parquet, by commas: user, item, rating, time",
     )
     parser.add_argument("--out_dir", type=pathlib.Path, required=True, help="a new or empty folder")
     for field in dataclasses.fields(fractal_blocks.Expansion):
@@ -59,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_ratings(raw_dir: pathlib.Path, parquet: str | None, columns: list[str]) -> fractal_blocks.Ratings:
-    """Ratings of a MovieLens-format folder, or of a Parquet file. ValueError says what is missing."""
+    """Reads the ratings of a MovieLens-format folder or of a Parquet file. ValueError says what is missing."""
     if parquet is not None:
         path = raw_dir / parquet
         _require(path)
@@ -76,7 +79,7 @@ def read_ratings(raw_dir: pathlib.Path, parquet: str | None, columns: list[str])
         return fractal_blocks.compact(*(table[name] for name in COLUMNS_CSV))
     path = raw_dir / "ratings.dat"
     _require(path)
-    # Arrow parts by one character; "::" leaves an empty column between every two
+    # Arrow takes one character as separator, so "::" leaves an empty column between every two fields.
     names = ["user", "1", "item", "2", "rating", "3", "time"]
     reading = pa.csv.ReadOptions(column_names=names)
     table = pa.csv.read_csv(path, read_options=reading, parse_options=pa.csv.ParseOptions(delimiter=":"))

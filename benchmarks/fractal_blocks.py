@@ -1,7 +1,9 @@
-"""Fractal expansion of ratings, block by block (arXiv:1901.08910, section 4; settings of the public ML-20M expansion).
+"""Computes a fractal expansion of ratings block by block (arXiv:1901.08910, section 4; settings of the public ML-20M
+expansion).
 
 A small matrix with the singular values of the rating matrix R says which share of R each block of the result keeps.
-The block in row i and column j is R under its own orders of rows and columns, each rating kept with that share. Ours:
+The block in row i and column j is R under its own orders of rows and columns, each rating kept with that share. Two
+things differ from the paper:
 
 - The orders are not quite random. A user of the result is a user of R in every block of a row; if these were any users,
   their sum would be near the mean, and the long tail gone. Here they are users of about the same number of ratings, and
@@ -29,7 +31,7 @@ LEAST_TIMES = 3  # distinct times that a user needs to count in the small matrix
 
 @dataclasses.dataclass(frozen=True)
 class Expansion:
-    """Options of the expansion."""
+    """Sizes and seed of an expansion; ValueError for one that cannot be."""
 
     user_blocks: int = 16
     item_blocks: int = 32
@@ -65,17 +67,17 @@ class Ratings:
 
     @property
     def num_users(self) -> int:
-        """Rows of the matrix."""
+        """Counts the rows of the matrix."""
         return len(self.start) - 1
 
     @property
     def num_ratings(self) -> int:
-        """Entries of the matrix."""
+        """Counts the entries of the matrix."""
         return len(self.item)
 
 
 def compact(user, item, rating, time) -> Ratings:
-    """Ratings from four Arrow columns. ValueError for a missing value or a rating that is no number."""
+    """Builds the rating matrix from four Arrow columns. ValueError for a missing value or rating."""
     names = ("user", "item", "rating", "time")
     for name, column in zip(names, (user, item, rating, time), strict=True):
         if column.null_count or not len(column):
@@ -98,7 +100,7 @@ def compact(user, item, rating, time) -> Ratings:
 
 
 def block_rates(ratings: Ratings, expansion: Expansion) -> np.ndarray:
-    """Shares of R that the blocks keep: [user_blocks, item_blocks] in [LEAST_RATE, LARGEST_RATE].
+    """Computes the shares of R that the blocks keep: [user_blocks, item_blocks] in [LEAST_RATE, LARGEST_RATE].
 
     ValueError if the ratings are too few for so many blocks, or a row of them would not fit into memory.
     """
@@ -133,7 +135,7 @@ def block_rates(ratings: Ratings, expansion: Expansion) -> np.ndarray:
 
 
 def _resized(matrix: np.ndarray, num_rows: int) -> np.ndarray:
-    """Fewer (or more) rows: means over the rows that each new one covers, with linear interpolation at their edges."""
+    """Changes the number of rows: each new one is the mean of those it covers, interpolated linearly at the edges."""
     total = np.vstack([np.zeros(matrix.shape[1]), np.cumsum(matrix, axis=0)])
     edges = np.linspace(0, len(matrix), num_rows + 1)
     sums = np.stack([np.interp(edges, np.arange(len(total)), column) for column in total.T], axis=1)
@@ -141,15 +143,15 @@ def _resized(matrix: np.ndarray, num_rows: int) -> np.ndarray:
 
 
 def _orthonormal(matrix: np.ndarray) -> np.ndarray:
-    """The orthonormal matrix nearest to it (polar decomposition)."""
+    """Returns the orthonormal matrix nearest to `matrix` (polar decomposition)."""
     left, _, right = np.linalg.svd(matrix, full_matrices=False)
     return left @ right
 
 
 def batches(ratings: Ratings, rates: np.ndarray, expansion: Expansion) -> typing.Iterator[pa.RecordBatch]:
-    """The expansion in batches of `SCHEMA`: all rows of a user in one batch, users and their times ascending.
+    """Yields the expansion in batches of `SCHEMA`: all rows of a user in one batch, users and their times ascending.
 
-    Equal input gives equal batches, whatever was read before: every draw has its own seed.
+    Equal input gives equal batches wherever the iteration starts, because every draw has its own seed.
     """
     per_user, per_item = np.diff(ratings.start), np.bincount(ratings.item, minlength=ratings.num_items)
     for i, row_rates in enumerate(rates):
@@ -175,7 +177,7 @@ def batches(ratings: Ratings, rates: np.ndarray, expansion: Expansion) -> typing
 
 
 def _ids(number: np.ndarray, block: int, block_size: int) -> np.ndarray:
-    """int64 ids from 1 on; all blocks together may have more than an int32 counts, in which numbers may come."""
+    """Makes int64 ids that start at 1. `number` may be int32, but all blocks together can exceed its range."""
     return number.astype(np.int64) + (block * block_size + 1)
 
 
@@ -184,12 +186,12 @@ def _rng(expansion: Expansion, *place: int) -> np.random.Generator:
 
 
 def _ranked(counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Numbers of users or items by about their number of ratings; another order for every block."""
+    """Orders users or items by about their number of ratings; the noise gives every block another order."""
     return np.argsort(np.log1p(counts) + RANK_NOISE * rng.normal(size=len(counts)))
 
 
 def _kept(ratings: Ratings, users: np.ndarray, rate: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """What a block keeps of some rows: (0-based place in `users`, item in the order of `ratings`)."""
+    """Draws which ratings of some users a block keeps: (0-based place in `users`, item in the order of `ratings`)."""
     lengths = np.diff(ratings.start)[users]
     row = np.repeat(np.arange(len(users)), lengths)
     offset = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -199,7 +201,7 @@ def _kept(ratings: Ratings, users: np.ndarray, rate: float, rng: np.random.Gener
 
 
 def _in_time_order(user: np.ndarray, item: np.ndarray, expansion: Expansion, place: tuple[int, int]) -> pa.RecordBatch:
-    """Each user's ratings in random order, at distinct seconds of a stretch of the days that is the user's own."""
+    """Puts each user's ratings in random order, at distinct seconds within a random stretch of the days."""
     rng = _rng(expansion, 5, *place)
     order = np.lexsort((rng.random(len(user)), user))
     user, item = user[order], item[order]

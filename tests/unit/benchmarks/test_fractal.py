@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline import fractal, fractal_blocks, validate
+from benchmarks import fractal, fractal_blocks
+from data_pipeline import validate
 from tests.unit.data_pipeline.conftest import run
 
 NUM_USERS, NUM_ITEMS = 600, 400
@@ -179,7 +180,7 @@ def test_ids_beyond_31_bits_do_not_wrap():
 
 MEASURE = """
 import resource, sys, numpy as np
-from data_pipeline import fractal_blocks as f
+from benchmarks import fractal_blocks as f
 rng = np.random.default_rng(0)
 import pyarrow as pa
 pairs = np.unique(rng.integers(0, 2000 * 1000, 50_000))
