@@ -22,7 +22,6 @@ import rich.table
 from gpsd_dist.checkpoint import integrity, loading
 from gpsd_dist.config.gin_cli import load_run_config
 from gpsd_dist.distributed.runtime import process_group
-from gpsd_dist.metrics.recorder import Recorder
 from gpsd_dist.trainer import Trainer
 
 
@@ -31,17 +30,17 @@ def measure(argv: list[str], pairs: int, steps: int) -> dict:
     run = load_run_config([*argv, "--gin.OUTPUT_DIR=/unused"]).run
     with process_group(run.train.collective_timeout_s) as runtime, tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(dataclasses.replace(run, output_dir=folder), runtime)
-        recorder = Recorder(folder, runtime.rank)
-        batches = _endless(trainer)
+        trainer.metrics.open(0, trainer.total_steps)
+        batches = trainer.batches()
         timings: dict = {kind: {"stall_s": [], "steps_s": []} for kind in ("sync", "async")}
-        train_for(trainer, recorder, batches, steps)
+        train_for(trainer, batches, steps)
         for index in range(2 * (pairs + 1)):
             kind = ("sync", "async")[index % 2]
             train = dataclasses.replace(run.train, async_checkpoints=kind == "async", keep_last=1)
             trainer.checkpoints._train = train
             trainer.checkpoints.wait()
-            trainer._save({})
-            steps_s = train_for(trainer, recorder, batches, steps)
+            trainer.save({})
+            steps_s = train_for(trainer, batches, steps)
             if index > 1:  # the first pair allocates memory and starts the group
                 timings[kind]["stall_s"].append(trainer.checkpoints.stall_s)
                 timings[kind]["steps_s"].append(steps_s)
@@ -53,21 +52,17 @@ def measure(argv: list[str], pairs: int, steps: int) -> dict:
         loaded_s = time.perf_counter()
         size = sum(entry.num_bytes for entry in integrity.read_checksums(latest).files.values())
         trainer.loader.close()
-        recorder.close()
+        trainer.metrics.close()
         return timings | {"bytes": size, "verify_s": verified_s - start_s, "load_s": loaded_s - verified_s}
 
 
-def train_for(trainer: Trainer, recorder: Recorder, batches, steps: int) -> float:
+def train_for(trainer: Trainer, batches, steps: int) -> float:
     """Seconds that these steps took."""
     start_s = time.perf_counter()
-    for _ in range(steps):
-        trainer._train_step(next(batches), recorder)
+    for done in trainer.training_step.run_steps(batches, trainer.step, steps):
+        trainer.step += 1
+        trainer.metrics.record_step(done)
     return time.perf_counter() - start_s
-
-
-def _endless(trainer: Trainer):
-    while True:
-        yield from trainer.loader
 
 
 def main(argv: list[str]) -> int:

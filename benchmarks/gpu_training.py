@@ -24,7 +24,6 @@ from gpsd_dist.config import (
     TrainConfig,
 )
 from gpsd_dist.config.execution import ExecutionConfig
-from gpsd_dist.metrics.recorder import Recorder
 from gpsd_dist.metrics.throughput import mfu, peak_bf16_flops
 from gpsd_dist.plan.estimate import model_size, training_flops
 from gpsd_dist.plan.workload import Workload
@@ -66,13 +65,20 @@ class Training:
         self.run = run_config(self.data, bench.sizes.max_trained or size, bench.sizes, option, bench.folder)
         with without_validation():
             self.trainer = Trainer(self.run, bench.runtime)
-        self.recorder = Recorder(self.run.output_dir, 0, device=bench.device)
-        self.source = self.trainer._endless()
+        self.trainer.metrics.open(0, self.trainer.total_steps)
+        self.source = self.trainer.metrics.timed(self.trainer.batches())
 
     def steps(self) -> typing.Iterator[None]:
         """Steps of the real loop, loader included."""
-        while True:
-            yield from self.trainer._steps(self.recorder)
+        yield from self.train(self.source)
+
+    def train(self, batches: typing.Iterator[tuple]) -> typing.Iterator[None]:
+        """Trains on these batches, with the metrics of the real loop."""
+        trainer = self.trainer
+        for done in trainer.training_step.run_steps(batches, trainer.step, 10**9):
+            trainer.step += 1
+            trainer.metrics.record_step(done)
+            yield
 
     @property
     def mean_tokens(self) -> float:
@@ -82,7 +88,7 @@ class Training:
     def close(self) -> None:
         """Ends the loader's threads."""
         self.trainer.loader.close()
-        self.recorder.close()
+        self.trainer.metrics.close()
 
 
 def train(bench: Bench, name: str) -> dict[str, typing.Any]:
@@ -96,7 +102,7 @@ def train(bench: Bench, name: str) -> dict[str, typing.Any]:
             batches = [next(training.source) for _ in range(4)]
             tokens = statistics.mean(sum(part.packing.num_history_tokens for part in parts) for parts in batches)
             cycled = itertools.cycle(batches)
-            device_s = timed_steps(bench, (training.trainer._train_step(p, training.recorder) for p in cycled))
+            device_s = timed_steps(bench, training.train(cycled))
             flops = training_flops(training.run, model_size(training.run, training.data.manifest), workload(batches))
             found |= {"device_step_ms": 1000 * device_s, "device_tokens_per_s": tokens / device_s}
             peak = peak_bf16_flops(torch.cuda.get_device_name()) if bench.is_cuda else None

@@ -3,7 +3,6 @@
 import dataclasses
 import pathlib
 import time
-import typing
 
 from benchmarks.datasets import BenchData, without_validation
 from benchmarks.step_split import OTHER_THREADS, Split, split_steps
@@ -17,7 +16,6 @@ from gpsd_dist.config import (
     TrainConfig,
 )
 from gpsd_dist.distributed.runtime import Runtime
-from gpsd_dist.metrics.recorder import Recorder
 from gpsd_dist.trainer import Trainer
 
 _DRAIN_S = 0.1  # longer than a batch takes to make: the loader's threads come to rest inside the block they worked for
@@ -50,13 +48,13 @@ def run_config(
 
 
 class Product:
-    """A trainer, its recorder and an endless stream of its batches."""
+    """A trainer and an endless stream of its batches."""
 
     def __init__(self, run: RunConfig, runtime: Runtime):
         with without_validation():
             self.trainer = Trainer(run, runtime)
-        self.recorder = Recorder(run.output_dir, runtime.rank)
-        self.batches = self._endless()
+        self.trainer.metrics.open(0, self.trainer.total_steps)
+        self.batches = self.trainer.metrics.timed(self.trainer.batches())
         self._unique_rows: list[int] = []
 
     def run_steps(self, count: int) -> int:
@@ -79,14 +77,13 @@ class Product:
 
     def _train(self, count: int) -> int:
         trainer, num_tokens = self.trainer, 0
-        for _ in range(count):
-            parts = next(self.batches)
-            trainer._train_step(parts, self.recorder)
+        for done in trainer.training_step.run_steps(self.batches, trainer.step, count):
+            trainer.step += 1
+            trainer.metrics.record_step(done)
             if trainer.step % trainer.run.train.log_interval_steps == 0:
-                trainer.throughput.record_to(self.recorder)
-                self.recorder.log(trainer.step, trainer.step / trainer.loader.steps_per_epoch)
-            self._unique_rows.append(len(parts[0].lookup.values()))
-            num_tokens += sum(part.packing.num_history_tokens for part in parts)
+                trainer.metrics.log(trainer.step)
+            self._unique_rows.append(len(done.parts[0].lookup.values()))
+            num_tokens += sum(part.packing.num_history_tokens for part in done.parts)
         return num_tokens
 
     def table_bytes_per_step(self) -> float:
@@ -94,15 +91,11 @@ class Product:
         read and written, its second moment too).
         """
         mean_rows = sum(self._unique_rows) / len(self._unique_rows)
-        tables, module = self.trainer.run.tables, self.trainer.assembly.tables.module.module
+        tables, module = self.trainer.run.tables, self.trainer.components.tables.module.module
         if module.trainable is None:
             return mean_rows * tables.frozen_columns * tables.frozen_value_bytes
         return mean_rows * (4 * 4 * tables.stored_dim + 8)
 
     def close(self) -> None:
         self.trainer.loader.close()
-        self.recorder.close()
-
-    def _endless(self) -> typing.Iterator[tuple]:
-        while True:
-            yield from self.trainer._waited(self.trainer.loader)
+        self.trainer.metrics.close()

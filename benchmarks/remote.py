@@ -116,7 +116,7 @@ def _facts(side: Side, num_steps: int) -> Facts:
     split, table_bytes, report = {}, 0.0, ""
     if isinstance(side, Product):
         split = side.split_step(num_steps)
-        table_bytes, report = side.table_bytes_per_step(), side.trainer.assembly.tables.plan
+        table_bytes, report = side.table_bytes_per_step(), side.trainer.components.tables.plan
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return Facts(peak_mib, split, table_bytes, report)
 

@@ -148,19 +148,19 @@ class _Log:
 def _installed(log: _Log, trainer: Trainer) -> typing.Iterator[None]:
     """Replaces what a step calls by the same, timed."""
     step, patch = trainer.training_step, unittest.mock.patch.object
-    plain, optimizer, backbone = step.assembly, step.optimizer, step.model.backbone
+    plain, optimizer, backbone = step.components, step.optimizer, step.model.backbone
     tables = _Timed(plain.tables, log.timed(plain.tables, LOOKUP))
-    objective = _Timed(plain.objective, sums=log.timed(plain.objective.sums, LOSS))
-    timed_assembly = dataclasses.replace(plain, tables=tables, objective=objective)
-    clip = torch.nn.utils.clip_grad_norm_
+    stage = _Timed(plain.stage, loss_sums=log.timed(plain.stage.loss_sums, LOSS))
+    timed_components = dataclasses.replace(plain, tables=tables, stage=stage)
+    clip, throughput = torch.nn.utils.clip_grad_norm_, trainer.metrics.throughput
     patches = [
-        patch(step, "assembly", timed_assembly),
-        patch(trainer.throughput, "data_wait", _timed_wait(log, trainer.throughput.data_wait)),
+        patch(step, "components", timed_components),
+        patch(throughput, "data_wait", _timed_wait(log, throughput.data_wait)),
         patch(training_step_module, "to_device", log.timed(training_step_module.to_device, H2D)),
         *(patch(backbone, name, log.timed(getattr(backbone, name), TOWER)) for name in ("forward", "with_history")),
         patch(optimizer, "step", log.timed(optimizer.step, OPTIMIZER)),
         patch(torch.nn.utils, "clip_grad_norm_", log.timed(clip, CLIPPING)),
-        patch(torch.autograd, "backward", _timed_table_backward(log)),
+        patch(training_step_module._Joined, "backward", _timed_table_backward(log)),
         patch(torch.Tensor, "backward", _timed_backward(log)),
         # the class, not the object: TorchRec waits for nothing that is no `Work`
         patch(dist.Work, "wait", log.timed(dist.Work.wait, COLLECTIVES)),
@@ -182,14 +182,15 @@ def _timed_wait(log: _Log, plain: typing.Callable[[], typing.ContextManager[None
 
 
 def _timed_table_backward(log: _Log) -> typing.Callable:
-    """`torch.autograd.backward` as the step calls it; `Tensor.backward` ends in it, too, and is another phase."""
-    plain = torch.autograd.backward
+    """The node between the gradients of the dense part and those of the tables: after it, only tables are left."""
+    plain = training_step_module._Joined.backward
 
-    def call(*args, **kwargs):
-        with contextlib.nullcontext() if log.phase_now == BACKWARD else log.phase(TABLES):
-            plain(*args, **kwargs)
+    def backward(ctx, *gradients):
+        joined = plain(ctx, *gradients)
+        log.enter(TABLES)
+        return joined
 
-    return call
+    return staticmethod(backward)
 
 
 def _timed_backward(log: _Log) -> typing.Callable:

@@ -17,9 +17,8 @@ import sys
 
 import rich.console
 import rich.table
-import torch
 
-from gpsd_dist.assembly import assemble, dense_model, meta_tables
+from gpsd_dist.assembly import assemble, meta_model, meta_tables
 from gpsd_dist.baselines.registry import NAMES, NEXT_ITEM, evaluate_baseline
 from gpsd_dist.checkpoint import loading, manager, storage
 from gpsd_dist.checkpoint.state import read_run
@@ -30,7 +29,7 @@ from gpsd_dist.distributed.runtime import Runtime, process_group
 from gpsd_dist.metrics.ranking import RANK_CUT
 from gpsd_dist.metrics.recorder import json_safe
 from gpsd_dist.schema import Manifest
-from gpsd_dist.scoring import Metrics, evaluate_split
+from gpsd_dist.stages.stage import Metrics, evaluate_split
 
 log = logging.getLogger(__name__)
 _TIMEOUT_S = 600
@@ -60,12 +59,10 @@ def evaluate_checkpoint(
     _check_same_schema(manifest, state.manifest, folder, run.data_dir)
     manifest.split(split)
     _check_size(run, manifest, folder)
-    assembly = assemble(run, manifest, runtime)
-    loading.load_tensors(folder, assembly.weights())
+    components = assemble(run, manifest, runtime)
+    loading.load_tensors(folder, components.weights())
     log.info("scoring %s of %s with %s (step %d)", split, run.data_dir, folder, state.step)
-    if rank_cut is not None and assembly.tasks:
-        raise ValueError(f"--rank_cut belongs to next-item ranking; {folder} scores {[t.name for t in assembly.tasks]}")
-    return evaluate_split(run, manifest, assembly, split, runtime, rank_cut)
+    return evaluate_split(run, manifest, components, split, rank_cut)
 
 
 def _check_same_schema(manifest: Manifest, saved: dict, folder: Location, data_dir: str) -> None:
@@ -84,8 +81,7 @@ def _check_size(run: RunConfig, manifest: Manifest, folder: Location) -> None:
     problem = f"{run.model.layers} layers" if run.model.layers > len(saved) else ""
     if not problem:  # on meta only modules cost something, and their number follows that of the layers
         sharded, _ = meta_tables(run, manifest)
-        with torch.device("meta"):
-            model, _, _ = dense_model(run, manifest, sharded)
+        model = meta_model(run, manifest, sharded)
         needed = {f"dense.{name}": value.numel() for name, value in model.state_dict().items()}
         frozen = run.tables.transfer if run.freezes_tables else ()
         for table in sharded:

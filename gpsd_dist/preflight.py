@@ -9,6 +9,7 @@ import logging
 from gpsd_dist.config import RunConfig
 from gpsd_dist.config.execution import BLOCK_MODELS
 from gpsd_dist.schema import Manifest
+from gpsd_dist.stages.registry import find
 from gpsd_dist.tables.collections import lookup_tables
 
 log = logging.getLogger(__name__)
@@ -31,23 +32,18 @@ def check_options_against_data(run: RunConfig, manifest: Manifest) -> None:
             given = f"patience {run.train.patience} and best_metric {run.train.best_metric!r}"
             raise ValueError(f"{given} need a valid split, and that of {run.data_dir} has no rows: leave them out")
         log.warning("%s has no valid rows: nothing is validated, and the last checkpoint counts", run.data_dir)
-    elif not run.refit_of:
-        check_can_be_scored(run, manifest, "valid")
+    elif not run.refit_of and not manifest.tasks:
+        raise ValueError(f"{run.data_dir} has no task, so there is nothing to score in 'valid'")
     if run.finetune.esmm and not any(task.given for task in manifest.tasks):
         log.warning("esmm has no effect: no task of the data set is given another one")
-
-
-def check_can_be_scored(run: RunConfig, manifest: Manifest, split: str) -> None:
-    """ValueError for a data set without labels."""
-    if not manifest.tasks:
-        raise ValueError(f"{run.data_dir} has no task, so there is nothing to score in {split!r}")
 
 
 def tables_kept_whole(run: RunConfig, manifest: Manifest) -> set[str]:
     """Looked-up tables that may not be column_wise: rows of managed ones change hands in training, and their optimizer
     state, which is emptied then, is not by row if columns are on several ranks.
     """
-    looked_up = {table.name for table in lookup_tables(manifest, run.tables, with_candidates=run.stage != "pretrain")}
+    tables = lookup_tables(manifest, run.tables, with_candidates=find(run.stage).with_candidates)
+    looked_up = {table.name for table in tables}
     frozen = set(run.tables.transfer if run.freezes_tables else ())
     return {name for name, kind in manifest.unbounded.items() if kind == "managed"} & looked_up - frozen
 

@@ -31,7 +31,7 @@ def write(parsed: ParsedRun, trainer: Trainer, runtime: Runtime, plan_lines: lis
     run = parsed.run
     folder = pathlib.Path(run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    tables = trainer.assembly.tables
+    tables = trainer.components.tables
     plan = [*tables.plan.splitlines(), *plan_lines]
     texts = {
         "config.gin": parsed.gin_text,

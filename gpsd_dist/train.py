@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
                 lines = [_saved_by_freezing(trainer, runtime)] if run.freezes_tables else []
                 run_description.write(parsed, trainer, runtime, lines)
             trainer.train()
-            return exit_codes.FINISHED if trainer.progression.is_finished else trainer.stops.exit_code
+            return exit_codes.FINISHED if trainer.early_stopping.is_finished else trainer.stops.exit_code
     except LauncherGone as error:
         return _failed(error, exit_codes.FAILED)
     except LossNotFinite as error:  # an unstable run shows it again, a broken device does not
@@ -60,10 +60,10 @@ def _failed(error: object, status: int) -> int:
 
 def _saved_by_freezing(trainer: Trainer, runtime: Runtime) -> str:
     """Says in one line what freezing the transferred tables saves in memory and traffic."""
-    run, manifest, assembly = trainer.run, trainer.manifest, trainer.assembly
-    rows = expected_rows(run, manifest, assembly.lookup_names, runtime.world_size)
+    run, manifest, components = trainer.run, trainer.manifest, trainer.components
+    rows = expected_rows(run, manifest, components.lookup_names, runtime.world_size)
     cluster = Cluster(runtime.world_size, runtime.local_world_size, runtime.device.type)
-    return frozen_line(run, manifest, assembly.tables.shards, rows, cluster)
+    return frozen_line(run, manifest, components.tables.shards, rows, cluster)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,29 @@
-"""One optimizer step: counts, one lookup, forward and backward, update of tables and dense part."""
+"""One optimizer step: counts, one lookup, forward, ONE backward for dense part and tables, update.
 
-import dataclasses
+Owns zero_grad, clip and step of both optimizers. The tables' optimizer is fused into their backward.
+Shape letters: L losses of the stage, U distinct rows of a table in a batch, E embedding width.
+"""
+
+import itertools
 import typing
 
 import torch
 
-from gpsd_dist.assembly import Assembly
 from gpsd_dist.batch.batch import Batch, to_device
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.collectives import all_sum
 from gpsd_dist.distributed.dense_parallel import clip_gradients, exchange_gradients, parallelize
-from gpsd_dist.distributed.runtime import Runtime, seed_step
+from gpsd_dist.distributed.runtime import seed_step
 from gpsd_dist.metrics import profiling
-from gpsd_dist.metrics.recorder import Recorder
+from gpsd_dist.metrics.training_metrics import StepResult
 from gpsd_dist.optim import dense_optimizer
+from gpsd_dist.stages.stage import Components
+from gpsd_dist.tables.prefetch import SparseDistPipeline
+
+Parts: typing.TypeAlias = tuple[Batch, ...]
+Embeddings: typing.TypeAlias = dict[str, torch.Tensor]
+"""Table -> [U, E]"""
 
 
 class LossNotFinite(ValueError):
@@ -22,206 +31,173 @@ class LossNotFinite(ValueError):
 
 
 class TrainingStep:
-    """Owns zero_grad, clip and step of both optimizers; the trainer owns the number of the step."""
+    """Trains step after step; the trainer decides how many. The same numbers with and without prefetching."""
 
     def __init__(
         self,
         run: RunConfig,
-        runtime: Runtime,
-        assembly: Assembly,
+        components: Components,
         profiler: profiling.StepProfiler,
+        lr_factor: typing.Callable[[int], float],
         last_good: typing.Callable[[], Location | None],
     ):
-        """Collective. Puts the model into training mode. `last_good`: the newest checkpoint, for an error message."""
-        self.run, self.runtime, self.assembly, self.profiler = run, runtime, assembly, profiler
-        if run.train.bf16 and runtime.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # losses stay in float32: TF32 keeps 10 bits
-        self.model = assembly.model.train()
-        self.parallel = parallelize(self.model, run, runtime)
-        self.optimizer = dense_optimizer(self.model, run.dense)
-        # here, because a copy to a GPU makes the host wait
-        self._loss_weights = torch.tensor(list(assembly.objective.weights.values()), device=runtime.device)
-        self._last_good = last_good
-        self._last_losses: tuple[torch.Tensor, torch.Tensor, int] | None = None
+        """Collective. Puts the model into training mode.
 
-    def __call__(
-        self, batches: tuple[Batch, ...], step: int, lr_factor: float, recorder: Recorder
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One lookup and one or more parts of a batch (gradient accumulation). Collective.
-
-        `lr_factor` times the peak is the learning rate. Returns this rank's loss sums [L] and the counts [L] over all
-        ranks. LossNotFinite if a loss is not finite: no weight has moved then.
+        Args:
+            run: options.
+            components: what is trained.
+            profiler: names the phases of a step.
+            lr_factor: step from 0 -> what the peak learning rates are multiplied by.
+            last_good: the newest checkpoint, for an error message.
         """
-        self.begin(step, lr_factor, recorder)
-        batches = self.assembly.ids.train(to_device(batches, self.runtime.device))
-        for name, value in self.assembly.ids.metrics().items():
-            recorder.record(name, value, reduce="last")
-        counts = self._counts(batches)
-        sums = self._backward(batches, counts, step)  # updates the tables
-        self.update(recorder)
-        return sums, counts
+        self.run, self.runtime, self.components, self.profiler = run, components.runtime, components, profiler
+        if run.train.bf16 and self.runtime.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # losses stay in float32: TF32 keeps 10 bits
+        self.model = components.model.train()
+        self.parallel = parallelize(self.model, run, self.runtime)
+        self.optimizer = dense_optimizer(self.model, run.dense)
+        self.number = 0
+        """Of the step under way, from 0 over the whole run."""
+        # Made here, because a copy to a GPU makes the host wait.
+        self._loss_weights_L = torch.tensor(list(components.stage.loss_weights.values()), device=self.runtime.device)
+        self._lr_factor, self._last_good = lr_factor, last_good
+        self._done: StepResult | None = None
+        """Of the step under way, or the last one."""
+        self._prefetch = None
+        if run.execution.pipeline == "sparse_dist":
+            self._prefetch = SparseDistPipeline(components.tables, self, self.runtime.device)
 
-    def begin(self, step: int, lr_factor: float, recorder: Recorder) -> None:
-        """Before everything else of a step."""
-        seed_step(self.run.seed, step, self.runtime.rank)
-        self._set_learning_rates(lr_factor, recorder)
+    def run_steps(
+        self, batches: typing.Iterator[Parts], first_step: int, num_steps: int
+    ) -> typing.Iterator[StepResult]:
+        """Trains on the next `num_steps` batches; an item per step done. Collective.
+
+        With prefetching no batch is under way any more when the last item is handed out, so the tables are free.
+        LossNotFinite if a loss is not finite: no weight has moved in that step.
+        """
+        source = itertools.islice(batches, num_steps)
+        if self._prefetch is None:
+            for self.number, parts in enumerate(source, first_step):
+                with self.profiler.range(profiling.STEP):
+                    done = self(parts)
+                yield done
+            return
+        results = self._prefetch.steps(source)
+        for self.number in range(first_step, first_step + num_steps):
+            with self.profiler.range(profiling.STEP):
+                done = next(results)
+            yield done
+
+    def __call__(self, parts: Parts) -> StepResult:
+        """One step of the plain loop. TorchRec's pipeline makes the same calls, one batch ahead. Collective."""
+        self.zero_grad()
+        # Managed ids get their rows here: who owns a row is known in its own step only.
+        parts = self.components.ids.train(to_device(parts, self.runtime.device))
+        with self.looking_up():
+            embeddings = self.components.tables(parts[0].lookup)
+        loss, done = self.forward(embeddings, parts)
+        # This one backward gives the dense gradients, exchanges those of the tables and updates their rows.
+        with self.profiler.range(profiling.BACKWARD):
+            loss.backward()
+        self.step()
+        done.id_facts = self.components.ids.metrics()
+        return done
+
+    def zero_grad(self) -> None:
+        """Begins a step: seed, learning rates of its place in the schedule, empty gradients."""
+        # Dropout is a function of (seed, step, rank), so a checkpoint needs no generator state.
+        seed_step(self.run.seed, self.number, self.runtime.rank)
+        factor = self._lr_factor(self.number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.run.dense.peak_lr * factor
+        self.components.tables.set_learning_rate(self.run.sparse.peak_lr * factor)
         self.optimizer.zero_grad()
 
-    def update(self, recorder: Recorder) -> None:
-        """After the backward: clips, and moves the dense part."""
+    def looking_up(self) -> typing.ContextManager[typing.Any]:
+        """Names the lookup to profile and watchdog."""
+        return self.profiler.range(profiling.LOOKUP)
+
+    def forward(self, embeddings: Embeddings, parts: Parts) -> tuple[torch.Tensor, StepResult]:
+        """Returns the loss of the last part, joined to the tables, and what the step leaves behind. Collective.
+
+        Parts before the last one are done here, backward included: their gradients of embeddings wait in detached
+        leaves. The backward of the returned scalar adds the last part's and hands the sum to the tables.
+        """
+        with self.profiler.range(profiling.COLLECTIVES):
+            counts_L = all_sum(sum(self.components.stage.counts(batch) for batch in parts))
+        # DDP and TorchRec both average gradients over ranks, so times world size gives the sum over the global count.
+        scale_L = self._loss_weights_L * self.runtime.world_size / counts_L.clamp(min=1)
+        learning_rate = self.run.dense.peak_lr * self._lr_factor(self.number)
+        self._done = done = StepResult(parts, self.number, torch.zeros_like(counts_L), counts_L, learning_rate)
+        leaves = {name: value.detach().requires_grad_(value.requires_grad) for name, value in embeddings.items()}
+        for batch in parts[:-1]:
+            sums_L = self._loss_sums(leaves, batch, is_last=False)
+            done.loss_sums_L += sums_L.detach()
+            with self.profiler.range(profiling.BACKWARD):
+                (sums_L * scale_L).sum().backward()
+        joined, anchor = join_embeddings(embeddings, leaves)
+        sums_L = self._loss_sums(joined, parts[-1], is_last=True)
+        done.loss_sums_L += sums_L.detach()
+        self._check_finite(done)
+        return (sums_L * scale_L).sum() + anchor, done
+
+    def step(self) -> None:
+        """Ends a step: clips the gradients of the dense part, and moves it."""
         with self.profiler.range(profiling.OPTIMIZER):
             if self.run.train.clip_norm:
-                recorder.record("train/gradient_norm", clip_gradients(self.model, self.run.train.clip_norm))
+                assert self._done is not None
+                self._done.gradient_norm = clip_gradients(self.model, self.run.train.clip_norm)
             self.optimizer.step()
 
-    def joined_loss(
-        self, rows: dict[str, torch.Tensor], batches: tuple[Batch, ...], step: int
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """For a pipeline that calls backward itself: the loss of the last part, joined to the tables. Collective.
-
-        Parts before the last are done, with their backward; that of the returned scalar adds the last part's gradients
-        and updates the tables, with the same bits as `__call__`. Also returns (sums, counts).
-        """
-        counts = self._counts(batches)
-        scale = self._scale(counts)
-        sums = torch.zeros_like(counts)
-        leaves = {name: value.detach().requires_grad_(value.requires_grad) for name, value in rows.items()}
-        for batch in batches[:-1]:
-            part = self._forward(leaves, batch, is_last=False)
-            sums += part.detach()
-            with self.profiler.range(profiling.BACKWARD):
-                (part * scale).sum().backward()
-        joined, anchor = join_rows(rows, leaves)
-        part = self._forward(joined, batches[-1], is_last=True)
-        sums += part.detach()
-        self._check_finite(sums, counts, step)
-        return (part * scale).sum() + anchor, (sums, counts)
-
-    def _set_learning_rates(self, lr_factor: float, recorder: Recorder) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.run.dense.peak_lr * lr_factor
-        self.assembly.tables.set_learning_rate(self.run.sparse.peak_lr * lr_factor)
-        recorder.record("train/dense_lr", self.run.dense.peak_lr * lr_factor, reduce="last")
-
-    def _backward(self, batches: tuple[Batch, ...], counts: torch.Tensor, step: int) -> torch.Tensor:
-        """Gradients of the dense part, and the update of the tables, whose optimizer is fused into their backward.
-
-        `counts` [L] are over all ranks. Returns this rank's loss sums [L].
-        """
-        scale = self._scale(counts)
-        with self.profiler.range(profiling.LOOKUP):
-            rows = self.assembly.tables(batches[0].lookup)
-        leaves = {name: value.detach().requires_grad_(value.requires_grad) for name, value in rows.items()}
-        sums = torch.zeros_like(counts)
-        for index, batch in enumerate(batches):
-            is_last = index == len(batches) - 1
-            part = self._forward(leaves, batch, is_last)
-            sums += part.detach()
-            if is_last:
-                self._check_finite(sums, counts, step)
-            with self.profiler.range(profiling.BACKWARD):
-                (part * scale).sum().backward()
-        trained = [name for name, value in rows.items() if value.requires_grad]
-        # rows of a table that no loss reaches have no gradient, but every rank must join the exchange
-        gradients = [torch.zeros_like(rows[n]) if leaves[n].grad is None else leaves[n].grad for n in trained]
-        if trained:
-            with self.profiler.range(profiling.TABLE_UPDATE):
-                torch.autograd.backward([rows[name] for name in trained], gradients)
-        return sums
-
-    def _counts(self, batches: tuple[Batch, ...]) -> torch.Tensor:
-        """[L] over all ranks. Collective."""
-        with self.profiler.range(profiling.COLLECTIVES):
-            return all_sum(sum(self.assembly.objective.counts(batch) for batch in batches))
-
-    def _scale(self, counts: torch.Tensor) -> torch.Tensor:
-        """[L] What a rank's loss sums are multiplied by. DDP and TorchRec both average gradients over ranks: times
-        world size gives the sum over the global count.
-        """
-        return self._loss_weights * self.runtime.world_size / counts.clamp(min=1)
-
-    def _forward(self, rows: dict[str, torch.Tensor], batch: Batch, is_last: bool) -> torch.Tensor:
-        """Loss sums [L] of one part; gradients are exchanged with the last one alone."""
+    def _loss_sums(self, embeddings: Embeddings, batch: Batch, is_last: bool) -> torch.Tensor:
+        """Loss sums [L] of one part; dense gradients are exchanged with the last one alone."""
         exchange_gradients(self.parallel, is_last)
         if self.run.execution.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # what the last replay gave is not needed any more
         autocast = torch.autocast(self.runtime.device.type, torch.bfloat16, enabled=self.run.train.bf16)
         with autocast, self.profiler.range(profiling.FORWARD):
-            return self.assembly.objective.sums(self.parallel, rows, batch)
+            return self.components.stage.loss_sums(self.parallel, embeddings, batch)
 
-    def _check_finite(self, sums: torch.Tensor, counts: torch.Tensor, step: int) -> None:
-        """Before weights move. LossNotFinite names rank and step. On a GPU only in the steps after which metrics are
-        logged: both wait for the GPU.
-        """
-        self._last_losses = sums, counts, step
-        if not sums.is_cuda or (step + 1) % self.run.train.log_interval_steps == 0:
+    def _check_finite(self, done: StepResult) -> None:
+        """Looks at the losses before weights move. On a GPU this makes the host wait, so only in steps that log."""
+        if not done.loss_sums_L.is_cuda or (self.number + 1) % self.run.train.log_interval_steps == 0:
             self.check_last()
 
     def check_last(self) -> None:
-        """LossNotFinite if the last step's losses are not finite; before weights are scored or saved, because on a GPU
-        most steps are not looked at. What one of them has spoilt makes the losses of all later ones NaN, too.
+        """Raises LossNotFinite if the last step's losses are not finite.
+
+        To be called before weights are scored or saved, because on a GPU most steps are not looked at. What one of
+        them has spoilt makes the losses of all later ones NaN, too.
         """
-        if self._last_losses is None:
-            return
-        sums, counts, step = self._last_losses
-        if not torch.isfinite(sums).all():
-            found = dict(zip(self.assembly.objective.weights, (sums / counts.clamp(min=1)).tolist(), strict=True))
+        done = self._done
+        if done is not None and not torch.isfinite(done.loss_sums_L).all():
+            means = (done.loss_sums_L / done.counts_L.clamp(min=1)).tolist()
+            found = dict(zip(self.components.stage.loss_weights, means, strict=True))
             raise LossNotFinite(
-                f"rank {self.runtime.rank}, step {step}: the loss is not finite ({found}); last good checkpoint: "
-                f"{self._last_good()}. Lower DENSE_LR or SPARSE_LR, or look for extreme numerical features in this "
-                "batch"
+                f"rank {self.runtime.rank}, step {done.number}: the loss is not finite ({found}); last good "
+                f"checkpoint: {self._last_good()}. Lower DENSE_LR or SPARSE_LR, or look for extreme numerical "
+                "features in this batch"
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class PipelinedStep:
-    """`TrainingStep` cut where TorchRec's pipeline calls it: `distributed.pipeline.StepHooks`."""
+def join_embeddings(embeddings: Embeddings, leaves: Embeddings) -> tuple[Embeddings, torch.Tensor]:
+    """Joins embeddings to gradients that their detached `leaves` have got before; and a zero to be added to the loss.
 
-    training_step: TrainingStep
-    number: typing.Callable[[], int]
-    """Of the step that is about to be done."""
-    lr_factor: typing.Callable[[], float]
-    recorder: Recorder
-
-    def zero_grad(self) -> None:
-        """See StepHooks."""
-        self.training_step.begin(self.number(), self.lr_factor(), self.recorder)
-
-    def looking_up(self) -> typing.ContextManager[typing.Any]:
-        """See StepHooks."""
-        return self.training_step.profiler.range(profiling.LOOKUP)
-
-    def forward(
-        self, rows: dict[str, torch.Tensor], parts: tuple[Batch, ...]
-    ) -> tuple[torch.Tensor, tuple[tuple[Batch, ...], torch.Tensor, torch.Tensor]]:
-        """See StepHooks; the result is (parts, loss sums [L] of this rank, counts [L] over all)."""
-        loss, (sums, counts) = self.training_step.joined_loss(rows, parts, self.number())
-        return loss, (parts, sums, counts)
-
-    def step(self) -> None:
-        """See StepHooks."""
-        self.training_step.update(self.recorder)
-
-
-def join_rows(
-    rows: dict[str, torch.Tensor], leaves: dict[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The same rows, whose backward adds what `leaves` have got before; and a zero that must be added to the loss.
-
-    Through the zero a table is reached (with gradients of zero) even if no loss reaches it: all ranks must exchange.
+    The backward of what is returned hands the sum of both to the tables. Through the zero a table is reached (with
+    gradients of zero) even if no loss reaches it: every rank must join the exchange of gradients.
     """
-    trained = [name for name, value in rows.items() if value.requires_grad]
+    trained = [name for name, value in embeddings.items() if value.requires_grad]
     if not trained:
-        return rows, next(iter(rows.values())).new_zeros(())
-    anchor, *values = _JoinedRows.apply([leaves[name] for name in trained], *(rows[name] for name in trained))
-    return rows | dict(zip(trained, values, strict=True)), anchor
+        return embeddings, next(iter(embeddings.values())).new_zeros(())
+    anchor, *values = _Joined.apply([leaves[name] for name in trained], *(embeddings[name] for name in trained))
+    return embeddings | dict(zip(trained, values, strict=True)), anchor
 
 
-class _JoinedRows(torch.autograd.Function):
+class _Joined(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, leaves, *rows):
+    def forward(ctx, leaves, *embeddings):
         ctx.leaves = leaves
-        return rows[0].new_zeros(()), *(value.view_as(value) for value in rows)
+        return embeddings[0].new_zeros(()), *(value.view_as(value) for value in embeddings)
 
     @staticmethod
     def backward(ctx, _, *gradients):

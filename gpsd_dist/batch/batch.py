@@ -88,6 +88,8 @@ class Batch:
     next_item: NextItem | None = None
     padded: PaddedPacking | None = None
     """Geometry that the tower runs in, if not that of `packing`."""
+    place: tuple[int, int] = (0, 0)
+    """Epoch, and number of the batch in it."""
     raw_ids: dict[str, RawIds] = dataclasses.field(default_factory=dict)
     """Managed table -> what `lookup` has of it. Empty once rows are assigned."""
 

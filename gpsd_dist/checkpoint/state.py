@@ -9,7 +9,7 @@ from gpsd_dist.checkpoint import storage
 from gpsd_dist.checkpoint.retention import STATE_NAME
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import run_config_from_dict
-from gpsd_dist.metrics.early_stopping import Progression
+from gpsd_dist.metrics.early_stopping import EarlyStopping
 from gpsd_dist.schema import manifest_from_dict
 from gpsd_dist.validation import UnknownOptions, check_types, unknown
 
@@ -32,7 +32,7 @@ class RunState:
     data_position: dict[str, typing.Any]
     """`Loader.state_dict()`"""
     progress: dict[str, typing.Any]
-    """`Progression`: best step and metric so far, validations without improvement."""
+    """`EarlyStopping`: best step and metric so far, validations without improvement."""
     metrics: dict[str, float]
     """Of the validation at this step; empty if there was none."""
     run_config: dict[str, typing.Any]
@@ -73,9 +73,9 @@ def read_run(checkpoint: Location) -> RunState:
     place = checkpoint / STATE_NAME
     try:
         run = dataclasses.asdict(run_config_from_dict(state.run_config))
-        _check_version(place, [f"progress.{name}" for name in unknown(Progression, state.progress)])
+        _check_version(place, [f"progress.{name}" for name in unknown(EarlyStopping, state.progress)])
         manifest = dataclasses.asdict(manifest_from_dict(state.manifest))
-        progress = Progression(**state.progress)
+        progress = EarlyStopping(**state.progress)
         check_types(progress, is_finite=False)
         position, order = state.data_position, state.data_position.get("order")
         if not (_is_count(position.get("epoch")) and _is_count(position.get("step")) and isinstance(order, dict)):

@@ -11,7 +11,6 @@ from gpsd_dist.config.run import CUDA_ONLY_SPARSE_OPTIMIZERS as CUDA_ONLY_SPARSE
 from gpsd_dist.config.run import GIN_CLASSES as GIN_CLASSES
 from gpsd_dist.config.run import NEGATIVES_PER as NEGATIVES_PER
 from gpsd_dist.config.run import SPARSE_OPTIMIZERS as SPARSE_OPTIMIZERS
-from gpsd_dist.config.run import STAGES as STAGES
 from gpsd_dist.config.run import STRATEGIES as STRATEGIES
 from gpsd_dist.config.run import DataConfig as DataConfig
 from gpsd_dist.config.run import FinetuneConfig as FinetuneConfig

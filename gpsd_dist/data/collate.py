@@ -75,7 +75,8 @@ class Collate:
         )
         negatives = [self._draw_negatives(random, part) for part in parts]
         lookup = self._deduplicate(parts, negatives)
-        return tuple(self._batch(part, drawn, *lookup) for part, drawn in zip(parts, negatives, strict=True))
+        place = key.epoch, key.step
+        return tuple(self._batch(part, drawn, place, *lookup) for part, drawn in zip(parts, negatives, strict=True))
 
     def _read(self, rows: pa.Table, order: np.ndarray, length: np.ndarray) -> "_Part":
         """Checked columns of some requests, as table indices."""
@@ -100,7 +101,12 @@ class Collate:
         return _Part(order, packing, columns, labels, scalars, reader.history_time_s(kept), target_M)
 
     def _batch(
-        self, part: "_Part", negatives: "_Negatives | None", lookup: KeyedJaggedTensor, raw_ids: dict[str, RawIds]
+        self,
+        part: "_Part",
+        negatives: "_Negatives | None",
+        place: tuple[int, int],
+        lookup: KeyedJaggedTensor,
+        raw_ids: dict[str, RawIds],
     ) -> Batch:
         empty, item = np.zeros(0, np.int64), self.manifest.item_feature
         return Batch(
@@ -116,6 +122,7 @@ class Collate:
             source_row_B=torch.from_numpy(part.order),
             next_item=None if negatives is None else self._next_item(part, negatives),
             padded=self._padded(part.packing),
+            place=place,
             raw_ids=raw_ids,
         )
 

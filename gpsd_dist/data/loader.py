@@ -148,6 +148,11 @@ class Loader(typing.Generic[T]):
         """Number in its epoch of the next batch."""
         return self._step
 
+    def position_after(self, epoch: int, step: int) -> dict[str, int]:
+        """Returns the position behind batch `step` of `epoch`, as a part of `state_dict`."""
+        is_last = step + 1 >= self.steps_per_epoch
+        return {"epoch": epoch + 1, "step": 0} if is_last else {"epoch": epoch, "step": step + 1}
+
     def set_epoch(self, epoch: int) -> None:
         """Goes to the start of an epoch and ends an iteration under way."""
         if epoch < 0:
@@ -220,7 +225,7 @@ class Loader(typing.Generic[T]):
                 batch = batches.popleft().result()
                 self.wait_s += time.perf_counter() - begin
                 # Before the yield: a state saved in the body of the consumer's loop stands behind this batch.
-                self._epoch, self._step = (epoch, step + 1) if step + 1 < num_steps else (epoch + 1, 0)
+                self._epoch, self._step = self.position_after(epoch, step).values()
                 yield batch
         finally:
             planner.shutdown(wait=False, cancel_futures=True)

@@ -21,7 +21,7 @@ def parallelize(model: nn.Module, run: RunConfig, runtime: Runtime) -> nn.Module
     """What to call instead of `model` (NextItemModel or RankingModel) in training. Collective.
 
     Names of parameters stay those of `model`; with fsdp2 they are DTensors afterwards, so build the optimizer later.
-    Options that the model does not have: `assembly.check_options_against_data` refuses them.
+    Options that the model does not have: `preflight.check_options_against_data` refuses them.
     """
     if run.execution.activation_checkpointing:
         recompute_blocks(model.backbone.tower, has_dropout=run.model.dropout > 0)

@@ -1,22 +1,26 @@
-"""What the training loop has reached: the best validation so far, and whether the run is over."""
+"""Remembers the best validation of a run, and says when no better one is to be expected."""
 
 import dataclasses
 import math
 
 
 @dataclasses.dataclass
-class Progression:
+class EarlyStopping:
     """Saved with every checkpoint, where `best_step` says which checkpoint is the best one."""
 
     best_value: float = -math.inf
     best_step: int = -1
     stale: int = 0
-    """Validations since the best one."""
+    """Validations since the best one; the name is that of checkpoints."""
     is_finished: bool = False
 
-    def judge(self, value: float, step: int) -> None:
+    def update(self, value: float, step: int) -> None:
         """Counts a validation at `step`; a larger value is better, and any number is better than NaN."""
         if value > self.best_value or self.best_step < 0 or math.isnan(self.best_value):
             self.best_value, self.best_step, self.stale = value, step, 0
         else:
             self.stale += 1
+
+    def is_out_of_patience(self, patience: int) -> bool:
+        """Whether `patience` validations in a row were no better; 0 is endless patience."""
+        return 0 < patience <= self.stale

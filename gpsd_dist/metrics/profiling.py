@@ -21,11 +21,11 @@ log = logging.getLogger(__name__)
 FIRST_STEP, LAST_STEP = 10, 12
 """Of this process, counted from 1: the first steps allocate, tune and fill caches. The one before warms up."""
 STEP, DATA_WAIT, FORWARD, TOWER, COLLECTIVES = "train step", "data wait", "forward", "tower", "small collectives"
-LOOKUP, BACKWARD, TABLE_UPDATE, OPTIMIZER = "table lookup", "dense backward", "table backward + update", "optimizer"
-_RANGES = (STEP, DATA_WAIT, FORWARD, TOWER, COLLECTIVES, LOOKUP, BACKWARD, TABLE_UPDATE, OPTIMIZER)
+LOOKUP, BACKWARD, OPTIMIZER = "table lookup", "backward + table update", "optimizer"
+_RANGES = (STEP, DATA_WAIT, FORWARD, TOWER, COLLECTIVES, LOOKUP, BACKWARD, OPTIMIZER)
 _COLLECTIVE_PREFIXES = ("gloo:", "nccl:")  # of the process groups' own ranges, from call to completion
-_PIPELINE_BACKWARD = "## backward"  # TorchRec's pipeline: dense part and tables in one
-_WITH_COLLECTIVES = (COLLECTIVES, LOOKUP, BACKWARD, TABLE_UPDATE)
+_PIPELINE_BACKWARD = "## backward"  # the same, called by TorchRec's pipeline
+_WITH_COLLECTIVES = (COLLECTIVES, LOOKUP, BACKWARD)
 _TOP_OPS = 20
 _NOTHING = contextlib.nullcontext()
 
@@ -106,10 +106,9 @@ def summary(averages: list, rank: int, num_steps: int, peaks: dict[str, float]) 
         LOOKUP: spent_ms.get(LOOKUP, 0.0),
         TOWER: tower_ms,
         "head + loss": forward_ms - tower_ms,
-        **{name: spent_ms.get(name, 0.0) for name in (BACKWARD, TABLE_UPDATE, OPTIMIZER, COLLECTIVES)},
+        **{name: spent_ms.get(name, 0.0) for name in (BACKWARD, OPTIMIZER, COLLECTIVES)},
     }
-    joint_ms = sum(ms for name, ms in spent_ms.items() if name.startswith(_PIPELINE_BACKWARD))
-    parts[BACKWARD] += joint_ms
+    parts[BACKWARD] += sum(ms for name, ms in spent_ms.items() if name.startswith(_PIPELINE_BACKWARD))
     parts["rest"] = total_ms - sum(parts.values())
     waiting_ms = sum(ms for name, ms in spent_ms.items() if name.startswith(_COLLECTIVE_PREFIXES))
     lines = [
@@ -118,7 +117,6 @@ def summary(averages: list, rank: int, num_steps: int, peaks: dict[str, float]) 
         "",
         f"{'part':<28}{'ms/step':>10}{'share':>8}",
         *(_share(name, ms, total_ms) for name, ms in parts.items()),
-        *([f"  {BACKWARD} is that of the tables, too: sparse_dist has one for both"] if joint_ms else []),
         _share("all", total_ms, total_ms),
         "",
         _share("collectives, all together", waiting_ms, total_ms),

@@ -15,7 +15,7 @@ _LOGGER = logging.getLogger(__name__)
 _WINDOW = 20  # log steps over which the time left is estimated; untuned
 
 
-class Progress:
+class ProgressBar:
     """Loss, examples/s, tokens/s, step of total and time left. For rank 0 only."""
 
     def __init__(self, total_steps: int, *, first_step: int = 0, loss_name: str = "train/loss", is_terminal=None):

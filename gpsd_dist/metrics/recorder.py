@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.tensorboard
 
-from gpsd_dist.metrics.progress_bar import Progress
+from gpsd_dist.metrics.progress_bar import ProgressBar
 
 REDUCTIONS = ("mean", "sum", "max", "last")
 JSONL_NAME = "metrics.jsonl"
@@ -54,7 +54,7 @@ class Recorder:
         rank: int,
         *,
         resume_step: int | None = None,
-        progress: Progress | None = None,
+        progress: ProgressBar | None = None,
         group: dist.ProcessGroup | None = None,
         device: torch.device | str = "cpu",
     ):

@@ -2,10 +2,9 @@
 
 import dataclasses
 
-import torch
 from torch import nn
 
-from gpsd_dist.assembly import dense_model, meta_tables
+from gpsd_dist.assembly import meta_model, meta_tables
 from gpsd_dist.config import RunConfig
 from gpsd_dist.metrics.throughput import flops_per_token
 from gpsd_dist.model.gpsd import NextItemModel, RankingModel
@@ -124,8 +123,7 @@ def plan_layout(scenario: Scenario) -> Layout:
 def model_size(run: RunConfig, manifest: Manifest) -> ModelSize:
     """Counted on the model itself, built without memory."""
     sharded, _ = meta_tables(run, manifest)
-    with torch.device("meta"):
-        model, _, _ = dense_model(run, manifest, sharded)
+    model = meta_model(run, manifest, sharded)
     matrices = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
     auxiliary = model.auxiliary_table.values() if isinstance(model, NextItemModel) else ()
     item_table = manifest.feature(manifest.item_feature).table

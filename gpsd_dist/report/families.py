@@ -8,7 +8,7 @@ import os
 import pathlib
 import typing
 
-from gpsd_dist.config import STAGES, STRATEGIES
+from gpsd_dist.config import STRATEGIES
 from gpsd_dist.config.model import size_text
 from gpsd_dist.report import dataset
 from gpsd_dist.report.run_folder import CHECKPOINTS_NAME, CONFIG_NAME, Run
@@ -100,14 +100,17 @@ def differing_options(runs: typing.Sequence[Run]) -> list[str]:
     ]
 
 
+_STAGES = ("pretrain", "finetune")  # in the order in which they are trained
+
+
 def group(runs: typing.Sequence[Run], data_sets: typing.Sequence[dataset.DataSet]) -> list[Family]:
     """Families by data set, pretraining first; their configurations by strategy, in the order of the paper."""
     place = {id(run): index for index, data_set in enumerate(data_sets) for run in data_set.runs}
     by_family: dict[tuple, list[Run]] = {}
     for run in runs:
         stage = run.config.get("stage")
-        by_family.setdefault((place[id(run)], stage if stage in STAGES else None), []).append(run)
-    keys = sorted(by_family, key=lambda key: (key[0], STAGES.index(key[1]) if key[1] else len(STAGES)))
+        by_family.setdefault((place[id(run)], stage if stage in _STAGES else None), []).append(run)
+    keys = sorted(by_family, key=lambda key: (key[0], _STAGES.index(key[1]) if key[1] else len(_STAGES)))
     families = []
     for data_index, stage in keys:
         members = by_family[data_index, stage]

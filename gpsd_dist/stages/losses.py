@@ -1,5 +1,5 @@
-"""Losses. Each returns local (sum, count); the trainer divides by the count over all ranks, so that the result does
-not depend on how rows fell on ranks.
+"""Computes losses. Each returns its sum over a batch; the stage counts, and the training step divides by the count over
+all ranks, so that the result does not depend on how rows fell on ranks.
 
 Shape letters: M next-item positions, G negative groups, N negatives per group, E embedding width, C candidates,
 T history tokens (there N is the width of a token).
@@ -10,8 +10,6 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-LossSum = tuple[torch.Tensor, torch.Tensor]
-"""(sum float32 [], count float32 [])"""
 _CHUNK_ELEMENTS = 1 << 21  # floats of gathered rows: 8 MiB stay in a cache; 0.04 s per 1000 positions x 128 on one core
 _MAX_EXPONENT = 80.0  # exp(-80) is still a normal float32
 
@@ -25,7 +23,7 @@ def sampled_softmax(
     negative_item_GN: torch.Tensor,
     group_offsets: tuple[int, ...] | None,
     temperature: float,
-) -> LossSum:
+) -> torch.Tensor:
     """Next-item loss: cosine / temperature against the target and the N negatives of the position's group.
 
     Positions [group_offsets[g], group_offsets[g + 1]) share group g; None: every position has its own (G = M). `*_row`
@@ -41,7 +39,7 @@ def sampled_softmax(
             loss = _OwnNegativesSoftmax.apply(query_ME, unit_UE, *indices)
         else:
             loss = _SampledSoftmax.apply(query_ME, unit_UE, *indices, group_offsets, 1 / temperature)
-    return loss, loss.new_full((), float(len(target_row_M)))
+    return loss
 
 
 class _SampledSoftmax(torch.autograd.Function):
@@ -136,12 +134,11 @@ def _accidental_hits(target_M: torch.Tensor, negative_N: torch.Tensor) -> tuple[
 
 def full_softmax(
     hidden_ME: torch.Tensor, weight_VE: torch.Tensor, target_M: torch.Tensor, temperature: float
-) -> LossSum:
+) -> torch.Tensor:
     """The same cosine softmax over all rows of a small table (category loss); target int64 table indices."""
     with torch.autocast(hidden_ME.device.type, enabled=False):
         logits_MV = F.normalize(hidden_ME.float(), dim=-1) @ F.normalize(weight_VE.float(), dim=-1).t() / temperature
-        loss = F.cross_entropy(logits_MV, target_M, reduction="sum")
-    return loss, loss.new_full((), float(len(target_M)))
+        return F.cross_entropy(logits_MV, target_M, reduction="sum")
 
 
 def next_behaviour(
@@ -150,23 +147,23 @@ def next_behaviour(
     position_T: torch.Tensor,
     item_T: torch.Tensor,
     negative_T: torch.Tensor,
-) -> LossSum:
+) -> torch.Tensor:
     """Auxiliary loss of DIEN (arXiv:1809.03672, interest extractor layer): the inner product of the state before a
     history token with that token is a logit of label 1, with another token of the batch one of label 0.
 
     `position_T`: 0 for a history's first token, which nothing predicts. `negative_T` int64 [T]: the other token; one
-    with the same item is left out. Counts the predicted tokens.
+    with the same item is left out.
     """
     state, token = state_TN[:-1].float(), token_TN.float()
     yes = F.softplus(-(state * token[1:]).sum(-1))
     no = F.softplus((state * token[negative_T[1:]]).sum(-1))
     no = torch.where(item_T[negative_T[1:]] == item_T[1:], 0.0, no)
     is_predicted = position_T[1:] > 0
-    return torch.where(is_predicted, yes + no, 0.0).sum(), is_predicted.sum().float()
+    return torch.where(is_predicted, yes + no, 0.0).sum()
 
 
-def binary_cross_entropy(logit_C: torch.Tensor, label_C: torch.Tensor) -> LossSum:
-    """Over candidates with an observed label (not NaN)."""
+def binary_cross_entropy(logit_C: torch.Tensor, label_C: torch.Tensor) -> torch.Tensor:
+    """Sums the cross entropy over candidates with an observed label (not NaN): float32 []."""
     return _masked_cross_entropy(F.logsigmoid(logit_C), F.logsigmoid(-logit_C), label_C)
 
 
@@ -180,7 +177,7 @@ def product_label(label_C: torch.Tensor, given_C: torch.Tensor) -> torch.Tensor:
     return torch.where(given_C == 0, 0.0, torch.where(given_C == 1, label_C, torch.nan))
 
 
-def product_cross_entropy(given_logit_C: torch.Tensor, logit_C: torch.Tensor, label_C: torch.Tensor) -> LossSum:
+def product_cross_entropy(given_logit_C: torch.Tensor, logit_C: torch.Tensor, label_C: torch.Tensor) -> torch.Tensor:
     """ESMM: cross entropy of P(given) P(task | given) against the product label. arXiv:1804.07931, eq. 1 and 3."""
     log_yes = F.logsigmoid(given_logit_C) + F.logsigmoid(logit_C)
     # 1 - ab = (1 - a) + a (1 - b), in logs: no cancellation where ab is close to 1
@@ -188,8 +185,8 @@ def product_cross_entropy(given_logit_C: torch.Tensor, logit_C: torch.Tensor, la
     return _masked_cross_entropy(log_yes, log_no, label_C)
 
 
-def _masked_cross_entropy(log_yes_C: torch.Tensor, log_no_C: torch.Tensor, label_C: torch.Tensor) -> LossSum:
+def _masked_cross_entropy(log_yes_C: torch.Tensor, log_no_C: torch.Tensor, label_C: torch.Tensor) -> torch.Tensor:
     is_observed = ~label_C.isnan()
     label = torch.where(is_observed, label_C, 0.0)
     loss = -(label * log_yes_C + (1 - label) * log_no_C)
-    return torch.where(is_observed, loss, 0.0).sum(), is_observed.sum().float()
+    return torch.where(is_observed, loss, 0.0).sum()

@@ -17,24 +17,22 @@ from gpsd_dist.batch.batch import Batch, to_device
 from gpsd_dist.tables.sharding import ShardedTables
 
 Parts: typing.TypeAlias = tuple[Batch, ...]
-Done: typing.TypeAlias = tuple[Parts, torch.Tensor, torch.Tensor]
-"""A step that was done: its batch, loss sums [L] of this rank, counts [L] over all."""
 
 
 class StepHooks(typing.Protocol):
-    """What happens in a step."""
+    """The parts of a step, in the order in which the pipeline calls them: `training_step.TrainingStep`."""
 
     def zero_grad(self) -> None:
-        """First of all; also where the step's seed and learning rate are set."""
+        """Begins a step: also sets its seed and learning rates."""
 
     def looking_up(self) -> typing.ContextManager[typing.Any]:
-        """Around the lookup."""
+        """Surrounds the lookup."""
 
-    def forward(self, rows: dict[str, torch.Tensor], parts: Parts) -> tuple[torch.Tensor, Done]:
-        """-> (a loss whose backward computes dense gradients and updates the tables, what `steps` hands out)."""
+    def forward(self, embeddings: dict[str, torch.Tensor], parts: Parts) -> tuple[torch.Tensor, typing.Any]:
+        """Returns a loss whose backward computes dense gradients and updates the tables, and what `steps` hands out."""
 
     def step(self) -> None:
-        """After the backward: clip, dense step."""
+        """Ends a step after its backward: clips, and moves the dense part."""
 
 
 class PrefetchedParts(Pipelineable):
@@ -70,7 +68,7 @@ class SparseDistPipeline:
     def __init__(self, tables: ShardedTables, hooks: StepHooks, device: torch.device):
         lookup = _Lookup(tables.module.module)
 
-        def forward(prefetched: PrefetchedParts) -> tuple[torch.Tensor, Done]:
+        def forward(prefetched: PrefetchedParts) -> tuple[torch.Tensor, typing.Any]:
             with hooks.looking_up():
                 rows = lookup(prefetched)
             return hooks.forward(rows, prefetched.parts)
@@ -78,7 +76,7 @@ class SparseDistPipeline:
         self._lookup = lookup
         self._pipeline = TrainPipelineSparseDist(lookup, hooks, device, custom_model_fwd=forward)
 
-    def steps(self, source: typing.Iterator[Parts]) -> typing.Iterator[Done]:
+    def steps(self, source: typing.Iterator[Parts]) -> typing.Iterator[typing.Any]:
         """Trains on every batch of `source`; one item per step done. Collective: as many on every rank.
 
         Runs until `source` is exhausted. Before the last item the tables are given back: with batches under way they

@@ -27,7 +27,7 @@ class RowReset:
     """Of one trainable table."""
 
     def __init__(self, tables: ShardedTables, table: str, config: TablesConfig, seed: int):
-        """`table`: not cut by columns (`assembly.check_options_against_data`), for then its state is not by row."""
+        """`table`: not cut by columns (`preflight.check_options_against_data`), for then its state is not by row."""
         assert config.sharding.get(table) != "column_wise", table
         self._table, self._config, self._seed = table, config, seed
         weight = tables.weights()[table]

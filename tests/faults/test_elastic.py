@@ -84,7 +84,7 @@ def _leg(rank: int, world_size: int, runs: list[RunConfig], loaded_name: str) ->
         trainer = Trainer(run, cpu_runtime(rank, world_size))
         with _traced(trainer, output.parent / f"{output.name}_rows" / f"{loaded_name}_{rank}"):
             trainer.train()
-        plans.append(trainer.assembly.tables.plan)
+        plans.append(trainer.components.tables.plan)
     return plans
 
 
@@ -92,16 +92,16 @@ def _leg(rank: int, world_size: int, runs: list[RunConfig], loaded_name: str) ->
 def _traced(trainer: Trainer, path: pathlib.Path) -> typing.Iterator[None]:
     """Writes (step, rows) of all batches that the trainer takes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    original = trainer._waited
+    original = trainer.batches
     with open(path, "a") as file:
 
-        def waited(loader) -> typing.Iterator:
-            for parts in original(loader):
+        def batches() -> typing.Iterator:
+            for parts in original():
                 rows = [user for part in parts for user in part.user_hash_B.tolist()]
                 file.write(json.dumps([trainer.step + 1, rows]) + "\n")
                 yield parts
 
-        trainer._waited = waited
+        trainer.batches = batches
         yield
 
 

@@ -46,15 +46,15 @@ def test_training_goes_on_while_a_checkpoint_is_written(data_dir, tmp_path, one_
     """Steps 3 and 4 run while step 2 waits to be written; what is written is step 2, and the run is the same."""
     train = {"save_interval_steps": 2, "max_steps": 5, "keep_last": 9}
     waiting = Trainer(tiny_run("finetune", data_dir, tmp_path / "async", train=train), one_rank)
-    original = waiting._train_step
+    original = waiting.metrics.record_step
 
-    def train_step(*args):
-        original(*args)
+    def record_step(done):
+        original(done)
         if waiting.step == 4:  # its save waits for the one of step 2
             assert not step_folder(tmp_path / "async", 2).exists()
             gate.set()
 
-    waiting._train_step = train_step
+    waiting.metrics.record_step = record_step
     waiting.train()
     assert not gate.gave_up
     blocking = tiny_run("finetune", data_dir, tmp_path / "sync", train=train | {"async_checkpoints": False})

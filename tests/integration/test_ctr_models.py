@@ -66,11 +66,11 @@ def leaf_run(name: str, data_dir, output_dir, strategy: str, source):
 def test_every_model_trains_and_takes_the_table_of_a_transformer(name, strategy, source, data_dir, tmp_path, one_rank):
     trainer = Trainer(leaf_run(name, data_dir, tmp_path, strategy, source), one_rank)
     pretrained = read_checkpoint(manager.find(source))["table.item"]
-    table = trainer.assembly.weights()["table"]["item"].local_shards()[0].tensor
+    table = trainer.components.weights()["table"]["item"].local_shards()[0].tensor
     random = table.clone()
     trainer.load_weights()
     assert torch.equal(table, random if strategy == "NT" else pretrained) and not torch.equal(random, pretrained)
-    before = {key: value.clone() for key, value in trainer.assembly.weights()["dense"].items()}
+    before = {key: value.clone() for key, value in trainer.components.weights()["dense"].items()}
     metrics = trainer.train()
     assert list(train_losses(tmp_path)) == [1, 2] and 0 <= metrics["click/auc"] <= 1
     after = read_checkpoint(step_folder(tmp_path, 2))

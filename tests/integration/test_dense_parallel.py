@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from gpsd_dist.config import OptimizerConfig
-from gpsd_dist.scoring import evaluate_split, evaluation_loader
+from gpsd_dist.data.loaders import evaluation_loader
+from gpsd_dist.stages.stage import evaluate_split
 from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed
 from tests.integration.tiny_data import (
@@ -130,8 +131,8 @@ def _score(rank: int, world_size: int, runs) -> list[tuple[dict, list[int]]]:
     for run in runs:
         runtime = cpu_runtime(rank, world_size)
         trainer = Trainer(run, runtime)
-        metrics = evaluate_split(run, trainer.manifest, trainer.assembly, "valid", runtime)
-        loader = evaluation_loader(run, trainer.manifest, trainer.assembly.lookup_names, "valid", runtime)
+        metrics = evaluate_split(run, trainer.manifest, trainer.components, "valid")
+        loader = evaluation_loader(run, trainer.manifest, trainer.components.lookup_names, "valid", runtime)
         found.append((metrics, [batch.num_requests for (batch,) in loader]))
     return found
 

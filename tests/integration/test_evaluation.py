@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from gpsd_dist.checkpoint import manager
+from gpsd_dist.data.loaders import evaluation_loader
 from gpsd_dist.evaluate import evaluate_checkpoint
 from gpsd_dist.schema import NUM_RESERVED_ROWS, read_manifest
-from gpsd_dist.scoring import evaluate_split, evaluation_loader
+from gpsd_dist.stages.stage import evaluate_split
 from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed
 from tests.integration.tiny_data import NUM_ITEMS, cpu_runtime, edit_state, tiny_run, train_runs, write_tiny_data
@@ -29,7 +30,7 @@ def _scores(rank: int, world_size: int, runs):
         trainer = Trainer(run, runtime)
         trainer.load_weights()
         splits = ("valid", "test")
-        results.append({s: evaluate_split(run, trainer.manifest, trainer.assembly, s, runtime) for s in splits})
+        results.append({s: evaluate_split(run, trainer.manifest, trainer.components, s) for s in splits})
     return results
 
 
@@ -80,10 +81,10 @@ def test_next_item_ranking_equals_a_loop_over_all_items(scored, one_rank):
     run = tiny_run("pretrain", root / "data", root / "pretrain", tables={"sharding": PLAN}, train={"max_steps": 4})
     trainer = Trainer(run, one_rank)
     trainer.load_weights()
-    model, tables = trainer.model.eval(), trainer.assembly.tables
-    item_VE = F.normalize(trainer.assembly.weights()["table"]["item"].local_shards()[0].tensor.double(), dim=-1)
+    model, tables = trainer.model.eval(), trainer.components.tables
+    item_VE = F.normalize(trainer.components.weights()["table"]["item"].local_shards()[0].tensor.double(), dim=-1)
     ranks = []
-    loader = evaluation_loader(run, read_manifest(run.data_dir), trainer.assembly.lookup_names, "valid", one_rank)
+    loader = evaluation_loader(run, read_manifest(run.data_dir), trainer.components.lookup_names, "valid", one_rank)
     for (batch,) in loader:
         with torch.no_grad():
             hidden_TE = model(tables(batch.lookup), batch).hidden_TE.double()

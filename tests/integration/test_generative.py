@@ -53,7 +53,7 @@ def test_the_tower_moves_with_full_transfer(trained, data_dir, tmp_path, one_ran
     options = OPTIONS | {"model": run["model"]}
     trainer = Trainer(tiny_run("finetune", data_dir, tmp_path, "FT", trained / "source", **options), one_rank)
     trainer.load_weights()
-    loaded = {f"dense.{name}": value for name, value in trainer.assembly.weights()["dense"].items()}
+    loaded = {f"dense.{name}": value for name, value in trainer.components.weights()["dense"].items()}
     moved = [name for name in loaded if name.startswith("dense.backbone.")]
     assert {"dense.backbone.tower.positions.table.weight", "dense.backbone.project_in.layers.1.weight"} <= set(moved)
     assert all(torch.equal(loaded[name], source[name]) for name in moved)

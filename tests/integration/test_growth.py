@@ -45,7 +45,7 @@ def _run(root, output_dir, strategy, data="new"):
 def test_old_rows_are_copied_and_new_ones_stay_random(grown, tmp_path, one_rank, caplog):
     source = read_checkpoint(manager.find(grown / "source"))
     trainer = Trainer(_run(grown, tmp_path, "FT"), one_rank)
-    weights = trainer.assembly.weights()
+    weights = trainer.components.weights()
     tensors = {
         "table.item": weights["table"]["item"].local_shards()[0].tensor,
         "dense.backbone.embedder.small.category.weight": weights["dense"]["backbone.embedder.small.category.weight"],

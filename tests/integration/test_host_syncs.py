@@ -7,12 +7,11 @@ import torch
 
 from gpsd_dist.batch.packing import Packing
 from gpsd_dist.distributed.runtime import Runtime
-from gpsd_dist.metrics.recorder import Recorder
 from gpsd_dist.stages import losses
 from gpsd_dist.trainer import Trainer
 from gpsd_dist.training_step import TrainingStep
 from tests.helpers.host_syncs import HostSyncs
-from tests.integration.tiny_data import tiny_run
+from tests.integration.tiny_data import tiny_run, train_batch
 
 LOG_INTERVAL = 4
 KINDS = {
@@ -72,18 +71,18 @@ def test_step_does_not_wait_outside_log_steps(kind, data_dir, tmp_path, one_rank
     monkeypatch.setattr(TrainingStep, "_check_finite", lambda *args: None)
     monkeypatch.setattr(losses, "_mask_hits", _mask_as_on_cuda)
     trainer = _trainer(kind, data_dir, tmp_path, one_rank)
-    recorder = Recorder(tmp_path, 0)
+    trainer.metrics.open(0, trainer.total_steps)
     batches = iter(trainer.loader)
-    trainer._train_step(next(batches), recorder)  # plans and allocates
+    trainer.metrics.record_step(train_batch(trainer, next(batches)))  # plans and allocates
     for _ in range(2):
         parts = next(batches)
         with HostSyncs() as watch:
-            trainer._train_step(parts, recorder)
+            trainer.metrics.record_step(train_batch(trainer, parts))
         assert not watch.found
     with HostSyncs() as watch:
-        recorder.log(3, 0.0)
+        trainer.metrics.log(3)
     assert watch.found  # a log step is what may wait
-    recorder.close()
+    trainer.metrics.close()
     trainer.loader.close()
 
 
@@ -94,18 +93,18 @@ def test_cuda_step_does_not_wait_outside_log_steps(kind, pipeline, data_dir, tmp
     """CUDA itself names every call that waits, from the second step on; TorchRec's own are left out, as above."""
     device = torch.device("cuda", 0)
     trainer = _trainer(kind, data_dir, tmp_path, Runtime(0, 1, 0, device), {"pipeline": pipeline})
-    recorder = Recorder(tmp_path, 0, device=device)
-    steps = trainer._steps(recorder)
+    trainer.metrics.open(0, trainer.total_steps)
+    steps = trainer.training_step.run_steps(trainer.batches(), 0, LOG_INTERVAL)
     next(steps)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(LOG_INTERVAL - 2):
-                next(steps)
+                trainer.metrics.record_step(next(steps))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     waits = [w for w in caught if "synchroniz" in str(w.message) and "/torchrec/" not in w.filename]
     assert not [f"{w.filename}:{w.lineno}" for w in waits if "/fbgemm_gpu/" not in w.filename]
-    recorder.close()
+    trainer.metrics.close()
     trainer.loader.close()

@@ -192,13 +192,13 @@ def test_rows_of_new_owners_start_afresh_and_others_keep_their_bytes(data, tmp_p
     run = _run("finetune", data["managed"], tmp_path / "run", max_steps=2)
     trainer = Trainer(run, one_rank)
     trainer.train()
-    tables = trainer.assembly.tables
+    tables = trainer.components.tables
     weight = tables.weights()["item"].local_shards()[0].tensor
     (state,) = [value.local_shards()[0].tensor for value in tables.optimizer_state()["item"].values()]
     used = state.reshape(len(weight), -1).abs().sum(1).nonzero().squeeze(1)
     assert len(used) > 4
     before, state_before = weight.clone(), state.clone()
-    trainer.assembly.ids._resets["item"](used[:2], 17)
+    trainer.components.ids._resets["item"](used[:2], 17)
     assert not torch.isclose(weight[used[:2]], before[used[:2]]).any()
     assert state[used[:2]].abs().sum() == 0
     kept = torch.ones(len(weight)).bool()
@@ -209,7 +209,7 @@ def test_rows_of_new_owners_start_afresh_and_others_keep_their_bytes(data, tmp_p
 
 def test_every_row_that_changes_hands_is_reset_in_that_step(data, tmp_path, one_rank):
     trainer = Trainer(_run("finetune", data["managed"], tmp_path, max_steps=4), one_rank)
-    resets, calls = trainer.assembly.ids._resets, []
+    resets, calls = trainer.components.ids._resets, []
     reset = resets["item"]
     resets["item"] = lambda rows, turn: (calls.append((turn, sorted(rows.tolist()))), reset(rows, turn))
     trainer.train()
@@ -228,11 +228,11 @@ def test_a_run_chooses_kind_and_size(data, tmp_path, one_rank):
     ids = IdsConfig(kinds={"tag": "hashed"}, rows={"tag": 29, "item": 50})
     trainer = Trainer(dataclasses.replace(_run("finetune", data["managed"], tmp_path), ids=ids), one_rank)
     assert trainer.manifest.table("tag").num_rows == 29 and trainer.manifest.unbounded["tag"] == "hashed"
-    assert {name: value.size()[0] for name, value in trainer.assembly.tables.weights().items()} == {
+    assert {name: value.size()[0] for name, value in trainer.components.tables.weights().items()} == {
         "item": 50,
         "tag": 29,
     }
-    assert set(trainer.assembly.ids.state()) == {"item"}
+    assert set(trainer.components.ids.state()) == {"item"}
 
 
 @pytest.mark.parametrize(

@@ -48,15 +48,15 @@ def _train(rank: int, world_size: int, runs) -> list[int]:
     for run in runs:
         trainer = Trainer(run, cpu_runtime(rank, world_size))
         counts = [0]
-        after_step = trainer._after_step
+        record_step = trainer.metrics.record_step
 
-        def count(*args, trainer=trainer, counts=counts, after_step=after_step):
-            tables = trainer.assembly.tables.module.module
+        def count(done, trainer=trainer, counts=counts, record_step=record_step):
+            tables = trainer.components.tables.module.module
             collections = [part for part in (tables.trainable, tables.frozen) if part is not None]
             counts.append(sum("forward" in vars(part) for part in collections))
-            after_step(*args)
+            record_step(done)
 
-        trainer._after_step = count
+        trainer.metrics.record_step = count
         trainer.train()
         taken.append(max(counts))
     return taken
@@ -120,8 +120,7 @@ class _Copying(nn.Module):
 
 def test_collection_that_would_not_be_prefetched_is_an_error(data_dir, tmp_path, one_rank):
     trainer = Trainer(_run("pretrain", data_dir, tmp_path, "x", pipeline="sparse_dist"), one_rank)
-    trainer._pipeline = None
-    pipeline = SparseDistPipeline(trainer.assembly.tables, _Hooks(), torch.device("cpu"))
+    pipeline = SparseDistPipeline(trainer.components.tables, _Hooks(), torch.device("cpu"))
     pipeline._lookup.tables = _Copying(pipeline._lookup.tables)
     batches = iter(trainer.loader)
     with pytest.raises(RuntimeError, match=r"does not prefetch \['tables.tables.trainable'\]"):

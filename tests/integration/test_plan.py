@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpsd_dist.assembly import assemble, meta_tables
 from gpsd_dist.batch.batch import lookup_of
 from gpsd_dist.config import OptimizerConfig
-from gpsd_dist.metrics.recorder import Recorder
 from gpsd_dist.plan.all_to_all import exchange, unsent_gradients
 from gpsd_dist.plan.estimate import Scenario, estimate, model_size
 from gpsd_dist.plan.memory import memory
@@ -24,7 +23,7 @@ from gpsd_dist.tables.sharding import Cluster, plan_tables, readable, shards_of,
 from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed
 from tests.helpers.synthetic import write_dataset
-from tests.integration.tiny_data import NUM_ITEMS, NUM_TAGS, cpu_runtime, tiny_run, write_tiny_data
+from tests.integration.tiny_data import NUM_ITEMS, NUM_TAGS, cpu_runtime, tiny_run, train_batch, write_tiny_data
 
 pytestmark = pytest.mark.timeout(420)  # the fixture starts ranks with their own limit
 
@@ -96,13 +95,12 @@ def _look_up_everything(rank: int, world_size: int, data_dir) -> dict[str, dict]
 def _train_an_epoch(rank: int, world_size: int, run) -> dict[str, float]:
     """Means per step."""
     trainer = Trainer(run, cpu_runtime(rank, world_size))
-    recorder, unique = Recorder(run.output_dir, rank), np.zeros(2)
+    unique = np.zeros(2)
     with Sent(rank) as sent:
         for batches in trainer.loader:
-            trainer._train_step(batches, recorder)
+            train_batch(trainer, batches)
             unique += batches[0].lookup.length_per_key()
     trainer.loader.close()
-    recorder.close()
     steps = trainer.step
     return {"bytes": sum(sent.bytes.values()) / steps, "item": unique[0] / steps, "tag": unique[1] / steps}
 
@@ -201,13 +199,11 @@ def test_peak_of_a_step_is_as_planned(one_rank, tmp_path, stage):
         pretrain={"num_negative_groups": 8, "num_negatives": 256},
     )
     trainer = Trainer(run, one_rank)
-    recorder = Recorder(run.output_dir, 0)
     (batches,) = trainer.loader
-    trainer._train_step(batches, recorder)
+    train_batch(trainer, batches)
     trainer.optimizer.zero_grad()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trainer._train_step(batches, recorder)
-    recorder.close()
+        train_batch(trainer, batches)
     trainer.loader.close()
     measured = _peak_bytes(profiler, tmp_path / "trace.json")
     shape = data_shape(run, trainer.manifest, "pretrain" if stage == "pretrain" else "train")

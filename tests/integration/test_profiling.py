@@ -21,7 +21,6 @@ RANGES = (
     profiling.FORWARD,
     profiling.TOWER,
     profiling.BACKWARD,
-    profiling.TABLE_UPDATE,
     profiling.OPTIMIZER,
     profiling.COLLECTIVES,
 )
@@ -71,12 +70,12 @@ def test_summary_adds_up(data_dir, tmp_path, one_rank):
     all_ms, percent = parts.pop("all")
     assert percent == 100 and parts.pop("collectives, all together")[1] < 5  # one rank: only calls
     assert set(parts) == {
-        *("data wait", "table lookup", "tower", "head + loss", "dense backward", "table backward + update"),
+        *("data wait", "table lookup", "tower", "head + loss", "backward + table update"),
         *("optimizer", "small collectives", "rest"),
     }
     assert sum(ms for ms, _ in parts.values()) == pytest.approx(all_ms, abs=0.1)
     assert sum(share for _, share in parts.values()) == pytest.approx(100, abs=0.5)
-    for name in ("data wait", "table lookup", "tower", "dense backward", "optimizer"):
+    for name in ("data wait", "table lookup", "tower", "backward + table update", "optimizer"):
         assert parts[name][0] == pytest.approx(sum(ranges[name]) / 3, abs=0.02)
     forward = sum(ranges[profiling.FORWARD]) / 3
     assert parts["head + loss"][0] == pytest.approx(forward - parts["tower"][0], abs=0.02)
@@ -92,9 +91,8 @@ def test_summary_of_the_prefetching_pipeline_has_its_parts(data_dir, tmp_path, o
     options = {"train": {"eval_per_epoch": 1, "micro_batches": 2}, "execution": {"pipeline": "sparse_dist"}}
     Trainer(_run("finetune", data_dir, tmp_path, **options), one_rank).train()
     parts = _parts(tmp_path)
-    assert all(parts[name][0] > 0 for name in ("table lookup", "tower", "dense backward", "optimizer"))
+    assert all(parts[name][0] > 0 for name in ("table lookup", "tower", "backward + table update", "optimizer"))
     assert len(_trace_ranges(tmp_path)[profiling.LOOKUP]) == len(_trace_ranges(tmp_path)[profiling.BACKWARD]) == 3
-    assert "dense backward is that of the tables, too" in (tmp_path / "profile/summary_rank0.txt").read_text()
 
 
 def test_short_run_warns_and_writes_nothing(data_dir, tmp_path, one_rank, caplog):

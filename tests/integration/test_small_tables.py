@@ -26,7 +26,7 @@ def pretrained(tmp_path_factory, data_dir, one_rank):
     root = tmp_path_factory.mktemp("small_tables")
     for kind in THRESHOLDS:
         trainer = Trainer(_pretraining(data_dir, root / kind, kind, 2), one_rank)
-        assert ("table tag:" in trainer.assembly.tables.plan) == (kind == "sharded")
+        assert ("table tag:" in trainer.components.tables.plan) == (kind == "sharded")
         trainer.train()
     return root
 

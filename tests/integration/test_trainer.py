@@ -123,9 +123,10 @@ def test_saves_at_the_interval_and_keeps_best_and_last(data_dir, tmp_path, one_r
 
 def test_sigterm_during_any_step_saves_that_step(data_dir, tmp_path, one_rank, monkeypatch):
     """Also where the step is one of the validation, or the signal comes late in the step."""
-    for stop_at, method in ((3, "_record"), (STEPS_PER_EPOCH, "_validate"), (4, "_check_finite")):
+    for stop_at, method in ((3, "record_step"), (STEPS_PER_EPOCH, "validate"), (4, "_check_finite")):
         trainer = Trainer(tiny_run("finetune", data_dir, tmp_path / method), one_rank)
-        owner = trainer.training_step if method == "_check_finite" else trainer
+        owners = {"record_step": trainer.metrics, "validate": trainer, "_check_finite": trainer.training_step}
+        owner = owners[method]
         original = getattr(owner, method)
 
         def stopping(*args, trainer=trainer, original=original, stop_at=stop_at):
@@ -141,15 +142,15 @@ def test_sigterm_during_any_step_saves_that_step(data_dir, tmp_path, one_rank, m
 
 def poison(trainer: Trainer, at_step: int) -> None:
     """The click head gives NaN from that step on."""
-    original = trainer._train_step
+    original = trainer.training_step.zero_grad
 
-    def poisoned(*args):
+    def poisoned():
         if trainer.step == at_step:
             with torch.no_grad():
                 trainer.model.heads.mlps["click"][2].bias.fill_(math.nan)
-        original(*args)
+        original()
 
-    trainer._train_step = poisoned
+    trainer.training_step.zero_grad = poisoned
 
 
 def test_loss_that_is_not_finite_stops_before_weights_move(data_dir, tmp_path, one_rank):
@@ -159,7 +160,7 @@ def test_loss_that_is_not_finite_stops_before_weights_move(data_dir, tmp_path, o
         trainer.train()
     assert f"last good checkpoint: {step_folder(tmp_path, 2)}" in str(error.value)
     assert re.search(r"'click': nan, 'buy': \d", str(error.value))
-    tables = {name: value.local_shards()[0].tensor for name, value in trainer.assembly.weights()["table"].items()}
+    tables = {name: value.local_shards()[0].tensor for name, value in trainer.components.weights()["table"].items()}
     assert all(torch.isfinite(table).all() for table in tables.values())
 
 
@@ -168,7 +169,7 @@ def test_spoilt_weights_are_not_saved_where_the_step_did_not_look(data_dir, tmp_
     trainer = Trainer(tiny_run("finetune", data_dir, tmp_path, train={"save_interval_steps": 2}), one_rank)
     poison(trainer, at_step=2)
     step = trainer.training_step
-    step._check_finite = lambda *last: setattr(step, "_last_losses", last)
+    step._check_finite = lambda done: None
     with pytest.raises(ValueError, match="rank 0, step 3: the loss is not finite"):
         trainer.train()
     assert trainer.step == 4 and manager.find(tmp_path, "last") == step_folder(tmp_path, 2)
@@ -177,7 +178,7 @@ def test_spoilt_weights_are_not_saved_where_the_step_did_not_look(data_dir, tmp_
 @pytest.mark.parametrize("index", [NUM_ITEMS, -1, 2**40])
 def test_index_outside_a_table_is_an_error_not_row_0(data_dir, tmp_path, one_rank, index):
     """Collate checks indices; this is the net below it."""
-    tables = Trainer(tiny_run("finetune", data_dir, tmp_path), one_rank).assembly.tables
+    tables = Trainer(tiny_run("finetune", data_dir, tmp_path), one_rank).components.tables
 
     def rows(item: int):
         lookup = KeyedJaggedTensor(

@@ -61,9 +61,9 @@ def _whole(assembly) -> dict[str, torch.Tensor]:
 def test_exactly_the_named_tensors_load(trained, data_dir, tmp_path, one_rank, strategy):
     source = read_checkpoint(manager.find(trained / "source"))
     trainer = Trainer(_run(data_dir, trained / "source", tmp_path, strategy), one_rank)
-    random = _whole(trainer.assembly)
+    random = _whole(trainer.components)
     trainer.load_weights()
-    loaded = _whole(trainer.assembly)
+    loaded = _whole(trainer.components)
     expected = set() if strategy == "NT" else {"table.item"}
     if strategy in ("FT", "FT_SF"):
         expected |= {name for name in loaded if name.startswith("dense.backbone.")}
@@ -82,18 +82,18 @@ def test_several_tables_can_be_transferred(trained, data_dir, tmp_path, one_rank
     run = _run(data_dir, trained / "source", tmp_path, "ST_SF", tables={"transfer": ("item", "tag")})
     trainer = Trainer(run, one_rank)
     trainer.train()
-    trained_weights = _whole(trainer.assembly)
+    trained_weights = _whole(trainer.components)
     for table in ("table.item", "table.tag"):
         assert torch.equal(trained_weights[table], source[table])
-    assert not any(trainer.assembly.tables.optimizer_state().values())
+    assert not any(trainer.components.tables.optimizer_state().values())
 
 
 def test_dense_weights_train_where_all_tables_are_frozen(trained, data_dir, tmp_path, one_rank):
     run = _run(data_dir, trained / "source", tmp_path, "ST_SF", tables={"transfer": ("item", "tag")})
     trainer = Trainer(run, one_rank)
-    before = _whole(trainer.assembly)["dense.backbone.tower.blocks.0.qkv.weight"]
+    before = _whole(trainer.components)["dense.backbone.tower.blocks.0.qkv.weight"]
     trainer.train()
-    assert not torch.equal(before, _whole(trainer.assembly)["dense.backbone.tower.blocks.0.qkv.weight"])
+    assert not torch.equal(before, _whole(trainer.components)["dense.backbone.tower.blocks.0.qkv.weight"])
 
 
 @pytest.mark.parametrize("strategy", TRANSFERRING)
@@ -120,7 +120,7 @@ def test_frozen_table_has_no_optimizer_state(trained, data_dir, tmp_path, one_ra
     assert "table_optimizer.tag.momentum1" in saved
     trainer = Trainer(_run(data_dir, trained / "source", tmp_path, strategy), one_rank)
     trainer.train()
-    tables = trainer.assembly.tables
+    tables = trainer.components.tables
     with_state = {name for name, state in tables.optimizer_state().items() if state}
     assert with_state == ({"tag"} if strategy in FROZEN else {"item", "tag"})
     # nothing in FBGEMM has an entry per row of a frozen table, whatever it is called; weights have 16
@@ -134,7 +134,7 @@ def test_frozen_table_has_no_optimizer_state(trained, data_dir, tmp_path, one_ra
 def test_rows_of_a_frozen_table_carry_no_gradient(trained, data_dir, tmp_path, one_rank):
     trainer = Trainer(_run(data_dir, trained / "source", tmp_path, "FT_SF"), one_rank)
     (batch,) = next(iter(trainer.loader))
-    rows = trainer.assembly.tables(batch.lookup)
+    rows = trainer.components.tables(batch.lookup)
     assert not rows["item"].requires_grad and rows["tag"].requires_grad
 
 
@@ -247,7 +247,7 @@ def test_options_that_a_model_does_not_read_do_not_matter(data_dir, tmp_path, on
     first.train()
     second = Trainer(_run(data_dir, tmp_path / "source", tmp_path / "run", "FT", model=din | {"layers": 1}), one_rank)
     second.load_weights()
-    theirs, ours = (trainer.assembly.model.backbone.tower.state_dict() for trainer in (first, second))
+    theirs, ours = (trainer.components.model.backbone.tower.state_dict() for trainer in (first, second))
     assert ours and all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
@@ -291,9 +291,9 @@ def test_frozen_table_in_fewer_bytes(trained, data_dir, tmp_path, one_rank, dtyp
     assert saved.numel() * saved.element_size() <= source.numel() * source.element_size() / 2
     trainer = Trainer(dataclasses.replace(run, train=dataclasses.replace(run.train, max_steps=STEPS + 2)), one_rank)
     trainer.train()
-    assert trainer.step == STEPS + 2 and torch.equal(_whole(trainer.assembly)["table.item"], wanted)
+    assert trainer.step == STEPS + 2 and torch.equal(_whole(trainer.components)["table.item"], wanted)
     (batch,) = next(iter(trainer.loader))
-    rows = trainer.assembly.tables(batch.lookup)["item"]
+    rows = trainer.components.tables(batch.lookup)["item"]
     index = batch.lookup["item"].values()
     expected = source[index, :16]
     assert rows.dtype == torch.float32 and not torch.equal(rows, expected)
@@ -312,7 +312,7 @@ def test_codes_go_on_as_codes_and_nothing_else(trained, data_dir, tmp_path, one_
     trainer = Trainer(_run(data_dir, tmp_path / "first", tmp_path / "next", "FT_SF", tables=tables), one_rank)
     trainer.load_weights()
     codes = read_checkpoint(step_folder(tmp_path / "first", STEPS))["table.item"]
-    assert codes.shape[1] == 8 and torch.equal(_whole(trainer.assembly)["table.item"], codes)
+    assert codes.shape[1] == 8 and torch.equal(_whole(trainer.components)["table.item"], codes)
     for strategy, dtype in (("ST_SF", "fp32"), ("ST_SF", "fp16"), ("FT", "fp32")):
         run = _run(
             data_dir, tmp_path / "first", tmp_path / f"{strategy}_{dtype}", strategy, tables={"frozen_dtype": dtype}

@@ -18,6 +18,7 @@ from gpsd_dist.checkpoint import files, integrity, manager
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.data import collate
 from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.metrics.training_metrics import StepResult
 from gpsd_dist.trainer import Trainer
 from tests.helpers.synthetic import write_dataset
 
@@ -72,10 +73,17 @@ def train_runs(rank: int, world_size: int, runs: list[config.RunConfig]) -> list
     plans = []
     for run in runs:
         trainer = Trainer(run, cpu_runtime(rank, world_size))
-        dcp.save(trainer.assembly.weights(), checkpoint_id=f"{run.output_dir}/initial")
+        dcp.save(trainer.components.weights(), checkpoint_id=f"{run.output_dir}/initial")
         trainer.train()
-        plans.append(trainer.assembly.tables.plan)
+        plans.append(trainer.components.tables.plan)
     return plans
+
+
+def train_batch(trainer: Trainer, parts) -> StepResult:
+    """One optimizer step of a trainer on this batch, outside its loop."""
+    (done,) = trainer.training_step.run_steps(iter([parts]), trainer.step, 1)
+    trainer.step += 1
+    return done
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ ROOMS = (
     # commands
     *("train", "evaluate", "quickstart", "launcher", "run_description", "plan", "scaling", "report", "doctor"),
     # one run
-    *("trainer", "training_step", "scoring", "assembly", "preflight", "stages", "baselines"),
+    *("trainer", "training_step", "assembly", "preflight", "stages", "baselines"),
     # parts of a run
     *("checkpoint", "tables", "metrics", "data", "distributed", "model", "optim"),
     # the ground

@@ -19,7 +19,7 @@ def describe(tmp_path):
     trainer = types.SimpleNamespace(
         run=RunConfig("pretrain", "data", str(tmp_path)),
         manifest=None,
-        assembly=types.SimpleNamespace(tables=tables),
+        components=types.SimpleNamespace(tables=tables),
         model=torch.nn.Linear(1, 1),
         loader=types.SimpleNamespace(steps_per_epoch=1),
         total_steps=1,

@@ -83,7 +83,8 @@ def _product(data, folder, rank, world_size):
 
 
 def _weights(trained):
-    tables = {name: value.local_shards()[0].tensor for name, value in trained.trainer.assembly.tables.weights().items()}
+    weights = trained.trainer.components.tables.weights()
+    tables = {name: value.local_shards()[0].tensor for name, value in weights.items()}
     return [tensor.clone() for tensor in (*trained.trainer.model.state_dict().values(), *tables.values())]
 
 
@@ -118,7 +119,7 @@ def _split_on(rank, world_size, data, folder):
         other.run_steps(STEPS)
         is_same = all(torch.equal(a, b) for a, b in zip(_weights(one), _weights(other), strict=True))
         assert calls == [dist.Work.wait, torch.Tensor.backward, torch.autograd.backward, dist.all_to_all_single]
-        assert one.trainer.training_step.assembly is one.trainer.assembly
+        assert one.trainer.training_step.components is one.trainer.components
         if rank == 1:
             _sleep_in_backward(other.trainer)
         found["backward"] = other.split_step(STEPS)

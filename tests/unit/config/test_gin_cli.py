@@ -207,7 +207,6 @@ def test_a_macro_that_another_override_has_replaced_is_an_error():
         ("--gin.TrainConfig.epochs.more=1", "is not a name"),
         ("--gin.TrainConfig.epochs=many", "epochs is 'many', expected int"),
         ("--gin.WIDTH=63", "multiple of 2 x heads"),
-        ("--gin.STAGE=train", "stage 'train'"),
     ],
 )
 def test_wrong_overrides_are_named(override, words):

@@ -86,7 +86,6 @@ INVALID = [
         for name, value in itertools.product(("warmup_fraction", "final_lr_fraction"), (-0.1, 1.5))
     ],
     (TrainConfig, {"warmup_fraction": 1.0}, "warmup_fraction 1.0 must be in"),
-    (RunConfig, {"stage": "train"}, "stage 'train' is not one of"),
     (RunConfig, {"stage": "finetune", "strategy": "SF"}, "STRATEGY 'SF' is not one of"),
     (RunConfig, {"data_dir": ""}, "--gin.DATA_DIR=PATH"),
     (RunConfig, {"output_dir": ""}, "--gin.OUTPUT_DIR=PATH"),

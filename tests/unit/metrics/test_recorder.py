@@ -121,7 +121,7 @@ def test_other_ranks_write_nothing(tmp_path):
 
 def test_progress_without_a_terminal_is_one_line_per_log_step(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    recorded = recorder.Recorder(tmp_path, 0, progress=progress_bar.Progress(100, is_terminal=False))
+    recorded = recorder.Recorder(tmp_path, 0, progress=progress_bar.ProgressBar(100, is_terminal=False))
     recorded.record("train/loss", 0.5)
     recorded.record("perf/examples_per_s", 1234.0, reduce="sum")
     recorded.advance(9)
@@ -132,7 +132,7 @@ def test_progress_without_a_terminal_is_one_line_per_log_step(tmp_path, caplog):
 
 
 def test_progress_on_a_terminal_shows_a_bar(capsys):
-    shown = progress_bar.Progress(100, first_step=20, is_terminal=True)
+    shown = progress_bar.ProgressBar(100, first_step=20, is_terminal=True)
     shown.show(60, {"train/loss": 0.25, "perf/tokens_per_s": 5000.0})
     shown.close()
     text = capsys.readouterr().err
@@ -142,7 +142,7 @@ def test_progress_on_a_terminal_shows_a_bar(capsys):
 def test_time_left_counts_from_the_resumed_step(monkeypatch):
     now_s = [1000.0]
     monkeypatch.setattr(progress_bar.time, "monotonic", lambda: now_s[0])
-    shown = progress_bar.Progress(100, first_step=20, is_terminal=False)
+    shown = progress_bar.ProgressBar(100, first_step=20, is_terminal=False)
     assert math.isnan(shown.left_s())
     now_s[0] += 30
     shown.show(50, {})

@@ -3,12 +3,12 @@ import dataclasses
 import pytest
 import torch
 
-from gpsd_dist.config import ModelConfig, PretrainConfig, TablesConfig
+from gpsd_dist.config import ModelConfig, PretrainConfig, RunConfig, TablesConfig
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.parquet_dataset import BatchKey
 from gpsd_dist.model.gpsd import NextItemModel, RankingModel
 from gpsd_dist.model.registry import TOWERS
-from gpsd_dist.stages.objective import NextItemObjective
+from gpsd_dist.stages.pretrain import Pretrain
 from gpsd_dist.tables.collections import Tables, lookup_tables
 from tests.helpers.reference import fill_, rms_norm
 from tests.helpers.synthetic import make_manifest, make_rows
@@ -118,7 +118,8 @@ def test_every_parameter_of_ranking_gets_a_gradient(name, tasks, num_rows):
 @pytest.mark.parametrize("name", GENERATIVE)
 def test_every_parameter_of_pretraining_gets_a_gradient(name, num_rows):
     model, rows, batch = pretraining(model=dataclasses.replace(MODEL, name=name), num_rows=num_rows)
-    NextItemObjective(PretrainConfig(auxiliary=("category",)), MANIFEST).sums(model, rows, batch).sum().backward()
+    run = RunConfig("pretrain", "data", "out", pretrain=PretrainConfig(auxiliary=("category",)))
+    Pretrain(run, MANIFEST).loss_sums(model, rows, batch).sum().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from gpsd_dist.config import NEGATIVES_PER, FinetuneConfig, ModelConfig, PretrainConfig, TablesConfig
+from gpsd_dist.config import NEGATIVES_PER, FinetuneConfig, ModelConfig, PretrainConfig, RunConfig, TablesConfig
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.parquet_dataset import BatchKey
 from gpsd_dist.model.gpsd import NextItemModel, RankingModel
 from gpsd_dist.schema import Task
-from gpsd_dist.stages import losses
-from gpsd_dist.stages.objective import NextItemObjective, RankingObjective, trained_tasks
+from gpsd_dist.stages import losses, registry
+from gpsd_dist.stages.finetune import Finetune, trained_tasks
+from gpsd_dist.stages.pretrain import Pretrain
 from gpsd_dist.tables.collections import Tables, lookup_tables
 from tests.helpers.reference import fill_
 from tests.helpers.synthetic import make_manifest, make_rows
@@ -34,6 +35,11 @@ class Fixed(nn.Module):
 BATCH = types.SimpleNamespace(labels=LABELS)
 
 
+def finetune(tasks=MANIFEST.tasks, name="transformer", **options):
+    run = RunConfig("finetune", "data", "out", finetune=FinetuneConfig(**options), model=ModelConfig(name=name))
+    return Finetune(run, dataclasses.replace(MANIFEST, tasks=tasks))
+
+
 def entropy(probability, label):
     return -math.log(probability if label else 1 - probability)
 
@@ -49,32 +55,32 @@ def ranking(name, weight, num_rows=8):
     [batch] = collate(make_rows(MANIFEST, "train", seed=0, num_rows=num_rows), BatchKey(0, 0, 0))
     rows = fill_(Tables(sharded, (), tables_config, torch.device("cpu")))(batch.lookup)
     model = RankingModel(MANIFEST, tables_config, ModelConfig(name=name, width=16), sharded, ("click", "buy"))
-    return RankingObjective(FinetuneConfig(next_behaviour_weight=weight), MANIFEST.tasks), fill_(model), rows, batch
+    return finetune(name=name, next_behaviour_weight=weight), fill_(model), rows, batch
 
 
 @pytest.mark.parametrize("name", ["dien", "dmin"])
 def test_next_behaviour_is_one_more_loss_over_tokens_that_have_a_predecessor(name):
     plain, model, rows, batch = ranking(name, 0.0)
-    objective = ranking(name, 0.5)[0]
-    assert list(objective.weights.items()) == [("click", 1.0), ("buy", 1.0), ("next_behaviour", 0.5)]
+    stage = ranking(name, 0.5)[0]
+    assert list(stage.loss_weights.items()) == [("click", 1.0), ("buy", 1.0), ("next_behaviour", 0.5)]
     lengths = batch.packing.history_offsets.diff()
-    assert objective.counts(batch).tolist() == [*plain.counts(batch).tolist(), (lengths - 1).clamp(min=0).sum()]
+    assert stage.counts(batch).tolist() == [*plain.counts(batch).tolist(), (lengths - 1).clamp(min=0).sum()]
 
     torch.manual_seed(3)
-    sums = objective.sums(model, rows, batch)
-    torch.testing.assert_close(sums[:2], plain.sums(model, rows, batch), rtol=0, atol=0)
+    sums = stage.loss_sums(model, rows, batch)
+    torch.testing.assert_close(sums[:2], plain.loss_sums(model, rows, batch), rtol=0, atol=0)
     _, history = model(rows, batch, with_history=True)
     item, position = batch.history_item_T, batch.packing.position_S[: len(batch.history_item_T)]
     torch.manual_seed(3)
     negative = torch.randint(len(item), item.shape)
-    torch.testing.assert_close(sums[2], losses.next_behaviour(*history, position, item, negative)[0])
+    torch.testing.assert_close(sums[2], losses.next_behaviour(*history, position, item, negative))
     assert sums[2] > 0 and len(negative.unique()) > len(negative) / 4
 
 
 @pytest.mark.parametrize("num_rows", [8, 0])
 def test_next_behaviour_reaches_every_parameter_that_the_task_does(num_rows):
-    objective, model, rows, batch = ranking("dien", 0.5, num_rows)
-    objective.sums(model, rows, batch).sum().backward()
+    stage, model, rows, batch = ranking("dien", 0.5, num_rows)
+    stage.loss_sums(model, rows, batch).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -86,31 +92,31 @@ def test_a_task_with_the_name_of_the_auxiliary_loss_is_an_error():
 
 
 def test_conditional_task_counts_where_the_other_label_is_one():
-    objective = RankingObjective(FinetuneConfig(), MANIFEST.tasks)
-    assert objective.counts(BATCH).tolist() == [5, 2]  # buy: candidates 1 and 2; 5 was clicked, but nobody knows
+    stage = finetune()
+    assert stage.counts(BATCH).tolist() == [5, 2]  # buy: candidates 1 and 2; 5 was clicked, but nobody knows
     click = sum(entropy(p("click", i), LABELS["click"][i]) for i in (0, 1, 2, 4, 5))
     buy = entropy(p("buy", 1), 1) + entropy(p("buy", 2), 0)
-    torch.testing.assert_close(objective.sums(Fixed(), {}, BATCH), torch.tensor([click, buy]))
+    torch.testing.assert_close(stage.loss_sums(Fixed(), {}, BATCH), torch.tensor([click, buy]))
 
 
 def test_esmm_trains_the_product_over_all_candidates():
-    objective = RankingObjective(FinetuneConfig(esmm=True), MANIFEST.tasks)
-    assert objective.counts(BATCH).tolist() == [5, 4]  # 0 and 4 were not clicked: not bought; 3 and 5 are unknown
+    stage = finetune(esmm=True)
+    assert stage.counts(BATCH).tolist() == [5, 4]  # 0 and 4 were not clicked: not bought; 3 and 5 are unknown
     product = {0: 0, 1: 1, 2: 0, 4: 0}
     buy = sum(entropy(p("click", i) * p("buy", i), label) for i, label in product.items())
     click = sum(entropy(p("click", i), LABELS["click"][i]) for i in (0, 1, 2, 4, 5))
-    torch.testing.assert_close(objective.sums(Fixed(), {}, BATCH), torch.tensor([click, buy]))
+    torch.testing.assert_close(stage.loss_sums(Fixed(), {}, BATCH), torch.tensor([click, buy]))
 
 
 def test_ranking_weights_are_named_in_order_and_default_to_one():
-    objective = RankingObjective(FinetuneConfig(task_weights={"buy": 0.5}), MANIFEST.tasks)
-    assert list(objective.weights.items()) == [("click", 1.0), ("buy", 0.5)]
+    stage = finetune(task_weights={"buy": 0.5})
+    assert list(stage.loss_weights.items()) == [("click", 1.0), ("buy", 0.5)]
 
 
 def test_a_conditional_task_needs_no_head_of_the_other():
-    objective = RankingObjective(FinetuneConfig(task_weights={"click": 0.0}), (BUY,))
-    assert objective.counts(BATCH).tolist() == [2]
-    assert objective.sums(Fixed(), {}, BATCH).shape == (1,)
+    stage = finetune(task_weights={"click": 0.0})
+    assert stage.counts(BATCH).tolist() == [2]
+    assert stage.loss_sums(Fixed(), {}, BATCH).shape == (1,)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +150,7 @@ def test_three_tasks_in_another_order():
     tasks = (Task("buy", given="click"), Task("like"), Task("click"))
     manifest = dataclasses.replace(MANIFEST, tasks=tasks)
     kept = trained_tasks(FinetuneConfig(task_weights={"like": 0.0}), manifest)
-    assert RankingObjective(FinetuneConfig(), kept).counts(BATCH).tolist() == [2, 5]
+    assert finetune(kept).counts(BATCH).tolist() == [2, 5]
 
 
 # --- pretraining ---------------------------------------------------------------------------------------------------
@@ -159,15 +165,16 @@ def pretraining(rows, negatives_per="group", num_parts=1):
     batches = Collate(MANIFEST, lookup, 20, False, **options)(rows, BatchKey(0, 0, 0))
     tables = fill_(Tables(sharded, (), tables_config, torch.device("cpu")))
     model = NextItemModel(MANIFEST, tables_config, ModelConfig(layers=1, width=16, heads=2), sharded, config.auxiliary)
-    return NextItemObjective(config, MANIFEST), fill_(model), tables, batches
+    run = RunConfig("pretrain", "data", "out", pretrain=config)
+    return Pretrain(run, MANIFEST), fill_(model), tables, batches
 
 
 @pytest.mark.parametrize("negatives_per", ["group", "position"])
 def test_next_item_sums_compare_each_state_with_the_next_token(negatives_per):
     rows = make_rows(MANIFEST, "pretrain", seed=0, num_rows=8)
-    objective, model, tables, [batch] = pretraining(rows, negatives_per)
+    stage, model, tables, [batch] = pretraining(rows, negatives_per)
     rows = tables(batch.lookup)
-    assert list(objective.weights.items()) == [("next_item", 1.0), ("next_category", 0.25)]
+    assert list(stage.loss_weights.items()) == [("next_item", 1.0), ("next_category", 0.25)]
     hidden = model(rows, batch).hidden_TE
     unit = nn.functional.normalize(tables.trainable.embeddings["item"].weight, dim=-1)
     category = nn.functional.normalize(model.backbone.embedder.small["category"].weight, dim=-1)
@@ -185,9 +192,9 @@ def test_next_item_sums_compare_each_state_with_the_next_token(negatives_per):
         item_sum -= (unit[[item, *others]] @ query).log_softmax(0)[0]
         category_sum -= (category @ query).log_softmax(0)[batch.history["category"][target]]
         count += 1
-    assert objective.counts(batch).tolist() == [count, count] and count > 50
+    assert stage.counts(batch).tolist() == [count, count] and count > 50
     torch.testing.assert_close(
-        objective.sums(model, rows, batch), torch.stack([item_sum, category_sum]), rtol=1e-4, atol=1e-3
+        stage.loss_sums(model, rows, batch), torch.stack([item_sum, category_sum]), rtol=1e-4, atol=1e-3
     )
 
 
@@ -196,26 +203,30 @@ def test_category_sums_and_counts_do_not_depend_on_micro_batches(num_parts):
     rows = make_rows(MANIFEST, "pretrain", seed=0, num_rows=10)
     totals = []
     for parts in (1, num_parts):
-        objective, model, tables, batches = pretraining(rows, num_parts=parts)
+        stage, model, tables, batches = pretraining(rows, num_parts=parts)
         looked_up = tables(batches[0].lookup)
-        counts = sum(objective.counts(batch) for batch in batches)
-        totals.append((counts, sum(objective.sums(model, looked_up, batch)[1] for batch in batches)))
+        counts = sum(stage.counts(batch) for batch in batches)
+        totals.append((counts, sum(stage.loss_sums(model, looked_up, batch)[1] for batch in batches)))
     torch.testing.assert_close(totals[0], totals[1])
 
 
 @pytest.mark.parametrize("negatives_per", NEGATIVES_PER)
 def test_empty_batches_count_nothing_and_still_run(negatives_per):
     empty = make_rows(MANIFEST, "pretrain", seed=0, num_rows=3).slice(0, 0)
-    objective, model, tables, [batch] = pretraining(empty, negatives_per)
-    sums = objective.sums(model, tables(batch.lookup), batch)
-    assert objective.counts(batch).tolist() == [0, 0] and sums.tolist() == [0, 0]
+    stage, model, tables, [batch] = pretraining(empty, negatives_per)
+    sums = stage.loss_sums(model, tables(batch.lookup), batch)
+    assert stage.counts(batch).tolist() == [0, 0] and sums.tolist() == [0, 0]
     sums.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_counts_agree_with_those_of_the_losses():
-    objective, model, tables, [batch] = pretraining(make_rows(MANIFEST, "pretrain", seed=1, num_rows=6))
-    next_item = batch.next_item
-    hidden = model(tables(batch.lookup), batch).hidden_TE[next_item.token_M]
-    _, count = losses.full_softmax(hidden, hidden, torch.arange(len(hidden)), 0.1)
-    assert objective.counts(batch).tolist() == [count.item()] * 2
+def test_pretraining_counts_the_tokens_that_another_one_follows():
+    stage, _, _, [batch] = pretraining(make_rows(MANIFEST, "pretrain", seed=1, num_rows=6))
+    lengths = batch.packing.history_offsets.diff()
+    assert 0 < stage.counts(batch)[0] <= (lengths - 1).clamp(min=0).sum()
+    assert stage.counts(batch).tolist() == [len(batch.next_item.token_M)] * 2
+
+
+def test_a_misspelt_stage_is_named_with_what_there_is():
+    with pytest.raises(ValueError, match=r"'pretrian' is not one of \('pretrain', 'finetune'\); did you mean"):
+        registry.find("pretrian")

@@ -1,0 +1,77 @@
+"""Builds the loaders of a run: shuffled batches to train on, and a split in file order to score."""
+
+from gpsd_dist.batch.batch import Batch, pinned
+from gpsd_dist.config import RunConfig
+from gpsd_dist.data.collate import Collate
+from gpsd_dist.data.loader import Loader
+from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.schema import Manifest
+
+
+def training_loader(
+    run: RunConfig, manifest: Manifest, lookup_names: tuple[str, ...], runtime: Runtime, *, with_candidates: bool
+) -> Loader[tuple[Batch, ...]]:
+    """Loads shuffled batches of the training split; each comes in as many parts as gradients are accumulated over.
+
+    Without candidates a batch has negatives for its next items instead. ValueError for an option or a file.
+    """
+    collate = Collate(
+        manifest,
+        lookup_names,
+        run.data.max_history_length,
+        with_candidates=with_candidates,
+        negatives_per=None if with_candidates else run.pretrain.negatives_per,
+        num_negative_groups=run.pretrain.num_negative_groups,
+        num_negatives=run.pretrain.num_negatives,
+        seed=run.seed,
+        num_parts=run.train.micro_batches,
+        token_multiple=run.execution.token_multiple,
+    )
+    is_pinned = runtime.device.type == "cuda"
+
+    def make_batch(rows, key):
+        parts = collate(rows, key)
+        return pinned(parts) if is_pinned else parts
+
+    return Loader(
+        run.data_dir,
+        manifest,
+        run.training_split,
+        make_batch=make_batch,
+        columns=collate.columns(),
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        num_data_shards=run.data.num_data_shards,
+        global_batch_rows=run.data.global_batch_rows or None,
+        global_batch_tokens=run.data.global_batch_tokens or None,
+        max_history_length=run.data.max_history_length,
+        seed=run.seed,
+        num_threads=run.data.num_threads,
+        prefetch=run.data.prefetch,
+    )
+
+
+def evaluation_loader(
+    run: RunConfig, manifest: Manifest, lookup_names: tuple[str, ...], split: str, runtime: Runtime
+) -> Loader[tuple[Batch, ...]]:
+    """Loads a split in file order, every row once; ranks that run out get empty batches.
+
+    ValueError for a data set without labels.
+    """
+    if not manifest.tasks:
+        raise ValueError(f"{run.data_dir} has no task, so there is nothing to score in {split!r}")
+    collate = Collate(manifest, lookup_names, run.data.max_history_length, with_candidates=True)
+    return Loader(
+        run.data_dir,
+        manifest,
+        split,
+        make_batch=collate,
+        columns=collate.columns(),
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        num_data_shards=runtime.world_size,
+        global_batch_rows=run.data.eval_batch_rows_per_rank * runtime.world_size,
+        shuffle=False,
+        num_threads=run.data.num_threads,
+        prefetch=run.data.prefetch,
+    )

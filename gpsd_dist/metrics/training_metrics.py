@@ -1,0 +1,122 @@
+"""Turns what steps and validations leave behind into the numbers of a run: losses, rates, generalization gap.
+
+`recorder.py` reduces them over ranks and writes them. Shape letter: L losses of the stage.
+"""
+
+import dataclasses
+import typing
+
+import torch
+
+from gpsd_dist.batch.batch import Batch
+from gpsd_dist.config import RunConfig
+from gpsd_dist.distributed.collectives import all_sum
+from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.metrics.progress_bar import ProgressBar
+from gpsd_dist.metrics.recorder import Recorder
+from gpsd_dist.metrics.throughput import Throughput
+
+T = typing.TypeVar("T")
+
+
+@dataclasses.dataclass
+class StepResult:
+    """What one optimizer step leaves behind. Tensors stay on their device: nothing here waits for a GPU."""
+
+    parts: tuple[Batch, ...]
+    """The batch that was trained on; more than one part with gradient accumulation."""
+    number: int
+    """Of the step, from 0 over the whole run."""
+    loss_sums_L: torch.Tensor
+    """float32, of this rank."""
+    counts_L: torch.Tensor
+    """float32, over all ranks."""
+    learning_rate: float
+    """Of the dense part."""
+    gradient_norm: torch.Tensor | None = None
+    """Of the dense part before clipping; None if nothing is clipped."""
+    id_facts: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Metric -> value: how full managed tables are, how many ids have no row."""
+
+
+class TrainingMetrics:
+    """Collects the metrics of one training run; every rank has one, rank 0 writes and shows them."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        runtime: Runtime,
+        loss_weights: dict[str, float],
+        scored_losses: tuple[str, ...],
+        steps_per_epoch: int,
+    ):
+        """`scored_losses`: losses whose mean is compared with the log loss on `valid` of the task of that name."""
+        self.run, self.runtime, self.steps_per_epoch = run, runtime, steps_per_epoch
+        self.loss_weights, self.scored_losses = loss_weights, scored_losses
+        self.throughput = Throughput()
+        self._since_validation: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def open(self, first_step: int, total_steps: int) -> None:
+        """Opens the files of rank 0, without what a killed run wrote after `first_step`, and starts the clock."""
+        bar = ProgressBar(total_steps, first_step=first_step) if self.runtime.is_main else None
+        folder, device = self.run.output_dir, self.runtime.device
+        self.recorder = Recorder(folder, self.runtime.rank, resume_step=first_step or None, progress=bar, device=device)
+        self.throughput.restart()
+
+    def timed(self, batches: typing.Iterator[T]) -> typing.Iterator[T]:
+        """Hands the batches on, and counts the time spent waiting for them."""
+        while True:
+            with self.throughput.data_wait():
+                parts = next(batches, None)
+            if parts is None:
+                return
+            yield parts
+
+    def record_step(self, done: StepResult) -> None:
+        """Records losses and rates of one step; no collective, no wait for a GPU."""
+        total: typing.Any = 0.0
+        for index, (name, weight) in enumerate(self.loss_weights.items()):
+            # Counts are global already: the mean over ranks of world size * sum / count is the global mean.
+            mean = done.loss_sums_L[index] * self.runtime.world_size / done.counts_L[index].clamp(min=1)
+            self.recorder.record(f"train/{name}_loss", mean)
+            total = total + weight * mean
+        self.recorder.record("train/loss", total)
+        self.recorder.record("train/dense_lr", done.learning_rate, reduce="last")
+        if done.gradient_norm is not None:
+            self.recorder.record("train/gradient_norm", done.gradient_norm)
+        for name, value in done.id_facts.items():
+            self.recorder.record(name, value, reduce="last")
+        since, now = self._since_validation, (done.loss_sums_L, done.counts_L)
+        self._since_validation = now if since is None else (since[0] + now[0], since[1] + now[1])
+        requests = sum(batch.num_requests for batch in done.parts)
+        self.throughput.step(requests, sum(batch.packing.num_history_tokens for batch in done.parts))
+
+    def record_validation(self, metrics: dict[str, dict[str, float | int]]) -> None:
+        """Records the metrics of `valid` and the generalization gap. Collective.
+
+        The gap is log loss on `valid` minus the mean training loss since the last validation.
+        """
+        for task, values in metrics.items():
+            self.recorder.record_all(f"valid/{task}", values)
+        if self._since_validation is None or not self.scored_losses:
+            return
+        sums_L, counts_L = self._since_validation
+        means = dict(zip(self.loss_weights, all_sum(sums_L) / counts_L.clamp(min=1), strict=True))
+        for name in self.scored_losses:
+            self.recorder.record(f"gap/{name}_log_loss", metrics[name]["log_loss"] - means[name], reduce="last")
+        self._since_validation = None
+
+    def log(self, step: int, *, with_rates: bool = True) -> None:
+        """Reduces, writes and shows what was recorded since the last call. Collective; waits for a GPU."""
+        if with_rates:
+            self.runtime.watchdog.note("metrics of all ranks", is_collective=True)
+            self.throughput.record_to(self.recorder)
+        self.recorder.log(step, step / self.steps_per_epoch)
+
+    def show_step(self, step: int) -> None:
+        """Moves the progress bar."""
+        self.recorder.advance(step)
+
+    def close(self) -> None:
+        """Closes files and progress bar."""
+        self.recorder.close()

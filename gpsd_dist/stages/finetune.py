@@ -1,0 +1,156 @@
+"""Discriminative training: the state at every candidate gives a logit per task. arXiv:2506.03699, section 3.3.
+
+Shape letters: C candidates, T history tokens, L losses.
+"""
+
+import typing
+
+import torch
+from torch import nn
+
+from gpsd_dist.batch.batch import Batch
+from gpsd_dist.config import FinetuneConfig, RunConfig
+from gpsd_dist.metrics.classification import Predictions, gather_metrics
+from gpsd_dist.model.gpsd import RankingModel, find_tower
+from gpsd_dist.model.registry import TOWERS
+from gpsd_dist.schema import Manifest, Table, Task
+from gpsd_dist.stages import losses
+from gpsd_dist.stages.stage import Components, Metrics
+
+NEXT_BEHAVIOUR = "next_behaviour"
+"""Name of the auxiliary loss."""
+
+
+class Finetune:
+    """Cross entropy per task over the candidates whose label is observed; of a task given another, where that is 1.
+
+    With ESMM a conditional task is trained through the product of both probabilities instead, over all candidates.
+    With `next_behaviour_weight` the histories' states predict the next behaviour too; negatives are drawn from torch's
+    generator, which is seeded every step.
+    """
+
+    with_candidates: typing.ClassVar[bool] = True
+
+    def __init__(self, run: RunConfig, manifest: Manifest):
+        self.run, self.config, self.manifest = run, run.finetune, manifest
+        self.tasks = trained_tasks(run.finetune, manifest)
+        if self._has_auxiliary and not find_tower(run.model.name).supervises_history:
+            able = sorted(name for name, tower in TOWERS.items() if tower.supervises_history)
+            raise ValueError(
+                f"next_behaviour_weight {self.config.next_behaviour_weight}: model {run.model.name!r} has no history "
+                f"states to supervise, only {able} have; leave the option out"
+            )
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """A task weighs what `task_weights` says, else 1."""
+        weights = {task.name: self.config.task_weights.get(task.name, 1.0) for task in self.tasks}
+        return weights | ({NEXT_BEHAVIOUR: self.config.next_behaviour_weight} if self._has_auxiliary else {})
+
+    @property
+    def scored_losses(self) -> tuple[str, ...]:
+        """All tasks, but those that ESMM trains on another quantity than they are scored on."""
+        return tuple(task.name for task in self.tasks if not (self.config.esmm and task.given))
+
+    def model(self, sharded: tuple[Table, ...]) -> nn.Module:
+        """Builds the tower, the embedding of the context, and an MLP head per task."""
+        names = tuple(task.name for task in self.tasks)
+        return RankingModel(self.manifest, self.run.tables, self.run.model, sharded, names)
+
+    def counts(self, batch: Batch) -> torch.Tensor:
+        """Counts the observed labels of each task, and the history tokens that another one precedes: float32 [L]."""
+        counts = [(~self._label(task, batch).isnan()).sum() for task in self.tasks]
+        if self._has_auxiliary:
+            counts.append((_history_position(batch) > 0).sum())
+        return torch.stack(counts).float()
+
+    def loss_sums(self, model: nn.Module, embeddings: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        """Sums the loss of each task over its observed labels: float32 [L]."""
+        if not self._has_auxiliary:
+            logits = model(embeddings, batch)
+            return torch.stack([self._loss(task, logits, batch) for task in self.tasks])
+        logits, history = model(embeddings, batch, with_history=True)
+        item_T = batch.history_item_T
+        negative_T = torch.randint(max(len(item_T), 1), item_T.shape, device=item_T.device)
+        auxiliary = losses.next_behaviour(
+            history.state_TN, history.token_TN, _history_position(batch), item_T, negative_T
+        )
+        return torch.stack([*(self._loss(task, logits, batch) for task in self.tasks), auxiliary])
+
+    def evaluate(
+        self, components: Components, batches: typing.Iterable[tuple[Batch, ...]], rank_cut: int | None
+    ) -> Metrics:
+        """Scores every candidate: task -> auc, gauc, log_loss, ne, calibration, rows. Collective.
+
+        `rank_cut` belongs to next-item ranking and must be None.
+        """
+        if rank_cut is not None:
+            raise ValueError(
+                f"--rank_cut belongs to next-item ranking; this run scores {[task.name for task in self.tasks]}"
+            )
+        runtime = components.runtime
+        predictions = {task.name: Predictions() for task in self.tasks}
+        for (host_batch,) in batches:
+            runtime.watchdog.alive()
+            (batch,) = components.ids.assign((host_batch.to(runtime.device),))
+            embeddings = components.tables(batch.lookup)  # collective: also with an empty batch
+            if batch.num_requests or components.forward_is_collective:
+                add_predictions(predictions, self.tasks, components.model(embeddings, batch), batch)
+        return gather_metrics(predictions)
+
+    def default_metric(self, metrics: Metrics) -> str:
+        """AUC of the first task."""
+        return f"{next(iter(metrics))}/auc"
+
+    @property
+    def _has_auxiliary(self) -> bool:
+        return self.config.next_behaviour_weight > 0
+
+    def _loss(self, task: Task, logits: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        label_C = self._label(task, batch)
+        if self.config.esmm and task.given is not None:
+            return losses.product_cross_entropy(logits[task.given], logits[task.name], label_C)
+        return losses.binary_cross_entropy(logits[task.name], label_C)
+
+    def _label(self, task: Task, batch: Batch) -> torch.Tensor:
+        """float32 [C], NaN where the loss of the task does not count."""
+        label_C = batch.labels[task.name]
+        if task.given is None:
+            return label_C
+        combine = losses.product_label if self.config.esmm else losses.conditional_label
+        return combine(label_C, batch.labels[task.given])
+
+
+def add_predictions(
+    predictions: dict[str, Predictions], tasks: tuple[Task, ...], logits: dict[str, torch.Tensor], batch: Batch
+) -> None:
+    """Adds the scores of a batch; a task given another one is scored where that label is 1."""
+    user_C = batch.user_hash_B[batch.packing.request_C]
+    for task in tasks:
+        label_C = batch.labels[task.name]
+        if task.given is not None:
+            label_C = losses.conditional_label(label_C, batch.labels[task.given])
+        predictions[task.name].add(logits[task.name].detach(), label_C, user_C, ~label_C.isnan())
+
+
+def _history_position(batch: Batch) -> torch.Tensor:
+    """int64 [T]: place of each token in its history."""
+    return batch.packing.position_S[: batch.packing.num_history_tokens]
+
+
+def trained_tasks(config: FinetuneConfig, manifest: Manifest) -> tuple[Task, ...]:
+    """Tasks with a weight above 0. ValueError for a weight of an unknown task, or one given a task that is left out."""
+    names = [task.name for task in manifest.tasks]
+    unknown = set(config.task_weights) - set(names)
+    if unknown:
+        raise ValueError(f"FinetuneConfig.task_weights names {sorted(unknown)}, but the data set has tasks {names}")
+    tasks = tuple(task for task in manifest.tasks if config.task_weights.get(task.name, 1.0) > 0)
+    kept = {task.name for task in tasks}
+    for task in tasks:
+        if config.esmm and task.given is not None and task.given not in kept:
+            raise ValueError(f"ESMM trains {task.name!r} through {task.given!r}, whose weight is 0")
+    if NEXT_BEHAVIOUR in kept and config.next_behaviour_weight:
+        raise ValueError(f"task {NEXT_BEHAVIOUR!r} has the name of the auxiliary loss: rename it in the data set")
+    if not tasks:
+        raise ValueError(f"no task to train: the weights of {names} are all 0")
+    return tasks

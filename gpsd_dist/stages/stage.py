@@ -1,0 +1,105 @@
+"""Says what a stage is: which model it trains, what it minimises, and how it is judged. One file per stage.
+
+The objective of a stage is the sum over its L losses of weight x (sum over all ranks / count over all ranks). So a
+result does not depend on how rows fell on ranks: a loss returns its sum, the stage counts, the training step divides.
+
+Shape letters: L losses of a stage, U distinct rows of a table in a batch, E embedding width.
+"""
+
+import dataclasses
+import typing
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from gpsd_dist.batch.batch import Batch
+from gpsd_dist.config import RunConfig
+from gpsd_dist.data.loaders import evaluation_loader
+from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.schema import Manifest, Table
+from gpsd_dist.tables.id_assignment import IdAssignment
+from gpsd_dist.tables.sharding import ShardedTables
+
+Metrics = dict[str, dict[str, float | int]]
+"""Task -> metric -> value."""
+
+
+class Stage(typing.Protocol):
+    """One stage of training. `registry.make_stage` builds it from a run and its data set."""
+
+    with_candidates: typing.ClassVar[bool]
+    """Whether training reads candidates, context and labels; without, histories alone."""
+
+    def __init__(self, run: RunConfig, manifest: Manifest):
+        """Raises ValueError for options that do not fit the data set."""
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Loss -> weight, in the order of L."""
+
+    @property
+    def scored_losses(self) -> tuple[str, ...]:
+        """Losses that `evaluate` reports as `log_loss` of a task of their name; their gap to training is logged."""
+
+    def model(self, sharded: tuple[Table, ...]) -> nn.Module:
+        """The dense model on torch's current default device. `sharded`: tables whose embeddings are looked up."""
+
+    def counts(self, batch: Batch) -> torch.Tensor:
+        """float32 [L]: positions or labels in this batch. Needs no model, so ranks can add them up beforehand."""
+
+    def loss_sums(self, model: nn.Module, embeddings: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        """float32 [L]: runs the model on table -> [U, E] and sums each loss over the batch."""
+
+    def evaluate(
+        self, components: "Components", batches: typing.Iterable[tuple[Batch, ...]], rank_cut: int | None
+    ) -> Metrics:
+        """Exact metrics over all batches and ranks, in evaluation mode, without gradients. Collective."""
+
+    def default_metric(self, metrics: Metrics) -> str:
+        """`task/metric` that chooses the best checkpoint where `TrainConfig.best_metric` is empty; larger is better."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Components:
+    """Everything of a run that holds weights, built and ready to be loaded into: `assembly.assemble`."""
+
+    tables: ShardedTables
+    model: nn.Module
+    """The stage's dense model, on the device."""
+    stage: Stage
+    lookup_names: tuple[str, ...]
+    """Tables that a batch looks up."""
+    ids: IdAssignment
+    """Gives a batch rows for the ids of managed tables; every batch goes through it before its lookup."""
+    runtime: Runtime
+
+    @property
+    def forward_is_collective(self) -> bool:
+        """Whether ranks must call `model` together, because they gather its weights (FSDP2); else only `tables`."""
+        return isinstance(self.model, FSDPModule)
+
+    def weights(self) -> dict[str, dict]:
+        """Live tensors under the names that checkpoints use: `table.<name>`, `dense.<parameter>`, and
+        `ids.<table>.<name>` where a table is managed.
+        """
+        ids = self.ids.state()
+        named = {"table": self.tables.weights(), "dense": dict(self.model.state_dict())}
+        return named | ({"ids": ids} if ids else {})
+
+
+def evaluate_split(
+    run: RunConfig, manifest: Manifest, components: Components, split: str, rank_cut: int | None = None
+) -> Metrics:
+    """Makes one pass over a split without training: exact metrics over all rows, the same on every rank. Collective.
+
+    ValueError if `rank_cut` is given to a stage that ranks no items, or the data set has no labels.
+    """
+    runtime = components.runtime
+    was_training = components.model.training
+    components.model.eval()
+    batches = evaluation_loader(run, manifest, components.lookup_names, split, runtime)
+    with torch.no_grad(), torch.autocast(runtime.device.type, torch.bfloat16, enabled=run.train.bf16):
+        metrics = components.stage.evaluate(components, batches, rank_cut)
+    components.model.train(was_training)
+    return metrics
