@@ -7,7 +7,6 @@ The exposures after the old test period are the new `test`; the old `test` becom
 Rows that were written stay as they are (hard links). An id that enters a vocabulary now is unknown in older rows.
 """
 
-import argparse
 import dataclasses
 import os
 import pathlib
@@ -19,7 +18,20 @@ import typing
 import ibis
 import ibis.expr.types as ir
 
-from data_pipeline import canonical, engine, fingerprint, holdout, progress, sequences, splits, validate, vocab, write
+from data_pipeline import (
+    canonical,
+    engine,
+    fingerprint,
+    holdout,
+    progress,
+    sequences,
+    sources,
+    splits,
+    validate,
+    vocab,
+    write,
+)
+from data_pipeline.options import BuildOptions
 from gpsd_dist import schema
 
 CHAIN = "chain"
@@ -34,13 +46,13 @@ class Bounds(typing.NamedTuple):
     test_until: int
 
 
-def build(options: argparse.Namespace, source: types.ModuleType, command: str) -> None:
+def build(options: BuildOptions, source: types.ModuleType, command: str) -> None:
     """Writes the data set of the next day to options.out_dir. ValueError for every problem of the input."""
     parent_dir = options.append_to
     parent = schema.read_manifest(parent_dir)
     parent_sha256 = fingerprint.file_sha256(parent_dir / schema.MANIFEST_NAME)
-    options = holdout.as_built(options, parent, parent_dir)
-    files = source.find_files(options.raw_dir, options)
+    options = sources.complete(source, holdout.as_built(options, parent, parent_dir))
+    files = source.find_files(options)
     prints = fingerprint.describe(files, {"append": True}, options.source)
     if not options.force and _is_current(options.out_dir, parent_dir, parent_sha256, prints["fingerprint"]):
         progress.say(f"{options.out_dir} is up to date: same raw files and pipeline code; nothing to do")
@@ -107,7 +119,7 @@ class _Day:
         parent: schema.Manifest,
         parent_dir: pathlib.Path,
         old: Bounds,
-        options: argparse.Namespace,
+        options: BuildOptions,
     ):
         canonical.check(log)
         holdout.check_same_contract(log, parent, parent_dir)

@@ -4,7 +4,6 @@ python -m data_pipeline.build --source amazon_grocery --raw_dir DIR --out_dir OU
 python -m data_pipeline.build --source kuairand_pure --raw_dir DIR_WITH_A_LATER_DAY --out_dir OUT --split holdout
 """
 
-import argparse
 import dataclasses
 import math
 import pathlib
@@ -15,6 +14,7 @@ import time
 from data_pipeline import (
     append,
     canonical,
+    command_line,
     engine,
     fingerprint,
     holdout,
@@ -28,31 +28,18 @@ from data_pipeline import (
     vocab,
     write,
 )
+from data_pipeline.options import BuildOptions
 from gpsd_dist import schema
 
 EVENTS_PER_BUCKET = 5_000_000  # untuned; what it costs in memory: README.md, "Larger than memory"
 SPLITS = ("pretrain", "train", "valid", "test")
-NOT_RECORDED = (
-    "source",
-    "raw_dir",
-    "out_dir",
-    "split",
-    "append_to",
-    "engine",
-    "memory_limit",
-    "threads",
-    "spark_master",
-    "spark_conf",
-    "num_buckets",
-    "force",
-)  # options that leave the rows alone
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status. A user's mistake prints one line and gives 2."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        options = parse(argv)
+        options = command_line.parse(argv, __doc__)
         build(options, "python -m data_pipeline.build " + shlex.join(argv))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -60,62 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Options of the pipeline and of the chosen source; unknown ones are an error."""
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.build", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--source", required=True, choices=sorted(sources.SOURCES))
-    parser.add_argument("--raw_dir", type=pathlib.Path, help="folder with the raw files")
-    parser.add_argument("--out_dir", type=pathlib.Path, required=True, help="folder of the data set")
-    parser.add_argument(
-        "--split", choices=("all", "holdout"), default="all", help="holdout: add a later day to a built data set"
-    )
-    parser.add_argument(
-        "--append_to", type=pathlib.Path, help="a built data set: add the next day of its log to it, into --out_dir"
-    )
-    parser.add_argument("--max_history_length", type=int, default=50, help="most recent events kept per row")
-    parser.add_argument("--min_count", type=int, default=1, help="ids with fewer training occurrences become unknown")
-    parser.add_argument(
-        "--valid_fraction", type=float, default=0.15, help="part of the train users, where a rule carves valid out"
-    )
-    parser.add_argument("--num_negatives", type=int, default=1, help="drawn per positive, where the log has no labels")
-    parser.add_argument("--negatives", choices=negatives.DISTRIBUTIONS, default="uniform")
-    unbounded.add_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the drawn negatives")
-    parser.add_argument("--compression", choices=write.COMPRESSIONS, default="zstd")
-    parser.add_argument(
-        "--row_group_rows", type=int, default=4096, help="small groups shuffle better, large ones read faster"
-    )
-    parser.add_argument("--file_rows", type=int, default=1 << 20, help="rows per part file")
-    engine.add_arguments(parser)
-    parser.add_argument(
-        "--num_buckets", type=int, default=0, help="of users, worked on one after the other; 0: by the number of events"
-    )
-    parser.add_argument("--force", action="store_true", help="build even if nothing changed")
-    known, _ = parser.parse_known_args(argv)
-    sources.load(known.source).add_arguments(parser)
-    options = parser.parse_args(argv)
-    # a pretraining row needs two events: one to read and one to predict
-    smallest = {"max_history_length": 2, "min_count": 1, "num_negatives": 1, "row_group_rows": 1, "file_rows": 1}
-    problems = [
-        f"--{name} {getattr(options, name)} must be at least {least}"
-        for name, least in smallest.items()
-        if getattr(options, name) < least
-    ]
-    if options.append_to is not None:
-        if options.split != "all":
-            problems.append("--append_to adds the later day as `test`; leave --split out")
-        options.split = "append"  # sources then look for older raw files where the data set was built from
-    if not 0 <= options.num_buckets <= 4096:
-        problems.append(f"--num_buckets {options.num_buckets} must lie between 0 and 4096")
-    if not 0 < options.valid_fraction < 1:
-        problems.append(f"--valid_fraction {options.valid_fraction} must lie between 0 and 1")
-    if problems:
-        raise ValueError("; ".join(problems))
-    return options
-
-
-def build(options: argparse.Namespace, command: str) -> None:
+def build(options: BuildOptions, command: str) -> None:
     """Builds, checks and moves the data set (or its holdout split) into place. ValueError for every problem of the
     input.
     """
@@ -123,13 +55,14 @@ def build(options: argparse.Namespace, command: str) -> None:
     source = sources.load(options.source)
     out_dir = options.out_dir
     has_previous = (out_dir / schema.MANIFEST_NAME).is_file()
-    if options.append_to is not None:
+    if options.mode == "append":
         append.build(options, source, command)
-    elif options.split == "holdout":
+    elif options.mode == "holdout":
         holdout.build(options, source, command)
     else:
-        files = source.find_files(options.raw_dir, options)
-        prints = fingerprint.describe(files, recorded(options), options.source)
+        options = sources.complete(source, options)
+        files = source.find_files(options)
+        prints = fingerprint.describe(files, options.recorded(), options.source)
         if has_previous and not options.force and _is_current(out_dir, prints):
             progress.say(f"{out_dir} is up to date: same sources, options and pipeline code; nothing to do")
             return
@@ -142,11 +75,6 @@ def build(options: argparse.Namespace, command: str) -> None:
             validate.check(aside)
     report(schema.read_manifest(out_dir))
     progress.say(f"done in {time.monotonic() - started:.1f} s: {out_dir / schema.MANIFEST_NAME}")
-
-
-def recorded(options: argparse.Namespace) -> dict:
-    """The options that decide what is written; they go into the fingerprint and the manifest."""
-    return {name: value for name, value in vars(options).items() if name not in NOT_RECORDED}
 
 
 def _is_current(out_dir: pathlib.Path, prints: dict) -> bool:
@@ -229,7 +157,7 @@ def _boundaries(log: canonical.Log) -> dict:
 
 
 def write_split(
-    running: engine.Engine, rows, name: str, manifest: schema.Manifest, root: pathlib.Path, options: argparse.Namespace
+    running: engine.Engine, rows, name: str, manifest: schema.Manifest, root: pathlib.Path, options: BuildOptions
 ) -> schema.Split:
     """One split, with the file options of the command line."""
     return write.write_split(

@@ -2,9 +2,14 @@
 
 A source is a module in `data_pipeline/sources/` with
 
-    def add_arguments(parser: argparse.ArgumentParser) -> None: ...    # its own options; may do nothing
-    def find_files(raw_dir: pathlib.Path | None, options: argparse.Namespace) -> dict[str, pathlib.Path]: ...
-    def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Namespace) -> Log: ...
+    def find_files(options: BuildOptions) -> dict[str, pathlib.Path]: ...
+    def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) -> Log: ...
+
+and, where it needs them,
+
+    class Options: ...                                          # its own options, a dataclass; read as options.own
+    DEFAULTS = {"max_history_length": 200}                      # other defaults of options of every source
+    def complete(options: BuildOptions) -> BuildOptions: ...    # defaults that lie beside the raw files
 
 `find_files` names every raw file that `read` will open (they are hashed for the no-op check and the manifest); it
 raises ValueError for a missing one. `read` uses `raw_files.read_columns`, which checks columns and types, and counts

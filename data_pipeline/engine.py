@@ -4,7 +4,6 @@ The transformations are Ibis expressions. What Ibis cannot say alike for all eng
 result) is in `duckdb_engine.DuckDB` and `spark_engine.Spark`, which have the same methods.
 """
 
-import argparse
 import contextlib
 import importlib.util
 import pathlib
@@ -17,22 +16,9 @@ import ibis.expr.types as ir
 import pyarrow as pa
 
 from data_pipeline import duckdb_engine, progress
+from data_pipeline.options import BuildOptions, EngineName
 
-ENGINES = ("duckdb", "spark")
 DEFAULT_MASTER = "local[*]"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--engine and the options of each engine."""
-    parser.add_argument("--engine", choices=ENGINES, default="duckdb")
-    parser.add_argument(
-        "--memory_limit", default="4GB", help="of the engine; beyond it, it spills to disk beside --out_dir"
-    )
-    parser.add_argument("--threads", type=int, help="of --engine duckdb; default: all cores")
-    parser.add_argument("--spark_master", help=f"of --engine spark, such as yarn or {DEFAULT_MASTER} (default)")
-    parser.add_argument(
-        "--spark_conf", action="append", default=[], metavar="KEY=VALUE", help="a Spark setting; may be repeated"
-    )
 
 
 class Engine:
@@ -40,7 +26,7 @@ class Engine:
 
     def __init__(
         self,
-        name: str,
+        name: EngineName,
         scratch_dir: pathlib.Path,
         memory_limit: str = "4GB",
         threads: int | None = None,
@@ -49,8 +35,6 @@ class Engine:
         spark_settings: dict[str, str] | None = None,
     ):
         """Opens the engine; tables and spilled data go to `scratch_dir`, which must exist."""
-        if name not in ENGINES:
-            raise ValueError(f"--engine {name!r} is not one of {ENGINES}")
         self.name = name
         if name == "spark":
             spark_engine = _import_spark()
@@ -110,8 +94,8 @@ def _import_spark() -> typing.Any:
 
 
 @contextlib.contextmanager
-def scratch(options: argparse.Namespace, parent: pathlib.Path) -> typing.Iterator[Engine]:
-    """The engine of the command line (see `add_arguments`), with a scratch folder in `parent` removed at the end."""
+def scratch(options: BuildOptions, parent: pathlib.Path) -> typing.Iterator[Engine]:
+    """Opens the engine that the options name, with a scratch folder in `parent` that is removed at the end."""
     settings = _settings(options)
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".pipeline-scratch-", dir=parent) as folder:
@@ -129,7 +113,7 @@ def scratch(options: argparse.Namespace, parent: pathlib.Path) -> typing.Iterato
             engine.close()
 
 
-def _settings(options: argparse.Namespace) -> dict[str, str]:
+def _settings(options: BuildOptions) -> dict[str, str]:
     """--spark_conf as a dict; ValueError for options of the other engine, which would have no effect."""
     if options.engine == "duckdb" and (options.spark_master or options.spark_conf):
         raise ValueError("--spark_master and --spark_conf have no effect with --engine duckdb; add --engine spark")

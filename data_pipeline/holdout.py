@@ -1,6 +1,5 @@
 """Adds the split `holdout` (a day after the test period) to a built data set, with its vocabularies unchanged."""
 
-import argparse
 import dataclasses
 import os
 import pathlib
@@ -9,33 +8,37 @@ import shutil
 import types
 
 import ibis.expr.types as ir
+import pydantic
 
 from data_pipeline import (
     canonical,
     engine,
+    explain,
     fingerprint,
     progress,
     sequences,
+    sources,
     splits,
     validate,
     validate_rows,
     vocab,
     write,
 )
+from data_pipeline.options import BuildOptions
 from gpsd_dist import schema
 
 NAME = "holdout"
 PREFIX = "holdout: "
 
 
-def build(options: argparse.Namespace, source: types.ModuleType, command: str) -> None:
+def build(options: BuildOptions, source: types.ModuleType, command: str) -> None:
     """Writes OUT/holdout and adds it to the manifest; an existing one is replaced. ValueError for every problem of the
     input.
     """
     out_dir = options.out_dir
     previous = schema.read_manifest(out_dir)
-    options = as_built(options, previous, out_dir)
-    files = source.find_files(options.raw_dir, options)
+    options = sources.complete(source, as_built(options, previous, out_dir))
+    files = source.find_files(options)
     prints = fingerprint.describe(files, {"raw_dir": None}, options.source)
     before = previous.options.get(NAME, {})
     has_split = any(split.name == NAME for split in previous.splits)
@@ -65,7 +68,7 @@ def build(options: argparse.Namespace, source: types.ModuleType, command: str) -
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def as_built(options: argparse.Namespace, previous: schema.Manifest, folder: pathlib.Path) -> argparse.Namespace:
+def as_built(options: BuildOptions, previous: schema.Manifest, folder: pathlib.Path) -> BuildOptions:
     """The options that the data set in `folder` was built with; later rows cannot be cut or encoded in another way."""
     if options.raw_dir is None:
         raise ValueError("--raw_dir is missing; it is the folder with the later log")
@@ -77,14 +80,18 @@ def as_built(options: argparse.Namespace, previous: schema.Manifest, folder: pat
         raise ValueError(f"{path}: options.raw_dir is {found}, expected a folder's name; build the data set again")
     if built_from is None or not pathlib.Path(built_from).is_dir():
         built_from = options.raw_dir  # then raw_dir must hold everything, and find_files says what it lacks
-    known = {
-        name: value
-        for name, value in previous.options.items()
-        if hasattr(options, name) and name not in ("raw_dir", "split")
-    }
-    if isinstance(known.get("schema"), str):  # --schema, which the manifest has as text; one that is given now counts
-        known["schema"] = getattr(options, "schema", None) or pathlib.Path(known["schema"])
-    return argparse.Namespace(**(vars(options) | known | {"built_from_dir": pathlib.Path(built_from)}))
+    # `split_rule` of a manifest is the name of the rule's class, not the option of some sources.
+    known = {k: previous.options[k] for k in options.recorded() if k in previous.options and k != "split_rule"}
+    if "schema" in options.given:  # the description that is given now counts
+        known.pop("schema", None)
+    elif isinstance(known.get("schema"), str):
+        known["schema"] = pathlib.Path(known["schema"])  # the manifest has it as text
+    try:
+        return dataclasses.replace(options.settled(known), built_from_dir=pathlib.Path(built_from))
+    except pydantic.ValidationError as error:
+        wrong = [f"options.{w.key} is {reprlib.repr(w.given)}, expected {w.expected}" for w in explain.problems(error)]
+        path = folder / schema.MANIFEST_NAME
+        raise ValueError(f"{path}: {'; '.join(wrong)}; build the data set again") from error
 
 
 def check_same_contract(log: canonical.Log, previous: schema.Manifest, folder: pathlib.Path) -> None:
@@ -126,7 +133,7 @@ def _write(
     previous: schema.Manifest,
     out_dir: pathlib.Path,
     aside: pathlib.Path,
-    options: argparse.Namespace,
+    options: BuildOptions,
 ) -> tuple[schema.Split, dict[str, int]]:
     canonical.check(log)
     check_same_contract(log, previous, out_dir)

@@ -15,8 +15,8 @@ import ibis.expr.types as ir
 
 from data_pipeline import canonical, hashing, vocab
 from data_pipeline.engine import Engine
+from data_pipeline.options import BuildOptions, Negatives
 
-DISTRIBUTIONS = ("uniform", "popularity")
 POPULARITY_SLOTS = (
     1 << 20
 )  # resolution of the popularity distribution: shares below one in a million are rounded up to it
@@ -25,12 +25,10 @@ MAX_ROUNDS = 6
 SPARE_DRAWS = 2
 
 
-def slots(engine: Engine, pool: ir.Table, distribution: str, period: str = "train") -> tuple[ir.Table, int]:
+def slots(engine: Engine, pool: ir.Table, distribution: Negatives, period: str = "train") -> tuple[ir.Table, int]:
     """(table of slot -> item_id, number of slots) of the items in `pool`: raw_id, index, count, as `vocab.build` makes
     it. `period` is part of a table's name.
     """
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"--negatives {distribution!r} is not one of {DISTRIBUTIONS}")
     if distribution == "uniform":
         width = ibis.literal(1, type="int64")
     else:
@@ -125,7 +123,7 @@ def _reject(drawn: ir.Table, seen: ir.Table) -> ir.Table:
 
 
 def add(
-    engine: Engine, log: canonical.Log, candidates: ir.Table, events: ir.Table, counts: ir.Table, options
+    engine: Engine, log: canonical.Log, candidates: ir.Table, events: ir.Table, counts: ir.Table, options: BuildOptions
 ) -> tuple[ir.Table, dict]:
     """`candidates` (positives only) with options.num_negatives drawn ones each, and the skipped counts.
 

@@ -1,9 +1,9 @@
 """Features without a vocabulary: their columns hold 64-bit ids, and the trainer finds the rows (docs/ids.md)."""
 
-import argparse
 import dataclasses
 
 from data_pipeline import canonical
+from data_pipeline.options import BuildOptions
 from gpsd_dist import schema
 
 
@@ -16,14 +16,7 @@ class Unbounded:
     num_rows: int
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--hashed_features and --managed_features."""
-    what = "get no vocabulary but 64-bit ids; the table has ROWS rows unless a run says otherwise"
-    for kind in schema.ID_KINDS:
-        parser.add_argument(f"--{kind}_features", default="", metavar="NAME:ROWS,...", help=f"these features {what}")
-
-
-def tables(options: argparse.Namespace, log: canonical.Log) -> dict[str, Unbounded]:
+def tables(options: BuildOptions, log: canonical.Log) -> dict[str, Unbounded]:
     """Table -> how its ids become rows. ValueError for a feature that is not there or is no category."""
     known = {spec.name: spec.feature().table for spec in log.features if spec.kind == "categorical"}
     found: dict[str, Unbounded] = {}

@@ -17,7 +17,6 @@ from data_pipeline import progress
 from data_pipeline.engine import Engine
 from gpsd_dist import schema
 
-COMPRESSIONS = ("zstd", "lz4", "snappy", "none")
 ORDER_COLUMNS = ("shuffle_key", "split")
 
 

@@ -3,6 +3,8 @@
 import importlib
 import types
 
+from data_pipeline.options import BuildOptions
+
 SOURCES = {
     "amazon_grocery": "data_pipeline.sources.amazon_grocery",
     "kuairand_pure": "data_pipeline.sources.kuairand_pure",
@@ -19,3 +21,8 @@ def load(name: str) -> types.ModuleType:
     if name not in SOURCES:
         raise ValueError(f"--source {name!r} is not known; choose one of {sorted(SOURCES)}")
     return importlib.import_module(SOURCES[name])
+
+
+def complete(source: types.ModuleType, options: BuildOptions) -> BuildOptions:
+    """Lets a source with a function `complete` replace defaults by what lies beside the raw files."""
+    return source.complete(options) if hasattr(source, "complete") else options

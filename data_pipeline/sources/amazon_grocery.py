@@ -5,13 +5,13 @@ samples.csv: user, target, target_cate, negative, negative_cate, split ("train" 
 candidates.
 """
 
-import argparse
 import pathlib
 
 import ibis
 
 from data_pipeline import canonical, raw_files
 from data_pipeline.engine import Engine
+from data_pipeline.options import BuildOptions
 
 INTERACTIONS = {"user": "string", "item": "string", "cate": "string", "timestamp": "int64"}
 SAMPLES = {
@@ -24,20 +24,16 @@ SAMPLES = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No options of its own."""
-
-
-def find_files(raw_dir: pathlib.Path | None, options: argparse.Namespace) -> dict[str, pathlib.Path]:
+def find_files(options: BuildOptions) -> dict[str, pathlib.Path]:
     """interactions.csv and samples.csv."""
-    raw_dir = raw_files.require_folder(raw_dir)
+    raw_dir = raw_files.require_folder(options.raw_dir)
     return {
         "interactions": raw_files.require_file(raw_dir / "interactions.csv", "the interactions"),
         "samples": raw_files.require_file(raw_dir / "samples.csv", "the fixed (user, target, negative, split) samples"),
     }
 
 
-def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Namespace) -> canonical.Log:
+def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) -> canonical.Log:
     """Every interaction is an event; the samples are the exposures, with the time of the user's last interaction."""
     interactions = engine.materialise(
         "interactions", raw_files.read_columns(engine, files["interactions"], INTERACTIONS)

@@ -7,14 +7,15 @@ through `ast.literal_eval`, which evaluates constants only, up to a length limit
 "skipped", and more than 1 % of such lines is an error. Split as in GPSD: one request per user, target = last review.
 """
 
-import argparse
 import pathlib
 
 import ibis
 import ibis.expr.types as ir
+import pydantic.dataclasses
 
-from data_pipeline import canonical, raw_files
+from data_pipeline import canonical, explain, raw_files
 from data_pipeline.engine import Engine
+from data_pipeline.options import BuildOptions, option
 from data_pipeline.sources import json_lines
 
 REVIEWS = {"reviewerID": "string", "asin": "string", "unixReviewTime": "int64"}
@@ -23,17 +24,18 @@ META_PREFIX = "meta"
 FILE_STRIDE = 1 << 40  # rows per file: `order` = file number * stride + place in the file
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--train_quantile, --all_categories and --no_meta."""
-    parser.add_argument("--train_quantile", type=float, default=0.7, help="part of the users, by last time, that train")
-    parser.add_argument("--all_categories", action="store_true", help="also a bag of all category names of an item")
-    parser.add_argument(
-        "--no_meta", action="store_true", help="build without item attributes, where there is no meta file"
-    )
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=explain.STRICT)
+class Options:
+    """Holds the options of this source."""
+
+    train_quantile: float = option(0.7, "part of the users, by last time, that train")
+    all_categories: bool = option(False, "also a bag of all category names of an item")
+    no_meta: bool = option(False, "build without item attributes, where there is no meta file")
 
 
-def find_files(raw_dir: pathlib.Path | None, options: argparse.Namespace) -> dict[str, pathlib.Path]:
+def find_files(options: BuildOptions) -> dict[str, pathlib.Path]:
     """JSON-lines files of the folder: names that begin with "meta" are metadata, all others reviews."""
+    raw_dir = options.raw_dir
     if raw_dir is None or not raw_dir.is_dir():
         raise ValueError(
             f"--raw_dir {raw_dir} is not a folder; it holds the files of reviews and metadata (.json or .json.gz)"
@@ -45,19 +47,19 @@ def find_files(raw_dir: pathlib.Path | None, options: argparse.Namespace) -> dic
         raise ValueError(
             f"{raw_dir} holds no file of reviews (.json, .jsonl, .json.gz); fetch one, e.g. reviews_Books_5.json.gz"
         )
-    if not metas and not options.no_meta:
+    if not metas and not options.own.no_meta:
         raise ValueError(f"{raw_dir} holds no meta*.json file (categories, brand); fetch it, or build with --no_meta")
     named = {f"reviews/{path.name}": path for path in reviews}
-    named |= {} if options.no_meta else {f"meta/{path.name}": path for path in metas}
+    named |= {} if options.own.no_meta else {f"meta/{path.name}": path for path in metas}
     return {name: raw_files.require_file(path, "JSON lines") for name, path in named.items()}
 
 
-def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Namespace) -> canonical.Log:
+def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) -> canonical.Log:
     """Every review is an event."""
     skipped: dict[str, int] = {}
     events = _events(engine, [path for name, path in files.items() if name.startswith("reviews/")], skipped)
     metas = [path for name, path in files.items() if name.startswith("meta/")]
-    names = [] if not metas else ["category", "brand"] + (["categories"] if options.all_categories else [])
+    names = [] if not metas else ["category", "brand"] + (["categories"] if options.own.all_categories else [])
     items = (
         _items(engine, metas, skipped) if metas else engine.materialise("items", events.select("item_id").distinct())
     )
@@ -69,7 +71,9 @@ def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Names
         events=events,
         items=items,
         features=tuple(specs),
-        split=canonical.LastItemByTime(train_quantile=options.train_quantile, valid_fraction=options.valid_fraction),
+        split=canonical.LastItemByTime(
+            train_quantile=options.own.train_quantile, valid_fraction=options.valid_fraction
+        ),
         order_words="by time (days), then by file name and the order of the lines",
         skipped={reason: count for reason, count in skipped.items() if count},
     )

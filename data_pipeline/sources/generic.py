@@ -32,7 +32,7 @@
 Every key: `data_pipeline/sources/log_description.py`; more examples: README.md beside it.
 """
 
-import argparse
+import dataclasses
 import datetime
 import math
 import pathlib
@@ -40,67 +40,50 @@ import zoneinfo
 
 import ibis
 import ibis.expr.types as ir
+import pydantic.dataclasses
 
-from data_pipeline import canonical
+from data_pipeline import canonical, explain
 from data_pipeline.engine import Engine
+from data_pipeline.options import BuildOptions, option
 from data_pipeline.sources import described_files, log_description
 
 TOKEN_PLACES = ("history", "candidate")
 EXPOSURE_ORDER = 1 << 52  # an exposure that became an event comes after logged events of the same second
 
 
-class _UnsetInt(int):
-    """A default that the TOML file may replace; the command line gives a plain int."""
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=explain.STRICT)
+class Options:
+    """Holds the options of this source."""
+
+    schema: pathlib.Path | None = option(None, "TOML file that names the columns; default RAW_DIR/schema.toml")
 
 
-class _UnsetFloat(float):
-    """As `_UnsetInt`."""
+def complete(options: BuildOptions) -> BuildOptions:
+    """Takes the values of the TOML file's [options] and [split] where the command line is silent."""
+    description = log_description.read(_schema_path(options))
+    defaults = dataclasses.asdict(description.options) | {"valid_fraction": description.split.valid_fraction}
+    return options.with_defaults(defaults)
 
 
-class _UnsetStr(str):
-    """As `_UnsetInt`."""
-
-    __slots__ = ()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--schema; and marks the defaults that [options] and [split] may replace."""
-    parser.add_argument(
-        "--schema", type=pathlib.Path, help="TOML file that names the columns; default RAW_DIR/schema.toml"
-    )
-    mark_defaults(parser)
-
-
-def mark_defaults(parser: argparse.ArgumentParser) -> None:
-    """Lets values of the TOML file replace the command's defaults, but nothing that was typed."""
-    options = log_description.Options()
-    parser.set_defaults(
-        max_history_length=_UnsetInt(options.max_history_length),
-        min_count=_UnsetInt(options.min_count),
-        num_negatives=_UnsetInt(options.num_negatives),
-        negatives=_UnsetStr(options.negatives),
-        hashed_features=_UnsetStr(options.hashed_features),
-        managed_features=_UnsetStr(options.managed_features),
-        valid_fraction=_UnsetFloat(log_description.SplitRule().valid_fraction),
-    )
-
-
-def find_files(raw_dir: pathlib.Path | None, options: argparse.Namespace) -> dict[str, pathlib.Path]:
-    """The TOML file and every file that it names; fills `options` from the TOML where the command line is silent."""
-    if raw_dir is None:
-        raise ValueError("--raw_dir is missing; it is the folder that the file patterns of the schema are relative to")
-    path = options.schema if options.schema is not None else raw_dir / "schema.toml"
+def find_files(options: BuildOptions) -> dict[str, pathlib.Path]:
+    """Finds the TOML file and every file that it names."""
+    path = _schema_path(options)
     description = log_description.read(path)
-    _take_options(options, description)
     files = {"schema": path}
     for section in log_description.SECTIONS:
         part = getattr(description, section)
         if part is not None and part.files:
-            files |= described_files.find(raw_dir, section, part.files)
+            files |= described_files.find(options.raw_dir, section, part.files)
     return files
 
 
-def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Namespace) -> canonical.Log:
+def _schema_path(options: BuildOptions) -> pathlib.Path:
+    if options.raw_dir is None:
+        raise ValueError("--raw_dir is missing; it is the folder that the file patterns of the schema are relative to")
+    return options.raw_dir / "schema.toml" if options.own.schema is None else options.own.schema
+
+
+def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) -> canonical.Log:
     """Canonical tables of the described files."""
     description = log_description.read(files["schema"])
     reader = described_files.Reader(engine, files, description)
@@ -120,22 +103,6 @@ def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Names
         tasks=description.tasks(),
         skipped=skipped,
     )
-
-
-def _take_options(options: argparse.Namespace, description: log_description.LogDescription) -> None:
-    given = description.options
-    values = {
-        "max_history_length": given.max_history_length,
-        "min_count": given.min_count,
-        "num_negatives": given.num_negatives,
-        "negatives": given.negatives,
-        "hashed_features": given.hashed_features,
-        "managed_features": given.managed_features,
-        "valid_fraction": description.split.valid_fraction,
-    }
-    for name, value in values.items():
-        if isinstance(getattr(options, name), (_UnsetInt, _UnsetFloat, _UnsetStr)):
-            setattr(options, name, value)
 
 
 def _events(
@@ -188,7 +155,7 @@ def _features(description: log_description.LogDescription) -> tuple[canonical.Fe
 
 
 def _split(
-    description: log_description.LogDescription, options: argparse.Namespace, exposures: ir.Table | None
+    description: log_description.LogDescription, options: BuildOptions, exposures: ir.Table | None
 ) -> canonical.SplitRule:
     rule = description.split
     if exposures is None:

@@ -12,7 +12,6 @@ The counts stop at midnight on purpose. A user's rate up to the second of the re
 after each click of that user's own few rows of the day, so it orders them against their labels (docs/results.md).
 """
 
-import argparse
 import itertools
 import pathlib
 
@@ -21,6 +20,7 @@ import ibis.expr.types as ir
 
 from data_pipeline import canonical, raw_files
 from data_pipeline.engine import Engine
+from data_pipeline.options import BuildOptions
 from gpsd_dist import schema
 
 UTC8_S = 8 * 3600
@@ -62,16 +62,12 @@ FEATURE_FILES = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No options of its own."""
-
-
-def find_files(raw_dir: pathlib.Path | None, options: argparse.Namespace) -> dict[str, pathlib.Path]:
-    """Every log file and the three others; under --split holdout, what raw_dir lacks comes from
-    options.built_from_dir.
+def find_files(options: BuildOptions) -> dict[str, pathlib.Path]:
+    """Finds every log file and the three others. Where rows are added to a data set, files that --raw_dir lacks are
+    taken from the folder that it was built from.
     """
-    raw_dir = raw_files.require_folder(raw_dir)
-    folders = [raw_dir] if options.split == "all" else [raw_dir, options.built_from_dir]
+    raw_dir = raw_files.require_folder(options.raw_dir)
+    folders = [raw_dir] if options.built_from_dir is None else [raw_dir, options.built_from_dir]
     logs: dict[str, pathlib.Path] = {}
     for folder in folders:
         found = [path for path in sorted(folder.glob("log_*")) if path.suffix in (".parquet", ".csv")]
@@ -91,7 +87,7 @@ def _names(folder: pathlib.Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*"))[:20]
 
 
-def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Namespace) -> canonical.Log:
+def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) -> canonical.Log:
     """Events: the histories, then every click of the log. Exposures: every row of the log, once."""
     exposures, skipped = _read_log(engine, [path for key, path in files.items() if key.startswith("log:")])
     histories = engine.materialise("histories", raw_files.read_columns(engine, files["histories"], HISTORIES))

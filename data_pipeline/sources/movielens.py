@@ -3,15 +3,17 @@
 Every rating is an event, whatever its stars. Default split: leave the last out, as HSTU and SASRec are evaluated.
 """
 
-import argparse
 import csv
 import pathlib
+import typing
 
 import ibis.expr.types as ir
 import pyarrow as pa
+import pydantic.dataclasses
 
-from data_pipeline import canonical, raw_files
+from data_pipeline import canonical, explain, raw_files
 from data_pipeline.engine import Engine
+from data_pipeline.options import BuildOptions, option
 
 RATINGS = {"user": "string", "movie": "string", "rating": "float64", "time": "int64"}
 RATINGS_CSV = {"userId": "string", "movieId": "string", "rating": "float64", "timestamp": "int64"}
@@ -19,36 +21,31 @@ MOVIES_CSV = ["movieId", "title", "genres"]
 NO_GENRES = "(no genres listed)"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--split_rule, --train_quantile, --no_valid, --vocabulary and --no_genres."""
-    parser.add_argument("--split_rule", choices=("leave_last_out", "last_item_by_time"), default="leave_last_out")
-    parser.add_argument(
-        "--train_quantile", type=float, default=0.7, help="of last_item_by_time: part of the users that train"
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=explain.STRICT)
+class Options:
+    """Holds the options of this source."""
+
+    split_rule: typing.Literal["leave_last_out", "last_item_by_time"] = option("leave_last_out")
+    train_quantile: float = option(0.7, "of last_item_by_time: part of the users that train")
+    no_valid: bool = option(False, "of leave_last_out: train right up to the test event, as published")
+    vocabulary: typing.Literal["training", "all_items"] = option(
+        "training", "all_items: every movie of the movies file competes, whatever --min_count says"
     )
-    parser.add_argument(
-        "--no_valid", action="store_true", help="of leave_last_out: train right up to the test event, as published"
-    )
-    parser.add_argument(
-        "--vocabulary",
-        choices=("training", "all_items"),
-        default="training",
-        help="all_items: every movie of the movies file competes, whatever --min_count says",
-    )
-    parser.add_argument("--no_genres", action="store_true", help="items have no attributes, as published")
+    no_genres: bool = option(False, "items have no attributes, as published")
 
 
-def find_files(raw_dir: pathlib.Path | None, options: argparse.Namespace) -> dict[str, pathlib.Path]:
+def find_files(options: BuildOptions) -> dict[str, pathlib.Path]:
     """The ratings and the movies, both .dat or both .csv."""
-    if raw_dir is None:
+    if options.raw_dir is None:
         raise ValueError("--raw_dir is missing; it is the folder that holds ratings.dat or ratings.csv")
-    ending = "csv" if (raw_dir / "ratings.csv").is_file() else "dat"
+    ending = "csv" if (options.raw_dir / "ratings.csv").is_file() else "dat"
     return {
-        "ratings": raw_files.require_file(raw_dir / f"ratings.{ending}", "user, movie, rating, time"),
-        "movies": raw_files.require_file(raw_dir / f"movies.{ending}", "movie, title, genres"),
+        "ratings": raw_files.require_file(options.raw_dir / f"ratings.{ending}", "user, movie, rating, time"),
+        "movies": raw_files.require_file(options.raw_dir / f"movies.{ending}", "movie, title, genres"),
     }
 
 
-def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Namespace) -> canonical.Log:
+def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) -> canonical.Log:
     """Ratings as events, genres as a bag."""
     path = files["ratings"]
     if path.suffix == ".csv":
@@ -58,19 +55,21 @@ def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Names
     raw_files.require_values(path, raw, tuple(names))
     user, movie, _, time = (raw[name] for name in names)
     events = raw.select(user_id=user, item_id=movie, time_s=time, order=raw[raw_files.FILE_ORDER])
-    split: canonical.SplitRule = canonical.LeaveLastOut(has_valid=not options.no_valid)
-    if options.split_rule == "last_item_by_time":
-        if options.no_valid:
+    split: canonical.SplitRule = canonical.LeaveLastOut(has_valid=not options.own.no_valid)
+    if options.own.split_rule == "last_item_by_time":
+        if options.own.no_valid:
             raise ValueError("--no_valid belongs to --split_rule leave_last_out; leave it out with last_item_by_time")
-        split = canonical.LastItemByTime(train_quantile=options.train_quantile, valid_fraction=options.valid_fraction)
+        split = canonical.LastItemByTime(
+            train_quantile=options.own.train_quantile, valid_fraction=options.valid_fraction
+        )
     places = ("history", "candidate")
-    genres = () if options.no_genres else (canonical.FeatureSpec("genres", places, "items", is_bag=True),)
+    genres = () if options.own.no_genres else (canonical.FeatureSpec("genres", places, "items", is_bag=True),)
     return canonical.Log(
         events=engine.materialise("ratings", events),
         items=_movies(engine, files["movies"]),
         features=(canonical.FeatureSpec("item", places, "item_id"), *genres),
         split=split,
-        all_items_known=options.vocabulary == "all_items",
+        all_items_known=options.own.vocabulary == "all_items",
         order_words=f"by second, then by the order of the lines in {path.name}",
     )
 

@@ -3,30 +3,40 @@
 To choose sizes, generate first: python -m data_pipeline.synthesize --out_dir RAW --num_users ... --seed ...
 """
 
-import argparse
 import pathlib
 
-from data_pipeline import canonical, synthesize, synthetic_log
+import pydantic.dataclasses
+
+from data_pipeline import canonical, explain, synthesize, synthetic_log
 from data_pipeline.engine import Engine
+from data_pipeline.options import BuildOptions, option
 from data_pipeline.sources import generic
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--synthetic_seed, used only when the log is generated."""
-    parser.add_argument("--synthetic_seed", type=int, default=0, help="of the generated log, where --raw_dir is empty")
-    parser.set_defaults(schema=None)
-    generic.mark_defaults(parser)
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=explain.STRICT)
+class Options:
+    """Holds the options of this source."""
+
+    synthetic_seed: int = option(0, "of the generated log, where --raw_dir is empty")
+    schema: pathlib.Path | None = option(None, is_flag=False)
+    """None: the log is always read by the description that lies beside it."""
 
 
-def find_files(raw_dir: pathlib.Path | None, options: argparse.Namespace) -> dict[str, pathlib.Path]:
-    """Generates the log if there is none; then the files that its schema.toml names."""
+def complete(options: BuildOptions) -> BuildOptions:
+    """Generates the log if there is none; then takes the defaults of its schema.toml, as `generic` does."""
+    raw_dir = options.raw_dir
     if raw_dir is None:
         raise ValueError("--raw_dir is missing; the synthetic log is read from it, or generated into it if it is empty")
     if not raw_dir.exists() or (raw_dir.is_dir() and not any(raw_dir.iterdir())):
-        synthesize.write(synthetic_log.SyntheticConfig(seed=options.synthetic_seed), raw_dir)
-    return generic.find_files(raw_dir, options)
+        synthesize.write(synthetic_log.SyntheticConfig(seed=options.own.synthetic_seed), raw_dir)
+    return generic.complete(options)
 
 
-def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Namespace) -> canonical.Log:
-    """As `generic`."""
+def find_files(options: BuildOptions) -> dict[str, pathlib.Path]:
+    """Finds the files that the log's schema.toml names."""
+    return generic.find_files(options)
+
+
+def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) -> canonical.Log:
+    """Reads the log as `generic` does."""
     return generic.read(engine, files, options)

@@ -5,14 +5,15 @@ a history of at most 200 events. Rows outside the nine days of the data set (201
 repeated rows are left out and counted. DuckDB works on disk beyond --memory_limit.
 """
 
-import argparse
 import pathlib
 
 import ibis
 import ibis.expr.types as ir
+import pydantic.dataclasses
 
-from data_pipeline import canonical, raw_files
+from data_pipeline import canonical, explain, raw_files
 from data_pipeline.engine import Engine
+from data_pipeline.options import BuildOptions, option
 
 COLUMNS = {"user": "string", "item": "string", "category": "string", "behaviour": "string", "time": "int64"}
 BEHAVIOURS = ("pv", "cart", "fav", "buy")
@@ -21,31 +22,37 @@ END_S = FIRST_S + 9 * 86_400  # 2017-12-04 00:00 UTC+8
 NAMES = ("UserBehavior.csv", "UserBehavior.csv.gz")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--behaviours and --train_quantile; histories of 200 events unless told otherwise."""
-    parser.add_argument("--behaviours", default=",".join(BEHAVIOURS), help="kinds that count, separated by commas")
-    parser.add_argument("--train_quantile", type=float, default=0.7, help="part of the users, by last time, that train")
-    parser.set_defaults(max_history_length=200)
+DEFAULTS = {"max_history_length": 200}  # of options of every source
 
 
-def find_files(raw_dir: pathlib.Path | None, options: argparse.Namespace) -> dict[str, pathlib.Path]:
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=explain.STRICT)
+class Options:
+    """Holds the options of this source."""
+
+    behaviours: str = option(",".join(BEHAVIOURS), "kinds that count, separated by commas")
+    train_quantile: float = option(0.7, "part of the users, by last time, that train")
+
+
+def find_files(options: BuildOptions) -> dict[str, pathlib.Path]:
     """UserBehavior.csv, or the same compressed by gzip."""
-    if raw_dir is None:
+    if options.raw_dir is None:
         raise ValueError(f"--raw_dir is missing; it is the folder that holds {NAMES[0]}")
-    chosen = options.behaviours.split(",")
+    chosen = options.own.behaviours.split(",")
     if not set(chosen) <= set(BEHAVIOURS):
-        raise ValueError(f"--behaviours {options.behaviours!r}: expected some of {','.join(BEHAVIOURS)}")
-    path = next((raw_dir / name for name in NAMES if (raw_dir / name).is_file()), raw_dir / NAMES[0])
+        raise ValueError(f"--behaviours {options.own.behaviours!r}: expected some of {','.join(BEHAVIOURS)}")
+    path = next(
+        (options.raw_dir / name for name in NAMES if (options.raw_dir / name).is_file()), options.raw_dir / NAMES[0]
+    )
     return {"behaviours": raw_files.require_file(path, "user, item, category, behaviour, time without a header")}
 
 
-def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Namespace) -> canonical.Log:
+def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) -> canonical.Log:
     """Every row of a chosen kind inside the nine days is an event."""
     path = files["behaviours"]
     rows = raw_files.read_columns(engine, path, COLUMNS, header=list(COLUMNS))
     raw_files.require_values(path, rows, tuple(COLUMNS))
     raw_files.require_one_of(path, rows, "behaviour", BEHAVIOURS)
-    chosen = rows.behaviour.isin(options.behaviours.split(","))
+    chosen = rows.behaviour.isin(options.own.behaviours.split(","))
     inside = (rows.time >= FIRST_S) & (rows.time < END_S)
     counts = (
         rows.agg(other=(~chosen).sum(), outside=(chosen & ~inside).sum(), used=(chosen & inside).sum())
@@ -70,7 +77,9 @@ def read(engine: Engine, files: dict[str, pathlib.Path], options: argparse.Names
             canonical.FeatureSpec("category", ("history", "candidate"), "items"),
             canonical.FeatureSpec("behaviour", ("history",), "log"),
         ),
-        split=canonical.LastItemByTime(train_quantile=options.train_quantile, valid_fraction=options.valid_fraction),
+        split=canonical.LastItemByTime(
+            train_quantile=options.own.train_quantile, valid_fraction=options.valid_fraction
+        ),
         order_words="by second, then by the order of the lines in UserBehavior.csv",
         skipped={reason: count for reason, count in skipped.items() if count},
     )

@@ -1,8 +1,8 @@
 """Hostile data sets: a manifest or Parquet files that break the contract are one error that names them, or harmless."""
 
-import argparse
 import contextlib
 import copy
+import dataclasses
 import functools
 import io
 import json
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies as st
 
-from data_pipeline import append, holdout
+from data_pipeline import append, command_line, holdout
 from gpsd_dist import schema
 from gpsd_dist.assembly import meta_tables
 from gpsd_dist.checkpoint import growth
@@ -109,26 +109,32 @@ def test_any_manifest(changes):
 STEP = {"parent": "day1", "parent_manifest_sha256": "", "fingerprint": "", "sources": [], "new_rows": {"item": 1}}
 
 
-@fuzz(60, changes=CHANGES, name=st.sampled_from(["chain", "chain", append.BOUNDARIES, "raw_dir"]))
+GIVEN = command_line.parse(["--source", "generic", "--raw_dir", "raw", "--out_dir", "out"])
+
+
+@fuzz(60, changes=CHANGES, name=st.sampled_from(["chain", "chain", append.BOUNDARIES, "raw_dir", "recorded"]))
 def test_any_chain_of_parents(changes, name):
     """What the trainer and a daily build read of the data sets that this one grew from."""
     with _copy() as root:
         path = root / "manifest.json"
         document = json.loads(path.read_text())
         options = {append.BOUNDARIES: [1, 2, 3], "chain": [STEP | {"tables": document["tables"]}] * 2, "raw_dir": "raw"}
+        options["recorded"] = GIVEN.recorded() | {"schema": "schema.toml"}
         hostile = {name: copy.deepcopy(options[name])}
         for number, value in changes:
             container, key = _place(hostile, number)
             container[key] = copy.deepcopy(value)
-        document["options"] = options | {name: hostile.get(name)}
+        changed = hostile.get(name)
+        document["options"] = options | (
+            changed if name == "recorded" and isinstance(changed, dict) else {name: changed}
+        )
         path.write_text(json.dumps(document))
         with clean_or_one_error():
             manifest = schema.read_manifest(root)
             growth.ancestors(manifest)
             append.bounds_of(manifest, root)
             append._is_current(root, root, "", "")
-            given = argparse.Namespace(raw_dir=root, source=manifest.source)
-            holdout.as_built(given, manifest, root)
+            holdout.as_built(dataclasses.replace(GIVEN, source=manifest.source), manifest, root)
 
 
 @fuzz(

@@ -11,6 +11,7 @@ import pytest
 
 from data_pipeline import fingerprint, synthesize, synthetic_log, validate
 from gpsd_dist import schema
+from tests.helpers.parquet_rows import rows_sha256
 from tests.unit.data_pipeline.conftest import DAY_S, log_row, run, words_of, write_log
 from tests.unit.data_pipeline_sources.conftest import Prepared
 
@@ -149,9 +150,7 @@ def test_in_place_and_again_is_a_noop(days, tmp_path, capsys):
     assert build(days / "raw1", tmp_path / "out") == 0
     assert build(days / "raw2", tmp_path / "out", "--append_to", tmp_path / "out") == 0
     for path in sorted((days / "day2").rglob("*.parquet")):
-        assert fingerprint.rows_sha256(tmp_path / "out" / path.relative_to(days / "day2")) == fingerprint.rows_sha256(
-            path
-        )
+        assert rows_sha256(tmp_path / "out" / path.relative_to(days / "day2")) == rows_sha256(path)
     capsys.readouterr()
     assert build(days / "raw2", tmp_path / "out", "--append_to", tmp_path / "out") == 0
     assert "nothing to do" in capsys.readouterr().out

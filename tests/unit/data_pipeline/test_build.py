@@ -5,8 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline import build, fingerprint
+from data_pipeline import build
 from gpsd_dist import schema
+from tests.helpers.parquet_rows import rows_sha256
 from tests.unit.data_pipeline.conftest import rows_of, run
 
 
@@ -55,7 +56,7 @@ def test_rows_do_not_depend_on_the_number_of_buckets(kuairand_raw, kuairand, tmp
     files = [path.relative_to(kuairand) for path in sorted(kuairand.rglob("*.parquet"))]
     assert len(files) > 20
     for file in files:
-        assert fingerprint.rows_sha256(tmp_path / "out" / file) == fingerprint.rows_sha256(kuairand / file), file
+        assert rows_sha256(tmp_path / "out" / file) == rows_sha256(kuairand / file), file
 
 
 def test_manifest_names_sources_command_and_rule(grocery):

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline import fingerprint, synthesize, synthetic_log, validate
+from data_pipeline import synthesize, synthetic_log, validate
 from gpsd_dist import schema
+from tests.helpers.parquet_rows import rows_sha256
 from tests.unit.data_pipeline.conftest import make_grocery, make_kuairand, run
 from tests.unit.data_pipeline_sources import test_amazon_reviews as amazon_reviews
 from tests.unit.data_pipeline_sources import test_generic as generic
@@ -74,9 +75,7 @@ CASES = [
 
 def content_of(out_dir: pathlib.Path) -> dict[str, str]:
     """{relative path of every Parquet file: hash of its types and rows in order}."""
-    return {
-        str(path.relative_to(out_dir)): fingerprint.rows_sha256(path) for path in sorted(out_dir.rglob("*.parquet"))
-    }
+    return {str(path.relative_to(out_dir)): rows_sha256(path) for path in sorted(out_dir.rglob("*.parquet"))}
 
 
 def manifest_of(out_dir: pathlib.Path) -> schema.Manifest:

@@ -1,12 +1,11 @@
 """Builds tiny raw folders and reads the result back with raw ids instead of indices."""
 
-import argparse
 import pathlib
 
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline import build, engine, sources
+from data_pipeline import build, command_line, engine, sources
 from gpsd_dist import schema
 
 
@@ -52,7 +51,7 @@ def prepare(tmp_path):
 
     def run(source: str, *arguments: str) -> Prepared:
         argv = ["--source", source, "--raw_dir", str(tmp_path / "raw"), "--out_dir", str(tmp_path / "out"), *arguments]
-        build.build(build.parse(argv), "test")
+        build.build(command_line.parse(argv), "test")
         return Prepared(tmp_path / "out")
 
     return run
@@ -65,9 +64,9 @@ def read_log(tmp_path):
 
     def run(source: str, *arguments: str):
         argv = ["--source", source, "--raw_dir", str(tmp_path / "raw"), "--out_dir", str(tmp_path / "out"), *arguments]
-        options: argparse.Namespace = build.parse(argv)
         module = sources.load(source)
-        files = module.find_files(options.raw_dir, options)
+        options = sources.complete(module, command_line.parse(argv))
+        files = module.find_files(options)
         scratch = tmp_path / f"scratch{len(opened)}"
         scratch.mkdir()
         opened.append(engine.Engine("duckdb", scratch))

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline import build, synthesize, synthetic_log
+from data_pipeline import command_line, synthesize, synthetic_log
 from data_pipeline.sources import synthetic
 
 SMALL = {"num_users": 3_000, "num_items": 2_000, "num_topics": 12, "niches_per_topic": 8, "requests_per_day": 1_500}
@@ -180,10 +180,11 @@ def test_the_schema_fits_the_files_and_the_command_line_goes_first(prepare, tmp_
 def test_an_empty_folder_is_filled(tmp_path, monkeypatch):
     small = synthetic_log.SyntheticConfig(num_users=100, num_items=1_600, requests_per_day=10)
     monkeypatch.setattr(synthetic_log, "SyntheticConfig", lambda seed: small)
-    options = build.parse(
+    options = command_line.parse(
         ["--source", "synthetic", "--raw_dir", str(tmp_path / "raw"), "--out_dir", str(tmp_path / "out")]
     )
-    files = synthetic.find_files(options.raw_dir, options)
+    options = synthetic.complete(options)
+    files = synthetic.find_files(options)
     assert sorted(path.name for path in files.values()) == sorted(set(synthesize.FILE_NAMES) - {"about.json"})
     assert options.max_history_length == small.max_history_length
     assert type(options.max_history_length) is int  # it goes into the manifest

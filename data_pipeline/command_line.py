@@ -1,0 +1,27 @@
+"""The command line of `data_pipeline.build`: words -> `options.BuildOptions`."""
+
+import argparse
+
+from data_pipeline import options, sources
+
+
+def parse(argv: list[str], description: str | None = None) -> options.BuildOptions:
+    """Parses the options of the pipeline and of the chosen source.
+
+    An unknown option or a word that is no value of its type ends the process with status 2, as argparse does. One
+    ValueError names every value out of range.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline.build",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    options.add_arguments(parser, options.BuildOptions, source=sorted(sources.SOURCES))
+    known, _ = parser.parse_known_args(argv)
+    source = sources.load(known.source)
+    own_class = getattr(source, "Options", None)
+    if own_class is not None:
+        options.add_arguments(parser, own_class)
+    return options.make(known.source, own_class, getattr(source, "DEFAULTS", {}), vars(parser.parse_args(argv)))
