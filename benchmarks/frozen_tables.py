@@ -11,7 +11,7 @@ from benchmarks.tables import Table
 
 ROWS = {"frozen/1m": 1_000_000, "frozen/10m": 10_000_000}
 _FROZEN = "product + frozen item table"
-_SIDES = {"trained": "product", "fp32": _FROZEN, "fp16": f"{_FROZEN} in fp16", "int8": f"{_FROZEN} in int8"}
+_SIDES = {"trained": "product", "fp32": _FROZEN, "fp16": f"{_FROZEN} in fp16"}
 _SIZE = "h64"
 _SPLIT_STEPS = 20
 _TABLE_PHASES = ("lookup", "table backward + update")

@@ -93,7 +93,7 @@ class Product:
         mean_rows = sum(self._unique_rows) / len(self._unique_rows)
         tables, module = self.trainer.run.tables, self.trainer.components.tables.module.module
         if module.trainable is None:
-            return mean_rows * tables.frozen_columns * tables.frozen_value_bytes
+            return mean_rows * tables.stored_dim * tables.frozen_value_bytes
         return mean_rows * (4 * 4 * tables.stored_dim + 8)
 
     def close(self) -> None:

@@ -39,7 +39,6 @@ VARIANTS = {
     "product, 8 x 1024 negatives": "the default of the product instead of 8 x 4096",
     "product + frozen item table": "what ST&SF and FT&SF train",
     "product + frozen item table in fp16": "kept in half precision",
-    "product + frozen item table in int8": "kept as codes with a scale per row",
     "product - shared rows": "attention in one row per request, by length buckets",
     "product - folded norms": "torch's RMSNorm in front of every linear layer",
     "product - shared negatives": f"{NUM_NEGATIVES} negatives per sequence",

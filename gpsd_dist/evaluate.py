@@ -83,10 +83,8 @@ def _check_size(run: RunConfig, manifest: Manifest, folder: Location) -> None:
         sharded, _ = meta_tables(run, manifest)
         model = meta_model(run, manifest, sharded)
         needed = {f"dense.{name}": value.numel() for name, value in model.state_dict().items()}
-        frozen = run.tables.transfer if run.freezes_tables else ()
         for table in sharded:
-            columns = run.tables.frozen_columns if table.name in frozen else run.tables.stored_dim
-            needed[f"table.{table.name}"] = table.num_rows * columns
+            needed[f"table.{table.name}"] = table.num_rows * run.tables.stored_dim
         problem = ", ".join(name for name, size in needed.items() if saved.get(name) != size)
     if problem:
         raise ValueError(

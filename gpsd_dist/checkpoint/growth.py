@@ -8,12 +8,9 @@ import collections.abc
 import dataclasses
 import typing
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
 
-from gpsd_dist.checkpoint.coded_rows import CodedRows
 from gpsd_dist.config import RunConfig
 from gpsd_dist.parameter_names import module_key
 from gpsd_dist.schema import Manifest
@@ -62,14 +59,11 @@ def report(run: RunConfig, manifest: Manifest, grown: collections.abc.Mapping[st
 
 
 class Planner(dcp.DefaultLoadPlanner):
-    """Reads the saved rows of the tensors named in `grown`; all others must have the saved size.
+    """Reads the saved rows of the tensors named in `grown`; all others must have the saved size."""
 
-    `coded`: dotted names of tables of codes, which rows are read for.
-    """
-
-    def __init__(self, grown: frozenset[str], coded: collections.abc.Mapping[str, CodedRows]):
+    def __init__(self, grown: frozenset[str]):
         super().__init__()
-        self._grown, self._coded = grown, coded
+        self._grown = grown
 
     def set_up_planner(
         self, state_dict: dict[str, typing.Any], metadata: Metadata | None = None, is_coordinator: bool = False
@@ -78,20 +72,8 @@ class Planner(dcp.DefaultLoadPlanner):
         assert metadata is not None
         saved = dict(metadata.state_dict_metadata)
         super().set_up_planner(state_dict, metadata, is_coordinator)
-        self.state_dict |= self._coded  # not before: DCP drops what is no tensor from what it is given
         for key in self._grown:
             entry = saved[key]
             assert isinstance(entry, TensorStorageMetadata)
             saved[key] = dataclasses.replace(entry, size=self.state_dict[key].size())
         self.metadata = dataclasses.replace(metadata, state_dict_metadata=saved)
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        """Where to copy what is read."""
-        coded = self._coded.get(read_item.dest_index.fqn)
-        return super().resolve_tensor(read_item) if coded is None else coded.target(read_item)
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """It is copied."""
-        coded = self._coded.get(read_item.dest_index.fqn)
-        if coded is not None:
-            coded.done(read_item)

@@ -7,13 +7,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
 from gpsd_dist.checkpoint import files, growth, integrity
-from gpsd_dist.checkpoint.coded_rows import CodedRows
 from gpsd_dist.checkpoint.index import read_index
 from gpsd_dist.checkpoint.integrity import DamagedCheckpoint
 from gpsd_dist.checkpoint.storage import Location
 
 Tensors = dict[str, typing.Any]
-"""Nested dict of tensors and ShardedTensors that alias the live state (and, to be loaded, CodedRows)."""
+"""Nested dict of tensors and ShardedTensors that alias the live state."""
 
 
 def load_tensors(checkpoint: Location, tensors: Tensors, grown: frozenset[str] = frozenset()) -> None:
@@ -30,7 +29,6 @@ def fill_tensors(checkpoint: Location, tensors: Tensors, grown: frozenset[str] =
     """`load_tensors` of a checkpoint that was verified before. Collective."""
     reader = files.Reader(checkpoint)
     saved = reader.index.state_dict_metadata
-    coded = {key: value for key, value in _flat(tensors) if isinstance(value, CodedRows)}
     problems = []
     for key, value in _flat(tensors):
         if key not in saved:
@@ -40,11 +38,9 @@ def fill_tensors(checkpoint: Location, tensors: Tensors, grown: frozenset[str] =
     if problems:
         raise ValueError(f"checkpoint {checkpoint} does not fit this model: " + "; ".join(problems[:8]))
     try:
-        dcp.load(_sharded(tensors), storage_reader=reader, planner=growth.Planner(grown, coded))
+        dcp.load(tensors, storage_reader=reader, planner=growth.Planner(grown))
     except CheckpointException as error:
         raise DamagedCheckpoint(f"checkpoint {checkpoint} cannot be read: {files.first_failure(error)}") from error
-    if partial := [key for key, rows in coded.items() if rows.is_waiting]:
-        raise DamagedCheckpoint(f"checkpoint {checkpoint} has some columns of {partial} and not the others")
 
 
 def saved_keys(checkpoint: Location) -> list[str]:
@@ -56,14 +52,6 @@ def saved_sizes(checkpoint: Location) -> dict[str, int]:
     """Dotted name -> number of elements of every tensor in a checkpoint. Reads no tensor, needs no process group."""
     saved = read_index(checkpoint).state_dict_metadata
     return {name: value.size.numel() for name, value in sorted(saved.items())}
-
-
-def _sharded(tensors: Tensors) -> Tensors:
-    """With tables of codes themselves where rows for them are to be loaded."""
-    return {
-        key: _sharded(value) if isinstance(value, dict) else value.codes if isinstance(value, CodedRows) else value
-        for key, value in tensors.items()
-    }
 
 
 def _flat(tensors: Tensors, prefix: str = "") -> typing.Iterator[tuple[str, torch.Tensor]]:

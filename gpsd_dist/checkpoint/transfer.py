@@ -5,7 +5,6 @@
 import logging
 
 from gpsd_dist.checkpoint import growth, loading, manager
-from gpsd_dist.checkpoint.coded_rows import CodedRows
 from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import ModelConfig, RunConfig, run_config_from_dict
@@ -31,6 +30,7 @@ def transfer(run: RunConfig, manifest: Manifest, own: loading.Tensors) -> str:
     weights, dense = own["table"], own["dense"]
     checkpoint = manager.find_together(run.init_checkpoint)
     state = read_run(checkpoint)
+    run_config_from_dict(state.run_config)  # refuses options that this version cannot read
     grown = _check_vocabularies(run, manifest, state, checkpoint)
     _check_width(run, state, checkpoint)
     _check_kept_alike(run, state, checkpoint, own)
@@ -43,10 +43,7 @@ def transfer(run: RunConfig, manifest: Manifest, own: loading.Tensors) -> str:
     tables = {name: weights[name] for name in run.tables.transfer}
     moved = {name: value for name, value in dense.items() if run.transfers_tower and name.startswith(_TOWER_PREFIX)}
     maps = {name: state for name, state in own.get("ids", {}).items() if name in tables}
-    width, columns = run.tables.embedding_dim, run.tables.stored_dim
-    to_be_coded = _to_be_coded(run, state, checkpoint)
-    rows = {n: CodedRows(weight, width, columns) if n in to_be_coded else weight for n, weight in tables.items()}
-    tensors = {"table": rows, "dense": moved} | ({"ids": maps} if maps else {})
+    tensors = {"table": tables, "dense": moved} | ({"ids": maps} if maps else {})
     loading.load_tensors(checkpoint, tensors, growth.keys(grown, tables, moved))
     lines = [f"  loaded ids.{name}, which id has which row; updates go on: {not run.freezes_tables}" for name in maps]
     lines += growth.report(run, manifest, grown)
@@ -103,25 +100,6 @@ def _check_width(run: RunConfig, state: manager.RunState, checkpoint: Location) 
     theirs, mine = state.run_config["tables"]["embedding_dim"], run.tables.embedding_dim
     if theirs != mine:
         raise ValueError(f"the tables of {checkpoint} are {theirs} wide, this run's {mine}: set EMBEDDING_DIM={theirs}")
-
-
-def _to_be_coded(run: RunConfig, state: manager.RunState, checkpoint: Location) -> set[str]:
-    """Tables of codes that the checkpoint has as rows; where it has codes too, those are copied.
-
-    ValueError where it has codes and this run wants rows: those had better come from where they are not rounded.
-    """
-    theirs = run_config_from_dict(state.run_config)
-    is_coded = theirs.freezes_tables and theirs.tables.frozen_dtype == "int8"
-    codes = {name for name in run.tables.transfer if is_coded and name in theirs.tables.transfer}
-    if run.freezes_tables and run.tables.frozen_dtype == "int8":
-        return set(run.tables.transfer) - codes
-    if codes:
-        raise ValueError(
-            f"tables {sorted(codes)} of {checkpoint} are frozen as int8, rounded to 8 bits: set "
-            f"TablesConfig.frozen_dtype=int8 with ST_SF or FT_SF, or start from what that run started from, "
-            f"INIT_CHECKPOINT={theirs.init_checkpoint}"
-        )
-    return set()
 
 
 def _check_kept_alike(run: RunConfig, state: manager.RunState, checkpoint: Location, own: loading.Tensors) -> None:

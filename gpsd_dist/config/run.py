@@ -227,9 +227,6 @@ class RunConfig:
         if self.tables.frozen_dtype != "fp32" and not self.freezes_tables:
             given = f"frozen_dtype {self.tables.frozen_dtype} with stage {self.stage}, strategy {self.strategy}"
             problems.append(f"{given}: nothing is frozen; leave it out, or choose ST_SF or FT_SF")
-        if self.freezes_tables and self.tables.frozen_dtype == "int8" and self.execution.exchange_forward != "fp32":
-            given = f"frozen_dtype int8 with exchange_forward {self.execution.exchange_forward}"
-            problems.append(f"{given}: codes do not survive rounding; keep exchange_forward at fp32, or take fp16")
         if self.execution.cuda_graphs and not self.train.bf16:
             problems.append("cuda_graphs without bf16: attention runs in length buckets, other ones in every batch")
         if self.execution.cuda_graphs and self.train.micro_batches > 1:  # the next replay writes over the gradients

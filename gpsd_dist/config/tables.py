@@ -5,7 +5,7 @@ import dataclasses
 from gpsd_dist.validation import below, check_types, raise_all
 
 SHARDING_TYPES = ("row_wise", "table_wise", "column_wise")
-FROZEN_DTYPES = ("fp32", "fp16", "int8")
+FROZEN_DTYPES = ("fp32", "fp16")
 _STORED_MULTIPLE = 4  # FBGEMM's kernels read rows in pieces of 4 columns
 
 
@@ -25,19 +25,19 @@ class TablesConfig:
     init_std: float = 0.02
     """Standard deviation of the normal initial weights (official settings)."""
     frozen_dtype: str = "fp32"
-    """What a frozen table is kept in: fp32 | fp16 | int8 (with a scale and an offset per row). At width 64 a row takes
-    256, 128 or 96 bytes; what it does to AUC: docs/performance.md. Lookups give float32."""
+    """Memory type of a frozen table: fp32 | fp16. At width 64 a row takes 256 or 128 bytes; what it does to AUC:
+    docs/performance.md. Lookups give float32."""
 
     def __post_init__(self) -> None:
         check_types(self)
         problems = below(self, "embedding_dim", 1) + below(self, "small_table_max_rows", 0)
-        if self.frozen_dtype not in FROZEN_DTYPES:
-            problems.append(f"frozen_dtype {self.frozen_dtype!r} is not one of {FROZEN_DTYPES}")
-        cut = [name for name in self.transfer if self.sharding.get(name) == "column_wise"]
-        if self.frozen_dtype == "int8" and cut:
+        if self.frozen_dtype == "int8":
             problems.append(
-                f"frozen_dtype int8 cannot cut rows into columns: shard tables {cut} row_wise or table_wise"
+                "frozen_dtype 'int8' is not built any more; set fp16, which takes at most a third more memory, or read "
+                "such a run with commit 14e4532, the last one that can"
             )
+        elif self.frozen_dtype not in FROZEN_DTYPES:
+            problems.append(f"frozen_dtype {self.frozen_dtype!r} is not one of {FROZEN_DTYPES}")
         for table, sharding in self.sharding.items():
             if sharding not in SHARDING_TYPES:
                 problems.append(f"sharding of table {table!r} is {sharding!r}, not one of {SHARDING_TYPES}")
@@ -49,12 +49,6 @@ class TablesConfig:
         return _STORED_MULTIPLE * -(-self.embedding_dim // _STORED_MULTIPLE)
 
     @property
-    def frozen_columns(self) -> int:
-        """The same of a frozen table: with int8, three codes per float32 and two values for scale and offset."""
-        values = -(-self.embedding_dim // 3) + 2 if self.frozen_dtype == "int8" else self.embedding_dim
-        return _STORED_MULTIPLE * -(-values // _STORED_MULTIPLE)
-
-    @property
     def frozen_value_bytes(self) -> int:
-        """Bytes of each of these columns."""
+        """Bytes of each column of a frozen row."""
         return 2 if self.frozen_dtype == "fp16" else 4

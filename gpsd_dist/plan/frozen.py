@@ -27,7 +27,7 @@ def frozen_line(
         return ""
     rows = sum(manifest.table(table).num_rows for table in frozen)
     state, whole = rows * 4 / _MIB, rows * config.stored_dim * 4 / _MIB
-    kept = rows * config.frozen_columns * config.frozen_value_bytes / _MIB
+    kept = rows * config.stored_dim * config.frozen_value_bytes / _MIB
     stored = f"; kept as {config.frozen_dtype} in {kept:.1f} instead of {whole:.1f} MiB" if kept < whole else ""
     looked_up = sum(unique_rows[table] for table in frozen)
     unsent = unsent_gradients(shards, unique_rows, config.stored_dim, cluster, run.execution).total.mean()

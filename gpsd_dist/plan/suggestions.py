@@ -6,7 +6,7 @@ import typing
 import numpy as np
 
 from gpsd_dist.config.execution import BLOCK_MODELS
-from gpsd_dist.config.tables import FROZEN_DTYPES, TablesConfig
+from gpsd_dist.config.tables import FROZEN_DTYPES
 from gpsd_dist.plan.estimate import Estimate, Layout, Scenario, estimate
 from gpsd_dist.plan.memory import Memory
 from gpsd_dist.preflight import tables_kept_whole
@@ -55,16 +55,8 @@ def _fewer_bytes(scenario: Scenario, name: str, flags: str) -> typing.Iterator[R
     """Smaller types of frozen tables, as far as training takes them."""
     tables = scenario.run.tables
     for dtype in FROZEN_DTYPES[FROZEN_DTYPES.index(tables.frozen_dtype) + 1 :]:
-        try:
-            changed = _replaced(scenario, "tables", frozen_dtype=dtype)
-        except ValueError:  # int8 with tables cut by columns, or rows that are rounded on their way
-            continue
-        if _row_bytes(changed.run.tables) < _row_bytes(tables):
-            yield _built(f"{name} {dtype}", f"{flags}--gin.TablesConfig.frozen_dtype={dtype}", changed)
-
-
-def _row_bytes(tables: TablesConfig) -> int:
-    return tables.frozen_columns * tables.frozen_value_bytes
+        changed = _replaced(scenario, "tables", frozen_dtype=dtype)
+        yield _built(f"{name} {dtype}", f"{flags}--gin.TablesConfig.frozen_dtype={dtype}", changed)
 
 
 def _layouts(scenario: Scenario) -> typing.Iterator[Remedy]:
@@ -74,7 +66,7 @@ def _layouts(scenario: Scenario) -> typing.Iterator[Remedy]:
         changed = _replaced(scenario, "sparse", name="rowwise_adagrad")
         yield _built("row-wise Adagrad for the tables", "--gin.sparse/OptimizerConfig.name=rowwise_adagrad", changed)
     whole = [table for table, sharding in run.tables.sharding.items() if sharding != "row_wise"]
-    can_cut_columns = run.tables.embedding_dim >= _MIN_COLUMNS and run.tables.frozen_dtype != "int8"
+    can_cut_columns = run.tables.embedding_dim >= _MIN_COLUMNS
     cuttable = sorted(set(whole) - tables_kept_whole(run, scenario.manifest)) if can_cut_columns else []
     for kind, tables in (("row_wise", sorted(whole)), ("column_wise", cuttable)):
         if not tables:

@@ -12,7 +12,6 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from gpsd_dist.config import TablesConfig
 from gpsd_dist.parameter_names import module_key
 from gpsd_dist.schema import Manifest, Table
-from gpsd_dist.tables.int8_rows import decode
 
 
 def lookup_tables(manifest: Manifest, config: TablesConfig, with_candidates: bool) -> tuple[Table, ...]:
@@ -53,12 +52,11 @@ class Tables(nn.Module):
                 f"cannot freeze tables {sorted(missing)}: the sharded tables are {names}. One of at most "
                 f"TablesConfig.small_table_max_rows={config.small_table_max_rows} rows is kept with the dense part"
             )
-        width, is_coded = config.embedding_dim, config.frozen_dtype == "int8"
         frozen_type = DataType.FP16 if config.frozen_dtype == "fp16" else DataType.FP32
         trained, kept = ([t for t in tables if (t.name in frozen) == is_kept] for is_kept in (False, True))
         self.trainable = _collection(trained, config.stored_dim, DataType.FP32, device)
-        self.frozen = _collection(kept, config.frozen_columns, frozen_type, device)
-        self.unpadded, self.thawed = _Unpadded(width), _Thawed(width, is_coded)
+        self.frozen = _collection(kept, config.stored_dim, frozen_type, device)
+        self.unpadded, self.thawed = _Unpadded(config.embedding_dim), _Thawed(config.embedding_dim)
 
     def forward(self, lookup: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
         """Rows [U, E] of every table, without their padding. Collective when the collections are sharded: all ranks
@@ -87,17 +85,11 @@ class _Unpadded(nn.Module):
 
 
 class _Thawed(_Unpadded):
-    """As `_Unpadded`, for frozen tables: float32, whatever they are stored in."""
-
-    def __init__(self, width: int, is_coded: bool):
-        super().__init__(width)
-        self.is_coded = is_coded
+    """Gives the rows of frozen tables in float32, whatever they are stored in."""
 
     def forward(self, found: dict[str, JaggedTensor]) -> dict[str, torch.Tensor]:
-        """[U, frozen_columns] -> [U, E]"""
-        if not self.is_coded:
-            return {name: rows.float() for name, rows in super().forward(found).items()}
-        return {name: decode(jagged.values(), self.width) for name, jagged in found.items()}
+        """[U, stored_dim] -> [U, E]"""
+        return {name: rows.float() for name, rows in super().forward(found).items()}
 
 
 def _collection(

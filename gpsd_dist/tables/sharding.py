@@ -25,7 +25,6 @@ from gpsd_dist.config.execution import DEFAULT, ExecutionConfig
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.tables.all_to_all_codec import exchange_codecs
 from gpsd_dist.tables.collections import Tables
-from gpsd_dist.tables.int8_rows import encode
 
 log = logging.getLogger(__name__)
 _INIT_BLOCK_ROWS = 4096
@@ -80,7 +79,7 @@ class ShardedTables:
     """Module key -> table name."""
     width: int
     """E. `weights()` holds more columns where E is no multiple of 4; those are zero. Frozen tables may be half
-    precision or codes (`model/row_codes.py`) there."""
+    precision there."""
     lr_factor: float
     """Corrects what padding does to a mean over the columns of a row."""
 
@@ -135,16 +134,14 @@ def shard_tables(
             f"same options says what would help. TorchRec says: {error}"
         ) from error
     names = table_names(tables)
-    frozen = [] if tables.frozen is None else [entry.name for entry in tables.frozen.embedding_configs()]
     module = DistributedModelParallel(
         module=tables, device=runtime.device, plan=plan, sharders=[sharder], init_data_parallel=False
     )
     factor = _lr_factor(config, optimizer)
     shards = shards_of(plan, names, config.frozen_value_bytes)
     sharded = ShardedTables(module, readable(plan, config), shards, names, config.embedding_dim, factor)
-    coded = {names[key] for key in frozen} if config.frozen_dtype == "int8" else set()
     for name, weight in sharded.weights().items():
-        _initialise(weight, name, config, seed, is_coded=name in coded)
+        _initialise(weight, name, config, seed)
     return sharded
 
 
@@ -266,7 +263,7 @@ def readable(plan: ShardingPlan, config: TablesConfig) -> str:
     return "\n".join(lines)
 
 
-def _initialise(weight: ShardedTensor, table: str, config: TablesConfig, seed: int, *, is_coded: bool) -> None:
+def _initialise(weight: ShardedTensor, table: str, config: TablesConfig, seed: int) -> None:
     """Normal(0, std) as a function of (seed, table, row): the same table for any world size and plan. Padding is 0."""
     width, padding = config.embedding_dim, config.stored_dim - config.embedding_dim
     for shard in weight.local_shards():
@@ -275,10 +272,7 @@ def _initialise(weight: ShardedTensor, table: str, config: TablesConfig, seed: i
             entropy = (seed, block, *table.encode())
             random = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
             values = random.standard_normal((_INIT_BLOCK_ROWS, width), dtype=np.float32) * config.init_std
-            if is_coded:
-                values = encode(torch.from_numpy(values), config.frozen_columns).numpy()
-            else:
-                values = np.pad(values, ((0, 0), (0, padding)))
+            values = np.pad(values, ((0, 0), (0, padding)))
             start = block * _INIT_BLOCK_ROWS
             low, high = max(first, start), min(first + rows, start + _INIT_BLOCK_ROWS)
             piece = torch.from_numpy(values[low - start : high - start, column : column + columns])

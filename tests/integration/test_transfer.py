@@ -12,13 +12,13 @@ from gpsd_dist.checkpoint import manager
 from gpsd_dist.config import STRATEGIES
 from gpsd_dist.evaluate import evaluate_checkpoint
 from gpsd_dist.schema import read_manifest, write_manifest
-from gpsd_dist.tables.int8_rows import encode
 from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed
 from tests.integration.tiny_data import (
     NUM_ITEMS,
     NUM_TAGS,
     differing,
+    edit_state,
     read_checkpoint,
     step_folder,
     tiny_run,
@@ -278,12 +278,11 @@ def test_missing_tensor_is_refused_not_skipped(trained, data_dir, tmp_path, one_
     assert str(source) in message
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "int8"])
-def test_frozen_table_in_fewer_bytes(trained, data_dir, tmp_path, one_rank, dtype):
+def test_frozen_table_in_fewer_bytes(trained, data_dir, tmp_path, one_rank):
     """Two ranks load it from the float32 checkpoint, train and save it as it is; one rank resumes and scores it."""
     source = read_checkpoint(manager.find(trained / "source"))["table.item"]
-    wanted = source.half() if dtype == "fp16" else encode(source[:, :16], 8)
-    tables = {"frozen_dtype": dtype}
+    wanted = source.half()
+    tables = {"frozen_dtype": "fp16"}
     run = _run(data_dir, trained / "source", tmp_path / "run", "FT_SF", tables=tables)
     run_distributed(train_runs, 2, tmp_path, [run], timeout_s=150)
     saved = read_checkpoint(step_folder(tmp_path / "run", STEPS))["table.item"]
@@ -297,25 +296,17 @@ def test_frozen_table_in_fewer_bytes(trained, data_dir, tmp_path, one_rank, dtyp
     index = batch.lookup["item"].values()
     expected = source[index, :16]
     assert rows.dtype == torch.float32 and not torch.equal(rows, expected)
-    half_level_R1 = (expected.amax(1, keepdim=True) - expected.amin(1, keepdim=True)) / 255 / 2  # see row_codes.encode
-    bound = half_level_R1 if dtype == "int8" else 2**-11 * expected.abs() + 2**-25  # fp16: half a unit of 11 bits
+    bound = 2**-11 * expected.abs() + 2**-25  # half a unit of 11 bits
     assert ((rows - expected).abs() <= bound * (1 + 1e-4)).all()
     metrics = evaluate_checkpoint(tmp_path / "run", None, "valid", one_rank)
     assert all(np.isfinite(values["auc"]) for values in metrics.values())
 
 
-def test_codes_go_on_as_codes_and_nothing_else(trained, data_dir, tmp_path, one_rank):
-    """The next finetuning from one whose table is frozen as int8."""
-    tables = {"frozen_dtype": "int8"}
-    first = _run(data_dir, trained / "source", tmp_path / "first", "ST_SF", tables=tables)
-    Trainer(first, one_rank).train()
-    trainer = Trainer(_run(data_dir, tmp_path / "first", tmp_path / "next", "FT_SF", tables=tables), one_rank)
-    trainer.load_weights()
-    codes = read_checkpoint(step_folder(tmp_path / "first", STEPS))["table.item"]
-    assert codes.shape[1] == 8 and torch.equal(_whole(trainer.components)["table.item"], codes)
-    for strategy, dtype in (("ST_SF", "fp32"), ("ST_SF", "fp16"), ("FT", "fp32")):
-        run = _run(
-            data_dir, tmp_path / "first", tmp_path / f"{strategy}_{dtype}", strategy, tables={"frozen_dtype": dtype}
-        )
-        message = _refused(run, one_rank, "frozen as int8")
-        assert f"INIT_CHECKPOINT={trained / 'source'}" in message
+def test_a_checkpoint_with_int8_rows_is_refused_with_the_commit_that_reads_it(trained, data_dir, tmp_path, one_rank):
+    source = shutil.copytree(trained / "source", tmp_path / "source")
+    for checkpoint in (source / "checkpoints").glob("step_*"):
+        edit_state(checkpoint, lambda state: state["run_config"]["tables"].update(frozen_dtype="int8"))
+    run = _run(data_dir, source, tmp_path / "run", "ST_SF")
+    assert "commit 14e4532" in _refused(run, one_rank, "frozen_dtype 'int8' is not built any more")
+    with pytest.raises(ValueError, match="commit 14e4532"):
+        evaluate_checkpoint(source, str(data_dir), "valid", one_rank)

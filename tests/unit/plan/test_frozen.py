@@ -22,7 +22,7 @@ def _run(strategy="ST_SF", backward="fp32", **tables):
 
 def _line(run, ranks, sharding="row_wise"):
     """2^20 items over the ranks, of which each looks up 2^16; the tags are trained."""
-    columns, value_bytes = run.tables.frozen_columns, run.tables.frozen_value_bytes
+    columns, value_bytes = run.tables.stored_dim, run.tables.frozen_value_bytes
     owners = [(rank, ROWS // ranks) for rank in range(ranks)] if sharding == "row_wise" else [(0, ROWS)]
     items = [Shard("item", run.freezes_tables, sharding, rank, n, columns, value_bytes) for rank, n in owners]
     tags = Shard("tag", False, "row_wise", 0, 40, 64)
@@ -45,9 +45,9 @@ def test_gradients_that_are_not_sent(sharding, ranks, backward, mib):
     assert line.count("\n") == 0 and "kept as" not in line
 
 
-def test_codes_would_have_sent_whole_rows():
-    line = _line(_run(frozen_dtype="int8"), 2)
-    assert line.endswith("kept as int8 in 96.0 instead of 256.0 MiB") and _unsent_mib(line) == 8.0
+def test_half_precision_rows_would_have_sent_float32_gradients():
+    line = _line(_run(frozen_dtype="fp16"), 2)
+    assert line.endswith("kept as fp16 in 128.0 instead of 256.0 MiB") and _unsent_mib(line) == 8.0
 
 
 def test_columns_are_counted_once():
