@@ -1,33 +1,47 @@
-"""The TOML file of the `generic` source: which file holds what, as frozen dataclasses. Opens no log.
+"""Reads the TOML file of the `generic` source, which says what file holds what. Opens no log.
 
-Every key is a field of a dataclass below; an unknown key, a missing one or a wrong type is a ValueError that names the
-file and the key. `data_pipeline/sources/README.md` explains the keys with examples.
+Every key is a field of a dataclass below, with its type, its known values and its bounds; pydantic checks them. Rules
+between keys and sections are the functions at the end. An unknown key, a missing one or a wrong value is a ValueError
+that names the file and the key. `data_pipeline/sources/README.md` explains the keys with examples.
 """
 
-import dataclasses
-import difflib
+import datetime
+import json
 import pathlib
 import tomllib
 import types
 import typing
+import zoneinfo
 
-from data_pipeline.sources import log_rules
+import pydantic
+import pydantic.dataclasses
+
+from data_pipeline import explain
+from data_pipeline.options import Count, Negatives
 from gpsd_dist import schema
 
-SECTIONS = log_rules.SECTIONS
+SECTIONS = ("history", "exposure", "items", "users")
+TimeUnit = typing.Literal["s", "ms", "us", "iso"]
+RESERVED_NAMES = (
+    # columns of the pipeline itself
+    *("item", "item_id", "user_id", "time_s", "order", "position", "split", "num_before", "num_events", "rank"),
+    *("known_s", "sequence", "shuffle_key", "request_time_s", "history_length", "user_hash"),
+    # columns of vocabularies, of items.parquet, of the choice of the latest attributes
+    *("count", "index", "place"),
+)
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=explain.STRICT)
 class FeatureColumn:
-    """One input column: `[[<section>.feature]]`."""
+    """Describes one input column: `[[<section>.feature]]`."""
 
     column: str
     name: str = ""
     """Name in the prepared data; default: the column."""
-    kind: str = "categorical"
-    """"categorical", "numerical" or "bag" (several values per row)."""
+    kind: typing.Literal["categorical", "numerical", "bag"] = "categorical"
+    """A bag has several values per row."""
     separator: str = ""
-    """Of a bag in a string column; a list column needs none."""
+    """Parts a bag in a string column; a list column needs none."""
     place: str = ""
     """Only in [exposure]: "candidate" (a value per row) or "context" (that of the first row with a history)."""
 
@@ -37,9 +51,9 @@ class FeatureColumn:
         return self.name or self.column
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=explain.STRICT)
 class TaskColumn:
-    """One label column of the exposure log: `[[exposure.task]]`."""
+    """Describes one label column of the exposure log: `[[exposure.task]]`."""
 
     column: str
     name: str = ""
@@ -52,15 +66,15 @@ class TaskColumn:
         return self.name or self.column
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=explain.STRICT)
 class HistoryLog:
-    """`[history]`: the log of what users did; it becomes histories and pretraining sequences."""
+    """Describes the log of what users did, `[history]`; it becomes histories and pretraining sequences."""
 
     files: str
     user: str
     item: str
     time: str
-    time_unit: str = "s"
+    time_unit: TimeUnit = "s"
     event: str = ""
     """Column with the type of the event."""
     event_types: tuple[str, ...] = ()
@@ -68,16 +82,19 @@ class HistoryLog:
     feature: tuple[FeatureColumn, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=explain.STRICT)
 class ExposureLog:
-    """`[exposure]`: what was shown, and what came of it. Without it, candidates are last events and drawn negatives."""
+    """Describes what was shown, and what came of it, `[exposure]`.
+
+    Without it, candidates are last events and drawn negatives.
+    """
 
     files: str
     user: str
     item: str
     time: str
     task: tuple[TaskColumn, ...]
-    time_unit: str = "s"
+    time_unit: TimeUnit = "s"
     request: str = ""
     """Column shared by the rows that were shown together: they get the earliest time of any of them."""
     extends_history: str = ""
@@ -85,9 +102,9 @@ class ExposureLog:
     feature: tuple[FeatureColumn, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=explain.STRICT)
 class ItemsFile:
-    """`[items]`: attributes of items."""
+    """Describes the attributes of items, `[items]`."""
 
     item: str = ""
     files: str = ""
@@ -95,18 +112,18 @@ class ItemsFile:
     feature: tuple[FeatureColumn, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=explain.STRICT)
 class UsersFile:
-    """`[users]`: attributes of users; they become context features."""
+    """Describes the attributes of users, `[users]`; they become context features."""
 
     files: str
     user: str
     feature: tuple[FeatureColumn, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=explain.STRICT)
 class CsvStyle:
-    """`[csv]`: how every CSV file of the description is written."""
+    """Says how every CSV file of the description is written, `[csv]`."""
 
     separator: str = ","
     header: bool = True
@@ -114,42 +131,42 @@ class CsvStyle:
     """Names in order, where there is no header."""
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=explain.STRICT)
 class SplitRule:
-    """`[split]`: how train, valid and test are cut."""
+    """Says how train, valid and test are cut, `[split]`."""
 
-    rule: str = ""
+    rule: typing.Literal["", "time", "last_item_by_time", "leave_last_out"] = ""
     """Default: "time" with an exposure log, "last_item_by_time" without."""
     time_zone: str = "UTC"
-    """Of ISO times and dates without an offset, and of the boundaries."""
+    """Zone of ISO times and dates without an offset, and of the boundaries."""
     valid_from: str = ""
     """Date or ISO time; give `valid_from` and `test_from`, or neither."""
     test_from: str = ""
     test_until: str = ""
     """Later exposures are left out and counted, or form the split `holdout` under --split holdout."""
     valid_fraction: float = 0.1
-    """Of the exposures in time order, where no dates are given; of the train users under last_item_by_time."""
+    """Share of the exposures in time order, where no dates are given; of the train users under last_item_by_time."""
     test_fraction: float = 0.1
-    """Of the exposures; of the users (those with the latest last event) under last_item_by_time."""
+    """Share of the exposures; of the users (those with the latest last event) under last_item_by_time."""
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=explain.STRICT)
 class Options:
-    """`[options]`: what the prepared data keep. The command line goes first."""
+    """Holds what the prepared data keep, `[options]`. The command line goes first."""
 
-    max_history_length: int = 50
-    min_count: int = 1
-    num_negatives: int = 1
-    """Per target, where there is no exposure log."""
-    negatives: str = "uniform"
+    max_history_length: Count = 50
+    min_count: Count = 1
+    num_negatives: Count = 1
+    """Drawn per target, where there is no exposure log."""
+    negatives: Negatives = "uniform"
     hashed_features: str = ""
-    """"NAME:ROWS,...": features without a vocabulary, see docs/ids.md."""
+    """"NAME:ROWS,...": features without a vocabulary, docs/ids.md."""
     managed_features: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=explain.STRICT)
 class LogDescription:
-    """The whole file."""
+    """Describes a whole log; a section that the file lacks is None or has its defaults."""
 
     history: HistoryLog | None = None
     exposure: ExposureLog | None = None
@@ -160,7 +177,7 @@ class LogDescription:
     options: Options = Options()
 
     def tasks(self) -> tuple[schema.Task, ...]:
-        """Tasks of the exposure log; without one, drawn negatives make a click task."""
+        """Returns the tasks of the exposure log; without one, drawn negatives make a click task."""
         if self.exposure is None:
             return (schema.Task("click"),)
         return tuple(schema.Task(task.label, task.given or None) for task in self.exposure.task)
@@ -175,66 +192,125 @@ def read(path: str | pathlib.Path) -> LogDescription:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
-    problems: list[str] = []
-    description = _build(LogDescription, raw, "", problems)
-    if not problems:
-        problems = log_rules.problems_of(description)
+    try:
+        # Through JSON, which has lists for tuples and text for dates and times, as the strict fields need them.
+        text = json.dumps(raw, default=lambda moment: moment.isoformat())
+        description = pydantic.TypeAdapter(LogDescription).validate_json(text)
+    except pydantic.ValidationError as error:
+        problems = [_in_words(problem) for problem in explain.problems(error)]
+    else:
+        problems = _rules(description)
     if problems:
         raise ValueError(f"{path}: " + "; ".join(problems))
     return description
 
 
-def _build(cls: type, raw: dict, where: str, problems: list[str]) -> typing.Any:
-    """An instance of `cls` from a TOML table; appends to `problems` and returns None if a key does not fit."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    found = len(problems)
-    for key in raw:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
-            problems.append(f"unknown key {_join(where, key)!r}; {hint}")
-    values = {}
-    hints = typing.get_type_hints(cls)
-    for key, field in fields.items():
-        if key in raw:
-            values[key] = _value(hints[key], raw[key], _join(where, key), problems)
-        elif field.default is dataclasses.MISSING:
-            problems.append(f"key {_join(where, key)!r} is missing")
-    return cls(**values) if len(problems) == found else None
+def _in_words(problem: explain.Problem) -> str:
+    if problem.is_unknown:
+        return f"unknown key {problem.key!r}; {explain.did_you_mean(str(problem.path[-1]), _keys_beside(problem.path))}"
+    if problem.is_missing:
+        return f"key {problem.key!r} is missing"
+    expected = f"{problem.expected} [{problem.key}]" if problem.expected == "a table" else problem.expected
+    return f"{problem.key!r} is {problem.given!r}, expected {expected}"
 
 
-def _value(hint: typing.Any, raw: typing.Any, where: str, problems: list[str]) -> typing.Any:
-    """`raw` as the annotated type: a scalar, a tuple of scalars or of dataclasses, or a dataclass."""
-    if isinstance(hint, types.UnionType):  # X | None: TOML has no null, so X
-        hint = typing.get_args(hint)[0]
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        if isinstance(raw, dict):
-            return _build(hint, raw, where, problems)
-        problems.append(f"{where!r} is {raw!r}, expected a table [{where}]")
-        return None
-    if typing.get_origin(hint) is tuple:
-        element = typing.get_args(hint)[0]
-        if isinstance(raw, list):
-            return tuple(_value(element, entry, f"{where}[{number}]", problems) for number, entry in enumerate(raw))
+def _keys_beside(path: tuple[str | int, ...]) -> list[str]:
+    """Lists the keys of the table that the last part of `path` lies in."""
+    found: typing.Any = LogDescription
+    for part in path[:-1]:
+        if isinstance(part, str):
+            found = typing.get_type_hints(found)[part]
+        if isinstance(found, types.UnionType) or typing.get_origin(found) is tuple:  # X | None, or tuple[X, ...]
+            found = typing.get_args(found)[0]
+    return list(typing.get_type_hints(found))
+
+
+def _rules(d: LogDescription) -> list[str]:
+    """Lists what is wrong between keys and between sections, each of which is right by itself."""
+    problems = []
+    if d.history is None and d.exposure is None:
+        problems.append("there is neither [history] nor [exposure]: describe at least one log")
+    if d.history is None and d.exposure is not None and not d.exposure.extends_history:
+        problems.append("without [history], exposure.extends_history must name the task whose 1 makes a history event")
+    for section in SECTIONS:
+        part = getattr(d, section)
+        for number, feature in enumerate(() if part is None else part.feature):
+            problems += _check_feature(section, f"{section}.feature[{number}]", feature)
+    problems += _check_names(d) + _check_exposure(d) + _check_split(d.split)
+    if d.exposure is None and d.split.rule == "time":
         problems.append(
-            f"{where!r} is {raw!r}, expected a list" + (f" of tables [[{where}]]" if element is not str else "")
+            "'split.rule' is 'time', which cuts [exposure]; without it use 'last_item_by_time' or 'leave_last_out'"
         )
-        return None
-    if hint is float and type(raw) is int:
-        return float(raw)
-    if hint is str and not isinstance(raw, str) and hasattr(raw, "isoformat"):  # a TOML date or date-time
-        return raw.isoformat()
-    if type(raw) is not hint:
-        kind = (
-            "a list"
-            if typing.get_origin(hint) is tuple
-            else f"a table [{where}]"
-            if dataclasses.is_dataclass(hint)
-            else hint.__name__
+    if d.items is not None and bool(d.items.files) != bool(d.items.item):
+        problems.append(
+            "[items] needs both `files` and `item`, or neither (attributes in the columns of the history log)"
         )
-        problems.append(f"{where!r} is {raw!r}, expected {kind}")
-    return raw
+    if d.items is not None and not d.items.files and d.history is None:
+        problems.append("[items] without `files` takes the attributes from the history log, and there is no [history]")
+    if d.csv.header == bool(d.csv.columns):
+        problems.append("[csv] needs `columns` exactly where `header = false`")
+    return problems
 
 
-def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
+def _check_feature(section: str, where: str, feature: FeatureColumn) -> list[str]:
+    problems = []
+    if feature.separator and feature.kind != "bag":
+        problems.append(f"'{where}.separator' is set, but kind is {feature.kind!r}; only a bag has one")
+    if feature.kind == "bag" and section != "items":
+        problems.append(f"'{where}.kind' is 'bag'; only [[items.feature]] can be one")
+    if section == "exposure" and feature.place not in ("candidate", "context"):
+        problems.append(f"'{where}.place' is {feature.place!r}, expected 'candidate' or 'context'")
+    if section != "exposure" and feature.place:
+        problems.append(f"'{where}.place' is only for [[exposure.feature]]")
+    return problems
+
+
+def _check_names(d: LogDescription) -> list[str]:
+    parts = [getattr(d, section) for section in SECTIONS]
+    names = [feature.label for part in parts if part is not None for feature in part.feature]
+    names += [task.name for task in d.tasks()] if d.exposure is not None else []
+    twice = sorted({name for name in names if names.count(name) > 1})
+    problems = [f"the name {name!r} is used twice; give one of them another `name`" for name in twice]
+    taken = sorted(
+        {name for name in names if name in RESERVED_NAMES or not name.isidentifier() or name.startswith("_")}
+    )
+    rule = f"letters, digits and inner underscores, and none of {', '.join(RESERVED_NAMES)}"
+    return problems + [f"the name {name!r} cannot be used; give it a `name` of {rule}" for name in taken]
+
+
+def _check_exposure(d: LogDescription) -> list[str]:
+    if d.exposure is None:
+        return []
+    problems = []
+    names = [task.label for task in d.exposure.task]
+    if not names:
+        problems.append("[exposure] has no [[exposure.task]]: name at least one label column")
+    for task in d.exposure.task:
+        if task.given and (task.given not in names or task.given == task.label):
+            problems.append(f"task {task.label!r} is given {task.given!r}; other tasks: {names}")
+    if d.exposure.extends_history and d.exposure.extends_history not in names:
+        problems.append(
+            f"'exposure.extends_history' is {d.exposure.extends_history!r}, expected one of the tasks {names}"
+        )
+    if d.split.rule not in ("", "time"):
+        problems.append(f"'split.rule' is {d.split.rule!r}: with an [exposure] log the splits are cut by 'time'")
+    return problems
+
+
+def _check_split(split: SplitRule) -> list[str]:
+    problems = []
+    if split.time_zone not in zoneinfo.available_timezones():
+        problems.append(f"'split.time_zone' is {split.time_zone!r}, expected a name like 'UTC' or 'Asia/Shanghai'")
+    if bool(split.valid_from) != bool(split.test_from):
+        problems.append("[split] has only one of `valid_from` and `test_from`; give both, or fractions")
+    low, high = split.valid_fraction, split.test_fraction
+    for key in ("valid_from", "test_from", "test_until"):
+        try:
+            datetime.datetime.fromisoformat(getattr(split, key) or "2000-01-01")
+        except ValueError:
+            problems.append(f"'split.{key}' is {getattr(split, key)!r}, expected a date or an ISO time")
+    if split.test_until and not split.test_from:
+        problems.append("[split] has `test_until` without `test_from`")
+    if not (0 < low < 1 and 0 < high < 1 and low + high < 1):
+        problems.append(f"[split] fractions {low} and {high} must lie in (0, 1) and sum to less than 1")
+    return problems
