@@ -214,7 +214,8 @@ def _hash_data(runs: pathlib.Path) -> Hashes:
             hashes[name] = _sha(path.read_bytes())
         elif path.name == "manifest.json":
             fields = json.loads(path.read_text())
-            fields["options"] = {k: v for k, v in fields["options"].items() if not k.endswith("_dir")}
+            for name in ("raw_dir", "fingerprint"):  # the latter is one of the pipeline's own code, too
+                fields["options"].pop(name, None)
             for field in set(fields) - set(_UNEQUAL_FIELDS):
                 hashes[f"{name} {field}"] = _sha(json.dumps(fields[field]).encode())
     return hashes

@@ -73,50 +73,55 @@ class Trainer:
         self.stops = StopRequests()
 
     def train(self) -> dict[str, float]:
-        """Runs to the end, from the newest checkpoint if there is one; returns the best validation. Collective."""
+        """Runs to the last step, to early stopping, or to a stop request; returns the best validation. Collective.
+
+        Begins at the newest checkpoint of the output folder if there is one.
+        """
         if not self._has_weights:
             self.load_weights()
         if self.early_stopping.is_finished:
             log.info("this run is finished (best step %d); nothing to do", self.early_stopping.best_step)
             return self._best_metrics()
-        watchdog, timeout_s = self.runtime.watchdog, self.run.train.hang_timeout_s
-        orphaned = self.stops.note_orphaned
-        # Leaving `checkpoints` waits for the last save.
-        with self.stops, watchdog.watching(timeout_s, self.step, orphaned), self.checkpoints:
-            self._loop()
-        return self._best_metrics()
-
-    def _loop(self) -> None:
-        """Runs to the last step, to early stopping, or to a stop request. Collective."""
-        self.metrics.open(self.step, self.total_steps)
-        self.profiler.start()
         batches = self.metrics.timed(self.batches())
         must_stop = False
-        while not self.early_stopping.is_finished and not must_stop:
-            for done in self.training_step.run_steps(batches, self.step, self._steps_to_next_pause()):
-                self.step += 1
-                self.position = self.loader.position_after(*done.parts[0].place)
-                self.metrics.record_step(done)
-                self.profiler.after_step()
-                # A signal reaches ranks at different moments: they agree on the step to stop at.
-                is_last, must_stop = self.step >= self.total_steps, self.stops.agreed()
-                if is_last or self.step % self.run.train.log_interval_steps == 0:
-                    self.metrics.log(self.step)
-                if self._validation_is_due(is_last):
-                    self.validate(is_last)
-                elif is_last:
-                    self._finish_unvalidated()
-                elif must_stop or self._save_is_due():
-                    self.save({})
-                self.metrics.show_step(self.step)
-                if self.early_stopping.is_finished or must_stop:
-                    break
-        if must_stop and not self.early_stopping.is_finished:
-            self.checkpoints.wait()
-            log.warning("asked to stop: saved step %d; the same command goes on from there", self.step)
-        self.profiler.close()
-        self.loader.close()
-        self.metrics.close()
+        with self._guarded():
+            self.metrics.open(self.step, self.total_steps)
+            self.profiler.start()
+            while not self.early_stopping.is_finished and not must_stop:
+                for done in self.training_step.run_steps(batches, self.step, self._steps_to_next_pause()):
+                    self.step += 1
+                    # With prefetching the loader is ahead of the batch that was trained: save that one's place.
+                    self.position = self.loader.position_after(*done.parts[0].place)
+                    self.metrics.record_step(done)
+                    self.profiler.after_step()
+                    # A signal reaches ranks at different moments, so they agree on the step to stop at.
+                    is_last, must_stop = self.step >= self.total_steps, self.stops.agreed()
+                    if is_last or self.step % self.run.train.log_interval_steps == 0:
+                        self.metrics.log(self.step)
+                    if self._validation_is_due(is_last):
+                        self.validate(is_last)
+                    elif is_last:
+                        self._finish_unvalidated()
+                    elif must_stop or self._save_is_due():
+                        self.save({})
+                    self.metrics.show_step(self.step)
+                    if self.early_stopping.is_finished or must_stop:
+                        break
+            if must_stop and not self.early_stopping.is_finished:
+                self.checkpoints.wait()
+                log.warning("asked to stop: saved step %d; the same command goes on from there", self.step)
+            self.profiler.close()
+            self.loader.close()
+            self.metrics.close()
+        return self._best_metrics()
+
+    @contextlib.contextmanager
+    def _guarded(self) -> typing.Iterator[None]:
+        """Surrounds the loop: a signal asks for a stop, the watchdog looks for a hang, the last save is waited for."""
+        watchdog, timeout_s = self.runtime.watchdog, self.run.train.hang_timeout_s
+        watching = watchdog.watching(timeout_s, self.step, self.stops.note_orphaned)
+        with self.stops, watching, self.checkpoints:
+            yield
 
     def validate(self, is_last: bool) -> None:
         """Scores `valid`, judges it, saves. Collective."""

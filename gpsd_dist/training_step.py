@@ -76,32 +76,28 @@ class TrainingStep:
         LossNotFinite if a loss is not finite: no weight has moved in that step.
         """
         source = itertools.islice(batches, num_steps)
-        if self._prefetch is None:
-            for self.number, parts in enumerate(source, first_step):
+        if self._prefetch is not None:  # TorchRec's pipeline makes the calls below, one batch ahead.
+            results = self._prefetch.steps(source)
+            for self.number in range(first_step, first_step + num_steps):
                 with self.profiler.range(profiling.STEP):
-                    done = self(parts)
+                    done = next(results)
                 yield done
             return
-        results = self._prefetch.steps(source)
-        for self.number in range(first_step, first_step + num_steps):
+        for self.number, parts in enumerate(source, first_step):
             with self.profiler.range(profiling.STEP):
-                done = next(results)
+                self.zero_grad()
+                # Managed ids get their rows here, because who owns a row is known in its own step only.
+                parts = self.components.ids.train(to_device(parts, self.runtime.device))
+                with self.looking_up():
+                    embeddings = self.components.tables(parts[0].lookup)
+                loss, done = self.forward(embeddings, parts)
+                # This one backward gives the dense gradients, exchanges those of the tables and updates their rows:
+                # the tables' optimizer is fused into it.
+                with self.profiler.range(profiling.BACKWARD):
+                    loss.backward()
+                self.step()
+                done.id_facts = self.components.ids.metrics()
             yield done
-
-    def __call__(self, parts: Parts) -> StepResult:
-        """One step of the plain loop. TorchRec's pipeline makes the same calls, one batch ahead. Collective."""
-        self.zero_grad()
-        # Managed ids get their rows here: who owns a row is known in its own step only.
-        parts = self.components.ids.train(to_device(parts, self.runtime.device))
-        with self.looking_up():
-            embeddings = self.components.tables(parts[0].lookup)
-        loss, done = self.forward(embeddings, parts)
-        # This one backward gives the dense gradients, exchanges those of the tables and updates their rows.
-        with self.profiler.range(profiling.BACKWARD):
-            loss.backward()
-        self.step()
-        done.id_facts = self.components.ids.metrics()
-        return done
 
     def zero_grad(self) -> None:
         """Begins a step: seed, learning rates of its place in the schedule, empty gradients."""
