@@ -159,8 +159,8 @@ class Log:
         return tuple(spec for spec in self.features if place in spec.places)
 
 
-def check(log: Log) -> None:
-    """Raises ValueError if a table lacks a column that the specs and tasks need, or has it in another type."""
+def checked(log: Log) -> Log:
+    """Returns the log; ValueError if a table lacks a column that the specs and tasks need, or has another type."""
     needed = {"events": dict(EVENT_COLUMNS), "items": {"item_id": "string"}}
     needed["exposures"] = dict(EVENT_COLUMNS) | {task.name: "float64" for task in log.tasks}
     needed["users"] = {"user_id": "string"}
@@ -179,6 +179,7 @@ def check(log: Log) -> None:
                 raise ValueError("there are features with origin 'users', but the log has no users table")
             continue
         _check_columns(name, table, columns)
+    return log
 
 
 def known_time_s(events: ir.Table) -> ir.IntegerValue:

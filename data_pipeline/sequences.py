@@ -3,6 +3,7 @@ histories.
 """
 
 import dataclasses
+import typing
 
 import ibis
 import ibis.expr.types as ir
@@ -17,8 +18,11 @@ def item_table(log: canonical.Log) -> str:
     return next(spec.feature().table for spec in log.features if spec.name == log.item_feature)
 
 
-def occurrences(log: canonical.Log, cut: splits.Cut) -> dict[str, tuple[ir.Table, int | None]]:
-    """Per vocabulary table: (raw_id, count) in the training period, and the min_count that its features ask for."""
+def occurrences(log: canonical.Log, cut: splits.Cut, min_count: int) -> dict[str, tuple[ir.Table, int]]:
+    """Counts, per vocabulary table, the raw ids of the training period: (raw_id, count), and the table's min_count.
+
+    `min_count` holds where the table's features ask for no other.
+    """
     item_counts = _counts(cut.training_events, "item_id")
     if cut.training_exposures is not None and cut.counts_exposed_items:
         item_counts = item_counts.union(_counts(cut.training_exposures, "item_id"))
@@ -27,13 +31,13 @@ def occurrences(log: canonical.Log, cut: splits.Cut) -> dict[str, tuple[ir.Table
         users = users.union(cut.training_exposures.select("user_id"))
     users = users.distinct()
     by_table: dict[str, list[ir.Table]] = {}
-    min_counts: dict[str, int | None] = {}
+    min_counts: dict[str, int] = {}
     for spec in log.features:
         if spec.kind != "categorical":
             continue
         parts = by_table.setdefault(spec.feature().table, [])
         parts += _occurrences_of(spec, log, cut, item_counts, users)
-        min_counts[spec.feature().table] = spec.min_count
+        min_counts[spec.feature().table] = min_count if spec.min_count is None else spec.min_count
         if spec.name == log.item_feature and log.all_items_known:
             parts.append(log.items.select(raw_id=log.items.item_id, count=ibis.literal(0, type="int64")))
             min_counts[spec.feature().table] = 0
@@ -175,49 +179,53 @@ def user_sequences(encoder: Encoder, events: ir.Table, items: ir.Table) -> ir.Ta
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What rows are made of: a cut log, with the raw ids that `Encoder` turns into indices."""
+class Rows:
+    """Names what rows are made of: a cut log, with the raw ids that `Encoder` turns into indices."""
 
+    log: canonical.Log
     events: ir.Table
-    """Numbered, with a `bucket`."""
+    """Numbered, with a `bucket`; of all users that have a row."""
     lengths: ir.Table
-    """`Cut.pretrain`"""
+    """Pretraining rows, as `Cut.pretrain`."""
     candidates: ir.Table
-    items: ir.Table
-    users: ir.Table | None
+    """Requests of every other split, as `Cut.candidates`."""
+    num_buckets: int
+    """Buckets of users that are worked on one after the other."""
 
 
 def rows_in_buckets(
-    encoder: Encoder, inputs: Inputs, max_history_length: int, num_buckets: int
-) -> tuple[ir.Table, ir.Table]:
-    """(rows of `pretrain`, rows of all other splits), stored; the sequences of one bucket of users exist at a time.
+    encoder: Encoder, rows: Rows, items: ir.Table, max_history_length: int
+) -> typing.Callable[[str], ir.Table]:
+    """Makes all rows and stores them; returns a function from the name of a split to its rows.
 
-    A user's sequence is one aggregate, which engines hold in memory: buckets bound it, and do not change any row.
+    The sequences of one bucket of users exist at a time. A user's sequence is one aggregate, which engines hold in
+    memory: buckets bound it, and do not change any row.
     """
-    engine = encoder.engine
-    for number in range(num_buckets):
-        part, here = encoder, inputs
-        if num_buckets > 1:
+    engine, users = encoder.engine, encoder.users()
+    for number in range(rows.num_buckets):
+        part, here = encoder, rows
+        if rows.num_buckets > 1:
             part = dataclasses.replace(encoder, suffix=f"_{number}")
             here = dataclasses.replace(
-                inputs,
-                events=inputs.events.filter(inputs.events.bucket == number),
-                lengths=_in_bucket(inputs.lengths, number, num_buckets),
-                candidates=_in_bucket(inputs.candidates, number, num_buckets),
+                rows,
+                events=rows.events.filter(rows.events.bucket == number),
+                lengths=_in_bucket(rows.lengths, number, rows.num_buckets),
+                candidates=_in_bucket(rows.candidates, number, rows.num_buckets),
             )
-        histories = user_sequences(part, here.events, here.items)
-        rows = {
+        histories = user_sequences(part, here.events, items)
+        made = {
             "rows_pretrain": pretrain_rows(part, here.lengths, histories, max_history_length),
-            "rows_requests": request_rows(part, here.candidates, here.items, here.users, histories, max_history_length),
+            "rows_requests": request_rows(part, here.candidates, items, users, histories, max_history_length),
         }
-        for name, table in rows.items():
+        for name, table in made.items():
             if number == 0:
                 engine.backend.create(name, table)
             else:
                 engine.backend.append(name, table)
         for name in ("events_encoded", "sequences", "candidates_encoded"):
             engine.backend.drop(f"{name}{part.suffix}")
-    return engine.con.table("rows_pretrain"), engine.con.table("rows_requests")
+    pretrain, requests = engine.con.table("rows_pretrain"), engine.con.table("rows_requests")
+    return lambda split: pretrain if split == "pretrain" else requests.filter(requests.split == split)
 
 
 def _in_bucket(table: ir.Table, number: int, num_buckets: int) -> ir.Table:

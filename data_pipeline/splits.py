@@ -13,6 +13,7 @@ import ibis.expr.types as ir
 from data_pipeline import canonical, hashing
 from data_pipeline.engine import Engine
 
+EVENTS_PER_BUCKET = 5_000_000  # untuned; what it costs in memory: README.md, "Larger than memory"
 REQUEST_KEY = ("user_id", "split", "num_before")
 
 
@@ -31,6 +32,22 @@ class Cut:
     """Whether exposed items count as occurrences for the vocabulary (official Grocery negatives do not)."""
     words: str
     skipped: dict[str, int]
+
+
+def num_buckets(log: canonical.Log, asked: int) -> int:
+    """Returns the number of buckets of users to work on one after the other; 0 asks for as many as the log needs."""
+    return asked or math.ceil(log.events.count().execute() / EVENTS_PER_BUCKET) or 1
+
+
+def boundaries(log: canonical.Log) -> list[int]:
+    """Lists valid_from, test_from and test_until (epoch s) of a log that is cut by time.
+
+    Without an end, the test period ends with the last exposure.
+    """
+    until_s = log.split.test_until_s
+    if until_s is None:  # not the largest request time: a request has the time of the first of its exposures
+        until_s = int(log.exposures.time_s.max().execute()) + 1
+    return [log.split.valid_from_s, log.split.test_from_s, until_s]
 
 
 def number_events(engine: Engine, log: canonical.Log, num_buckets: int = 1) -> ir.Table:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from data_pipeline import canonical
+from data_pipeline import canonical, vocab
 from data_pipeline.options import BuildOptions
 from gpsd_dist import schema
 
@@ -14,6 +14,11 @@ class Unbounded:
     kind: str
     """hashed | managed"""
     num_rows: int
+
+    def vocabulary(self, name: str) -> vocab.Vocabulary:
+        """Returns the entry of this table in a plan: rows hold ids, and there are no words to write."""
+        digest = schema.unbounded_fingerprint(self.kind, self.num_rows)
+        return vocab.Vocabulary(None, schema.Table(name, self.num_rows, digest))
 
 
 def tables(options: BuildOptions, log: canonical.Log) -> dict[str, Unbounded]:

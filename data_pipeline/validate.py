@@ -24,11 +24,18 @@ EXACT_TIME_RULE = (
 USER_RULES = ("LastItemByTime", "Given")  # a user lies in one of train, valid, test
 
 
-def check(root: pathlib.Path) -> schema.Manifest:
-    """Checks the data set in `root`; ValueError lists the first offender of every kind of problem."""
+def check(root: pathlib.Path, only: str | None = None) -> schema.Manifest:
+    """Checks the data set in `root`; ValueError lists the first offender of every kind of problem.
+
+    `only`: a split that lies there without the rest of its data set.
+    """
     root = pathlib.Path(root)
     manifest = schema.read_manifest(root)
     problems = validate_rows.Problems()
+    if only is not None:
+        check_split(root, manifest, manifest.split(only), problems)
+        problems.raise_if_any(root)
+        return manifest
     sizes = {table.name: manifest.value_limit(table.name) for table in manifest.tables}
     for table in manifest.tables:
         if table.name not in manifest.unbounded:

@@ -6,6 +6,7 @@ falling count, equal counts by raw id, so that the same training data always giv
 
 import hashlib
 import pathlib
+import typing
 
 import ibis
 import ibis.expr.types as ir
@@ -17,6 +18,15 @@ from data_pipeline.engine import Engine
 from gpsd_dist import schema
 
 VOCAB_SCHEMA = pa.schema([("raw_id", pa.string()), ("index", pa.int64()), ("count", pa.int64())])
+
+
+class Vocabulary(typing.NamedTuple):
+    """Says how the ids of one embedding table become rows of it."""
+
+    words: ir.Table | None
+    """(raw_id, index, count); None: no vocabulary, and columns hold 64-bit ids."""
+    table: schema.Table | None = None
+    """The table as the manifest describes it; None: the vocabulary is new, and is measured when it is written."""
 
 
 def build(engine: Engine, name: str, occurrences: ir.Table, min_count: int) -> ir.Table:
@@ -65,6 +75,14 @@ def write(engine: Engine, vocab: ir.Table, path: pathlib.Path) -> tuple[int, str
             if batch.num_rows:
                 writer.write_batch(batch.cast(VOCAB_SCHEMA))
     return measure(path)
+
+
+def write_all(engine: Engine, vocabularies: dict[str, Vocabulary], root: pathlib.Path) -> tuple[schema.Table, ...]:
+    """Writes the new ones of the vocabularies to `root`; returns all tables as the manifest describes them."""
+    return tuple(
+        table or schema.Table(name, *write(engine, words, root / "vocab" / f"{name}.parquet"))
+        for name, (words, table) in vocabularies.items()
+    )
 
 
 def measure(path: pathlib.Path) -> tuple[int, str]:

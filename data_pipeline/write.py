@@ -13,17 +13,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_pipeline import progress
+from data_pipeline import canonical, progress
 from data_pipeline.engine import Engine
+from data_pipeline.options import BuildOptions
 from gpsd_dist import schema
 
 ORDER_COLUMNS = ("shuffle_key", "split")
 
 
 @contextlib.contextmanager
-def staged(out_dir: pathlib.Path) -> typing.Iterator[pathlib.Path]:
+def staged(out_dir: pathlib.Path, only: str | None) -> typing.Iterator[pathlib.Path]:
     """A folder beside `out_dir` that replaces it when the block ends well, and is removed otherwise.
 
+    `only`: the one folder of it that is moved to `out_dir`, together with the manifest; the rest of `out_dir` stays.
     ValueError if `out_dir` holds something that is no data set: it would be lost.
     """
     if out_dir.exists() and (
@@ -37,9 +39,26 @@ def staged(out_dir: pathlib.Path) -> typing.Iterator[pathlib.Path]:
     aside.mkdir()
     try:
         yield aside
-        replace_folder(aside, out_dir)
+        if only is None:
+            replace_folder(aside, out_dir)
+        else:
+            replace_folder(aside / only, out_dir / only)
+            (aside / schema.MANIFEST_NAME).replace(out_dir / schema.MANIFEST_NAME)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def link(files: tuple[str, ...], from_dir: pathlib.Path, root: pathlib.Path) -> None:
+    """Puts part files of another data set into `root` under the same names: hard links, or copies where there are
+    none.
+    """
+    for name in files:
+        target = root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(from_dir / name, target)
+        except OSError:
+            shutil.copy2(from_dir / name, target)
 
 
 def replace_folder(new: pathlib.Path, target: pathlib.Path) -> None:
@@ -54,25 +73,25 @@ def replace_folder(new: pathlib.Path, target: pathlib.Path) -> None:
 def write_split(
     engine: Engine,
     rows: ir.Table,
+    manifest: schema.Manifest,
     name: str,
-    target_schema: pa.Schema,
-    root: pathlib.Path,
-    *,
-    row_group_rows: int,
-    file_rows: int,
-    compression: str,
+    folder: pathlib.Path,
+    options: BuildOptions,
 ) -> schema.Split:
-    """Writes one split in the order of `shuffle_key` (neither by time nor by label) and counts what it wrote."""
-    folder = root / name
+    """Writes one split in the order of `shuffle_key` (neither by time nor by label) and counts what it wrote.
+
+    `folder` lies in the folder of the data set, and gets the part files.
+    """
     folder.mkdir(parents=True)
+    target_schema = schema.arrow_schema(manifest, name)
     ordered = rows.order_by("shuffle_key").drop(*[column for column in ORDER_COLUMNS if column in rows.columns])
     total = int(rows.count().execute())
     counts = {"num_rows": 0, "num_history_tokens": 0, "num_candidates": 0}
     times: list[int] = []
-    writer = _PartWriter(folder, target_schema, row_group_rows, file_rows, compression)
+    writer = _PartWriter(folder, target_schema, options.row_group_rows, options.file_rows, options.compression)
     with progress.bar() as shown, writer:
-        bar = shown.add_task(f"  write {name}", total=total)
-        for batch in engine.batches(ordered, row_group_rows):
+        bar = shown.add_task(f"  write {folder.name}", total=total)
+        for batch in engine.batches(ordered, options.row_group_rows):
             table = _to_schema(pa.Table.from_batches([batch]), target_schema)
             writer.write(table)
             counts["num_rows"] += table.num_rows
@@ -84,7 +103,7 @@ def write_split(
                 bounds = pc.min_max(table["request_time_s"]).as_py()
                 times += [bounds["min"], bounds["max"]]
             shown.update(bar, advance=table.num_rows)
-    files = tuple(f"{name}/{path.name}" for path in writer.paths)
+    files = tuple(f"{folder.name}/{path.name}" for path in writer.paths)
     return schema.Split(name, files, **counts, time_from_s=min(times, default=None), time_to_s=max(times, default=None))
 
 
@@ -171,13 +190,12 @@ class _PartWriter:
         )
 
 
-def write_items(
-    engine: Engine, rows: ir.Table, features: tuple[schema.Feature, ...], path: pathlib.Path, compression: str
-) -> None:
-    """items.parquet: `index` (int64, ascending from 2) and one column per item attribute."""
+def write_items(engine: Engine, rows: ir.Table, log: canonical.Log, root: pathlib.Path, options: BuildOptions) -> None:
+    """Writes items.parquet: `index` (int64, ascending from 2) and one column per item attribute."""
+    features = [spec.feature() for spec in log.features if spec.origin == "items"]
     fields = [pa.field("index", pa.int64())] + [pa.field(f.name, f.arrow_type("context")) for f in features]
-    target_schema = pa.schema(fields)
-    with pq.ParquetWriter(path, target_schema, compression=compression, write_page_checksum=True) as writer:
+    target_schema, path = pa.schema(fields), root / "items.parquet"
+    with pq.ParquetWriter(path, target_schema, compression=options.compression, write_page_checksum=True) as writer:
         for batch in engine.batches(rows, 1 << 16):
             if batch.num_rows:
                 writer.write_table(_to_schema(pa.Table.from_batches([batch]), target_schema))

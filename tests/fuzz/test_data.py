@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies as st
 
-from data_pipeline import append, command_line, holdout
+from data_pipeline import append, command_line, fresh, previous
 from gpsd_dist import schema
 from gpsd_dist.assembly import meta_tables
 from gpsd_dist.checkpoint import growth
@@ -112,13 +112,13 @@ STEP = {"parent": "day1", "parent_manifest_sha256": "", "fingerprint": "", "sour
 GIVEN = command_line.parse(["--source", "generic", "--raw_dir", "raw", "--out_dir", "out"])
 
 
-@fuzz(60, changes=CHANGES, name=st.sampled_from(["chain", "chain", append.BOUNDARIES, "raw_dir", "recorded"]))
+@fuzz(60, changes=CHANGES, name=st.sampled_from(["chain", "chain", fresh.BOUNDARIES, "raw_dir", "recorded"]))
 def test_any_chain_of_parents(changes, name):
     """What the trainer and a daily build read of the data sets that this one grew from."""
     with _copy() as root:
         path = root / "manifest.json"
         document = json.loads(path.read_text())
-        options = {append.BOUNDARIES: [1, 2, 3], "chain": [STEP | {"tables": document["tables"]}] * 2, "raw_dir": "raw"}
+        options = {fresh.BOUNDARIES: [1, 2, 3], "chain": [STEP | {"tables": document["tables"]}] * 2, "raw_dir": "raw"}
         options["recorded"] = GIVEN.recorded() | {"schema": "schema.toml"}
         hostile = {name: copy.deepcopy(options[name])}
         for number, value in changes:
@@ -132,9 +132,10 @@ def test_any_chain_of_parents(changes, name):
         with clean_or_one_error():
             manifest = schema.read_manifest(root)
             growth.ancestors(manifest)
-            append.bounds_of(manifest, root)
-            append._is_current(root, root, "", "")
-            holdout.as_built(dataclasses.replace(GIVEN, source=manifest.source), manifest, root)
+            found = previous.Previous(root, manifest, "")
+            append.bounds_of(found)
+            append.is_current(dataclasses.replace(GIVEN, out_dir=root), found, "")
+            previous.as_built(dataclasses.replace(GIVEN, source=manifest.source), found)
 
 
 @fuzz(

@@ -229,8 +229,8 @@ def test_a_log_without_a_promised_column_is_an_error(running):
     extra = canonical.FeatureSpec("shop", ("history",), "log")
     broken = canonical.Log(log.events, log.items, (*log.features, extra), log.split, "")
     with pytest.raises(ValueError, match="table 'events' has no column 'shop'"):
-        canonical.check(broken)
+        canonical.checked(broken)
     timed = canonical.Log(log.events, log.items, log.features, canonical.TimeBoundaries(1, 2), "")
     with pytest.raises(ValueError, match="needs a log with exposures"):
-        canonical.check(timed)
+        canonical.checked(timed)
     assert schema.UNKNOWN_INDEX == 1

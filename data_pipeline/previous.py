@@ -1,0 +1,91 @@
+"""The data set that `--append_to` and `--split holdout` add rows to, and the checks that new rows may join it."""
+
+import dataclasses
+import pathlib
+import reprlib
+
+import ibis.expr.types as ir
+import pydantic
+
+from data_pipeline import canonical, engine, explain, fingerprint, vocab
+from data_pipeline.options import BuildOptions
+from gpsd_dist import schema
+
+
+@dataclasses.dataclass(frozen=True)
+class Previous:
+    """Holds a data set that an earlier build wrote."""
+
+    folder: pathlib.Path
+    manifest: schema.Manifest
+    manifest_sha256: str
+
+
+def read(folder: pathlib.Path, options: BuildOptions) -> Previous:
+    """Reads the data set in `folder`. ValueError if it is of another source, or if no later log is named."""
+    manifest = schema.read_manifest(folder)
+    if options.raw_dir is None:
+        raise ValueError("--raw_dir is missing; it is the folder with the later log")
+    if manifest.source != options.source:
+        raise ValueError(f"{folder} was built with --source {manifest.source}, not {options.source}; use that source")
+    return Previous(folder, manifest, fingerprint.file_sha256(folder / schema.MANIFEST_NAME))
+
+
+def as_built(options: BuildOptions, previous: Previous) -> BuildOptions:
+    """Returns the recorded options of the previous build: later rows cannot be cut or encoded in another way.
+
+    ValueError for a manifest whose options cannot be.
+    """
+    found, path = previous.manifest.options, previous.folder / schema.MANIFEST_NAME
+    built_from = found.get("raw_dir")
+    if not isinstance(built_from, str | None):
+        given = reprlib.repr(built_from)
+        raise ValueError(f"{path}: options.raw_dir is {given}, expected a folder's name; build the data set again")
+    if built_from is None or not pathlib.Path(built_from).is_dir():
+        built_from = options.raw_dir  # then raw_dir must hold everything, and find_files says what it lacks
+    # `split_rule` of a manifest is the name of the rule's class, not the option of that name that some sources have.
+    known = {name: found[name] for name in options.recorded() if name in found and name != "split_rule"}
+    if "schema" in options.given:  # the description that is given now counts
+        known.pop("schema", None)
+    elif isinstance(known.get("schema"), str):
+        known["schema"] = pathlib.Path(known["schema"])  # the manifest has it as text
+    try:
+        return dataclasses.replace(options.settled(known), built_from_dir=pathlib.Path(built_from))
+    except pydantic.ValidationError as error:
+        wrong = [f"options.{w.key} is {reprlib.repr(w.given)}, expected {w.expected}" for w in explain.problems(error)]
+        raise ValueError(f"{path}: {'; '.join(wrong)}; build the data set again") from error
+
+
+def check_same_contract(log: canonical.Log, previous: Previous) -> None:
+    """ValueError unless the log has the features and tasks of the previous data set."""
+    unmeasured = tuple(dataclasses.replace(feature, mean=0.0, std=1.0) for feature in previous.manifest.features)
+    if tuple(spec.feature() for spec in log.features) != unmeasured or log.tasks != previous.manifest.tasks:
+        raise ValueError(
+            f"{previous.folder} was built with other features or tasks than this version has; build it again first"
+        )
+
+
+def exposures_around(log: canonical.Log, until_s: int) -> tuple[int, int]:
+    """Counts the exposures before that moment, and those at or after it."""
+    is_later = log.exposures.time_s >= until_s
+    found = log.exposures.agg(later=is_later.sum().fill_null(0), num=log.exposures.count()).execute().iloc[0]
+    return int(found["num"]) - int(found["later"]), int(found["later"])
+
+
+def check_old_exposures(num_old: int, previous: Previous, until_s: int) -> None:
+    """ValueError if the log has more or fewer exposures before `until_s` than the previous data set was made of."""
+    expected = sum(previous.manifest.split(name).num_candidates for name in ("train", "valid", "test"))
+    if num_old != expected:
+        raise ValueError(
+            f"the log holds {num_old:,} exposures before {until_s} (epoch s), but {previous.folder} was made of "
+            f"{expected:,}; histories need the whole log, its old part unchanged: complete --raw_dir, or build again"
+        )
+
+
+def read_vocabulary(running: engine.Engine, table: schema.Table, previous: Previous) -> ir.Table:
+    """Opens a written vocabulary. ValueError if it is not the one that the manifest describes."""
+    path = previous.folder / "vocab" / f"{table.name}.parquet"
+    words = vocab.read(running, table.name, path)
+    if vocab.measure(path) != (table.num_rows, table.fingerprint):
+        raise ValueError(f"{path} is not the vocabulary that the manifest describes; build the data set again")
+    return words
