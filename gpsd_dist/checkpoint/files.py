@@ -1,6 +1,6 @@
 """Reads and writes the files of torch.distributed.checkpoint (DCP) at a `Location`.
 
-Written files are hashed on the way. Read files cannot run code: the index is not unpickled (`index`), the data files
+Written files are hashed on the way. Files that are read cannot run code: the index is JSON (`index`), the data files
 are read with `weights_only=True`, and neither takes more memory than the files have bytes.
 """
 
@@ -21,10 +21,11 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensorBase
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemBase, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
 from gpsd_dist.checkpoint import storage
-from gpsd_dist.checkpoint.index import INDEX_NAME, read_index
+from gpsd_dist.checkpoint.index import INDEX_NAME, read_index, to_json
 from gpsd_dist.checkpoint.integrity import FileSum, read_checksums
 from gpsd_dist.checkpoint.storage import Location, Remote
 from gpsd_dist.distributed.watchdog import Watchdog
@@ -120,8 +121,14 @@ class Writer(dcp.FileSystemWriter):
 
     @property
     def checkpoint_id(self) -> str:
-        """Goes into the index."""
+        """Folder, as DCP records it in `.metadata`."""
         return str(self.path)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Writes both forms of the index: `.metadata` for DCP's own tools, `index.json` for us. Rank 0 only."""
+        super().finish(metadata, results)
+        with self.fs.create_stream(self.fs.concat_path(self.path, INDEX_NAME), "wb") as file:
+            file.write(to_json(metadata))
 
     @property
     def written(self) -> dict[str, FileSum]:
@@ -183,7 +190,7 @@ class _Part(io.RawIOBase):
 
 
 def _check_places(checkpoint: Location, index: Metadata) -> None:
-    """The files have all bytes that the index speaks of. With those in `read_index`: shapes are bounded by files."""
+    """Checks that every byte range of the index lies inside its file: with `read_index`, files bound the shapes."""
     ends: dict[str, int] = {}
     for info in index.storage_data.values():
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
@@ -194,9 +201,9 @@ def _check_places(checkpoint: Location, index: Metadata) -> None:
         elif name in checksums.files:
             num_bytes = checksums.files[name].num_bytes
         else:
-            raise ValueError(f"{checkpoint / INDEX_NAME} names the file {name}, which has no checksum")
+            raise ValueError(f"the index of {checkpoint} names the file {name}, which has no checksum")
         if num_bytes < end:
-            raise ValueError(f"{checkpoint / INDEX_NAME} speaks of {end:,} bytes of {name}, which has {num_bytes:,}")
+            raise ValueError(f"the index of {checkpoint} speaks of {end:,} bytes of {name}, which has {num_bytes:,}")
 
 
 def staged(tensors: dict[str, typing.Any], before: dict[str, typing.Any] | None) -> dict[str, typing.Any]:

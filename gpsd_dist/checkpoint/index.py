@@ -1,9 +1,14 @@
-"""Reads the index of a checkpoint (`.metadata` of torch.distributed.checkpoint, a pickle) without unpickling it.
+"""Reads and writes `index.json` of a checkpoint: which part of which tensor lies where in which file.
 
-Names, shapes and places of the tensors are checked one by one, so that what DCP then does with them cannot leave the
-folder of the checkpoint nor take more memory than its files have bytes. DCP's own reader runs what the pickle says.
+torch.distributed.checkpoint (DCP) keeps the same facts in `.metadata`, a pickle. It is written for DCP's own tools, but
+a program that unpickles a file runs what the file says, so we read `index.json`. Checkpoints from before it have only
+the pickle, which `pickled_index` reads as data.
+
+Names, shapes and places are checked one by one. What DCP then does with them cannot leave the folder of the checkpoint,
+nor take more memory than its files have bytes.
 """
 
+import json
 import math
 import typing
 
@@ -18,127 +23,89 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from gpsd_dist.checkpoint import pickled
-from gpsd_dist.checkpoint.pickled import Named, Pairs
-from gpsd_dist.checkpoint.storage import Location, is_plain_name, read_bytes
+from gpsd_dist.checkpoint import storage
+from gpsd_dist.checkpoint.pickled_index import read_pickled
+from gpsd_dist.checkpoint.storage import Location
 
-INDEX_NAME = ".metadata"
-MAX_BYTES = 2**28  # untuned: an entry takes some 300 bytes, one per tensor and rank
+INDEX_NAME = "index.json"
+PICKLED_NAME = ".metadata"
+VERSION = 1
+MAX_BYTES = 2**28  # untuned: a chunk takes some 120 bytes, one per tensor and rank
 _MAX_DIMENSIONS = 16
-_METADATA = "torch.distributed.checkpoint.metadata."
-_INFO = "torch.distributed.checkpoint.filesystem._StorageInfo"
-_DTYPES = {f"torch.{n}": value for n, value in vars(torch).items() if isinstance(value, torch.dtype)}
-_NAMES = {
-    # BytesStorageMetadata is left out on purpose: DCP loads such entries with pickle, and we save tensors only
-    *(f"{_METADATA}{name}" for name in ("ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta")),
-    *(f"{_METADATA}{name}" for name in ("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")),
-    _INFO,
-    "torch.Size",
-    "torch.serialization._get_layout",
-    *(f"pathlib.{name}" for name in ("Path", "PosixPath", "WindowsPath")),  # where it was first written
-    *(f"pathlib._local.{name}" for name in ("Path", "PosixPath", "WindowsPath")),  # the same by Python 3.13
-    *_DTYPES,
-}
+_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+
+
+def to_json(metadata: Metadata) -> bytes:
+    """Content of `index.json` for what DCP has just written. All entries must be tensors; we save nothing else."""
+    tensors = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata), name
+        chunks = []
+        for chunk in entry.chunks:
+            place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+            where = {"file": place.relative_path, "first_byte": place.offset, "num_bytes": place.length}
+            chunks.append({"offsets": list(chunk.offsets), "sizes": list(chunk.sizes), **where})
+        dtype = str(entry.properties.dtype).removeprefix("torch.")
+        tensors[name] = {"dtype": dtype, "size": list(entry.size), "chunks": chunks}
+    return json.dumps({"version": VERSION, "tensors": tensors}).encode()
 
 
 def read_index(checkpoint: Location) -> Metadata:
-    """The index. ValueError names the file if it is broken, or more than an index."""
+    """Reads the index into DCP's own form. ValueError names the file if it is broken, or more than an index."""
     path = checkpoint / INDEX_NAME
-    content = read_bytes(path, MAX_BYTES)
     try:
-        return _metadata(pickled.parse(content, _NAMES), len(content))
+        if path.is_file():
+            return _metadata(storage.read_json(path, MAX_BYTES))
+        path = checkpoint / PICKLED_NAME
+        return _metadata(read_pickled(storage.read_bytes(path, MAX_BYTES)))
     except ValueError as error:
         raise ValueError(f"{path} is refused as the index of a checkpoint: {error}") from error
+    except (AttributeError, KeyError, TypeError) as error:  # an entry is missing, or is of another type
+        raise ValueError(f"{path} is refused as the index of a checkpoint: {type(error).__name__} {error}") from error
 
 
-def _metadata(root: typing.Any, num_bytes: int) -> Metadata:
-    fields = _fields(root, f"{_METADATA}Metadata")
-    storage = dict(_storage_entry(*pair) for pair in _pairs(fields.get("storage_data")))
+def _metadata(document: dict[str, typing.Any]) -> Metadata:
+    if document["version"] != VERSION:
+        raise ValueError(f"it has version {document['version']!r}, this program knows {VERSION}: use a newer one")
+    places: dict[MetadataIndex, _StorageInfo] = {}
     tensors: dict[str, typing.Any] = {}
-    num_chunks = 0
-    for name, entry in _pairs(fields.get("state_dict_metadata")):
-        if not isinstance(name, str) or name in tensors:
-            raise ValueError(f"the name of a tensor is {_shown(name)}, or comes twice")
-        values = _fields(entry, f"{_METADATA}TensorStorageMetadata")
-        chunks = values.get("chunks")
-        if not isinstance(chunks, list):
-            raise ValueError(f"tensor {name!r} has no list of chunks")
-        num_chunks += len(chunks)
-        if num_chunks > num_bytes:  # one object may stand in many places of a pickle
-            raise ValueError("it has more chunks than bytes")
-        tensors[name] = _tensor(name, values, chunks, storage)
-    return Metadata(tensors, storage_data=storage, storage_meta=StorageMeta())
+    for name, entry in document["tensors"].items():
+        size, dtype = _size(entry["size"]), _DTYPES[entry["dtype"]]
+        chunks = []
+        for part in entry["chunks"]:
+            chunks.append(_chunk(name, size, part))
+            places[MetadataIndex(name, chunks[-1].offsets)] = _place(
+                name, part, chunks[-1].sizes.numel() * dtype.itemsize
+            )
+        if sum(chunk.sizes.numel() for chunk in chunks) != math.prod(size):
+            raise ValueError(f"the chunks of tensor {name!r} do not make up its shape {size}")
+        tensors[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(size), chunks)
+    return Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
 
 
-def _tensor(
-    name: str, values: dict[str, typing.Any], chunks: list[typing.Any], storage: dict[MetadataIndex, _StorageInfo]
-) -> TensorStorageMetadata:
-    """Its chunks lie inside of it, hold as many elements as it has, and have a place in a file that is large enough."""
-    size, dtype = _size(values.get("size")), _dtype(values.get("properties"))
-    made = []
-    for chunk in chunks:
-        parts = _fields(chunk, f"{_METADATA}ChunkStorageMetadata")
-        offsets, sizes = _size(parts.get("offsets")), _size(parts.get("sizes"))
-        fits = len(offsets) == len(sizes) == len(size)
-        if not fits or any(at + num > whole for at, num, whole in zip(offsets, sizes, size, strict=True)):
-            raise ValueError(f"tensor {name!r} of shape {size} has a chunk of {sizes} at {offsets}")
-        place = storage.get(MetadataIndex(name, offsets))
-        if place is None or place.length < math.prod(sizes) * dtype.itemsize:
-            raise ValueError(f"tensor {name!r} has a chunk of {sizes} at {offsets} without a place in a file")
-        made.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-    if sum(math.prod(chunk.sizes) for chunk in made) != math.prod(size):
-        raise ValueError(f"the chunks of tensor {name!r} do not make up its shape {size}")
-    return TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(size), made)
+def _chunk(name: str, size: list[int], part: dict[str, typing.Any]) -> ChunkStorageMetadata:
+    """One part of a tensor, stored in one piece. It must lie inside the tensor's shape `size`."""
+    offsets, sizes = _size(part["offsets"]), _size(part["sizes"])
+    fits = len(offsets) == len(sizes) == len(size)
+    if not fits or any(at + num > whole for at, num, whole in zip(offsets, sizes, size, strict=True)):
+        raise ValueError(f"tensor {name!r} of shape {size} has a chunk of {sizes} at {offsets}")
+    return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
 
 
-def _storage_entry(key: typing.Any, value: typing.Any) -> tuple[MetadataIndex, _StorageInfo]:
-    index, info = _fields(key, f"{_METADATA}MetadataIndex"), _fields(value, _INFO)
-    name, path = index.get("fqn"), info.get("relative_path")
-    if not isinstance(name, str):
-        raise ValueError("a file entry names no tensor")
-    if not is_plain_name(path):
-        raise ValueError(f"tensor {name!r} is in {_shown(path)}, which is no file of the checkpoint's folder")
-    if info.get("transform_descriptors"):
-        raise ValueError(f"tensor {name!r} is stored in a transformed form, which we never write")
-    places = info.get("offset"), info.get("length")
-    if not all(isinstance(number, int) and 0 <= number < 2**62 for number in places):
-        raise ValueError(f"tensor {name!r} has no place in {path}")
-    return MetadataIndex(name, _size(index.get("offset"))), _StorageInfo(path, *places)
+def _place(name: str, part: dict[str, typing.Any], min_bytes: int) -> _StorageInfo:
+    """Where a chunk lies: a file of the folder, and bytes enough for its elements."""
+    file, first_byte, num_bytes = part["file"], part["first_byte"], part["num_bytes"]
+    if not storage.is_plain_name(file):
+        raise ValueError(f"tensor {name!r} is in {file!r:.80}, which is no file of the checkpoint's folder")
+    if not all(type(number) is int and 0 <= number < 2**62 for number in (first_byte, num_bytes)):
+        raise ValueError(f"tensor {name!r} has no place in {file}")
+    if num_bytes < min_bytes:
+        raise ValueError(f"tensor {name!r} has a chunk of {min_bytes:,} bytes, for which {file} has {num_bytes:,}")
+    return _StorageInfo(file, first_byte, num_bytes)
 
 
-def _shown(value: typing.Any) -> str:
-    """For a message; a container may be endless."""
-    return repr(value[:80]) if isinstance(value, str) else type(value).__name__
-
-
-def _fields(made: typing.Any, name: str) -> dict[str, typing.Any]:
-    """State of a dataclass. ValueError if it is something else."""
-    if not isinstance(made, Named) or made.name != name or not isinstance(made.state, Pairs):
-        found = made.name if isinstance(made, Named) else type(made).__name__
-        raise ValueError(f"it holds {found} where {name} belongs")
-    return {key: value for key, value in made.state if isinstance(key, str)}
-
-
-def _pairs(value: typing.Any) -> Pairs:
-    if not isinstance(value, Pairs):
-        raise ValueError(f"it holds {type(value).__name__} where a dict belongs")
-    return value
-
-
-def _size(value: typing.Any) -> tuple[int, ...]:
-    """`torch.Size` of a tuple of ints."""
-    if isinstance(value, Named) and value.name == "torch.Size" and value.arguments is not None:
-        numbers = value.arguments[0] if len(value.arguments) == 1 else None
-        if isinstance(numbers, tuple | list) and not isinstance(numbers, Pairs) and len(numbers) <= _MAX_DIMENSIONS:
-            if all(type(number) is int and 0 <= number < 2**48 for number in numbers):
-                return tuple(numbers)
-    raise ValueError("a shape is no tuple of sizes")
-
-
-def _dtype(properties: typing.Any) -> torch.dtype:
-    is_known = isinstance(properties, Named) and properties.name == f"{_METADATA}TensorProperties"
-    state = properties.state if is_known else None
-    kind = state[0] if isinstance(state, tuple) and len(state) == 5 else None
-    if not isinstance(kind, Named) or kind.arguments is not None or kind.name not in _DTYPES:
-        raise ValueError("a tensor has no type")
-    return _DTYPES[kind.name]
+def _size(numbers: typing.Any) -> list[int]:
+    if isinstance(numbers, list) and len(numbers) <= _MAX_DIMENSIONS:
+        if all(type(number) is int and 0 <= number < 2**48 for number in numbers):
+            return numbers
+    raise ValueError(f"a shape is no list of at most {_MAX_DIMENSIONS} sizes")

@@ -2,6 +2,7 @@
 size.
 
     OUTPUT_DIR/checkpoints/step_00001000/   torch.distributed.checkpoint files of all ranks
+                           .../index.json        which tensor lies where in them (`index`)
                            .../checksums.json    SHA-256 and size of each file (`integrity`)
                            .../run_state.json    step, data position, metrics, run config, manifest; written last
     OUTPUT_DIR/checkpoints/best.json        step and metrics of the best one (`retention`)

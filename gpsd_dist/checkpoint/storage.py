@@ -168,9 +168,9 @@ def read_bytes(path: Location, max_bytes: int) -> bytes:
     return content
 
 
-def read_json(path: Location) -> dict[str, typing.Any]:
-    """The object in a small file. ValueError names a file that is no JSON object; OSError if it cannot be read."""
-    content = read_bytes(path, MAX_JSON_BYTES)
+def read_json(path: Location, max_bytes: int = MAX_JSON_BYTES) -> dict[str, typing.Any]:
+    """Reads the object in a file. ValueError names a file that is no JSON object; OSError if it cannot be read."""
+    content = read_bytes(path, max_bytes)
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -38,7 +38,9 @@ DAMAGES = {
     "flipped": ("__0_0.distcp", _flip, "__0_0.distcp is not what was written"),
     "truncated": ("__0_0.distcp", lambda path: path.write_bytes(path.read_bytes()[:-100]), "__0_0.distcp has"),
     "missing": ("__0_0.distcp", lambda path: path.unlink(), "__0_0.distcp is missing"),
-    "index": (".metadata", _flip, ".metadata is not what was written"),
+    "index": ("index.json", _flip, "index.json is not what was written"),
+    "no index": ("index.json", lambda path: path.unlink(), "index.json is missing"),
+    "index of DCP": (".metadata", _flip, ".metadata is not what was written"),
     "state": ("run_state.json", lambda path: path.write_text("{"), "run_state.json has 1 bytes"),
     "no checksums": (
         "checksums.json",
@@ -78,7 +80,7 @@ def test_evaluation_and_transfer_stop_with_the_name_of_the_file(trained, data_di
     shutil.copytree(step_folder(trained / "half", 4), tmp_path / "copy")
     apply(tmp_path / "copy" / name)
     # evaluation reads options and shapes before it compares the checksums of all files
-    index = r"\.metadata is (refused as the index|not what was written)"
+    index = r"index\.json is (refused as the index|not what was written)"
     earlier = {"state": "cannot be read as a run state", "index": index}
     expected = earlier.get(damage, message)
     with pytest.raises(ValueError, match=expected) as error:
@@ -144,11 +146,11 @@ def test_list_names_what_is_missing(trained, tmp_path, capsys):
 def test_verify_exits_with_1_and_names_the_damaged_files(trained, tmp_path, capsys):
     shutil.copytree(trained / "half", tmp_path / "run")
     assert main(["verify", str(tmp_path / "run")]) == 0
-    assert capsys.readouterr().out.count(": ok, 3 files") == 2
+    assert capsys.readouterr().out.count(": ok, 4 files") == 2
     _flip(step_folder(tmp_path / "run", 2) / ".metadata")
     assert main(["verify", str(tmp_path / "run")]) == 1
     out = capsys.readouterr().out
-    assert "step_00000002 is damaged: .metadata is not what was written" in out and out.count(": ok, 3 files") == 1
+    assert "step_00000002 is damaged: .metadata is not what was written" in out and out.count(": ok, 4 files") == 1
     assert main(["verify", str(step_folder(tmp_path / "run", 4))]) == 0
 
 

@@ -10,7 +10,7 @@ from gpsd_dist import evaluate
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.config import run_config_from_dict
 from gpsd_dist.trainer import Trainer
-from tests.integration.tiny_data import differing, read_checkpoint, step_folder, tiny_run, train_losses
+from tests.integration.tiny_data import differing, edit_state, read_checkpoint, step_folder, tiny_run, train_losses
 
 ASSET = pathlib.Path(__file__).resolve().parents[1] / "assets" / "run_14e4532"
 EXPECTED = json.loads((ASSET / "expected.json").read_text())
@@ -35,6 +35,21 @@ def test_an_old_run_is_resumed(old, one_rank, name):
     losses = {int(step): loss for step, loss in EXPECTED[name]["losses"].items()}
     assert list(losses) == list(range(1, MORE_STEPS + 1))
     assert train_losses(old / name) == pytest.approx(losses, rel=ROUNDING)
+
+
+def test_an_old_run_with_int8_rows_is_refused_with_the_commit_that_reads_it(old, one_rank):
+    checkpoint = manager.find(old / "st_sf", "last")
+    saved = json.loads((old / "st_sf/run_config.json").read_text())
+    saved["tables"]["frozen_dtype"] = "int8"
+    with pytest.raises(ValueError, match="commit 14e4532"):
+        run_config_from_dict(saved)
+    edit_state(checkpoint, lambda state: state["run_config"]["tables"].update(frozen_dtype="int8"))
+    saved |= {"data_dir": str(old / "data"), "output_dir": str(old / "st_sf"), "init_checkpoint": str(old / "pretrain")}
+    saved["tables"]["frozen_dtype"] = "fp16"
+    with pytest.raises(ValueError, match="commit 14e4532"):
+        Trainer(run_config_from_dict(saved), one_rank)
+    with pytest.raises(ValueError, match="commit 14e4532"):
+        evaluate.evaluate_checkpoint(str(old / "st_sf"), str(old / "data"), "test", one_rank, "last")
 
 
 @pytest.mark.parametrize(("name", "split"), [("pretrain", "valid"), ("st_sf", "test")])
