@@ -1,5 +1,6 @@
 """Tiny raw folders, built through the command line, and the rows read back with raw ids."""
 
+import os
 import pathlib
 
 import pyarrow as pa
@@ -9,16 +10,16 @@ import pytest
 from data_pipeline import build
 from gpsd_dist import schema
 
-REAL_DATA = pathlib.Path(__file__).parents[4] / "shared" / "data"
+RAW = pathlib.Path(os.environ.get("GPSD_RAW", pathlib.Path(__file__).resolve().parents[4] / "shared" / "data"))
 APR_25_S = 1650816000  # midnight UTC+8
 DAY_S = 86400
 
 
 def real_data(name: str) -> pathlib.Path:
-    """Folder of a real data set; skips the test where it is absent."""
-    path = REAL_DATA / name
+    """Folder of a real data set; skips the test where it is absent. docs/results.md says where to get them."""
+    path = RAW / name
     if not path.is_dir():
-        pytest.skip(f"needs the data set {name} beside the checkout (../shared/data/{name})")
+        pytest.skip(f"needs the data set {name}: set GPSD_RAW to the folder that holds it (docs/results.md)")
     return path
 
 

@@ -1,8 +1,7 @@
-import pathlib
-
 import pytest
 
-MOVIETWEETINGS = pathlib.Path(__file__).resolve().parents[4] / "shared" / "data" / "movietweetings"
+from tests.unit.data_pipeline.conftest import real_data
+
 MOVIES = """1::Am\u00e9lie (2001)::Comedy|Romance
 2::Who::What (1999)::Drama
 3::Three (2003)::
@@ -115,12 +114,12 @@ def test_csv_without_a_genre_column(raw, read_log):
         read_log("movielens")
 
 
-@pytest.mark.skipif(not MOVIETWEETINGS.is_dir(), reason=f"the MovieTweetings files are not at {MOVIETWEETINGS}")
 def test_movietweetings_counts(tmp_path, prepare):
-    (tmp_path / "raw").symlink_to(MOVIETWEETINGS)
+    raw_dir = real_data("movietweetings")
+    (tmp_path / "raw").symlink_to(raw_dir)
     data = prepare("movielens")
     per_user: dict[str, int] = {}
-    for line in (MOVIETWEETINGS / "ratings.dat").read_text().splitlines():
+    for line in (raw_dir / "ratings.dat").read_text().splitlines():
         user = line.split("::")[0]
         per_user[user] = per_user.get(user, 0) + 1
     assert sum(per_user.values()) == 100_000

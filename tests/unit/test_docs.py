@@ -1,0 +1,74 @@
+"""What documentation points to exists: files behind links, sections, tests that a page calls its evidence."""
+
+import pathlib
+import re
+import subprocess
+
+import pytest
+
+REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
+DECISIONS = sorted((REPO_ROOT / "docs" / "decisions").glob("*.md"))
+RAW_DATA_FOLDER = "shared" + "/data"
+TEXT = {".py", ".md", ".gin", ".sh", ".json", ".toml", ".yaml"}
+
+
+def pages() -> list[pathlib.Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "*.md"], cwd=REPO_ROOT, capture_output=True, text=True, timeout=30
+    )
+    if listed.returncode == 0 and listed.stdout:
+        paths = [REPO_ROOT / name for name in listed.stdout.split("\0") if name]
+    else:  # an export without its history
+        paths = [path for path in REPO_ROOT.rglob("*.md") if ".venv" not in path.parts]
+    return sorted(path for path in paths if path.exists())
+
+
+def links(page: pathlib.Path) -> list[str]:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(REPO_ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    for link in links(page):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{link} is not there"
+        assert not anchor or anchor in anchors(target), f"{link}: no such section"
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A title\n[gone](gone.md) and [here](#a-title), `[code](x)`\n")
+    assert links(page) == ["gone.md", "#a-title"] and anchors(page) == {"a-title"}
+
+
+@pytest.mark.parametrize("page", DECISIONS, ids=lambda page: page.stem)
+def test_a_decision_is_short_and_has_evidence(page):
+    text = page.read_text()
+    assert text.startswith(f"# {int(page.stem[:4])}. ") and len(text.splitlines()) < 60
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["Context", "Decision", "Consequences", "Evidence"]
+    evidence = text.partition("## Evidence")[2]
+    named = re.findall(r"`?((?:tests|benchmarks|docs|\.github)/[\w./*-]*\w)", evidence)
+    assert named, "no test or figure"
+    assert [path for path in named if not (REPO_ROOT / path).exists()] == []
+
+
+def test_design_lists_every_decision_in_order():
+    numbers = [int(page.stem[:4]) for page in DECISIONS]
+    assert numbers == list(range(1, len(DECISIONS) + 1)) and len(DECISIONS) >= 10
+    listed = re.findall(r"\(decisions/([\w.-]+)\)", (REPO_ROOT / "docs" / "design.md").read_text())
+    assert listed == [page.name for page in DECISIONS]
+
+
+def test_raw_data_have_no_folder_of_one_machine():
+    """Pages and comments say RAW, and docs/results.md where to get the files."""
+    folders = ("docs", "configs", "tests", "examples", "benchmarks", "data_pipeline", "gpsd_dist", "launch")
+    paths = [path for folder in folders for path in (REPO_ROOT / folder).rglob("*") if path.suffix in TEXT]
+    assert len(paths) > 200
+    assert [path.relative_to(REPO_ROOT).as_posix() for path in paths if RAW_DATA_FOLDER in path.read_text()] == []
