@@ -16,7 +16,7 @@ import torch
 from gpsd_dist.batch.row_layout import AttentionRows, plan_rows
 
 _FIRST_WIDTH, _GROWTH = 8, 1.5  # bucket widths 8, 12, 18, 27, ...: 1.1-2x faster than exact lengths, ~15 % padding
-_MAX_MASKED_CANDIDATES = 8  # up to here one masked call over history and candidates is faster; untuned above 2
+MAX_MASKED_CANDIDATES = 8  # up to here one masked call over history and candidates is faster; untuned above 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _slots(offsets: np.ndarray, width: int) -> Slots | None:
 
 def _candidate_mask(history: Slots | None, num_requests: int, width: int, max_candidates: int) -> torch.Tensor | None:
     """See Bucket. A padded candidate slot attends to itself and what is made of it is dropped."""
-    if not 0 < max_candidates <= _MAX_MASKED_CANDIDATES:
+    if not 0 < max_candidates <= MAX_MASKED_CANDIDATES:
         return None
     mask = torch.ones(num_requests, 1, max_candidates, width + max_candidates, dtype=torch.bool)
     if history is not None:

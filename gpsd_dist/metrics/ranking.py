@@ -18,7 +18,7 @@ from gpsd_dist import schema
 HR_CUTS = (1, 10, 50, 100, 200, 500, 1000)
 NDCG_CUTS = (1, 10, 50, 100, 200)
 RANK_CUT = 2500  # protocol of HSTU (arXiv:2402.17152): only the top 2500 are looked at, what is not there is 2501st
-_CHUNK_SCORES = 1 << 23  # scores per chunk: 64 MiB of float64
+CHUNK_SCORES = 1 << 23  # scores per chunk: 64 MiB of float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ def count_better_and_equal(
     query_BD = query_BD.double()
     counts_2B = torch.zeros(2, len(target_B), dtype=torch.int64, device=query_BD.device)
     start = max(schema.NUM_RESERVED_ROWS - first_row, 0)
-    chunk_rows = max(_CHUNK_SCORES // max(len(target_B), 1), 1)
+    chunk_rows = max(CHUNK_SCORES // max(len(target_B), 1), 1)
     for low in range(start, len(item_RD), chunk_rows):
         high = min(low + chunk_rows, len(item_RD))
         score_BC = (query_BD @ item_RD[low:high].double().T).float()

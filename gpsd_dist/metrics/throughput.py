@@ -15,6 +15,7 @@ import typing
 import torch
 
 from gpsd_dist.metrics.recorder import Recorder
+from gpsd_dist.model.transformer import ffn_width
 
 REDUCTIONS = {
     "perf/examples_per_s": "sum",
@@ -88,11 +89,6 @@ class Throughput:
             recorder.record(name, value, reduce=REDUCTIONS[name])
 
 
-def swiglu_width(width: int) -> int:
-    """F, hidden width of the SwiGLU block: 8/3 of `width`, rounded up to a multiple of 32."""
-    return 32 * math.ceil(int(8 * width / 3) / 32)
-
-
 def flops_per_token(
     num_layers: int, width: int, mean_context: float, *, num_negatives: int = 0, vocabulary: int = 0
 ) -> float:
@@ -102,7 +98,7 @@ def flops_per_token(
     softmax, `vocabulary` V for a full one. The usual count, PaLM (arXiv:2204.02311) appendix B, with attention counted
     as causal; recomputation does not count.
     """
-    parameters_per_layer = 4 * width**2 + 3 * width * swiglu_width(width)
+    parameters_per_layer = 4 * width**2 + 3 * width * ffn_width(width)
     per_layer = 6 * parameters_per_layer + 12 * width * mean_context
     return num_layers * per_layer + 6 * (num_negatives + vocabulary) * width
 

@@ -1,11 +1,11 @@
-"""ENTRY: would this run fit on that cluster? Needs no GPU and allocates no table.
+"""ENTRY: estimates whether a run fits on a cluster. Needs no GPU and allocates no table.
 
     python -m gpsd_dist.plan --gin_file configs/stage/finetune.gin --gin_file configs/data/grocery.gin
         --world_size 64 --local_world_size 8 --hbm_gib 80 --table_rows item=100000000 --mean_history 40
 
-Options that are not listed here are those of gpsd_dist.train. Prints the layout of the tables that TorchRec's planner
-chooses for training, memory, traffic and FLOPs of a rank, and what would help if it does not fit. The formulas are in
-the docstrings of gpsd_dist/plan/. Exit status: 0 fits, 3 does not fit, 2 for a mistake in the options or the data.
+Options that are not listed here are those of gpsd_dist.train. Prints the table layout that TorchRec's planner chooses,
+and memory, traffic and FLOPs of a rank; if the run does not fit, what would help. The formulas are in the docstrings
+of gpsd_dist/plan/. Exit status: 0 fits, 3 does not fit, 2 for a mistake in the options or the data.
 """
 
 import argparse
@@ -26,20 +26,19 @@ from gpsd_dist.config import RunConfig
 from gpsd_dist.config.gin_cli import load_run_config
 from gpsd_dist.data.run_manifest import read_run_manifest
 from gpsd_dist.distributed.runtime import quiet_libraries
-from gpsd_dist.plan.all_to_all import Traffic
 from gpsd_dist.plan.estimate import RESERVE, Estimate, Scenario, estimate
-from gpsd_dist.plan.suggestions import Remedy, remedies
+from gpsd_dist.plan.suggestions import Suggestion, suggestions
 from gpsd_dist.plan.workload import data_shape, with_assumptions, with_table_rows
 from gpsd_dist.preflight import check_options_against_data
 from gpsd_dist.tables.sharding import Cluster, Shard
 
 FITS, MISTAKE, DOES_NOT_FIT = 0, 2, 3
 _GIB, _MIB = 2**30, 2**20
-_MIN_WIDTH = 110  # of the tables, also in a log file
+_MIN_WIDTH = 110  # columns of the tables, also where the output goes to a log file
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: see the module."""
+    """Returns the exit status that the module's docstring lists."""
     args, rest = _parse(argv)
     quiet_libraries()
     if not any(argument.startswith("--gin.OUTPUT_DIR") for argument in rest):
@@ -48,14 +47,15 @@ def main(argv: list[str]) -> int:
         run = load_run_config(rest).run
         scenario = _scenario(run, args)
         found = estimate(scenario)
-        options = [] if found.fits else remedies(scenario, found)
+        options = [] if found.fits else suggestions(scenario, found)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return MISTAKE
     _print(scenario, found, options)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(as_dict(scenario, found, options), indent=1) + "\n")
+        text = json.dumps(as_dict(scenario, found, options), indent=1, default=np.ndarray.tolist)
+        args.json.write_text(text + "\n")
     return FITS if found.fits else DOES_NOT_FIT
 
 
@@ -75,7 +75,7 @@ def _scenario(run: RunConfig, args: argparse.Namespace) -> Scenario:
 
 
 def _sizes(entries: list[str]) -> dict[str, int]:
-    """["item=100000000"] -> {"item": 100000000}"""
+    """Parses ["item=100000000"] into {"item": 100000000}."""
     sizes = {}
     for entry in entries:
         name, _, rows = entry.partition("=")
@@ -99,7 +99,7 @@ def _warnings(scenario: Scenario, found: Estimate) -> list[str]:
     return lines
 
 
-def _print(scenario: Scenario, found: Estimate, options: list[Remedy]) -> None:
+def _print(scenario: Scenario, found: Estimate, options: list[Suggestion]) -> None:
     console = rich.console.Console(highlight=False)
     console.width = max(console.width, _MIN_WIDTH)
     cluster, run, step = scenario.cluster, scenario.run, found.training
@@ -129,11 +129,11 @@ def _print(scenario: Scenario, found: Estimate, options: list[Remedy]) -> None:
         console.print(f"assumed: {note}", markup=False, soft_wrap=True)
     for warning in _warnings(scenario, found):
         console.print(f"note: {warning}", markup=False, soft_wrap=True)
-    _print_verdict(console, scenario, found, options)
+    _print_verdict(console, found, options)
 
 
 def _layout_lines(shards: tuple[Shard, ...]) -> list[str]:
-    """One line per table; pieces of one size on neighbouring ranks are named once."""
+    """Describes each table in one line; joins neighbouring ranks that hold pieces of one size."""
     lines = []
     for (table, is_frozen, kind), pieces in itertools.groupby(shards, lambda s: (s.table, s.is_frozen, s.sharding)):
         groups: list[tuple[str, list[int]]] = []
@@ -175,11 +175,11 @@ def _memory_table(found: Estimate) -> rich.table.Table:
 def _traffic_table(found: Estimate) -> rich.table.Table:
     table = rich.table.Table("sent per step, MiB", "busiest rank", "mean", "to the same machine", "to other machines")
     kinds = {
-        "indices to the owners": found.exchange.indices,
-        "rows back": found.exchange.rows,
-        "gradients of rows": found.exchange.gradients,
-        "dense part (ring)": found.exchange.dense,
-        "all": found.exchange.total,
+        "indices to the owners": found.traffic.indices,
+        "rows back": found.traffic.rows,
+        "gradients of rows": found.traffic.gradients,
+        "dense part (ring)": found.traffic.dense,
+        "all": found.traffic.total,
     }
     for name, traffic in kinds.items():
         values = [traffic.total.max(), traffic.total.mean(), traffic.intra.mean(), traffic.inter.mean()]
@@ -187,7 +187,7 @@ def _traffic_table(found: Estimate) -> rich.table.Table:
     return table
 
 
-def _print_verdict(console: rich.console.Console, scenario: Scenario, found: Estimate, options: list[Remedy]) -> None:
+def _print_verdict(console: rich.console.Console, found: Estimate, options: list[Suggestion]) -> None:
     peak, usable = found.memory.peak.max() / _GIB, found.usable_bytes / _GIB
     limit = f"{usable:.2f} GiB usable ({RESERVE:.0%} kept free for CUDA context, NCCL and fragmentation)"
     if found.fits:
@@ -207,10 +207,9 @@ def _print_verdict(console: rich.console.Console, scenario: Scenario, found: Est
         console.print(f"  {verdict}  {option.name}  {how}", markup=False, soft_wrap=True)
 
 
-def as_dict(scenario: Scenario, found: Estimate, options: list[Remedy]) -> dict[str, typing.Any]:
-    """Everything that is printed, in bytes, with values of every rank."""
-    memory = {field.name: _plain(getattr(found.memory, field.name)) for field in dataclasses.fields(found.memory)}
-    kinds = {field.name: getattr(found.exchange, field.name) for field in dataclasses.fields(found.exchange)}
+def as_dict(scenario: Scenario, found: Estimate, options: list[Suggestion]) -> dict[str, typing.Any]:
+    """Collects everything that is printed, in bytes, with an array of values by rank where they differ."""
+    traffic = dataclasses.asdict(found.traffic) | {"total": dataclasses.asdict(found.traffic.total)}
     return {
         "fits": found.fits,
         "usable_bytes": found.usable_bytes,
@@ -219,19 +218,11 @@ def as_dict(scenario: Scenario, found: Estimate, options: list[Remedy]) -> dict[
         "cluster": dataclasses.asdict(scenario.cluster),
         "assumed": [*scenario.shape.notes, *_warnings(scenario, found)],
         "step_of_a_rank": dataclasses.asdict(found.training),
-        "memory_bytes": memory | {"held": _plain(found.memory.held), "peak": _plain(found.memory.peak)},
-        "sent_bytes": {name: _sent(traffic) for name, traffic in (kinds | {"total": found.exchange.total}).items()},
+        "memory_bytes": dataclasses.asdict(found.memory) | {"held": found.memory.held, "peak": found.memory.peak},
+        "sent_bytes": {kind: {"same_machine": s["intra"], "other_machines": s["inter"]} for kind, s in traffic.items()},
         "flops": None if found.flops is None else dataclasses.asdict(found.flops),
         "options": [dataclasses.asdict(option) for option in options],
     }
-
-
-def _sent(traffic: Traffic) -> dict[str, list[float]]:
-    return {"same_machine": traffic.intra.tolist(), "other_machines": traffic.inter.tolist()}
-
-
-def _plain(value: typing.Any) -> typing.Any:
-    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -1,4 +1,4 @@
-"""One run on one cluster: layout of the tables, memory, traffic, FLOPs. Allocates nothing, needs no process group."""
+"""Estimates table layout, memory, traffic and FLOPs of a run on a cluster. Allocates nothing, needs no group."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from gpsd_dist.config import RunConfig
 from gpsd_dist.metrics.throughput import flops_per_token
 from gpsd_dist.model.gpsd import NextItemModel, RankingModel
 from gpsd_dist.model.transformer import ffn_width
-from gpsd_dist.plan.all_to_all import Exchange, exchange
+from gpsd_dist.plan.all_to_all import StepTraffic, step_traffic
 from gpsd_dist.plan.frozen import frozen_line
 from gpsd_dist.plan.memory import Memory, ModelSize, memory
 from gpsd_dist.plan.workload import DataShape, Workload, training_requests, workload
@@ -17,14 +17,13 @@ from gpsd_dist.schema import Manifest
 from gpsd_dist.tables.managed_collision import map_bytes
 from gpsd_dist.tables.sharding import Cluster, Shard, plan_tables, readable, shards_of, table_names
 
-RESERVE = 0.15
-"""Part of the memory that TorchRec's planner keeps free, and so does the verdict: CUDA context, NCCL, fragmentation."""
+RESERVE = 0.15  # kept free for CUDA context, NCCL, fragmentation; TorchRec's planner does the same
 _UNLIMITED_BYTES = 1 << 60
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """What is to be planned."""
+    """Names a run, its data and the cluster that it is planned for."""
 
     run: RunConfig
     manifest: Manifest
@@ -34,50 +33,44 @@ class Scenario:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the tables are."""
+    """Says which rank holds which piece of which table."""
 
-    text: str
-    """Readable, one line per table."""
+    text: str  # one readable line per table
     shards: tuple[Shard, ...]
-    refusal: str
-    """Why TorchRec's planner would not plan this; empty if it would."""
+    refusal: str  # the error of TorchRec's planner; empty if it accepts the tables
 
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Forward and backward, multiply and add counted as two; of one rank."""
+    """Counts FLOPs of one rank, forward and backward; a multiply and an add are two."""
 
     step: float
-    token: float
-    """Per history token of the step."""
+    token: float  # per history token of the step
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What `estimate` found."""
+    """Holds what `estimate` found."""
 
     layout: Layout
     training: Workload
     size: ModelSize
     memory: Memory
-    exchange: Exchange
-    flops: Flops | None
-    """None: there is no formula for this tower."""
-    saved: str
-    """What freezing saves, in a line; empty if nothing is frozen."""
-    usable_bytes: float
-    """Memory of a rank without the reserve."""
+    traffic: StepTraffic
+    flops: Flops | None  # None: there is no formula for this tower
+    saved: str  # what freezing saves, in one line; empty if nothing is frozen
+    usable_bytes: float  # memory of a rank without the reserve
 
     @property
     def fits(self) -> bool:
-        """Every rank stays below its usable memory, and TorchRec's planner agrees."""
+        """Whether every rank stays below its usable memory and TorchRec's planner accepts the tables."""
         return not self.layout.refusal and float(self.memory.peak.max()) <= self.usable_bytes
 
 
 def estimate(scenario: Scenario, layout: Layout | None = None) -> Estimate:
-    """ValueError where training would refuse the run too (features, tasks, tables).
+    """Plans the tables and adds up memory, traffic and FLOPs. ValueError where training would refuse the run, too.
 
-    `layout`: that of a scenario with the same tables on the same ranks; planning hundreds of ranks takes seconds.
+    Pass `layout` where a scenario with the same tables and ranks was planned before: hundreds of ranks take seconds.
     """
     run, manifest, cluster = scenario.run, scenario.manifest, scenario.cluster
     assert cluster.memory_bytes is not None
@@ -95,7 +88,7 @@ def estimate(scenario: Scenario, layout: Layout | None = None) -> Estimate:
         training=training,
         size=size,
         memory=memory(run, layout.shards, size, cluster, training, validation),
-        exchange=exchange(
+        traffic=step_traffic(
             layout.shards, training.unique_rows, size.parameters, cluster, run.execution, run.train.micro_batches
         ),
         flops=training_flops(run, size, training) if run.model.name == "transformer" else None,
@@ -105,7 +98,7 @@ def estimate(scenario: Scenario, layout: Layout | None = None) -> Estimate:
 
 
 def plan_layout(scenario: Scenario) -> Layout:
-    """What training would do. Where the planner refuses for lack of memory, the same without that limit."""
+    """Plans the tables like training does; if they do not fit into memory, plans again without that limit."""
     run, manifest, cluster = scenario.run, scenario.manifest, scenario.cluster
     refusal = ""
     _, tables = meta_tables(run, manifest)
@@ -121,7 +114,7 @@ def plan_layout(scenario: Scenario) -> Layout:
 
 
 def model_size(run: RunConfig, manifest: Manifest) -> ModelSize:
-    """Counted on the model itself, built without memory."""
+    """Counts parameters on the model itself, built on the meta device."""
     sharded, _ = meta_tables(run, manifest)
     model = meta_model(run, manifest, sharded)
     matrices = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
@@ -150,10 +143,10 @@ def _head_values(model: RankingModel) -> int:
 
 
 def training_flops(run: RunConfig, size: ModelSize, step: Workload) -> Flops:
-    """`metrics.throughput.flops_per_token` for histories and candidates of the Transformer, and 6 per head weight.
+    """Applies `metrics.throughput.flops_per_token` to histories and candidates, and adds 6 FLOPs per head weight.
 
-    In the last layer of ranking, histories give queries, keys and values only. Embedding sums, norms, rotary positions
-    and the projections of a table width that differs are left out.
+    When ranking, histories only give queries, keys and values in the last layer. Embedding sums, norms, rotary
+    positions and the projection of a table width that differs from the model's are not counted.
     """
     layers, width = run.model.layers, run.model.width
     if run.stage == "pretrain":

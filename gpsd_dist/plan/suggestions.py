@@ -1,4 +1,4 @@
-"""What would make a run fit that does not: options that exist, with their flags, and options that are not built."""
+"""Suggests what would make a run fit: options that exist, with their flags, and techniques that are not built yet."""
 
 import dataclasses
 import typing
@@ -17,27 +17,25 @@ _CACHED_PART = 0.2  # of a table's rows in HBM with UVM caching; TorchRec's defa
 
 
 @dataclasses.dataclass(frozen=True)
-class Remedy:
-    """One option, everything else unchanged."""
+class Suggestion:
+    """Holds the peak memory after one change, everything else unchanged."""
 
     name: str
-    flags: str
-    """To add to the command line; empty if it is not built yet."""
-    peak_bytes: float
-    """Of the fullest rank."""
+    flags: str  # to add to the command line; empty if it is not built yet
+    peak_bytes: float  # of the fullest rank
     fits: bool
     is_built: bool
 
 
-def remedies(scenario: Scenario, found: Estimate) -> list[Remedy]:
-    """Every option that would lower the peak of the fullest rank, the built ones first."""
+def suggestions(scenario: Scenario, found: Estimate) -> list[Suggestion]:
+    """Lists every change that lowers the peak of the fullest rank, existing options first."""
     built = [*_freezing(scenario), *_layouts(scenario), *_ranks(scenario), *_batches(scenario, found)]
     built += _executions(scenario, found)
-    useful = [remedy for remedy in (*built, *_not_built(scenario, found)) if remedy.peak_bytes < _peak(found.memory)]
-    return sorted(useful, key=lambda remedy: (not remedy.is_built, not remedy.fits))
+    useful = [option for option in (*built, *_not_built(scenario, found)) if option.peak_bytes < _peak(found.memory)]
+    return sorted(useful, key=lambda option: (not option.is_built, not option.fits))
 
 
-def _freezing(scenario: Scenario) -> typing.Iterator[Remedy]:
+def _freezing(scenario: Scenario) -> typing.Iterator[Suggestion]:
     run = scenario.run
     if run.stage == "finetune" and not run.freezes_tables:
         strategy = {"NT": "ST_SF", "ST": "ST_SF", "FT": "FT_SF"}[run.strategy]
@@ -51,16 +49,16 @@ def _freezing(scenario: Scenario) -> typing.Iterator[Remedy]:
         yield from _fewer_bytes(scenario, "frozen tables kept in", "")
 
 
-def _fewer_bytes(scenario: Scenario, name: str, flags: str) -> typing.Iterator[Remedy]:
-    """Smaller types of frozen tables, as far as training takes them."""
+def _fewer_bytes(scenario: Scenario, name: str, flags: str) -> typing.Iterator[Suggestion]:
+    """Tries smaller types of frozen tables."""
     tables = scenario.run.tables
     for dtype in FROZEN_DTYPES[FROZEN_DTYPES.index(tables.frozen_dtype) + 1 :]:
         changed = _replaced(scenario, "tables", frozen_dtype=dtype)
         yield _built(f"{name} {dtype}", f"{flags}--gin.TablesConfig.frozen_dtype={dtype}", changed)
 
 
-def _layouts(scenario: Scenario) -> typing.Iterator[Remedy]:
-    """Other optimizers and cuts of the tables."""
+def _layouts(scenario: Scenario) -> typing.Iterator[Suggestion]:
+    """Tries a smaller optimizer state and other ways to shard the tables."""
     run = scenario.run
     if run.sparse.name not in ("rowwise_adagrad", "sgd"):
         changed = _replaced(scenario, "sparse", name="rowwise_adagrad")
@@ -76,8 +74,8 @@ def _layouts(scenario: Scenario) -> typing.Iterator[Remedy]:
         yield _built(f"{kind} tables {tables}", flags, _replaced(scenario, "tables", sharding=sharding))
 
 
-def _ranks(scenario: Scenario) -> typing.Iterator[Remedy]:
-    """Twice as many ranks until it fits; the global batch stays."""
+def _ranks(scenario: Scenario) -> typing.Iterator[Suggestion]:
+    """Doubles the number of ranks until the run fits; the global batch stays."""
     now = scenario.cluster.world_size
     numbers = _doubles(now, min(_MAX_RANKS, now * 16))
     changes = ((n, dataclasses.replace(scenario.cluster, world_size=n)) for n in numbers)
@@ -85,8 +83,8 @@ def _ranks(scenario: Scenario) -> typing.Iterator[Remedy]:
     yield from _first_that_fits(options)
 
 
-def _batches(scenario: Scenario, found: Estimate) -> typing.Iterator[Remedy]:
-    """Smaller batches, more parts of a batch, half precision, smaller batches in validation: the tables stay."""
+def _batches(scenario: Scenario, found: Estimate) -> typing.Iterator[Suggestion]:
+    """Tries smaller batches, more micro-batches and autocast; the layout of the tables stays."""
     run, data = scenario.run, scenario.run.data
     least, most = scenario.cluster.world_size, found.training.requests
     rows, tokens = _halves(data.global_batch_rows, least), _halves(data.global_batch_tokens, least)
@@ -105,10 +103,10 @@ def _batches(scenario: Scenario, found: Estimate) -> typing.Iterator[Remedy]:
         yield from _first_that_fits(options, found.layout)
 
 
-def _executions(scenario: Scenario, found: Estimate) -> typing.Iterator[Remedy]:
-    """The same step, done with less memory: the tables stay."""
+def _executions(scenario: Scenario, found: Estimate) -> typing.Iterator[Suggestion]:
+    """Tries ways to run the same step in less memory; the layout of the tables stays."""
     run = scenario.run
-    if run.execution.cuda_graphs:  # refuses both
+    if run.execution.cuda_graphs:  # training refuses both options with CUDA graphs
         return
     if run.model.name in BLOCK_MODELS and not run.execution.activation_checkpointing:
         changed = _replaced(scenario, "execution", activation_checkpointing=True)
@@ -119,8 +117,8 @@ def _executions(scenario: Scenario, found: Estimate) -> typing.Iterator[Remedy]:
         yield _built("FSDP2 of the dense part", "--gin.ExecutionConfig.dense_parallel=fsdp2", changed, found.layout)
 
 
-def _not_built(scenario: Scenario, found: Estimate) -> typing.Iterator[Remedy]:
-    """From the parts of the memory that each would change."""
+def _not_built(scenario: Scenario, found: Estimate) -> typing.Iterator[Suggestion]:
+    """Estimates techniques that are not built, from the part of the memory that each would change."""
     memory, trained = found.memory, np.zeros_like(found.memory.tables)
     for shard in found.layout.shards:
         trained[shard.rank] += 0 if shard.is_frozen else shard.rows * shard.columns * shard.value_bytes
@@ -132,15 +130,15 @@ def _not_built(scenario: Scenario, found: Estimate) -> typing.Iterator[Remedy]:
 
 def _first_that_fits(
     options: typing.Iterable[tuple[str, str, Scenario]], layout: Layout | None = None
-) -> typing.Iterator[Remedy]:
-    """The first of (name, flags, scenario) that fits, or the last one."""
-    remedy = None
+) -> typing.Iterator[Suggestion]:
+    """Yields the first of (name, flags, scenario) that fits, or else the last one."""
+    suggestion = None
     for name, flags, changed in options:
-        remedy = _built(name, flags, changed, layout)
-        if remedy.fits:
+        suggestion = _built(name, flags, changed, layout)
+        if suggestion.fits:
             break
-    if remedy is not None:
-        yield remedy
+    if suggestion is not None:
+        yield suggestion
 
 
 def _halves(value: int, least: int) -> typing.Iterator[int]:
@@ -160,13 +158,13 @@ def _replaced(scenario: Scenario, part: str, **fields: typing.Any) -> Scenario:
     return dataclasses.replace(scenario, run=dataclasses.replace(scenario.run, **{part: new}))
 
 
-def _built(name: str, flags: str, changed: Scenario, layout: Layout | None = None) -> Remedy:
+def _built(name: str, flags: str, changed: Scenario, layout: Layout | None = None) -> Suggestion:
     found = estimate(changed, layout)
-    return Remedy(name, flags, _peak(found.memory), found.fits, is_built=True)
+    return Suggestion(name, flags, _peak(found.memory), found.fits, is_built=True)
 
 
-def _other(name: str, changed: Memory, found: Estimate) -> Remedy:
-    return Remedy(name, "", _peak(changed), _peak(changed) <= found.usable_bytes, is_built=False)
+def _other(name: str, changed: Memory, found: Estimate) -> Suggestion:
+    return Suggestion(name, "", _peak(changed), _peak(changed) <= found.usable_bytes, is_built=False)
 
 
 def _peak(memory: Memory) -> float:

@@ -1,4 +1,4 @@
-"""How much one rank has to do in a step: requests, tokens, distinct table rows; estimated without making a batch."""
+"""Estimates the work of one rank in a step without making a batch: requests, tokens, distinct table rows."""
 
 import dataclasses
 import pathlib
@@ -16,51 +16,41 @@ _SAMPLE_ROWS = 50_000
 
 @dataclasses.dataclass(frozen=True)
 class DataShape:
-    """What requests look like."""
+    """Describes the mean request of a split and how often each table row occurs."""
 
-    history: float
-    """Mean history tokens that the model sees (after truncation): what a token budget counts, too."""
-    context: float
-    """Mean number of tokens that a history token attends to, itself included."""
-    candidates: float
-    """Mean candidates of a request."""
-    bag_sizes: dict[str, float]
-    """Bag feature -> mean rows of one bag."""
+    history: float  # mean history tokens after truncation, which is what a token budget counts
+    context: float  # mean number of tokens that a history token attends to, itself included
+    candidates: float  # mean candidates of a request
+    bag_sizes: dict[str, float]  # bag feature -> mean rows of one bag
     counts: dict[str, np.ndarray]
-    """Table -> how often each known row occurred in the training period; tables without it count as uniform."""
-    notes: tuple[str, ...]
-    """Where the figures come from."""
+    """Table -> how often each known row occurs in the training period; without it, all rows are equally frequent."""
+    notes: tuple[str, ...]  # where the figures come from
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """One step of one rank; means, so not integers."""
+    """Holds the mean work of one rank in one step; means are not integers."""
 
     requests: float
-    tokens: float
-    """T, of histories."""
-    candidates: float
-    """C; 0 in pretraining."""
-    context: float
-    """See DataShape."""
-    negatives: int
-    """Of all sets and parts of the batch; 0 in finetuning."""
-    unique_rows: dict[str, float]
-    """Sharded table -> U, distinct rows that are looked up."""
+    tokens: float  # T, history tokens
+    candidates: float  # C; 0 in pretraining
+    context: float  # mean number of tokens that a history token attends to
+    negatives: int  # over all sets and micro-batches; 0 in finetuning
+    unique_rows: dict[str, float]  # sharded table -> U, distinct rows that are looked up
 
     @property
     def positions(self) -> float:
-        """M: history tokens that have a successor to predict."""
+        """Counts M, the history tokens with a next item to predict."""
         return max(self.tokens - self.requests, 0.0)
 
     @property
     def candidate_keys(self) -> float:
-        """Keys that all candidates attend to: their history and themselves."""
+        """Counts the keys that all candidates attend to: each its history and itself."""
         return self.candidates * (self.tokens / max(self.requests, 1e-9) + 1)
 
 
 def data_shape(run: RunConfig, manifest: Manifest, split: str) -> DataShape:
-    """Measured on the first rows of the split and on the vocabularies; what is not on this disk, from the manifest."""
+    """Measures the first rows of the split and the vocabularies; takes from the manifest what is not on this disk."""
     described = manifest.split(split)
     rows = max(described.num_rows, 1)
     folder, cut = pathlib.Path(run.data_dir), run.data.max_history_length
@@ -90,7 +80,7 @@ def data_shape(run: RunConfig, manifest: Manifest, split: str) -> DataShape:
 def with_assumptions(
     shape: DataShape, *, mean_history: float | None, candidates: float | None, table_rows: dict[str, int]
 ) -> DataShape:
-    """The same requests with other histories, candidates or table sizes; None and {} change nothing."""
+    """Replaces histories, candidates or table sizes by assumed ones; None and {} change nothing."""
     notes = list(shape.notes)
     if mean_history is not None:
         shape = dataclasses.replace(shape, history=mean_history, context=(mean_history + 1) / 2)
@@ -105,7 +95,7 @@ def with_assumptions(
 
 
 def with_table_rows(manifest: Manifest, table_rows: dict[str, int]) -> Manifest:
-    """The manifest with other table sizes. ValueError for a table that it does not have, or one without a known row."""
+    """Replaces table sizes of the manifest. ValueError for a table that is not in it or would have no known row."""
     known = [table.name for table in manifest.tables]
     problems = [f"there is no table {name!r}, the data set has {known}" for name in table_rows if name not in known]
     problems += [
@@ -122,7 +112,7 @@ def with_table_rows(manifest: Manifest, table_rows: dict[str, int]) -> Manifest:
 
 
 def training_requests(run: RunConfig, shape: DataShape, world_size: int) -> float:
-    """Requests of one rank in a training step."""
+    """Counts the requests of one rank in a training step."""
     if run.data.global_batch_rows:
         return run.data.global_batch_rows / world_size
     return run.data.global_batch_tokens / max(shape.history, 1.0) / world_size
@@ -131,11 +121,11 @@ def training_requests(run: RunConfig, shape: DataShape, world_size: int) -> floa
 def workload(
     run: RunConfig, manifest: Manifest, sharded: tuple[str, ...], shape: DataShape, requests: float
 ) -> Workload:
-    """Of a training step with that many requests on the rank; `sharded`: tables that are looked up."""
+    """Estimates a training step with that many requests on the rank; `sharded` names the tables that are looked up."""
     is_pretraining = run.stage == "pretrain"
     tokens, candidates = requests * shape.history, 0.0 if is_pretraining else requests * shape.candidates
     sets = {
-        "group": run.pretrain.num_negative_groups * run.train.micro_batches,  # every part of a batch draws its own
+        "group": run.pretrain.num_negative_groups * run.train.micro_batches,  # every micro-batch draws its own
         "request": requests,
         "position": max(tokens - requests, 0.0),
     }[run.pretrain.negatives_per]
@@ -160,9 +150,9 @@ def workload(
 
 
 def expected_distinct(num_rows: int, draws: float, counts: np.ndarray | None = None, uniform_draws: float = 0) -> float:
-    """Mean number of distinct rows in `draws` by frequency `counts` (None: uniform) and `uniform_draws` uniform ones.
+    """Expects this many distinct rows from `draws` by frequency `counts` (or uniform) and `uniform_draws` uniform ones.
 
-    Draws count as independent: sum over rows of 1 - (1 - p)^draws (1 - 1 / num_rows)^uniform_draws.
+    Draws are taken as independent: sum over rows of 1 - (1 - p)^draws (1 - 1 / num_rows)^uniform_draws.
     """
     if num_rows <= 1:
         return float(min(num_rows, 1) if draws + uniform_draws > 0 else 0)
@@ -187,7 +177,7 @@ def _vocabulary_counts(folder: pathlib.Path, manifest: Manifest) -> dict[str, np
 def _sample(
     folder: pathlib.Path, files: tuple[str, ...], bags: list[Feature], with_candidates: bool
 ) -> pa.Table | None:
-    """Lengths and bags of the first rows of the first file; None if it is not here."""
+    """Reads lengths and bags of the first rows of the first file; None if it is not on this disk."""
     if not files or not (folder / files[0]).is_file():
         return None
     places = ("history", "candidate", "context") if with_candidates else ("history",)
@@ -198,7 +188,7 @@ def _sample(
 
 
 def _mean_bag(sample: pa.Table, feature: Feature) -> float:
-    """Over all places of the feature that were read."""
+    """Averages the size of a feature's bags over all roles that were read."""
     bags = rows = 0
     for place in feature.places:
         name = f"{place}.{feature.name}"

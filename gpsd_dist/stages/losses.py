@@ -10,7 +10,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-_CHUNK_ELEMENTS = 1 << 21  # floats of gathered rows: 8 MiB stay in a cache; 0.04 s per 1000 positions x 128 on one core
+CHUNK_ELEMENTS = 1 << 21  # floats of gathered rows: 8 MiB stay in a cache; 0.04 s per 1000 positions x 128 on one core
 _MAX_EXPONENT = 80.0  # exp(-80) is still a normal float32
 
 
@@ -91,7 +91,7 @@ class _OwnNegativesSoftmax(torch.autograd.Function):
     def forward(ctx, query_ME, unit_UE, target_row_M, target_item_M, negative_row_MN, negative_item_MN):
         grad_query, grad_unit = torch.empty_like(query_ME), torch.zeros_like(unit_UE)
         loss = query_ME.new_zeros(())
-        size = max(1, _CHUNK_ELEMENTS // ((1 + negative_row_MN.shape[1]) * unit_UE.shape[1]))
+        size = max(1, CHUNK_ELEMENTS // ((1 + negative_row_MN.shape[1]) * unit_UE.shape[1]))
         for start in range(0, len(query_ME), size):
             part = slice(start, start + size)
             query_mE = query_ME[part]

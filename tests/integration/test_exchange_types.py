@@ -10,7 +10,7 @@ from torchrec.distributed.types import CommOp
 from gpsd_dist.batch.batch import lookup_of
 from gpsd_dist.config import OptimizerConfig, TablesConfig
 from gpsd_dist.config.execution import ExecutionConfig
-from gpsd_dist.plan.all_to_all import exchange
+from gpsd_dist.plan.all_to_all import step_traffic
 from gpsd_dist.schema import Table
 from gpsd_dist.tables.all_to_all_codec import exchange_codecs
 from gpsd_dist.tables.collections import Tables
@@ -67,6 +67,8 @@ def test_out_of_range_gradients_stop_at_the_largest_number():
 def test_plan_counts_what_is_sent():
     cluster, rows = Cluster(2, 2, "cuda"), {"item": 10.0}
     shards = tuple(Shard("item", False, "row_wise", rank, 50, 8) for rank in range(2))
-    full, half = (exchange(shards, rows, 0, cluster, e) for e in (ExecutionConfig(), ExecutionConfig(False, "bf16")))
+    full, half = (
+        step_traffic(shards, rows, 0, cluster, e) for e in (ExecutionConfig(), ExecutionConfig(False, "bf16"))
+    )
     assert np.array_equal(2 * half.rows.total, full.rows.total)
     assert np.array_equal(half.gradients.total, full.gradients.total)

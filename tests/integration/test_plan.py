@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpsd_dist.assembly import assemble, meta_tables
 from gpsd_dist.batch.batch import lookup_of
 from gpsd_dist.config import OptimizerConfig
-from gpsd_dist.plan.all_to_all import exchange, unsent_gradients
+from gpsd_dist.plan.all_to_all import step_traffic, unsent_gradients
 from gpsd_dist.plan.estimate import Scenario, estimate, model_size
 from gpsd_dist.plan.memory import memory
 from gpsd_dist.plan.workload import Workload, data_shape, expected_distinct
@@ -156,7 +156,7 @@ def test_tables_and_optimizer_hold_what_was_planned(measured, data_dir, name):
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_send_what_was_planned(measured, data_dir, name):
     _, _, _, shards = _planned(name, data_dir)
-    planned = exchange(shards, {"item": float(NUM_ITEMS), "tag": float(NUM_TAGS)}, 0, CLUSTER)
+    planned = step_traffic(shards, {"item": float(NUM_ITEMS), "tag": float(NUM_TAGS)}, 0, CLUSTER)
     found = [measured[0][rank][name] for rank in range(RANKS)]
     assert planned.rows.total.tolist() == [entry["rows"] for entry in found]
     assert planned.gradients.total.tolist() == [entry["gradients"] for entry in found]
@@ -167,7 +167,7 @@ def test_freezing_saves_what_the_trained_table_sends(measured, data_dir):
     """Every rank looks up all rows of both tables: what it sends back for them, with and without the items."""
     run, _, _, shards = _planned("frozen", data_dir)
     gradients = {name: [entry[name]["gradients"] for entry in measured[0]] for name in ("row_wise", "frozen")}
-    unsent = unsent_gradients(shards, {"item": float(NUM_ITEMS), "tag": float(NUM_TAGS)}, 16, CLUSTER)
+    unsent = unsent_gradients(shards, {"item": float(NUM_ITEMS), "tag": float(NUM_TAGS)}, CLUSTER)
     assert unsent.total.mean() == np.mean(gradients["row_wise"]) - np.mean(gradients["frozen"]) > 0
     assert run.tables.stored_dim == 16
 
@@ -181,7 +181,7 @@ def test_step_of_training_is_as_large_as_planned(measured, wide_dir):
     for table in ("item", "tag"):
         found = np.mean([epoch[table] for epoch in measured[1]])
         assert planned.training.unique_rows[table] * share == pytest.approx(found, rel=0.1)
-    sent = (planned.exchange.total.total - planned.exchange.dense.total).mean() * share
+    sent = (planned.traffic.total.total - planned.traffic.dense.total).mean() * share
     assert sent == pytest.approx(np.mean([epoch["bytes"] for epoch in measured[1]]), rel=0.1)
 
 

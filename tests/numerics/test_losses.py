@@ -121,7 +121,7 @@ OWN = {
 @pytest.mark.parametrize("name", OWN)
 def test_negatives_per_position_equal_the_masked_reference(name, chunk_elements, monkeypatch):
     """Tolerances as above."""
-    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk_elements)
     p = make_problem(**OWN[name])
     leaves = [p["hidden"].requires_grad_(), p["rows"].requires_grad_()]
     loss = run_ours(p | {"group_offsets": None}, *leaves)

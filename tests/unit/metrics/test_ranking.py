@@ -43,7 +43,7 @@ def test_ranks_follow_the_definition():
 
 
 def test_rows_that_are_no_item_do_not_compete(monkeypatch):
-    monkeypatch.setattr(ranking, "_CHUNK_SCORES", 23 * 7)  # chunks of 7 rows
+    monkeypatch.setattr(ranking, "CHUNK_SCORES", 23 * 7)  # chunks of 7 rows
     query_BD, item_VD, target_B, item_N, offsets_B1 = _problem()
     exists_V = torch.rand(len(item_VD), generator=torch.Generator().manual_seed(2)) < 0.5
     exists_V[target_B] = True
@@ -60,7 +60,7 @@ def test_rows_that_are_no_item_do_not_compete(monkeypatch):
 
 @pytest.mark.parametrize("bounds", [(0, 1, 50, 101), (0, 2, 2, 101), (0, 101, 101, 101)])
 def test_row_blocks_give_the_ranks_of_the_whole_table(bounds, monkeypatch):
-    monkeypatch.setattr(ranking, "_CHUNK_SCORES", 23 * 7)  # chunks of 7 rows
+    monkeypatch.setattr(ranking, "CHUNK_SCORES", 23 * 7)  # chunks of 7 rows
     query_BD, item_VD, target_B, item_N, offsets_B1 = _problem()
     item_VD = item_VD + 0.1 * torch.randn(item_VD.shape, generator=torch.Generator().manual_seed(1))
     excluded = ranking.Excluded.from_offsets(item_N, offsets_B1)

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from gpsd_dist.metrics import recorder, throughput
+from gpsd_dist.model.transformer import ffn_width
 
 
 class _Clock:
@@ -58,7 +59,7 @@ def test_empty_window_raises():
 
 def test_flops_follow_the_formula():
     # L4H256: F = 704, P = 4 * 256^2 + 3 * 256 * 704 = 802,816, 4 layers hold 3.2 M parameters
-    assert throughput.swiglu_width(256) == 704
+    assert ffn_width(256) == 704
     assert throughput.flops_per_token(4, 256, 0) == 6 * 4 * 802_816
     assert throughput.flops_per_token(4, 256, 100) - throughput.flops_per_token(4, 256, 0) == 12 * 4 * 256 * 100
     heads = throughput.flops_per_token(1, 64, 0, num_negatives=10, vocabulary=5) - throughput.flops_per_token(1, 64, 0)

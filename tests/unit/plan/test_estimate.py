@@ -12,7 +12,7 @@ from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import DataConfig, ModelConfig, OptimizerConfig
 from gpsd_dist.model.transformer import Transformer
 from gpsd_dist.plan.estimate import RESERVE, Scenario, estimate, model_size, training_flops
-from gpsd_dist.plan.suggestions import remedies
+from gpsd_dist.plan.suggestions import suggestions
 from gpsd_dist.plan.workload import DataShape, Workload
 from gpsd_dist.schema import Split
 from gpsd_dist.tables.sharding import Cluster
@@ -49,8 +49,8 @@ def test_frozen_tables_have_no_state_and_send_no_gradients():
     found, trained = estimate(_scenario(run)), estimate(_scenario(_run()))
     assert found.memory.optimizer.tolist() == [125 * 4] * 8  # tags
     assert found.memory.tables.tolist() == trained.memory.tables.tolist()
-    assert found.exchange.gradients.total.sum() < trained.exchange.gradients.total.sum()
-    assert found.exchange.rows.total.sum() == trained.exchange.rows.total.sum()
+    assert found.traffic.gradients.total.sum() < trained.traffic.gradients.total.sum()
+    assert found.traffic.rows.total.sum() == trained.traffic.rows.total.sum()
     assert "table item: frozen" in found.layout.text
 
 
@@ -129,7 +129,7 @@ def test_options_that_would_help_are_recomputed():
     """A table of 61 MiB in 8 ranks of 9.5 MiB: does not fit by itself."""
     scenario = _scenario(_run(sparse=OptimizerConfig("adam", 0.1)), memory_mib=20.0)
     found = estimate(scenario)
-    options = {option.name: option for option in remedies(scenario, found)}
+    options = {option.name: option for option in suggestions(scenario, found)}
     assert not found.fits
     frozen = options["freeze the transferred tables"]
     assert frozen.flags == "--gin.STRATEGY=ST_SF --gin.INIT_CHECKPOINT=PRETRAINED_RUN" and frozen.is_built
@@ -154,7 +154,7 @@ def test_frozen_tables_may_take_fewer_bytes():
     frozen = {"strategy": "ST_SF", "init_checkpoint": "x"}
     scenario = _scenario(dataclasses.replace(_run(tables={"embedding_dim": 64}), **frozen), memory_mib=20.0)
     found = estimate(scenario)
-    options = {option.name: option for option in remedies(scenario, found)}
+    options = {option.name: option for option in suggestions(scenario, found)}
     for dtype, row_bytes in (("fp16", 128),):
         option, tables = options[f"frozen tables kept in {dtype}"], found.memory.tables.max()
         assert option.is_built and option.flags == f"--gin.TablesConfig.frozen_dtype={dtype}"
@@ -168,7 +168,7 @@ def test_batches_and_precision_help_where_activations_are_the_problem():
     run = _run(data=DataConfig(global_batch_rows=65_536, eval_batch_rows_per_rank=8), model={"layers": 8})
     scenario = _scenario(run, memory_mib=400.0)
     found = estimate(scenario)
-    options = {option.name: option for option in remedies(scenario, found)}
+    options = {option.name: option for option in suggestions(scenario, found)}
     assert not found.fits and not found.layout.refusal
     parts, smaller = options["gradient accumulation"], options["smaller batches"]
     assert parts.fits and parts.flags.startswith("--gin.TrainConfig.micro_batches=")
@@ -192,7 +192,7 @@ def test_whole_tables_can_be_cut():
     run = _run(tables={"sharding": {"item": "table_wise"}, "embedding_dim": 256}, model={"width": 16})
     scenario = _scenario(run, memory_mib=800.0)
     found = estimate(scenario)
-    options = {option.name: option for option in remedies(scenario, found)}
+    options = {option.name: option for option in suggestions(scenario, found)}
     assert "Unable to find a plan" in found.layout.refusal
     row, column = options["row_wise tables ['item']"], options["column_wise tables ['item']"]
     assert row.fits and row.peak_bytes < column.peak_bytes < found.memory.peak.max()
@@ -207,5 +207,5 @@ def test_a_managed_table_that_is_trained_is_not_cut_by_columns():
         scenario = _scenario(changed, memory_mib=800.0)
         manifest = dataclasses.replace(scenario.manifest, unbounded={"item": "managed"})
         scenario = dataclasses.replace(scenario, manifest=manifest)
-        names = {option.name for option in remedies(scenario, estimate(scenario))}
+        names = {option.name for option in suggestions(scenario, estimate(scenario))}
         assert {kind for kind in ("row_wise", "column_wise") if f"{kind} tables ['item']" in names} == offered

@@ -52,7 +52,7 @@ def test_half_precision_rows_would_have_sent_float32_gradients():
 
 def test_columns_are_counted_once():
     pieces = tuple(Shard("item", True, "column_wise", rank, 10, 128) for rank in range(2))
-    unsent = unsent_gradients(pieces, {"item": 6.0}, 256, Cluster(2, 2, "cpu"))
+    unsent = unsent_gradients(pieces, {"item": 6.0}, Cluster(2, 2, "cpu"))
     assert unsent.total.tolist() == [6 * 128 * 4] * 2
 
 
