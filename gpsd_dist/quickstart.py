@@ -26,12 +26,9 @@ _REPO_ROOT = pathlib.Path(__file__).resolve().parents[1]
 class Size:
     """How much of everything."""
 
-    synthesize: tuple[str, ...]
-    """Options of data_pipeline.synthesize."""
-    pretrain: tuple[str, ...]
-    """gin overrides of the pretraining."""
-    finetune: tuple[str, ...]
-    """gin overrides of every discriminative run."""
+    synthesize: tuple[str, ...]  # Options of data_pipeline.synthesize
+    pretrain: tuple[str, ...]  # gin overrides of the pretraining
+    finetune: tuple[str, ...]  # gin overrides of every discriminative run
 
 
 FULL = Size((), (), ())

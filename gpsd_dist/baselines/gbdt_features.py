@@ -25,10 +25,8 @@ PSEUDO_COUNTS = 20.0  # weight of the overall rate in each index's rate, as in t
 class Elements:
     """Indices of every candidate: one, or any number in a bag."""
 
-    value_M: np.ndarray
-    """int64, candidate after candidate."""
-    length_N: np.ndarray
-    """int64, elements of each candidate."""
+    value_M: np.ndarray  # int64, candidate after candidate
+    length_N: np.ndarray  # int64, elements of each candidate
 
     def candidate_M(self) -> np.ndarray:
         """Which candidate an element belongs to."""
@@ -56,18 +54,13 @@ class Elements:
 class Examples:
     """Candidates of a split that count for a task, with all that is known of them but label rates."""
 
-    label_N: np.ndarray
-    """uint8, 0 or 1."""
-    user_hash_N: np.ndarray
-    """int64."""
-    time_s_N: np.ndarray
-    """int64, of the request."""
-    columns: dict[str, np.ndarray]
-    """Feature -> float32 [N]; NaN for missing."""
+    label_N: np.ndarray  # uint8, 0 or 1
+    user_hash_N: np.ndarray  # int64
+    time_s_N: np.ndarray  # int64, of the request
+    columns: dict[str, np.ndarray]  # Feature -> float32 [N]; NaN for missing
     keys: dict[str, Elements]
     """What gets a label rate: the user, and features of a large vocabulary or with several indices."""
-    categories: frozenset[str]
-    """Those of `columns` that hold an index."""
+    categories: frozenset[str]  # Those of `columns` that hold an index
 
     def select(self, is_used_N: np.ndarray) -> "Examples":
         """The chosen candidates only."""

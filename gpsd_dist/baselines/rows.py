@@ -26,12 +26,9 @@ _BATCH_ROWS = 8192  # bounds the memory of what is worked out per batch
 class Rows:
     """Candidates of one split that count for a task."""
 
-    label_N: np.ndarray
-    """uint8, 0 or 1."""
-    user_hash_N: np.ndarray
-    """int64."""
-    keys: dict[str, np.ndarray]
-    """Column name (or "user") -> int64 [N]."""
+    label_N: np.ndarray  # uint8, 0 or 1
+    user_hash_N: np.ndarray  # int64
+    keys: dict[str, np.ndarray]  # Column name (or "user") -> int64 [N]
 
 
 def predictions(kind: str, score_N: np.ndarray, label_N: np.ndarray, user_hash_N: np.ndarray) -> Predictions:

@@ -53,11 +53,9 @@ class Check:
     """One line of the report."""
 
     name: str
-    status: str
-    """OK, WARNING (works, but not as documented) or FAILED (decides the exit status)."""
+    status: str  # OK, WARNING (works, but not as documented) or FAILED (decides the exit status)
     detail: str
-    fix: str = ""
-    """Shell command or sentence that removes the problem; empty if there is none."""
+    fix: str = ""  # Shell command or sentence that removes the problem; empty if there is none
 
 
 def run_checks() -> list[Check]:

@@ -32,10 +32,8 @@ class DataSet:
 
     name: str
     data_dir: str
-    manifest: dict[str, typing.Any]
-    """As in manifest.json; {} if neither the folder nor a checkpoint has it."""
-    origin: str
-    """Where the manifest was read."""
+    manifest: dict[str, typing.Any]  # As in manifest.json; {} if neither the folder nor a checkpoint has it
+    origin: str  # Where the manifest was read
     runs: tuple[Run, ...]
 
 

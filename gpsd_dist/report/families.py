@@ -25,8 +25,7 @@ class Configuration:
     """Runs that differ in their seed only, by seed."""
 
     label: str
-    style_index: int
-    """Colour and marker of its lines."""
+    style_index: int  # Colour and marker of its lines
     runs: tuple[Run, ...]
 
     @property

@@ -54,18 +54,14 @@ _FIGURE_STYLE = {
 class Line:
     """One curve. A NaN in `y` breaks it."""
 
-    label: str
-    """Shown by the browser when the pointer rests on the line."""
+    label: str  # Shown by the browser when the pointer rests on the line
     x: tuple[float, ...]
     y: tuple[float, ...]
-    style_index: int = 0
-    """Colour, and marker beyond the number of colours."""
+    style_index: int = 0  # Colour, and marker beyond the number of colours
     dash_index: int = 0
     has_markers: bool = False
-    is_muted: bool = False
-    """Grey and thin: something to compare with."""
-    ring_x: float | None = None
-    """Circles the point at this x."""
+    is_muted: bool = False  # Grey and thin: something to compare with
+    ring_x: float | None = None  # Circles the point at this x
 
 
 @dataclasses.dataclass(frozen=True)

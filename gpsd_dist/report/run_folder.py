@@ -24,11 +24,9 @@ BEST_NAME = "best.json"
 STATE_NAME = "run_state.json"
 _OF_TOOLS = ("parameters.json", "wall_s.json", "experiment.json")
 """What gpsd_dist.scaling, benchmarks.model_table and benchmarks.experiments leave in a run folder: no results."""
-_CHECKPOINT = re.compile(r"step_(\d{8})(?:\.(\d+))?")
-"""Step, and attempt of a step that was saved again."""
+_CHECKPOINT = re.compile(r"step_(\d{8})(?:\.(\d+))?")  # Step, and attempt of a step that was saved again
 
-Scores = dict[str, dict[str, float]]
-"""Task -> metric -> value; NaN where the file says null."""
+Scores = dict[str, dict[str, float]]  # Task -> metric -> value; NaN where the file says null
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,20 +34,16 @@ class Run:
     """What one run folder holds. Missing parts are empty, and named in `problems`."""
 
     folder: pathlib.Path
-    label: str
-    """Shortest path that tells it from the other runs of the report."""
+    label: str  # Shortest path that tells it from the other runs of the report
     config: dict[str, typing.Any]
     environment: dict[str, typing.Any]
     plan: str
     entries: tuple[dict[str, float], ...]
     """Lines of `metrics.jsonl` in their order: "step", "epoch", "wall_time_s" and metrics; NaN where it says null."""
     best_step: int | None
-    best_metrics: dict[str, float]
-    """"<task>/<metric>" of the validation at the best step."""
-    scores: dict[str, Scores]
-    """Split -> what `gpsd_dist.evaluate --metrics_out <split>.json` wrote."""
-    state: dict[str, typing.Any]
-    """`run_state.json` of the newest checkpoint."""
+    best_metrics: dict[str, float]  # "<task>/<metric>" of the validation at the best step
+    scores: dict[str, Scores]  # Split -> what `gpsd_dist.evaluate --metrics_out <split>.json` wrote
+    state: dict[str, typing.Any]  # `run_state.json` of the newest checkpoint
     problems: tuple[str, ...]
 
     def series(self, name: str, x: str = "step") -> list[tuple[float, float]]:

@@ -20,12 +20,10 @@ class Cell:
     """One cell; plain text, escaped by the template."""
 
     text: str
-    note: str = ""
-    """Smaller, below the text: a range, a remark."""
+    note: str = ""  # Smaller, below the text: a range, a remark
     is_strong: bool = False
     is_number: bool = False
-    style_index: int | None = None
-    """Shows the line of that style before the text."""
+    style_index: int | None = None  # Shows the line of that style before the text
 
 
 @dataclasses.dataclass(frozen=True)

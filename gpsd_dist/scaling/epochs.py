@@ -29,8 +29,7 @@ from gpsd_dist.scaling.ladder import Command
 _VALID_AUC = re.compile(r"valid/(.+)/auc")
 _COLORS = dict(zip(STRATEGIES, ("#4d4d4d", "#d98c1f", "#b8338a", "#1f5fa8", "#2a8f4f"), strict=True))
 _STYLES = ("-", "--", ":", "-.")
-Curve = list[tuple[float, float]]
-"""(epoch, value) by epoch."""
+Curve = list[tuple[float, float]]  # (epoch, value) by epoch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +37,11 @@ class RunCurves:
     """What one run reported while it trained."""
 
     folder: pathlib.Path
-    options: dict[str, typing.Any]
-    """`run_config.json` as it is: runs of older versions can be drawn, too."""
-    valid_auc: dict[str, Curve]
-    """By task."""
+    options: dict[str, typing.Any]  # `run_config.json` as it is: runs of older versions can be drawn, too
+    valid_auc: dict[str, Curve]  # By task
     gap: dict[str, Curve]
     """By task: log loss on valid - log loss in training; empty where they are not comparable (ESMM)."""
-    steps: list[tuple[float, int]]
-    """(epoch, step) of every validation."""
+    steps: list[tuple[float, int]]  # (epoch, step) of every validation
     test_auc: dict[str, Curve] = dataclasses.field(default_factory=dict)
     """By task; empty unless every epoch was scored on test."""
 

@@ -19,8 +19,7 @@ from gpsd_dist.scaling.fit import LAWS, Fit
 from gpsd_dist.scaling.runs import replace_file
 
 LABELS = {"auc": "AUC", "log_loss": "log loss"}
-Fits = dict[str, dict[str, Fit | None]]
-"""Task -> metric -> fit."""
+Fits = dict[str, dict[str, Fit | None]]  # Task -> metric -> fit
 _POINT, _CURVE = "#1f5fa8", "#c2491d"
 _PANEL_INCHES = (5.6, 3.9)
 _CURVE_POINTS = 120

@@ -20,8 +20,7 @@ import numpy as np
 import scipy.optimize
 import scipy.special
 
-MIN_SIZES = 4
-"""Distinct sizes that a fit needs: three parameters, and one degree of freedom to judge them by."""
+MIN_SIZES = 4  # Distinct sizes that a fit needs: three parameters, and one degree of freedom to judge them by
 CONFIDENCE = 0.95
 NUM_STARTS = 3
 B_BOUNDS = (1e-3, 3.0)
@@ -37,8 +36,7 @@ class Law:
 
     metric: str
     sign: int
-    c_max: float
-    """The limit c is in [0, c_max]; the effect at the geometric mean of the sizes is in [0, c_max], too."""
+    c_max: float  # The limit c is in [0, c_max]; the effect at the geometric mean of the sizes is in [0, c_max], too
 
     @property
     def formula(self) -> str:
@@ -61,8 +59,7 @@ class Fit:
     effect: float
     b: float
     b_interval: tuple[float, float]
-    slack: float
-    """How far the sum of squares may rise above its minimum inside the intervals."""
+    slack: float  # How far the sum of squares may rise above its minimum inside the intervals
 
     @property
     def a(self) -> float:

@@ -13,8 +13,7 @@ from gpsd_dist.schema import read_manifest
 _RUNG = re.compile(r"l(\d+)h(\d+)a(\d+)")
 _SET_BY_THE_LADDER = ("LAYERS", "WIDTH", "HEADS", "SEED", "STRATEGY", "INIT_CHECKPOINT", "OUTPUT_DIR", "REFIT_OF")
 
-Command = tuple[str, ...]
-"""Arguments after `python`."""
+Command = tuple[str, ...]  # Arguments after `python`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +73,10 @@ class Request:
     strategy: str
     out_dir: pathlib.Path
     gin_files: tuple[str, ...]
-    overrides: tuple[str, ...] = ()
-    """`--gin.X=Y` of every finetuning."""
+    overrides: tuple[str, ...] = ()  # `--gin.X=Y` of every finetuning
     pretrain_gin_files: tuple[str, ...] = ()
-    pretrain_overrides: tuple[str, ...] = ()
-    """`--gin.X=Y` of every pretraining."""
-    init_checkpoint: str = ""
-    """One pretraining for all rungs and seeds, instead of one for each."""
+    pretrain_overrides: tuple[str, ...] = ()  # `--gin.X=Y` of every pretraining
+    init_checkpoint: str = ""  # One pretraining for all rungs and seeds, instead of one for each
     split: str = "test"
     num_processes: int = 1
     embedding_dim_follows_width: bool = False
@@ -90,8 +86,7 @@ class Request:
 class Training:
     """One run of gpsd_dist.train."""
 
-    run: RunConfig
-    """What the command will find in its options."""
+    run: RunConfig  # What the command will find in its options
     command: Command
 
     @property
