@@ -1,1 +1,1 @@
-"""Raw logs -> canonical tables -> Parquet and `manifest.json` (the contract is `gpsd_dist/schema.py`)."""
+"""Turns raw logs into canonical tables and then Parquet and `manifest.json` (contract: `gpsd_dist/schema.py`)."""

@@ -48,7 +48,7 @@ def fingerprinted(options: BuildOptions) -> dict:
 
 
 def is_current(options: BuildOptions, parent: Previous, fingerprint: str) -> bool:
-    """Whether the data set in --out_dir already ends with this step."""
+    """Tells whether the data set in --out_dir already ends with this step."""
     if not (options.out_dir / schema.MANIFEST_NAME).is_file():
         return False
     chain = schema.read_manifest(options.out_dir).options.get(CHAIN, [])
@@ -107,7 +107,7 @@ def plan(running: engine.Engine, log: canonical.Log, job: Job) -> Plan:
 
 
 def _check_old_exposures(log: canonical.Log, parent: Previous, old: Bounds) -> None:
-    """ValueError unless the log holds the exposures that the parent was made of, and later ones."""
+    """Raises ValueError unless the log holds the exposures that the parent was made of, and later ones."""
     num_old, num_later = previous.exposures_around(log, old.test_until)
     if not num_later:
         raise ValueError(

@@ -34,7 +34,7 @@ MODES = {"build": fresh, "append": append, "holdout": holdout}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit status. A user's mistake prints one line and gives 2."""
+    """Runs the command line; returns the exit status. A user's mistake prints one line and gives 2."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         options = command_line.parse(argv, __doc__)
@@ -79,7 +79,7 @@ def build(options: BuildOptions, command: str) -> None:
         if mode.ONLY is None:
             write.write_items(running, sequences.item_rows(encoder, items), encoder.log, aside, options)
         schema.write_manifest(plan.finish(manifest, written, aside), aside)
-        validate.check(aside, mode.ONLY)  # what was written, not what was meant
+        validate.check(aside, mode.ONLY)  # reads the files again: what was written counts, not what was meant
     report(schema.read_manifest(options.out_dir))
     progress.say(f"done in {time.monotonic() - started:.1f} s: {options.out_dir / schema.MANIFEST_NAME}")
 

@@ -1,4 +1,4 @@
-"""What a source hands to the pipeline: a `Log` of Ibis tables, described by feature specs, tasks and a split rule.
+"""Defines what a source hands to the pipeline: a `Log` of Ibis tables, with feature specs, tasks and a split rule.
 
 A source is a module in `data_pipeline/sources/` with
 
@@ -7,7 +7,7 @@ A source is a module in `data_pipeline/sources/` with
 
 and, where it needs them,
 
-    class Options: ...                                          # its own options, a dataclass; read as options.own
+    class Options: ...                                          # a dataclass; the source reads it as options.own
     DEFAULTS = {"max_history_length": 200}                      # other defaults of options of every source
     def complete(options: BuildOptions) -> BuildOptions: ...    # defaults that lie beside the raw files
 
@@ -30,7 +30,7 @@ EVENT_COLUMNS = {"user_id": "string", "item_id": "string", "time_s": "int64", "o
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSpec:
-    """One feature of the model and the canonical column that it is made from (column name = feature name)."""
+    """Describes a feature of the model and the canonical column that it is made from (column name = feature name)."""
 
     name: str
     places: tuple[str, ...]
@@ -40,7 +40,7 @@ class FeatureSpec:
     first candidate of the request); where the log has no exposures, a context value is that of the target event."""
     kind: str = "categorical"
     table: str | None = None
-    """Vocabulary; None means one of its own, named after the feature. Two features may share one."""
+    """Names the vocabulary; None means one of its own, named after the feature. Two features may share one."""
     is_bag: bool = False
     """The column is array<string>: several raw ids per item."""
     min_count: int | None = None
@@ -57,22 +57,22 @@ class FeatureSpec:
             raise ValueError(
                 f"feature {self.name!r}: a bag must be an item attribute (origin 'items'), not {self.origin!r}"
             )
-        self.feature()  # the rules of the contract
+        self.feature()  # raises what the contract refuses
 
     @property
     def column(self) -> str:
-        """Name of the canonical column that holds the raw values."""
+        """Names the canonical column that holds the raw values."""
         return "item_id" if self.origin == "item_id" else self.name
 
     def feature(self) -> schema.Feature:
-        """The same feature as the manifest describes it."""
+        """Describes the feature for the manifest."""
         table = (self.table or self.name) if self.kind == "categorical" else None
         return schema.Feature(self.name, self.places, self.kind, table, self.is_bag)
 
 
 @dataclasses.dataclass(frozen=True)
 class TimeBoundaries:
-    """Labelled exposures are cut by time: train < valid_from_s <= valid < test_from_s <= test < test_until_s (epoch s).
+    """Cuts labelled exposures by time: train < valid_from_s <= valid < test_from_s <= test < test_until_s (epoch s).
 
     Exposures at or after test_until_s are skipped in a plain build (and counted) and form the split `holdout` under
     `--split holdout`. Needs `Log.exposures` with a time in every row.
@@ -85,12 +85,12 @@ class TimeBoundaries:
     pretrain_until_s: int | None = None
     """Pretraining rows hold the events before it and those without a time; None: before valid_from_s."""
     words: str = ""
-    """The same in words, for the manifest."""
+    """Says the rule in words, for the manifest."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LastItemByTime:
-    """One request per user (the GPSD protocol): target = last event, history = everything before it.
+    """Makes one request per user (the GPSD protocol): target = last event, history = everything before it.
 
     Users up to the `train_quantile` of their last time train, later ones test; valid = the latest `valid_fraction` of
     the train users. Pretraining rows: everything but the last event, of all users.
@@ -102,8 +102,9 @@ class LastItemByTime:
 
 @dataclasses.dataclass(frozen=True)
 class LeaveLastOut:
-    """Per user: test = last event, valid = second last, train = third last; pretraining = everything but the last
-    two.
+    """Splits every user's sequence: test = last event, valid = second last, train = third last.
+
+    Pretraining rows hold everything but the last two.
 
     Without valid, training goes on up to the test event: train = second last, pretraining = everything but the last. So
     HSTU and SASRec are trained for publication; what is chosen then is chosen on test.
@@ -114,7 +115,7 @@ class LeaveLastOut:
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """`Log.exposures` has a column `split` ("train" or "test"): one request per user, whose last event is the target.
+    """Takes the split from a column of `Log.exposures` ("train" or "test"): one request per user, target = last event.
 
     valid = the latest `valid_fraction` of the train requests. Pretraining rows: everything but the last event, of all
     users.
@@ -128,7 +129,7 @@ SplitRule = TimeBoundaries | LastItemByTime | LeaveLastOut | Given
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    """Canonical tables of one source. Ids and categorical values are strings, null where unknown."""
+    """Holds the canonical tables of one source. Ids and categorical values are strings, null where unknown."""
 
     events: ir.Table
     """What becomes history: user_id, item_id (string), time_s (int64, null: before every timed event of the user),
@@ -140,7 +141,7 @@ class Log:
     features: tuple[FeatureSpec, ...]
     split: SplitRule
     order_words: str
-    """The tie rule in words, for the manifest."""
+    """Says in words how ties are ordered, for the manifest."""
     exposures: ir.Table | None = None
     """What becomes candidates: user_id, item_id, time_s (int64, never null), order, one column per task (0, 1 or null
     for not observed), and the "log" features of candidate and context. None: candidates are events plus drawn
@@ -152,10 +153,10 @@ class Log:
     all_items_known: bool = False
     """Every row of `items` gets an index of the item vocabulary, even if it never occurs in the training period."""
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Raw rows that `read` left out, by reason."""
+    """Counts the raw rows that `read` left out, by reason."""
 
     def specs_in(self, place: str) -> tuple[FeatureSpec, ...]:
-        """Specs of the features that occur in `place`, in manifest order."""
+        """Selects the specs of the features that occur in `place`, in manifest order."""
         return tuple(spec for spec in self.features if place in spec.places)
 
 
@@ -183,7 +184,7 @@ def checked(log: Log) -> Log:
 
 
 def known_time_s(events: ir.Table) -> ir.IntegerValue:
-    """The time that sorts an event: time_s, else latest_s, else before everything."""
+    """Returns the time that sorts an event: time_s, else latest_s, else before everything."""
     bounds = [events["latest_s"]] if "latest_s" in events.columns else []
     return ibis.coalesce(events["time_s"], *bounds, ibis.literal(BEFORE_EVERYTHING_S))
 

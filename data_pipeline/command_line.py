@@ -1,4 +1,4 @@
-"""The command line of `data_pipeline.build`: words -> `options.BuildOptions`."""
+"""Parses the command line of `data_pipeline.build` into `options.BuildOptions`."""
 
 import argparse
 

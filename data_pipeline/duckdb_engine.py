@@ -1,4 +1,4 @@
-"""DuckDB behind `engine.Engine`: one process, all cores, spilling to disk beyond its memory limit."""
+"""Runs the pipeline's queries by DuckDB: one process, all cores, spilling to disk beyond its memory limit."""
 
 import pathlib
 import typing
@@ -9,12 +9,12 @@ import ibis.expr.types as ir
 import pyarrow as pa
 
 ERRORS = (duckdb.Error,)
-# Ibis names a built-in function once per result type, and this one has two
+# Ibis binds a built-in function to one result type, and this one returns two: so it needs a second name.
 _SETUP = "CREATE MACRO json_extract_strings(line, path) AS json_extract_string(line, path)"
 
 
 class DuckDB:
-    """What the pipeline asks of an engine beyond Ibis expressions; `spark_engine.Spark` has the same methods."""
+    """Does what the pipeline asks of an engine beyond Ibis expressions; `spark_engine.Spark` has the same methods."""
 
     errors = ERRORS
 
@@ -42,20 +42,20 @@ class DuckDB:
 
     def drop(self, name: str) -> None:
         """Removes a stored table."""
-        self.con.raw_sql(f'DROP TABLE "{name}"')  # Ibis 12 writes DROP TABLE TABLE with this sqlglot
+        self.con.raw_sql(f'DROP TABLE "{name}"')  # Ibis 12 would write DROP TABLE TABLE with this sqlglot
 
     def from_arrow(self, name: str, table: pa.Table) -> ir.Table:
         """Stores an Arrow table."""
         return self.con.create_table(name, ibis.memtable(table))
 
     def read_parquet(self, path: pathlib.Path) -> ir.Table:
-        """A Parquet file, not read yet."""
+        """Opens a Parquet file, without reading it yet."""
         return self.con.read_parquet(path)
 
     def read_text(
         self, path: pathlib.Path, names: list[str], *, separator: str, has_header: bool, quote: str
     ) -> ir.Table:
-        """A text file as string columns, not read yet; a quote is doubled inside quotes."""
+        """Opens a text file as string columns, without reading it yet; a quote is doubled inside quotes."""
         columns = dict.fromkeys(names, "VARCHAR")
         escape = {} if quote else {"escape": ""}
         return self.con.read_csv(
@@ -64,12 +64,12 @@ class DuckDB:
 
     def number_rows(self, table: ir.Table, column: str) -> ir.Table:
         """Adds the int64 `column`: 0, 1, ... in the order of the file that `table` was opened from."""
-        # DuckDB keeps insertion order, so that row_number without an order follows the file
+        # DuckDB keeps insertion order, so row_number without an order follows the file.
         return table.mutate(**{column: ibis.row_number().cast("int64")})
 
     def batches(self, table: ir.Table, num_rows: int) -> typing.Iterator[pa.RecordBatch]:
         """Streams the query's result in batches of about `num_rows` rows."""
-        # Ibis 12's own to_pyarrow_batches calls fetch_record_batch, which DuckDB 2.0 no longer has
+        # Ibis 12's own to_pyarrow_batches calls fetch_record_batch, which DuckDB 2.0 no longer has.
         cursor = self.con.con.cursor()
         try:
             yield from cursor.sql(self.con.compile(table)).to_arrow_reader(num_rows)

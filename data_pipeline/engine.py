@@ -1,4 +1,4 @@
-"""The query engine behind the pipeline: one Ibis connection with a scratch folder and progress by step.
+"""Opens the query engine of the pipeline: one Ibis connection with a scratch folder, and progress by step.
 
 The transformations are Ibis expressions. What Ibis cannot say alike for all engines (opening files, streaming a
 result) is in `duckdb_engine.DuckDB` and `spark_engine.Spark`, which have the same methods.
@@ -22,7 +22,7 @@ DEFAULT_MASTER = "local[*]"
 
 
 class Engine:
-    """One Ibis connection. Tables that are used more than once are materialised in its scratch folder."""
+    """Holds one Ibis connection. Tables that are used more than once are materialised in its scratch folder."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Engine:
         return stored
 
     def materialise_parts(self, name: str, parts: typing.Iterable[ir.Table]) -> ir.Table:
-        """As `materialise`, of the union of `parts`, which are run one after the other."""
+        """Runs the queries one after the other and returns their union, stored under the new `name`."""
         started = time.monotonic()
         stored = None
         for part in parts:
@@ -68,7 +68,7 @@ class Engine:
         return stored
 
     def store(self, table: ir.Table | pa.Table) -> ir.Table:
-        """As `materialise`, without a name or a line on the screen; also of an Arrow table."""
+        """Stores a query's result or an Arrow table, without a name or a line on the screen."""
         name = ibis.util.gen_name("stored")
         return self.backend.from_arrow(name, table) if isinstance(table, pa.Table) else self.backend.create(name, table)
 
@@ -82,7 +82,7 @@ class Engine:
 
 
 def _import_spark() -> typing.Any:
-    """`spark_engine`; ValueError where PySpark is not installed."""
+    """Imports `spark_engine`; ValueError where PySpark is not installed."""
     if importlib.util.find_spec("pyspark") is None:
         raise ValueError(
             "--engine spark needs PySpark 4.0 and Java 17, which are an extra: pip install 'gpsd-dist[spark]' "
@@ -114,7 +114,7 @@ def scratch(options: BuildOptions, parent: pathlib.Path) -> typing.Iterator[Engi
 
 
 def _settings(options: BuildOptions) -> dict[str, str]:
-    """--spark_conf as a dict; ValueError for options of the other engine, which would have no effect."""
+    """Parses --spark_conf; ValueError for options of the other engine, which would have no effect."""
     if options.engine == "duckdb" and (options.spark_master or options.spark_conf):
         raise ValueError("--spark_master and --spark_conf have no effect with --engine duckdb; add --engine spark")
     if options.engine == "spark" and options.threads is not None:

@@ -12,7 +12,7 @@ _KINDS = {"string": "str", "int": "int", "float": "float", "bool": "bool", "tupl
 
 
 class Problem(typing.NamedTuple):
-    """One value that does not fit its field."""
+    """Describes one value that does not fit its field."""
 
     path: tuple[str | int, ...]
     """Names and list places that lead to the field."""
@@ -24,7 +24,7 @@ class Problem(typing.NamedTuple):
 
     @property
     def key(self) -> str:
-        """The path as a user writes it, such as `history.feature[0].kind`."""
+        """Writes the path as a user does, such as `history.feature[0].kind`."""
         text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.path)
         return text.removeprefix(".")
 

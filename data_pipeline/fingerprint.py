@@ -1,6 +1,4 @@
-"""Did anything change since the data set was built? One hash over the raw files, the options and this package's
-code.
-"""
+"""Answers whether anything changed since a data set was built, by one hash over raw files, options and code."""
 
 import hashlib
 import json
@@ -12,7 +10,7 @@ CHUNK_BYTES = 1 << 22
 
 
 def file_sha256(path: pathlib.Path) -> str:
-    """Hexadecimal sha256 of a file's bytes."""
+    """Computes the hexadecimal sha256 of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -21,8 +19,9 @@ def file_sha256(path: pathlib.Path) -> str:
 
 
 def describe(files: dict[str, pathlib.Path], options: dict, source: str) -> dict:
-    """{"sources": entries for the manifest, "options": JSON-able options, "fingerprint": hash over both and the
-    code}.
+    """Hashes the raw files, the options and this package's code.
+
+    Returns "sources": entries for the manifest, "options": JSON-able options, "fingerprint": one hash over everything.
     """
     entries = [
         {"name": name, "path": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
@@ -44,7 +43,7 @@ def describe(files: dict[str, pathlib.Path], options: dict, source: str) -> dict
 
 
 def _code_sha256() -> str:
-    """Over every module of this package: whoever changes a transformation need not remember to raise a version."""
+    """Hashes every module of this package: whoever changes a transformation need not remember to raise a version."""
     package = pathlib.Path(__file__).parent
     hashes = [(str(path.relative_to(package)), file_sha256(path)) for path in sorted(package.rglob("*.py"))]
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()

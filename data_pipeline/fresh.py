@@ -24,7 +24,7 @@ def fingerprinted(options: BuildOptions) -> dict:
 
 
 def is_current(options: BuildOptions, previous: None, fingerprint: str) -> bool:
-    """Whether --out_dir holds all files of a data set with that fingerprint."""
+    """Tells whether --out_dir holds all files of a data set with that fingerprint."""
     if not (options.out_dir / schema.MANIFEST_NAME).is_file():
         return False
     try:

@@ -1,4 +1,4 @@
-"""Hashes that every engine computes alike: md5 of a string, read as an integer by its hexadecimal digits."""
+"""Defines hashes that every engine computes alike: md5 of a string, read as an integer by its hexadecimal digits."""
 
 import functools
 import operator
@@ -17,7 +17,8 @@ def digits_to_int(text: ir.StringValue, start: int, num_digits: int) -> ir.Integ
     """Reads `num_digits` (at most 15) hexadecimal digits from `start` as a non-negative int64."""
     alphabet = ibis.literal(HEX_DIGITS)
     terms = [
-        # Ibis takes `find` for an int64 and drops a cast to it, but on Spark it is an int32, whose products overflow
+        # Spark's `find` is an int32, whose products overflow. Ibis believes it an int64 and would drop a cast to int64
+        # alone, so the cast goes by int16.
         alphabet.find(text.substr(start + place, 1)).cast("int16").cast("int64")
         * ibis.literal(16 ** (num_digits - 1 - place), type="int64")
         for place in range(num_digits)
@@ -26,16 +27,16 @@ def digits_to_int(text: ir.StringValue, start: int, num_digits: int) -> ir.Integ
 
 
 def bucket(user_id: ir.StringValue, num_buckets: int) -> ir.IntegerValue:
-    """0 ... num_buckets - 1 (int64, at most 4,096) of a user; digits that `user_hash` does not use."""
+    """Assigns a user to a bucket, 0 ... num_buckets - 1 (int64, at most 4,096), by digits that `user_hash` leaves."""
     return (digits_to_int(user_id.hexdigest("md5"), USER_HASH_DIGITS, 3) % num_buckets).cast("int64")
 
 
 def user_hash(user_id: ir.StringValue) -> ir.IntegerValue:
-    """60-bit hash of a user, equal in every data set and on every engine; it also serves to split by user."""
+    """Hashes a user to 60 bits, equal in every data set and on every engine; it also serves to split by user."""
     return digits_to_int(user_id.hexdigest("md5"), 0, USER_HASH_DIGITS)
 
 
 def id_of(raw_id: ir.StringValue) -> ir.IntegerValue:
-    """Id of a raw id of a table without a vocabulary, 2 ... schema.MAX_ID: its md5, cut to 60 bits. Null becomes 1."""
+    """Makes the id of a raw id without a vocabulary, 2 ... schema.MAX_ID: its md5, cut to 60 bits. Null becomes 1."""
     number = digits_to_int(raw_id.hexdigest("md5"), 0, ID_DIGITS) + ibis.literal(schema.NUM_RESERVED_ROWS, type="int64")
     return ibis.coalesce(number.cast("int64"), ibis.literal(schema.UNKNOWN_INDEX, type="int64"))

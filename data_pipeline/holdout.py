@@ -29,7 +29,7 @@ def fingerprinted(options: BuildOptions) -> dict:
 
 
 def is_current(options: BuildOptions, found: Previous, fingerprint: str) -> bool:
-    """Whether the data set already has a holdout with that fingerprint."""
+    """Tells whether the data set already has a holdout with that fingerprint."""
     has_split = any(split.name == NAME for split in found.manifest.splits)
     return has_split and found.manifest.options.get(NAME, {}).get("fingerprint") == fingerprint
 

@@ -1,4 +1,4 @@
-"""Negatives for logs without labels: hashed draws, the same on every engine and for every partitioning.
+"""Draws negatives for logs without labels, by hashes: the same ones on every engine and for every partitioning.
 
 A request of `train` draws from the items of the training period, one of `valid` or `test` from all items of the log,
 whether the vocabulary knows them or not. Drawn from the known items alone, no negative were ever index 1 (unknown), and
@@ -26,8 +26,9 @@ SPARE_DRAWS = 2
 
 
 def slots(engine: Engine, pool: ir.Table, distribution: Negatives, period: str = "train") -> tuple[ir.Table, int]:
-    """(table of slot -> item_id, number of slots) of the items in `pool`: raw_id, index, count, as `vocab.build` makes
-    it. `period` is part of a table's name.
+    """Allots slots to the items in `pool` (raw_id, index, count, as `vocab.build` makes it).
+
+    Returns (table of slot -> item_id, number of slots). `period` is part of a table's name.
     """
     if distribution == "uniform":
         width = ibis.literal(1, type="int64")
@@ -37,11 +38,11 @@ def slots(engine: Engine, pool: ir.Table, distribution: Negatives, period: str =
         width = ibis.greatest(share, ibis.literal(1, type="int64"))
     widths = pool.select("index", item_id=pool.raw_id, width=width)
     up_to_here = ibis.window(order_by=widths["index"], preceding=None, following=0)
-    # DuckDB sums int64 to HUGEINT, and Ibis, which does not know it, drops a cast to int64: sum as float64 (exact
-    # below 2^53)
+    # DuckDB sums int64 to HUGEINT. Ibis does not know this and would drop a cast back to int64, so the sum is float64,
+    # which is exact below 2^53.
     until = widths.width.cast("float64").sum().over(up_to_here).cast("int64")
     spans = widths.mutate(until=until)
-    # a range that starts at 0: Ibis 12 forgets the parentheses of a difference as the start of one on Spark
+    # The range starts at 0, because Ibis 12 loses the parentheses of a difference as the start of a range on Spark.
     places = ibis.range(ibis.literal(0, type="int64"), spans.width).map(lambda place: spans.until - spans.width + place)
     filled = spans.select("item_id", slot=places.unnest())
     table = engine.materialise(f"negative_slots_{period}", filled)
@@ -59,7 +60,7 @@ def draw(
     seed: int,
     period: str = "train",
 ):
-    """Candidates of the negatives: REQUEST_KEY, position (1 ... per_positive), item_id, time_s.
+    """Draws the negatives of all requests: REQUEST_KEY, position (1 ... per_positive), item_id, time_s.
 
     `positives`: one row per request with its item_id. Returns (table, number of requests that got fewer than
     per_positive negatives because the user has seen nearly every item).
@@ -97,7 +98,7 @@ def draw(
 
 
 def _round(requests: ir.Table, slot_table: ir.Table, num_slots: int, draws: range, seed: int) -> ir.Table:
-    """All draws of one round: REQUEST_KEY, positive_id, time_s, draw, item_id."""
+    """Makes all draws of one round: REQUEST_KEY, positive_id, time_s, draw, item_id."""
     numbered = requests.mutate(draw=_draw_numbers(draws).unnest())
     text = numbered.user_id.concat(
         ":", numbered.num_before.cast("string"), ":", numbered.draw.cast("string"), f":{seed}"
@@ -108,12 +109,12 @@ def _round(requests: ir.Table, slot_table: ir.Table, num_slots: int, draws: rang
 
 
 def _draw_numbers(draws: range) -> ir.ArrayValue:
-    """The numbers of `draws`; typed, because Spark cannot cast what it unnests."""
+    """Returns the numbers of `draws` as a typed array, because Spark cannot cast what it unnests."""
     return ibis.range(ibis.literal(draws.start, type="int64"), ibis.literal(draws.stop, type="int64"))
 
 
 def _reject(drawn: ir.Table, seen: ir.Table) -> ir.Table:
-    """Without the positive and the items that the user met before the request."""
+    """Removes draws of the positive and of items that the user met before the request."""
     met = seen.rename(seen_user="user_id", seen_item="item_id")
     joined = drawn.left_join(met, [drawn.user_id == met.seen_user, drawn.item_id == met.seen_item])
     is_new = joined.first_rank.isnull() | (joined.first_rank >= joined.num_before)
@@ -125,7 +126,7 @@ def _reject(drawn: ir.Table, seen: ir.Table) -> ir.Table:
 def add(
     engine: Engine, log: canonical.Log, candidates: ir.Table, events: ir.Table, counts: ir.Table, options: BuildOptions
 ) -> tuple[ir.Table, dict]:
-    """`candidates` (positives only) with options.num_negatives drawn ones each, and the skipped counts.
+    """Adds options.num_negatives drawn candidates to each of `candidates` (positives only); also counts what is short.
 
     `counts`: raw_id and count of the items of the training period, whatever --min_count says.
     """

@@ -1,4 +1,4 @@
-"""Options of a build as one frozen dataclass: a field is an option of the command line.
+"""Defines the options of a build as one frozen dataclass: a field is an option of the command line.
 
 Its metadata hold the help text and whether the option is recorded: whether it decides what is written, so that it
 belongs to the fingerprint and to the manifest. Where the log lies and how it is worked on (engine, memory, buckets)
@@ -47,7 +47,7 @@ def _check_fraction(value: float) -> float:
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=explain.STRICT)
 class BuildOptions:
-    """Everything that a build is told. `parse` of `command_line` makes it from a command."""
+    """Holds everything that a build is told. `command_line.parse` makes it from a command."""
 
     source: str = option(is_recorded=False)
     raw_dir: pathlib.Path | None = option(None, "folder with the raw files", is_recorded=False)
@@ -88,7 +88,7 @@ class BuildOptions:
     )
     force: bool = option(False, "build even if nothing changed", is_recorded=False)
     own: typing.Any = option(None, is_recorded=False, is_flag=False)
-    """The source's own options: an instance of its module's `Options`, or None where it has none."""
+    """Holds the source's own options: an instance of its module's `Options`, or None where it has none."""
     given: frozenset[str] = option(frozenset(), is_recorded=False, is_flag=False)
     """Names that were typed, or that an earlier build settled: a source does not replace these by its defaults."""
     built_from_dir: pathlib.Path | None = option(None, is_recorded=False, is_flag=False)
@@ -96,7 +96,7 @@ class BuildOptions:
 
     @property
     def mode(self) -> str:
-        """What is made: "build" a new data set, "append" the next day to one, or add a "holdout" split to one."""
+        """Names what is made: "build" a new data set, "append" the next day to one, or add a "holdout" split to one."""
         return "append" if self.append_to is not None else "build" if self.split == "all" else "holdout"
 
     def recorded(self) -> dict[str, typing.Any]:
@@ -141,8 +141,8 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type, **choices: typing.
 
 
 def _conversion(hint: typing.Any) -> dict[str, typing.Any]:
-    """Arguments of `add_argument` that turn words into a value of that type."""
-    if isinstance(hint, types.UnionType):  # X | None: None is what an option has that was not typed
+    """Finds the arguments of `add_argument` that turn words into a value of that type."""
+    if isinstance(hint, types.UnionType):  # X | None: an option that was not typed stays None
         hint = typing.get_args(hint)[0]
     if hint is bool:
         return {"action": "store_true"}

@@ -1,4 +1,4 @@
-"""A `Plan` is everything that one build writes: `build.py` executes it, whichever of the three modes made it.
+"""Defines the `Plan`: everything that one build writes. `build.py` executes it, whichever of three modes made it.
 
 `fresh` plans a new data set, `append` the next day of one, `holdout` a later split of one. They differ in the rows that
 they choose, in where vocabularies come from, and in the splits that the manifest names afterwards; how rows are
@@ -37,7 +37,7 @@ class Plan:
     splits: dict[str, str]
     """Split that is written -> folder of its part files."""
     manifest: schema.Manifest
-    """As far as it is known before anything is written: features and tasks decide the columns of the files."""
+    """Holds what is known before anything is written: features and tasks decide the columns of the files."""
     finish: typing.Callable[[schema.Manifest, dict[str, schema.Split], pathlib.Path], schema.Manifest]
     """Completes the manifest (which has its tables by then) by the written splits, which lie in that folder."""
     linked_files: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The data set that `--append_to` and `--split holdout` add rows to, and the checks that new rows may join it."""
+"""Reads the data set that `--append_to` and `--split holdout` add rows to, and checks that new rows may join it."""
 
 import dataclasses
 import pathlib
@@ -57,7 +57,7 @@ def as_built(options: BuildOptions, previous: Previous) -> BuildOptions:
 
 
 def check_same_contract(log: canonical.Log, previous: Previous) -> None:
-    """ValueError unless the log has the features and tasks of the previous data set."""
+    """Raises ValueError unless the log has the features and tasks of the previous data set."""
     unmeasured = tuple(dataclasses.replace(feature, mean=0.0, std=1.0) for feature in previous.manifest.features)
     if tuple(spec.feature() for spec in log.features) != unmeasured or log.tasks != previous.manifest.tasks:
         raise ValueError(
@@ -73,7 +73,7 @@ def exposures_around(log: canonical.Log, until_s: int) -> tuple[int, int]:
 
 
 def check_old_exposures(num_old: int, previous: Previous, until_s: int) -> None:
-    """ValueError if the log has more or fewer exposures before `until_s` than the previous data set was made of."""
+    """Raises ValueError unless the log has as many exposures before `until_s` as the previous data set was made of."""
     expected = sum(previous.manifest.split(name).num_candidates for name in ("train", "valid", "test"))
     if num_old != expected:
         raise ValueError(

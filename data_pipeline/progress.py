@@ -1,4 +1,4 @@
-"""What the pipeline says on the screen while it works."""
+"""Prints what the pipeline does while it works."""
 
 import rich.console
 import rich.progress
@@ -18,5 +18,5 @@ def say(text: str) -> None:
 
 
 def bar() -> rich.progress.Progress:
-    """A progress bar in rows, with the time left."""
+    """Makes a progress bar in rows, with the time left."""
     return rich.progress.Progress(*COLUMNS)

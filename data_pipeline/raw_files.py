@@ -1,6 +1,4 @@
-"""Reading raw files with the checks that a user's own data needs: every problem is a ValueError that says what to
-do.
-"""
+"""Reads raw files with the checks that a user's own data needs: every problem is a ValueError that says what to do."""
 
 import csv
 import gzip
@@ -17,7 +15,7 @@ FILE_ORDER = "file_order"
 
 
 def require_file(path: pathlib.Path, what: str) -> pathlib.Path:
-    """The path, if it is a non-empty file; ValueError otherwise."""
+    """Returns the path if it is a non-empty file; ValueError otherwise."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist; it should hold {what}: check --raw_dir")
     if path.stat().st_size == 0:
@@ -26,7 +24,7 @@ def require_file(path: pathlib.Path, what: str) -> pathlib.Path:
 
 
 def require_folder(raw_dir: pathlib.Path | None) -> pathlib.Path:
-    """The folder of raw files; ValueError if none is named or it does not exist."""
+    """Returns the folder of raw files; ValueError if none is named or it does not exist."""
     if raw_dir is None:
         raise ValueError("this source reads files: give their folder with --raw_dir")
     if not raw_dir.is_dir():
@@ -42,7 +40,7 @@ def read_columns(
     separator: str = ",",
     header: list[str] | None = None,
 ) -> ir.Table:
-    """Named columns of a CSV (.csv, .csv.gz, .dat, .tsv, .txt) or Parquet file, cast to Ibis types such as "int64".
+    """Reads columns of a CSV (.csv, .csv.gz, .dat, .tsv, .txt) or Parquet file, cast to Ibis types such as "int64".
 
     `header`: names of the columns of a text file without a header line. The result also has the int64 column
     `file_order`, the row's place in the file (0-based data rows). An empty text field is null. ValueError for an empty
@@ -139,14 +137,14 @@ def _typed(raw: ir.Table, name: str, kind: str) -> ir.Value:
 
 
 def whole_number(text: ir.StringValue) -> ir.IntegerValue:
-    """int64 of a text: "1.0" is an integer to most tools that wrote such a file, "1.5" is not (engines would round)."""
+    """Parses int64: "1.0" is an integer to most tools that wrote such a file, "1.5" is not (engines would round)."""
     number = text.try_cast("float64")
     whole = ibis.coalesce(text.try_cast("int64"), number.try_cast("int64"))
     return ibis.ifelse(number == number.floor(), whole, ibis.null("int64"))
 
 
 def _check_values(path: pathlib.Path, raw: ir.Table, typed: ir.Table, columns: dict[str, str]) -> None:
-    """ValueError naming the first row whose value was lost by the cast (0-based data row, header not counted)."""
+    """Raises ValueError for the first value that the cast lost, by its 0-based data row (header not counted)."""
     for name, kind in columns.items():
         if raw[name].type() == ibis.dtype(kind):
             continue
@@ -166,7 +164,7 @@ def _check_values(path: pathlib.Path, raw: ir.Table, typed: ir.Table, columns: d
 
 
 def require_none(path: pathlib.Path, bad: ir.Table, column: str, expected: str, fix: str) -> None:
-    """ValueError naming the first row of `bad` (which has `column` and file_order), if it has any."""
+    """Raises ValueError for the first row of `bad` (which has `column` and file_order), if it has any."""
     count = bad.count().execute()
     if count:
         first = bad.order_by(FILE_ORDER).limit(1).select(FILE_ORDER, value=bad[column].cast("string")).execute().iloc[0]
@@ -178,20 +176,20 @@ def require_none(path: pathlib.Path, bad: ir.Table, column: str, expected: str, 
 
 
 def require_values(path: pathlib.Path, table: ir.Table, columns: tuple[str, ...]) -> None:
-    """ValueError for the first missing value in any of the columns."""
+    """Raises ValueError for the first missing value in any of the columns."""
     for column in columns:
         bad = table.filter(table[column].isnull())
         require_none(path, bad, column, "a value in every row", "fill it in or leave the row out")
 
 
 def require_one_of(path: pathlib.Path, table: ir.Table, column: str, values: tuple) -> None:
-    """ValueError for the first value that is none of `values` (null is let through: see require_values)."""
+    """Raises ValueError for the first value that is none of `values`; null passes, `require_values` is for it."""
     bad = table.filter(table[column].notnull() & table[column].notin(values))
     require_none(path, bad, column, f"one of {values}", "correct the values or leave those rows out")
 
 
 def require_unique(path: pathlib.Path, table: ir.Table, column: str) -> None:
-    """ValueError for the first value that a lookup file gives twice."""
+    """Raises ValueError for the first value that a lookup file gives twice."""
     copies = ibis.window(group_by=column, order_by=table[FILE_ORDER])
     bad = table.mutate(copy=ibis.row_number().over(copies)).filter(ibis._.copy > 0)
     require_none(path, bad, column, "each value once", "remove the repeated rows")

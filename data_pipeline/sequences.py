@@ -1,6 +1,4 @@
-"""From a cut log to the rows of the contract: encode with the vocabularies, collect each user's sequence, cut
-histories.
-"""
+"""Makes the rows of the contract from a cut log: encodes ids, collects each user's sequence, cuts histories."""
 
 import dataclasses
 import typing
@@ -14,7 +12,7 @@ from gpsd_dist import schema
 
 
 def item_table(log: canonical.Log) -> str:
-    """Name of the vocabulary of the item feature."""
+    """Names the vocabulary of the item feature."""
     return next(spec.feature().table for spec in log.features if spec.name == log.item_feature)
 
 
@@ -81,10 +79,10 @@ class Encoder:
     vocabs: dict[str, ir.Table]
     """Table -> vocabulary. A table that is not in it has none: its columns get 64-bit ids."""
     suffix: str = ""
-    """Of the names of tables that exist once per bucket of users."""
+    """Ends the names of tables that exist once per bucket of users."""
 
     def items(self) -> ir.Table:
-        """One row per item of `Log.items` or the vocabulary: item_id, and `<feature>` for every item feature."""
+        """Encodes every item of `Log.items` or the vocabulary: item_id, and `<feature>` for every item feature."""
         specs = [spec for spec in self.log.features if spec.origin in ("item_id", "items")]
         item_vocab = self.vocabs.get(item_table(self.log))
         attributes = self.log.items.rename(_key="item_id")
@@ -105,7 +103,7 @@ class Encoder:
         return self.engine.materialise("items_encoded", encoded.select("item_id", **columns))
 
     def users(self) -> ir.Table | None:
-        """user_id and `<feature>` of every user feature, or None where the log has none."""
+        """Encodes user_id and `<feature>` of every user feature; returns None where the log has none."""
         specs = [spec for spec in self.log.features if spec.origin == "users"]
         if not specs:
             return None
@@ -114,14 +112,12 @@ class Encoder:
         return self.engine.materialise("users_encoded", encoded.select("user_id", **columns))
 
     def attach(self, rows: ir.Table, items: ir.Table, place: str) -> ir.Table:
-        """`rows` (with item_id) plus `_<feature>` for the item and log features of `place`; items without attributes
-        get 1.
-        """
+        """Adds `_<feature>` to `rows` (with item_id) for the item and log features of `place`; 1 without attributes."""
         specs = [spec for spec in self.log.specs_in(place) if spec.origin in ("item_id", "items")]
         found = items.select(_key=items.item_id, **{f"_{spec.name}": items[spec.name] for spec in specs})
         joined = rows.left_join(found, rows.item_id == found["_key"])
         filled = {
-            f"_{spec.name}": hashing.id_of(rows.item_id)  # also of an item that `Log.items` does not have
+            f"_{spec.name}": hashing.id_of(rows.item_id)  # `Log.items` need not have the item
             if spec.origin == "item_id" and spec.feature().table not in self.vocabs
             else ibis.coalesce(found[f"_{spec.name}"], _default(spec))
             for spec in specs
@@ -130,8 +126,9 @@ class Encoder:
         return self.encode(table, [spec for spec in self.log.specs_in(place) if spec.origin == "log"], prefix="_")
 
     def encode(self, table: ir.Table, specs: list[canonical.FeatureSpec], prefix: str) -> ir.Table:
-        """Adds `<prefix><feature>` for features that are no bags: an index, an id where the table has no vocabulary,
-        or float64 with 0.0 for a missing number.
+        """Adds `<prefix><feature>` for every feature that is no bag.
+
+        The value is an index, an id where the table has no vocabulary, or float64 with 0.0 for a missing number.
         """
         numbers = [spec for spec in specs if spec.kind == "numerical"]
         filled = {f"{prefix}{spec.name}": _number(table[spec.column]) for spec in numbers}
@@ -149,13 +146,13 @@ class Encoder:
 
 
 def _number(column: ir.FloatingValue) -> ir.FloatingValue:
-    """0.0 for a missing value; also for -0.0, whose sign Spark drops where it compares rows."""
+    """Fills a missing value by 0.0, and turns -0.0 into 0.0, because Spark drops its sign where it compares rows."""
     is_zero = column.isnull() | (column == 0)
     return ibis.ifelse(is_zero, ibis.literal(0.0, type="float64"), column.cast("float64"))
 
 
 def _default(spec: canonical.FeatureSpec) -> ir.Value:
-    """Value of a feature of an item or user that the log says nothing about."""
+    """Returns the value of a feature of an item or user that the log says nothing about."""
     if spec.kind == "numerical":
         return ibis.literal(0.0, type="float64")
     unknown = ibis.literal(schema.UNKNOWN_INDEX, type="int64")
@@ -163,13 +160,13 @@ def _default(spec: canonical.FeatureSpec) -> ir.Value:
 
 
 def user_sequences(encoder: Encoder, events: ir.Table, items: ir.Table) -> ir.Table:
-    """user_id and `sequence`: array of structs (rank, <history features>, time_s) in rank order."""
+    """Collects each user's `sequence`: an array of structs (rank, <history features>, time_s) in rank order."""
     names = [spec.name for spec in encoder.log.specs_in("history")]
     encoded = encoder.engine.materialise(
         f"events_encoded{encoder.suffix}",
         encoder.attach(events, items, "history").select("user_id", "rank", "time_s", *[f"_{name}" for name in names]),
     )
-    # `rank` comes first and is unique per user, so sorting the structs sorts by it (an ordered collect is not portable)
+    # `rank` comes first and is unique per user, so sorting the structs sorts by it. An ordered collect is not portable.
     token = ibis.struct(
         {"rank": encoded["rank"]} | {name: encoded[f"_{name}"] for name in names} | {"time_s": encoded.time_s}
     )
@@ -184,7 +181,7 @@ class Rows:
 
     log: canonical.Log
     events: ir.Table
-    """Numbered, with a `bucket`; of all users that have a row."""
+    """Events with a rank and a `bucket`, of all users that have a row."""
     lengths: ir.Table
     """Pretraining rows, as `Cut.pretrain`."""
     candidates: ir.Table
@@ -233,7 +230,7 @@ def _in_bucket(table: ir.Table, number: int, num_buckets: int) -> ir.Table:
 
 
 def pretrain_rows(encoder: Encoder, lengths: ir.Table, sequences: ir.Table, max_history_length: int) -> ir.Table:
-    """Rows of the split `pretrain` for users with at least 2 events in it, with a column `shuffle_key`."""
+    """Makes the rows of `pretrain` for users with at least 2 events in it, with a column `shuffle_key`."""
     long_enough = lengths.filter(lengths.num_events >= 2)
     joined = long_enough.inner_join(sequences, "user_id")
     rows = _with_history(encoder.log, joined, joined.num_events, max_history_length)
@@ -248,7 +245,7 @@ def request_rows(
     sequences: ir.Table,
     max_history_length: int,
 ) -> ir.Table:
-    """Rows of all other splits: contract columns plus `split` and `shuffle_key`."""
+    """Makes the rows of all other splits: contract columns plus `split` and `shuffle_key`."""
     log = encoder.log
     names = [spec.name for spec in log.specs_in("candidate")]
     shown = encoder.attach(candidates, items, "candidate")
@@ -295,7 +292,7 @@ def _field(tokens: ir.ArrayValue, name: str) -> ir.ArrayValue:
 
 
 def _field_or_empty(tokens: ir.ArrayValue, name: str) -> ir.ArrayValue:
-    values = _field(tokens, name)  # null for a user without any event
+    values = _field(tokens, name)  # a user without any event has null
     return ibis.coalesce(values, ibis.literal([], type=values.type()))
 
 
@@ -307,7 +304,7 @@ def _with_user_features(log: canonical.Log, rows: ir.Table, users: ir.Table) -> 
 
 
 def item_rows(encoder: Encoder, items: ir.Table) -> ir.Table:
-    """`index` of every known item and the indices or numbers of its attributes, under the names of the features."""
+    """Selects `index` and the encoded attributes of every known item, under the names of the features."""
     attributes = [spec.name for spec in encoder.log.features if spec.origin == "items"]
     known = items.filter(items[encoder.log.item_feature] > schema.UNKNOWN_INDEX)
     return known.select(*attributes, index=known[encoder.log.item_feature]).order_by("index")

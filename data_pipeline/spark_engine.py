@@ -1,4 +1,4 @@
-"""Spark behind `engine.Engine`: the same Ibis definitions on a cluster, or on one machine with a master `local[N]`.
+"""Runs the pipeline's queries by Spark: the same Ibis expressions on a cluster, or on one machine (`local[N]`).
 
 Needs the extra `spark` (PySpark 4.0: Ibis 12 does not know 4.1) and Java 17. Stored tables are Parquet files in the
 scratch folder beside `--out_dir`, which driver and executors must both see. The driver streams the sorted rows of a
@@ -34,12 +34,12 @@ _SETTINGS = {
     "spark.ui.showConsoleProgress": "false",
     "spark.log.level": "ERROR",
     "spark.sql.session.timeZone": "UTC",
-    # as DuckDB: a sum that overflows is our own mistake, but an index outside an array is null
+    # DuckDB does the same: an index outside an array gives null, and an overflow would be our own mistake.
     "spark.sql.ansi.enabled": "false",
     "spark.sql.legacy.sizeOfNull": "false",
-    # Ibis nests one query per step; the default limit of 100 rounds of the optimizer only warns
+    # Ibis nests one query per step. At the default limit of 100 rounds the optimizer only warns.
     "spark.sql.maxPlanStringLength": "10000",
-    # a line with too few fields must be an error, also where only some columns are asked for
+    # A line with too few fields must be an error even where only some columns are read.
     "spark.sql.csv.parser.columnPruning.enabled": "false",
     "spark.sql.execution.arrow.pyspark.enabled": "true",
     "spark.sql.autoBroadcastJoinThreshold": str(64 << 20),
@@ -47,19 +47,19 @@ _SETTINGS = {
 
 
 class SparkBackend(Backend):
-    """Ibis' own backend, with Arrow instead of pickled pandas between Python and the JVM, and files for memtables."""
+    """Replaces Ibis' own backend: Arrow, not pickled pandas, between Python and the JVM, and files for memtables."""
 
     scratch_dir: pathlib.Path
 
     def execute(self, expr, /, *, params=None, limit=None, **kwargs):
-        """As in Ibis: a data frame, series or scalar."""
+        """Returns a data frame, series or scalar, as Ibis does."""
         self._run_pre_execute_hooks(expr)
         table = expr.as_table()
         query = self._session.sql(self.compile(table, params=params, limit=limit, **kwargs))
         return expr.__pandas_result__(query.toArrow().to_pandas())
 
     def to_pyarrow(self, expr, /, *, params=None, limit=None, **kwargs):
-        """As in Ibis: an Arrow table, column or scalar."""
+        """Returns an Arrow table, column or scalar, as Ibis does."""
         self._run_pre_execute_hooks(expr)
         table = expr.as_table()
         query = self._session.sql(self.compile(table, params=params, limit=limit, **kwargs))
@@ -72,12 +72,15 @@ class SparkBackend(Backend):
 
 
 class Spark:
-    """The methods of `duckdb_engine.DuckDB` on a Spark session, which ends with `close`."""
+    """Has the methods of `duckdb_engine.DuckDB` on a Spark session, which ends with `close`."""
 
     errors = ERRORS
 
     def __init__(self, scratch_dir: pathlib.Path, memory_limit: str, master: str, settings: dict[str, str]):
-        """`memory_limit` ("4GB") is that of the driver and of every executor. ValueError if Spark cannot start."""
+        """Starts Spark; ValueError if it cannot start.
+
+        `memory_limit` ("4GB") is that of the driver and of every executor.
+        """
         if not (shutil.which("java") or os.environ.get("JAVA_HOME")):
             raise ValueError("--engine spark needs Java 17 on PATH or in JAVA_HOME; install it, or use --engine duckdb")
         found = re.fullmatch(r"(\d+)\s*([KMG])I?B", memory_limit.upper())
@@ -87,7 +90,7 @@ class Spark:
         builder = pyspark.sql.SparkSession.builder.master(master)
         local = {"spark.local.dir": str(scratch_dir / "spill"), "spark.sql.warehouse.dir": str(scratch_dir / "none")}
         sizes = {"spark.driver.memory": memory, "spark.executor.memory": memory}
-        if master.startswith("local"):  # 200 shuffle partitions, the default, are a cluster's
+        if master.startswith("local"):  # the default of 200 shuffle partitions is meant for clusters
             sizes["spark.sql.shuffle.partitions"] = "8"
             sizes["spark.pyspark.python"] = sys.executable
         for key, value in (_SETTINGS | local | sizes | settings).items():
@@ -99,7 +102,7 @@ class Spark:
             raise ValueError(f"Spark cannot start with --spark_master {master} ({first_line})") from error
         self.con = SparkBackend()
         self.con.scratch_dir = self._folder = scratch_dir
-        self.con.register_options()  # done by `ibis.pyspark`, which only gives Ibis' own class
+        self.con.register_options()  # `ibis.pyspark` would do it, but makes Ibis' own class only
         self.con.do_connect(self._session)
         self._numbers = itertools.count()
         self._paths: dict[str, pathlib.Path] = {}
@@ -130,13 +133,13 @@ class Spark:
         return self._view(name, path)
 
     def read_parquet(self, path: pathlib.Path) -> ir.Table:
-        """A Parquet file, not read yet."""
+        """Opens a Parquet file, without reading it yet."""
         return self._view(ibis.util.gen_name("parquet"), path)
 
     def read_text(
         self, path: pathlib.Path, names: list[str], *, separator: str, has_header: bool, quote: str
     ) -> ir.Table:
-        """A text file as string columns, not read yet; a quote is doubled inside quotes.
+        """Opens a text file as string columns, without reading it yet; a quote is doubled inside quotes.
 
         A line end inside quotes, which DuckDB reads, ends the line here: it would keep a file from being read in parts.
         """
@@ -149,7 +152,7 @@ class Spark:
 
     def number_rows(self, table: ir.Table, column: str) -> ir.Table:
         """Adds the int64 `column`: 0, 1, ... in the order of the file that `table` was opened from."""
-        # ascending in the order of the file, but with a gap of 2^33 between the partitions that read its parts
+        # These ids ascend in the order of the file, with gaps of 2^33 between the partitions that read its parts.
         rows = self._query(table).withColumn(column, F.monotonically_increasing_id())
         part = F.shiftright(F.col(column), 33)
         counts = rows.groupBy(part.alias("part")).count().collect()
@@ -177,7 +180,7 @@ class Spark:
         self._session.stop()
 
     def _query(self, table: ir.Table) -> "pyspark.sql.DataFrame":
-        """The query with the types that Ibis believes in: it takes many an int32 of Spark for an int64."""
+        """Casts the query to the types that Ibis believes in: it takes many an int32 of Spark for an int64."""
         self.con._run_pre_execute_hooks(table)  # registers memtables
         rows = self._session.sql(self.con.compile(table))
         fields = PySparkSchema.from_ibis(table.schema()).fields
@@ -191,7 +194,7 @@ class Spark:
 
 
 def _add_functions(session: "pyspark.sql.SparkSession") -> None:
-    """DuckDB's functions that the sources name (`sources/json_lines.py`, `sources/described_files.py`)."""
+    """Adds DuckDB's functions that the sources name (`sources/json_lines.py`, `sources/described_files.py`)."""
     pyspark.cloudpickle.register_pickle_by_value(spark_json)  # executors need not have this package
     session.udf.register("json_valid", spark_json.is_valid, "boolean")
     session.udf.register("json_type", spark_json.kind, "string")

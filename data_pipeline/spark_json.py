@@ -1,4 +1,4 @@
-"""JSON functions for Spark under DuckDB's names and with its results, as far as `sources/json_lines.py` asks.
+"""Gives Spark JSON functions under DuckDB's names and with its results, as far as `sources/json_lines.py` asks.
 
 They run in Spark's Python workers: only the standard library.
 """
@@ -13,24 +13,24 @@ _KINDS = {dict: "OBJECT", list: "ARRAY", str: "VARCHAR", bool: "BOOLEAN", int: "
 
 
 def is_valid(text: str | None) -> bool:
-    """Whether the text is JSON."""
+    """Tells whether the text is JSON."""
     return _parse(text) is not _BROKEN
 
 
 def kind(text: str | None, path: str) -> str | None:
-    """Kind of the value at the path, such as ARRAY, or None where there is none."""
+    """Names the kind of the value at the path, such as ARRAY; None where there is none."""
     values = _at(text, path)
     return _KINDS.get(type(values[0]), "NULL") if values else None
 
 
 def extract(text: str | None, path: str) -> str | None:
-    """Value at the path; a string without its quotes."""
+    """Extracts the value at the path; a string without its quotes."""
     values = extract_all(text, path)
     return values[0] if values else None
 
 
 def extract_all(text: str | None, path: str) -> list[str | None]:
-    """All values at a path with wildcards."""
+    """Extracts all values at a path with wildcards."""
     return [_text(value) for value in _at(text, path)]
 
 
@@ -42,7 +42,7 @@ def _parse(text: str | None) -> typing.Any:
 
 
 def _at(text: str | None, path: str) -> list[typing.Any]:
-    """All values at a path of the forms that are used here: $."key", [0] and [*]."""
+    """Finds all values at a path of the forms that are used here: $."key", [0] and [*]."""
     values = [_parse(text)]
     for key, index in _PATH_STEP.findall(path):
         found: list[typing.Any] = []

@@ -1,4 +1,4 @@
-"""Split rules: which rows of the log are requests, of which split, and what counts as the training period.
+"""Applies split rules: which rows of the log are requests, of which split, and what the training period is.
 
 A request is keyed by (user_id, split, num_before): num_before is the number of the user's events that form its history.
 Exposures that see the same history and lie in the same split are consecutive in time, so they are one request.
@@ -19,7 +19,7 @@ REQUEST_KEY = ("user_id", "split", "num_before")
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """What a split rule makes of a log."""
+    """Holds what a split rule makes of a log."""
 
     candidates: ir.Table
     """REQUEST_KEY, position (0, 1, ...), item_id, time_s, one column per task, the "log" columns of candidate and
@@ -29,7 +29,7 @@ class Cut:
     training_events: ir.Table
     training_exposures: ir.Table | None
     counts_exposed_items: bool
-    """Whether exposed items count as occurrences for the vocabulary (official Grocery negatives do not)."""
+    """True: exposed items count as occurrences for the vocabulary (official Grocery negatives do not)."""
     words: str
     skipped: dict[str, int]
 
@@ -45,13 +45,13 @@ def boundaries(log: canonical.Log) -> list[int]:
     Without an end, the test period ends with the last exposure.
     """
     until_s = log.split.test_until_s
-    if until_s is None:  # not the largest request time: a request has the time of the first of its exposures
+    if until_s is None:  # not of the last request: a request has the time of its first exposure
         until_s = int(log.exposures.time_s.max().execute()) + 1
     return [log.split.valid_from_s, log.split.test_from_s, until_s]
 
 
 def number_events(engine: Engine, log: canonical.Log, num_buckets: int = 1) -> ir.Table:
-    """Events with known_s, num_events and bucket of the user, and rank: 0, 1, ... in the user's order.
+    """Numbers each user's events: adds known_s, num_events, bucket, and rank 0, 1, ... in the user's order.
 
     The order is by (known time, order, item id). One bucket of users is in work at a time.
     """
@@ -75,8 +75,9 @@ def _numbered(events: ir.Table) -> ir.Table:
 
 
 def cut(engine: Engine, log: canonical.Log, events: ir.Table, is_holdout: bool) -> Cut:
-    """Applies the log's split rule to numbered events. `is_holdout`: requests after the test period instead of those
-    before.
+    """Applies the log's split rule to numbered events.
+
+    `is_holdout`: makes the requests after the test period instead of those before.
     """
     if isinstance(log.split, canonical.TimeBoundaries):
         return _cut_by_time(engine, log, events, is_holdout)
@@ -133,7 +134,7 @@ def _cut_by_time(engine: Engine, log: canonical.Log, events: ir.Table, is_holdou
 
 def _count_earlier_events(events: ir.Table, exposures: ir.Table) -> ir.Table:
     """Adds num_before: the user's events strictly earlier (in whole seconds) than the exposure."""
-    # float64, exact below 2^53: DuckDB sums int64 to HUGEINT, and Ibis, which does not know it, drops a cast to int64
+    # The sum is float64, exact below 2^53: DuckDB sums int64 to HUGEINT, and Ibis would drop a cast back to int64.
     one, zero = ibis.literal(1.0), ibis.literal(0.0)
     moments = events.select("user_id", moment_s=events.known_s, num=one).union(
         exposures.select("user_id", moment_s=exposures.time_s, num=zero)
@@ -148,9 +149,7 @@ def _count_earlier_events(events: ir.Table, exposures: ir.Table) -> ir.Table:
 
 
 def _cut_last_item(engine: Engine, log: canonical.Log, events: ir.Table) -> Cut:
-    """One request per user whose target is the last event: `Given` splits, or splits by the quantile of the last
-    time.
-    """
+    """Makes one request per user, whose target is the last event; the log gives the split, or the last times do."""
     rule = log.split
     last = engine.materialise(
         "targets", events.filter((events["rank"] == events.num_events - 1) & (events.num_events >= 2))
@@ -195,9 +194,7 @@ def _cut_last_item(engine: Engine, log: canonical.Log, events: ir.Table) -> Cut:
 
 
 def _carve_valid(engine: Engine, timed: ir.Table, fraction: float) -> ir.Table:
-    """user_id, num_before, time_s, split: the latest `fraction` of the train users becomes valid. Ties: by user
-    hash.
-    """
+    """Makes the latest `fraction` of the train users valid: user_id, num_before, time_s, split. Ties: by user hash."""
     num_valid = math.floor(fraction * timed.filter(timed.side == "train").count().execute())
     hashed = timed.mutate(tie=timed.user_id.hexdigest("md5"))
     latest_first = ibis.window(group_by="side", order_by=[hashed.known_s.desc(), hashed.tie, hashed.user_id])
@@ -217,9 +214,7 @@ def _given_candidates(log: canonical.Log, split: ir.Table) -> ir.Table:
 
 
 def _positives(log: canonical.Log, targets: ir.Table, split: ir.Table) -> ir.Table:
-    """Target events as the candidate at position 0 with label 1 for every task; their history is what ranks before
-    them.
-    """
+    """Makes target events the candidate at position 0 with label 1 for every task; what ranks before is history."""
     joined = targets.inner_join(split, "user_id")
     kept = ["user_id", "split", "item_id", "order", *[s.name for s in log.specs_in("context") if s.origin == "log"]]
     labels = {task.name: ibis.literal(1.0, type="float64") for task in log.tasks}
@@ -241,7 +236,7 @@ def _cut_leave_last_out(engine: Engine, log: canonical.Log, events: ir.Table) ->
     candidates = targets.select(
         *kept, num_before=targets["rank"], time_s=targets.known_s, position=ibis.literal(0, type="int64"), **labels
     )
-    # a pretraining row needs two events: one to read and one to predict
+    # A pretraining row needs two events: one to read and one to predict.
     long_enough = events.filter(events.num_events >= num_kept_out + 2)
     lengths = long_enough.group_by("user_id").agg(num_events=long_enough.num_events.max() - num_kept_out)
     num_shortest = num_kept_out + 1

@@ -1,4 +1,4 @@
-"""ENTRY. Writes a synthetic shop log in the format of the `generic` source: what `make quickstart` trains on.
+"""Writes a synthetic shop log in the format of the `generic` source: what `make quickstart` trains on.
 
     python -m data_pipeline.synthesize --out_dir RAW --num_users 12000 --seed 0
 
@@ -62,7 +62,7 @@ min_count = {min_count}
 
 
 def schema_toml(config: synthetic_log.SyntheticConfig) -> str:
-    """The description of the files for the `generic` source."""
+    """Describes the files for the `generic` source."""
     days = [datetime.datetime.fromtimestamp(time_s, datetime.UTC).date() for time_s in config.boundaries_s[1:3]]
     return _SCHEMA_TOML.format(
         valid_from=days[0], test_from=days[1], max_history_length=config.max_history_length, min_count=config.min_count
@@ -95,7 +95,7 @@ def write(config: synthetic_log.SyntheticConfig, out_dir: str | pathlib.Path) ->
 
 
 class Truth(typing.NamedTuple):
-    """What `describe` needs of every exposure."""
+    """Holds what `describe` needs of every exposure."""
 
     time_s: np.ndarray
     click: np.ndarray
@@ -105,13 +105,13 @@ class Truth(typing.NamedTuple):
 
     @classmethod
     def of(cls, log: synthetic_log.SyntheticLog) -> "Truth":
-        """That of the exposures of one block."""
+        """Takes it from the exposures of one block."""
         time_s, click, buy = (log.exposures[name].to_numpy() for name in ("time_s", "click", "buy"))
         return cls(time_s, click, buy, log.click_probability, log.buy_probability)
 
 
 def describe(config: synthetic_log.SyntheticConfig, truths: list[Truth], num_behaviours: int) -> dict:
-    """Counts, rates, and per split the AUC of the true probabilities: no model can expect more."""
+    """Computes counts, rates, and per split the AUC of the true probabilities: no model can expect more."""
     log = Truth(*(np.concatenate(parts) for parts in zip(*truths, strict=True)))
     time_s, click, buy = log.time_s, log.click, log.buy
     about = {"behaviours": num_behaviours, "exposures": len(time_s), "splits": {}}
@@ -130,7 +130,7 @@ def describe(config: synthetic_log.SyntheticConfig, truths: list[Truth], num_beh
 
 
 def area_under_curve(score: np.ndarray, label: np.ndarray) -> float | None:
-    """AUC with ties counted half; None if a class is missing."""
+    """Computes AUC with ties counted half; None if a class is missing."""
     positive = np.asarray(label) == 1
     num_positive, num_negative = int(positive.sum()), int((~positive).sum())
     if not num_positive or not num_negative:
@@ -143,7 +143,7 @@ def area_under_curve(score: np.ndarray, label: np.ndarray) -> float | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: one option per field of `synthetic_log.SyntheticConfig`. Status 2: sizes that do not fit."""
+    """Runs the command line: one option per field of `synthetic_log.SyntheticConfig`. Status 2: sizes do not fit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out_dir", required=True, type=pathlib.Path)
     for field in dataclasses.fields(synthetic_log.SyntheticConfig):

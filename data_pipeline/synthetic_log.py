@@ -1,4 +1,4 @@
-"""The synthetic shop: latent interests, and the behaviour and exposure logs drawn from them. Writes no file.
+"""Draws the synthetic shop: latent interests, and behaviour and exposure logs from them. Writes no file.
 
 Items sit in niches inside topics, with a noisy category and brand and a Zipf popularity; users hold a few weighted
 interests (niches) that drift from week to week. They browse in sessions, which gives a long behaviour log; then they
@@ -34,7 +34,7 @@ _CANDIDATE_SHARE = np.array([0.35, 0.15, 0.5])  # of a request: own interest, ow
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticConfig:
-    """Sizes of the data set. The defaults are those of the quickstart (minutes on two CPU cores)."""
+    """Sets the sizes of the data set. The defaults are those of the quickstart (minutes on two CPU cores)."""
 
     num_users: int = 12_000
     num_items: int = 8_000
@@ -59,9 +59,9 @@ class SyntheticConfig:
     requests_per_day: int = 4_000
     candidates_per_request: int = 4
     max_history_length: int = 40
-    """Written to schema.toml: what the prepared data keep of a history."""
+    """Goes into schema.toml: how much of a history the prepared data keep."""
     min_count: int = 1
-    """Written to schema.toml: items seen less often in training become unknown."""
+    """Goes into schema.toml: items seen less often in training become unknown."""
     seed: int = 0
 
     def __post_init__(self):
@@ -83,24 +83,24 @@ class SyntheticConfig:
 
     @property
     def num_niches(self) -> int:
-        """Niches over all topics; niche n belongs to topic n // niches_per_topic."""
+        """Counts the niches over all topics; niche n belongs to topic n // niches_per_topic."""
         return self.num_topics * self.niches_per_topic
 
     @property
     def num_days(self) -> int:
-        """Days from the first behaviour to the last exposure."""
+        """Counts the days from the first behaviour to the last exposure."""
         return self.history_days + self.train_days + self.valid_days + self.test_days
 
     @property
     def boundaries_s(self) -> tuple[int, int, int, int]:
-        """Epoch seconds at which train, valid and test exposures start, and the end of the log."""
+        """Lists the epoch seconds at which train, valid and test exposures start, and the end of the log."""
         days = np.cumsum([self.history_days, self.train_days, self.valid_days, self.test_days])
         train_s, valid_s, test_s, end_s = (START_TIME_S + int(day) * DAY_S for day in days)
         return train_s, valid_s, test_s, end_s
 
 
 class Items(typing.NamedTuple):
-    """Arrays over items, ordered by niche so that a niche is a slice."""
+    """Holds arrays over items, ordered by niche so that a niche is a slice."""
 
     niche: np.ndarray
     category: np.ndarray
@@ -111,7 +111,7 @@ class Items(typing.NamedTuple):
 
 
 class Users(typing.NamedTuple):
-    """Arrays over users."""
+    """Holds arrays over users."""
 
     interest: np.ndarray  # [users, weeks, interests] niche
     weight: np.ndarray  # [users, interests], sums to 1 over interests
@@ -122,7 +122,7 @@ class Users(typing.NamedTuple):
 
 
 class BlockStart(typing.NamedTuple):
-    """Where a block of users lies in the whole data set."""
+    """Says where a block of users lies in the whole data set."""
 
     user: int  # number of its first user
     request: int  # number of its first request
@@ -130,7 +130,7 @@ class BlockStart(typing.NamedTuple):
 
 
 class SyntheticLog(typing.NamedTuple):
-    """The tables that are written, and the truth that is not."""
+    """Holds the tables that are written, and the truth that is not."""
 
     behaviours: pa.Table
     exposures: pa.Table
@@ -147,7 +147,7 @@ def synthesize(config: SyntheticConfig) -> SyntheticLog:
 
 
 def blocks(config: SyntheticConfig, users_per_block: int = USERS_PER_BLOCK) -> typing.Iterator[SyntheticLog]:
-    """The data set in blocks of users, one in memory at a time; all have the same items. Equal configs, equal tables.
+    """Yields the data set in blocks of users over the same items, one in memory at a time. Equal configs, equal tables.
 
     Behaviours and exposures ascend in time within a block. A data set of one block is that of `synthesize`.
     """
@@ -159,9 +159,9 @@ def blocks(config: SyntheticConfig, users_per_block: int = USERS_PER_BLOCK) -> t
         part = dataclasses.replace(config, num_users=last - first)
         num_days = config.train_days + config.valid_days + config.test_days
         start = BlockStart(first, first_request * num_days, last_request - first_request)
-        place = [block] if block else []  # a stage does not shift the next one, nor a block
+        place = [block] if block else []  # so neither a stage nor a block shifts the draws of another
         rngs = [np.random.default_rng([config.seed, stage, *place]) for stage in range(1, 5)]
-        if niche_share is None:  # some niches have more friends than others
+        if niche_share is None:  # niches differ in popularity
             niche_share = rngs[0].dirichlet(np.full(config.num_niches, 3.0))
         users = _draw_users(part, niche_share, rngs[0])
         behaviours = _draw_behaviours(part, items, users, start, rngs[1])
@@ -203,7 +203,7 @@ def _draw_users(config: SyntheticConfig, niche_share: np.ndarray, rng: np.random
 def _draw_behaviours(
     config: SyntheticConfig, items: Items, users: Users, start: BlockStart, rng: np.random.Generator
 ) -> pa.Table:
-    """Sessions of a few events about one niche, over all days."""
+    """Draws sessions of a few events about one niche, over all days."""
     rate = users.activity * config.events_per_user / config.events_per_session
     sessions_per_user = rng.poisson(rate) + 1  # everybody came at least once
     session_user = np.repeat(np.arange(config.num_users), sessions_per_user)
@@ -244,7 +244,7 @@ def _draw_exposures(
     rng: np.random.Generator,
     labels: np.random.Generator,
 ):
-    """Requests of `candidates_per_request` items with click and buy; returns (table, click and buy probability)."""
+    """Draws requests of `candidates_per_request` items: returns (table with labels, click and buy probability)."""
     num_days = config.train_days + config.valid_days + config.test_days
     day = config.history_days + np.repeat(np.arange(num_days), start.requests_per_day)
     start_s = np.sort(_request_times(rng, day))
@@ -310,20 +310,20 @@ def _users_table(users: Users, start: BlockStart) -> pa.Table:
 
 
 def _pick_interest(users: Users, user: np.ndarray, time_s: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One niche per entry of `user`, drawn from the interests the user has in that week."""
+    """Draws one niche per entry of `user` from the interests the user has in that week."""
     which = (rng.random((len(user), 1)) > np.cumsum(users.weight[user], 1)[:, :-1]).sum(1)
     return users.interest[user, (time_s - START_TIME_S) // WEEK_S, which]
 
 
 def _sibling(config: SyntheticConfig, niche: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Another niche of the same topic (or the same one, by chance)."""
+    """Draws another niche of the same topic (or the same one, by chance)."""
     return niche // config.niches_per_topic * config.niches_per_topic + rng.integers(
         0, config.niches_per_topic, niche.shape
     )
 
 
 def _item_of_niche(items: Items, niche: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One item per entry of `niche`, by popularity inside the niche."""
+    """Draws one item per entry of `niche`, by popularity inside the niche."""
     total = np.append(0.0, np.cumsum(items.popularity))
     first, last = np.searchsorted(items.niche, niche, "left"), np.searchsorted(items.niche, niche, "right")
     draw = total[first] + rng.random(len(niche)) * (total[last] - total[first])
@@ -331,7 +331,7 @@ def _item_of_niche(items: Items, niche: np.ndarray, rng: np.random.Generator) ->
 
 
 def _request_times(rng: np.random.Generator, day: np.ndarray) -> np.ndarray:
-    """A second of the day for every entry of `day`, most of them in the evening."""
+    """Draws a second of the day for every entry of `day`, most of them in the evening."""
     second = np.clip(rng.normal(19.5, 3.5, len(day)) * 3600, 0, None)
     second = np.where((rng.random(len(day)) < 0.4) | (second >= DAY_S), rng.random(len(day)) * DAY_S, second)
     return START_TIME_S + day * DAY_S + second.astype(np.int64)

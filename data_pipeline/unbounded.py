@@ -1,4 +1,4 @@
-"""Features without a vocabulary: their columns hold 64-bit ids, and the trainer finds the rows (docs/ids.md)."""
+"""Finds features without a vocabulary: their columns hold 64-bit ids, and the trainer finds the rows (docs/ids.md)."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from gpsd_dist import schema
 
 @dataclasses.dataclass(frozen=True)
 class Unbounded:
-    """One table without a vocabulary."""
+    """Describes one table without a vocabulary."""
 
     kind: str
     """hashed | managed"""
@@ -22,7 +22,7 @@ class Unbounded:
 
 
 def tables(options: BuildOptions, log: canonical.Log) -> dict[str, Unbounded]:
-    """Table -> how its ids become rows. ValueError for a feature that is not there or is no category."""
+    """Finds how the ids of each table become rows. ValueError for a feature that is not there or is no category."""
     known = {spec.name: spec.feature().table for spec in log.features if spec.kind == "categorical"}
     found: dict[str, Unbounded] = {}
     for kind in schema.ID_KINDS:

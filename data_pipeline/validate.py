@@ -1,4 +1,4 @@
-"""Entry: re-checks every invariant of a data set on what was written.
+"""Checks every invariant of a data set again, on what was written.
 
     python -m data_pipeline.validate OUT
 
@@ -19,7 +19,7 @@ from data_pipeline import validate_rows, vocab
 from gpsd_dist import schema
 
 EXACT_TIME_RULE = (
-    "TimeBoundaries"  # the one rule that cuts by time alone; the others break ties of equal times by order
+    "TimeBoundaries"  # the only rule that cuts by time alone; the others break ties of equal times by order
 )
 USER_RULES = ("LastItemByTime", "Given")  # a user lies in one of train, valid, test
 
@@ -50,7 +50,7 @@ def check(root: pathlib.Path, only: str | None = None) -> schema.Manifest:
 def check_split(
     root: pathlib.Path, manifest: schema.Manifest, split: schema.Split, problems: validate_rows.Problems
 ) -> np.ndarray:
-    """Every file of one split, and its counts; returns the user hashes of all rows."""
+    """Checks every file of one split, and its counts; returns the user hashes of all rows."""
     expected = schema.arrow_schema(manifest, split.name)
     checker = validate_rows.RowChecker(manifest, problems, has_exact_times=_rule(manifest) == EXACT_TIME_RULE)
     counts = {"num_rows": 0, "num_history_tokens": 0, "num_candidates": 0}
@@ -169,7 +169,7 @@ def _check_items(
 
 
 def _check_order(manifest: schema.Manifest, users: dict[str, np.ndarray], problems: validate_rows.Problems) -> None:
-    """Splits are disjoint and follow each other in time, as far as the split rule promises."""
+    """Checks that splits are disjoint and follow each other in time, as far as the split rule promises."""
     rule = _rule(manifest)
     splits = [split for split in manifest.splits if split.name != "pretrain" and split.time_from_s is not None]
     if rule == "LeaveLastOut":
@@ -193,7 +193,7 @@ def _check_order(manifest: schema.Manifest, users: dict[str, np.ndarray], proble
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; exit status 0 if all is well, 1 with the list of problems otherwise."""
+    """Runs the command line; exit status 0 if all is well, 1 with the list of problems otherwise."""
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.validate", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("out_dir", type=pathlib.Path)

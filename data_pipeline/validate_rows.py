@@ -1,4 +1,4 @@
-"""Checks of the rows of one table, without a Python loop over rows; used by `validate`."""
+"""Checks the rows of one table for `validate`, without a Python loop over rows."""
 
 import pathlib
 
@@ -10,7 +10,7 @@ from gpsd_dist import schema
 
 
 class Problems:
-    """The first offender of each kind."""
+    """Keeps the first offender of each kind."""
 
     def __init__(self) -> None:
         self._first: dict[str, str] = {}
@@ -20,17 +20,20 @@ class Problems:
         self._first.setdefault(kind, message)
 
     def raise_if_any(self, root: pathlib.Path) -> None:
-        """ValueError with one line per kind."""
+        """Raises ValueError with one line per kind, if there is any."""
         if self._first:
             lines = "".join(f"\n  {message}" for message in self._first.values())
             raise ValueError(f"{root} breaks the data contract ({len(self._first)} kinds of problems):{lines}")
 
 
 class RowChecker:
-    """Invariants that hold inside one row."""
+    """Checks invariants that hold inside one row."""
 
     def __init__(self, manifest: schema.Manifest, problems: Problems, has_exact_times: bool):
-        """`has_exact_times`: history is earlier than the request in whole seconds, not only in the order of ties."""
+        """Sets the rule for times.
+
+        `has_exact_times`: history is earlier than the request in whole seconds, not only in the order of ties.
+        """
         self.manifest, self.problems, self.has_exact_times = manifest, problems, has_exact_times
         self.sizes = {table.name: manifest.value_limit(table.name) for table in manifest.tables}
 
@@ -67,7 +70,7 @@ class RowChecker:
     def _report_value(
         self, kind: str, column: str, is_bad: np.ndarray, rows: np.ndarray, values: np.ndarray, expected: str
     ) -> None:
-        """The same for values inside lists; `rows` gives the row of each value."""
+        """Adds the first bad value inside lists; `rows` gives the row of each value."""
         if is_bad.any():
             place = int(np.argmax(is_bad))
             at = f"{self._path}, column {column!r}, row {self._first_row + rows[place]}"
@@ -151,7 +154,7 @@ class RowChecker:
         item = f"candidate.{self.manifest.item_feature}"
         item_rows, items = _flatten(np.arange(len(columns[item])), columns[item])
         if self.has_exact_times or len(items) != len(values) or items.null_count:
-            # a log of exposures may show an item twice, clicked once; drawn negatives must differ from the positive
+            # A log of exposures may show an item twice, clicked once. Drawn negatives must differ from the positive.
             return
         negative_rows, negatives = item_rows[values == 0], items.to_numpy()[values == 0]
         distinct, number = np.unique(items.to_numpy(), return_inverse=True)  # a row times an id of 60 bits overflows
@@ -167,5 +170,5 @@ def _lengths(column: pa.Array) -> np.ndarray:
 
 
 def _flatten(rows: np.ndarray, column: pa.Array) -> tuple[np.ndarray, pa.Array]:
-    """(row of each element, elements) of a list column without null rows."""
+    """Flattens a list column without null rows: (row of each element, elements)."""
     return rows[pc.list_parent_indices(column).to_numpy()], pc.list_flatten(column)

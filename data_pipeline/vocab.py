@@ -1,4 +1,4 @@
-"""Vocabularies: raw id -> row of an embedding table, from the training period only.
+"""Builds vocabularies, raw id -> row of an embedding table, from the training period only.
 
 Index 0 is padding, 1 is unknown (never seen in training, or fewer times than min_count); known ids follow from 2 by
 falling count, equal counts by raw id, so that the same training data always gives the same table.
@@ -30,9 +30,7 @@ class Vocabulary(typing.NamedTuple):
 
 
 def build(engine: Engine, name: str, occurrences: ir.Table, min_count: int) -> ir.Table:
-    """Vocabulary table (raw_id, index, count) from `occurrences` (raw_id string, count int64), several rows per id
-    allowed.
-    """
+    """Builds a vocabulary (raw_id, index, count) from `occurrences` (raw_id string, count int64; ids may repeat)."""
     counts = _counts(occurrences)
     known = counts.filter(counts["count"] >= min_count)
     place = ibis.row_number().over(ibis.window(order_by=[known["count"].desc(), known.raw_id.asc()]))
@@ -43,7 +41,7 @@ def build(engine: Engine, name: str, occurrences: ir.Table, min_count: int) -> i
 def grow(
     engine: Engine, name: str, occurrences: ir.Table, min_count: int, old: ir.Table, num_old_rows: int
 ) -> ir.Table:
-    """A vocabulary in which every id of `old` keeps its index; ids that now reach `min_count` follow by falling count.
+    """Grows a vocabulary: ids of `old` keep their index; those that now reach `min_count` follow by falling count.
 
     `occurrences` are of the whole training period, so that an id may reach `min_count` over many days.
     `num_old_rows`: rows of the old embedding table, the first new index.
@@ -58,7 +56,7 @@ def grow(
 
 
 def _counts(occurrences: ir.Table) -> ir.Table:
-    """(raw_id, count), one row per id that is not null."""
+    """Sums (raw_id, count) to one row per id that is not null."""
     return (
         occurrences.filter(occurrences.raw_id.notnull())
         .group_by("raw_id")
@@ -86,7 +84,7 @@ def write_all(engine: Engine, vocabularies: dict[str, Vocabulary], root: pathlib
 
 
 def measure(path: pathlib.Path) -> tuple[int, str]:
-    """(rows of the embedding table, hash over all (raw id, index) pairs) of a written vocabulary."""
+    """Measures a written vocabulary: (rows of the embedding table, hash over all (raw id, index) pairs)."""
     digest = hashlib.sha256()
     num_known = 0
     for batch in pq.ParquetFile(path).iter_batches(batch_size=1 << 17, columns=["raw_id", "index"]):
@@ -97,7 +95,7 @@ def measure(path: pathlib.Path) -> tuple[int, str]:
 
 
 def read(engine: Engine, name: str, path: pathlib.Path) -> ir.Table:
-    """An existing vocabulary, to encode further data with the same indices. ValueError where the file is missing."""
+    """Opens a written vocabulary, to encode more data with the same indices. ValueError where the file is missing."""
     if not path.is_file():
         raise ValueError(
             f"{path} does not exist: the data set is incomplete; build it again before adding a split to it"
@@ -115,7 +113,7 @@ def encode(table: ir.Table, columns: dict[str, tuple[str, ir.Table]]) -> ir.Tabl
         into: words.select(**{f"_id_{into}": words.raw_id, f"_index_{into}": words["index"]})
         for into, (_, words) in columns.items()
     }
-    table = table.view()  # Ibis would else add to the chain of a table that is a join itself, and refuse its columns
+    table = table.view()  # Ibis would extend the chain of a table that is a join itself
     joined = table
     for into, (column, _) in columns.items():
         joined = joined.left_join(lookups[into], table[column] == lookups[into][f"_id_{into}"])
@@ -125,7 +123,7 @@ def encode(table: ir.Table, columns: dict[str, tuple[str, ir.Table]]) -> ir.Tabl
 
 
 def encode_bag(table: ir.Table, key: str, column: str, words: ir.Table | None) -> ir.Table:
-    """(_key, _bag): indices of the array<string> column `column`, ascending; equal ones (two unknown ids) stay.
+    """Encodes the array<string> column `column` to (_key, _bag): indices, ascending; equal ones (two unknown ids) stay.
 
     Without a vocabulary (`words` None): 64-bit ids. Rows of `table` (whose column `key` is unique) with a missing or
     empty bag are left out.

@@ -1,4 +1,4 @@
-"""Parquet part files with the types of the contract and page checksums, a staging folder, and its move into place."""
+"""Writes Parquet part files with the types of the contract and page checksums; moves finished folders into place."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ ORDER_COLUMNS = ("shuffle_key", "split")
 
 @contextlib.contextmanager
 def staged(out_dir: pathlib.Path, only: str | None) -> typing.Iterator[pathlib.Path]:
-    """A folder beside `out_dir` that replaces it when the block ends well, and is removed otherwise.
+    """Gives a folder beside `out_dir` that replaces it when the block ends well, and is removed otherwise.
 
     `only`: the one folder of it that is moved to `out_dir`, together with the manifest; the rest of `out_dir` stays.
     ValueError if `out_dir` holds something that is no data set: it would be lost.
@@ -49,9 +49,7 @@ def staged(out_dir: pathlib.Path, only: str | None) -> typing.Iterator[pathlib.P
 
 
 def link(files: tuple[str, ...], from_dir: pathlib.Path, root: pathlib.Path) -> None:
-    """Puts part files of another data set into `root` under the same names: hard links, or copies where there are
-    none.
-    """
+    """Puts part files of another data set into `root` under the same names: hard links, or copies without these."""
     for name in files:
         target = root / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -118,8 +116,9 @@ def _to_schema(table: pa.Table, target_schema: pa.Schema) -> pa.Table:
 
 
 def encodings(target_schema: pa.Schema) -> dict[str, typing.Any]:
-    """Options of `pq.ParquetWriter`: integers as bit-packed differences, which decode at 1.9 times the speed of a
-    dictionary at no larger size (docs/performance.md); a dictionary for text.
+    """Chooses options of `pq.ParquetWriter`: integers as bit-packed differences, text by a dictionary.
+
+    Differences decode at 1.9 times the speed of a dictionary at no larger size (docs/performance.md).
     """
     integers = {path for path, leaf in _leaves(target_schema) if pa.types.is_integer(leaf)}
     texts = [path for path, leaf in _leaves(target_schema) if pa.types.is_string(leaf)]
@@ -127,7 +126,7 @@ def encodings(target_schema: pa.Schema) -> dict[str, typing.Any]:
 
 
 def _leaves(target_schema: pa.Schema) -> typing.Iterator[tuple[str, pa.DataType]]:
-    """(path in the file, type) of every column, lists by their elements."""
+    """Yields (path in the file, type) of every column, lists by their elements."""
     for field in target_schema:
         path, leaf = field.name, field.type
         while pa.types.is_list(leaf):
@@ -136,7 +135,7 @@ def _leaves(target_schema: pa.Schema) -> typing.Iterator[tuple[str, pa.DataType]
 
 
 class _PartWriter:
-    """Parquet files of at most `file_rows` rows in groups of `row_group_rows`; `paths` lists them in reading order."""
+    """Writes Parquet files of at most `file_rows` rows in groups of `row_group_rows`; `paths` lists them in order."""
 
     def __init__(
         self, folder: pathlib.Path, target_schema: pa.Schema, row_group_rows: int, file_rows: int, compression: str
@@ -154,7 +153,7 @@ class _PartWriter:
         self._num_pending = 0
 
     def __enter__(self) -> "_PartWriter":
-        self._open()  # a split without rows still has one file, so that its schema can be read
+        self._open()  # a split without rows gets a file too, so that readers find its schema
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -183,8 +182,6 @@ class _PartWriter:
         path = self.folder / f"part-{len(self.paths):05d}.parquet"
         self.paths.append(path)
         self._rows_in_file = 0
-        # ids of one column repeat within a group, times ascend: dictionary pages serve both; "none" is Arrow's word
-        # for raw
         self._writer = pq.ParquetWriter(
             path, self.schema, compression=self.compression, write_page_checksum=True, **encodings(self.schema)
         )
@@ -202,7 +199,7 @@ def write_items(engine: Engine, rows: ir.Table, log: canonical.Log, root: pathli
 
 
 def with_statistics(manifest: schema.Manifest, train: schema.Split, root: pathlib.Path) -> tuple[schema.Feature, ...]:
-    """The manifest's features, numerical ones with mean and standard deviation over the written training split.
+    """Returns the features, numerical ones with mean and standard deviation over the written training split.
 
     A feature in several places is measured at the candidate, then the context, then the history. Without rows, or for
     a constant, the values stay 0 and 1.
@@ -218,7 +215,7 @@ def with_statistics(manifest: schema.Manifest, train: schema.Split, root: pathli
 
 
 def _mean_and_std(root: pathlib.Path, files: tuple[str, ...], column: str) -> tuple[float, float]:
-    """Of all values of a column, one row group in memory; Chan's merge of moments, stable for large values."""
+    """Measures all values of a column, one row group in memory; Chan's merge of moments is stable for large values."""
     count, mean, squares = 0, 0.0, 0.0
     for name in files:
         file = pq.ParquetFile(root / name)

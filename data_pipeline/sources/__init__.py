@@ -1,4 +1,4 @@
-"""One module per raw format; `SOURCES` says which name on the command line means which module."""
+"""Lists the sources, one module per raw format, by their names on the command line."""
 
 import importlib
 import types
@@ -17,7 +17,7 @@ SOURCES = {
 
 
 def load(name: str) -> types.ModuleType:
-    """The module of a source (its interface is in `data_pipeline/canonical.py`); ValueError lists the known names."""
+    """Imports the module of a source (interface: `data_pipeline/canonical.py`); ValueError lists the known names."""
     if name not in SOURCES:
         raise ValueError(f"--source {name!r} is not known; choose one of {sorted(SOURCES)}")
     return importlib.import_module(SOURCES[name])

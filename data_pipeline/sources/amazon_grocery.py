@@ -1,4 +1,4 @@
-"""Amazon 2014 5-core Grocery, with the fixed samples of the official GPSD protocol.
+"""Reads Amazon 2014 5-core Grocery, with the fixed samples of the official GPSD protocol.
 
 interactions.csv: user, item, cate, timestamp (days; file order is the order of events).
 samples.csv: user, target, target_cate, negative, negative_cate, split ("train" or "eval"): one request per user, two
@@ -25,7 +25,7 @@ SAMPLES = {
 
 
 def find_files(options: BuildOptions) -> dict[str, pathlib.Path]:
-    """interactions.csv and samples.csv."""
+    """Finds interactions.csv and samples.csv."""
     raw_dir = raw_files.require_folder(options.raw_dir)
     return {
         "interactions": raw_files.require_file(raw_dir / "interactions.csv", "the interactions"),
@@ -34,7 +34,7 @@ def find_files(options: BuildOptions) -> dict[str, pathlib.Path]:
 
 
 def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) -> canonical.Log:
-    """Every interaction is an event; the samples are the exposures, with the time of the user's last interaction."""
+    """Takes every interaction as an event, and the samples as exposures at the time of the user's last interaction."""
     interactions = engine.materialise(
         "interactions", raw_files.read_columns(engine, files["interactions"], INTERACTIONS)
     )

@@ -1,4 +1,4 @@
-"""Amazon product reviews, releases 2014 and 2018: JSON-lines files of reviews and of product metadata, also gzipped.
+"""Reads Amazon product reviews, releases 2014 and 2018: JSON lines of reviews and of product metadata, also gzipped.
 
 Reviews: reviewerID, asin, unixReviewTime. Metadata: asin, brand, and the category as `categories` (2014: list of
 paths; also a plain list) or `category` (2018: one path); the category of an item is the last name of the last path.
@@ -34,7 +34,7 @@ class Options:
 
 
 def find_files(options: BuildOptions) -> dict[str, pathlib.Path]:
-    """JSON-lines files of the folder: names that begin with "meta" are metadata, all others reviews."""
+    """Finds the JSON-lines files of the folder: names that begin with "meta" are metadata, all others reviews."""
     raw_dir = options.raw_dir
     if raw_dir is None or not raw_dir.is_dir():
         raise ValueError(
@@ -55,7 +55,7 @@ def find_files(options: BuildOptions) -> dict[str, pathlib.Path]:
 
 
 def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) -> canonical.Log:
-    """Every review is an event."""
+    """Takes every review as an event."""
     skipped: dict[str, int] = {}
     events = _events(engine, [path for name, path in files.items() if name.startswith("reviews/")], skipped)
     metas = [path for name, path in files.items() if name.startswith("meta/")]
@@ -80,7 +80,7 @@ def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) 
 
 
 def _events(engine: Engine, paths: list[pathlib.Path], skipped: dict[str, int]) -> ir.Table:
-    """Complete, distinct reviews."""
+    """Keeps complete and distinct reviews."""
     rows = engine.materialise("reviews", _read_all(engine, paths, REVIEWS, "review", skipped))
     complete = rows.filter(rows.reviewerID.notnull() & rows.asin.notnull() & rows.unixReviewTime.notnull())
     grouped = complete.group_by(user_id=complete.reviewerID, item_id=complete.asin, time_s=complete.unixReviewTime)
@@ -92,7 +92,7 @@ def _events(engine: Engine, paths: list[pathlib.Path], skipped: dict[str, int]) 
 
 
 def _items(engine: Engine, paths: list[pathlib.Path], skipped: dict[str, int]) -> ir.Table:
-    """item_id, category, brand, categories; the first line of a product counts."""
+    """Reads item_id, category, brand and categories; the first line of a product counts."""
     rows = engine.materialise(
         "meta", _read_all(engine, paths, META, "meta", skipped).filter(lambda t: t.asin.notnull())
     )
@@ -114,7 +114,7 @@ def _items(engine: Engine, paths: list[pathlib.Path], skipped: dict[str, int]) -
 def _read_all(
     engine: Engine, paths: list[pathlib.Path], columns: dict[str, str], kind: str, skipped: dict[str, int]
 ) -> ir.Table:
-    """All files one after the other, with `order` over all of them."""
+    """Reads all files one after the other, with `order` over all of them."""
     optional = tuple(name for name in columns if name in ("brand", "categories", "category"))
     tables = []
     for number, path in enumerate(paths):

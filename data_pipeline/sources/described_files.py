@@ -18,16 +18,16 @@ _HAS_OFFSET = r"[T ].*(Z|[+-]\d\d(:?\d\d)?)$"
 
 @ibis.udf.scalar.builtin(name="timezone")
 def _utc_of_local(zone: str, moment: ibis.dtype("timestamp")) -> ibis.dtype("timestamp('UTC')"):
-    """The instant at which a clock in `zone` shows `moment`."""
+    """Finds the instant at which a clock in `zone` shows `moment`."""
 
 
 @ibis.udf.scalar.builtin
 def string_split(text: str, separator: str) -> list[str]:
-    """The parts of a text between separators, which are no patterns: Ibis' own `split` takes "|" for one on Spark."""
+    """Splits a text by a plain separator: Ibis' own `split` takes "|" for a pattern on Spark."""
 
 
 def find(raw_dir: pathlib.Path, section: str, pattern: str) -> dict[str, pathlib.Path]:
-    """{"section/relative path": path} of the files that fit the pattern, in order of name; ValueError if none does."""
+    """Finds the files that fit the pattern: {"section/relative path": path}, by name. ValueError if none does."""
     if not raw_dir.is_dir():
         raise ValueError(f"{raw_dir} is not a folder; --raw_dir is where the files of the schema are")
     if pathlib.PurePath(pattern).is_absolute() or ".." in pathlib.PurePath(pattern).parts:
@@ -53,16 +53,16 @@ def find(raw_dir: pathlib.Path, section: str, pattern: str) -> dict[str, pathlib
 
 
 class Reader:
-    """Canonical tables of the described files. Every method counts the raw rows that it leaves out in `skipped`."""
+    """Makes canonical tables of the described files. Every method counts the raw rows it leaves out in `skipped`."""
 
     def __init__(self, engine: Engine, files: dict[str, pathlib.Path], description: log_description.LogDescription):
-        """`files`: what `find` returned for all sections together."""
+        """Takes the `files` that `find` returned for all sections together."""
         self.engine = engine
         self.files = files
         self.description = description
 
     def events(self, skipped: dict[str, int]) -> ir.Table:
-        """user_id, item_id, time_s, order and the features of the event."""
+        """Reads user_id, item_id, time_s, order and the features of the event."""
         log = self.description.history
         columns = {log.user: "string", log.item: "string"} | ({log.event: "string"} if log.event else {})
         rows = self._complete(
@@ -81,7 +81,7 @@ class Reader:
         return rows.select("user_id", "item_id", "time_s", "order", *[feature.label for feature in log.feature])
 
     def exposures(self, skipped: dict[str, int]) -> ir.Table:
-        """user_id, item_id, time_s, order, the tasks and the features of the exposure."""
+        """Reads user_id, item_id, time_s, order, the tasks and the features of the exposure."""
         log = self.description.exposure
         columns = {log.user: "string", log.item: "string"} | {task.column: "float64" for task in log.task}
         if log.request:
@@ -90,7 +90,7 @@ class Reader:
             self._read("exposure", columns, log.feature, log), "exposure", ("user_id", "item_id", "time_s"), skipped
         )
         rows = rows.mutate(**{task.label: rows["raw:" + task.column] for task in log.task})
-        if log.request:  # the rows of a request see the same history
+        if log.request:  # all rows of a request must see the same history
             together = ibis.window(group_by=["user_id", "raw:" + log.request])
             shown_s = ibis.ifelse(rows["raw:" + log.request].isnull(), rows.time_s, rows.time_s.min().over(together))
             rows = rows.mutate(time_s=shown_s)
@@ -98,7 +98,7 @@ class Reader:
         return self.engine.materialise("raw_exposures", rows.select("user_id", "item_id", "time_s", "order", *names))
 
     def items(self, skipped: dict[str, int]) -> ir.Table | None:
-        """item_id and the item features; None where nothing is described."""
+        """Reads item_id and the item features; returns None where nothing is described."""
         part = self.description.items
         if part is None:
             return None
@@ -118,13 +118,16 @@ class Reader:
         )
 
     def users(self, skipped: dict[str, int]) -> ir.Table:
-        """user_id and the user features."""
+        """Reads user_id and the user features."""
         part = self.description.users
         rows = self._complete(self._read("users", {part.user: "string"}, part.feature), "users", ("user_id",), skipped)
         return self._unique(rows, "users", "user_id", part.feature)
 
     def _read(self, section: str, columns: dict[str, str], features, log=None) -> ir.Table:
-        """All files of a section: `raw:<column>`, features by label, user_id, item_id, order, and time_s of a log."""
+        """Reads all files of a section.
+
+        Columns: `raw:<column>`, features by label, user_id, item_id, order, and time_s of a log.
+        """
         part = getattr(self.description, section)
         tables = []
         paths = [path for name, path in self.files.items() if name.startswith(section + "/")]
@@ -163,7 +166,7 @@ class Reader:
         return raw_files.read_columns(self.engine, path, kinds, separator=style.separator, header=header)
 
     def _raw_kind(self, path: pathlib.Path, feature: log_description.FeatureColumn) -> str:
-        """Type in the file: a bag is a list column, or a string with a separator."""
+        """Decides the type in the file: a bag is a list column, or a string with a separator."""
         if feature.kind != "bag":
             return "float64" if feature.kind == "numerical" else "string"
         if feature.separator:
@@ -175,7 +178,7 @@ class Reader:
         return "array<string>"
 
     def _time_s(self, path: pathlib.Path, raw: ir.Table, log) -> ir.Value:
-        """Epoch seconds of the time column; ValueError for text that is no ISO time, or numbers of another unit."""
+        """Computes epoch seconds; ValueError for text that is no ISO time, or numbers of another unit."""
         if log.time_unit != "iso":
             seconds = raw[log.time] // _UNITS_PER_SECOND[log.time_unit]
             wrong = raw.filter((seconds < 0) | (seconds >= _LAST_SECOND))
@@ -192,7 +195,7 @@ class Reader:
         return moment.epoch_seconds().cast("int64")
 
     def _complete(self, rows: ir.Table, section: str, needed: tuple[str, ...], skipped: dict[str, int]) -> ir.Table:
-        """Stored rows without those that lack a key, which are counted."""
+        """Stores the rows that have every key, and counts the others."""
         rows = self.engine.materialise(f"raw_{section}", rows)
         for name in needed:
             _count(skipped, f"{section} rows without {name}", int(rows[name].isnull().sum().fill_null(0).execute()))
@@ -202,7 +205,7 @@ class Reader:
         return rows
 
     def _unique(self, rows: ir.Table, section: str, key: str, features) -> ir.Table:
-        """Rows of distinct keys; equal rows count once, differing ones are an error."""
+        """Keeps one row per key: equal rows count once, differing ones are an error."""
         kept = rows.select(key, *[feature.label for feature in features]).distinct()
         twice = kept.group_by(key).agg(num=kept.count()).filter(lambda t: t.num > 1)
         if twice.count().execute():

@@ -1,4 +1,4 @@
-"""Any CSV, JSON-lines or Parquet log, whose columns are named in a TOML file: what most users have.
+"""Reads any CSV, JSON-lines or Parquet log whose columns are named in a TOML file: what most users have.
 
     python -m data_pipeline.build --source generic --raw_dir DIR --schema DIR/schema.toml --out_dir OUT
 
@@ -84,7 +84,7 @@ def _schema_path(options: BuildOptions) -> pathlib.Path:
 
 
 def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) -> canonical.Log:
-    """Canonical tables of the described files."""
+    """Makes the canonical tables of the described files."""
     description = log_description.read(files["schema"])
     reader = described_files.Reader(engine, files, description)
     skipped: dict[str, int] = {}
@@ -112,7 +112,7 @@ def _events(
     exposures: ir.Table | None,
     skipped: dict[str, int],
 ) -> ir.Table:
-    """The history log, and the exposures that extend it."""
+    """Joins the history log and the exposures that extend it."""
     events = None if description.history is None else reader.events(skipped)
     if exposures is None or not description.exposure.extends_history:
         return events
@@ -121,7 +121,7 @@ def _events(
     columns["order"] = clicked.order + EXPOSURE_ORDER
     if events is None:
         return clicked.select(**columns)
-    for feature in description.history.feature:  # the exposure log does not say: unknown
+    for feature in description.history.feature:  # the exposure log has no such column
         columns[feature.label] = ibis.null("float64" if feature.kind == "numerical" else "string")
     return engine.materialise(
         "history_and_clicks", events.union(clicked.select(*[v.name(k) for k, v in columns.items()]))
@@ -129,7 +129,7 @@ def _events(
 
 
 def _or_ids(engine: Engine, items: ir.Table | None, events: ir.Table, exposures: ir.Table | None) -> ir.Table:
-    """`items`, or the bare ids of the logs where nothing is known about them."""
+    """Returns `items`, or the bare ids of the logs where nothing is known about them."""
     if items is not None:
         return items
     ids = events.select("item_id")
@@ -189,13 +189,13 @@ def _split(
 
 
 def _epoch_s(text: str, time_zone: str) -> int:
-    """Epoch seconds of a checked date or ISO time."""
+    """Converts a checked date or ISO time to epoch seconds."""
     moment = datetime.datetime.fromisoformat(text)
     return math.floor((moment if moment.tzinfo else moment.replace(tzinfo=zoneinfo.ZoneInfo(time_zone))).timestamp())
 
 
 def _time_at(exposures: ir.Table, fraction: float) -> int:
-    """Time of the exposure at that part of the log."""
+    """Finds the time of the exposure at that part of the log."""
     place = min(int(fraction * exposures.count().execute()), int(exposures.count().execute()) - 1)
     return int(exposures.order_by("time_s").limit(1, offset=place).time_s.execute().iloc[0])
 

@@ -1,4 +1,4 @@
-"""Reading JSON-lines files (.json, .jsonl, .ndjson, also .gz), one JSON object per line, out of core.
+"""Reads JSON-lines files (.json, .jsonl, .ndjson, also .gz), one JSON object per line, out of core.
 
 Never eval(). The "loose" metadata files of the Amazon 2014 release hold Python dict literals instead of JSON; with
 `is_loose`, a line that is not JSON goes through `ast.literal_eval`, which builds constants only, and only up to
@@ -19,32 +19,32 @@ from data_pipeline.engine import Engine
 
 MAX_LITERAL_CHARS = 200_000  # a product page; untuned. Bounds what ast.literal_eval may be asked to parse
 MAX_BAD_SHARE = 0.01
-LINES_AT_ONCE = 100_000  # that Python holds
+LINES_AT_ONCE = 100_000  # lines that Python holds; untuned
 _SEPARATOR = "\x1f"  # JSON text cannot contain it unescaped, so that a line is one field
 
 
 @ibis.udf.scalar.builtin
 def json_valid(text: str) -> bool:
-    """Whether the text is JSON."""
+    """Tells whether the text is JSON."""
 
 
 @ibis.udf.scalar.builtin
 def json_type(text: str, path: str) -> str:
-    """Kind of the value at the path, such as ARRAY, or null where there is none."""
+    """Names the kind of the value at the path, such as ARRAY; null where there is none."""
 
 
 @ibis.udf.scalar.builtin
 def json_extract_string(text: str, path: str) -> str:
-    """Value at the path; a string without its quotes."""
+    """Extracts the value at the path; a string without its quotes."""
 
 
 @ibis.udf.scalar.builtin
 def json_extract_strings(text: str, path: str) -> list[str]:
-    """All values at a path with wildcards."""
+    """Extracts all values at a path with wildcards."""
 
 
 def is_json_lines(path: pathlib.Path) -> bool:
-    """Whether the ending of the name says so."""
+    """Tells whether the ending of the name says so."""
     suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
     return bool(suffixes) and suffixes[-1] in (".json", ".jsonl", ".ndjson")
 
@@ -57,7 +57,7 @@ def read_columns(
     is_loose: bool = False,
     optional: tuple[str, ...] = (),
 ) -> tuple[ir.Table, int]:
-    """Top-level keys as columns ("string", "int64", "float64", "array<string>") and `file_order`, as `raw_files` does.
+    """Reads top-level keys as columns ("string", "int64", "float64", "array<string>"), and `file_order`.
 
     A list of lists becomes the flat array of its members, a single value an array of one. A key that no line has is a
     ValueError unless it is `optional`. Also returns the number of lines that were left out because they are neither
@@ -78,7 +78,7 @@ def read_columns(
 
 
 def _read_lines(engine: Engine, path: pathlib.Path) -> ir.Table:
-    """Table (file_order, line) of the lines that are not blank; file_order counts blank lines too."""
+    """Reads (file_order, line) of the lines that are not blank; file_order counts blank lines too."""
     try:
         source = engine.backend.read_text(path, ["line"], separator=_SEPARATOR, has_header=False, quote="")
         lines = engine.store(engine.backend.number_rows(source, raw_files.FILE_ORDER))
@@ -90,7 +90,7 @@ def _read_lines(engine: Engine, path: pathlib.Path) -> ir.Table:
 
 
 def _repair(engine: Engine, path: pathlib.Path, lines: ir.Table, is_loose: bool) -> tuple[ir.Table, int]:
-    """Lines as JSON objects, and the number of those that could not be understood."""
+    """Turns lines into JSON objects, and counts those that could not be understood."""
     is_object = json_valid(lines.line).fill_null(False)
     is_object = ibis.ifelse(is_object, json_type(ibis.ifelse(is_object, lines.line, "null"), "$") == "OBJECT", False)
     marked = engine.store(lines.mutate(is_object=is_object))
@@ -114,7 +114,7 @@ def _repair(engine: Engine, path: pathlib.Path, lines: ir.Table, is_loose: bool)
 
 
 def _literals_to_json(engine: Engine, others: ir.Table) -> ir.Table:
-    """Table (line, file_order) of the lines that hold a dict literal, as JSON; reads a part of the file at a time."""
+    """Converts lines that hold a dict literal to JSON, part by part of the file: (line, file_order)."""
     schema = pa.schema([("line", pa.string()), (raw_files.FILE_ORDER, pa.int64())])
     place = others[raw_files.FILE_ORDER]
     parts = []
@@ -128,18 +128,18 @@ def _literals_to_json(engine: Engine, others: ir.Table) -> ir.Table:
 
 
 def _literal_to_json(text: str) -> str | None:
-    """JSON of a Python dict literal; None where the text is none, or is too long to be parsed safely."""
+    """Converts a Python dict literal to JSON; None where the text is none, or is too long to be parsed safely."""
     if len(text) > MAX_LITERAL_CHARS:
         return None
     try:
         value = ast.literal_eval(text.strip())
         return json.dumps(value) if isinstance(value, dict) else None
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # counted by the caller, see _repair
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # _repair counts the line
         return None
 
 
 def _value(line: ir.Value, name: str, kind: str) -> ir.Value:
-    """The key `name` of the JSON text as a string, or as array<string>."""
+    """Extracts the key `name` of the JSON text as a string, or as array<string>."""
     if '"' in name:
         raise ValueError(f"the key {name!r} has a quotation mark; rename it in the file")
     path = f'$."{name}"'

@@ -1,4 +1,4 @@
-"""KuaiRand-Pure: short-video exposures with clicks and long views (Gao et al., CIKM 2022).
+"""Reads KuaiRand-Pure: short-video exposures with clicks and long views (Gao et al., CIKM 2022).
 
 log_*.parquet / log_*.csv           labelled exposures, the columns of the official log; log_random_* is left alone
 user_histories_until_apr24.parquet  per user the last <= 50 exposures before Apr 25, without a time per event
@@ -26,7 +26,7 @@ from gpsd_dist import schema
 UTC8_S = 8 * 3600
 DAY_S = 86400
 APR_25_S = 1650816000  # 2022-04-25 00:00 UTC+8
-FIRST_LOG_DATE = 20220425  # `date` and time_ms disagree near midnight: rows of this date may lie on Apr 24 by time_ms
+FIRST_LOG_DATE = 20220425  # `date` and time_ms disagree near midnight: by time_ms, rows of this date may lie on Apr 24
 SPLIT = canonical.TimeBoundaries(
     valid_from_s=APR_25_S + 4 * DAY_S,
     test_from_s=APR_25_S + 5 * DAY_S,
@@ -54,7 +54,7 @@ USER_CATEGORIES = (
 )  # fmt: skip
 USER_NUMBERS = ("follow_user_num", "fans_user_num", "friend_user_num", "register_days")
 DAILY_COUNTS = ("log_exposures", "click_log_odds", "long_view_log_odds")
-RATE_PSEUDO_COUNTS = 20.0  # weight of the overall rate in a smoothed one; as in the baseline, untuned
+RATE_PSEUDO_COUNTS = 20.0  # weight of the overall rate in a smoothed one: the baseline's value, untuned
 FEATURE_FILES = {
     "histories": ("user_histories_until_apr24.parquet", "each user's exposures before Apr 25"),
     "videos": ("video_features_basic_pure.csv", "the video attributes"),
@@ -63,8 +63,9 @@ FEATURE_FILES = {
 
 
 def find_files(options: BuildOptions) -> dict[str, pathlib.Path]:
-    """Finds every log file and the three others. Where rows are added to a data set, files that --raw_dir lacks are
-    taken from the folder that it was built from.
+    """Finds every log file and the three others.
+
+    Where rows are added to a data set, files that --raw_dir lacks are taken from the folder that it was built from.
     """
     raw_dir = raw_files.require_folder(options.raw_dir)
     folders = [raw_dir] if options.built_from_dir is None else [raw_dir, options.built_from_dir]
@@ -88,7 +89,7 @@ def _names(folder: pathlib.Path) -> list[str]:
 
 
 def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) -> canonical.Log:
-    """Events: the histories, then every click of the log. Exposures: every row of the log, once."""
+    """Takes the histories and then every click of the log as events, and every row of the log, once, as an exposure."""
     exposures, skipped = _read_log(engine, [path for key, path in files.items() if key.startswith("log:")])
     histories = engine.materialise("histories", raw_files.read_columns(engine, files["histories"], HISTORIES))
     raw_files.require_values(files["histories"], histories, ("user_id", "last_time_ms", "watch_seq"))
@@ -124,7 +125,7 @@ def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) 
 
 
 def _read_log(engine: Engine, paths: list[pathlib.Path]) -> tuple[ir.Table, dict[str, int]]:
-    """Exposures without repeats, with their labels, hour, tab and the user's strictly earlier counts."""
+    """Reads exposures without repeats, with their labels, hour, tab and the user's strictly earlier counts."""
     parts, num_read = [], 0
     for place, path in enumerate(paths):
         part = engine.materialise(f"log_{place}", raw_files.read_columns(engine, path, LOG))
@@ -162,7 +163,7 @@ def _read_log(engine: Engine, paths: list[pathlib.Path]) -> tuple[ir.Table, dict
 
 
 def _with_earlier_days(log: ir.Table, key: str, prefix: str) -> ir.Table:
-    """Adds `<prefix>_<DAILY_COUNTS>`: what the log holds of the same `key` on earlier days (midnight UTC+8)."""
+    """Adds `<prefix>_<DAILY_COUNTS>`: counts of the same `key` in the log on earlier days (midnight UTC+8)."""
     dated = log.mutate(day=(log.time_s + UTC8_S) // DAY_S)
     trained = dated.filter(dated.time_s < SPLIT.valid_from_s)
     click_rate = trained.click.mean().as_scalar()
@@ -185,15 +186,16 @@ def _with_earlier_days(log: ir.Table, key: str, prefix: str) -> ir.Table:
 
 
 def _log_odds(positives: ir.NumericValue, rows: ir.NumericValue, overall_rate: ir.NumericValue) -> ir.NumericValue:
-    """Log-odds of the rate positives / rows, smoothed towards `overall_rate`."""
+    """Computes the log-odds of the rate positives / rows, smoothed towards `overall_rate`."""
     yes = positives + RATE_PSEUDO_COUNTS * overall_rate
     no = rows - positives + RATE_PSEUDO_COUNTS * (1 - overall_rate)
     return (yes / no).ln()
 
 
 def _events(histories: ir.Table, exposures: ir.Table) -> ir.Table:
-    """History events have no time, only the user's last one as an upper bound; of the log, clicks extend the
-    history.
+    """Joins the histories and the clicks of the log.
+
+    History events have no time, only the user's last one as an upper bound.
     """
     placed = histories.mutate(place=ibis.range(0, histories.watch_seq.length()).unnest().cast("int64"))
     video = placed.watch_seq[placed.place]
@@ -219,7 +221,7 @@ def _events(histories: ir.Table, exposures: ir.Table) -> ir.Table:
 
 
 def _read_videos(engine: Engine, path: pathlib.Path, histories: ir.Table) -> ir.Table:
-    """Attributes, and how often the video stands in the histories, watched and watched long."""
+    """Reads attributes, and counts how often the video stands in the histories, watched and watched long."""
     raw = engine.materialise("videos", raw_files.read_columns(engine, path, VIDEOS))
     raw_files.require_values(path, raw, ("video_id",))
     raw_files.require_unique(path, raw, "video_id")
@@ -232,7 +234,7 @@ def _read_videos(engine: Engine, path: pathlib.Path, histories: ir.Table) -> ir.
     joined = joined.left_join(viewed_long, joined.video_id == viewed_long.long_watch_seq)
     zero = ibis.literal(0.0)
     watches, long_views = ibis.coalesce(watched.times, zero), ibis.coalesce(viewed_long.times, zero)
-    # Not a rate: both sequences are cut at 50, so a video can stand in more of the long ones.
+    # This is no rate: both sequences are cut at 50, so a video can occur in more long views than watches.
     ratio = (long_views + RATE_PSEUDO_COUNTS) / (watches + RATE_PSEUDO_COUNTS)
     return joined.select(
         item_id=raw.video_id,
@@ -245,7 +247,7 @@ def _read_videos(engine: Engine, path: pathlib.Path, histories: ir.Table) -> ir.
 
 
 def _per_video(histories: ir.Table, sequence: str) -> ir.Table:
-    """`sequence` (video id) and `times`: in how many places of all users' sequences the video stands."""
+    """Counts in how many places of all users' sequences a video stands: `sequence` (video id) and `times`."""
     videos = histories.select(histories[sequence].unnest().name(sequence))
     return videos.group_by(sequence).agg(times=videos.count().cast("float64"))
 

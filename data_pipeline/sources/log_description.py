@@ -23,10 +23,10 @@ from gpsd_dist import schema
 SECTIONS = ("history", "exposure", "items", "users")
 TimeUnit = typing.Literal["s", "ms", "us", "iso"]
 RESERVED_NAMES = (
-    # columns of the pipeline itself
+    # These are columns of the pipeline itself,
     *("item", "item_id", "user_id", "time_s", "order", "position", "split", "num_before", "num_events", "rank"),
     *("known_s", "sequence", "shuffle_key", "request_time_s", "history_length", "user_hash"),
-    # columns of vocabularies, of items.parquet, of the choice of the latest attributes
+    # of vocabularies, of items.parquet, and of the choice of the latest attributes.
     *("count", "index", "place"),
 )
 
@@ -47,7 +47,7 @@ class FeatureColumn:
 
     @property
     def label(self) -> str:
-        """Name in the prepared data."""
+        """Names the feature in the prepared data."""
         return self.name or self.column
 
 
@@ -62,7 +62,7 @@ class TaskColumn:
 
     @property
     def label(self) -> str:
-        """Name of the task."""
+        """Names the task."""
         return self.name or self.column
 
 

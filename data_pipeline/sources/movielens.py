@@ -1,4 +1,4 @@
-"""MovieLens and files of its format, such as MovieTweetings: ratings and movies, as .dat (parted by "::") or .csv.
+"""Reads MovieLens and files of its format, such as MovieTweetings: ratings and movies, .dat (parted by "::") or .csv.
 
 Every rating is an event, whatever its stars. Default split: leave the last out, as HSTU and SASRec are evaluated.
 """
@@ -35,7 +35,7 @@ class Options:
 
 
 def find_files(options: BuildOptions) -> dict[str, pathlib.Path]:
-    """The ratings and the movies, both .dat or both .csv."""
+    """Finds the ratings and the movies, both .dat or both .csv."""
     if options.raw_dir is None:
         raise ValueError("--raw_dir is missing; it is the folder that holds ratings.dat or ratings.csv")
     ending = "csv" if (options.raw_dir / "ratings.csv").is_file() else "dat"
@@ -46,7 +46,7 @@ def find_files(options: BuildOptions) -> dict[str, pathlib.Path]:
 
 
 def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) -> canonical.Log:
-    """Ratings as events, genres as a bag."""
+    """Takes ratings as events, and genres as a bag."""
     path = files["ratings"]
     if path.suffix == ".csv":
         names, raw = list(RATINGS_CSV), raw_files.read_columns(engine, path, RATINGS_CSV)
@@ -75,7 +75,10 @@ def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) 
 
 
 def _movies(engine: Engine, path: pathlib.Path) -> ir.Table:
-    """item_id and genres of every movie. Tens of thousands of lines, read by Python: titles hold any character."""
+    """Reads item_id and genres of every movie.
+
+    Python reads these tens of thousands of lines, because titles hold any character.
+    """
     text = _decode(path)
     genres_of: dict[str, list[str]] = {}
     lines = _csv_rows(path, text) if path.suffix == ".csv" else _dat_rows(path, text)
@@ -92,7 +95,7 @@ def _movies(engine: Engine, path: pathlib.Path) -> ir.Table:
 
 
 def _decode(path: pathlib.Path) -> str:
-    """UTF-8 (MovieTweetings, the .csv releases) or, where that fails, Latin-1 (MovieLens 1M), which any bytes fit."""
+    """Decodes UTF-8 (MovieTweetings, .csv releases) or else Latin-1 (MovieLens 1M), which any bytes fit."""
     raw = path.read_bytes()
     try:
         return raw.decode("utf-8-sig")
@@ -101,7 +104,7 @@ def _decode(path: pathlib.Path) -> str:
 
 
 def _dat_rows(path: pathlib.Path, text: str):
-    """(line number, movie, genres); a title may hold "::"."""
+    """Yields (line number, movie, genres); a title may hold "::"."""
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -114,7 +117,7 @@ def _dat_rows(path: pathlib.Path, text: str):
 
 
 def _csv_rows(path: pathlib.Path, text: str):
-    """(line number, movie, genres)."""
+    """Yields (line number, movie, genres)."""
     reader = csv.reader(text.splitlines())
     header = next(reader, [])
     missing = [name for name in MOVIES_CSV if name not in header]

@@ -1,4 +1,4 @@
-"""The synthetic shop: generated into --raw_dir if that folder is missing or empty, then read like any `generic` log.
+"""Reads the synthetic shop like any `generic` log; generates it into --raw_dir if that folder is missing or empty.
 
 To choose sizes, generate first: python -m data_pipeline.synthesize --out_dir RAW --num_users ... --seed ...
 """

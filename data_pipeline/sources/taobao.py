@@ -1,4 +1,4 @@
-"""Taobao UserBehavior.csv: user, item, category, behaviour (pv, cart, fav, buy), epoch seconds; no header; 100 M rows.
+"""Reads Taobao UserBehavior.csv: user, item, category, behaviour (pv, cart, fav, buy), epoch s; no header; 100 M rows.
 
 The protocol of GPSD (arXiv:2506.03699): one request per user whose target is the last event, one drawn negative, and
 a history of at most 200 events. Rows outside the nine days of the data set (2017-11-25 to 2017-12-03, UTC+8) and
@@ -22,7 +22,7 @@ END_S = FIRST_S + 9 * 86_400  # 2017-12-04 00:00 UTC+8
 NAMES = ("UserBehavior.csv", "UserBehavior.csv.gz")
 
 
-DEFAULTS = {"max_history_length": 200}  # of options of every source
+DEFAULTS = {"max_history_length": 200}  # replaces that of all sources
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=explain.STRICT)
@@ -34,7 +34,7 @@ class Options:
 
 
 def find_files(options: BuildOptions) -> dict[str, pathlib.Path]:
-    """UserBehavior.csv, or the same compressed by gzip."""
+    """Finds UserBehavior.csv, plain or compressed by gzip."""
     if options.raw_dir is None:
         raise ValueError(f"--raw_dir is missing; it is the folder that holds {NAMES[0]}")
     chosen = options.own.behaviours.split(",")
@@ -47,7 +47,7 @@ def find_files(options: BuildOptions) -> dict[str, pathlib.Path]:
 
 
 def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) -> canonical.Log:
-    """Every row of a chosen kind inside the nine days is an event."""
+    """Takes every row of a chosen kind inside the nine days as an event."""
     path = files["behaviours"]
     rows = raw_files.read_columns(engine, path, COLUMNS, header=list(COLUMNS))
     raw_files.require_values(path, rows, tuple(COLUMNS))
@@ -86,7 +86,7 @@ def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) 
 
 
 def _distinct(engine: Engine, rows: ir.Table) -> ir.Table:
-    """One event for equal rows, at the place of the first; an item that changes its category gets the smallest."""
+    """Keeps one event for equal rows, at the place of the first; an item with several categories gets the smallest."""
     keys = {"user_id": rows.user, "item_id": rows["item"], "behaviour": rows.behaviour, "time_s": rows.time}
     first = rows.group_by(**keys).agg(category=rows.category.min(), order=rows[raw_files.FILE_ORDER].min())
     return engine.materialise("behaviours", first.mutate(order=ibis._.order.cast("int64")))
