@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from gpsd_dist.config.ids import EVICTIONS, IdsConfig
-from gpsd_dist.tables.managed_collision import ManagedMap
+from gpsd_dist.tables.managed_collision import ManagedCollisionMap
 
 SIZES = (10_000, 100_000, 1_000_000)
 TOKENS = 30_000  # of a global batch of 512 requests with 50 events and 10 candidates, about
@@ -21,7 +21,7 @@ STEPS = 9
 
 def milliseconds(num_rows: int, eviction: str) -> tuple[float, float, float]:
     """CPU time: (median, smallest, largest) over STEPS updates of a full map."""
-    managed = ManagedMap(num_rows, IdsConfig(admission_threshold=2, eviction=eviction), torch.device("cpu"))
+    managed = ManagedCollisionMap(num_rows, IdsConfig(admission_threshold=2, eviction=eviction), torch.device("cpu"))
     random = np.random.default_rng(0)
     everyone = torch.arange(2, num_rows)
     managed.update(everyone, torch.full_like(everyone, 2))

@@ -10,8 +10,8 @@ from gpsd_dist.schema import Manifest, Table
 from gpsd_dist.stages.registry import find, make_stage
 from gpsd_dist.stages.stage import Components
 from gpsd_dist.tables.collections import Tables, lookup_tables
-from gpsd_dist.tables.id_assignment import IdAssignment
-from gpsd_dist.tables.managed_collision import ManagedMap
+from gpsd_dist.tables.id_remapping import IdRemapper
+from gpsd_dist.tables.managed_collision import ManagedCollisionMap
 from gpsd_dist.tables.row_reset import RowReset
 from gpsd_dist.tables.sharding import ShardedTables, shard_tables
 
@@ -29,7 +29,7 @@ def assemble(run: RunConfig, manifest: Manifest, runtime: Runtime) -> Components
     if run.model.compile:
         compile_tower(model.backbone.tower, by_block=run.execution.activation_checkpointing)
     names = tuple(table.name for table in sharded)
-    ids = _id_assignment(run, manifest, placed, names, runtime.device)
+    ids = _id_remapper(run, manifest, placed, names, runtime.device)
     return Components(placed, model.to(runtime.device), stage, names, ids, runtime)
 
 
@@ -46,11 +46,11 @@ def meta_model(run: RunConfig, manifest: Manifest, sharded: tuple[Table, ...]) -
         return make_stage(run, manifest).model(sharded)
 
 
-def _id_assignment(
+def _id_remapper(
     run: RunConfig, manifest: Manifest, placed: ShardedTables, names: tuple[str, ...], device: torch.device
-) -> IdAssignment:
+) -> IdRemapper:
     managed = [name for name in names if manifest.unbounded.get(name) == "managed"]
     frozen = run.tables.transfer if run.freezes_tables else ()
-    maps = {name: ManagedMap(manifest.table(name).num_rows, run.ids, device) for name in managed}
+    maps = {name: ManagedCollisionMap(manifest.table(name).num_rows, run.ids, device) for name in managed}
     resets = {name: RowReset(placed, name, run.tables, run.seed) for name in managed if name not in frozen}
-    return IdAssignment(manifest, maps, resets)
+    return IdRemapper(manifest, maps, resets)

@@ -18,7 +18,7 @@ from gpsd_dist.config import RunConfig
 from gpsd_dist.data.loaders import evaluation_loader
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.schema import Manifest, Table
-from gpsd_dist.tables.id_assignment import IdAssignment
+from gpsd_dist.tables.id_remapping import IdRemapper
 from gpsd_dist.tables.sharding import ShardedTables
 
 Metrics = dict[str, dict[str, float | int]]
@@ -70,7 +70,7 @@ class Components:
     stage: Stage
     lookup_names: tuple[str, ...]
     """Tables that a batch looks up."""
-    ids: IdAssignment
+    ids: IdRemapper
     """Gives a batch rows for the ids of managed tables; every batch goes through it before its lookup."""
     runtime: Runtime
 

@@ -1,13 +1,13 @@
-"""Ids that have no row yet, and how often they occurred: a list of bounded length, kept in tensors."""
+"""Counts ids that have no row yet, so that only ids that occur often enough are admitted to a managed table."""
 
 import torch
 
 NO_ID = torch.iinfo(torch.int64).max
-"""Stands for no id; sorts behind all ids."""
+"""Marks an empty slot; it sorts behind all ids."""
 
 
-class WaitingList:
-    """At most `capacity` ids. Of more, those longest unseen leave, among equals the rarest, then the largest id."""
+class AdmissionFilter:
+    """Keeps at most `capacity` ids. The ones unseen for longest leave first, then the rarest, then the largest ids."""
 
     def __init__(self, capacity: int, device: torch.device):
         self._ids = torch.full((capacity,), NO_ID, device=device)  # ascending
@@ -15,12 +15,12 @@ class WaitingList:
         self._last_seen = torch.zeros(capacity, dtype=torch.int64, device=device)
 
     def counts_of(self, id_U: torch.Tensor) -> torch.Tensor:
-        """Occurrences so far, int64 [U]; 0 for an id that does not wait."""
+        """Returns the occurrences so far, int64 [U]; 0 for an id that is not counted here."""
         place_U, is_here_U = self._find(id_U)
         return torch.where(is_here_U, self._counts[place_U], 0)
 
     def put(self, id_U: torch.Tensor, count_U: torch.Tensor, waits_U: torch.Tensor, now: int) -> None:
-        """Sets the counts of distinct ids that were seen at time `now`; those with `waits_U` False leave the list."""
+        """Sets the counts of distinct ids that were seen in update `now`; ids with `waits_U` False are removed."""
         place_U, is_here_U = self._find(id_U)
         stays = self._ids != NO_ID
         stays[place_U[is_here_U]] = False
@@ -28,16 +28,13 @@ class WaitingList:
         counts = torch.cat([self._counts[stays], count_U[waits_U]])
         last_seen = torch.cat([self._last_seen[stays], torch.full_like(id_U[waits_U], now)])
         if len(ids) > len(self._ids):
-            best = ids.argsort(stable=True)  # three stable sorts, the least important first
+            best = ids.argsort(stable=True)  # stable sorts, least important key first: together one lexicographic sort
             best = best[counts[best].argsort(descending=True, stable=True)]
             best = best[last_seen[best].argsort(descending=True, stable=True)][: len(self._ids)]
             ids, counts, last_seen = ids[best], counts[best], last_seen[best]
         order = ids.argsort()
-        for stored, values, empty in (
-            (self._ids, ids, NO_ID),
-            (self._counts, counts, 0),
-            (self._last_seen, last_seen, 0),
-        ):
+        live = (self._ids, ids, NO_ID), (self._counts, counts, 0), (self._last_seen, last_seen, 0)
+        for stored, values, empty in live:
             stored[: len(order)] = values[order]
             stored[len(order) :] = empty
 
@@ -46,5 +43,5 @@ class WaitingList:
         return place_U, self._ids[place_U] == id_U
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Live tensors, to be saved and loaded in place."""
+        """Returns the live tensors; a checkpoint is loaded into them in place."""
         return {"ids": self._ids, "counts": self._counts, "last_seen": self._last_seen}

@@ -1,7 +1,9 @@
-"""Holds the big embedding tables as two TorchRec collections, a trainable and a frozen one, before they are sharded.
+"""Builds the big embedding tables as two unsharded TorchRec collections: a trainable and a frozen one.
 
 Shape letters: U unique rows of a table, E embedding width.
 """
+
+import typing
 
 import torch
 from torch import nn
@@ -15,10 +17,10 @@ from gpsd_dist.schema import Manifest, Table
 
 
 def lookup_tables(manifest: Manifest, config: TablesConfig, with_candidates: bool) -> tuple[Table, ...]:
-    """Tables that go into TorchRec collections, in manifest order; smaller ones are replicated with the dense part.
+    """Lists the tables that go into TorchRec collections, in manifest order; smaller ones stay with the dense part.
 
-    The item table and managed ones always are among them. Pretraining (`with_candidates` False) has tables of history
-    features only.
+    The item table and managed tables are always sharded. Pretraining (`with_candidates` False) needs the tables of
+    history features only.
     """
     places = ("history", "candidate", "context") if with_candidates else ("history",)
     used = {f.table for place in places for f in manifest.features_in(place)}
@@ -36,11 +38,10 @@ def lookup_tables(manifest: Manifest, config: TablesConfig, with_candidates: boo
 
 
 class Tables(nn.Module):
-    """Two EmbeddingCollections, because freezing is a property of a collection: the frozen one runs without autograd,
-    gets no optimizer, allocates no state and exchanges no gradient.
+    """Holds two EmbeddingCollections, because TorchRec can only freeze a whole collection.
 
-    (Leaving a table out of the optimizer does not freeze it: FBGEMM would train it with its default SGD. A zero
-    learning rate keeps the weights, but still allocates state and sends gradients.)
+    The frozen one runs without autograd: no optimizer, no state, no gradient to send. Other ways do not work: FBGEMM
+    trains a table without an optimizer by its default SGD, and a zero learning rate still costs state and gradients.
     """
 
     def __init__(self, tables: tuple[Table, ...], frozen: tuple[str, ...], config: TablesConfig, device: torch.device):
@@ -56,40 +57,31 @@ class Tables(nn.Module):
         trained, kept = ([t for t in tables if (t.name in frozen) == is_kept] for is_kept in (False, True))
         self.trainable = _collection(trained, config.stored_dim, DataType.FP32, device)
         self.frozen = _collection(kept, config.stored_dim, frozen_type, device)
-        self.unpadded, self.thawed = _Unpadded(config.embedding_dim), _Thawed(config.embedding_dim)
+        self.embeddings = _Embeddings(config.embedding_dim)
 
-    def forward(self, lookup: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
-        """Rows [U, E] of every table, without their padding. Collective when the collections are sharded: all ranks
-        must call.
-        """
-        # TorchRec's pipeline traces this: no loop over what a collection returns, no other use of `lookup`
-        trainable = {} if self.trainable is None else self.unpadded(self.trainable(lookup))
+    def forward(self, sparse_features: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
+        """Looks up the embeddings float32 [U, E] of every table. Collective if sharded: all ranks must call."""
+        # TorchRec's pipeline traces this function: it must not loop over what a collection returns, nor use its
+        # argument in any other way, or the all-to-all is not prefetched.
+        trainable = {} if self.trainable is None else self.embeddings(self.trainable(sparse_features))
         if self.frozen is None:
             return trainable
-        with torch.no_grad():  # `thawed` waits for the exchange, so it belongs inside
-            frozen = self.thawed(self.frozen(lookup))
+        with torch.no_grad():  # reading the result waits for the all-to-all, which must run without autograd too
+            frozen = self.embeddings(self.frozen(sparse_features))
         return frozen if self.trainable is None else trainable | frozen
 
 
-class _Unpadded(nn.Module):
-    """Table -> its rows [U, E]; a module because it is what the pipeline's tracing does not look into."""
+class _Embeddings(nn.Module):
+    """Reads the embeddings of every table. It is a module because tracing stops at modules."""
 
     def __init__(self, width: int):
         super().__init__()
         self.width = width
 
     def forward(self, found: dict[str, JaggedTensor]) -> dict[str, torch.Tensor]:
-        """[U, stored_dim] -> [U, E]; the gradient of the padding is zero, so it stays what it was."""
-        stored = {name: jagged.values() for name, jagged in found.items()}
+        """Cuts off the padding and casts to float32: [U, stored_dim] -> [U, E]. Padding gets a zero gradient."""
+        stored = {name: jagged.values().float() for name, jagged in found.items()}
         return {n: rows if rows.shape[1] == self.width else rows[:, : self.width] for n, rows in stored.items()}
-
-
-class _Thawed(_Unpadded):
-    """Gives the rows of frozen tables in float32, whatever they are stored in."""
-
-    def forward(self, found: dict[str, JaggedTensor]) -> dict[str, torch.Tensor]:
-        """[U, stored_dim] -> [U, E]"""
-        return {name: rows.float() for name, rows in super().forward(found).items()}
 
 
 def _collection(
@@ -97,14 +89,9 @@ def _collection(
 ) -> EmbeddingCollection | None:
     if not tables:
         return None
+    shared: dict[str, typing.Any] = {"embedding_dim": columns, "data_type": data_type}
     configs = [
-        EmbeddingConfig(
-            name=module_key(table.name),
-            feature_names=[table.name],
-            num_embeddings=table.num_rows,
-            embedding_dim=columns,
-            data_type=data_type,
-        )
-        for table in tables
+        EmbeddingConfig(name=module_key(t.name), feature_names=[t.name], num_embeddings=t.num_rows, **shared)
+        for t in tables
     ]
     return EmbeddingCollection(tables=configs, device=device)

@@ -1,8 +1,8 @@
-"""TorchRec's pipeline around our step: while one step computes, the next batch is copied to the device and its indices
-travel to the ranks that own the rows. The order of computation, and so every number, is that of the plain loop.
+"""Runs the training step in TorchRec's sparse_dist pipeline: during a step the next batch is copied to the device and
+its indices are sent to the ranks that own the rows. Computation keeps the order of the plain loop, so bits are equal.
 
-TorchRec owns the order of the calls (`TrainPipelineSparseDist.progress`), `training_step.py` what they do. Batches are
-taken up to two steps ahead, so whoever saves a data position must save the one of the batch that was trained.
+`TrainPipelineSparseDist.progress` decides when to call, `training_step.py` what happens then. Batches are read up to
+two steps ahead, so a checkpoint must save the data position of the batch that was trained, not of the reader.
 """
 
 import typing
@@ -20,28 +20,28 @@ Parts: typing.TypeAlias = tuple[Batch, ...]
 
 
 class StepHooks(typing.Protocol):
-    """The parts of a step, in the order in which the pipeline calls them: `training_step.TrainingStep`."""
+    """Names the parts of a step in the order of the calls; `training_step.TrainingStep` implements them."""
 
     def zero_grad(self) -> None:
         """Begins a step: also sets its seed and learning rates."""
 
     def looking_up(self) -> typing.ContextManager[typing.Any]:
-        """Surrounds the lookup."""
+        """Surrounds the lookup, for the profiler and the watchdog."""
 
     def forward(self, embeddings: dict[str, torch.Tensor], parts: Parts) -> tuple[torch.Tensor, typing.Any]:
-        """Returns a loss whose backward computes dense gradients and updates the tables, and what `steps` hands out."""
+        """Returns a loss whose backward computes dense gradients and updates the tables, and what `steps` yields."""
 
     def step(self) -> None:
-        """Ends a step after its backward: clips, and moves the dense part."""
+        """Ends a step after its backward: clips gradients and updates the dense part."""
 
 
 class PrefetchedParts(Pipelineable):
-    """The parts of one step's batch, as TorchRec's pipeline wants to handle them."""
+    """Wraps the micro-batches of one step, so that TorchRec's pipeline can move them."""
 
     def __init__(self, parts: Parts):
         self.parts = parts
         self.lookup = parts[0].lookup
-        """The pipeline finds what to exchange by reading this attribute; anything computed would not be prefetched."""
+        """Sparse features. The pipeline finds them by tracing this attribute; a property would not be prefetched."""
 
     def to(self, device: torch.device, non_blocking: bool = True) -> "PrefetchedParts":
         return PrefetchedParts(to_device(self.parts, device))
@@ -52,7 +52,7 @@ class PrefetchedParts(Pipelineable):
 
 
 class _Lookup(nn.Module):
-    """All that the pipeline traces."""
+    """Holds the only code that the pipeline traces: one lookup in the tables."""
 
     def __init__(self, tables: nn.Module):
         super().__init__()
@@ -63,31 +63,31 @@ class _Lookup(nn.Module):
 
 
 class SparseDistPipeline:
-    """One per process; the tables belong to it while `steps` runs."""
+    """Owns the tables while `steps` runs; a process has at most one."""
 
     def __init__(self, tables: ShardedTables, hooks: StepHooks, device: torch.device):
         lookup = _Lookup(tables.module.module)
 
         def forward(prefetched: PrefetchedParts) -> tuple[torch.Tensor, typing.Any]:
             with hooks.looking_up():
-                rows = lookup(prefetched)
-            return hooks.forward(rows, prefetched.parts)
+                embeddings = lookup(prefetched)
+            return hooks.forward(embeddings, prefetched.parts)
 
         self._lookup = lookup
         self._pipeline = TrainPipelineSparseDist(lookup, hooks, device, custom_model_fwd=forward)
 
     def steps(self, source: typing.Iterator[Parts]) -> typing.Iterator[typing.Any]:
-        """Trains on every batch of `source`; one item per step done. Collective: as many on every rank.
+        """Trains on every batch of `source` and yields once per step. Collective: equally many on every rank.
 
-        Runs until `source` is exhausted. Before the last item the tables are given back: with batches under way they
-        cannot be looked up by anybody else. RuntimeError if TorchRec does not prefetch a collection (it only logs).
+        The tables are usable outside again from the last yield on (with batches in flight, only the pipeline can look
+        them up). RuntimeError if TorchRec does not prefetch a collection, which it merely logs itself.
         """
         prefetched = (PrefetchedParts(parts) for parts in source)
         is_first = True
         while True:
             try:
                 result = self._pipeline.progress(prefetched)
-            except StopIteration:  # not one batch
+            except StopIteration:  # `source` was empty
                 return
             if is_first:
                 check_prefetched(self._lookup)
@@ -101,7 +101,7 @@ class SparseDistPipeline:
 
 
 def check_prefetched(model: nn.Module) -> None:
-    """RuntimeError if the pipeline has not taken over the `forward` of a sharded collection."""
+    """Raises RuntimeError if the pipeline has not taken over the `forward` of a sharded collection."""
     sharded = {name: module for name, module in model.named_modules() if isinstance(module, ShardedModule)}
     plain = [name for name, module in sharded.items() if "forward" not in vars(module)]
     if plain or not sharded:

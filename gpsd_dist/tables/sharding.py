@@ -1,4 +1,4 @@
-"""Plans and shards the tables with TorchRec. The only module that knows how a table is laid out over ranks."""
+"""Plans and shards the tables with TorchRec. No other module knows how a table is laid out over ranks."""
 
 import dataclasses
 import logging
@@ -23,7 +23,7 @@ from torchrec.distributed.types import ShardingPlan
 from gpsd_dist.config import CUDA_ONLY_SPARSE_OPTIMIZERS, OptimizerConfig, TablesConfig
 from gpsd_dist.config.execution import DEFAULT, ExecutionConfig
 from gpsd_dist.distributed.runtime import Runtime
-from gpsd_dist.tables.all_to_all_codec import exchange_codecs
+from gpsd_dist.tables.all_to_all_codec import all_to_all_codecs
 from gpsd_dist.tables.collections import Tables
 
 log = logging.getLogger(__name__)
@@ -41,20 +41,20 @@ _OPTIMIZERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """What the planner has to know of the machines."""
+    """Describes the machines to TorchRec's planner."""
 
     world_size: int
     local_world_size: int
-    """Ranks of one machine."""
+    """Ranks per machine."""
     device_type: str
     """cuda | cpu"""
     memory_bytes: int | None = None
-    """Of one rank: HBM, or host memory on CPU; None: what TorchRec assumes (32 GiB HBM, 128 GiB host)."""
+    """HBM of a rank, or host memory on CPU; None takes TorchRec's assumption (32 GiB HBM, 128 GiB host)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A piece of a table on one rank."""
+    """Describes the piece of a table that one rank holds."""
 
     table: str
     is_frozen: bool
@@ -63,36 +63,35 @@ class Shard:
     rows: int
     columns: int
     value_bytes: int = 4
-    """Of each column in memory."""
+    """Bytes per value in memory: 4, or 2 for a frozen fp16 table."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardedTables:
-    """Tables spread over the ranks; call it like `Tables`."""
+    """Holds the tables spread over the ranks; call it like `Tables`."""
 
     module: DistributedModelParallel
     plan: str
-    """Readable plan: one line per table."""
+    """The plan as text: one line per table."""
     shards: tuple[Shard, ...]
-    """The same, to compute with."""
+    """The plan as data: one Shard per table and rank."""
     names: dict[str, str]
     """Module key -> table name."""
     width: int
-    """E. `weights()` holds more columns where E is no multiple of 4; those are zero. Frozen tables may be half
-    precision there."""
+    """Embedding width E. If it is no multiple of 4, `weights()` has further columns, which stay zero."""
     lr_factor: float
-    """Corrects what padding does to a mean over the columns of a row."""
+    """Compensates in the learning rate for the padding columns; see `_lr_factor`."""
 
-    def __call__(self, lookup):
-        """Rows [U, E] of every table. Collective: all ranks must call."""
-        return self.module(lookup)
+    def __call__(self, sparse_features):
+        """Looks up the embeddings [U, E] of every table. Collective: all ranks must call."""
+        return self.module(sparse_features)
 
     def weights(self) -> dict[str, ShardedTensor]:
-        """Table name -> its weight [rows, stored_dim], whichever collection it is in. Shards alias live weights."""
+        """Returns table name -> weight [rows, stored_dim] of both collections. The shards alias the live weights."""
         return {self.names[key.split(".")[-2]]: value for key, value in self.module.state_dict().items()}
 
     def optimizer_state(self) -> dict[str, dict[str, ShardedTensor]]:
-        """Table name -> state name -> value, for trainable tables that this rank has a piece of. Aliases the state."""
+        """Returns table name -> state name -> live value, for the trainable tables that have a shard on this rank."""
         state = self.module.fused_optimizer.state_dict()["state"]
         return {
             self.names[key.split(".")[-2]]: {name.split(".")[-1]: value for name, value in entry.items()}
@@ -101,7 +100,7 @@ class ShardedTables:
         }
 
     def set_learning_rate(self, lr: float) -> None:
-        """Takes effect in the next backward. A fused table reads its group's rate in `zero_grad` (or `step`) only."""
+        """Sets the learning rate of the next backward; a fused table reads it from its group in `zero_grad` only."""
         for group in self.module.fused_optimizer.param_groups:
             group["lr"] = lr * self.lr_factor
         self.module.fused_optimizer.zero_grad()
@@ -117,7 +116,7 @@ def shard_tables(
 ) -> ShardedTables:
     """Plans, shards and initialises tables that were built on `meta`. Collective. Consumes `tables`.
 
-    ValueError if the optimizer has no kernel on this device.
+    ValueError if the optimizer has no kernel on this device, or the tables do not fit into memory.
     """
     if runtime.device.type != "cuda" and optimizer.name in CUDA_ONLY_SPARSE_OPTIMIZERS:
         raise ValueError(f"sparse optimizer {optimizer.name!r} has no CPU kernel in FBGEMM; use 'rowwise_adagrad'")
@@ -146,9 +145,9 @@ def shard_tables(
 
 
 def plan_tables(tables: Tables, config: TablesConfig, optimizer: OptimizerConfig, cluster: Cluster) -> ShardingPlan:
-    """The plan that `shard_tables` would follow on this cluster; needs neither its devices nor a process group.
+    """Returns the plan of `shard_tables` on a cluster, without its devices and without a process group.
 
-    Consumes `tables` (on `meta`). ValueError if they do not fit, with what TorchRec's planner says.
+    Consumes `tables` (on `meta`). ValueError with the planner's reason if they do not fit.
     """
     planner = _planner(tables, config, optimizer, cluster)
     try:
@@ -158,13 +157,13 @@ def plan_tables(tables: Tables, config: TablesConfig, optimizer: OptimizerConfig
 
 
 def table_names(tables: Tables) -> dict[str, str]:
-    """Module key -> table name."""
+    """Returns module key -> table name."""
     collections = [collection for collection in (tables.trainable, tables.frozen) if collection is not None]
     return {entry.name: entry.feature_names[0] for part in collections for entry in part.embedding_configs()}
 
 
 def shards_of(plan: ShardingPlan, names: dict[str, str], frozen_value_bytes: int = 4) -> tuple[Shard, ...]:
-    """Where the rows and columns of every table are; `names`: module key -> table name."""
+    """Turns a plan into data: one Shard per table and rank. `names`: module key -> table name."""
     return tuple(
         Shard(
             names[key],
@@ -198,7 +197,8 @@ def _planner(
                 MIN_CW_DIM,
                 config.embedding_dim,
             )
-    constraints = {  # every table is constrained: left alone, the planner makes small ones dense, wrong on CPU
+    # Constrain every table. A small one without constraint becomes data parallel, which our CPU path cannot train.
+    constraints = {
         key: ParameterConstraints(
             sharding_types=[config.sharding.get(name, "row_wise")],
             compute_kernels=[EmbeddingComputeKernel.FUSED.value],
@@ -216,9 +216,9 @@ def _planner(
 
 
 def _sharder(execution: ExecutionConfig) -> EmbeddingCollectionSharder:
-    # An id outside the table would silently read row 0 or another rank's first row: make it an error.
+    # Without this check an id outside the table silently reads row 0, or another rank's first row.
     fused_params = {"bounds_check_mode": BoundsCheckMode.FATAL}
-    return EmbeddingCollectionSharder(fused_params, qcomm_codecs_registry=exchange_codecs(execution))
+    return EmbeddingCollectionSharder(fused_params, qcomm_codecs_registry=all_to_all_codecs(execution))
 
 
 def _cluster(runtime: Runtime) -> Cluster:
@@ -229,9 +229,11 @@ def _cluster(runtime: Runtime) -> Cluster:
 
 
 def _lr_factor(config: TablesConfig, optimizer: OptimizerConfig) -> float:
-    """A row's second moment is its sum of squares over the stored columns, too small by E / stored_dim: the step, which
-    is divided by its root, would be longer by the root of the inverse. This shortens it again (exact up to eps; a
-    column-wise shard has a moment of its own, so there it is exact on average alone).
+    """Returns sqrt(E / stored_dim) for row-wise optimizers, 1 for others.
+
+    A row-wise second moment is a mean over the stored columns. Zero padding makes it smaller by E / stored_dim, and the
+    update, which divides by its root, longer. The factor undoes that: exactly up to eps, and only on average for a
+    column-wise table, whose shards have one moment each.
     """
     is_mean = optimizer.name in _ROW_MEAN_OPTIMIZERS
     return math.sqrt(config.embedding_dim / config.stored_dim) if is_mean else 1.0
@@ -244,13 +246,13 @@ def _optimizer_arguments(optimizer: OptimizerConfig) -> dict[str, typing.Any]:
     if optimizer.name in ("adam", "partial_rowwise_adam", "lamb"):
         arguments["betas"] = (optimizer.beta1, optimizer.beta2)
     if optimizer.weight_decay:
-        # FBGEMM ignores weight_decay without a decay mode; the modes decay only touched rows, which is no AdamW.
+        # FBGEMM ignores weight_decay without a decay mode, and its modes decay only the rows of the batch: not AdamW.
         raise ValueError(f"sparse weight_decay {optimizer.weight_decay}: not built for tables; set it to 0")
     return arguments
 
 
 def readable(plan: ShardingPlan, config: TablesConfig) -> str:
-    """One line per table: kind, layout, and rows x columns on each rank."""
+    """Writes the plan as text, one line per table: kind, layout, and rows x columns on each rank."""
     lines = []
     for path, parameters in plan.plan.items():
         for name, sharding in parameters.items():
@@ -264,7 +266,7 @@ def readable(plan: ShardingPlan, config: TablesConfig) -> str:
 
 
 def _initialise(weight: ShardedTensor, table: str, config: TablesConfig, seed: int) -> None:
-    """Normal(0, std) as a function of (seed, table, row): the same table for any world size and plan. Padding is 0."""
+    """Draws weights from N(0, std) by (seed, table, block of rows): equal for any world size and plan. Padding is 0."""
     width, padding = config.embedding_dim, config.stored_dim - config.embedding_dim
     for shard in weight.local_shards():
         (first, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes

@@ -12,7 +12,7 @@ from gpsd_dist.config import OptimizerConfig, TablesConfig
 from gpsd_dist.config.execution import ExecutionConfig
 from gpsd_dist.plan.all_to_all import step_traffic
 from gpsd_dist.schema import Table
-from gpsd_dist.tables.all_to_all_codec import exchange_codecs
+from gpsd_dist.tables.all_to_all_codec import all_to_all_codecs
 from gpsd_dist.tables.collections import Tables
 from gpsd_dist.tables.sharding import Cluster, Shard, shard_tables
 from tests.helpers.distributed import run_distributed
@@ -59,7 +59,7 @@ def test_half_precision_exchange_rounds_rows_and_gradients_once(tmp_path, name, 
 
 
 def test_out_of_range_gradients_stop_at_the_largest_number():
-    codecs = exchange_codecs(ExecutionConfig(exchange_backward="fp16"))[CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name]
+    codecs = all_to_all_codecs(ExecutionConfig(exchange_backward="fp16"))[CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name]
     values = torch.tensor([1e6, -1e6, 1.0])
     assert codecs.backward.decode(codecs.backward.encode(values)).tolist() == [65504 / 1024, -65504 / 1024, 1.0]
 

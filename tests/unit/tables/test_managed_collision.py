@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from gpsd_dist.config.ids import EVICTIONS, IdsConfig
-from gpsd_dist.tables.admission_filter import WaitingList
-from gpsd_dist.tables.managed_collision import ManagedMap, map_bytes
+from gpsd_dist.tables.admission_filter import AdmissionFilter
+from gpsd_dist.tables.managed_collision import ManagedCollisionMap, map_bytes
 
 CPU = torch.device("cpu")
 
@@ -51,18 +51,18 @@ class PlainMap:
         return float(np.float32(count) / np.float32(self.now - last_seen + 1))
 
 
-def make(num_rows: int = 12, **options) -> ManagedMap:
-    return ManagedMap(num_rows, IdsConfig(**options), CPU)
+def make(num_rows: int = 12, **options) -> ManagedCollisionMap:
+    return ManagedCollisionMap(num_rows, IdsConfig(**options), CPU)
 
 
-def give(managed: ManagedMap, counts: dict[int, int]) -> list[int]:
+def give(managed: ManagedCollisionMap, counts: dict[int, int]) -> list[int]:
     """One update; the rows that changed hands."""
     ids, numbers = list(counts), list(counts.values())
     changed = managed.update(torch.tensor(ids, dtype=torch.int64), torch.tensor(numbers, dtype=torch.int64))
     return sorted(changed.tolist())
 
 
-def owners(managed: ManagedMap, ids) -> dict[int, int]:
+def owners(managed: ManagedCollisionMap, ids) -> dict[int, int]:
     """id -> row, of those that have one."""
     rows = managed.rows(torch.tensor(list(ids), dtype=torch.int64)).tolist()
     return {id_: row for id_, row in zip(ids, rows, strict=True) if row != 1}
@@ -72,7 +72,7 @@ def owners(managed: ManagedMap, ids) -> dict[int, int]:
 @pytest.mark.parametrize("threshold", [1, 3])
 def test_who_has_a_row_follows_the_rules_in_words(eviction, threshold):
     config = IdsConfig(eviction=eviction, admission_threshold=threshold)
-    managed, plain = ManagedMap(12, config, CPU), PlainMap(12, config)
+    managed, plain = ManagedCollisionMap(12, config, CPU), PlainMap(12, config)
     random = np.random.default_rng(7)
     universe = list(2 + (np.arange(60) ** 5) * 10**8)
     before: dict[int, int] = {}
@@ -177,7 +177,7 @@ def test_reading_changes_nothing():
 
 
 def test_waiting_list_drops_the_longest_unseen_then_the_rarest_then_the_largest():
-    waiting = WaitingList(3, CPU)
+    waiting = AdmissionFilter(3, CPU)
 
     def put(counts: dict[int, int], now: int) -> None:
         ids, numbers = torch.tensor(list(counts)), torch.tensor(list(counts.values()))

@@ -1,6 +1,6 @@
-"""Gives the ids of managed tables their rows, just before the lookup: in training with admission and eviction.
+"""Remaps the raw ids of managed tables to rows just before the lookup; training also admits and evicts ids.
 
-The map of a table is the same on every rank, because every rank makes the same updates: with the ids of all ranks.
+Every rank holds the same map of a table, because every rank updates it with the ids of all ranks.
 
 Shape letters: U distinct ids of a rank's batch, A those of all ranks (with repeats), N draws, M next-item positions.
 """
@@ -14,32 +14,34 @@ import torch
 from gpsd_dist.batch.batch import Batch, NextItem, lookup_of
 from gpsd_dist.distributed.collectives import all_gather_rows
 from gpsd_dist.schema import UNKNOWN_INDEX, Manifest
-from gpsd_dist.tables.managed_collision import ManagedMap
+from gpsd_dist.tables.managed_collision import ManagedCollisionMap
 
 Reset: typing.TypeAlias = typing.Callable[[torch.Tensor, int], None]
-"""(rows that got a new id, number of the update): new weights, no optimizer state."""
+"""Takes (rows that got a new id, number of the update); gives these rows new weights and no optimizer state."""
 
 
-class IdAssignment:
-    """The managed tables of a run; without any, batches pass as they are."""
+class IdRemapper:
+    """Remaps ids for the managed tables of a run; without such tables it returns batches as they are."""
 
-    def __init__(self, manifest: Manifest, maps: dict[str, ManagedMap], resets: typing.Mapping[str, Reset]):
-        """`resets`: of the tables that are trained; the maps of the others never change."""
+    def __init__(self, manifest: Manifest, maps: dict[str, ManagedCollisionMap], resets: typing.Mapping[str, Reset]):
+        """`resets` has an entry for each trained table; the map of a frozen table never changes."""
         item = manifest.feature(manifest.item_feature)
         self._item_feature, self._item_table = item.name, item.table
         self._maps, self._resets = maps, resets
         self._metrics: dict[str, float] = {}
 
     def metrics(self) -> dict[str, float]:
-        """Of the last `train`, over all ranks: `ids/<table>_rows_used` (part of the rows that belong to an id),
-        `ids/<table>_changed_rows`, and `ids/<table>_unknown` (part of the occurrences that read the unknown row).
+        """Returns the metrics of the last `train`, over all ranks.
+
+        `ids/<table>_rows_used`: share of the rows that belong to an id. `ids/<table>_changed_rows`: rows reset.
+        `ids/<table>_unknown`: share of the occurrences that read the unknown row.
         """
         return self._metrics
 
     def train(self, batches: tuple[Batch, ...]) -> tuple[Batch, ...]:
-        """Counts, admits and evicts, then assigns rows to the parts of a batch. Collective: all ranks must call."""
+        """Counts, admits and evicts ids, then remaps a batch (its micro-batches). Collective: all ranks must call."""
         first = batches[0]
-        for table in first.raw_ids:  # in the order of the lookup: the same on every rank
+        for table in first.raw_ids:  # in the order of the sparse features, which is the same on every rank
             if table not in self._resets:
                 continue
             raw, id_U = first.raw_ids[table], self._section(first, table)[0]
@@ -54,7 +56,7 @@ class IdAssignment:
         return self.assign(batches)
 
     def assign(self, batches: tuple[Batch, ...]) -> tuple[Batch, ...]:
-        """Rows for ids by the maps as they are; an id without a row of its own reads the unknown row."""
+        """Remaps ids by the maps as they are; an id without a row of its own reads the unknown row."""
         if not batches[0].raw_ids:
             return batches
         names = tuple(batches[0].lookup.keys())
@@ -70,22 +72,22 @@ class IdAssignment:
         return tuple(self._with_rows(dataclasses.replace(part, lookup=lookup, raw_ids={}), item) for part in batches)
 
     def occupied(self, table: str, device: torch.device) -> torch.Tensor | None:
-        """Rows that belong to an id, ascending; None if the table is not managed: then all known rows do."""
+        """Returns the rows that belong to an id, ascending; None for a table that is not managed: all rows do."""
         return self._maps[table].occupied().to(device) if table in self._maps else None
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Table -> live tensors of its map, for checkpoints; the same on every rank."""
+        """Returns table -> live tensors of its map, for checkpoints; the same on every rank."""
         return {table: managed.state() for table, managed in self._maps.items()}
 
     def _measure(self, table: str, changed: torch.Tensor, distinct: torch.Tensor, counts: torch.Tensor) -> None:
         managed, name = self._maps[table], re.sub("[^A-Za-z0-9_]", "_", table)
         unknown = counts[managed.rows(distinct) == UNKNOWN_INDEX].sum() / counts.sum().clamp(min=1)
-        self._metrics[f"ids/{name}_rows_used"] = managed.part_used
+        self._metrics[f"ids/{name}_rows_used"] = managed.share_used()
         self._metrics[f"ids/{name}_changed_rows"] = float(len(changed))
         self._metrics[f"ids/{name}_unknown"] = float(unknown)
 
     def _section(self, batch: Batch, table: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(distinct ids [U], draws [N]) of a table in the lookup."""
+        """Splits a table's sparse features into distinct ids [U] and random draws of negatives [N]."""
         section = batch.lookup[table].values()
         num_ids = len(section) - batch.raw_ids[table].num_draws
         return section[:num_ids], section[num_ids:]
@@ -100,7 +102,7 @@ class IdAssignment:
         return _Assigned(self._maps[table].rows(id_U), drawn, place_N)
 
     def _with_rows(self, part: Batch, item: "_Assigned | None") -> Batch:
-        """The batch with rows wherever it held ids of the item table."""
+        """Replaces the ids of the item table by rows, wherever the batch holds them."""
         if item is None:
             return part
         history = item.row_U[part.history[self._item_feature]]
@@ -115,25 +117,25 @@ class IdAssignment:
 
 @dataclasses.dataclass(frozen=True)
 class _Assigned:
-    """Rows of one table."""
+    """Holds the rows of one table's distinct ids, and of the draws of negatives."""
 
     row_U: torch.Tensor
     drawn: torch.Tensor
-    """Distinct rows of the draws."""
+    """Distinct rows that were drawn."""
     place_N: torch.Tensor
-    """Draw -> its place in `drawn`."""
+    """Index into `drawn` of every draw."""
 
     def next_item(self, wanted: NextItem, history_item_T: torch.Tensor) -> NextItem:
-        """Targets and negatives as rows. A target without a row of its own is none: it is not predicted."""
+        """Remaps targets and negatives. A target without a row of its own is dropped: nothing could predict it."""
         item_M = history_item_T[wanted.target_token_M]
         keep = item_M != UNKNOWN_INDEX
         place_GN = self.place_N[wanted.negative_row_GN - len(self.row_U)]
-        cuts, is_per_position = wanted.group_offsets, wanted.group_offsets is None
-        if cuts is not None:
+        cuts = wanted.group_offsets
+        if cuts is None:  # every position has negatives of its own
+            place_GN = place_GN[keep]
+        else:
             kept_before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
             cuts = tuple(kept_before[list(cuts)].tolist())
-        if is_per_position:
-            place_GN = place_GN[keep]
         return NextItem(
             token_M=wanted.token_M[keep],
             target_token_M=wanted.target_token_M[keep],

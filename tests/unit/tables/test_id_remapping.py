@@ -10,8 +10,8 @@ from gpsd_dist.batch.batch import Bag
 from gpsd_dist.config.ids import IdsConfig
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.parquet_dataset import BatchKey
-from gpsd_dist.tables.id_assignment import IdAssignment
-from gpsd_dist.tables.managed_collision import ManagedMap
+from gpsd_dist.tables.id_remapping import IdRemapper
+from gpsd_dist.tables.managed_collision import ManagedCollisionMap
 from tests.helpers.synthetic import make_manifest, make_rows
 
 MANAGED = ("item", "tag")
@@ -35,12 +35,15 @@ def make_parts(split: str, per: str = "group", num_parts: int = 1, num_negatives
     return collate(rows, BatchKey(0, 0, 0))
 
 
-def make_assignment(known: dict[str, range]) -> IdAssignment:
+def make_assignment(known: dict[str, range]) -> IdRemapper:
     """Maps in which these ids have rows."""
-    maps = {name: ManagedMap(MANIFEST.table(name).num_rows, IdsConfig(admission_threshold=1), CPU) for name in MANAGED}
+    maps = {
+        name: ManagedCollisionMap(MANIFEST.table(name).num_rows, IdsConfig(admission_threshold=1), CPU)
+        for name in MANAGED
+    }
     for name, ids in known.items():
         maps[name].update(torch.tensor(list(ids)), torch.ones(len(ids), dtype=torch.int64))
-    return IdAssignment(MANIFEST, maps, {})
+    return IdRemapper(MANIFEST, maps, {})
 
 
 def values(column, lookup_T):
@@ -132,4 +135,4 @@ def test_without_managed_tables_a_batch_passes_as_it_is():
     plain = dataclasses.replace(MANIFEST, unbounded={})
     collate = Collate(plain, ("item",), max_history_length=9, with_candidates=True)
     parts = collate(make_rows(plain, "train", seed=0, num_rows=5), BatchKey(0, 0, 0))
-    assert IdAssignment(plain, {}, {}).assign(parts) is parts
+    assert IdRemapper(plain, {}, {}).assign(parts) is parts
