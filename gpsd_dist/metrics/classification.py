@@ -1,7 +1,7 @@
-"""Exact classification metrics over all rows and all ranks: AUC, GAUC, log loss, normalised entropy, calibration.
+"""Computes exact classification metrics over all ranks: AUC, GAUC, log loss, normalised entropy, calibration.
 
-Nothing is binned, windowed or dropped. The numbers depend on the set of rows only: any order of the rows and any split
-over ranks gives the same bits, because every sum runs over sorted rows.
+Nothing is binned, windowed or dropped. Sums run over sorted rows, so the bits depend neither on the order of the rows
+nor on how they are split over ranks.
 """
 
 import collections.abc
@@ -18,10 +18,10 @@ _MESSAGE_ROWS = 1 << 24  # rows per message when gathering; keeps one message be
 
 
 class Predictions:
-    """Scores and labels of one task on this rank, on the CPU: 13 bytes per row (float32, uint8, int64)."""
+    """Collects scores and labels of one task on this rank, on the CPU: 13 bytes per row (float32, uint8, int64)."""
 
     def __init__(self, kind: str = "logit"):
-        """`kind` says what a score is: "logit", "probability" or "score" (orders rows, nothing more)."""
+        """`kind` of the scores: "logit", "probability", or "score" (good for ranking metrics only)."""
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} is not one of {KINDS}")
         self.kind = kind
@@ -31,16 +31,10 @@ class Predictions:
         return sum(len(score_N) for score_N, _, _ in self._chunks)
 
     def add(self, score_N, label_N, user_hash_N, is_observed_N=None) -> None:
-        """Appends N rows; tensors on any device or arrays. Copies to the CPU, so a GPU is waited for.
+        """Appends N rows, tensors or arrays: score, label 0 or 1, int64 hash of the user. Copies to the CPU (GPU sync).
 
-        Args:
-            score_N: float [N], finite, of this object's `kind`.
-            label_N: [N], 0 or 1 where observed.
-            user_hash_N: int64 [N], the user whose ranking the row belongs to.
-            is_observed_N: bool [N] or None (all): rows without it are left out, and may hold anything.
-
-        Raises ValueError for lengths that differ, labels other than 0 and 1, scores that are not finite, and
-        probabilities outside [0, 1].
+        `is_observed_N`: bool [N], None means all; rows that are not observed are left out and may hold anything.
+        ValueError for lengths that differ, labels other than 0 and 1, scores not finite, probabilities not in [0, 1].
         """
         score_N, label_N, user_hash_N = _array(score_N, np.float32), _array(label_N), _array(user_hash_N, np.int64)
         if not (score_N.ndim == 1 and score_N.shape == label_N.shape == user_hash_N.shape):
@@ -69,7 +63,7 @@ class Predictions:
             raise ValueError(f"{found} are not {what}, the first is {score_N[is_bad][0]!r}")
 
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """All rows of this rank: score float32 [N], label uint8 [N], user_hash int64 [N], in the order they came."""
+        """Returns this rank's score float32 [N], label uint8 [N] and user_hash int64 [N] in the order of `add`."""
         if len(self._chunks) != 1:
             dtypes = (np.float32, np.uint8, np.int64)
             columns = zip(*self._chunks) if self._chunks else ([], [], [])
@@ -78,64 +72,56 @@ class Predictions:
         return self._chunks[0]
 
     def metrics(self) -> dict[str, float | int]:
-        """Metrics of the rows on this rank only; `gather_metrics` is the one over all ranks."""
+        """Computes the metrics of this rank's rows only; `gather_metrics` covers all ranks."""
         score_N, label_N, user_hash_N = self.arrays()
         return classification_metrics(score_N, label_N, user_hash_N, self.kind)
 
-    def gather(self, group: dist.ProcessGroup | None = None) -> "Predictions":
-        """Collective, all ranks must call: every rank's rows on rank 0 of `group`, an empty object on the others.
+    def gather(self) -> "Predictions":
+        """Sends all rows to rank 0, which needs memory for them; other ranks get an empty object. Collective.
 
-        Ranks may hold different numbers of rows, also none. Rank 0 needs memory for all rows. Without a process group
-        it returns self. A NCCL group sends from the current CUDA device. ValueError if ranks hold different kinds.
+        Ranks may hold different numbers of rows, also none. ValueError if they hold different kinds of scores.
         """
-        if not dist.is_initialized():
-            return self
-        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
-        own_2 = torch.tensor([len(self), KINDS.index(self.kind)], dtype=torch.int64, device=device)
-        all_2 = [torch.empty_like(own_2) for _ in range(world_size)]
-        dist.all_gather(all_2, own_2, group=group)
-        counts, kinds = torch.stack(all_2).cpu().T.tolist()
+        own_2 = torch.tensor([len(self), KINDS.index(self.kind)])
+        all_2 = [torch.empty_like(own_2) for _ in range(dist.get_world_size())]
+        dist.all_gather(all_2, own_2)
+        counts, kinds = torch.stack(all_2).T.tolist()
         if len(set(kinds)) > 1:
             raise ValueError(f"ranks hold different kinds of scores: {[KINDS[kind] for kind in kinds]}")
 
         gathered = Predictions(self.kind)
         columns = self.arrays()
-        if rank == 0:
+        if dist.get_rank() == 0:
             gathered._chunks.append(columns)
-            for source in range(1, world_size):
-                gathered._chunks.append(
-                    tuple(_receive(c.dtype, counts[source], source, device, group) for c in columns)
-                )
+            for source in range(1, len(counts)):
+                gathered._chunks.append(tuple(_receive(c.dtype, counts[source], source) for c in columns))
         else:
             for column in columns:
-                for start in range(0, len(column), _MESSAGE_ROWS):
-                    dist.send(_tensor(column[start : start + _MESSAGE_ROWS]).to(device), group=group, group_dst=0)
+                for part in torch.from_numpy(column).split(_MESSAGE_ROWS):
+                    if len(part):
+                        dist.send(part, 0)
         return gathered
 
 
 def gather_metrics(
-    predictions: collections.abc.Mapping[str, Predictions], group: dist.ProcessGroup | None = None
+    predictions: collections.abc.Mapping[str, Predictions],
 ) -> dict[str, dict[str, float | int]]:
-    """Collective, all ranks must call with the same tasks: exact metrics per task over all ranks' rows.
+    """Computes METRIC_KEYS per task over the rows of all ranks. Collective: all ranks must call with the same tasks.
 
-    Rank 0 gathers and computes, one task after the other; the few numbers are broadcast, so that every rank returns
-    the same. Keys per task: METRIC_KEYS, see `classification_metrics`. If rank 0 fails, all ranks raise.
+    Rank 0 gathers the rows and computes, one task after the other. It broadcasts the few numbers, so every rank returns
+    the same. RuntimeError on the other ranks if rank 0 fails.
     """
     if not dist.is_initialized():
         return {task: rows.metrics() for task, rows in predictions.items()}
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     results = {}
-    for task in sorted(predictions):  # an order that does not depend on how a rank built its dict
-        gathered = predictions[task].gather(group)
+    for task in sorted(predictions):  # ranks may have built their dicts in different orders
+        gathered = predictions[task].gather()
         values_M = torch.full((len(METRIC_KEYS) + 1,), -1.0, dtype=torch.float64)
         try:
-            if dist.get_rank(group) == 0:
+            if dist.get_rank() == 0:
                 metrics = gathered.metrics()
                 values_M = torch.tensor([0.0, *(metrics[key] for key in METRIC_KEYS)], dtype=torch.float64)
-        finally:  # if rank 0 raises, the others must learn it and not wait for ever
-            values_M = values_M.to(device)
-            dist.broadcast(values_M, group=group, group_src=0)
+        finally:  # broadcast even if rank 0 raises, else the other ranks wait forever
+            dist.broadcast(values_M, 0)
         failed, *values = values_M.tolist()
         if failed != 0.0:
             raise RuntimeError(f"rank 0 could not compute the metrics of task {task!r}; its log has the reason")
@@ -146,7 +132,7 @@ def gather_metrics(
 def classification_metrics(
     score_N: np.ndarray, label_N: np.ndarray, user_hash_N: np.ndarray, kind: str = "logit"
 ) -> dict[str, float | int]:
-    """Metrics of N rows in float64; the keys are METRIC_KEYS.
+    """Computes the metrics of N rows in float64; the keys are METRIC_KEYS.
 
     - `auc`: chance that a positive row scores above a negative one, a tie counts half (Mann-Whitney U). NaN without
       both classes.
@@ -179,7 +165,7 @@ def classification_metrics(
 
 
 def _sort_keys(score_N: np.ndarray, label_N: np.ndarray) -> np.ndarray:
-    """uint64 [N] that orders rows by (score, label) and holds both: sorting it needs no argsort and is canonical.
+    """Packs score and label into uint64 [N] whose order is that of (score, label), so sorting needs no argsort.
 
     Positive floats order like their bits, negative ones in reverse; -0.0 becomes 0.0 so that they tie.
     """
@@ -189,20 +175,20 @@ def _sort_keys(score_N: np.ndarray, label_N: np.ndarray) -> np.ndarray:
 
 
 def _scores(keys_N: np.ndarray) -> np.ndarray:
-    """Inverse of `_sort_keys`: float32 scores."""
+    """Unpacks the float32 scores from sort keys."""
     ordered_N = (keys_N >> np.uint64(1)).astype(np.uint32)
     return np.where(ordered_N >> 31 == 1, ordered_N & np.uint32((1 << 31) - 1), ~ordered_N).view(np.float32)
 
 
 def _group_starts(keys_N: np.ndarray) -> np.ndarray:
-    """Index of the first row of each run of equal keys in a sorted array; empty for an empty one."""
+    """Finds the first row of each run of equal keys in a sorted array; empty for an empty one."""
     if not len(keys_N):
         return np.empty(0, np.int64)
     return np.concatenate([[0], np.flatnonzero(keys_N[1:] != keys_N[:-1]) + 1])
 
 
 def _auc(keys_N: np.ndarray, label_N: np.ndarray) -> float:
-    """AUC of rows sorted by score. The pairs are counted in integers, so the only rounding is the last division."""
+    """Computes the AUC of rows sorted by score. Pairs are counted in integers: only the last division rounds."""
     positives = int(label_N.sum())
     negatives = len(label_N) - positives
     if not positives or not negatives:
@@ -215,7 +201,7 @@ def _auc(keys_N: np.ndarray, label_N: np.ndarray) -> float:
 
 
 def _gauc(score_N: np.ndarray, label_N: np.ndarray, user_hash_N: np.ndarray) -> tuple[float, int]:
-    """Impression-weighted mean of per-user AUCs and the number of users in it; one sort over (user, score, label)."""
+    """Averages per-user AUCs, weighted by impressions; also returns their number. Sorts (user, score, label) once."""
     _, user_N = np.unique(user_hash_N, return_inverse=True)
     assert not len(user_N) or user_N.max() < 1 << 31, "more than 2^31 users do not fit into the sort key"
     keys_N = np.sort((user_N.astype(np.uint64) << np.uint64(33)) | _sort_keys(score_N, label_N))
@@ -241,7 +227,7 @@ def _gauc(score_N: np.ndarray, label_N: np.ndarray, user_hash_N: np.ndarray) -> 
 
 
 def _log_loss_and_probability_sum(score_N: np.ndarray, label_N: np.ndarray, kind: str) -> tuple[float, float]:
-    """Mean cross entropy (nats) and sum of probabilities; both NaN for kind "score" or without rows."""
+    """Computes mean cross entropy (nats) and sum of probabilities; both NaN for kind "score" or without rows."""
     if kind == "score" or not len(score_N):
         return float("nan"), float("nan")
     score_N = score_N.astype(np.float64)
@@ -257,22 +243,17 @@ def _log_loss_and_probability_sum(score_N: np.ndarray, label_N: np.ndarray, kind
 
 
 def _array(values, dtype: type | None = None) -> np.ndarray:
-    """A copy on the CPU that later changes of `values` do not reach."""
+    """Copies to a numpy array, so that the caller may reuse its buffer."""
     if isinstance(values, torch.Tensor):
         values = values.detach()
         values = (values.float() if values.is_floating_point() else values).cpu().numpy()  # numpy has no bfloat16
     return np.array(values, dtype=dtype)
 
 
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def _receive(dtype: np.dtype, rows: int, source: int, device, group) -> np.ndarray:
-    """One column of one rank, in messages of at most _MESSAGE_ROWS rows."""
+def _receive(dtype: np.dtype, rows: int, source: int) -> np.ndarray:
+    """Receives one column of one rank, in messages of at most _MESSAGE_ROWS rows."""
     column = np.empty(rows, dtype)
-    for start in range(0, rows, _MESSAGE_ROWS):
-        part = _tensor(np.empty(min(_MESSAGE_ROWS, rows - start), dtype)).to(device)
-        dist.recv(part, group=group, group_src=source)
-        column[start : start + _MESSAGE_ROWS] = part.cpu().numpy()
+    for part in torch.from_numpy(column).split(_MESSAGE_ROWS):
+        if len(part):
+            dist.recv(part, source)
     return column

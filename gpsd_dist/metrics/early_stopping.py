@@ -1,4 +1,4 @@
-"""Remembers the best validation of a run, and says when no better one is to be expected."""
+"""Remembers the best validation of a run, and says when patience has run out."""
 
 import dataclasses
 import math
@@ -6,12 +6,12 @@ import math
 
 @dataclasses.dataclass
 class EarlyStopping:
-    """Saved with every checkpoint, where `best_step` says which checkpoint is the best one."""
+    """Tracks the best validation. It is saved with every checkpoint; `best_step` names the best checkpoint."""
 
     best_value: float = -math.inf
     best_step: int = -1
     stale: int = 0
-    """Validations since the best one; the name is that of checkpoints."""
+    """Validations since the best one. Checkpoints have the field under this name."""
     is_finished: bool = False
 
     def update(self, value: float, step: int) -> None:
@@ -22,5 +22,5 @@ class EarlyStopping:
             self.stale += 1
 
     def is_out_of_patience(self, patience: int) -> bool:
-        """Whether `patience` validations in a row were no better; 0 is endless patience."""
+        """Says whether `patience` validations in a row were no better; 0 never stops."""
         return 0 < patience <= self.stale

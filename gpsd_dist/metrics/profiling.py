@@ -1,6 +1,6 @@
-"""Where the time of a training step goes: a Chrome trace and one page of text for three steps of a run, on request.
+"""Profiles three training steps on request: a Chrome trace, and a page of text that says where the time goes.
 
-Off, `range` only tells the watchdog. Profiling changes no number: the weights stay the same bits.
+When profiling is off, `range` only tells the watchdog. Profiling does not change a bit of the weights.
 """
 
 import contextlib
@@ -19,19 +19,19 @@ from gpsd_dist.metrics.throughput import Throughput
 
 log = logging.getLogger(__name__)
 FIRST_STEP, LAST_STEP = 10, 12
-"""Of this process, counted from 1: the first steps allocate, tune and fill caches. The one before warms up."""
+"""Steps of this process, from 1. The first ones allocate, tune and fill caches; step 9 warms the profiler up."""
 STEP, DATA_WAIT, FORWARD, TOWER, COLLECTIVES = "train step", "data wait", "forward", "tower", "small collectives"
 LOOKUP, BACKWARD, OPTIMIZER = "table lookup", "backward + table update", "optimizer"
 _RANGES = (STEP, DATA_WAIT, FORWARD, TOWER, COLLECTIVES, LOOKUP, BACKWARD, OPTIMIZER)
 _COLLECTIVE_PREFIXES = ("gloo:", "nccl:")  # of the process groups' own ranges, from call to completion
-_PIPELINE_BACKWARD = "## backward"  # the same, called by TorchRec's pipeline
+_PIPELINE_BACKWARD = "## backward"  # TorchRec's pipeline opens this range around its call of backward
 _WITH_COLLECTIVES = (COLLECTIVES, LOOKUP, BACKWARD)
 _TOP_OPS = 20
 _NOTHING = contextlib.nullcontext()
 
 
 class StepProfiler:
-    """Of one rank. Call `start` before the first step, `after_step` after each, `close` at the end."""
+    """Profiles one rank. Call `start` before the first step, `after_step` after each, `close` at the end."""
 
     def __init__(self, run: RunConfig, runtime: Runtime, backbone: nn.Module):
         """`backbone`: its `forward` and `with_history` get the range `TOWER` while profiling."""
@@ -47,7 +47,7 @@ class StepProfiler:
         return record_function(name) if self._profile is not None else _NOTHING
 
     def start(self) -> None:
-        """Nothing if it is off."""
+        """Starts the profiler if TrainConfig.profile asks for it."""
         if not self._is_on:
             return
         for method in ("forward", "with_history"):
@@ -62,7 +62,7 @@ class StepProfiler:
         self._profile.start()
 
     def after_step(self) -> None:
-        """Writes the files after `LAST_STEP`, and is off from then on."""
+        """Counts a step; after `LAST_STEP` it writes the files and turns itself off."""
         if self._profile is None:
             return
         self._steps += 1
@@ -85,7 +85,7 @@ class StepProfiler:
 
     def _write(self, recorded: profile) -> None:
         if self._steps < LAST_STEP:
-            return  # stopped early: fewer steps than the files promise
+            return  # The run ended early; the files would claim more steps than were recorded.
         folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
         recorded.export_chrome_trace(str(folder / f"trace_rank{self._rank}.json.gz"))
@@ -96,7 +96,7 @@ class StepProfiler:
 
 
 def summary(averages: list, rank: int, num_steps: int, peaks: dict[str, float]) -> str:
-    """One page. `averages`: entries of `key_averages()`; `peaks`: name -> GiB."""
+    """Writes one page of text. `averages`: entries of `key_averages()`; `peaks`: name -> GiB."""
     host = {entry.key: entry for entry in averages if entry.device_type == DeviceType.CPU}
     spent_ms = {name: entry.cpu_time_total / 1000 / num_steps for name, entry in host.items()}
     total_ms = spent_ms.get(STEP, 0.0) + spent_ms.get(DATA_WAIT, 0.0)
@@ -135,7 +135,7 @@ def _share(name: str, milliseconds: float, total_ms: float) -> str:
 
 
 def _top(averages: list, title: str, attribute: str, num_steps: int) -> list[str]:
-    """The operations with the largest sums, without our ranges; nothing if all are 0 (CUDA on a CPU)."""
+    """Lists the operations with the largest sums, without our ranges; empty if all are 0 (CUDA times on a CPU)."""
     operations = [entry for entry in averages if entry.key not in _RANGES and not entry.key.startswith("ProfilerStep")]
     ordered = sorted(operations, key=lambda entry: -getattr(entry, attribute))
     used = [entry for entry in ordered[:_TOP_OPS] if getattr(entry, attribute) > 0]

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a progress bar on a terminal, one log line per log step elsewhere."""
+"""Shows the progress of a run: a bar on a terminal, one log line per log step elsewhere."""
 
 import collections
 import collections.abc
@@ -16,12 +16,11 @@ _WINDOW = 20  # log steps over which the time left is estimated; untuned
 
 
 class ProgressBar:
-    """Loss, examples/s, tokens/s, step of total and time left. For rank 0 only."""
+    """Shows loss, examples/s, tokens/s, step of total and time left. For rank 0 only."""
 
-    def __init__(self, total_steps: int, *, first_step: int = 0, loss_name: str = "train/loss", is_terminal=None):
-        """`first_step` is what a resumed run has behind it. `is_terminal` None: ask standard error."""
+    def __init__(self, total_steps: int, *, first_step: int = 0, is_terminal: bool | None = None):
+        """`first_step`: steps that a resumed run has done. `is_terminal` None: ask standard error."""
         self._total_steps = total_steps
-        self._loss_name = loss_name
         self._shown: dict[str, float] = {}
         self._step = first_step
         self._times = collections.deque([(first_step, time.monotonic())], maxlen=_WINDOW)
@@ -36,7 +35,7 @@ class ProgressBar:
             self._bar.start()
 
     def advance(self, step: int) -> None:
-        """Moves the bar to `step`; cheap, for every step."""
+        """Moves the bar to `step`; cheap enough for every step."""
         self._step = step
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=self._text())
@@ -51,8 +50,8 @@ class ProgressBar:
 
     def _text(self) -> str:
         parts = []
-        if self._loss_name in self._shown:
-            parts.append(f"loss {self._shown[self._loss_name]:.4f}")
+        if "train/loss" in self._shown:
+            parts.append(f"loss {self._shown['train/loss']:.4f}")
         for name, unit in (("perf/examples_per_s", "examples/s"), ("perf/tokens_per_s", "tokens/s")):
             if name in self._shown:
                 parts.append(f"{self._shown[name]:,.0f} {unit}")
@@ -62,13 +61,13 @@ class ProgressBar:
         return "  ".join(parts)
 
     def left_s(self) -> float:
-        """Seconds until the last step at the speed of the last log steps, pauses included; NaN before two of them."""
+        """Estimates the seconds left by the speed of the last log steps, pauses included; NaN before two of them."""
         (first_step, first_s), (last_step, last_s) = self._times[0], self._times[-1]
         if last_step <= first_step:
             return math.nan
         return max(self._total_steps - self._step, 0) * (last_s - first_s) / (last_step - first_step)
 
     def close(self) -> None:
-        """Leaves the terminal as it was; may be called twice."""
+        """Restores the terminal; may be called twice."""
         if self._bar is not None:
             self._bar.stop()

@@ -1,8 +1,9 @@
-"""Full-ranking metrics of next-item prediction: exact rank of the target among all items, HR@K, NDCG@K, MRR.
+"""Computes full-ranking metrics of next-item prediction: HR@K, NDCG@K, MRR from exact ranks among all items.
 
-Every item of the table competes, but for what the caller excludes (the visible history); nothing is sampled. A table
-that is sharded by rows is ranked block by block: the rank is one plus the number of better items, and counts add up
-over blocks. Shape letters: B queries, D width, V items of the whole table, R rows of one block of it, N excluded
+No items are sampled: all compete except those that the caller excludes (the visible history). A table that is sharded
+by rows is ranked block by block: the rank is one plus the number of better items, and counts add up over blocks.
+
+Shape letters: B queries, D width, V items of the whole table, R rows of one block of it, N excluded
 (query, item) pairs.
 """
 
@@ -17,22 +18,22 @@ from gpsd_dist import schema
 
 HR_CUTS = (1, 10, 50, 100, 200, 500, 1000)
 NDCG_CUTS = (1, 10, 50, 100, 200)
-RANK_CUT = 2500  # protocol of HSTU (arXiv:2402.17152): only the top 2500 are looked at, what is not there is 2501st
+RANK_CUT = 2500  # protocol of HSTU (arXiv:2402.17152): they score the top 2500, and a target outside counts as 2501st
 CHUNK_SCORES = 1 << 23  # scores per chunk: 64 MiB of float64
 
 
 @dataclasses.dataclass(frozen=True)
 class Excluded:
-    """Items that do not compete for a query (its history), packed. The target itself always competes."""
+    """Lists, packed, the items that do not compete for a query (its history). The target itself always competes."""
 
     item_N: torch.Tensor
-    """int64 [N] table rows; repeats and reserved rows do no harm."""
+    """int64 [N] table rows; may contain repeats and reserved rows."""
     query_N: torch.Tensor
     """int64 [N], the query each belongs to."""
 
     @staticmethod
     def from_offsets(item_N: torch.Tensor, offsets_B1: torch.Tensor) -> "Excluded":
-        """Jagged form: query b excludes `item_N[offsets_B1[b] : offsets_B1[b + 1]]`; offsets are int64 [B + 1]."""
+        """Builds it from jagged form: query b excludes `item_N[offsets_B1[b] : offsets_B1[b + 1]]`; int64 [B + 1]."""
         lengths_B = offsets_B1.diff()
         return Excluded(item_N, torch.arange(len(lengths_B), device=item_N.device).repeat_interleave(lengths_B))
 
@@ -49,12 +50,12 @@ def rank_targets(
     rank_cut: int | None = None,
     sum_over_blocks: collections.abc.Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Rank of each target among all items by dot product, int64 [B], 1 is best.
+    """Ranks each target among all items by dot product: int64 [B], 1 is best.
 
-    Ties count against the target (rank = 1 + better + equal items), so a model that scores all items alike is last, not
-    first. A target in a reserved row (an item the vocabulary does not know) is ranked behind all items that compete.
+    Ties count against the target (rank = 1 + better + equal items), so a model that gives all items one score ranks
+    last, not first. A target in a reserved row (an item outside the vocabulary) ranks behind all items that compete.
     Scores are summed in float64 and rounded to float32, so that ranks do not depend on chunks, blocks or batch size,
-    and equal items tie. For cosine similarity normalise both sides first.
+    and equal items tie. For cosine similarity, normalise both sides first.
 
     Args:
         query_BD: float [B, D].
@@ -87,7 +88,7 @@ def rank_targets(
 def target_scores(
     query_BD: torch.Tensor, item_RD: torch.Tensor, target_B: torch.Tensor, *, first_row: int = 0
 ) -> torch.Tensor:
-    """Score of each query's target, float32 [B]; 0 where its row is not in this block, so that blocks add up."""
+    """Scores each query's target, float32 [B]; 0 where its row is not in this block, so that blocks add up."""
     is_local_B = (target_B >= first_row) & (target_B < first_row + len(item_RD))
     score_B = torch.zeros(len(target_B), dtype=torch.float32, device=query_BD.device)
     if len(item_RD):
@@ -106,9 +107,9 @@ def count_better_and_equal(
     excluded: Excluded | None = None,
     exists_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Per query, how many items of this block score above and how many equal to the target: int64 [2, B].
+    """Counts per query the items of this block that score above the target, and equal to it: int64 [2, B].
 
-    The target, excluded items and reserved rows are not counted. A NaN score counts as better: it never flatters.
+    The target, excluded items and reserved rows are not counted. A NaN score counts as better, so it never helps.
     """
     is_unknown_B = target_B < schema.NUM_RESERVED_ROWS
     target_score_B = target_score_B.masked_fill(is_unknown_B, -math.inf)
@@ -135,7 +136,7 @@ def count_better_and_equal(
 
 
 class RankingSums:
-    """Sums from which HR@K, NDCG@K and MRR follow; grows by batches, adds up over ranks."""
+    """Accumulates HR@K, NDCG@K and MRR over batches as sums, which then add up over ranks."""
 
     def __init__(self, device: torch.device | str = "cpu"):
         self._cuts_H = torch.tensor(HR_CUTS, device=device)
@@ -143,7 +144,7 @@ class RankingSums:
         self._sums = torch.zeros(len(HR_CUTS) + len(NDCG_CUTS) + 3, dtype=torch.float64, device=device)
 
     def update(self, rank_B: torch.Tensor, target_B: torch.Tensor) -> None:
-        """Adds B ranks (int64, 1 is best) of the items `target_B` (int64). No GPU synchronisation."""
+        """Adds B ranks (int64, 1 is best) of the items `target_B` (int64). No GPU sync."""
         rank_B1 = rank_B[:, None]
         gain_B1 = 1 / torch.log2(rank_B1.double() + 1)  # one relevant item: the ideal DCG is 1
         self._sums += torch.cat(
@@ -156,14 +157,16 @@ class RankingSums:
             ]
         )
 
-    def reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Collective, all ranks must call, once: the sums become those over all ranks. No-op without a group."""
+    def reduce(self) -> None:
+        """Adds up the sums of all ranks; call it once. Collective; without a process group it does nothing."""
         if dist.is_initialized():
-            dist.all_reduce(self._sums, group=group)
+            dist.all_reduce(self._sums)
 
     def metrics(self) -> dict[str, float | int]:
-        """`hr@K`, `ndcg@K`, `mrr`, `rows`, and `unknown_targets` (rows whose target is in a reserved row; they count
-        as ranked last). A rank beyond a cut counts with 1 / (cut + 1) in `mrr`. NaN without rows.
+        """Returns `hr@K`, `ndcg@K`, `mrr`, `rows` and `unknown_targets`; means are NaN without rows.
+
+        `unknown_targets` counts targets in reserved rows, which rank last. A rank beyond a `rank_cut` adds
+        1 / (cut + 1) to `mrr`.
         """
         *sums, unknown, rows = self._sums.tolist()
         names = [f"hr@{cut}" for cut in HR_CUTS] + [f"ndcg@{cut}" for cut in NDCG_CUTS] + ["mrr"]

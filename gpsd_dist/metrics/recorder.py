@@ -1,10 +1,9 @@
-"""Numbers of a run, from `record` on every step to TensorBoard, `metrics.jsonl` and the screen at log steps.
+"""Reduces the metrics of a run over steps and ranks, and writes them to TensorBoard, `metrics.jsonl` and the screen.
 
-It reduces and writes; it decides neither what is measured nor when a log step is due. Names are paths: train/loss,
-train/generalization_gap, valid/click/auc, perf/tokens_per_s.
+Others decide what is measured and when a log step is due. Names are paths: train/loss, gap/click_log_loss,
+valid/click/auc, perf/tokens_per_s.
 """
 
-import collections.abc
 import dataclasses
 import json
 import logging
@@ -31,7 +30,7 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class _Window:
-    """What came in for one name since the last log step; tensors stay on their device."""
+    """Accumulates the values of one name since the last log step; tensors stay on their device."""
 
     value: typing.Any
     count: typing.Any
@@ -55,21 +54,15 @@ class Recorder:
         *,
         resume_step: int | None = None,
         progress: ProgressBar | None = None,
-        group: dist.ProcessGroup | None = None,
         device: torch.device | str = "cpu",
     ):
-        """Opens the sinks of rank 0; no collective.
+        """Opens the files of rank 0; not collective. Without a process group, nothing is reduced over ranks.
 
-        Args:
-            output_dir: receives `metrics.jsonl` and TensorBoard event files.
-            rank: rank in `group`; ranks other than 0 touch no file.
-            resume_step: last step of the checkpoint a run continues from: entries of later steps are removed, so that a
-                curve never shows two histories. None: a new run, all old entries go.
-            progress: receives every log step's metrics on rank 0.
-            group: ranks to reduce over; None is the default group, or no reduction if there is none.
-            device: where the reduction runs: a CUDA device for a NCCL group.
+        `resume_step`: step of the checkpoint that the run continues from. Entries of later steps are removed, so that a
+        curve never shows two histories. None: a new run, all old entries are removed.
+        `device`: where the reduction runs; one that the process group has a backend for.
         """
-        self._rank, self._group, self._device = rank, group, torch.device(device)
+        self._rank, self._device = rank, torch.device(device)
         self._reductions: dict[str, str] = {}
         self._windows: dict[str, _Window] = {}
         self._progress = progress if rank == 0 else None
@@ -83,17 +76,17 @@ class Recorder:
             self._tensorboard = torch.utils.tensorboard.SummaryWriter(output_dir, purge_step=keep_step + 1)
 
     def record(self, name: str, value: float | torch.Tensor, *, reduce: str = "mean", count=None) -> None:
-        """Adds one value to `name`; no collective, and no GPU synchronisation for a tensor.
+        """Adds one value to `name`. Not collective, no GPU sync.
 
         Args:
             name: path of words with at least one slash.
             value: number, or tensor with one element (detached here, stays on its device until the log step).
-            reduce: over steps since the last log step and over ranks: "mean", "sum", "max", or "last" (over ranks: the
-                value of rank 0). It stays the same for a name.
-            count: for "mean" only: `value` is a sum over `count` things (losses as (sum, count)); the result is the sum
-                of values over the sum of counts. Default 1. NaN if all counts are 0.
+            reduce: over the steps since the last log step and over ranks: "mean", "sum", "max", or "last" (of rank 0).
+                A name keeps its reduction.
+            count: for "mean" only: `value` is a sum over `count` things, and the result is the sum of the values over
+                the sum of the counts. NaN if all counts are 0.
 
-        Raises ValueError for a bad name, an unknown reduction or one that changed, a tensor of several elements.
+        ValueError for a bad name, an unknown reduction or one that changed, a tensor of several elements.
         """
         if not _NAME.fullmatch(name) or reduce not in REDUCTIONS:
             expected = f"expected a path like train/loss and one of {REDUCTIONS}"
@@ -108,17 +101,11 @@ class Recorder:
         else:
             self._windows[name] = _Window(value, count)
 
-    def record_all(self, prefix: str, metrics: collections.abc.Mapping[str, float], *, reduce: str = "last") -> None:
-        """Records every entry under `prefix`, e.g. an evaluation's result, which is the same on all ranks."""
-        for name, value in metrics.items():
-            self.record(f"{prefix}/{name}", value, reduce=reduce)
-
     def log(self, step: int, epoch: float) -> dict[str, float]:
-        """Collective, all ranks must call with the same names recorded: reduces, writes (rank 0), starts a new window.
+        """Reduces, writes (rank 0) and starts a new window. Collective: all ranks must have recorded the same names.
 
-        One all-gather whatever the number of metrics. Returns name -> number, the same on every rank. Waits for the
-        GPU. Raises RuntimeError on every rank if the ranks recorded different names or reductions, OSError on rank 0
-        if the files cannot be written.
+        It takes one all-gather, whatever the number of metrics, and a GPU sync. Returns name -> number, the same on
+        every rank. RuntimeError on every rank if names or reductions differ, OSError on rank 0 if it cannot write.
         """
         names = sorted(self._windows)
         metrics = self._reduced(names)
@@ -136,11 +123,11 @@ class Recorder:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, entry["step"])
             self._tensorboard.flush()
-        except OSError as error:  # of an open file it does not say which
+        except OSError as error:  # For an open file, the system's message does not name the file.
             raise OSError(f"metrics of step {entry['step']} were not written, {self._folder}: {error}") from error
 
     def _reduced(self, names: list[str]) -> dict[str, float]:
-        """Values over all ranks. Message: [checksum of names, values padded, counts padded], float64."""
+        """Reduces over ranks. Each sends float64 [checksum of its names, values, counts], padded to whole slots."""
         slots = _SLOTS * max(math.ceil(len(names) / _SLOTS), 1)
         checksum = zlib.crc32("|".join(f"{name} {self._reductions[name]}" for name in names).encode())
         message = torch.zeros(1 + 2 * slots, dtype=torch.float64, device=self._device)
@@ -150,8 +137,8 @@ class Recorder:
             message[1:].view(2, slots)[:, : len(names)] = torch.stack([_vector(c, self._device) for c in columns])
         messages = [message]
         if dist.is_initialized():
-            messages = [torch.empty_like(message) for _ in range(dist.get_world_size(self._group))]
-            dist.all_gather(messages, message, group=self._group)
+            messages = [torch.empty_like(message) for _ in range(dist.get_world_size())]
+            dist.all_gather(messages, message)
         messages_RM = torch.stack(messages).cpu()
         different = (messages_RM[:, 0] != messages_RM[0, 0]).nonzero().flatten().tolist()
         if different:
@@ -166,12 +153,12 @@ class Recorder:
         return {name: float(reduced[self._reductions[name]][i]) for i, name in enumerate(names)}
 
     def advance(self, step: int) -> None:
-        """Moves the progress bar, if there is one; for every step."""
+        """Moves the progress bar, if there is one; cheap enough for every step."""
         if self._progress is not None:
             self._progress.advance(step)
 
     def close(self) -> None:
-        """Closes the sinks; values not logged yet are lost. No collective."""
+        """Closes the files. Values that were not logged are lost. Not collective."""
         if self._rank == 0:
             self._jsonl.close()
             self._tensorboard.close()
@@ -180,9 +167,9 @@ class Recorder:
 
 
 def truncate_jsonl(path: pathlib.Path, last_step: int) -> None:
-    """Removes entries of steps after `last_step` and a half-written last line, by rename; says how many went.
+    """Removes entries of steps after `last_step` and a half-written last line, by rename; logs how many.
 
-    ValueError if another line is no entry: then the file is not ours to rewrite.
+    ValueError if another line is not an entry of a run: then the file is not ours to rewrite.
     """
     if not path.is_file():
         return
@@ -193,7 +180,7 @@ def truncate_jsonl(path: pathlib.Path, last_step: int) -> None:
             is_kept = json.loads(line)["step"] <= last_step
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             if number == len(lines) and not line.endswith("\n"):
-                continue  # the run was killed while it wrote this
+                continue  # The run was killed while it wrote this line.
             found = f"{path}, line {number} is not an entry of a run ({error!r})"
             raise ValueError(f"{found}; move the file away") from error
         if is_kept:
@@ -207,7 +194,7 @@ def truncate_jsonl(path: pathlib.Path, last_step: int) -> None:
 
 
 def json_safe(value: typing.Any) -> typing.Any:
-    """The same dicts, lists and scalars, with NaN and infinities as None: JSON has no word for them."""
+    """Replaces NaN and infinities by None, which JSON cannot express otherwise, inside dicts and lists."""
     if isinstance(value, dict):
         return {key: json_safe(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -216,23 +203,23 @@ def json_safe(value: typing.Any) -> typing.Any:
 
 
 def _scalar(name: str, value):
-    """A Python float, or a detached float64 tensor without dimensions on its own device."""
+    """Converts to a Python float, or to a detached float64 tensor without dimensions on its own device."""
     if not isinstance(value, torch.Tensor):
         return float(value)
     if value.numel() != 1:
         raise ValueError(f"metric {name!r} got a tensor of shape {tuple(value.shape)}, expected one element")
-    return value.detach().reshape(()).to(torch.float64, copy=True)  # a copy: the caller may reuse its buffer
+    return value.detach().reshape(()).to(torch.float64, copy=True)  # a copy, because the caller may reuse its buffer
 
 
 def _max(first, second):
-    """The larger one; NaN if one is NaN."""
+    """Returns the larger one; NaN if one is NaN."""
     if not isinstance(first, torch.Tensor) and not isinstance(second, torch.Tensor):
         return math.nan if math.isnan(first) or math.isnan(second) else max(first, second)
     return torch.maximum(*(torch.as_tensor(value, dtype=torch.float64) for value in (first, second)))
 
 
 def _vector(values: list, device: torch.device) -> torch.Tensor:
-    """float64 vector on `device` from numbers and tensors: two copies between devices at most, not one per value."""
+    """Builds a float64 vector on `device` from numbers and tensors, with two device copies instead of one per value."""
     vector = torch.tensor([0.0 if isinstance(v, torch.Tensor) else v for v in values], dtype=torch.float64).to(device)
     places = [i for i, v in enumerate(values) if isinstance(v, torch.Tensor)]
     if places:

@@ -1,4 +1,4 @@
-"""Turns what steps and validations leave behind into the numbers of a run: losses, rates, generalization gap.
+"""Turns the results of steps and validations into metrics: losses, rates, generalization gap.
 
 `recorder.py` reduces them over ranks and writes them. Shape letter: L losses of the stage.
 """
@@ -21,22 +21,22 @@ T = typing.TypeVar("T")
 
 @dataclasses.dataclass
 class StepResult:
-    """What one optimizer step leaves behind. Tensors stay on their device: nothing here waits for a GPU."""
+    """Holds the result of one optimizer step. Tensors stay on their device, so there is no GPU sync."""
 
     parts: tuple[Batch, ...]
-    """The batch that was trained on; more than one part with gradient accumulation."""
+    """Batch that was trained on, in its micro-batches."""
     number: int
-    """Of the step, from 0 over the whole run."""
+    """Step number, from 0 over the whole run."""
     loss_sums_L: torch.Tensor
-    """float32, of this rank."""
+    """float32 sums of this rank."""
     counts_L: torch.Tensor
-    """float32, over all ranks."""
+    """float32 counts over all ranks."""
     learning_rate: float
-    """Of the dense part."""
+    """Learning rate of the dense part."""
     gradient_norm: torch.Tensor | None = None
-    """Of the dense part before clipping; None if nothing is clipped."""
+    """Gradient norm of the dense part before clipping; None if nothing is clipped."""
     id_facts: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Metric -> value: how full managed tables are, how many ids have no row."""
+    """`IdRemapper.metrics`: how full managed tables are, how many ids have no row."""
 
 
 class TrainingMetrics:
@@ -50,21 +50,21 @@ class TrainingMetrics:
         scored_losses: tuple[str, ...],
         steps_per_epoch: int,
     ):
-        """`scored_losses`: losses whose mean is compared with the log loss on `valid` of the task of that name."""
+        """`scored_losses` names the losses that have a task of that name, for the generalization gap."""
         self.run, self.runtime, self.steps_per_epoch = run, runtime, steps_per_epoch
         self.loss_weights, self.scored_losses = loss_weights, scored_losses
         self.throughput = Throughput()
         self._since_validation: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def open(self, first_step: int, total_steps: int) -> None:
-        """Opens the files of rank 0, without what a killed run wrote after `first_step`, and starts the clock."""
+        """Opens the files of rank 0, removes entries that a killed run wrote after `first_step`, starts the clock."""
         bar = ProgressBar(total_steps, first_step=first_step) if self.runtime.is_main else None
         folder, device = self.run.output_dir, self.runtime.device
         self.recorder = Recorder(folder, self.runtime.rank, resume_step=first_step or None, progress=bar, device=device)
         self.throughput.restart()
 
     def timed(self, batches: typing.Iterator[T]) -> typing.Iterator[T]:
-        """Hands the batches on, and counts the time spent waiting for them."""
+        """Yields the batches, and measures the time spent waiting for them."""
         while True:
             with self.throughput.data_wait():
                 parts = next(batches, None)
@@ -73,10 +73,11 @@ class TrainingMetrics:
             yield parts
 
     def record_step(self, done: StepResult) -> None:
-        """Records losses and rates of one step; no collective, no wait for a GPU."""
+        """Records losses and rates of one step. Not collective, no GPU sync."""
         total: typing.Any = 0.0
         for index, (name, weight) in enumerate(self.loss_weights.items()):
-            # Counts are global already: the mean over ranks of world size * sum / count is the global mean.
+            # Sums are of this rank, counts are global. The recorder averages over ranks, so multiplying by the world
+            # size makes that average the global sum over the global count.
             mean = done.loss_sums_L[index] * self.runtime.world_size / done.counts_L[index].clamp(min=1)
             self.recorder.record(f"train/{name}_loss", mean)
             total = total + weight * mean
@@ -97,7 +98,8 @@ class TrainingMetrics:
         The gap is log loss on `valid` minus the mean training loss since the last validation.
         """
         for task, values in metrics.items():
-            self.recorder.record_all(f"valid/{task}", values)
+            for name, value in values.items():
+                self.recorder.record(f"valid/{task}/{name}", value, reduce="last")  # equal on all ranks
         if self._since_validation is None or not self.scored_losses:
             return
         sums_L, counts_L = self._since_validation
@@ -107,7 +109,7 @@ class TrainingMetrics:
         self._since_validation = None
 
     def log(self, step: int, *, with_rates: bool = True) -> None:
-        """Reduces, writes and shows what was recorded since the last call. Collective; waits for a GPU."""
+        """Reduces, writes and shows what was recorded since the last call. Collective, GPU sync."""
         if with_rates:
             self.runtime.watchdog.note("metrics of all ranks", is_collective=True)
             self.throughput.record_to(self.recorder)
