@@ -59,6 +59,16 @@ def test_a_decision_is_short_and_has_evidence(page):
     assert [path for path in named if not (REPO_ROOT / path).exists()] == []
 
 
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "gpsd_dist/README.md", "tests/README.md", "docs/README.md"])
+def test_files_that_a_guide_names_exist(name):
+    """Paths in backticks, from the root; NAME stands for what the reader adds."""
+    text = (REPO_ROOT / name).read_text()
+    roots = "gpsd_dist|data_pipeline|tests|benchmarks|configs|docs|examples|launch|\\.ci"
+    named = set(re.findall(rf"`((?:{roots})/[\w./-]*)`", text))
+    assert name != "CONTRIBUTING.md" or len(named) > 30
+    assert sorted(path for path in named if "NAME" not in path and not (REPO_ROOT / path).exists()) == []
+
+
 def test_design_lists_every_decision_in_order():
     numbers = [int(page.stem[:4]) for page in DECISIONS]
     assert numbers == list(range(1, len(DECISIONS) + 1)) and len(DECISIONS) >= 10
