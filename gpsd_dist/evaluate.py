@@ -28,6 +28,7 @@ from gpsd_dist.data.run_manifest import read_run_manifest
 from gpsd_dist.distributed.runtime import Runtime, process_group
 from gpsd_dist.metrics.ranking import RANK_CUT
 from gpsd_dist.metrics.recorder import json_safe
+from gpsd_dist.parameter_names import dense_weight, table_weight
 from gpsd_dist.schema import Manifest
 from gpsd_dist.stages.stage import Metrics, evaluate_split
 
@@ -82,9 +83,9 @@ def _check_size(run: RunConfig, manifest: Manifest, folder: Location) -> None:
     if not problem:  # on meta only modules cost something, and their number follows that of the layers
         sharded, _ = meta_tables(run, manifest)
         model = meta_model(run, manifest, sharded)
-        needed = {f"dense.{name}": value.numel() for name, value in model.state_dict().items()}
+        needed = {dense_weight(name): value.numel() for name, value in model.state_dict().items()}
         for table in sharded:
-            needed[f"table.{table.name}"] = table.num_rows * run.tables.stored_dim
+            needed[table_weight(table.name)] = table.num_rows * run.tables.stored_dim
         problem = ", ".join(name for name, size in needed.items() if saved.get(name) != size)
     if problem:
         raise ValueError(

@@ -1,13 +1,54 @@
-"""Names the tensors of a model and of checkpoints: `table.<name>`, `dense.<parameter>`, `ids.<table>.<name>`.
+"""Names the tensors of a model and of a checkpoint.
 
-Names are an interface: checkpoints, full transfer (`dense.backbone.*`) and optimizer state are found by them.
+    table.<table>                         rows of a sharded table
+    dense.<parameter>                     everything else that has weights: `nn.Module.state_dict`
+    ids.<table>.<tensor>                  which id has which row, for a table with managed ids
+    table_optimizer.<table>.<state>       state of the fused table optimizer
+    dense_optimizer.<parameter>.<state>   state of AdamW
+
+Names are an interface: checkpoints of earlier versions are found by them.
 """
 
-from torch import nn
+import functools
+
+TABLE, DENSE, IDS = "table", "dense", "ids"
+TABLE_OPTIMIZER, DENSE_OPTIMIZER = "table_optimizer", "dense_optimizer"
+BACKBONE = "backbone."
+"""Prefix of token embedder (small tables, segment), projection in and tower: what full transfer moves."""
+TOWER = f"{BACKBONE}tower."
+_SMALL = (f"{BACKBONE}embedder.small.", "context.small.")
 
 
+@functools.cache
 def module_key(name: str) -> str:
     """Key of a feature, table or task in a module dict; `type` and the like are attributes there, dots separate."""
+    from torch import nn  # whoever reads names alone, of a report for example, needs no torch
+
     key = name.replace(".", "_")
     is_taken = any(hasattr(cls(), key) for cls in (nn.ModuleDict, nn.ParameterDict))
     return f"{key}_" if is_taken else key
+
+
+def table_weight(table: str) -> str:
+    """Name in a checkpoint of a sharded table's rows."""
+    return f"{TABLE}.{table}"
+
+
+def dense_weight(parameter: str) -> str:
+    """Name in a checkpoint of a parameter or buffer of the dense model."""
+    return f"{DENSE}.{parameter}"
+
+
+def small_table(table: str) -> str:
+    """Parameter of the dense model that holds a table which the token embedder keeps whole on every rank."""
+    return f"{_SMALL[0]}{module_key(table)}.weight"
+
+
+def is_table(name: str) -> bool:
+    """Whether a tensor of a checkpoint is the rows of a table, sharded or small."""
+    return name.startswith((f"{TABLE}.", *(f"{DENSE}.{small}" for small in _SMALL)))
+
+
+def is_weight(name: str) -> bool:
+    """Whether a tensor of a checkpoint belongs to the model: not to an optimizer, nor to the map of a managed table."""
+    return name.startswith((f"{TABLE}.", f"{DENSE}."))

@@ -21,6 +21,7 @@ from gpsd_dist.metrics import profiling
 from gpsd_dist.metrics.early_stopping import EarlyStopping
 from gpsd_dist.metrics.training_metrics import TrainingMetrics
 from gpsd_dist.optim import learning_rate_factor, named_state
+from gpsd_dist.parameter_names import DENSE_OPTIMIZER, TABLE_OPTIMIZER
 from gpsd_dist.preflight import check_options_against_data
 from gpsd_dist.stages.stage import evaluate_split
 from gpsd_dist.training_step import Parts, TrainingStep
@@ -231,8 +232,8 @@ class Trainer:
     def _tensors(self) -> dict:
         """Everything that a resumed run needs, aliasing the live state."""
         parts = self.components.weights() | {
-            "table_optimizer": self.components.tables.optimizer_state(),
-            "dense_optimizer": named_state(self.optimizer, self.model),
+            TABLE_OPTIMIZER: self.components.tables.optimizer_state(),
+            DENSE_OPTIMIZER: named_state(self.optimizer, self.model),
         }
         # An empty part (a rank without a piece of a trainable table) would be looked for under its own name by DCP.
         return {name: part for name, part in parts.items() if part}

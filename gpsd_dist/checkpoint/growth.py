@@ -12,10 +12,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from gpsd_dist.config import RunConfig
-from gpsd_dist.parameter_names import module_key
+from gpsd_dist.parameter_names import dense_weight, small_table, table_weight
 from gpsd_dist.schema import Manifest
-
-_SMALL = "backbone.embedder.small."
 
 
 def ancestors(manifest: Manifest) -> dict[str, set[str]]:
@@ -34,9 +32,9 @@ def keys(
     grown: collections.abc.Mapping[str, int], tables: typing.Iterable[str], dense: typing.Iterable[str]
 ) -> frozenset[str]:
     """Dotted names of the tensors that belong to grown tables: sharded ones, and small ones of the token embedder."""
-    small = {f"{_SMALL}{module_key(name)}.weight" for name in grown}
-    names = [f"table.{name}" for name in tables if name in grown]
-    return frozenset([*names, *(f"dense.{name}" for name in dense if name in small)])
+    small = {small_table(name) for name in grown}
+    names = [table_weight(name) for name in tables if name in grown]
+    return frozenset([*names, *(dense_weight(name) for name in dense if name in small)])
 
 
 def fits(saved: tuple[int, ...], here: tuple[int, ...], may_grow: bool) -> bool:

@@ -7,15 +7,12 @@ import logging
 from gpsd_dist.checkpoint import growth, loading, manager
 from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
-from gpsd_dist.config import ModelConfig, RunConfig, run_config_from_dict
+from gpsd_dist.config import ModelConfig, RunConfig
 from gpsd_dist.config.model import READS
-from gpsd_dist.parameter_names import module_key
+from gpsd_dist.parameter_names import BACKBONE, DENSE, IDS, TABLE, dense_weight, is_weight, small_table, table_weight
 from gpsd_dist.schema import Manifest
 
 log = logging.getLogger(__name__)
-_TOWER_PREFIX = "backbone."
-"""Token embedder (small tables, segment), projection in and tower: what FT moves and ST leaves random."""
-_SMALL_TABLES = "backbone.embedder.small."
 _TOWER_OPTIONS = ("layers", "heads", "time_bias")
 """Options of ModelConfig that change what a tower computes, and that a fit of all shapes does not prove equal."""
 
@@ -27,10 +24,9 @@ def transfer(run: RunConfig, manifest: Manifest, own: loading.Tensors) -> str:
     fresh rows below the loaded ones. ValueError if a table's vocabulary differs from the checkpoint's in another way,
     or a tensor that the strategy names is missing or has another shape: nothing is skipped silently.
     """
-    weights, dense = own["table"], own["dense"]
+    weights, dense = own[TABLE], own[DENSE]
     checkpoint = manager.find_together(run.init_checkpoint)
     state = read_run(checkpoint)
-    run_config_from_dict(state.run_config)  # refuses options that this version cannot read
     grown = _check_vocabularies(run, manifest, state, checkpoint)
     _check_width(run, state, checkpoint)
     _check_kept_alike(run, state, checkpoint, own)
@@ -41,9 +37,9 @@ def transfer(run: RunConfig, manifest: Manifest, own: loading.Tensors) -> str:
     if missing:
         raise ValueError(f"TRANSFER_TABLES names {missing}, but the sharded tables are {sorted(weights)}")
     tables = {name: weights[name] for name in run.tables.transfer}
-    moved = {name: value for name, value in dense.items() if run.transfers_tower and name.startswith(_TOWER_PREFIX)}
-    maps = {name: state for name, state in own.get("ids", {}).items() if name in tables}
-    tensors = {"table": tables, "dense": moved} | ({"ids": maps} if maps else {})
+    moved = {name: value for name, value in dense.items() if run.transfers_tower and name.startswith(BACKBONE)}
+    maps = {name: state for name, state in own.get(IDS, {}).items() if name in tables}
+    tensors = {TABLE: tables, DENSE: moved} | ({IDS: maps} if maps else {})
     loading.load_tensors(checkpoint, tensors, growth.keys(grown, tables, moved))
     lines = [f"  loaded ids.{name}, which id has which row; updates go on: {not run.freezes_tables}" for name in maps]
     lines += growth.report(run, manifest, grown)
@@ -105,10 +101,10 @@ def _check_width(run: RunConfig, state: manager.RunState, checkpoint: Location) 
 def _check_kept_alike(run: RunConfig, state: manager.RunState, checkpoint: Location, own: loading.Tensors) -> None:
     """A table that is sharded here and was with the dense part there, or the other way round, has another width."""
     saved = set(loading.saved_keys(checkpoint))
-    small = {table["name"]: f"{_SMALL_TABLES}{module_key(table['name'])}.weight" for table in state.manifest["tables"]}
-    grown = [name for name in run.tables.transfer if name in own["table"] and f"dense.{small.get(name)}" in saved]
+    small = {table["name"]: small_table(table["name"]) for table in state.manifest["tables"]}
+    grown = [name for name in run.tables.transfer if name in own[TABLE] and dense_weight(small.get(name, "")) in saved]
     needed = {*run.tables.transfer, *(small if run.transfers_tower else ())}
-    shrunk = [name for name in small if name in needed and small[name] in own["dense"] and f"table.{name}" in saved]
+    shrunk = [name for name in small if name in needed and small[name] in own[DENSE] and table_weight(name) in saved]
     if grown or shrunk:
         theirs = state.run_config["tables"]["small_table_max_rows"]
         which = [f"{names} {how}" for names, how in ((grown, "small there"), (shrunk, "sharded there")) if names]
@@ -155,10 +151,10 @@ def _report(
     lines += [f"  loaded {len(moved)} tensors of the tower, {sum(v.numel() for v in moved.values()):,} parameters"]
     fresh = [name for name in dense if name not in moved]
     lines += [f"  random {len(fresh)} dense tensors: {', '.join(sorted({n.split('.')[0] for n in fresh})) or 'none'}"]
-    used = {f"table.{name}" for name in tables} | {f"dense.{name}" for name in moved}
-    weights = [key for key in loading.saved_keys(checkpoint) if "optimizer" not in key.split(".")[0]]
-    used |= {key for key in weights if key.startswith(tuple(f"ids.{name}." for name in tables))}
-    skipped = [key for key in weights if key not in used]
+    used = {*map(table_weight, tables), *map(dense_weight, moved)}
+    maps = tuple(f"{IDS}.{name}." for name in tables)
+    saved = [key for key in loading.saved_keys(checkpoint) if is_weight(key) or key.startswith(f"{IDS}.")]
+    skipped = [key for key in saved if key not in used and not key.startswith(maps)]
     examples = ", ".join(skipped[:4]) + " ..." * (len(skipped) > 4)
     lines += [f"  not taken from the checkpoint: {len(skipped)} tensors ({examples})"]
     return "\n".join(lines)

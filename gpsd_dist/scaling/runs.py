@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
 import shlex
 import signal
 import subprocess
@@ -22,12 +21,11 @@ from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import run_config_from_dict
 from gpsd_dist.data.run_manifest import read_run_manifest
+from gpsd_dist.parameter_names import TOWER, dense_weight, is_table, is_weight
 from gpsd_dist.scaling.ladder import Command, Training, Trial
 
 _REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _PLACES = ("output_dir",)
-_SMALL_TABLE = re.compile(r"dense\.(backbone\.embedder|context)\.small\..*")
-_TOWER = "dense.backbone.tower."
 PARAMETERS_NAME = "parameters.json"
 
 
@@ -190,12 +188,12 @@ def count_parameters(sizes: dict[str, int]) -> dict[str, int]:
     sharded tables, and the small ones that are kept with the dense part (their rows belong to the data set).
     tower_parameters: the Transformer alone, the size that the paper gives (13 K for L1H32A4). Optimizers do not count.
     """
-    weights = {name: size for name, size in sizes.items() if name.startswith(("table.", "dense."))}
-    tables = {name for name in weights if name.startswith("table.") or _SMALL_TABLE.fullmatch(name)}
+    weights = {name: size for name, size in sizes.items() if is_weight(name)}
+    tables = {name for name in weights if is_table(name)}
     return {
         "dense_parameters": sum(size for name, size in weights.items() if name not in tables),
         "table_parameters": sum(weights[name] for name in tables),
-        "tower_parameters": sum(size for name, size in weights.items() if name.startswith(_TOWER)),
+        "tower_parameters": sum(size for name, size in weights.items() if name.startswith(dense_weight(TOWER))),
     }
 
 

@@ -17,6 +17,7 @@ from gpsd_dist.batch.batch import Batch
 from gpsd_dist.config import RunConfig
 from gpsd_dist.data.loaders import evaluation_loader
 from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.parameter_names import DENSE, IDS, TABLE
 from gpsd_dist.schema import Manifest, Table
 from gpsd_dist.tables.id_remapping import IdRemapper
 from gpsd_dist.tables.sharding import ShardedTables
@@ -80,12 +81,10 @@ class Components:
         return isinstance(self.model, FSDPModule)
 
     def weights(self) -> dict[str, dict]:
-        """Live tensors under the names that checkpoints use: `table.<name>`, `dense.<parameter>`, and
-        `ids.<table>.<name>` where a table is managed.
-        """
+        """Live tensors under the names that checkpoints use: `parameter_names`."""
         ids = self.ids.state()
-        named = {"table": self.tables.weights(), "dense": dict(self.model.state_dict())}
-        return named | ({"ids": ids} if ids else {})
+        named = {TABLE: self.tables.weights(), DENSE: dict(self.model.state_dict())}
+        return named | ({IDS: ids} if ids else {})
 
 
 def evaluate_split(
