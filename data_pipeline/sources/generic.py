@@ -1,6 +1,6 @@
 """Reads any CSV, JSON-lines or Parquet log whose columns are named in a TOML file: what most users have.
 
-    python -m data_pipeline.build --source generic --raw_dir DIR --schema DIR/schema.toml --out_dir OUT
+    python -m data_pipeline.build --source generic --raw_dir RAW --schema RAW/schema.toml --out_dir OUT
 
     [history]                            # what users did; becomes histories and pretraining sequences
     files = "events/*.csv"               # relative to --raw_dir; read in order of name
@@ -55,7 +55,7 @@ EXPOSURE_ORDER = 1 << 52  # an exposure that became an event comes after logged 
 class Options:
     """Holds the options of this source."""
 
-    schema: pathlib.Path | None = option(None, "TOML file that names the columns; default RAW_DIR/schema.toml")
+    schema: pathlib.Path | None = option(None, "TOML file that names the columns; default schema.toml in --raw_dir")
 
 
 def complete(options: BuildOptions) -> BuildOptions:

@@ -72,6 +72,23 @@ def test_holdout_from_a_folder_that_holds_all_files(built, kuairand_raw):
     assert rows_of(out, "holdout") == alone
 
 
+def test_holdout_does_not_depend_on_the_number_of_buckets(built):
+    out, later = built
+    assert add(out, later) == 0
+    alone = rows_of(out, "holdout")
+    assert add(out, later, "--force", "--num_buckets", 3) == 0
+    assert rows_of(out, "holdout") == alone
+
+
+def test_a_failed_holdout_leaves_the_data_set_and_no_debris(built, tmp_path, monkeypatch):
+    out, later = built
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setattr(validate, "check_split", lambda root, manifest, split, problems: problems.add("x", "broken"))
+    assert add(out, later) == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["later", "out", "raw"]
+
+
 def test_holdout_errors(built, kuairand_raw, tmp_path, capsys):
     out, _ = built
     assert add(out, kuairand_raw) == 2
