@@ -1,8 +1,8 @@
-"""`python -m gpsd_dist.doctor`: is this installation sound, and what is on this machine?
+"""ENTRY: checks this installation and this machine, and says for each problem the command that fixes it.
 
-Versions against the pinned ones, one small operation per dependency, GPU, memory, disk - and for each problem the
-command that fixes it. Exit status 0 if nothing failed, 1 otherwise. Every import happens inside a check, so that a
-missing or broken package becomes a line of the report. Not responsible for data or configuration files.
+Compares versions with the pinned ones, runs one small operation per dependency, looks at GPU, memory and disk. Exit
+status 0 if nothing failed, else 1. Every import happens inside a check, so that a missing or broken package becomes a
+line of the report. Does not look at data or configuration files.
 """
 
 import argparse
@@ -28,54 +28,38 @@ MIN_FREE_DISK_BYTES = 5 * 2**30  # untuned: prepared data and a few checkpoints 
 MIN_MEMORY_BYTES = 4 * 2**30  # the quickstart's two ranks need about 2 GiB
 # fbgemm's wheels are bound to the ABI of one torch minor version, and torchrec follows fbgemm.
 COMPATIBLE_MINOR_VERSIONS = {"2.11": "1.6", "2.13": "1.8"}
+FBGEMM_BUILDS = {"cuda": "fbgemm-gpu", "cpu": "fbgemm-gpu-cpu"}
 DEPENDENCIES = (
-    "torch",
-    "torchrec",
-    "fbgemm-gpu",
-    "fbgemm-gpu-cpu",
-    "numpy",
-    "pyarrow",
-    "ibis-framework",
-    "duckdb",
-    "gin-config",
-    "lightgbm",
-    "tensorboard",
-    "fsspec",
-    "psutil",
-    "rich",
-    "scipy",
-    "matplotlib",
+    *("torch", "torchrec", *FBGEMM_BUILDS.values(), "numpy", "pyarrow", "ibis-framework", "duckdb", "gin-config"),
+    *("lightgbm", "tensorboard", "fsspec", "psutil", "rich", "scipy", "matplotlib"),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One line of the report."""
+    """Holds one line of the report."""
 
     name: str
     status: str  # OK, WARNING (works, but not as documented) or FAILED (decides the exit status)
     detail: str
-    fix: str = ""  # Shell command or sentence that removes the problem; empty if there is none
+    fix: str = ""  # shell command or sentence that removes the problem; empty if there is none
+
+
+def _judged(name: str, is_good: bool, detail: str, fix: str, otherwise: str = WARNING) -> Check:
+    return Check(name, OK, detail) if is_good else Check(name, otherwise, detail, fix)
 
 
 def run_checks() -> list[Check]:
     """Runs every check; none of them raises."""
     versions = installed_versions()
-    flavor = (
-        "cuda"
-        if "fbgemm-gpu" in versions or (shutil.which("nvidia-smi") and "fbgemm-gpu-cpu" not in versions)
-        else "cpu"
-    )
+    has_driver, has_cpu_build = shutil.which("nvidia-smi") is not None, "fbgemm-gpu-cpu" in versions
+    flavor = "cuda" if "fbgemm-gpu" in versions or (has_driver and not has_cpu_build) else "cpu"
     reinstall = install_command(flavor)
-    checks = [
+    return [
         _check_python(),
         *check_versions(versions, pinned_versions(flavor), reinstall),
         *check_fbgemm(versions, flavor),
-    ]
-    for name, (distribution, operation) in operations.OPERATIONS.items():
-        checks.append(check_operation(name, distribution, operation, reinstall))
-    return [
-        *checks,
+        *(check_operation(name, *found, reinstall) for name, found in operations.OPERATIONS.items()),
         check_torchrun(reinstall),
         *check_gpu(versions),
         *_check_machine(),
@@ -87,7 +71,7 @@ def run_checks() -> list[Check]:
 
 
 def installed_versions() -> dict[str, str]:
-    """Distribution name -> version, for those of DEPENDENCIES that are installed."""
+    """Maps each installed one of DEPENDENCIES to its version."""
     versions = {}
     for name in DEPENDENCIES:
         try:
@@ -98,7 +82,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def pinned_versions(flavor: str) -> dict[str, str]:
-    """Distribution name -> version in the lock of `flavor` ("cpu" or "cuda"); empty outside a checkout or image."""
+    """Maps distributions to versions in the lock of `flavor` ("cpu" or "cuda"); empty outside a checkout or image."""
     lock = _REPO_ROOT / ("requirements.txt" if flavor == "cuda" else "requirements-cpu.txt")
     if not lock.is_file():
         return {}
@@ -106,27 +90,25 @@ def pinned_versions(flavor: str) -> dict[str, str]:
 
 
 def install_command(flavor: str) -> str:
-    """The command that puts the pinned requirements into the environment of this interpreter."""
+    """Returns the command that installs the pinned requirements into the environment of this interpreter."""
     if sys.prefix != sys.base_prefix:
-        # Without its stamp the set-up script looks at every package again.
+        # The set-up script looks at every package again only if its stamp is gone.
         return f"rm -f {sys.prefix}/.installed-lock && .ci/setup_venv.sh {sys.prefix} {flavor}"
     return f"make setup FLAVOR={flavor}, then use .venv/bin/python instead of {sys.executable}"
 
 
 def _check_python() -> Check:
     detail = f"{platform.python_version()} at {sys.executable}; {platform.platform()}"
-    if sys.version_info < (3, 11):  # noqa: UP036  the whole point is to be asked by an older one
-        fix = "install Python 3.11 or newer, then: make setup PYTHON=/path/to/python3.11"
-        return Check("python", FAILED, detail, fix)
-    return Check("python", OK, detail)
+    fix = "install Python 3.11 or newer, then: make setup PYTHON=/path/to/python3.11"
+    return _judged("python", sys.version_info >= (3, 11), detail, fix, FAILED)
 
 
 def check_versions(versions: dict[str, str], pins: dict[str, str], reinstall: str) -> list[Check]:
-    """Compares what is installed with the pins. A build label (`+cpu`) is not part of the comparison."""
+    """Compares installed versions with the pins, without build labels (`+cpu`)."""
     checks = []
     for name in DEPENDENCIES:
         if name.startswith("fbgemm-gpu"):
-            continue  # check_fbgemm looks at both builds together
+            continue  # check_fbgemm compares both builds
         installed, pinned = versions.get(name), pins.get(name)
         if installed is None:
             checks.append(Check(name, FAILED, f"not installed (pinned: {pinned or 'no lock found'})", reinstall))
@@ -138,13 +120,13 @@ def check_versions(versions: dict[str, str], pins: dict[str, str], reinstall: st
 
 
 def check_fbgemm(versions: dict[str, str], flavor: str) -> list[Check]:
-    """Exactly one build of fbgemm, of the version that torch and torchrec were made for."""
-    builds: dict[str, str] = {name: versions[name] for name in ("fbgemm-gpu", "fbgemm-gpu-cpu") if name in versions}
+    """Checks that exactly one build of fbgemm is installed, in the version that torch and torchrec need."""
+    builds: dict[str, str] = {name: versions[name] for name in FBGEMM_BUILDS.values() if name in versions}
     if not builds:
-        package = "fbgemm-gpu" if flavor == "cuda" else "fbgemm-gpu-cpu"
-        return [Check("fbgemm", FAILED, f"neither build is installed; here: {package}", install_command(flavor))]
+        detail = f"neither build is installed; here: {FBGEMM_BUILDS[flavor]}"
+        return [Check("fbgemm", FAILED, detail, install_command(flavor))]
     if len(builds) == 2:
-        # Both write the folder fbgemm_gpu; whichever came last wins, and uninstalling one breaks the other.
+        # Both write the folder fbgemm_gpu: the last one installed wins, and uninstalling one breaks the other.
         keep = "fbgemm-gpu" if shutil.which("nvidia-smi") else "fbgemm-gpu-cpu"
         fix = (
             f"{sys.executable} -m pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu"
@@ -176,38 +158,32 @@ def _minor(version: str) -> str:
 
 
 def check_operation(name: str, distribution: str, operation: Callable[[], str], reinstall: str) -> Check:
-    """Runs one operation; whatever goes wrong in it is a line of the report, not a crash."""
+    """Runs one operation and reports any exception as a failed check."""
     try:
         return Check(name, OK, operation())
     except ModuleNotFoundError as error:
         return Check(name, FAILED, f"{error}", reinstall)
     except Exception as error:
         detail = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-        if name == "gloo":
-            fix = (
-                "export GLOO_SOCKET_IFNAME=lo (one machine), or the interface that `ip route` names for the other nodes"
-            )
-            return Check(name, FAILED, detail, fix)
         # pip leaves an installed package alone, however broken, if its version is the wanted one.
-        return Check(name, FAILED, detail, f"{sys.executable} -m pip uninstall -y {distribution} && {reinstall}")
+        fix = f"{sys.executable} -m pip uninstall -y {distribution} && {reinstall}"
+        if name == "gloo":
+            fix = "export GLOO_SOCKET_IFNAME=lo (one machine), or the interface that `ip route` names for other nodes"
+        return Check(name, FAILED, detail, fix)
 
 
 # ---- machine --------------------------------------------------------------------------------------------------------
 
 
 def check_torchrun(reinstall: str) -> Check:
-    """The launchers call torchrun by name."""
-    found = shutil.which("torchrun")
-    if found:
-        return Check("torchrun", OK, found)
-    beside_python = pathlib.Path(sys.executable).with_name("torchrun")
+    """Checks that torchrun is on PATH, because the launchers call it by name."""
+    found, beside_python = shutil.which("torchrun"), pathlib.Path(sys.executable).with_name("torchrun")
     fix = f'export PATH="{beside_python.parent}:$PATH"' if beside_python.exists() else reinstall
-    return Check("torchrun", FAILED, "not on PATH", fix)
+    return _judged("torchrun", found is not None, found or "not on PATH", fix, FAILED)
 
 
 def check_gpu(versions: dict[str, str]) -> list[Check]:
-    """One line per CUDA device, NCCL and the packed attention kernel; no GPU is fine on a machine that has none."""
-    has_driver = shutil.which("nvidia-smi") is not None
+    """Checks CUDA devices, NCCL and the packed attention kernel. No GPU is fine on a machine without a driver."""
     try:
         import torch
 
@@ -215,7 +191,7 @@ def check_gpu(versions: dict[str, str]) -> list[Check]:
     except Exception as error:
         return [Check("GPU", FAILED, f"torch cannot be imported: {type(error).__name__}", install_command("cpu"))]
     if num_devices == 0:
-        if not has_driver:
+        if shutil.which("nvidia-smi") is None:
             return [Check("GPU", OK, "none; training runs on CPU with gloo")]
         if torch.version.cuda is None:
             fix = f"{sys.executable} -m pip uninstall -y torch fbgemm-gpu-cpu && {install_command('cuda')}"
@@ -231,44 +207,33 @@ def check_gpu(versions: dict[str, str]) -> list[Check]:
     if versions.get("fbgemm-gpu") is None:
         fix = f"{sys.executable} -m pip uninstall -y fbgemm-gpu-cpu && {install_command('cuda')}"
         checks.append(Check("fbgemm build", FAILED, "a GPU is here, but fbgemm is not the CUDA build", fix))
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
-    checks.append(
-        Check(
-            "NCCL", OK if nccl else FAILED, nccl or "not in this torch build", "" if nccl else install_command("cuda")
-        )
-    )
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else ""
+    checks.append(_judged("NCCL", bool(nccl), nccl or "not in this torch build", install_command("cuda"), FAILED))
     has_flash = torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability() >= (8, 0)
     detail = "flash kernel" if has_flash else "no flash kernel (sm80 or newer, CUDA build): bf16 runs will fail"
-    checks.append(Check("attention", OK if has_flash else WARNING, detail, "" if has_flash else "set bf16=False"))
-    return checks
+    return [*checks, _judged("attention", has_flash, detail, "set bf16=False")]
 
 
 def _check_machine() -> list[Check]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     free_bytes = shutil.disk_usage(pathlib.Path.cwd()).free
-    few = free_bytes < MIN_FREE_DISK_BYTES
-    fix = (
-        f"free {MIN_FREE_DISK_BYTES / 2**30:.0f} GiB, or write elsewhere: --gin.OUTPUT_DIR=/large/disk/run"
-        if few
-        else ""
-    )
-    checks = [
-        Check("cores", OK, f"{cores} usable"),
-        Check("disk", WARNING if few else OK, f"{free_bytes / 2**30:.1f} GiB free in {pathlib.Path.cwd()}", fix),
-    ]
+    detail = f"{free_bytes / 2**30:.1f} GiB free in {pathlib.Path.cwd()}"
+    fix = f"free {MIN_FREE_DISK_BYTES / 2**30:.0f} GiB, or write elsewhere: --gin.OUTPUT_DIR=/large/disk/run"
+    disk = _judged("disk", free_bytes >= MIN_FREE_DISK_BYTES, detail, fix)
     try:
         import psutil
+
+        memory = psutil.virtual_memory()
+        detail = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB available"
+        fix = "stop other programs, or use fewer ranks (NPROC=1 launch/local.sh ...)"
+        found = _judged("memory", memory.available >= MIN_MEMORY_BYTES, detail, fix)
     except ImportError as error:
-        return [*checks, Check("memory", WARNING, f"unknown: {error}", install_command("cpu"))]
-    memory = psutil.virtual_memory()
-    few = memory.available < MIN_MEMORY_BYTES
-    fix = "stop other programs, or use fewer ranks (NPROC=1 launch/local.sh ...)" if few else ""
-    detail = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB available"
-    return [*checks, Check("memory", WARNING if few else OK, detail, fix)]
+        found = Check("memory", WARNING, f"unknown: {error}", install_command("cpu"))
+    return [Check("cores", OK, f"{cores} usable"), disk, found]
 
 
 def check_writable(folder: pathlib.Path) -> Check:
-    """Runs and prepared data go below the current folder unless a configuration says otherwise."""
+    """Checks that the folder can be written: by default, runs and prepared data go below it."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return Check("folder", OK, f"{folder} is writable")
@@ -281,7 +246,7 @@ def check_writable(folder: pathlib.Path) -> Check:
 
 
 def print_report(checks: list[Check]) -> None:
-    """A table on the terminal, then each problem with its fix on a line of its own, unwrapped, to be copied."""
+    """Prints a table, then each problem with its fix on an unwrapped line of its own, to be copied."""
     try:
         import rich.console
         import rich.table
@@ -292,9 +257,8 @@ def print_report(checks: list[Check]) -> None:
     else:
         table = rich.table.Table("check", "status", "found")
         for check in checks:
-            table.add_row(
-                check.name, rich.text.Text(check.status, _STATUS_STYLE[check.status]), rich.text.Text(check.detail)
-            )
+            status = rich.text.Text(check.status, _STATUS_STYLE[check.status])
+            table.add_row(check.name, status, rich.text.Text(check.detail))
         rich.console.Console().print(table)
     for check in checks:
         if check.status != OK:
@@ -304,14 +268,14 @@ def print_report(checks: list[Check]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the checks, prints the report, returns the exit status."""
+    """Runs the checks, prints the report and returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m gpsd_dist.doctor", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object instead of a table")
     args = parser.parse_args(argv)
     checks = run_checks()
     is_healthy = all(check.status != FAILED for check in checks)
     if args.json:
-        print(json.dumps({"healthy": is_healthy, "checks": [dataclasses.asdict(check) for check in checks]}, indent=1))
+        print(json.dumps({"healthy": is_healthy, "checks": list(map(dataclasses.asdict, checks))}, indent=1))
     else:
         print_report(checks)
     return 0 if is_healthy else 1

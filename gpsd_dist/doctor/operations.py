@@ -1,4 +1,4 @@
-"""One small operation per dependency, for `doctor`: each returns what it did, or raises.
+"""Runs one small operation per dependency for `doctor`: each returns what it did, or raises.
 
 Imports happen inside the functions, so that one broken package does not hide the state of the others.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 
 def torch_attention() -> str:
-    """Matmul and attention, forward and backward."""
+    """Runs matmul and attention, forward and backward."""
     import torch
 
     query = torch.linspace(-1, 1, 2 * 4 * 8).reshape(1, 2, 4, 8).requires_grad_()
@@ -22,7 +22,7 @@ def torch_attention() -> str:
 
 
 def fbgemm_jagged() -> str:
-    """A jagged operator of fbgemm."""
+    """Runs a jagged operator of fbgemm."""
     import fbgemm_gpu  # noqa: F401  registers torch.ops.fbgemm
     import torch
 
@@ -32,7 +32,7 @@ def fbgemm_jagged() -> str:
 
 
 def torchrec_lookup() -> str:
-    """One row out of an EmbeddingCollection."""
+    """Looks up one row of an EmbeddingCollection."""
     import torch
     import torchrec
 
@@ -45,7 +45,7 @@ def torchrec_lookup() -> str:
 
 
 def pyarrow_parquet() -> str:
-    """A list column through Parquet."""
+    """Writes a list column to Parquet and reads it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -56,7 +56,7 @@ def pyarrow_parquet() -> str:
 
 
 def ibis_duckdb() -> str:
-    """A grouped Ibis query on DuckDB."""
+    """Runs a grouped Ibis query on DuckDB."""
     import ibis
 
     table = ibis.memtable({"user": [1, 1, 2], "time_s": [5, 7, 6]})
@@ -67,25 +67,18 @@ def ibis_duckdb() -> str:
 
 
 def gin_parse() -> str:
-    """Gin's parser, without touching its global state."""
+    """Parses one binding with gin's parser alone: binding it would leave global state behind."""
     importlib.util.find_spec("gin")  # gin 0.5.0 uses importlib.util without importing it
     from gin import config_parser
 
-    class _Delegate(config_parser.ParserDelegate):
-        def configurable_reference(self, scoped_configurable_name, evaluate):
-            raise AssertionError(f"the text below refers to nothing, gin found @{scoped_configurable_name}")
-
-        def macro(self, macro_name):
-            raise AssertionError(f"the text below has no macro, gin found %{macro_name}")
-
-    # The parser alone: binding a value would leave global state behind.
-    (statement,) = list(config_parser.ConfigParser("Model.width = 64", _Delegate()))
+    # The delegate resolves references and macros, of which this text has none.
+    (statement,) = list(config_parser.ConfigParser("Model.width = 64", None))
     assert (statement.selector, statement.arg_name, statement.value) == ("Model", "width", 64), f"parsed {statement}"
     return "parsed one binding"
 
 
 def lightgbm_tree() -> str:
-    """One boosted tree."""
+    """Fits one boosted tree."""
     import lightgbm
     import numpy as np
 
@@ -98,7 +91,7 @@ def lightgbm_tree() -> str:
 
 
 def tensorboard_writer() -> str:
-    """An event file in a temporary folder."""
+    """Writes an event file into a temporary folder."""
     from torch.utils.tensorboard import SummaryWriter
 
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +102,7 @@ def tensorboard_writer() -> str:
 
 
 def gloo_group() -> str:
-    """A process group of one rank; skipped inside another one."""
+    """Reduces over a process group of one rank; skipped inside another group."""
     import torch
     import torch.distributed as dist
 
