@@ -74,25 +74,18 @@ def strategy_text(run: Run) -> str:
     return f"{run.config.get('strategy', '?')}" + (" refit" if run.config.get("refit_of") else "")
 
 
-def flat_options(run: Run) -> dict[str, typing.Any]:
-    """run_config.json with dotted names. Lists stay values, and so do empty objects."""
+def flat_options(options: dict[str, typing.Any], prefix: str = "") -> dict[str, typing.Any]:
+    """Flattens the options of run_config.json to dotted names. Lists stay values, and so do empty objects."""
     flat: dict[str, typing.Any] = {}
-
-    def add(prefix: str, value: typing.Any) -> None:
-        if isinstance(value, dict) and value:
-            for key, entry in value.items():
-                add(f"{prefix}.{key}" if prefix else key, entry)
-        else:
-            flat[prefix] = value
-
-    if run.config:
-        add("", run.config)
+    for name, value in options.items():
+        is_group = isinstance(value, dict) and bool(value)
+        flat |= flat_options(value, f"{prefix}{name}.") if is_group else {prefix + name: value}
     return flat
 
 
 def differing_options(runs: typing.Sequence[Run]) -> list[str]:
     """Dotted names whose values are not the same in all runs, in the order of run_config.json."""
-    flats = [flat_options(run) for run in runs]
+    flats = [flat_options(run.config) for run in runs]
     names = list(dict.fromkeys(name for flat in flats for name in flat))
     return [
         name for name in names if any((name in f, f.get(name)) != (name in flats[0], flats[0].get(name)) for f in flats)
@@ -214,7 +207,7 @@ def _labels(groups: list[list[Run]]) -> list[str]:
 
 
 def _distinction(run: Run, alike: list[Run]) -> str:
-    options = flat_options(run)
+    options = flat_options(run.config)
     names = [name for name in differing_options(alike) if name not in PLACE_OPTIONS]
     shown = [f"{name}={option_text(options.get(name, '?'))}" for name in names[:_OPTIONS_IN_LABEL]]
     return " ".join(shown + ["..."] * (len(names) > _OPTIONS_IN_LABEL)) or run.label

@@ -25,7 +25,7 @@ def option_differences(family: Family) -> Table | None:
         return None
     rows = []
     for made in family.configurations:
-        flats = [flat_options(run) for run in made.runs]
+        flats = [flat_options(run.config) for run in made.runs]
         values = [list(dict.fromkeys(_option(flat, name) for flat in flats)) for name in names]
         who = Cell(made.label, ", ".join(run.label for run in made.runs), style_index=made.style_index)
         rows.append(Row((who, Cell(made.seeds), *(Cell("; ".join(found)) for found in values))))
@@ -37,7 +37,7 @@ def shared_options(family: Family) -> list[tuple[str, str]]:
     """(option, value) of everything that is the same in all runs that have a configuration."""
     runs = [run for run in family.runs if run.config]
     differing = {*differing_options(runs), *PLACE_OPTIONS}
-    flat = flat_options(runs[0]) if runs else {}
+    flat = flat_options(runs[0].config) if runs else {}
     return [(name, option_text(value)) for name, value in flat.items() if name not in differing]
 
 
@@ -55,11 +55,11 @@ def family_differences(families: typing.Sequence[Family]) -> Table | None:
 
 
 def _names(family: Family) -> list[str]:
-    return list(dict.fromkeys(name for run in family.runs for name in flat_options(run)))
+    return list(dict.fromkeys(name for run in family.runs for name in flat_options(run.config)))
 
 
 def _all_values(family: Family, name: str) -> str:
-    return "; ".join(dict.fromkeys(_option(flat_options(run), name) for run in family.runs))
+    return "; ".join(dict.fromkeys(_option(flat_options(run.config), name) for run in family.runs))
 
 
 def _option(flat: dict[str, typing.Any], name: str) -> str:

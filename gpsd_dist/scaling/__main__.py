@@ -1,4 +1,4 @@
-r"""ENTRY: the scaling law of a data set, and the one-epoch figure.
+r"""ENTRY: fits the scaling law of a data set, and draws the one-epoch figure.
 
     python -m gpsd_dist.scaling --ladder l1h32a4,l2h32a4,l4h32a4,l4h64a4 --strategy FT_SF --seeds 0,1,2 \
         --gin_file configs/experiments/grocery_finetune.gin \
@@ -32,14 +32,14 @@ from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.metrics.recorder import json_safe
 from gpsd_dist.scaling import epochs, figures, runs
 from gpsd_dist.scaling.fit import LAWS, MIN_SIZES, fit_law
-from gpsd_dist.scaling.ladder import Request, Trial, parse_ladder, parse_seeds, plan
+from gpsd_dist.scaling.ladder import Request, parse_ladder, parse_seeds, plan
 
 _LADDER_ONLY = ("gin_file", "ladder", "strategy", "pretrain_gin_file", "init_checkpoint", "seeds", "split",
                 "nproc_per_node", "embedding_dim_follows_width")  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
-    """Exit status 0; 2 for a mistake in the options or data; 130 if stopped; else that of the command that failed."""
+    """Returns 0; 2 for a mistake in options or data; 130 if stopped; else the status of the command that failed."""
     try:
         args, overrides = _parse(argv)
         if args.epochs_figure:
@@ -116,7 +116,7 @@ def _ladder(request: Request) -> int:
     runs.check_unchanged(trials)
     name = f"scaling_{request.strategy.lower()}_{request.split}"
     path = request.out_dir / f"{name}.json"
-    runs.check_nothing_is_lost(path, trials)  # not after hours of training
+    runs.check_nothing_is_lost(path, trials)  # fails now, not after hours of training
     points = []
     for number, trial in enumerate(trials, 1):
         runs.run_trial(trial, functools.partial(print, f"[{number}/{len(trials)}]", flush=True))
@@ -128,7 +128,7 @@ def _ladder(request: Request) -> int:
         "points": points,
         "fits": {task: {m: fit and fit.as_dict() for m, fit in laws.items()} for task, laws in fits.items()},
         "notes": notes,
-        "commands": _commands(trials),
+        "commands": [runs.shell(command) for trial in trials for command in trial.commands],
     }
     runs.replace_file(path, (json.dumps(json_safe(summary), indent=1) + "\n").encode())
     title = f"{request.strategy}, {trials[0].finetuning.run.data_dir}, {request.split}"
@@ -138,13 +138,8 @@ def _ladder(request: Request) -> int:
     return 0
 
 
-def _commands(trials: list[Trial]) -> list[str]:
-    """All of the ladder in order, whenever they ran."""
-    return [runs.shell(command) for trial in trials for command in trial.commands]
-
-
 def fit_all(points: collections.abc.Sequence[dict[str, typing.Any]]) -> tuple[figures.Fits, list[str]]:
-    """(task -> metric -> fit or None, what a reader should know about them)."""
+    """Fits every metric of every task; returns (task -> metric -> fit or None, notes for the reader)."""
     fits: figures.Fits = {task: {} for task in dict.fromkeys(point["task"] for point in points)}
     notes = []
     for task, laws in fits.items():
@@ -214,7 +209,7 @@ def _epochs(args: argparse.Namespace) -> int:
 
 
 def _with_test(curves: epochs.RunCurves, ends: list[tuple[float, Location]], out_dir: pathlib.Path):
-    """The same run with test AUC at every epoch's end; files newer than their checkpoint are kept."""
+    """Adds test AUC at every epoch's end to a run's curves; keeps files that are newer than their checkpoint."""
     test_auc: dict[str, epochs.Curve] = {task: [] for task in curves.valid_auc}
     print(f"{curves.folder}: {len(ends)} looks at test; choose nothing by them", flush=True)
     for epoch, checkpoint in ends:

@@ -1,7 +1,7 @@
-"""The one-epoch figure: validation AUC and the generalisation gap over epochs, by strategy (arXiv:2506.03699).
+"""Draws the one-epoch figure: validation AUC and generalisation gap over epochs, by strategy (arXiv:2506.03699).
 
-Read from `metrics.jsonl` of finished or running runs; nothing is scored here. The gap is log loss on `valid` minus mean
-training loss since the last validation: where tables are trained on, it opens after the first epoch.
+The curves come from `metrics.jsonl` of finished or running runs; nothing is scored here. The gap is log loss on `valid`
+minus mean training loss since the last validation. Where training changes the tables, it opens after the first epoch.
 """
 
 import collections
@@ -34,32 +34,29 @@ Curve = list[tuple[float, float]]  # (epoch, value) by epoch
 
 @dataclasses.dataclass(frozen=True)
 class RunCurves:
-    """What one run reported while it trained."""
+    """Holds what one run reported while it trained."""
 
     folder: pathlib.Path
-    options: dict[str, typing.Any]  # `run_config.json` as it is: runs of older versions can be drawn, too
-    valid_auc: dict[str, Curve]  # By task
-    gap: dict[str, Curve]
-    """By task: log loss on valid - log loss in training; empty where they are not comparable (ESMM)."""
+    options: dict[str, typing.Any]  # `run_config.json` unchecked: runs of older versions can be drawn, too
+    valid_auc: dict[str, Curve]  # by task
+    gap: dict[str, Curve]  # by task: log loss on valid - in training; empty where they do not compare (ESMM)
     steps: list[tuple[float, int]]  # (epoch, step) of every validation
-    test_auc: dict[str, Curve] = dataclasses.field(default_factory=dict)
-    """By task; empty unless every epoch was scored on test."""
+    test_auc: dict[str, Curve] = dataclasses.field(default_factory=dict)  # empty unless all epochs were scored
 
     @property
     def strategy(self) -> str:
-        """NT | ST | FT | ST_SF | FT_SF"""
         return self.options["strategy"]
 
     @property
     def label(self) -> str:
-        """Runs with the same one differ in their seed only, as far as the figure goes."""
+        """Names strategy and model: the figure averages runs of one label over their seeds."""
         model = self.options["model"]
         size = size_text(model).lower()
         return f"{self.strategy} {size}" + ("" if model["name"] == "transformer" else f" {model['name']}")
 
 
 def read_run(folder: pathlib.Path) -> RunCurves:
-    """ValueError if it is no finetuning run, or has not validated yet."""
+    """Reads the curves of a run. ValueError if it is not a finetuning run or has not validated yet."""
     config, metrics = folder / "run_config.json", folder / JSONL_NAME
     if not config.is_file() or not metrics.is_file():
         raise ValueError(f"{folder} is not a run folder: run_config.json and {JSONL_NAME} expected")
@@ -95,7 +92,7 @@ def _number(value: float | None) -> float:
 
 
 def _gap(entries: list[dict[str, typing.Any]], task: str, is_esmm: bool) -> Curve:
-    """As recorded; for runs that did not record it yet, from the windows of the training loss, weighted by steps."""
+    """Reads the recorded gap; for runs of before it was recorded, averages the training loss weighted by steps."""
     name = f"gap/{task}_log_loss"
     if any(name in entry for entry in entries):
         return [(entry["epoch"], _number(entry[name])) for entry in entries if name in entry]
@@ -114,7 +111,7 @@ def _gap(entries: list[dict[str, typing.Any]], task: str, is_esmm: bool) -> Curv
 
 
 def epoch_ends(curves: RunCurves) -> list[tuple[float, Location]]:
-    """(epoch, checkpoint) of the last validation in every epoch. ValueError if one is not kept any more."""
+    """Finds (epoch, checkpoint) of every epoch's last validation. ValueError if a checkpoint is not kept any more."""
     last = {math.ceil(epoch - 1e-9): (epoch, step) for epoch, step in curves.steps}
     complete = retention.complete(manager.checkpoint_folder(curves.folder))
     there = {place[0]: path for path in complete if (place := retention.place_of(path))}
@@ -129,7 +126,7 @@ def epoch_ends(curves: RunCurves) -> list[tuple[float, Location]]:
 
 
 def scoring_command(curves: RunCurves, checkpoint: Location, out_dir: pathlib.Path) -> tuple[Command, pathlib.Path]:
-    """(the command that scores a checkpoint on test, the file that it writes)"""
+    """Makes (the command that scores a checkpoint on test, the file that it writes)."""
     name = str(curves.folder.resolve()).strip("/").replace("/", "_")
     result = out_dir / "test_each_epoch" / name / f"{checkpoint.name}.json"
     scored = ("--checkpoint", str(checkpoint), "--split", "test", "--metrics_out", str(result))
@@ -147,7 +144,7 @@ def check_comparable(runs: collections.abc.Sequence[RunCurves]) -> None:
 
 
 def epochs_figure(runs: collections.abc.Sequence[RunCurves]) -> Figure:
-    """One row of panels per task: AUC and gap over epochs; thin lines are seeds, thick ones their mean."""
+    """Draws AUC and gap over epochs, a row of panels per task; thin lines are seeds, thick ones their mean."""
     tasks = list(runs[0].valid_auc)
     figure = panels(len(tasks), 2, f"Metrics over epochs, {runs[0].options['data_dir']}")
     groups = collections.defaultdict(list)
@@ -189,14 +186,14 @@ def _draw(axes: Axes, curves: list[Curve], label: str, look: dict[str, typing.An
 
 
 def mean_curve(curves: list[Curve]) -> Curve:
-    """Mean at the epochs that all have: where early stopping ended one, a mean of the rest would jump."""
+    """Averages the epochs that all curves have: after early stopping of one, the mean of the rest would jump."""
     values = [dict(curve) for curve in curves]
     common = [epoch for epoch, _ in curves[0] if all(epoch in value for value in values)]
     return [(epoch, float(np.mean([value[epoch] for value in values]))) for epoch in common]
 
 
 def as_json(runs: collections.abc.Sequence[RunCurves]) -> list[dict[str, typing.Any]]:
-    """The numbers behind the figure."""
+    """Lists the numbers behind the figure."""
     return [
         {
             "run": str(curves.folder),

@@ -1,6 +1,6 @@
-"""The figure of a ladder (like figure 5 of arXiv:2506.03699): metrics against dense parameters, with the fitted curves.
+"""Draws a ladder like figure 5 of arXiv:2506.03699: metrics over dense parameters, with the fitted curves.
 
-Matplotlib without pyplot: no window, no global state. The files are the same bytes for the same numbers.
+Matplotlib is used without pyplot: no window, no global state. Equal numbers give files of equal bytes.
 """
 
 import collections
@@ -19,14 +19,14 @@ from gpsd_dist.scaling.fit import LAWS, Fit
 from gpsd_dist.scaling.runs import replace_file
 
 LABELS = {"auc": "AUC", "log_loss": "log loss"}
-Fits = dict[str, dict[str, Fit | None]]  # Task -> metric -> fit
+Fits = dict[str, dict[str, Fit | None]]  # task -> metric -> fit
 _POINT, _CURVE = "#1f5fa8", "#c2491d"
 _PANEL_INCHES = (5.6, 3.9)
 _CURVE_POINTS = 120
 
 
 def scaling_figure(points: collections.abc.Sequence[dict[str, typing.Any]], fits: Fits, title: str) -> Figure:
-    """One row of panels per task, one column per metric: seeds, mean and range of each rung, curve and band."""
+    """Draws a row of panels per task, a column per metric: seeds, mean and range of each rung, curve and band."""
     figure = panels(len(fits), len(LAWS), title)
     for row, (task, laws) in enumerate(fits.items()):
         for column, metric in enumerate(LAWS):
@@ -54,7 +54,7 @@ def _draw_points(axes: Axes, rows: list[dict[str, typing.Any]], metric: str) -> 
             axes.errorbar(size, mean, yerr=spread, color=_POINT, capsize=3, linewidth=1)
         label = "measured" if len(rows) == len(rungs) else "mean and range over seeds"
         axes.plot(size, mean, "o", color=_POINT, markersize=6, label=label if index == 0 else None, zorder=3)
-        beside = (0, 9) if index % 2 else (0, -15)  # neighbours of similar size do not write over each other
+        beside = (0, 9) if index % 2 else (0, -15)  # so that labels of similar sizes do not overlap
         axes.annotate(rung, (size, mean), xytext=beside, textcoords="offset points", ha="center", fontsize=7)
 
 
@@ -76,7 +76,7 @@ def _draw_fit(axes: Axes, fit: Fit | None) -> None:
 
 
 def panels(rows: int, columns: int, title: str) -> Figure:
-    """An empty figure with rows x columns axes."""
+    """Makes an empty figure with rows x columns axes."""
     width, height = _PANEL_INCHES
     figure = Figure(figsize=(width * columns, height * rows + 0.4), layout="constrained")
     figure.suptitle(title, fontsize=11)

@@ -1,4 +1,4 @@
-"""A ladder of model sizes, and the ordinary commands that train and score each rung with each seed."""
+"""Turns a ladder of model sizes into the commands that train and score each rung with each seed."""
 
 import dataclasses
 import pathlib
@@ -13,12 +13,12 @@ from gpsd_dist.schema import read_manifest
 _RUNG = re.compile(r"l(\d+)h(\d+)a(\d+)")
 _SET_BY_THE_LADDER = ("LAYERS", "WIDTH", "HEADS", "SEED", "STRATEGY", "INIT_CHECKPOINT", "OUTPUT_DIR", "REFIT_OF")
 
-Command = tuple[str, ...]  # Arguments after `python`
+Command = tuple[str, ...]  # arguments after `python`
 
 
 @dataclasses.dataclass(frozen=True)
 class Rung:
-    """One size of the tower."""
+    """Gives one size of the tower."""
 
     layers: int
     width: int
@@ -26,14 +26,14 @@ class Rung:
 
     @property
     def name(self) -> str:
-        """As in the paper: l4h64a4."""
+        """Names the size like the paper does: l4h64a4."""
         return f"l{self.layers}h{self.width}a{self.heads}"
 
 
 def parse_ladder(text: str) -> tuple[Rung, ...]:
-    """Rungs of "l1h32a4,l4h32a4", in this order. ValueError lists every rung that is none.
+    """Parses "l1h32a4,l4h32a4". ValueError lists everything that is not a rung.
 
-    Which widths go with which heads depends on the model: `plan` finds out.
+    Which widths go with which heads depends on the model, so `plan` checks that.
     """
     rungs: list[Rung] = []
     problems = []
@@ -54,7 +54,7 @@ def parse_ladder(text: str) -> tuple[Rung, ...]:
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """Numbers of "0,1,2". ValueError for anything else, and for a seed that stands there twice."""
+    """Parses "0,1,2". ValueError for anything else, and for a repeated seed."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"\d+", part) for part in parts):
         raise ValueError(f"--seeds {text}: expected whole numbers separated by commas, like 0,1,2")
@@ -66,7 +66,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What was asked for."""
+    """Holds the options of the command."""
 
     ladder: tuple[Rung, ...]
     seeds: tuple[int, ...]
@@ -76,7 +76,7 @@ class Request:
     overrides: tuple[str, ...] = ()  # `--gin.X=Y` of every finetuning
     pretrain_gin_files: tuple[str, ...] = ()
     pretrain_overrides: tuple[str, ...] = ()  # `--gin.X=Y` of every pretraining
-    init_checkpoint: str = ""  # One pretraining for all rungs and seeds, instead of one for each
+    init_checkpoint: str = ""  # one pretraining for all rungs and seeds, instead of one for each
     split: str = "test"
     num_processes: int = 1
     embedding_dim_follows_width: bool = False
@@ -84,20 +84,19 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """One run of gpsd_dist.train."""
+    """Holds one run of gpsd_dist.train."""
 
-    run: RunConfig  # What the command will find in its options
+    run: RunConfig  # the options that the command will parse
     command: Command
 
     @property
     def folder(self) -> pathlib.Path:
-        """OUTPUT_DIR"""
         return pathlib.Path(self.run.output_dir)
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A rung with a seed: up to three commands, and the file that the last one writes."""
+    """Holds up to three commands of a rung with a seed, and the file that the last one writes."""
 
     rung: Rung
     seed: int
@@ -108,19 +107,19 @@ class Trial:
 
     @property
     def commands(self) -> list[Command]:
-        """In the order in which they run."""
+        """Lists the commands in the order in which they run."""
         trainings = [self.finetuning] if self.pretraining is None else [self.pretraining, self.finetuning]
         return [*(training.command for training in trainings), self.scoring]
 
 
 def plan(request: Request) -> list[Trial]:
-    """Trials of all rungs and seeds; every command line is parsed, nothing is run. ValueError says what does not fit.
+    """Plans trials of all rungs and seeds: parses every command line, runs nothing. ValueError says what does not fit.
 
     Folders: OUT_DIR/<rung>/s<seed>/{pretrain,<strategy>}, so `benchmarks.collect OUT_DIR/<rung>` reads them too.
     """
     _check(request)
     trials = [_trial(request, rung, seed) for rung in request.ladder for seed in request.seeds]
-    read_manifest(trials[0].finetuning.run.data_dir).split(request.split)  # not after hours of training
+    read_manifest(trials[0].finetuning.run.data_dir).split(request.split)  # fails now, not after hours of training
     if request.init_checkpoint:
         _check_init_checkpoint(request, trials)
     return trials
@@ -211,7 +210,7 @@ def _check_same_data(pretraining: Training | None, finetuning: Training) -> None
 
 
 def _check_init_checkpoint(request: Request, trials: list[Trial]) -> None:
-    """That all rungs can take over its tables, before the first of them is trained."""
+    """Checks that all rungs can take over its tables, before the first of them is trained."""
     checkpoint = manager.find(request.init_checkpoint)
     theirs = read_run(checkpoint).run_config
     if theirs["stage"] != "pretrain":

@@ -1,7 +1,7 @@
-"""What of a ladder is done already, and doing the rest, one ordinary command after the other.
+"""Finds out which trials of a ladder are finished, and runs the rest, one ordinary command after the other.
 
-A trial is finished when its result file is there; what is half-trained goes on from its checkpoint, because that is
-what the trainer does with the same command. Nothing is skipped or continued whose options differ.
+A trial is finished when its result file exists. A half-trained run resumes from its checkpoint, as the trainer does
+when it gets the same command again. A run whose options differ is never skipped or resumed.
 """
 
 import collections.abc
@@ -15,26 +15,26 @@ import subprocess
 import sys
 import typing
 
-from gpsd_dist.checkpoint import loading, manager
+from gpsd_dist.checkpoint import loading, manager, storage
 from gpsd_dist.checkpoint.resume import check_resumable
 from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import run_config_from_dict
 from gpsd_dist.data.run_manifest import read_run_manifest
 from gpsd_dist.parameter_names import TOWER, dense_weight, is_table, is_weight
+from gpsd_dist.report.families import flat_options
 from gpsd_dist.scaling.ladder import Command, Training, Trial
 
 _REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
-_PLACES = ("output_dir",)
 PARAMETERS_NAME = "parameters.json"
 
 
 class Stopped(Exception):
-    """We, or a training of ours, were asked to stop; what was trained is saved."""
+    """Says that this command, or a training of it, was asked to stop; what was trained is saved."""
 
 
 def check_unchanged(trials: collections.abc.Iterable[Trial]) -> None:
-    """Before anything is trained: what is there already must be what would be run. ValueError says what differs."""
+    """Checks, before training, that runs which exist have the planned options. ValueError says what differs."""
     for trial in trials:
         has_result = read_result(trial.result) is not None
         for training in filter(None, (trial.pretraining, trial.finetuning)):
@@ -42,9 +42,9 @@ def check_unchanged(trials: collections.abc.Iterable[Trial]) -> None:
 
 
 def check_nothing_is_lost(summary: pathlib.Path, trials: collections.abc.Iterable[Trial]) -> None:
-    """That the summary of an earlier ladder, if it is there, holds no rung with a seed which is not among `trials`.
+    """Checks that `trials` cover every rung and seed of an earlier ladder's summary, if there is one.
 
-    ValueError otherwise: written anew, it would say less than it does.
+    ValueError otherwise: the new summary, which replaces it, would hold less.
     """
     if not summary.is_file():
         return
@@ -78,35 +78,25 @@ def _check_training(training: Training, trial: Trial, is_needed: bool) -> None:
             "use the same options, another --out_dir, or delete that folder"
         )
     checkpoint = _checkpoint(training.folder)
-    if checkpoint is not None:  # was it trained on the data that is there now?
+    if checkpoint is not None:  # the data may have been built anew since
         state = read_run(checkpoint)
         manifest = dataclasses.asdict(read_run_manifest(training.run))
         check_resumable(state.run_config, manifest, state, training.folder)
 
 
 def differences(training: Training, saved: dict[str, typing.Any], moves: bool = False) -> list[str]:
-    """Options in which the run of a folder differs from the one that would be run; OUTPUT_DIR may.
+    """Lists options in which the run of a folder differs from the planned one, without OUTPUT_DIR.
 
-    `moves`: INIT_CHECKPOINT is a folder of the ladder itself, which may have been moved with it.
+    With `moves`, INIT_CHECKPOINT may differ, too: it is a folder of the ladder, which may have been moved as a whole.
     """
-    ignored = (*_PLACES, "init_checkpoint") if moves else _PLACES
-    there = _flat(dataclasses.asdict(run_config_from_dict(saved)))
-    here = _flat(dataclasses.asdict(training.run))
+    ignored = ("output_dir", "init_checkpoint") if moves else ("output_dir",)
+    runs = (run_config_from_dict(saved), training.run)
+    there, here = (flat_options(json.loads(json.dumps(dataclasses.asdict(run)))) for run in runs)
     return [
         f"{name}: {there.get(name)!r} there, {here.get(name)!r} now"
         for name in sorted(set(here) | set(there))
         if here.get(name) != there.get(name) and name not in ignored
     ]
-
-
-def _flat(options: dict[str, typing.Any], prefix: str = "") -> dict[str, typing.Any]:
-    flat = {}
-    for name, value in options.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def _checkpoint(folder: pathlib.Path) -> Location | None:
@@ -117,13 +107,13 @@ def _checkpoint(folder: pathlib.Path) -> Location | None:
 
 
 def is_trained(training: Training) -> bool:
-    """Whether the run has come to its end."""
+    """Whether the run has trained to its end."""
     checkpoint = _checkpoint(training.folder)
     return checkpoint is not None and bool(read_run(checkpoint).progress["is_finished"])
 
 
 def read_result(path: pathlib.Path) -> dict[str, dict[str, typing.Any]] | None:
-    """Task -> metrics; None if the file is missing or half-written."""
+    """Reads task -> metrics; None if the file is missing or half-written."""
     try:
         result = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError):
@@ -177,16 +167,16 @@ def execute(command: Command, say: collections.abc.Callable[[str], None]) -> Non
 
 
 def shell(command: Command) -> str:
-    """As it can be typed."""
+    """Quotes the command so that it can be typed."""
     return shlex.join(["python", *command])
 
 
 def count_parameters(sizes: dict[str, int]) -> dict[str, int]:
-    """Tensor name -> elements of a checkpoint, to counts.
+    """Counts the parameters of a checkpoint from its map of tensor names to numbers of elements, without optimizers.
 
-    dense_parameters: every weight outside tables: tower, norms, projections, ranking heads, segment embedding. Not:
-    sharded tables, and the small ones that are kept with the dense part (their rows belong to the data set).
-    tower_parameters: the Transformer alone, the size that the paper gives (13 K for L1H32A4). Optimizers do not count.
+    dense_parameters has every weight outside tables: tower, norms, projections, ranking heads, segment embedding. Small
+    tables that are kept with the dense part count as tables, because their rows belong to the data set.
+    tower_parameters is the Transformer alone, the size that the paper gives (13 K for L1H32A4).
     """
     weights = {name: size for name, size in sizes.items() if is_weight(name)}
     tables = {name for name in weights if is_table(name)}
@@ -198,7 +188,7 @@ def count_parameters(sizes: dict[str, int]) -> dict[str, int]:
 
 
 def parameters_of(folder: pathlib.Path) -> dict[str, int]:
-    """Counts of a trained run, kept in its folder: checkpoints of a finished ladder may be deleted."""
+    """Counts parameters of a trained run; keeps them in its folder, because its checkpoints may be deleted later."""
     path = folder / PARAMETERS_NAME
     if not path.is_file():
         counts = count_parameters(loading.saved_sizes(manager.find(folder)))
@@ -207,7 +197,7 @@ def parameters_of(folder: pathlib.Path) -> dict[str, int]:
 
 
 def points_of(trial: Trial) -> list[dict[str, typing.Any]]:
-    """One row per task of a finished trial: rung, seed, parameters and every metric that evaluate gives."""
+    """Makes one row per task of a finished trial: rung, seed, parameters and every metric of `evaluate`."""
     head = {
         "rung": trial.rung.name,
         "seed": trial.seed,
@@ -218,8 +208,6 @@ def points_of(trial: Trial) -> list[dict[str, typing.Any]]:
 
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:
-    """Writes aside and renames: a reader sees the old file or the new one, never a part."""
+    """Writes a file and its folder; a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(content)
-    aside.replace(path)
+    storage.write(path, content)
