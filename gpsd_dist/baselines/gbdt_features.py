@@ -57,10 +57,10 @@ class Examples:
     label_N: np.ndarray  # uint8, 0 or 1
     user_hash_N: np.ndarray  # int64
     time_s_N: np.ndarray  # int64, of the request
-    columns: dict[str, np.ndarray]  # Feature -> float32 [N]; NaN for missing
+    columns: dict[str, np.ndarray]  # feature -> float32 [N]; NaN for missing
     keys: dict[str, Elements]
     """What gets a label rate: the user, and features of a large vocabulary or with several indices."""
-    categories: frozenset[str]  # Those of `columns` that hold an index
+    categories: frozenset[str]  # those of `columns` that hold an index
 
     def select(self, is_used_N: np.ndarray) -> "Examples":
         """The chosen candidates only."""

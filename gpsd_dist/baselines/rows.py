@@ -28,7 +28,7 @@ class Rows:
 
     label_N: np.ndarray  # uint8, 0 or 1
     user_hash_N: np.ndarray  # int64
-    keys: dict[str, np.ndarray]  # Column name (or "user") -> int64 [N]
+    keys: dict[str, np.ndarray]  # column name (or "user") -> int64 [N]
 
 
 def predictions(kind: str, score_N: np.ndarray, label_N: np.ndarray, user_hash_N: np.ndarray) -> Predictions:

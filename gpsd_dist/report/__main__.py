@@ -1,4 +1,4 @@
-"""ENTRY: one HTML page about one or several runs: curves, strategy table, generalization gap, data, how to rerun.
+"""ENTRY: writes an HTML page about runs: curves, strategy table, generalization gap, data, how to rerun.
 
     python -m gpsd_dist.report runs/kuairand --out report.html
 
@@ -13,7 +13,7 @@ from gpsd_dist.report.page import make_report
 
 
 def main(argv: list[str]) -> int:
-    """Exit status 0, or 2 if a folder holds no run or the page cannot be written."""
+    """Returns 0, or 2 if a folder holds no run or the page cannot be written."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=pathlib.Path, help="run folder, or one above")

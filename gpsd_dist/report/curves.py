@@ -1,4 +1,4 @@
-"""Which curves a family of runs has, and their figures: training, validation, generalization gap, speed."""
+"""Finds the curves of a family of runs and draws them: training, validation, generalization gap, speed."""
 
 import dataclasses
 import math
@@ -9,19 +9,13 @@ from gpsd_dist.report.figures import Dots, Line, line_figure, strip_figure
 from gpsd_dist.report.run_folder import Run
 from gpsd_dist.report.tables import listed
 
-VALID_METRICS = {
-    "auc": "AUC",
-    "gauc": "GAUC",
-    "log_loss": "log loss",
-    "mrr": "MRR",
-    "hr@10": "HR@10",
-    "ndcg@10": "NDCG@10",
-}
+VALID_METRICS = {"auc": "AUC", "gauc": "GAUC", "log_loss": "log loss"}
+VALID_METRICS |= {name: name.upper() for name in ("mrr", "hr@10", "ndcg@10")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One drawing with what stands above and below it."""
+    """Holds a drawing, and the text above and below it."""
 
     title: str
     svg: str
@@ -29,7 +23,7 @@ class Figure:
 
 
 def tasks(runs: typing.Iterable[Run]) -> list[str]:
-    """Tasks that were validated or scored, in the order in which they first occur."""
+    """Lists tasks that were validated or scored, in the order in which they first occur."""
     found: dict[str, None] = {}
     for run in runs:
         names = [name.removeprefix("valid/") for name in run.names() if name.startswith("valid/")]
@@ -41,7 +35,7 @@ def tasks(runs: typing.Iterable[Run]) -> list[str]:
 
 
 def training_figures(family: Family) -> list[Figure]:
-    """Loss, validation metrics and learning rate by step."""
+    """Draws loss, validation metrics and learning rate by step."""
     names = {"train/loss": "training loss"}
     parts = _names(family, "train/", "_loss")
     if len(parts) > 1:
@@ -55,7 +49,7 @@ def training_figures(family: Family) -> list[Figure]:
 
 
 def gap_figures(family: Family) -> list[Figure]:
-    """Valid log loss minus training loss, by epoch; one figure per task."""
+    """Draws valid log loss minus training loss by epoch, one figure per task."""
     figures = []
     for task in tasks(family.runs):
         name = f"gap/{task}_log_loss"
@@ -68,7 +62,7 @@ def gap_figures(family: Family) -> list[Figure]:
 
 
 def loss_pairs(family: Family) -> list[list[Figure]]:
-    """Training and valid log loss together, by epoch: per task, one small figure per configuration on one scale."""
+    """Draws training and valid log loss by epoch: per task, one small figure per configuration on one scale."""
     return [figures for task in tasks(family.runs) if (figures := _pairs_of_task(family, task))]
 
 
@@ -90,7 +84,7 @@ def _pairs_of_task(family: Family, task: str) -> list[Figure]:
 
 
 def _pair(run: Run, task: str, style_index: int) -> list[Line]:
-    """Both losses of a run; nothing if one is missing, or if ESMM trained the task on another quantity."""
+    """Makes lines of both losses; none if one is missing, or if ESMM trained the task on another quantity."""
     train, valid = run.series(f"train/{task}_loss", "epoch"), run.series(f"valid/{task}/log_loss", "epoch")
     finetune = run.config.get("finetune")
     is_esmm = isinstance(finetune, dict) and bool(finetune.get("esmm"))
@@ -103,12 +97,12 @@ def _pair(run: Run, task: str, style_index: int) -> list[Line]:
 
 
 def speed_figure(family: Family) -> Figure | None:
-    """Tokens per second by step."""
+    """Draws tokens per second by step."""
     return _by_step(family, "perf/tokens_per_s", f"history tokens per second, {family.title}")
 
 
 def strip(family: Family, task: str, metric: str, split: str) -> Figure | None:
-    """The seeds of every configuration as dots; None if there is nothing to compare."""
+    """Draws the seeds of every configuration as dots; None if there is nothing to compare."""
     rows = []
     for configuration in family.configurations:
         values = [value_of(run, split, task, metric) for run in configuration.runs]
@@ -125,7 +119,7 @@ def strip(family: Family, task: str, metric: str, split: str) -> Figure | None:
 
 
 def value_of(run: Run, split: str, task: str, metric: str) -> float | None:
-    """A metric of a scored split, or for "valid" at the best step unless valid.json was written too."""
+    """Returns a metric of a scored split; for "valid" at the best step unless there is a valid.json."""
     if split in run.scores:
         return run.scores[split].get(task, {}).get(metric)
     return run.best_metrics.get(f"{task}/{metric}") if split == "valid" else None
@@ -140,7 +134,7 @@ def _by_step(family: Family, name: str, title: str, is_validation: bool = False)
 
 
 def _lines(family: Family, name: str, x: str = "step", is_validation: bool = False) -> list[Line]:
-    """One line per run that has the metric: colour by configuration, dashes by seed."""
+    """Makes a line per run that has the metric: colour by configuration, dashes by seed."""
     lines = []
     for configuration in family.configurations:
         for dash_index, run in enumerate(configuration.runs):
@@ -162,7 +156,7 @@ def _lines(family: Family, name: str, x: str = "step", is_validation: bool = Fal
 
 
 def _columns(points: typing.Sequence[tuple[float, float]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Columns x and y; what is not finite becomes NaN, which breaks a line."""
+    """Splits points into x and y; a value that is not finite becomes NaN, which breaks a line."""
     return tuple(x for x, _ in points), tuple(y if math.isfinite(y) else math.nan for _, y in points)
 
 
@@ -180,7 +174,7 @@ def _names(family: Family, prefix: str, suffix: str) -> list[str]:
 
 
 def _absent(family: Family, name: str) -> str:
-    """Names the runs that did not record it, but should have."""
+    """Names the runs that did not record the metric, but should have."""
     is_of_valid = name.startswith(("valid/", "gap/"))
     runs = [run for made in family.configurations if not (made.is_refit and is_of_valid) for run in made.runs]
     absent = [run.label for run in runs if not any(math.isfinite(value) for _, value in run.series(name))]
@@ -188,5 +182,5 @@ def _absent(family: Family, name: str) -> str:
 
 
 def _slug(family: Family, name: str) -> str:
-    """Unique on the page, and a valid id."""
+    """Makes a valid id that is unique on the page."""
     return f"{family.anchor}-" + "".join(c if c.isalnum() else "-" for c in name)

@@ -1,4 +1,4 @@
-"""The data sets behind the runs: what was trained on, as it was then, and whether the folder still holds the same."""
+"""Describes the data sets as they were when runs were trained on them, and says whether a folder has changed."""
 
 import dataclasses
 import json
@@ -18,27 +18,26 @@ from gpsd_dist.report.tables import (
     count_text,
     listed,
     number_cell,
-    text_cells,
     time_text,
 )
 
 _LISTS = ("features", "splits", "tables", "tasks")
-_FEATURE_FIELDS = ("name", "places", "kind", "table", "is_bag")  # mean and std follow from the rows
+_FEATURE_FIELDS = ("name", "places", "kind", "table", "is_bag")  # without mean and std, which follow from the rows
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """One version of one data folder, and the runs that were trained on it."""
+    """Holds one version of one data folder, and the runs that were trained on it."""
 
     name: str
     data_dir: str
-    manifest: dict[str, typing.Any]  # As in manifest.json; {} if neither the folder nor a checkpoint has it
-    origin: str  # Where the manifest was read
+    manifest: dict[str, typing.Any]  # like manifest.json; {} if neither the folder nor a checkpoint has it
+    origin: str  # where the manifest was read
     runs: tuple[Run, ...]
 
 
 def data_sets(runs: typing.Sequence[Run]) -> tuple[list[DataSet], list[str]]:
-    """Every data set of the runs, by folder and age, and sentences about what is gone, broken or rebuilt since.
+    """Lists the data sets of the runs by folder and age, and sentences about those gone, broken or rebuilt since.
 
     A checkpoint holds the manifest that its run was trained with; that one counts, because a folder can be rebuilt. The
     folder's own is used for runs without a checkpoint.
@@ -70,12 +69,12 @@ def data_sets(runs: typing.Sequence[Run]) -> tuple[list[DataSet], list[str]]:
 
 
 def _start_s(run: Run) -> float:
-    """When it logged first: older versions of a folder come first."""
+    """Returns when the run logged first: older versions of a folder come first."""
     return min((entry.get("wall_time_s", math.inf) for entry in run.entries), default=math.inf)
 
 
 def _read(data_dir: str) -> tuple[dict[str, typing.Any], str]:
-    """The folder's manifest as plain JSON; {} and the reason if there is none that can be read."""
+    """Reads the folder's manifest as plain JSON; {} and the reason if it cannot be read."""
     try:
         return json.loads(json.dumps(dataclasses.asdict(schema.read_manifest(data_dir)))), ""
     except (ValueError, OSError) as error:
@@ -101,7 +100,7 @@ def _remarks(data_set: DataSet, current: dict[str, typing.Any], reason: str) -> 
 
 
 def _content(manifest: dict[str, typing.Any]) -> str:
-    """What two builds must share to be the same data: no commands, no options, no paths of raw files."""
+    """Serializes what is equal in two builds of equal data: no commands, options or paths of raw files."""
     if not manifest:
         return ""
     features = [{f: v.get(f) for f in _FEATURE_FIELDS} for v in _objects(manifest, "features")]
@@ -114,13 +113,13 @@ def _is_list_of_objects(value: typing.Any) -> bool:
 
 
 def _objects(manifest: dict[str, typing.Any], name: str) -> list[dict[str, typing.Any]]:
-    """The list of objects of that name; what does not look like one is left out."""
+    """Returns the list of objects of that name; entries that are no objects are left out."""
     values = manifest.get(name)
     return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
 
 
 def splits_table(manifest: dict[str, typing.Any]) -> Table:
-    """Rows, tokens, candidates and times of every split."""
+    """Makes a table of rows, tokens, candidates and times of every split."""
     headers = ("rows", "history tokens", "tokens per row", "candidates")
     columns = (Cell("split"), *map(number_cell, headers), Cell("from (UTC)"), Cell("to (UTC)"))
     rows = []
@@ -129,7 +128,7 @@ def splits_table(manifest: dict[str, typing.Any]) -> Table:
         has_ratio = isinstance(num_rows, int) and isinstance(tokens, int) and num_rows > 0
         counts = (count_text(num_rows), count_text(tokens), f"{tokens / num_rows:.1f}" if has_ratio else MISSING)
         cells = (Cell(f"{split.get('name')}"), *map(number_cell, counts), number_cell(_candidates(split)))
-        rows.append(Row((*cells, *text_cells(time_text(split.get(key)) for key in ("time_from_s", "time_to_s")))))
+        rows.append(Row((*cells, *(Cell(time_text(split.get(key))) for key in ("time_from_s", "time_to_s")))))
     return Table(columns, (tuple(rows),))
 
 
@@ -138,42 +137,30 @@ def _candidates(split: dict[str, typing.Any]) -> str:
 
 
 def tables_table(manifest: dict[str, typing.Any]) -> Table:
-    """Every embedding table with its size and the features that read it."""
+    """Makes a table of embedding tables: size, and the features that read each."""
     users: dict[str, list[str]] = {}
     for feature in _objects(manifest, "features"):
         places = feature.get("places")
         where = "/".join(map(str, places)) if isinstance(places, list) else MISSING
         users.setdefault(f"{feature.get('table')}", []).append(f"{feature.get('name')} ({where})")
-    rows = [
-        Row(
-            (
-                Cell(f"{t.get('name')}"),
-                number_cell(count_text(t.get("num_rows"))),
-                Cell(", ".join(users.get(f"{t.get('name')}", []))),
-            )
-        )
-        for t in _objects(manifest, "tables")
-    ]
+    rows = []
+    for table in _objects(manifest, "tables"):
+        name, num_rows = f"{table.get('name')}", number_cell(count_text(table.get("num_rows")))
+        rows.append(Row((Cell(name), num_rows, Cell(", ".join(users.get(name, []))))))
     return Table((Cell("table"), number_cell("rows"), Cell("features (places)")), (tuple(rows),))
 
 
 def sources_table(manifest: dict[str, typing.Any]) -> Table:
-    """Raw files, and rows that were left out, by reason."""
-    rows = [
-        Row(
-            (
-                Cell(f"{s.get('path', s.get('name'))}"),
-                number_cell(bytes_text(s.get("bytes"))),
-                Cell(f"{s.get('sha256', '')}"[:12]),
-            )
-        )
-        for s in _objects(manifest, "sources")
-    ]
+    """Makes a table of raw files."""
+    rows = []
+    for source in _objects(manifest, "sources"):
+        name, size = Cell(f"{source.get('path', source.get('name'))}"), number_cell(bytes_text(source.get("bytes")))
+        rows.append(Row((name, size, Cell(f"{source.get('sha256', '')}"[:12]))))
     return Table((Cell("raw file"), number_cell("size"), Cell("sha256 begins")), (tuple(rows),))
 
 
 def facts(data_set: DataSet) -> list[tuple[str, str]]:
-    """(what, text) of everything that is not a table."""
+    """Lists (name, text) of everything that is not a table."""
     manifest = data_set.manifest
     tasks = [
         f"{task.get('name')}" + (f" (given {task['given']})" if task.get("given") else "")
@@ -182,7 +169,7 @@ def facts(data_set: DataSet) -> list[tuple[str, str]]:
     numerical = [f"{f.get('name')}" for f in _objects(manifest, "features") if f.get("kind") == "numerical"]
     skipped = manifest.get("skipped")
     reasons = [f"{count_text(n)} {why}" for why, n in skipped.items()] if isinstance(skipped, dict) else []
-    found = [
+    return [
         ("source", f"{manifest.get('source', MISSING)}"),
         ("tasks", ", ".join(tasks) or MISSING),
         ("split rule", f"{manifest.get('split_rule') or MISSING}"),
@@ -192,4 +179,3 @@ def facts(data_set: DataSet) -> list[tuple[str, str]]:
         ("built with", f"{manifest.get('command') or MISSING}"),
         ("manifest read from", data_set.origin),
     ]
-    return found

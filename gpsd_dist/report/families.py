@@ -1,8 +1,7 @@
-"""Which runs belong together: same data and stage (a family), and inside one, the same options but for the seed."""
+"""Groups runs: a family shares data and stage; inside it, a configuration shares all options but the seed."""
 
 import copy
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -14,7 +13,7 @@ from gpsd_dist.report import dataset
 from gpsd_dist.report.run_folder import CHECKPOINTS_NAME, CONFIG_NAME, Run
 from gpsd_dist.report.tables import option_text
 
-PLACE_OPTIONS = ("output_dir", "seed")  # say where and with which dice, not what
+PLACE_OPTIONS = ("output_dir", "seed")  # say where the run is and how it is seeded, not what it does
 _RUN_OPTIONS = ("init_checkpoint", "refit_of")  # name another run
 _MAX_DEPTH = 3  # refit -> run -> pretraining
 _OPTIONS_IN_LABEL = 2
@@ -22,26 +21,25 @@ _OPTIONS_IN_LABEL = 2
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
-    """Runs that differ in their seed only, by seed."""
+    """Holds runs that differ in their seed only, by seed."""
 
     label: str
-    style_index: int  # Colour and marker of its lines
+    style_index: int  # colour and marker of its lines
     runs: tuple[Run, ...]
 
     @property
     def is_refit(self) -> bool:
-        """Trained on `valid` too: there is no validation."""
+        """Whether it was trained on `valid` too, so that it has no validation."""
         return any(run.config.get("refit_of") for run in self.runs)
 
     @property
     def seeds(self) -> str:
-        """0, 1, 2"""
         return ", ".join(seed_text(run) for run in self.runs)
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Runs of one stage on one data set: what may share an axis and a table."""
+    """Holds runs of one stage on one data set, which may share an axis and a table."""
 
     title: str
     anchor: str
@@ -50,17 +48,16 @@ class Family:
 
     @property
     def runs(self) -> list[Run]:
-        """All of them, in the order of the page."""
         return [run for configuration in self.configurations for run in configuration.runs]
 
 
 def seed_text(run: Run) -> str:
-    """The run's seed, "?" if its configuration is lost."""
+    """Returns the run's seed, "?" if its configuration is lost."""
     return f"{run.config.get('seed', '?')}"
 
 
 def model_text(run: Run) -> str:
-    """Name of the tower and the sizes that it reads: transformer L4H64A4, din H64."""
+    """Names the tower and the sizes that it reads: transformer L4H64A4, din H64."""
     model = run.config.get("model")
     if not isinstance(model, dict):
         return "?"
@@ -68,7 +65,7 @@ def model_text(run: Run) -> str:
 
 
 def strategy_text(run: Run) -> str:
-    """NT, ST, ..., with "refit" if it repeats another run on more data; a pretraining has none."""
+    """Names the strategy, NT, ST, ..., with "refit" if the run repeats another one on more data."""
     if run.config.get("stage") == "pretrain":
         return "pretraining"
     return f"{run.config.get('strategy', '?')}" + (" refit" if run.config.get("refit_of") else "")
@@ -84,7 +81,7 @@ def flat_options(options: dict[str, typing.Any], prefix: str = "") -> dict[str, 
 
 
 def differing_options(runs: typing.Sequence[Run]) -> list[str]:
-    """Dotted names whose values are not the same in all runs, in the order of run_config.json."""
+    """Lists dotted names of options that differ between runs, in the order of run_config.json."""
     flats = [flat_options(run.config) for run in runs]
     names = list(dict.fromkeys(name for flat in flats for name in flat))
     return [
@@ -96,7 +93,7 @@ _STAGES = ("pretrain", "finetune")  # in the order in which they are trained
 
 
 def group(runs: typing.Sequence[Run], data_sets: typing.Sequence[dataset.DataSet]) -> list[Family]:
-    """Families by data set, pretraining first; their configurations by strategy, in the order of the paper."""
+    """Sorts families by data set, pretraining first; their configurations by strategy, in the order of the paper."""
     place = {id(run): index for index, data_set in enumerate(data_sets) for run in data_set.runs}
     by_family: dict[tuple, list[Run]] = {}
     for run in runs:
@@ -128,14 +125,14 @@ def _strategy_order(run: Run) -> int:
 
 
 def configuration_key(run: Run, runs: typing.Sequence[Run]) -> str:
-    """Equal for runs that differ in seed (and folder) only.
+    """Makes a key that is equal for runs that differ in seed (and folder) only.
 
     A run that this one starts from or repeats counts by its own options, not by its path, so that seeds with a
     pretraining each are still seeds of one configuration. One that is neither among `runs` nor on disk counts by path.
     """
     if not run.config:
         return f"unknown {run.label}"
-    return _digest(_key_parts(run.config, runs, depth=0))
+    return json.dumps(_key_parts(run.config, runs, depth=0), sort_keys=True, default=str)
 
 
 def _key_parts(config: dict[str, typing.Any], runs: typing.Sequence[Run], depth: int) -> dict[str, typing.Any]:
@@ -148,7 +145,7 @@ def _key_parts(config: dict[str, typing.Any], runs: typing.Sequence[Run], depth:
 
 
 def _options_of(place: str, runs: typing.Sequence[Run], depth: int) -> typing.Any:
-    """What counts of the run or checkpoint at `place`; the place itself if it cannot be found."""
+    """Returns the options of the run or checkpoint at `place`; the place itself if it cannot be found."""
     folder, step = pathlib.Path(place), ""
     if folder.parent.name == CHECKPOINTS_NAME:
         folder, step = folder.parent.parent, folder.name
@@ -164,7 +161,7 @@ def _options_of(place: str, runs: typing.Sequence[Run], depth: int) -> typing.An
 
 
 def _runs_at(folder: pathlib.Path, runs: typing.Sequence[Run]) -> list[Run]:
-    """Runs that a recorded path may mean, the likeliest first.
+    """Finds runs that a recorded path may mean, the likeliest first.
 
     A relative path was relative to a folder that the report does not know, so its end has to do. A run that was moved
     or copied afterwards is still known by the folder that it was written to.
@@ -178,7 +175,7 @@ def _runs_at(folder: pathlib.Path, runs: typing.Sequence[Run]) -> list[Run]:
 
 
 def refits(configuration: Configuration, others: typing.Sequence[Configuration]) -> Configuration | None:
-    """The one of `others` that repeats a run of this configuration on more data."""
+    """Finds the one of `others` that repeats a run of this configuration on more data."""
     for other in others:
         places = [run.config.get("refit_of") for run in other.runs]
         if any(_runs_at(pathlib.Path(f"{place}"), configuration.runs) for place in places if place):
@@ -186,12 +183,8 @@ def refits(configuration: Configuration, others: typing.Sequence[Configuration])
     return None
 
 
-def _digest(parts: typing.Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def _labels(groups: list[list[Run]]) -> list[str]:
-    """A name for each configuration of a family: strategy, model if there are several, and what else tells it apart."""
+    """Labels each configuration of a family: strategy, model if there are several, and the options that differ."""
     firsts = [group[0] for group in groups]
     has_models = len({model_text(run) for run in firsts if run.config}) > 1
     names = [f"{strategy_text(run)} {model_text(run)}" if has_models else strategy_text(run) for run in firsts]

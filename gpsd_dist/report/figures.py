@@ -1,7 +1,7 @@
-"""Lines and dots -> inline SVG, drawn by matplotlib. Knows nothing of runs.
+"""Draws lines and dots with matplotlib as inline SVG. Knows nothing of runs.
 
 Colours in the SVG are CSS variables of the page (`--c0` ... `--c7`, `--fig-text`, `--fig-grid`), so that one drawing
-serves light and dark. Text stays text, in the page's font. The same input gives the same bytes.
+serves light and dark. Text stays text, in the page's font. Equal input gives equal bytes.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import re
 import typing
 import xml.etree.ElementTree as ET
 
+import markupsafe
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -52,21 +53,21 @@ _FIGURE_STYLE = {
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One curve. A NaN in `y` breaks it."""
+    """Describes one curve. A NaN in `y` breaks it."""
 
-    label: str  # Shown by the browser when the pointer rests on the line
+    label: str  # shown by the browser when the pointer rests on the line
     x: tuple[float, ...]
     y: tuple[float, ...]
-    style_index: int = 0  # Colour, and marker beyond the number of colours
+    style_index: int = 0  # colour, and marker beyond the number of colours
     dash_index: int = 0
     has_markers: bool = False
-    is_muted: bool = False  # Grey and thin: something to compare with
-    ring_x: float | None = None  # Circles the point at this x
+    is_muted: bool = False  # grey and thin: something to compare with
+    ring_x: float | None = None  # the point at this x is circled
 
 
 @dataclasses.dataclass(frozen=True)
 class Dots:
-    """One row of a strip chart: a value per seed; the mean is drawn as a bar across."""
+    """Describes one row of a strip chart: a value per seed; the mean is drawn as a bar across."""
 
     label: str
     values: tuple[float, ...]
@@ -74,17 +75,17 @@ class Dots:
 
 
 def style_color(index: int) -> int:
-    """Which of the colours a style has."""
+    """Returns the number of the style's colour."""
     return index % NUM_COLORS
 
 
 def style_dash(index: int) -> str:
-    """SVG dash pattern of the n-th seed."""
+    """Returns the SVG dash pattern of the n-th seed."""
     return DASHES[index % len(DASHES)]
 
 
 def has_shapes(num_styles: int) -> bool:
-    """Whether colours alone do not tell that many lines apart."""
+    """Whether there are more styles than colours, so that markers tell lines apart, too."""
     return num_styles > NUM_COLORS
 
 
@@ -98,7 +99,7 @@ def line_figure(
     y_range: tuple[float, float] | None = None,
     is_small: bool = False,
 ) -> str:
-    """Curves on one axis as an SVG element. `name` is unique on the page; `description` is read to the blind."""
+    """Draws curves as an SVG element. `name` is unique on the page; `description` is for screen readers."""
     with matplotlib.rc_context(_FIGURE_STYLE):
         figure, axes = _figure(*(_SMALL if is_small else (_WIDTH_PT, _HEIGHT_PT)))
         titles = {}
@@ -120,7 +121,7 @@ def line_figure(
 
 
 def strip_figure(rows: typing.Sequence[Dots], name: str, description: str, *, x_label: str) -> str:
-    """One row of dots per entry, top to bottom, as an SVG element."""
+    """Draws one row of dots per entry, top to bottom, as an SVG element."""
     with matplotlib.rc_context(_FIGURE_STYLE):
         figure, axes = _figure(_WIDTH_PT, 58 + 26 * len(rows))
         titles = {}
@@ -181,7 +182,7 @@ def _color(style_index: int) -> str:
 
 
 def _step_text(value: float, _position: int) -> str:
-    """12k instead of 12000: five labels must fit on a phone."""
+    """Writes 12k instead of 12000: five labels must fit on a phone."""
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
 
 
@@ -190,7 +191,7 @@ def _short(label: str) -> str:
 
 
 def _inline(figure: Figure, name: str, description: str, titles: dict[str, str]) -> str:
-    """The drawing as one <svg> without ids that another figure could have, with titles on its lines."""
+    """Turns the drawing into one <svg> whose ids no other figure has, with titles on its lines."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     root = ET.fromstring(buffer.getvalue())
@@ -210,7 +211,7 @@ def _inline(figure: Figure, name: str, description: str, titles: dict[str, str])
             element.set("id", f"{name}-{own}")
         for key, value in element.attrib.items():
             element.set(key, _own_reference(value, name))
-        if element.tag == f"{{{_SVG}}}text":  # the page's font; matplotlib's size and anchor
+        if element.tag == f"{{{_SVG}}}text":  # takes the page's font, keeps matplotlib's size and anchor
             element.set("style", re.sub(r"font: ([\d.]+px) [^;]*", r"font-size: \1", element.get("style", "")))
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
@@ -218,11 +219,12 @@ def _inline(figure: Figure, name: str, description: str, titles: dict[str, str])
     ET.register_namespace("", _SVG)
     ET.register_namespace("xlink", _XLINK)
     text = ET.tostring(root, encoding="unicode", short_empty_elements=True)
-    return re.sub("|".join(_VARIABLES), lambda match: _VARIABLES[match[0]], text)
+    # Marked as safe: the XML writer has escaped all text, and the template must not escape it again.
+    return markupsafe.Markup(re.sub("|".join(_VARIABLES), lambda match: _VARIABLES[match[0]], text))
 
 
 def _own_reference(value: str, name: str) -> str:
-    """url(#x) and #x point at the renamed ids."""
+    """Renames the target of url(#x) and #x like the ids."""
     if value.startswith("#"):
         return f"#{name}-{value[1:]}"
     return re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", value)

@@ -1,11 +1,10 @@
-"""Run folders -> one HTML page. Collects what the other modules say and fills the template `page.html.jinja`."""
+"""Makes one HTML page about run folders: collects tables and figures, and fills the template `page.html.jinja`."""
 
 import dataclasses
 import pathlib
 import typing
 
 import jinja2
-import markupsafe
 
 from gpsd_dist.report import curves, dataset, results, setup
 from gpsd_dist.report.families import Family, group, seed_text
@@ -13,12 +12,12 @@ from gpsd_dist.report.figures import has_shapes, style_color, style_dash
 from gpsd_dist.report.run_folder import Run, find_runs, read_runs
 from gpsd_dist.report.tables import time_text
 
-_OPEN_UP_TO = 6  # a longer list starts folded
+_OPEN_UP_TO = 6  # entries; a longer list starts folded
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A page and what the command says about it."""
+    """Holds a page, and the counts that the command prints."""
 
     html: str
     num_runs: int
@@ -26,7 +25,7 @@ class Report:
 
 
 def make_report(places: typing.Sequence[pathlib.Path]) -> Report:
-    """The page about every run in and below `places`; equal files give equal bytes. ValueError: see `find_runs`."""
+    """Reports on every run in and below `places`; equal files give equal bytes. ValueError where `find_runs` raises."""
     folders, problems = find_runs(places)
     runs = read_runs(folders)
     data_sets, data_problems = dataset.data_sets(runs)
@@ -39,11 +38,9 @@ def make_report(places: typing.Sequence[pathlib.Path]) -> Report:
         run_span=_span(runs),
         problems=problems,
         families=contexts,
-        highlights=[
-            (c["family"], r["result"].highlight) for c in contexts for r in c["results"] if r["result"].highlight
-        ],
+        highlights=[(c["family"], r.highlight) for c in contexts for r in c["results"] if r.highlight],
         throughput=setup.throughput(families),
-        speed_figures=[_marked(figure) for family in families if (figure := curves.speed_figure(family))],
+        speed_figures=[figure for family in families if (figure := curves.speed_figure(family))],
         data_sets=[_data_context(data_set) for data_set in data_sets],
         family_differences=setup.family_differences(families),
         plans=setup.plans(families),
@@ -70,31 +67,25 @@ def _title(runs: typing.Sequence[Run]) -> str:
 
 
 def _span(runs: typing.Sequence[Run]) -> str:
-    """When the runs logged, from their own clocks."""
+    """Says from when to when the runs logged, by their own clocks."""
     times = [entry["wall_time_s"] for run in runs for entry in run.entries if entry.get("wall_time_s", 0) > 0]
     return f"{time_text(min(times))} to {time_text(max(times))} UTC" if times else ""
 
 
 def _family_context(family: Family) -> dict[str, typing.Any]:
-    found = results.task_results(family)
     return {
         "family": family,
         "has_shapes": has_shapes(len(family.configurations)),
         "num_seeds": max(len(made.runs) for made in family.configurations),
-        "results": [{"result": result, "strips": list(map(_marked, result.strips))} for result in found],
-        "training": list(map(_marked, curves.training_figures(family))),
-        "gaps": list(map(_marked, curves.gap_figures(family))),
-        "pairs": [list(map(_marked, figures)) for figures in curves.loss_pairs(family)],
+        "results": results.task_results(family),
+        "training": curves.training_figures(family),
+        "gaps": curves.gap_figures(family),
+        "pairs": curves.loss_pairs(family),
         "differences": setup.option_differences(family),
         "shared": setup.shared_options(family),
         "commands": [(run.label, setup.command(run)) for run in family.runs],
         "legend": [(made, [(seed_text(run), i) for i, run in enumerate(made.runs)]) for made in family.configurations],
     }
-
-
-def _marked(figure: curves.Figure) -> dict[str, typing.Any]:
-    """The SVG is ours and escaped by the XML writer: the template must not escape it again."""
-    return {"title": figure.title, "svg": markupsafe.Markup(figure.svg), "note": figure.note}
 
 
 def _data_context(data_set: dataset.DataSet) -> dict[str, typing.Any]:

@@ -1,4 +1,4 @@
-"""The strategy tables: metrics of every configuration (mean and range over seeds) and of every run."""
+"""Makes the strategy tables: metrics of every configuration (mean and range over seeds) and of every run."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ _METRIC_WORDS = curves.VALID_METRICS | {"ne": "NE", "hr@100": "HR@100", "ndcg@10
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """What the page says about one task of a family."""
+    """Holds the tables and figures of one task of a family."""
 
     task: str
     summary: Table
@@ -41,7 +41,7 @@ class TaskResult:
 
 @dataclasses.dataclass(frozen=True)
 class Highlight:
-    """The configuration that `valid` would choose."""
+    """Names the configuration that `valid` would choose."""
 
     what: str
     configuration: str
@@ -50,7 +50,7 @@ class Highlight:
 
 
 def task_results(family: Family) -> list[TaskResult]:
-    """One entry per task, in the order of the files."""
+    """Makes one entry per task, in the order of the files."""
     results = []
     for task in tasks(family.runs):
         columns = _columns(family, task)
@@ -73,7 +73,7 @@ def task_results(family: Family) -> list[TaskResult]:
 
 
 def _columns(family: Family, task: str) -> list[tuple[str, str]]:
-    """(split, metric) of everything known about the task: splits in their order, main metrics first."""
+    """Lists every known (split, metric) of the task: splits in their order, main metrics first."""
     known: dict[tuple[str, str], None] = {}
     for run in family.runs:
         for split in {*run.scores, "valid"}:
@@ -106,13 +106,13 @@ def _values(configuration: Configuration, task: str, column: tuple[str, str]) ->
 
 
 def _mean(values: list[float | None]) -> float | None:
-    """None unless every seed has a value: means over different seeds do not compare."""
+    """Averages over seeds; None unless every seed has a value, because means over different seeds do not compare."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
 def _summary(family: Family, task: str, columns: list[tuple[str, str]]) -> Table:
-    """One row per configuration; the best mean of a column is bold."""
+    """Makes one row per configuration; the best mean of a column is bold."""
     shown = _main(columns)
     configurations = family.configurations
     best = {c: best_index(c[1], [_mean(_values(made, task, c)) for made in configurations]) for c in shown}
@@ -126,7 +126,7 @@ def _summary(family: Family, task: str, columns: list[tuple[str, str]]) -> Table
 
 
 def _every_run(family: Family, task: str, columns: list[tuple[str, str]]) -> Table:
-    """One row per run with every metric there is; a configuration of several seeds ends with its mean."""
+    """Makes one row per run with every metric; a configuration of several seeds ends with its mean."""
     groups = []
     for made in family.configurations:
         rows = [Row((*_who(run, family), *_metrics(run, task, columns))) for run in made.runs]
@@ -164,9 +164,9 @@ def _is_scored(configuration: Configuration, task: str, column: tuple[str, str])
 
 
 def _highlight(family: Family, task: str, metric: str, splits: typing.Sequence[str]) -> Highlight | None:
-    """Chosen by its mean on `valid`, shown with its mean on the scored split: no look at test decides.
+    """Chooses a configuration by its mean on `valid` and shows its mean on the scored split: test decides nothing.
 
-    If it was not scored itself, but repeated on more data, the repetition's score counts.
+    If it was not scored itself, but its refit on more data was, the refit's score is shown.
     """
     means = [_mean(_values(made, task, ("valid", metric))) for made in family.configurations]
     known = [index for index, mean in enumerate(means) if mean is not None and math.isfinite(mean)]

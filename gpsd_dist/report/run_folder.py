@@ -1,4 +1,4 @@
-"""Run folders as `gpsd_dist.train` and `gpsd_dist.evaluate` leave them -> `Run` objects. Reads; judges nothing.
+"""Reads run folders that `gpsd_dist.train` and `gpsd_dist.evaluate` wrote into `Run` objects. Judges nothing.
 
 A report must not fail because one file of one run is missing or broken: whatever cannot be read becomes a sentence in
 `Run.problems`, and the rest is used. Needs neither torch nor the data.
@@ -24,17 +24,17 @@ BEST_NAME = "best.json"
 STATE_NAME = "run_state.json"
 _OF_TOOLS = ("parameters.json", "wall_s.json", "experiment.json")
 """What gpsd_dist.scaling, benchmarks.model_table and benchmarks.experiments leave in a run folder: no results."""
-_CHECKPOINT = re.compile(r"step_(\d{8})(?:\.(\d+))?")  # Step, and attempt of a step that was saved again
+_CHECKPOINT = re.compile(r"step_(\d{8})(?:\.(\d+))?")  # step, and attempt of a step that was saved again
 
-Scores = dict[str, dict[str, float]]  # Task -> metric -> value; NaN where the file says null
+Scores = dict[str, dict[str, float]]  # task -> metric -> value; NaN where the file says null
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What one run folder holds. Missing parts are empty, and named in `problems`."""
+    """Holds the files of one run folder. Missing parts are empty, and named in `problems`."""
 
     folder: pathlib.Path
-    label: str  # Shortest path that tells it from the other runs of the report
+    label: str  # shortest path that tells it from the other runs of the report
     config: dict[str, typing.Any]
     environment: dict[str, typing.Any]
     plan: str
@@ -42,28 +42,28 @@ class Run:
     """Lines of `metrics.jsonl` in their order: "step", "epoch", "wall_time_s" and metrics; NaN where it says null."""
     best_step: int | None
     best_metrics: dict[str, float]  # "<task>/<metric>" of the validation at the best step
-    scores: dict[str, Scores]  # Split -> what `gpsd_dist.evaluate --metrics_out <split>.json` wrote
+    scores: dict[str, Scores]  # split -> what `gpsd_dist.evaluate --metrics_out <split>.json` wrote
     state: dict[str, typing.Any]  # `run_state.json` of the newest checkpoint
     problems: tuple[str, ...]
 
     def series(self, name: str, x: str = "step") -> list[tuple[float, float]]:
-        """(x, value) of every entry with that metric; x is "step" or "epoch"."""
+        """Lists (x, value) of every entry with that metric; x is "step" or "epoch"."""
         return [(entry[x], entry[name]) for entry in self.entries if name in entry and x in entry]
 
     def names(self) -> list[str]:
-        """Every metric that occurs in `entries`, sorted."""
+        """Lists every metric that occurs in `entries`, sorted."""
         return sorted({name for entry in self.entries for name in entry if "/" in name})
 
     @property
     def is_finished(self) -> bool | None:
-        """What the newest checkpoint says; None without one."""
+        """Whether the newest checkpoint is of a finished run; None without one."""
         return self.state.get("progress", {}).get("is_finished")
 
 
 def find_runs(places: typing.Sequence[pathlib.Path]) -> tuple[list[pathlib.Path], list[str]]:
-    """Run folders in and below `places`, each once, sorted by path; and sentences about what only looks like one.
+    """Finds run folders in and below `places`, sorted by path; and says which folders only look like one.
 
-    ValueError for a place that is no folder or holds no run, with what was looked for.
+    ValueError for a place that is no folder or holds no run.
     """
     found: dict[str, pathlib.Path] = {}
     problems = []
@@ -86,11 +86,11 @@ def find_runs(places: typing.Sequence[pathlib.Path]) -> tuple[list[pathlib.Path]
 
 
 def _search(place: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path], int]:
-    """Folders with metrics, folders with a configuration only, and how many folders were looked into."""
+    """Returns folders with metrics, folders with a configuration only, and the number of folders searched."""
     runs, unlogged, visited = [], [], set()
     for root, folders, files in os.walk(place, followlinks=True):
         real = os.path.realpath(root)
-        if real in visited:  # a link back up
+        if real in visited:  # a link back to a folder above
             folders.clear()
             continue
         visited.add(real)
@@ -103,7 +103,7 @@ def _search(place: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]
 
 
 def read_runs(folders: typing.Sequence[pathlib.Path]) -> list[Run]:
-    """All of them, labelled by their path below the folder that they share."""
+    """Reads run folders; labels each by its path below the folder that all share."""
     if len(folders) == 1:
         return [read_run(folders[0], pathlib.Path(os.path.abspath(folders[0])).name)]
     absolute = [os.path.abspath(folder) for folder in folders]
@@ -114,7 +114,7 @@ def read_runs(folders: typing.Sequence[pathlib.Path]) -> list[Run]:
 
 
 def read_run(folder: pathlib.Path, label: str) -> Run:
-    """One run folder."""
+    """Reads one run folder."""
     problems: list[str] = []
     config = _json_object(folder / CONFIG_NAME, problems)
     checkpoints, elsewhere = _checkpoint_folder(folder, config)
@@ -138,7 +138,7 @@ def read_run(folder: pathlib.Path, label: str) -> Run:
 
 
 def _checkpoint_folder(folder: pathlib.Path, config: dict[str, typing.Any]) -> tuple[pathlib.Path | None, list[str]]:
-    """Where the run keeps its checkpoints, or None and a problem: what is behind a URL is not fetched for a report."""
+    """Returns the folder of the run's checkpoints; None and a problem for a URL, which a report does not fetch."""
     train = config.get("train")
     elsewhere = train.get("checkpoint_dir") if isinstance(train, dict) else None
     if not isinstance(elsewhere, str) or not elsewhere:
@@ -159,7 +159,7 @@ def _text(path: pathlib.Path, problems: list[str]) -> str:
 
 
 def _json_object(path: pathlib.Path, problems: list[str]) -> dict[str, typing.Any]:
-    """The object in that file; {} and a problem if there is none."""
+    """Reads the JSON object in that file; {} and a problem if there is none."""
     known = len(problems)
     text = _text(path, problems)
     if len(problems) > known:
@@ -176,14 +176,14 @@ def _json_object(path: pathlib.Path, problems: list[str]) -> dict[str, typing.An
 
 
 def _number(value: typing.Any) -> float | None:
-    """A float, NaN for null (`recorder.json_safe` writes that for what is not finite); None for anything else."""
+    """Returns a float, NaN for null (which stands for a value that is not finite), None for anything else."""
     if value is None:
         return math.nan
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _numbers(raw: typing.Mapping[str, typing.Any], where: str, problems: list[str]) -> dict[str, float]:
-    """The entries of `raw` that are numbers or null; the others become one problem."""
+    """Keeps entries of `raw` that are numbers or null; the others become one problem."""
     numbers = {name: _number(value) for name, value in raw.items()}
     wrong = sorted(name for name, value in numbers.items() if value is None)
     if wrong:
@@ -229,7 +229,7 @@ def _best(path: pathlib.Path, problems: list[str]) -> tuple[int | None, dict[str
 
 
 def _scores(folder: pathlib.Path, problems: list[str]) -> dict[str, Scores]:
-    """Every other JSON file of the folder, which `gpsd_dist.evaluate` may have written; its stem names the split."""
+    """Reads every other JSON file of the folder as a result of `gpsd_dist.evaluate`; its stem names the split."""
     scores: dict[str, Scores] = {}
     for path in sorted(folder.glob("*.json")):
         if path.name in (CONFIG_NAME, ENVIRONMENT_NAME, *_OF_TOOLS):
@@ -248,7 +248,7 @@ def _scores(folder: pathlib.Path, problems: list[str]) -> dict[str, Scores]:
 
 
 def _newest_state(folder: pathlib.Path, problems: list[str]) -> dict[str, typing.Any]:
-    """`run_state.json` of the last complete checkpoint; {} and a problem if there is none."""
+    """Reads `run_state.json` of the last complete checkpoint; {} and a problem if there is none."""
     named = [(match, path) for path in folder.glob("step_*") if (match := _CHECKPOINT.fullmatch(path.name))]
     complete = [(int(m[1]), int(m[2] or 0), path) for m, path in named if (path / STATE_NAME).is_file()]
     if not complete:

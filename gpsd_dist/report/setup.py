@@ -1,4 +1,4 @@
-"""How the runs were made: options that differ, table plan, environment, commands, speed."""
+"""Describes how the runs were made: options that differ, table plan, environment, commands, speed."""
 
 import math
 import shlex
@@ -10,16 +10,12 @@ from gpsd_dist.report.run_folder import Run
 from gpsd_dist.report.tables import MISSING, Cell, Row, Table, count_text, duration_text, number_cell, option_text
 
 _ABSENT = "(absent)"
-_SPEEDS = (  # metric, header, digits after the point
-    ("perf/examples_per_s", "examples/s", 0),
-    ("perf/tokens_per_s", "tokens/s", 0),
-    ("perf/step_ms", "step ms", 0),
-)
+_SPEEDS = {"perf/examples_per_s": "examples/s", "perf/tokens_per_s": "tokens/s", "perf/step_ms": "step ms"}
 _PEAKS = (("perf/peak_rss_gib", "peak RSS GiB"), ("perf/peak_cuda_gib", "peak CUDA GiB"))
 
 
 def option_differences(family: Family) -> Table | None:
-    """One row per configuration, one column per option that is not the same in all of them; None if none differs."""
+    """Makes one row per configuration, one column per option that differs; None if none differs."""
     names = [name for name in differing_options(family.runs) if name not in PLACE_OPTIONS]
     if not names:
         return None
@@ -34,7 +30,7 @@ def option_differences(family: Family) -> Table | None:
 
 
 def shared_options(family: Family) -> list[tuple[str, str]]:
-    """(option, value) of everything that is the same in all runs that have a configuration."""
+    """Lists (option, value) of all options that are equal in all runs whose configuration is known."""
     runs = [run for run in family.runs if run.config]
     differing = {*differing_options(runs), *PLACE_OPTIONS}
     flat = flat_options(runs[0].config) if runs else {}
@@ -42,7 +38,7 @@ def shared_options(family: Family) -> list[tuple[str, str]]:
 
 
 def family_differences(families: typing.Sequence[Family]) -> Table | None:
-    """Options whose values are not the same in all families, one column per family."""
+    """Makes a table of options that differ between families, one column per family."""
     if len(families) < 2:
         return None
     values = [{name: _all_values(family, name) for name in _names(family)} for family in families]
@@ -67,7 +63,7 @@ def _option(flat: dict[str, typing.Any], name: str) -> str:
 
 
 def plans(families: typing.Sequence[Family]) -> list[tuple[str, str]]:
-    """(labels of the runs, plan): equal plans once."""
+    """Lists (labels of the runs, plan), equal plans once."""
     by_plan: dict[str, list[str]] = {}
     for family in families:
         for run in family.runs:
@@ -77,7 +73,7 @@ def plans(families: typing.Sequence[Family]) -> list[tuple[str, str]]:
 
 
 def environments(runs: typing.Sequence[Run]) -> tuple[list[tuple[str, str]], Table | None]:
-    """Facts that all runs share, and a table of the others: equal runs in one row."""
+    """Lists facts that all runs share, and makes a table of the others, equal runs in one row."""
     flats = {run.label: _environment(run) for run in runs if run.environment}
     names = list(dict.fromkeys(name for flat in flats.values() for name in flat))
     shared, differing = [], []
@@ -103,7 +99,7 @@ def _environment(run: Run) -> dict[str, str]:
 
 
 def command(run: Run) -> str | None:
-    """The run's command line, to be typed in the repository's root; None if it was not recorded.
+    """Writes the run's command line for the repository's root; None if it was not recorded.
 
     More than one rank means torchrun, on one machine; how the ranks were spread is not recorded.
     """
@@ -117,10 +113,10 @@ def command(run: Run) -> str | None:
 
 
 def throughput(families: typing.Sequence[Family]) -> Table:
-    """Medians over the log steps of a run; memory is the largest."""
+    """Makes a table of each run's speed: medians over its log steps, and peaks of memory."""
     has_cuda = any("perf/peak_cuda_gib" in entry for family in families for run in family.runs for entry in run.entries)
     peaks = _PEAKS if has_cuda else _PEAKS[:1]
-    headers = ["ranks", "steps", "time", *(header for _, header, _ in _SPEEDS), "data wait", "CPU time"]
+    headers = ["ranks", "steps", "time", *_SPEEDS.values(), "data wait", "CPU time"]
     headers += [header for _, header in peaks]
     columns = (Cell("run"), Cell("device"), *map(number_cell, headers))
     groups = []
@@ -136,9 +132,9 @@ def _speed_cells(run: Run, peaks: typing.Sequence[tuple[str, str]]) -> list[Cell
     cells = [Cell(run.label), Cell(f"{run.environment.get('device', MISSING)}")]
     cells += [number_cell(f"{run.environment.get('world_size', MISSING)}"), number_cell(steps)]
     cells.append(number_cell(duration_text(times[-1] - times[0]) if len(times) > 1 else MISSING))
-    for name, _, digits in _SPEEDS:
+    for name in _SPEEDS:
         median = _median(run, name)
-        cells.append(number_cell(MISSING if median is None else f"{median:,.{digits}f}"))
+        cells.append(number_cell(MISSING if median is None else f"{median:,.0f}"))
     wait = _median(run, "perf/data_wait_share")
     cells.append(number_cell(MISSING if wait is None else f"{100 * wait:.2f} %"))
     used = _finite(run, "perf/cpu_s")

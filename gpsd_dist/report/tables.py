@@ -1,4 +1,4 @@
-"""What the page's tables are made of, and how numbers are written. Knows neither runs nor HTML."""
+"""Defines tables of text and how numbers are written. Knows neither runs nor HTML."""
 
 import dataclasses
 import datetime
@@ -7,9 +7,11 @@ import statistics
 import typing
 
 MISSING = "-"
-LARGER_IS_BETTER = ("auc", "gauc", "mrr", "hr", "ndcg")
-SMALLER_IS_BETTER = ("log_loss", "ne")
-NEAREST_ONE_IS_BEST = ("calibration",)
+_COST: dict[str, typing.Callable[[float], float]] = {  # metric without its @k -> what the best value makes smallest
+    **dict.fromkeys(("auc", "gauc", "mrr", "hr", "ndcg"), lambda value: -value),
+    **dict.fromkeys(("log_loss", "ne"), lambda value: value),
+    "calibration": lambda value: abs(value - 1),
+}
 _COUNTS = ("rows", "gauc_users", "unknown_targets")
 _NAMES_SHOWN = 6
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -17,18 +19,18 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One cell; plain text, escaped by the template."""
+    """Holds plain text, which the template escapes."""
 
     text: str
-    note: str = ""  # Smaller, below the text: a range, a remark
+    note: str = ""  # smaller, below the text: a range, a remark
     is_strong: bool = False
     is_number: bool = False
-    style_index: int | None = None  # Shows the line of that style before the text
+    style_index: int | None = None  # the line of that style is drawn before the text
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row; a mean over the rows above or below it stands out."""
+    """Holds one row; a mean over other rows is highlighted."""
 
     cells: tuple[Cell, ...]
     is_mean: bool = False
@@ -36,7 +38,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows in groups (one body each, a line between). `spans`: (text, columns) of a header row above, from the left."""
+    """Holds groups of rows with a line between them. `spans` is a header row above: (text, columns) from the left."""
 
     columns: tuple[Cell, ...]
     groups: tuple[tuple[Row, ...], ...]
@@ -44,18 +46,13 @@ class Table:
     caption: str = ""
 
 
-def text_cells(values: typing.Iterable[str]) -> tuple[Cell, ...]:
-    """Plain cells."""
-    return tuple(Cell(value) for value in values)
-
-
 def number_cell(text: str, note: str = "", *, is_strong: bool = False) -> Cell:
-    """A cell that is set to the right, with digits of one width."""
+    """Makes a cell that is set to the right, with digits of one width."""
     return Cell(text, note, is_strong=is_strong, is_number=True)
 
 
 def metric_text(name: str, value: float | None) -> str:
-    """A metric as on the page: whole numbers for counts, else four digits after the point; NaN stays visible."""
+    """Writes counts as whole numbers, other metrics with four digits after the point; NaN stays visible."""
     if value is None:
         return MISSING
     if not math.isfinite(value):
@@ -64,7 +61,7 @@ def metric_text(name: str, value: float | None) -> str:
 
 
 def mean_cell(name: str, values: typing.Sequence[float | None], *, is_strong: bool = False) -> Cell:
-    """Mean over seeds with the smallest and largest below it; "-" if a seed has no value, NaN if one is not finite."""
+    """Writes the mean over seeds, and the range below it; "-" if a seed has no value, NaN if one is not finite."""
     known = [value for value in values if value is not None]
     if len(known) < len(values) or not known:
         missing = f"{len(values) - len(known)} of {len(values)} missing" if known else ""
@@ -76,28 +73,23 @@ def mean_cell(name: str, values: typing.Sequence[float | None], *, is_strong: bo
 
 
 def best_index(name: str, values: typing.Sequence[float | None]) -> int | None:
-    """Which of several values of one metric is best; None if fewer than two are finite or nobody can say."""
-    family = name.split("@")[0]
-    if family in LARGER_IS_BETTER:
-        cost = [-value if value is not None else math.nan for value in values]
-    elif family in SMALLER_IS_BETTER:
-        cost = [value if value is not None else math.nan for value in values]
-    elif family in NEAREST_ONE_IS_BEST:
-        cost = [abs(value - 1) if value is not None else math.nan for value in values]
-    else:
+    """Finds the best of several values of one metric; None if fewer than two are finite or the metric is unknown."""
+    cost_of = _COST.get(name.split("@")[0])
+    if cost_of is None:
         return None
+    cost = [math.nan if value is None else cost_of(value) for value in values]
     finite = [value for value in cost if math.isfinite(value)]
     return cost.index(min(finite)) if len(finite) > 1 else None
 
 
 def count_text(value: typing.Any) -> str:
-    """12,345, or "-" for what is no number."""
+    """Writes 12,345, or "-" for a value that is no finite number."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return f"{value:,.0f}" if is_number else MISSING
 
 
 def bytes_text(value: typing.Any) -> str:
-    """3.8 MiB"""
+    """Writes bytes like 3.8 MiB."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return MISSING
     amount, unit = float(value), 0
@@ -107,7 +99,7 @@ def bytes_text(value: typing.Any) -> str:
 
 
 def time_text(time_s: typing.Any) -> str:
-    """Epoch seconds as UTC to the minute."""
+    """Writes epoch seconds as UTC to the minute."""
     if not isinstance(time_s, int | float) or isinstance(time_s, bool):
         return MISSING
     try:
@@ -117,7 +109,7 @@ def time_text(time_s: typing.Any) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """47 s, 12 min 5 s, 3 h 20 min"""
+    """Writes seconds like 47 s, 12 min 5 s, 3 h 20 min."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"
@@ -125,7 +117,7 @@ def duration_text(seconds: float) -> str:
 
 
 def option_text(value: typing.Any) -> str:
-    """A value of run_config.json as one would type it; lists and dicts in short."""
+    """Writes a value of run_config.json as one would type it; lists and dicts in short."""
     if isinstance(value, str):
         return value or "(empty)"
     if isinstance(value, list):
@@ -136,6 +128,6 @@ def option_text(value: typing.Any) -> str:
 
 
 def listed(names: typing.Sequence[str]) -> str:
-    """a, b, c and 12 more"""
+    """Writes names like "a, b, c and 12 more"."""
     more = len(names) - _NAMES_SHOWN
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
