@@ -1,9 +1,8 @@
-"""ENTRY: torchrun whose exit status says how the training ended. `python -m gpsd_dist.launcher TORCHRUN_ARGUMENTS`
+"""ENTRY: torchrun with an exit status that says how training ended. `python -m gpsd_dist.launcher TORCHRUN_ARGUMENTS`
 
-torchrun itself ends with 0 or 1 and starts ranks again whatever they died of. Here the status is one of `exit_codes`,
-ranks that end with MISTAKE are not started again (they would only repeat it), and ranks that are started again do not
-read the addresses of the ranks before them. A signal is passed on to the ranks, and further ones change
-nothing: torchrun would leave at the second, while its ranks save.
+torchrun itself exits with 0 or 1, and restarts ranks after any failure. Here the status is one of `exit_codes`; ranks
+that end with MISTAKE are not restarted, since they would fail again; restarted ranks do not read the addresses of dead
+ones. The first signal is passed on to the ranks. Further ones are ignored, where torchrun would exit while ranks save.
 """
 
 import os
@@ -25,7 +24,7 @@ from gpsd_dist.distributed import exit_codes
 from gpsd_dist.distributed.parent_watch import LAUNCHER_VARIABLE
 
 _BY_IMPORTANCE = (exit_codes.MISTAKE, exit_codes.NO_FILE_ACCESS, exit_codes.HUNG, exit_codes.STOPPED)
-"""Of several ranks the cause is told; the others fail because a rank is missing."""
+"""When several ranks fail, the first status of this list is reported: it is the cause, the other ranks follow."""
 
 
 class _Agent(LocalElasticAgent):
@@ -38,12 +37,12 @@ class _Agent(LocalElasticAgent):
     def run(self, role: str = "default") -> typing.Any:
         try:
             return super().run(role)
-        except SignalException as error:  # it has closed the ranks
+        except SignalException as error:  # super().run has ended the ranks by now
             error.add_note(self._how_closed())
             raise
 
     def _how_closed(self) -> str:
-        """What became of the ranks of this host. PContext sends them the signal, waits, and kills those still there:
+        """Says whether this host's ranks ended by themselves. PContext sends the signal, waits, and kills the rest:
 
         https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/elastic/multiprocessing/api.py
         """
@@ -58,19 +57,19 @@ class _Agent(LocalElasticAgent):
 
 
 def main(argv: list[str]) -> int:
-    """The exit status: one of `exit_codes`."""
+    """Runs torchrun and returns the exit status, one of `exit_codes`."""
     # launch_agent has no parameter for the agent's class; _remaining_restarts is read only in its _invoke_run:
     # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/launcher/api.py
     api.LocalElasticAgent = _Agent
-    # what PContext.start makes the handler of PET_SIGNALS_TO_HANDLE; its own one raises at every signal
+    # PContext.start installs this function for PET_SIGNALS_TO_HANDLE; torch's own one raises at every signal.
     processes._terminate_process_handler = _first_signal
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
-    # Else all attempts share one store and its keys: a rank that is faster than its peers connects to the addresses of
-    # the dead ones, and the restart fails (https://github.com/pytorch/pytorch/issues/135712; seen with torch 2.13).
+    # By default all attempts share one store and its keys: a rank that is faster than its peers connects to addresses
+    # of dead ranks, and the restart fails (https://github.com/pytorch/pytorch/issues/135712; seen with torch 2.13).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: torchrun would stop at a lost terminal all the same
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # Under nohup, torchrun would still stop on SIGHUP.
         os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
-    for number in (signal.SIGTERM, signal.SIGINT):  # torchrun has handlers only once its ranks are started
+    for number in (signal.SIGTERM, signal.SIGINT):  # torchrun installs its handlers only after it has started the ranks
         signal.signal(number, _first_signal)
     try:
         torchrun.main(argv)
@@ -82,7 +81,7 @@ def main(argv: list[str]) -> int:
         status = _status(error.failures)
         ranks = ", ".join(f"rank {rank} with {_how(failure.exitcode)}" for rank, failure in error.failures.items())
         return _ended(f"ranks of this host have ended: {ranks}", status)
-    except (RendezvousError, DistError) as error:  # of the launchers among themselves
+    except (RendezvousError, DistError) as error:  # The launchers of the nodes could not meet.
         reason = (str(error.__cause__ or error) or repr(error)).splitlines()[0]
         return _ended(f"the nodes of this job do not reach each other: {reason}", exit_codes.FAILED)
     return exit_codes.FINISHED
@@ -96,7 +95,7 @@ def _first_signal(number: int, frame: types.FrameType | None) -> None:
 
 
 def _later_signal(number: int, frame: types.FrameType | None) -> None:
-    """Says so once per signal, past the buffers that it may have interrupted."""
+    """Reports an ignored signal once, by os.write: a handler must not use the buffers that it may have interrupted."""
     signal.signal(number, signal.SIG_IGN)
     name = signal.Signals(number).name
     line = f"launcher: got {name} as well, and does not heed it: it waits for its ranks to save and end"

@@ -12,7 +12,7 @@ from gpsd_dist.config import OptimizerConfig
 
 
 def dense_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters; only matrices of linear layers decay (not norms, biases or small tables)."""
+    """Builds AdamW over all parameters; only matrices of linear layers decay (not norms, biases or small tables)."""
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     groups = [
         {"params": [p for p in model.parameters() if id(p) in linear], "weight_decay": config.weight_decay},
@@ -23,7 +23,7 @@ def dense_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 
 def named_state(optimizer: torch.optim.AdamW, model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
-    """Parameter name -> {"step", "exp_avg", "exp_avg_sq"}, aliasing the live state; allocated if there is none yet."""
+    """Returns parameter name -> {"step", "exp_avg", "exp_avg_sq"}: the live state, which is allocated if missing."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state = {}
     for group in optimizer.param_groups:
@@ -38,7 +38,7 @@ def named_state(optimizer: torch.optim.AdamW, model: nn.Module) -> dict[str, dic
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, final_fraction: float) -> float:
-    """Linear warm-up from 1 / warmup_steps to 1, then cosine to `final_fraction` (1: constant). Steps count from 0."""
+    """Warms up linearly from 1 / warmup_steps to 1, then follows a cosine to `final_fraction`. Steps count from 0."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))

@@ -21,8 +21,8 @@ _SMALL = (f"{BACKBONE}embedder.small.", "context.small.")
 
 @functools.cache
 def module_key(name: str) -> str:
-    """Key of a feature, table or task in a module dict; `type` and the like are attributes there, dots separate."""
-    from torch import nn  # whoever reads names alone, of a report for example, needs no torch
+    """Turns the name of a feature, table or task into a key of a module dict, where dots and attributes cannot be."""
+    from torch import nn  # imported here, because a report reads names and must not need torch
 
     key = name.replace(".", "_")
     is_taken = any(hasattr(cls(), key) for cls in (nn.ModuleDict, nn.ParameterDict))

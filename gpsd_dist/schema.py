@@ -1,4 +1,4 @@
-"""The contract between `data_pipeline` (writes) and `gpsd_dist` (reads): Parquet columns and `manifest.json`.
+"""Defines the data contract that `data_pipeline` writes and `gpsd_dist` reads: Parquet columns and `manifest.json`.
 
     out_dir/
       manifest.json                     this file's `Manifest`
@@ -8,7 +8,7 @@
       items.parquet                     index of the item table + every item attribute that is a feature
 
 One row is one user request: a history (oldest event first) and K >= 1 candidates that were shown with it.
-Needs only pyarrow: neither torch nor ibis.
+This module needs pyarrow only, neither torch nor ibis.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ NUM_RESERVED_ROWS = 2  # index 0 is padding, 1 is unknown; the first known id ha
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 2**28  # untuned: 100,000 files take some 10 MB
 MAX_NESTING = 32
-MAX_ROWS = 2**48  # of a table or a split: counts and indices fit their types whatever is done with them
+MAX_ROWS = 2**48  # bounds a table and a split, so that sums and products of counts stay inside int64
 MAX_HISTORY_LENGTH = 2**24  # untuned; the column is int32
 PLACES = ("history", "candidate", "context")
 KINDS = ("categorical", "numerical")
 ID_KINDS = ("hashed", "managed")
-ID_BITS = 60  # of the ids of tables without a vocabulary: a part of the md5 of the raw id
+ID_BITS = 60  # width of ids in tables without a vocabulary, taken from the md5 of the raw id
 MAX_ID = (1 << ID_BITS) - 1 + NUM_RESERVED_ROWS
 _MAX_SHOWN = 10  # problems in one message
 _FLOAT32_MAX = 3.4e38
@@ -44,20 +44,20 @@ Named = typing.TypeVar("Named", "Feature", "Table", "Split")
 
 @dataclasses.dataclass(frozen=True)
 class Feature:
-    """One input of the model, in one or more places of a row."""
+    """Describes one input of the model, in one or more places of a row."""
 
     name: str
     places: tuple[str, ...]
-    """Where it occurs: any of "history", "candidate", "context". One in history and candidate is a token feature."""
+    """Any of "history", "candidate", "context". A feature of history and candidate is a token feature."""
     kind: str = "categorical"
     table: str | None = None
     """Embedding table that its indices point into; None for a numerical feature."""
     is_bag: bool = False
     """Several indices per token (tags of a video): the column has one more list level. Categorical only."""
     mean: float = 0.0
-    """Numerical: over the training split; the model sees (value - mean) / std."""
+    """Mean over the training split, for a numerical feature; the model sees (value - mean) / std."""
     std: float = 1.0
-    """Numerical: over the training split, above 0."""
+    """Standard deviation over the training split, above 0."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -72,7 +72,7 @@ class Feature:
             raise ValueError(f"feature {self.name!r}: only a categorical feature can be a bag")
 
     def arrow_type(self, place: str) -> pa.DataType:
-        """Arrow type of the column `<place>.<name>`."""
+        """Returns the Arrow type of the column `<place>.<name>`."""
         scalar = pa.int64() if self.kind == "categorical" else pa.float32()
         value = pa.list_(scalar) if self.is_bag else scalar
         return value if place == "context" else pa.list_(value)
@@ -80,28 +80,27 @@ class Feature:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Size and identity of one vocabulary."""
+    """Describes one embedding table: size, and identity of its vocabulary."""
 
     name: str
     num_rows: int
     """Rows of the embedding table: known ids + the two reserved ones. Without a vocabulary: a default."""
     fingerprint: str
-    """Hash over all (raw id, index) pairs: two tables are interchangeable only if it agrees. Without a vocabulary:
-    `unbounded_fingerprint`."""
+    """Hash over all (raw id, index) pairs; tables are interchangeable only if it agrees. See unbounded_fingerprint."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One label column."""
+    """Describes one label column."""
 
     name: str
     given: str | None = None
-    """Conditional task: trained and scored only where this other label is 1 (conversion given click)."""
+    """A conditional task is trained and scored only where this other label is 1 (conversion given click)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Counts and bounds of one folder of Parquet files."""
+    """Holds counts and bounds of one folder of Parquet files."""
 
     name: str
     files: tuple[str, ...]
@@ -117,7 +116,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Everything the trainer may know about a data set; the single source of table sizes."""
+    """Describes a data set to the trainer; it is the only source of table sizes."""
 
     source: str
     features: tuple[Feature, ...]
@@ -134,34 +133,34 @@ class Manifest:
     sources: tuple[dict[str, typing.Any], ...] = ()
     """Raw files: {"path", "bytes", "sha256"}."""
     options: dict[str, typing.Any] = dataclasses.field(default_factory=dict)
-    """Of the build. "chain": steps of `--append_to`, each with the tables of the data set before it."""
+    """Options of the build. "chain": steps of `--append_to`, each with the tables of the data set before it."""
     command: str = ""
     schema_version: int = SCHEMA_VERSION
     unbounded: dict[str, str] = dataclasses.field(default_factory=dict)
     """Table -> "hashed" or "managed": its columns hold 64-bit ids (2 ... MAX_ID, 1 where the log has none) instead of
-    row numbers, and the trainer finds the rows (docs/ids.md). Tables not named have a vocabulary, in `vocab/`."""
+    row numbers, and the trainer finds the rows (docs/ids.md). Other tables have a vocabulary in `vocab/`."""
 
     def feature(self, name: str) -> Feature:
-        """The feature of that name; ValueError lists the known ones."""
+        """Finds a feature by name; ValueError lists the known ones."""
         return _named(self.features, name, "feature")
 
     def table(self, name: str) -> Table:
-        """The table of that name; ValueError lists the known ones."""
+        """Finds a table by name; ValueError lists the known ones."""
         return _named(self.tables, name, "table")
 
     def value_limit(self, table: str) -> int:
-        """What the values of the table's columns are smaller than: its rows, or the ids that there can be."""
+        """Returns the exclusive upper bound of values in the table's columns: its rows, or MAX_ID + 1 for ids."""
         return MAX_ID + 1 if table in self.unbounded else self.table(table).num_rows
 
     def split(self, name: str) -> Split:
-        """The split of that name, or several one after the other ("train+valid"); ValueError lists the known ones."""
+        """Finds a split by name, or joins several ("train+valid"); ValueError lists the known ones."""
         parts = [_named(self.splits, part, "split") for part in name.split("+")]
         if len(set(parts)) < len(parts) or (len(parts) > 1 and "pretrain" in name.split("+")):
             raise ValueError(f"splits {name!r}: they must differ, and `pretrain` has other columns than the others")
         return parts[0] if len(parts) == 1 else _joined(name, parts)
 
     def features_in(self, place: str) -> tuple[Feature, ...]:
-        """Features that occur in `place`, in manifest order."""
+        """Lists the features that occur in `place`, in manifest order."""
         return tuple(feature for feature in self.features if place in feature.places)
 
 
@@ -185,14 +184,16 @@ def _named(entries: tuple[Named, ...], name: str, what: str) -> Named:
 
 
 def unbounded_fingerprint(kind: str, num_rows: int) -> str:
-    """Of a table without a vocabulary. The number is the version of `data_pipeline.hashing.id_of` and of the rules of
-    docs/ids.md: raise it when an id would find another row.
+    """Returns the fingerprint of a table without a vocabulary.
+
+    The 1 in it is the version of `data_pipeline.hashing.id_of` and of the rules of docs/ids.md. Raise it with any
+    change after which an id finds another row.
     """
     return f"{kind}-1-{num_rows}"
 
 
 def arrow_schema(manifest: Manifest, split: str) -> pa.Schema:
-    """Columns of one split's files, in order. `pretrain` has no candidates, labels, context or request time."""
+    """Builds the schema of one split's files. `pretrain` has no candidates, labels, context or request time."""
     fields = [
         pa.field("user_id", pa.string()),
         pa.field("user_hash", pa.int64()),
@@ -228,7 +229,7 @@ def read_manifest(data_dir: str | pathlib.Path) -> Manifest:
         raise ValueError(f"{path} has more than {MAX_MANIFEST_BYTES:,} bytes, which no manifest has")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also: an integer of more digits than Python reads
+    except (ValueError, RecursionError) as error:  # Python also raises ValueError for an integer of too many digits.
         raise ValueError(f"{path} is not valid JSON ({error}); build the data set again") from error
     try:
         return manifest_from_dict(raw)
@@ -237,7 +238,7 @@ def read_manifest(data_dir: str | pathlib.Path) -> Manifest:
 
 
 def manifest_from_dict(raw: typing.Any) -> Manifest:
-    """The inverse of `dataclasses.asdict(manifest)` after a trip through JSON. ValueError says what does not fit."""
+    """Builds a manifest from the JSON of `dataclasses.asdict(manifest)`. ValueError says what does not fit."""
     if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION:
         found = raw.get("schema_version") if isinstance(raw, dict) else type(raw).__name__
         raise ValueError(f"it has schema version {found!r}, this code reads {SCHEMA_VERSION}")
@@ -258,7 +259,7 @@ def _from_dict(cls: type, entry: dict[str, typing.Any]) -> typing.Any:
 
 
 def _typed(made: T) -> T:
-    """The object itself; TypeError if a field does not hold what its annotation says."""
+    """Returns the object; TypeError if the value of a field does not have the annotated type."""
     for name, hint in typing.get_type_hints(type(made)).items():
         if not _is_instance(getattr(made, name), hint):
             expected = getattr(hint, "__name__", hint)
@@ -282,7 +283,7 @@ def _is_instance(value: typing.Any, hint: typing.Any) -> bool:
 
 
 def _check(manifest: Manifest) -> None:
-    """Cross references and paths inside the manifest."""
+    """Checks cross references and paths inside the manifest; raises one ValueError with all problems."""
     problems = []
     for what in ("features", "tables", "tasks", "splits"):
         names = [entry.name for entry in getattr(manifest, what)]
@@ -328,7 +329,7 @@ def _is_step(step: typing.Any) -> bool:
 
 
 def _problems_of(split: Split, max_history_length: int) -> list[str]:
-    """Counts that cannot be, paths that lead out of the data folder, files listed twice."""
+    """Finds impossible counts, paths that lead out of the data folder, files listed twice."""
     problems = []
     for name in ("num_rows", "num_history_tokens", "num_candidates"):
         if not 0 <= getattr(split, name) <= MAX_ROWS:

@@ -1,8 +1,8 @@
-"""Keeps memory that CPU tensors and Arrow have freed: the next step finds its pages where the last one left them.
+"""Keeps memory that CPU tensors and Arrow have freed inside the process, so that the next step reuses its pages.
 
-glibc gives large blocks back to the system when they are freed, and every step pays for the pages again: a quarter of
-a discriminative CPU step at width 64, and with Arrow's own allocator as much of the loader (docs/performance.md). Peak
-memory stays, but does not fall afterwards.
+By default glibc returns large blocks to the system, and every step faults the pages in again: that cost a quarter of a
+discriminative CPU step at width 64, and as much of the loader with Arrow's own allocator (docs/performance.md). Peak
+memory is unchanged; the process does not shrink after the peak.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
 def keep_freed_memory() -> bool:
-    """For the rest of the process. False, and nothing happens, where the C library has no such switch."""
+    """Turns returning memory off for the rest of the process. False where the C library has no such switch."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         log.info("this C library has no mallopt: freed memory goes back to the system and steps are slower on CPU")

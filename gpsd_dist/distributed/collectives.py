@@ -1,4 +1,4 @@
-"""The few direct collectives: sums and ragged gathers over all ranks."""
+"""Wraps the two collectives that are called directly: sums and ragged gathers over all ranks."""
 
 import torch
 import torch.distributed as dist
@@ -6,14 +6,14 @@ import torch.nn.functional as F
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, in place. Collective."""
+    """Sums over ranks, in place. Collective."""
     if dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_gather_rows(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Every rank's tensor, in rank order; first dimensions may differ, the others must agree. Collective."""
+    """Gathers every rank's tensor, in rank order. First dimensions may differ, the others must agree. Collective."""
     if dist.get_world_size() == 1:
         return [tensor]
     own = torch.tensor([tensor.shape[0]], device=tensor.device)

@@ -1,4 +1,4 @@
-"""What is put around the dense model from outside: recomputed activations, replication or sharding over ranks."""
+"""Wraps the dense model for training: activation checkpointing, CUDA graphs, DDP or FSDP2."""
 
 import functools
 import logging
@@ -18,17 +18,17 @@ log = logging.getLogger(__name__)
 
 
 def parallelize(model: nn.Module, run: RunConfig, runtime: Runtime) -> nn.Module:
-    """What to call instead of `model` (NextItemModel or RankingModel) in training. Collective.
+    """Returns the module to call instead of `model` (NextItemModel or RankingModel) in training. Collective.
 
-    Names of parameters stay those of `model`; with fsdp2 they are DTensors afterwards, so build the optimizer later.
-    Options that the model does not have: `preflight.check_options_against_data` refuses them.
+    Parameter names do not change. With fsdp2 the parameters become DTensors, so build the optimizer afterwards.
+    `preflight.check_options_against_data` has refused options that the model does not have.
     """
     if run.execution.activation_checkpointing:
         recompute_blocks(model.backbone.tower, has_dropout=run.model.dropout > 0)
     if run.execution.cuda_graphs and runtime.device.type != "cuda":
         log.warning("cuda_graphs has no effect without a GPU")
     elif run.execution.cuda_graphs:
-        # The function, not the module: a module set as an attribute would change parameter names.
+        # Compile the function. A compiled module would be a submodule, and so change parameter names.
         tower = model.backbone.tower
         model.backbone.call_padded = torch.compile(tower.forward, dynamic=False, mode="reduce-overhead")
     if runtime.world_size == 1:
@@ -40,12 +40,12 @@ def parallelize(model: nn.Module, run: RunConfig, runtime: Runtime) -> nn.Module
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
     for block in getattr(model.backbone.tower, "blocks", ()):
         fully_shard(block, mesh=mesh)
-    # All that is in no block. It stays gathered between forward and backward: the loss uses tied weights from it.
+    # Shard what is in no block. It stays gathered between forward and backward, because the loss reads tied weights.
     return fully_shard(model, mesh=mesh, reshard_after_forward=False)
 
 
 def exchange_gradients(parallel: nn.Module, is_on: bool) -> None:
-    """Whether the next backward of what `parallelize` gave ends in an exchange; off while parts of a batch add up."""
+    """Turns the all-reduce of dense gradients on or off; it is off while micro-batches accumulate."""
     if isinstance(parallel, DistributedDataParallel):
         parallel.require_backward_grad_sync = is_on
     elif isinstance(parallel, FSDPModule):
@@ -53,15 +53,15 @@ def exchange_gradients(parallel: nn.Module, is_on: bool) -> None:
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
-    """Clips the global norm in place and returns what it was, float32 []. Collective where parameters are sharded."""
+    """Clips the global gradient norm in place and returns it unclipped, float32 []. Collective with fsdp2."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def compile_tower(tower: nn.Module, *, by_block: bool) -> None:
-    """`ModelConfig.compile`, in place: parameter names stay. Before `parallelize`.
+    """Compiles the tower in place (ModelConfig.compile); parameter names do not change. Call before `parallelize`.
 
-    `by_block`: where blocks are computed again; Dynamo (torch 2.13) cannot trace that together with length buckets.
+    `by_block` goes with activation checkpointing, which Dynamo (torch 2.13) cannot trace around length buckets.
     """
     if not by_block:
         tower.compile(dynamic=True)
@@ -72,10 +72,9 @@ def compile_tower(tower: nn.Module, *, by_block: bool) -> None:
 
 
 def recompute_blocks(tower: nn.Module, has_dropout: bool) -> None:
-    """From now on a block of the tower keeps its inputs alone. Recomputed dropout draws the same numbers."""
+    """Turns activation checkpointing on: blocks keep their inputs only. Recomputed dropout draws the same numbers."""
     assert hasattr(tower, "blocks"), type(tower).__name__
     for block in tower.blocks:
-        # on the instance, not a wrapping module: parameter names are API
-        block.forward = functools.partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=has_dropout
-        )
+        # Replace the method of the instance. A wrapping module would change parameter names, which are API.
+        options = {"use_reentrant": False, "preserve_rng_state": has_dropout}
+        block.forward = functools.partial(checkpoint, block.forward, **options)

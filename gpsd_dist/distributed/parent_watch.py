@@ -1,6 +1,6 @@
-"""The launcher that started this process: is it still there?
+"""Watches whether the launcher that started this process is still alive.
 
-A rank without one belongs to no one, and is in the way of the next start.
+An orphaned rank still holds the output lock and blocks the restart.
 """
 
 import contextlib
@@ -13,16 +13,16 @@ import typing
 from gpsd_dist.distributed import exit_codes
 
 LAUNCHER_VARIABLE = "GPSD_LAUNCHER_PID"
-"""Process id of `gpsd_dist.launcher`, which sets it. A rank that asked for its parent might be orphaned already."""
+"""Process id of `gpsd_dist.launcher`, which sets it: a rank that calls getppid() may be orphaned already."""
 _POLL_S = 0.5
 
 
 class LauncherGone(RuntimeError):
-    """Nothing may be begun."""
+    """The launcher has died, so this rank must not begin anything."""
 
 
 def launcher_pid() -> int | None:
-    """Process id of what started this rank: our launcher, else torchrun; None outside of torchrun."""
+    """Returns the process id of our launcher, else of torchrun; None outside of torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     handed_down = os.environ.get(LAUNCHER_VARIABLE)
@@ -34,9 +34,9 @@ def launcher_pid() -> int | None:
 
 
 def is_gone(pid: int) -> bool:
-    """Whether no ancestor of this process has that id: who loses its parent is given to another one.
+    """Says whether no ancestor of this process has that id; an orphan gets another parent, so its chain changes.
 
-    Not only the parent: a shell script may stand between launcher and rank. Without /proc the parent alone counts.
+    All ancestors count, because a shell script may stand between launcher and rank. Without /proc only the parent does.
     """
     ancestor, seen = os.getppid(), set[int]()
     while ancestor != pid:
@@ -47,21 +47,21 @@ def is_gone(pid: int) -> bool:
             stat = pathlib.Path(f"/proc/{ancestor}/stat").read_text()
         except OSError:
             return True
-        ancestor = int(stat.rpartition(")")[2].split()[1])  # the name before it may hold anything
+        ancestor = int(stat.rpartition(")")[2].split()[1])  # the process name in front may contain spaces and brackets
     return False
 
 
 def check(pid: int | None) -> None:
-    """LauncherGone if there was a launcher, and it is not there any more."""
+    """Raises LauncherGone if there was a launcher and it has died."""
     if pid is not None and is_gone(pid):
         raise LauncherGone(_message(pid))
 
 
 @contextlib.contextmanager
 def leaving_with(pid: int | None) -> typing.Iterator[None]:
-    """Ends this process if its launcher goes while it waits inside, for ranks that may never come.
+    """Ends this process if its launcher dies inside the block, where it waits for ranks that may never come.
 
-    LauncherGone if it has gone before.
+    LauncherGone if the launcher has died before.
     """
     check(pid)
     is_over = threading.Event()

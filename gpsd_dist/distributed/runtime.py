@@ -1,4 +1,4 @@
-"""Process group, device, rank facts, seeds and log format of one process. The only reader of torchrun's variables."""
+"""Sets up one process: process group, device, seeds, log format. No other module reads torchrun's variables."""
 
 import contextlib
 import dataclasses
@@ -19,24 +19,24 @@ from gpsd_dist.distributed.watchdog import Watchdog
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """Where this process stands."""
+    """Holds rank, world size and device of this process."""
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
     ranks_per_machine: int = 0
-    """0: all of them are on this one."""
+    """0 means that all ranks are on this machine."""
     watchdog: Watchdog = dataclasses.field(default_factory=Watchdog, compare=False)
 
     @property
     def local_world_size(self) -> int:
-        """Ranks of this machine."""
+        """Number of ranks on this machine."""
         return self.ranks_per_machine or self.world_size
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 writes logs, configs and markers."""
+        """True on rank 0, which writes logs, configs and markers."""
         return self.rank == 0
 
 
@@ -44,8 +44,8 @@ class Runtime:
 def process_group(timeout_s: int) -> typing.Iterator[Runtime]:
     """Joins the group that torchrun describes, or a group of one outside torchrun. Collective.
 
-    LauncherGone if the launcher ends before all ranks have joined. On another error the group is not torn down by a
-    collective: the launcher sees the exit and stops the other ranks.
+    LauncherGone if the launcher dies before all ranks have joined. After an error inside the block the group is not
+    destroyed, since that is a collective, which could hang; the launcher sees the exit and stops the other ranks.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -71,15 +71,15 @@ def process_group(timeout_s: int) -> typing.Iterator[Runtime]:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seeds torch for one step. Random numbers (dropout) are a function of (seed, step, rank).
+    """Seeds torch for one step, so that random numbers (dropout) depend only on (seed, step, rank).
 
-    So a checkpoint needs no generator state, and a resumed run draws what the uninterrupted one would have drawn.
+    A checkpoint then needs no generator state, and a resumed run draws the numbers of the uninterrupted one.
     """
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
 
 
 def _configure_logging(rank: int) -> None:
-    """Our own messages with their rank: rank 0 at INFO, the others at WARNING. Libraries keep theirs."""
+    """Logs our own messages with the rank: rank 0 at INFO, the others at WARNING. Libraries keep their handlers."""
     logger = logging.getLogger("gpsd_dist")
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False
@@ -90,8 +90,8 @@ def _configure_logging(rank: int) -> None:
 
 
 def quiet_libraries() -> None:
-    """Errors of TorchRec and torch only."""
-    # Deprecations and hints that are addressed to TorchRec's own authors, dozens of lines per process
+    """Silences TorchRec and torch except for errors."""
+    # These warnings are for TorchRec's own authors, and come in dozens of lines per process.
     for name in ("ShardedTensor", "HeuristicalStorageReservation"):
         warnings.filterwarnings("ignore", category=FutureWarning, message=f".*{name}.*")
     warnings.filterwarnings("ignore", category=UserWarning, message=".*not writable.*")

@@ -1,4 +1,4 @@
-"""Stopping on request: a signal is noted, the ranks agree on the step, the trainer saves and leaves."""
+"""Stops a run on request: a signal sets a flag, the ranks agree on a step, the trainer saves and ends there."""
 
 import signal
 import time
@@ -10,14 +10,14 @@ import torch
 from gpsd_dist.distributed import exit_codes
 from gpsd_dist.distributed.collectives import all_sum
 
-_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # of a scheduler, of a lost terminal, Ctrl-C
-_IMPATIENT_AFTER_S = 2.0  # Ctrl-C reaches a rank twice, from the terminal and through torchrun
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # sent by a scheduler, by a lost terminal, by Ctrl-C
+_IMPATIENT_AFTER_S = 2.0  # one Ctrl-C reaches a rank twice within that time: from the terminal and through torchrun
 
 
 class StopRequests:
-    """As a context: the signals only set a flag. A second Ctrl-C, two seconds later or more, interrupts at once.
+    """Handles signals inside its `with` block by a flag. A second Ctrl-C after two seconds interrupts at once.
 
-    A signal that is ignored stays ignored (SIGHUP under nohup). For the main thread, as all of Python's handlers.
+    A signal that is ignored stays ignored (SIGHUP under nohup). Use it in the main thread, as Python demands.
     """
 
     def __init__(self) -> None:
@@ -36,17 +36,17 @@ class StopRequests:
             signal.signal(number, handler)
 
     def note(self, number: int, frame: types.FrameType | None = None) -> None:
-        """Handler of a signal."""
+        """Notes a signal; this is the handler."""
         first_s = self._asked.setdefault(number, time.monotonic())
         if number == signal.SIGINT and time.monotonic() - first_s > _IMPATIENT_AFTER_S:
             raise KeyboardInterrupt
 
     def note_orphaned(self) -> None:
-        """The launcher is dead: its ranks belong to no one, and are in the way of the next start. As SIGTERM."""
+        """Asks to stop as SIGTERM does, because the launcher has died. Any thread may call."""
         self.note(signal.SIGTERM)
 
     def agreed(self) -> bool:
-        """Whether any rank has got a signal: it comes at different moments. Collective, on the CPU: no GPU sync."""
+        """Asks all ranks whether one has got a signal, so that all stop at one step. Collective on CPU: no GPU sync."""
         asked = all_sum(torch.tensor([float(number in self._asked) for number in _SIGNALS]))
         if asked[:-1].any():
             self.exit_code = exit_codes.STOPPED

@@ -1,7 +1,6 @@
-"""Ends a rank that makes no progress, and says where it stood: a hung rank blocks all others for good.
+"""Ends a rank that makes no progress and reports its phase, because a hung rank blocks all others forever.
 
-Nothing here waits for a device or for another rank. What counts is the time between two calls of `note` or `alive`,
-by a clock that no one can set back.
+It measures the time between calls of `note` or `alive` on a monotonic clock, and never waits for a device or a rank.
 """
 
 import contextlib
@@ -16,17 +15,14 @@ import typing
 from gpsd_dist.distributed import exit_codes, parent_watch
 
 FIRST_STEP_FACTOR = 4  # the first step compiles, tunes and fills caches; untuned
-_BACKSTOP_FACTOR = 2  # of the timeout; for a thread that holds the interpreter lock, so that ours cannot run
+_BACKSTOP_FACTOR = 2  # times the timeout: when a thread holds the interpreter lock, ours cannot run, but a C timer can
 _POLLS_PER_TIMEOUT = 20
-_LONGEST_POLL_S = 1.0  # so soon a rank notices that its launcher is gone
-_LAST_WORDS_S = 2.0  # the end of one rank ends the others: they look at their clocks before, and say where they stand
+_LONGEST_POLL_S = 1.0  # a rank notices within this time that its launcher has died
+_LAST_WORDS_S = 2.0  # the launcher kills all ranks when one ends; this gives the others time to print their own message
 
 
 class Watchdog:
-    """Of one process, inert until `watching`.
-
-    The training loop tells it what it begins; the thread of `watching` looks at the clock.
-    """
+    """Watches one process, from `watching` on: the training loop notes phases, a thread looks at the clock."""
 
     def __init__(
         self,
@@ -36,9 +32,9 @@ class Watchdog:
         clock: typing.Callable[[], float] = time.monotonic,
         end: typing.Callable[[str], None] | None = None,
     ):
-        """`launcher_pid`: of the torchrun that starts this process again; None: nothing does.
+        """`launcher_pid`: the torchrun that restarts this process, or None. `end` receives the message of a hang.
 
-        `end` gets the message of a hang; the default prints it with all stacks, and ends the process.
+        The default of `end` prints the message with the stacks of all threads, and ends the process.
         """
         self._rank, self._clock, self._end = rank, clock, end or _end_process
         self._launcher_pid = launcher_pid
@@ -50,7 +46,7 @@ class Watchdog:
         self._stopping = threading.Event()
 
     def note(self, phase: str, *, is_collective: bool = False, step: int | None = None) -> None:
-        """This thread begins `phase` (of `step`). Progress. Costs two readings of the clock."""
+        """Notes that the training loop begins `phase` (of `step`), which is progress. Costs two clock readings."""
         if step is not None:
             self._step = step
         if is_collective:
@@ -59,12 +55,12 @@ class Watchdog:
         self.alive()
 
     def alive(self) -> None:
-        """Progress inside a phase, from any thread: a batch of a validation, a part of a file."""
+        """Notes progress inside a phase, from any thread: a batch of a validation, a part of a file."""
         self._alive_s = self._clock()
 
     @contextlib.contextmanager
     def waiting(self) -> typing.Iterator[None]:
-        """The training loop only waits inside, for ranks that are watched themselves: silence is no hang."""
+        """Marks a block that only waits for other ranks, which have watchdogs of their own: silence is no hang."""
         self._num_waiting += 1
         try:
             yield
@@ -74,7 +70,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def writing(self) -> typing.Iterator[None]:
-        """Some thread of this rank writes a file inside, and calls `alive`: silence is a hang even while `waiting`."""
+        """Marks a block that writes a file and calls `alive`: silence is a hang, even while another thread waits."""
         self.alive()
         self._num_writing += 1
         try:
@@ -83,12 +79,8 @@ class Watchdog:
             self._num_writing -= 1
             self.alive()
 
-    def silent_s(self) -> float:
-        """Seconds since the last sign of progress."""
-        return self._clock() - self._alive_s
-
     def message(self, timeout_s: float) -> str:
-        """What is known of the hang."""
+        """Describes the hang: rank, host, step, phase, last collective, and what to do."""
         since_s = self._clock() - self._phase_s
         return (
             f"rank {self._rank} (host {socket.gethostname()}, pid {os.getpid()}): no progress for {timeout_s:.0f} s. "
@@ -101,9 +93,9 @@ class Watchdog:
     def watching(
         self, timeout_s: float, first_step: int, on_orphaned: typing.Callable[[], None] | None = None
     ) -> typing.Iterator[None]:
-        """Watches the block; `on_orphaned` is called once if torchrun dies. `timeout_s` 0: nothing else is watched.
+        """Watches the block; calls `on_orphaned` once if torchrun dies. `timeout_s` 0 turns the hang check off.
 
-        `first_step`: steps that are done. In the next one FIRST_STEP_FACTOR times `timeout_s` may pass.
+        `first_step`: steps that are done; the next one gets FIRST_STEP_FACTOR times `timeout_s`.
         """
         self._step = self._first_step = first_step
         self.alive()
@@ -125,11 +117,11 @@ class Watchdog:
                 on_orphaned = None
             if timeout_s:
                 allowed_s = timeout_s * (FIRST_STEP_FACTOR if self._step <= self._first_step + 1 else 1)
-                if launcher_pid is not None:  # a C thread, which needs no interpreter lock; every poll puts it off
+                if launcher_pid is not None:  # A C thread needs no interpreter lock. Every poll restarts its timer.
                     faulthandler.dump_traceback_later(_BACKSTOP_FACTOR * allowed_s, exit=True)
                 if self._num_waiting and not self._num_writing:
                     self.alive()
-                if self.silent_s() > allowed_s:
+                if self._clock() - self._alive_s > allowed_s:
                     faulthandler.cancel_dump_traceback_later()
                     self._end(self.message(allowed_s))
                     break
@@ -138,7 +130,7 @@ class Watchdog:
 
 
 def _end_process(message: str) -> None:
-    """Without clean-up, which could hang too: whatever is half written is never picked up."""
+    """Ends the process without clean-up, which could hang too; half-written files are never picked up."""
     sys.stderr.write(f"watchdog: {message}\n")
     sys.stderr.flush()
     faulthandler.dump_traceback(all_threads=True)

@@ -1,6 +1,6 @@
-"""DeepFM: a factorisation machine beside an MLP, on the same fields. arXiv:1703.04247.
+"""DeepFM (arXiv:1703.04247): a factorisation machine and an MLP read the same fields.
 
-The fields of the official GPSD variant: the candidate's features and the means of the history's.
+As in the official GPSD variant, the fields are the candidate's features and the means of the history's features.
 
 Shape letters: S tokens in packed order, T history tokens, C candidates, B requests, F token features, D width.
 """
@@ -14,7 +14,7 @@ from gpsd_dist.model.pairs import split_tokens, sum_histories
 
 
 class DeepFM(nn.Module):
-    """[interactions, fields]: the deep part is the ranking MLP, which the interactions skip. A `registry.Tower`."""
+    """Outputs [interactions, fields] (`registry.Tower`). The deep part is the ranking MLP; interactions skip it."""
 
     reads_fields, has_segments, drops_inputs = True, False, False
     is_generative, supervises_history = False, False
@@ -26,7 +26,7 @@ class DeepFM(nn.Module):
 
     @classmethod
     def build(cls, config: ModelConfig, num_fields: int) -> "DeepFM":
-        """See registry.Tower."""
+        """Builds the tower from its options (`registry.Tower`)."""
         config.refuse_foreign()
         return cls(num_fields, config.width)
 
@@ -40,5 +40,5 @@ class DeepFM(nn.Module):
 
 
 def pairwise_products(fields: torch.Tensor) -> torch.Tensor:
-    """Sum of the inner products of all pairs of fields, eq. 2 of the paper: [C, fields, D] -> [C]."""
+    """Sums the inner products of all pairs of fields (eq. 2 of the paper): [C, fields, D] -> [C]."""
     return 0.5 * (fields.sum(1).square() - fields.square().sum(1)).sum(-1)

@@ -1,7 +1,7 @@
-"""DIEN: a GRU extracts interests from a history, a second one follows those near the candidate. arXiv:1809.03672.
+"""DIEN (arXiv:1809.03672): a GRU extracts interests from a history, a second one evolves those near the candidate.
 
-Sizes, and target attention by DIN's activation unit, are those of the official GPSD variant; the second GRU is the
-paper's AUGRU. Both run over time on the sequences that are still alive, never on padding.
+Sizes, and target attention by DIN's activation unit, follow the official GPSD variant; the second GRU is the paper's
+AUGRU. Both run over time on the sequences that have not ended yet, never on padding.
 
 Shape letters: S tokens in packed order, T history tokens, C candidates, P pairs, B requests, F token features, D width,
 N = F D channels of a token and of a state.
@@ -21,18 +21,18 @@ from gpsd_dist.model.pairs import join, pair_up, softmax, split_tokens
 
 
 class TimeMajor(typing.NamedTuple):
-    """Entries of jagged rows step by step, the longest row first: the order of a PackedSequence."""
+    """Orders the entries of jagged rows by step, the longest row first, like a PackedSequence."""
 
     alive_L: np.ndarray
-    """int64 on the host: rows that have an entry at each step; at least one step, which may be empty."""
+    """int64 on the host: number of rows with an entry at each step; there is at least one step, maybe empty."""
     row_N: torch.Tensor
-    """int64: row of each entry."""
+    """int64 row of each entry."""
     step_N: torch.Tensor
-    """int64: its place in the row."""
+    """int64 position of each entry in its row."""
 
 
 def time_major(length_R: np.ndarray, device: torch.device) -> TimeMajor:
-    """Lengths on the host, ascending."""
+    """Builds the order from lengths on the host, which must ascend."""
     steps = np.arange(max(length_R.max(initial=0), 1))
     alive_L = len(length_R) - np.searchsorted(length_R, steps, side="right")
     alive = torch.from_numpy(alive_L).to(device, non_blocking=True)
@@ -43,25 +43,25 @@ def time_major(length_R: np.ndarray, device: torch.device) -> TimeMajor:
 
 
 class AttentionalGRU(nn.Module):
-    """AUGRU: a GRU whose update gate is scaled by attention (interest evolving layer of the paper)."""
+    """AUGRU scales a GRU's update gate by attention (interest evolving layer of the paper)."""
 
     def __init__(self, width: int):
         super().__init__()
         self.of_input = nn.Linear(width, 3 * width)
         self.of_state = nn.Linear(width, 3 * width)
-        for parameter in self.parameters():  # as torch.nn.GRU
+        for parameter in self.parameters():  # initialised like torch.nn.GRU
             nn.init.uniform_(parameter, -(width**-0.5), width**-0.5)
 
-    @torch.compiler.disable  # a loop over sizes that differ in every batch
+    @torch.compiler.disable  # Sizes differ in every batch: Dynamo would recompile for each.
     def forward(self, gates_P: torch.Tensor, weight_P: torch.Tensor, alive_L: np.ndarray, num_rows: int):
-        """Last states [rows, N] in ascending order of length, zero for rows without entries.
+        """Returns last states [rows, N] in ascending order of length, zero for rows without entries.
 
-        `gates_P` [P, 3 N]: `of_input` of the inputs, and `weight_P` [P] their attention, both time-major.
+        `gates_P` [P, 3 N] is `of_input` of the inputs, `weight_P` [P] their attention, both time-major.
         """
         state = gates_P.new_zeros(num_rows, gates_P.shape[1] // 3)
         finished = []
         steps = zip(gates_P.split(alive_L.tolist()), weight_P[:, None].split(alive_L.tolist()), strict=True)
-        for gates, weight in steps:  # the longest rows come first, so those that end are the last ones
+        for gates, weight in steps:  # The longest rows come first, so the rows that end here are the last ones.
             state, ended = state.split([len(gates), len(state) - len(gates)])
             finished.append(ended)
             reset_in, update_in, new_in = gates.chunk(3, dim=-1)
@@ -73,7 +73,7 @@ class AttentionalGRU(nn.Module):
 
 
 class DIEN(nn.Module):
-    """[final interest, sum of the history, its product with the candidate, candidate]. A `registry.Tower`."""
+    """Outputs [final interest, sum of the history, its product with the candidate, candidate] (`registry.Tower`)."""
 
     reads_fields, has_segments, drops_inputs = True, False, False
     is_generative, supervises_history = False, True
@@ -89,7 +89,7 @@ class DIEN(nn.Module):
 
     @classmethod
     def build(cls, config: ModelConfig, num_fields: int) -> "DIEN":
-        """See registry.Tower."""
+        """Builds the tower from its options (`registry.Tower`)."""
         config.refuse_foreign()
         return cls(num_fields, config.width, config.init_std)
 
@@ -101,7 +101,7 @@ class DIEN(nn.Module):
         times=None,
         with_history: bool = False,
     ):
-        """Token vectors [S, F, D] -> [C, 4 N]; `with_history` also the first GRU's states [T, N]."""
+        """Maps token vectors [S, F, D] -> [C, 4 N]; `with_history` adds the first GRU's states [T, N]."""
         history_TN, candidate_CN = (part.flatten(1) for part in split_tokens(x_SFD, packing, candidates_only))
         state_TN = self._extract(history_TN, packing)
         final_CN = self._evolve(candidate_CN, state_TN, packing)
@@ -110,8 +110,8 @@ class DIEN(nn.Module):
 
     @torch.compiler.disable
     def _extract(self, history_TN: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """One pass per request, whatever the number of its candidates: [T, N] -> [T, N]"""
-        if not packing.num_history_tokens:  # GRU refuses empty batches, but its weights must be in the graph
+        """Extracts interests, once per request for all its candidates: [T, N] -> [T, N]"""
+        if not packing.num_history_tokens:  # torch's GRU refuses empty batches, but DDP needs its weights in the graph.
             return self.extractor(history_TN.new_zeros(1, history_TN.shape[1]))[0][:0]
         order = time_major(packing.history_length_B, history_TN.device)
         token_T = packing.history_offsets[order.row_N] + order.step_N
@@ -120,7 +120,7 @@ class DIEN(nn.Module):
         return torch.zeros_like(state).index_copy(0, token_T, state)
 
     def _evolve(self, candidate_CN: torch.Tensor, state_TN: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """[C, N], [T, N] -> [C, N]: the history once per candidate, its input gates once per token."""
+        """Evolves interests per candidate, with input gates computed once per token: [C, N], [T, N] -> [C, N]"""
         pairs = pair_up(packing)
         weight_P = softmax(self.attention(candidate_CN, state_TN, pairs), pairs)
         length_C = np.repeat(packing.history_length_B, packing.candidate_count_B)

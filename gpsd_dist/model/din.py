@@ -1,6 +1,6 @@
-"""DIN: the interest of a history as one candidate sees it, by an activation unit per pair. arXiv:1706.06978.
+"""DIN (arXiv:1706.06978): an activation unit weighs each history token for each candidate.
 
-Sizes and the softmax over the history (the paper has none) are those of the official GPSD variant.
+Sizes and the softmax over the history (the paper has none) follow the official GPSD variant.
 
 Shape letters: S tokens in packed order, T history tokens, C candidates, P pairs, F token features, D width, N = F D.
 """
@@ -18,11 +18,11 @@ from gpsd_dist.model.transformer import init_linear
 
 
 class Dice(nn.Module):
-    """s where the gate p(s) is 1, alpha s where it is 0 (section 5.2 of the paper), per channel.
+    """Dice activation (section 5.2 of the paper): s where the gate p(s) is 1, alpha s where it is 0, per channel.
 
-    The paper's gate is a sigmoid of s standardised by the mean and variance of the mini-batch, of running averages in
-    evaluation. Here slope and threshold are learned instead, which spans the same functions in evaluation; what a
-    candidate gets then depends neither on the rest of the batch nor on how many ranks share it.
+    The paper standardises s by the mean and variance of the mini-batch (running averages in evaluation). Here slope and
+    threshold are learned, which spans the same functions in evaluation. So the score of a candidate depends neither on
+    the rest of the batch nor on the number of ranks.
     """
 
     def __init__(self, width: int):
@@ -38,22 +38,20 @@ class Dice(nn.Module):
 
 
 class ActivationUnit(nn.Module):
-    """Score of every pair: MLP over [candidate, token, candidate - token, candidate * token] (figure 2)."""
+    """Scores every pair by an MLP over [candidate, token, candidate - token, candidate * token] (figure 2)."""
 
     def __init__(self, width: int, hidden_widths: tuple[int, ...], init_std: float):
         super().__init__()
         widths = itertools.pairwise((4 * width, *hidden_widths))
         self.linears = nn.ModuleList(nn.Linear(left, right) for left, right in widths)
-        self.linears.append(nn.Linear(hidden_widths[-1], 1, bias=False))  # the softmax would not see a bias
+        self.linears.append(nn.Linear(hidden_widths[-1], 1, bias=False))  # a bias would cancel in the softmax
         self.dices = nn.ModuleList(Dice(hidden) for hidden in hidden_widths)
         for linear in self.linears:
             init_linear(linear, init_std)
 
     def forward(self, candidate_CN: torch.Tensor, history_TN: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-        """-> score [P]
-
-        The first layer is linear in the four parts, so only the product is computed per pair; the rest is computed
-        once per candidate and once per history token.
+        """Returns scores [P]. The first layer is linear in its four parts, so only the product is computed per pair;
+        the rest is computed once per candidate and once per history token.
         """
         first, *rest = self.linears
         of_candidate, of_token, of_difference, of_product = first.weight.chunk(4, dim=1)
@@ -68,7 +66,7 @@ class ActivationUnit(nn.Module):
 
 
 class DIN(nn.Module):
-    """Candidate and attended history. A `registry.Tower`."""
+    """Outputs [attended history, candidate] (`registry.Tower`)."""
 
     reads_fields, has_segments, drops_inputs = True, False, False
     is_generative, supervises_history = False, False
@@ -82,12 +80,12 @@ class DIN(nn.Module):
 
     @classmethod
     def build(cls, config: ModelConfig, num_fields: int) -> "DIN":
-        """See registry.Tower."""
+        """Builds the tower from its options (`registry.Tower`)."""
         config.refuse_foreign()
         return cls(num_fields, config.width, config.init_std)
 
     def forward(self, x_SFD: torch.Tensor, packing: Packing, candidates_only: bool = False, times=None) -> torch.Tensor:
-        """Token vectors [S, F, D] -> [C, 2 N]"""
+        """Maps token vectors [S, F, D] -> [C, 2 N]."""
         history_TN, candidate_CN = (part.flatten(1) for part in split_tokens(x_SFD, packing, candidates_only))
         pairs = pair_up(packing)
         weight_P = softmax(self.attention(candidate_CN, history_TN, pairs), pairs)
@@ -95,5 +93,5 @@ class DIN(nn.Module):
 
 
 def attention_widths(width: int) -> tuple[int, int]:
-    """Hidden widths of the activation unit (official settings: d / 2, d / 4)."""
+    """Returns the hidden widths of the activation unit (official settings: d / 2, d / 4)."""
     return max(width // 2, 1), max(width // 4, 1)

@@ -1,7 +1,7 @@
-"""DMIN: self-attention refines a history, the heads of another are interests. doi:10.1145/3340531.3412092 (CIKM'20).
+"""DMIN (CIKM'20, doi:10.1145/3340531.3412092): self-attention refines a history, heads of a second one are interests.
 
-Sizes are those of the official GPSD variant. Both self-attentions are causal, so that a refined behaviour can be
-supervised by the next one.
+Sizes follow the official GPSD variant. Both self-attentions are causal, so that the next behaviour can supervise a
+refined one.
 
 Shape letters: S tokens in packed order, T history tokens, C candidates, F token features, D width, N = F D channels of
 a token, H heads, K = N / H head width.
@@ -21,7 +21,7 @@ _FFN_MULTIPLE = 2  # hidden width of a feed-forward over N: 4 d with two feature
 
 
 class Refinement(nn.Module):
-    """What follows an attention: norm(x + projected attention), then norm(x + FFN(x)), ReLU inside."""
+    """Completes a transformer layer after its attention: norm(x + projected attention), then norm(x + ReLU FFN(x))."""
 
     def __init__(self, in_width: int, width: int, dropout: float):
         super().__init__()
@@ -39,7 +39,7 @@ class Refinement(nn.Module):
 
 
 class DMIN(nn.Module):
-    """[H interests, sum of the history, its product with the candidate, candidate]. A `registry.Tower`."""
+    """Outputs [H interests, sum of the history, its product with the candidate, candidate] (`registry.Tower`)."""
 
     reads_fields, has_segments, drops_inputs = True, False, False
     is_generative, supervises_history = False, True
@@ -62,7 +62,7 @@ class DMIN(nn.Module):
 
     @classmethod
     def build(cls, config: ModelConfig, num_fields: int) -> "DMIN":
-        """See registry.Tower."""
+        """Builds the tower from its options (`registry.Tower`)."""
         config.refuse_foreign()
         if num_fields * config.width % config.heads:
             raise ValueError(
@@ -79,7 +79,7 @@ class DMIN(nn.Module):
         times=None,
         with_history: bool = False,
     ):
-        """Token vectors [S, F, D] -> [C, (H + 3) N]; `with_history` also the refined behaviours [T, N]."""
+        """Maps token vectors [S, F, D] -> [C, (H + 3) N]; `with_history` adds the refined behaviours [T, N]."""
         history_TN, candidate_CN = (part.flatten(1) for part in split_tokens(x_SFD, packing, candidates_only))
         histories, pairs = packing.without_candidates(), pair_up(packing)
         refined_TN = self.refiner(history_TN, self._attend(self.refiner_qkv(history_TN), histories))
@@ -89,11 +89,11 @@ class DMIN(nn.Module):
         return (out, refined_TN) if with_history else out
 
     def _attend(self, qkv: torch.Tensor, histories: Packing) -> torch.Tensor:
-        """[T, 3 N] -> [T, N], causal over each history."""
+        """Attends causally over each history: [T, 3 N] -> [T, N]"""
         return attend(qkv.unflatten(-1, (3, self.heads, -1)), histories)
 
     def _interest(self, index: int, candidate_CN, refined_TN, head_TK, pairs: Pairs) -> torch.Tensor:
-        """What the candidate attends to in one head: [C, N]"""
+        """Extracts the interest of one head, by target attention: [C, N]"""
         interest_TN = self.interests[index](refined_TN, head_TK)
         weight_P = softmax(self.attentions[index](candidate_CN, interest_TN, pairs), pairs)
         return pool(interest_TN, weight_P, pairs)

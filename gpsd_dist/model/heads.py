@@ -1,4 +1,4 @@
-"""What is read off a tower's states: one ranking MLP per task, and the state that next-item prediction compares.
+"""Maps a tower's states to outputs: logits by one ranking MLP per task, item vectors for next-item prediction.
 
 Shape letters: C candidates, T history tokens, D width, E embedding width.
 """
@@ -13,8 +13,9 @@ from gpsd_dist.parameter_names import module_key
 
 
 class RankingHeads(nn.Module):
-    """One MLP (state + context -> hidden widths -> 1, ReLU) per task. The first `direct_width` columns of the state
-    skip the hidden layers: they are inputs of the last one.
+    """Has one MLP per task: state + context -> hidden widths -> 1, with ReLU.
+
+    The first `direct_width` columns of the state skip the hidden layers and enter the last one.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class RankingHeads(nn.Module):
                 init_linear(module, init_std)
 
     def forward(self, x_C: torch.Tensor) -> dict[str, torch.Tensor]:
-        """[C, in_width] -> task -> logits float32 [C]. For a task given another one: of the conditional probability."""
+        """Maps [C, in_width] to task -> logits float32 [C]; for a conditional task, of the conditional probability."""
         return {task: self._logit(self.mlps[module_key(task)], x_C).squeeze(-1).float() for task in self.tasks}
 
     def _logit(self, mlp: nn.Sequential, x_C: torch.Tensor) -> torch.Tensor:
@@ -52,7 +53,7 @@ def _mlp(in_width: int, hidden_widths: tuple[int, ...], direct_width: int) -> nn
 
 
 class ProjectionOut(nn.Module):
-    """Hidden state [T, D] -> item space [T, E]: linear + RMSNorm where the widths differ, else nothing."""
+    """Projects hidden states [T, D] to item space [T, E]: linear + RMSNorm if the widths differ, else identity."""
 
     def __init__(self, width: int, embedding_dim: int, init_std: float):
         super().__init__()
@@ -68,7 +69,7 @@ class ProjectionOut(nn.Module):
 
 
 class ProjectionIn(nn.Module):
-    """Token vectors [..., E] -> [..., D]: RMSNorm + linear where the widths differ, else nothing."""
+    """Projects token vectors [..., E] -> [..., D]: RMSNorm + linear if the widths differ, else identity."""
 
     def __init__(self, embedding_dim: int, width: int, init_std: float):
         super().__init__()

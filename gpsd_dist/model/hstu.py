@@ -1,8 +1,8 @@
 """HSTU (arXiv:2402.17152, section 3.2): gated attention without softmax, biased by position and time.
 
-One layer: U, V, Q, K = SiLU(norm(x) W), then x + Wo dropout(U * norm(attention(Q, K, V))). Norms have no weights. What
-attention computes is in `hstu_attention`. Note that with its time bias a history token sees *when* the event happens
-that it predicts, which no other tower here does; `time_bias=False` takes that away.
+One layer: U, V, Q, K = SiLU(norm(x) W), then x + Wo dropout(U * norm(attention(Q, K, V))). Norms have no weights. The
+attention is in `hstu_attention`. Unlike all other towers here, HSTU with its time bias sees at a history token *when*
+the event that it predicts happens; `time_bias=False` takes that away.
 
 Shape letters: S tokens in packed order (T of histories, then C candidates), D width, H heads, K head width.
 """
@@ -22,7 +22,7 @@ _BIAS_STD = 0.02
 
 
 class HSTUBlock(nn.Module):
-    """One layer with its own bias weights."""
+    """Implements one layer, which has bias weights of its own."""
 
     def __init__(self, width: int, heads: int, head_width: int, max_positions: int, *, dropout: float, time_bias: bool):
         super().__init__()
@@ -37,7 +37,7 @@ class HSTUBlock(nn.Module):
     def forward(
         self, x_SD: torch.Tensor, relations: hstu_bias.Relations, candidates_only: bool = False
     ) -> torch.Tensor:
-        """[S, D] -> [S, D], or [C, D] if only the candidates' outputs are wanted."""
+        """Maps [S, D] -> [S, D], or [C, D] with `candidates_only`."""
         gate, value, query, key = F.silu(self.uvqk(_norm(x_SD))).unflatten(-1, (4, self.heads, -1)).unbind(1)
         bias = hstu_bias.BiasWeights(self.position_bias, self.time_bias)
         qkv_S3HK = torch.stack((query, key, value), dim=1)
@@ -53,7 +53,7 @@ def _norm(x: torch.Tensor) -> torch.Tensor:
 
 
 class HSTU(nn.Module):
-    """A `registry.Tower`. Candidates take the position after the last event and happen at the request's time."""
+    """Outputs hidden states (`registry.Tower`). Candidates take the position after the last event, and request time."""
 
     reads_fields, has_segments, drops_inputs = False, False, True
     is_generative, supervises_history = True, False
@@ -72,7 +72,7 @@ class HSTU(nn.Module):
         init_std: float = 0.02,
     ):
         super().__init__()
-        self.out_width, self.mlp_widths = width, (4 * width,)  # the ranking MLP is ours: as the Transformer's
+        self.out_width, self.mlp_widths = width, (4 * width,)  # not of the paper: the Transformer's ranking MLP
         self.time_bias = time_bias
         self.positions = LearnedPositions(max_positions, width, dropout)
         self.blocks = nn.ModuleList(
@@ -86,7 +86,7 @@ class HSTU(nn.Module):
 
     @classmethod
     def build(cls, config: ModelConfig, num_fields: int) -> "HSTU":
-        """See registry.Tower."""
+        """Builds the tower from its options (`registry.Tower`)."""
         config.refuse_foreign()
         return cls(
             config.layers,
@@ -100,10 +100,10 @@ class HSTU(nn.Module):
         )
 
     def forward(self, x_SD: torch.Tensor, packing: Packing, candidates_only: bool = False, times=None) -> torch.Tensor:
-        """Token vectors [S, D] -> hidden states [S, D]; a token sees its own request's earlier history and itself.
+        """Maps token vectors [S, D] to hidden states [S, D]; a token sees its request's earlier history and itself.
 
-        `candidates_only` -> [C, D]: in the last layer histories only give keys and values. `times`: registry.Times;
-        None counts as unknown.
+        `candidates_only` -> [C, D]: in the last layer, histories only give keys and values. `times`: registry.Times;
+        None means unknown.
         """
         relations = self._relations(packing, times, hstu_attention.has_kernel(x_SD))
         x_SD = self.positions(x_SD, packing.position_S)

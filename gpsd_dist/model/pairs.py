@@ -1,4 +1,4 @@
-"""Candidates against the histories of their own requests, without padding: what models with target attention share.
+"""Pairs candidates with the histories of their requests, without padding, for models with target attention.
 
 Shape letters: S tokens in packed order (T of histories, then C candidates), F token features, D width, N = F D channels
 of a token, P pairs of a candidate and a token of its own history, B requests.
@@ -13,18 +13,15 @@ from gpsd_dist.batch.packing import Packing
 
 
 class Pairs(typing.NamedTuple):
-    """Every candidate with every token of its history, in the order of candidates, then of time."""
+    """Lists every candidate with every token of its history, int64, in the order of candidates, then of time."""
 
     candidate_P: torch.Tensor
-    """int64"""
     token_P: torch.Tensor
-    """int64"""
-    offsets: torch.Tensor
-    """int64 [C + 1]: pairs [offsets c, offsets c + 1) belong to candidate c; none if its history is empty."""
+    offsets: torch.Tensor  # [C + 1]: pairs offsets[c] to offsets[c + 1] belong to candidate c
 
 
 def pair_up(packing: Packing) -> Pairs:
-    """All pairs of a batch; their number is known on the host, so nothing waits for the device."""
+    """Lists all pairs of a batch. The host knows their number, so there is no GPU sync."""
     length_C = packing.history_offsets.diff()[packing.request_C]
     offsets = F.pad(length_C.cumsum(0), (1, 0))
     candidate_C = torch.arange(packing.num_candidates, device=offsets.device)
@@ -35,7 +32,7 @@ def pair_up(packing: Packing) -> Pairs:
 
 
 def softmax(score_P: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-    """Softmax over the history of each candidate, float32 at least: [P] -> [P]."""
+    """Takes the softmax over the history of each candidate, in float32 at least: [P] -> [P]."""
     score_P = score_P.to(torch.promote_types(score_P.dtype, torch.float32))
     zero_C = score_P.new_zeros(len(pairs.offsets) - 1)
     largest_C = zero_C.scatter_reduce(0, pairs.candidate_P, score_P.detach(), "amax", include_self=False)
@@ -44,8 +41,8 @@ def softmax(score_P: torch.Tensor, pairs: Pairs) -> torch.Tensor:
 
 
 def pool(value_TN: torch.Tensor, weight_P: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-    """Weighted sum over the history of each candidate: [T, N] -> [C, N], zero for an empty history."""
-    return F.embedding_bag(  # gathers, weighs and adds at once: no [P, N] in memory
+    """Sums the history of each candidate by weight: [T, N] -> [C, N], zero for an empty history."""
+    return F.embedding_bag(  # It gathers, weighs and adds at once, so [P, N] is never in memory.
         pairs.token_P,
         value_TN.to(weight_P.dtype),
         pairs.offsets,
@@ -56,13 +53,13 @@ def pool(value_TN: torch.Tensor, weight_P: torch.Tensor, pairs: Pairs) -> torch.
 
 
 def request_of_tokens(packing: Packing) -> torch.Tensor:
-    """int64 [T]: request of each history token."""
+    """Returns the request of each history token, int64 [T]."""
     request_B = torch.arange(packing.num_requests, device=packing.history_offsets.device)
     return torch.repeat_interleave(request_B, packing.history_offsets.diff(), output_size=packing.num_history_tokens)
 
 
 def sum_histories(x_TN: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """Sum over each request's history: [T, ...] -> [B, ...], zero for an empty one."""
+    """Sums each request's history: [T, ...] -> [B, ...], zero for an empty one."""
     zero_BN = x_TN.new_zeros(packing.num_requests, *x_TN.shape[1:])
     return zero_BN.index_add(0, request_of_tokens(packing), x_TN)
 
@@ -70,17 +67,16 @@ def sum_histories(x_TN: torch.Tensor, packing: Packing) -> torch.Tensor:
 def join(
     parts: list[torch.Tensor], history_TN: torch.Tensor, candidate_CN: torch.Tensor, packing: Packing
 ) -> torch.Tensor:
-    """Input of DIEN's and DMIN's MLP: [*parts, sum of the history, its product with the candidate, candidate]."""
+    """Joins the MLP input of DIEN and DMIN: [*parts, sum of the history, its product with the candidate, candidate]."""
     sum_CN = sum_histories(history_TN, packing)[packing.request_C]
     return torch.cat((*parts, sum_CN, sum_CN * candidate_CN, candidate_CN), dim=-1)
 
 
 def split_tokens(x_SFD: torch.Tensor, packing: Packing, candidates_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fields of the histories [T, F, D] and of the candidates [C, F, D].
+    """Splits fields into those of histories [T, F, D] and of candidates [C, F, D].
 
-    ValueError unless `candidates_only`: the models that begin with this call give no states to histories.
+    ValueError unless `candidates_only`, because the models that call this have no states for histories.
     """
     if not candidates_only:
         raise ValueError("this model scores candidates and gives histories no states: call it with candidates_only")
-    history_TFD, candidate_CFD = x_SFD.split([packing.num_history_tokens, packing.num_candidates])
-    return history_TFD, candidate_CFD
+    return x_SFD.tensor_split([packing.num_history_tokens])

@@ -1,4 +1,4 @@
-"""Names of `ModelConfig.name`, and what a tower has to offer. An explicit dict: one line per model."""
+"""Maps `ModelConfig.name` to towers, one line per model, and defines the protocol that a tower implements."""
 
 import typing
 
@@ -17,16 +17,15 @@ from gpsd_dist.model.wukong import Wukong
 
 
 class Times(typing.NamedTuple):
-    """When things happened, epoch seconds int64; -1 where the log does not say."""
+    """Holds times in epoch seconds, int64; -1 where the log does not say."""
 
-    history_T: torch.Tensor
-    """Of every history token."""
+    history_T: torch.Tensor  # time of every history token
     request_B: torch.Tensor
-    """Of every request: the time of its candidates, or of what comes after the history; -1 in pretraining."""
+    """Time of every request: that of its candidates, so of what comes after the history; -1 in pretraining."""
 
 
 class Tower(typing.Protocol):
-    """An nn.Module between the token vectors and the heads. One file, one paper each.
+    """Maps token vectors to states; an nn.Module between embedder and heads. Each paper has a file of its own.
 
     Shape letters: S tokens in packed order (T of histories, then C candidates), F token features, D width.
     """
@@ -50,10 +49,10 @@ class Tower(typing.Protocol):
 
     @classmethod
     def build(cls, config: ModelConfig, num_fields: int) -> "Tower":
-        """The tower for tokens of `num_fields` features. ValueError for options that the paper's model cannot have."""
+        """Builds the tower for tokens of `num_fields` features. ValueError for options that the model cannot have."""
 
     def compile(self, *, dynamic: bool) -> None:
-        """As nn.Module.compile."""
+        """Compiles in place; nn.Module has it."""
 
     def __call__(
         self,
@@ -63,9 +62,10 @@ class Tower(typing.Protocol):
         times: Times | None = None,
         with_history: bool = False,
     ) -> torch.Tensor:
-        """Token vectors -> states [S, D], or [C, out_width] with `candidates_only` (towers that are not generative
-        are only called so). Candidates see their own request's history and themselves, never each other.
-        `with_history`, known to towers that `supervises_history` alone: (these states, those of the histories).
+        """Maps token vectors to states [S, D], or with `candidates_only` to [C, out_width].
+
+        A tower that is not generative is called with `candidates_only` only. Candidates see their request's history and
+        themselves, never each other. `with_history` (only if `supervises_history`) also returns states of histories.
         """
 
 

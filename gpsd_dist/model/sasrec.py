@@ -1,8 +1,9 @@
-"""SASRec (arXiv:1808.09781, section III) in the form that HSTU's authors compare with: post-norm blocks whose queries
-alone are normalised, and the sampled softmax of pretraining instead of binary cross entropy.
+"""SASRec (arXiv:1808.09781, section III) as HSTU's authors compare with it: post-norm blocks, only queries normalised.
 
-Linear weights from Xavier's normal distribution, biases 0. Shape letters: S tokens in packed order (T of histories,
-then C candidates), D width, H heads, K head width.
+Pretraining uses our sampled softmax instead of the paper's binary cross entropy. Linear weights start from Xavier's
+normal distribution, biases from 0.
+
+Shape letters: S tokens in packed order (T of histories, then C candidates), D width, H heads, K head width.
 """
 
 import torch
@@ -18,7 +19,7 @@ _NORM_EPS = 1e-8
 
 
 class SASRecBlock(nn.Module):
-    """q = norm(x), h = norm(q + attention(q, x, x)), then h + W2 relu(W1 h). Norms have no weights."""
+    """Computes q = norm(x), h = norm(q + attention(q, x, x)), then h + W2 relu(W1 h). Norms have no weights."""
 
     def __init__(self, width: int, heads: int, ffn_width: int, dropout: float):
         super().__init__()
@@ -31,13 +32,13 @@ class SASRecBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         for linear in (self.attention_out, self.up, self.down):
             nn.init.xavier_normal_(linear.weight)
-        for linear in (self.query, self.key_value):  # one matrix [3 D, D] in the authors' code
+        for linear in (self.query, self.key_value):  # The authors have one matrix [3 D, D], hence this deviation.
             nn.init.normal_(linear.weight, std=(2 / (4 * width)) ** 0.5)
         for linear in (self.query, self.key_value, self.attention_out, self.up, self.down):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x_SD: torch.Tensor, packing: Packing, candidates_only: bool = False) -> torch.Tensor:
-        """[S, D] -> [S, D], or [C, D] if only the candidates' outputs are wanted."""
+        """Maps [S, D] -> [S, D], or [C, D] with `candidates_only`."""
         query_SD = _norm(x_SD)
         qkv_S3D = torch.cat((self.query(query_SD), self.key_value(x_SD)), dim=-1)
         weight_dropout = self.dropout.p if self.training else 0.0
@@ -53,7 +54,7 @@ def _norm(x_SD: torch.Tensor) -> torch.Tensor:
 
 
 class SASRec(nn.Module):
-    """A `registry.Tower`. Candidates take the position after the last event."""
+    """Outputs hidden states (`registry.Tower`). Candidates take the position after the last event."""
 
     reads_fields, has_segments, drops_inputs = False, False, True
     is_generative, supervises_history = True, False
@@ -61,21 +62,21 @@ class SASRec(nn.Module):
 
     def __init__(self, layers: int, width: int, heads: int, ffn_width: int, max_positions: int, dropout: float = 0.0):
         super().__init__()
-        self.out_width, self.mlp_widths = width, (4 * width,)  # the ranking MLP is ours: as the Transformer's
+        self.out_width, self.mlp_widths = width, (4 * width,)  # not of the paper: the Transformer's ranking MLP
         self.positions = LearnedPositions(max_positions, width, dropout)
         self.blocks = nn.ModuleList(SASRecBlock(width, heads, ffn_width, dropout) for _ in range(layers))
 
     @classmethod
     def build(cls, config: ModelConfig, num_fields: int) -> "SASRec":
-        """See registry.Tower."""
+        """Builds the tower from its options (`registry.Tower`)."""
         config.refuse_foreign()
         ffn_width = config.ffn_width or config.width
         return cls(config.layers, config.width, config.heads, ffn_width, config.max_positions, config.dropout)
 
     def forward(self, x_SD: torch.Tensor, packing: Packing, candidates_only: bool = False, times=None) -> torch.Tensor:
-        """Token vectors [S, D] -> hidden states [S, D]; a token sees its own request's earlier history and itself.
+        """Maps token vectors [S, D] to hidden states [S, D]; a token sees its request's earlier history and itself.
 
-        `candidates_only` -> [C, D]: in the last layer histories only give keys and values.
+        `candidates_only` -> [C, D]: in the last layer, histories only give keys and values.
         """
         x_SD = self.positions(x_SD, packing.position_S)
         for index, block in enumerate(self.blocks):

@@ -137,7 +137,7 @@ class Transformer(nn.Module):
 
     @classmethod
     def build(cls, config: ModelConfig, num_fields: int) -> "Transformer":
-        """See registry.Tower."""
+        """Builds the tower from its options (`registry.Tower`)."""
         config.refuse_foreign()
         return cls(config.layers, config.width, config.heads, config.dropout, config.init_std)
 

@@ -1,7 +1,7 @@
-"""Wukong: stacked factorisation machines over a fixed number of fields. arXiv:2403.02545.
+"""Wukong (arXiv:2403.02545): stacked factorisation machines over a fixed number of fields.
 
-The fields of the official GPSD variant: every feature of every history token, and of the candidate. Each has its own
-weights, so a history has `max_positions` slots; the first one is its latest event, those without an event are zero.
+As in the official GPSD variant, every feature of every history token and of the candidate is a field with weights of
+its own. So a history has `max_positions` slots: the latest event has the first one, slots without an event are zero.
 
 Shape letters: S tokens in packed order, T history tokens, C candidates, B requests, F token features, D width,
 n = F (1 + max_positions) fields, W slots per history of a length bucket, M mixtures of fields that a layer needs.
@@ -19,13 +19,13 @@ from gpsd_dist.model.transformer import init_linear
 _FM_RANK, _FM_FIELDS, _LINEAR_FIELDS = 24, 16, 16  # official settings
 _FM_HIDDEN = 512
 _OUT_FIELDS = _FM_FIELDS + _LINEAR_FIELDS
-_MLP_MULTIPLE = 4  # hidden width of the ranking MLP over D, as the Transformer's
+_MLP_MULTIPLE = 4  # hidden width of the ranking MLP over D, like the Transformer's
 
 
 class Layer(nn.Module):
-    """norm([FMB(X), LCB(X)] + residual): n fields -> 32 fields (section 3 of the paper).
+    """Computes norm([FMB(X), LCB(X)] + residual): n fields -> 32 fields (section 3 of the paper).
 
-    FMB: MLP(norm(X X^T Y)), the factorisation machine compressed by the learned Y. LCB: W X. The residual is X, or
+    FMB is MLP(norm(X X^T Y)), a factorisation machine compressed by the learned Y. LCB is W X. The residual is X, or
     another W X where the number of fields changes. `mixing` [n, M] holds Y and both W side by side.
     """
 
@@ -49,24 +49,24 @@ class Layer(nn.Module):
                 init_linear(module, init_std)
 
     def forward(self, x_CnD: torch.Tensor) -> torch.Tensor:
-        """[C, n, D] -> [C, 32, D]"""
+        """Maps [C, n, D] -> [C, 32, D]."""
         mixed_CMD = self.mixing.t() @ x_CnD
         return self.combine(interactions(x_CnD, mixed_CMD), mixed_CMD, x_CnD)
 
     def combine(self, fm_CnR: torch.Tensor, mixed_CMD: torch.Tensor, x_CnD: torch.Tensor | None) -> torch.Tensor:
-        """X X^T Y [C, n, rank], mixtures [C, M, D], and X where it is the residual -> [C, 32, D]"""
+        """Maps X X^T Y [C, n, rank], mixtures [C, M, D], and X if it is the residual, to [C, 32, D]."""
         fm_CfD = self.fm(self.fm_norm(fm_CnR.flatten(1))).unflatten(1, (_FM_FIELDS, -1))
         linear_ClD, residual = mixed_CMD[:, _FM_RANK:].tensor_split([_LINEAR_FIELDS], dim=1)
         return self.norm(torch.cat((fm_CfD, linear_ClD), dim=1) + (residual if self.projects_residual else x_CnD))
 
 
 def interactions(x_CnD: torch.Tensor, mixed_CMD: torch.Tensor) -> torch.Tensor:
-    """X X^T Y, in the order that is linear in the number of fields: [C, n, D], [C, M, D] -> [C, n, rank]"""
+    """Computes X X^T Y in the order that is linear in the number of fields: [C, n, D], [C, M, D] -> [C, n, rank]"""
     return x_CnD @ mixed_CMD[:, :_FM_RANK].mT
 
 
 class Wukong(nn.Module):
-    """All fields of the last layer. A `registry.Tower`."""
+    """Outputs all fields of the last layer (`registry.Tower`)."""
 
     reads_fields, has_segments, drops_inputs = True, False, False
     is_generative, supervises_history = False, False
@@ -82,12 +82,12 @@ class Wukong(nn.Module):
 
     @classmethod
     def build(cls, config: ModelConfig, num_fields: int) -> "Wukong":
-        """See registry.Tower."""
+        """Builds the tower from its options (`registry.Tower`)."""
         config.refuse_foreign()
         return cls(num_fields, config.max_positions, config.layers, config.width, config.init_std)
 
     def forward(self, x_SFD: torch.Tensor, packing: Packing, candidates_only: bool = False, times=None) -> torch.Tensor:
-        """Token vectors [S, F, D] -> [C, 32 D]. ValueError for a history that is longer than `max_positions`."""
+        """Maps token vectors [S, F, D] -> [C, 32 D]. ValueError for a history longer than `max_positions`."""
         if packing.max_history_length > self.max_positions:
             raise ValueError(
                 f"a history of {packing.max_history_length} tokens does not fit into {self.max_positions} slots: "
@@ -98,9 +98,9 @@ class Wukong(nn.Module):
             x_CfD = layer(x_CfD)
         return x_CfD.flatten(1)
 
-    @torch.compiler.disable  # buckets differ by batch: Dynamo would compile anew for each, until it gives up
+    @torch.compiler.disable  # Buckets differ by batch: Dynamo would recompile for each, until it gives up.
     def _first_layer(self, history_TFD: torch.Tensor, candidate_CFD: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """A history is mixed once per request, in as many slots as the longest one of its length bucket has."""
+        """Mixes a history once per request, in as many slots as the longest one of its length bucket has."""
         first, num_fields = self.layers[0], candidate_CFD.shape[1]
         slots = _slots(history_TFD, packing)
         mixed = [first.mixing[num_fields:][: x_nsD.shape[1]].t() @ x_nsD for x_nsD in slots]
@@ -118,7 +118,7 @@ class Wukong(nn.Module):
 
 
 def _slots(history_TFD: torch.Tensor, packing: Packing) -> list[torch.Tensor]:
-    """Fields of the requests of each length bucket [n, W F, D], latest event first, zero behind the earliest."""
+    """Fills the slots of each length bucket [n, W F, D]: latest event first, zero behind the earliest."""
     request_T = request_of_tokens(packing)
     last_T = packing.history_offsets[1:][request_T] - 1
     recency_T = last_T - torch.arange(packing.num_history_tokens, device=last_T.device)

@@ -29,7 +29,7 @@ def attend(
     return _by_length(qkv_S3HK, packing, candidates_only, dropout)
 
 
-@torch.compiler.disable  # buckets differ by batch: Dynamo would compile anew for each, until it gives up
+@torch.compiler.disable  # Buckets differ by batch: Dynamo would recompile for each, until it gives up.
 def _by_length(qkv_S3HK: torch.Tensor, packing: Packing, candidates_only: bool, dropout: float) -> torch.Tensor:
     if not qkv_S3HK.is_cuda and packing.rows is not None:
         return in_rows(qkv_S3HK, packing.rows, packing.num_history_tokens if candidates_only else 0, dropout)

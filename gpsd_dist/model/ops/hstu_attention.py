@@ -54,7 +54,7 @@ def relate(packing: Packing, history_T: torch.Tensor, request_B: torch.Tensor, f
     return Relations(packing, times, None if for_kernel else _pairs(times, packing, history_T, request_B))
 
 
-@torch.compiler.disable  # buckets differ by batch: Dynamo would compile anew for each, until it gives up
+@torch.compiler.disable  # Buckets differ by batch: Dynamo would recompile for each, until it gives up.
 def _pairs(
     times: EventTimes, packing: Packing, history_T: torch.Tensor, request_B: torch.Tensor
 ) -> tuple[BucketPairs, ...]:
