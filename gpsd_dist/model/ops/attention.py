@@ -1,7 +1,7 @@
-"""Causal attention over packed histories, with K candidates that each see the history and themselves (GPSD, figure 3).
+"""Attends causally over packed histories; each candidate sees its history and itself (GPSD, figure 3).
 
-Two implementations that must agree: `bucketed` (SDPA in length buckets; any device and dtype) and `two_part` (flash
-kernels on the packed tokens: CUDA in half precision; its CPU kernel is for tests).
+Two implementations must agree: `bucketed` (SDPA in length buckets; any device and dtype) and `two_part` (flash kernels
+on the packed tokens, for CUDA in half precision; its CPU kernel serves tests).
 
 Shape letters: T history tokens, C candidates, S = T + C tokens, H heads, K head width, n requests of a bucket,
 W slots per history, J candidates per request of a bucket.
@@ -18,10 +18,10 @@ from gpsd_dist.model.ops.row_attention import in_rows
 def attend(
     qkv_S3HK: torch.Tensor, packing: Packing, candidates_only: bool = False, dropout: float = 0.0
 ) -> torch.Tensor:
-    """Attention output [S, H * K] for queries, keys and values of all tokens in packed order.
+    """Computes the attention output [S, H * K] for queries, keys and values of all tokens in packed order.
 
-    `candidates_only` leaves out the histories' own output: [C, H * K], for a last layer that only candidates leave.
-    `dropout` of the attention weights: give 0 in evaluation; the flash kernel has none.
+    `candidates_only` computes the candidates' output only, [C, H * K], which is all that a ranking model's last layer
+    needs. `dropout` of the attention weights: give 0 in evaluation; the flash kernel has none.
     """
     is_half = qkv_S3HK.dtype in (torch.bfloat16, torch.float16)
     if qkv_S3HK.is_cuda and is_half and not dropout and qkv_S3HK.shape[-1] <= MAX_HEAD_WIDTH:
@@ -39,11 +39,11 @@ def _by_length(qkv_S3HK: torch.Tensor, packing: Packing, candidates_only: bool, 
 def bucketed(
     qkv_S3HK: torch.Tensor, packing: Packing, candidates_only: bool = False, dropout: float = 0.0
 ) -> torch.Tensor:
-    """Pads only inside a length bucket. The causal mask hides the padding to the right of every token."""
+    """Attends bucket by bucket. Padding is to the right of every token, so the causal mask hides it."""
     buckets = packing.buckets
     if not (packing.num_candidates or (packing.num_history_tokens and not candidates_only)):
         return qkv_S3HK[:0, 0].flatten(1)  # no token to attend
-    # One split: its backward is one concatenation, a slice per bucket would write all S tokens once per bucket.
+    # The backward of one split is one concatenation; that of a slice per bucket would write all S tokens every time.
     parts = qkv_S3HK.split([b.num_tokens for b in buckets] + [b.num_candidates for b in buckets])
     history_parts, candidate_parts = [], []
     for bucket, history_t3HK, candidate_c3HK in zip(buckets, parts[: len(buckets)], parts[len(buckets) :], strict=True):
@@ -61,7 +61,7 @@ def bucketed(
 def _candidates_attend(
     candidate_3nHJK: torch.Tensor, history_3nHWK: torch.Tensor, bucket: Bucket, dropout: float
 ) -> torch.Tensor:
-    """Softmax over {tokens of the own history, the candidate itself}: what K separate causal passes would compute."""
+    """Attends from each candidate to its history and itself, which equals K separate causal passes."""
     query, own_key, own_value = candidate_3nHJK.unbind(0)
     _, key, value = history_3nHWK.unbind(0)
     if bucket.candidate_mask is None:
@@ -71,7 +71,7 @@ def _candidates_attend(
 
 
 def _many_candidates_attend(query, own_key, own_value, key, value, *, bucket: Bucket, dropout: float) -> torch.Tensor:
-    """The same without scores of candidates against each other: linear in their number. All [n, H, slots, K]."""
+    """Attends without scores between candidates, so the cost is linear in their number. All [n, H, slots, K]."""
     query = query * query.shape[-1] ** -0.5
     score_nHJW = query @ key.transpose(-1, -2)
     if bucket.history is not None:
@@ -82,20 +82,20 @@ def _many_candidates_attend(query, own_key, own_value, key, value, *, bucket: Bu
 
 
 def to_slots(packed_t3HK: torch.Tensor, slots: Slots | None, num_requests: int, width: int) -> torch.Tensor:
-    """[t, 3, H, K] -> [3, n, H, W, K]: a padded view of one bucket."""
+    """Pads one bucket: [t, 3, H, K] -> [3, n, H, W, K]."""
     if slots is not None:
         packed_t3HK = packed_t3HK.index_select(0, slots.entry)
     return packed_t3HK.unflatten(0, (num_requests, width)).permute(2, 0, 3, 1, 4)
 
 
 def from_slots(out_nHWK: torch.Tensor, slots: Slots | None) -> torch.Tensor:
-    """[n, H, W, K] -> [t, H * K]: drops the padding again."""
+    """Drops the padding again: [n, H, W, K] -> [t, H * K]."""
     out = out_nHWK.transpose(1, 2).flatten(0, 1).flatten(1)
     return out if slots is None else out.index_select(0, slots.slot)
 
 
 def two_part(qkv_S3HK: torch.Tensor, packing: Packing, candidates_only: bool = False) -> torch.Tensor:
-    """Flash kernels without padding: one causal call for the histories, one for the candidates over their histories."""
+    """Attends without padding by two flash calls: histories over themselves, candidates over their histories."""
     sizes = packing.num_history_tokens, packing.max_history_length, packing.max_candidates
     offsets = packing.history_offsets, packing.candidate_offsets
     return two_part_attention(qkv_S3HK, *offsets, sizes, candidates_only).flatten(1)

@@ -1,12 +1,12 @@
-"""Attention of histories and candidates in two flash calls: histories over themselves (causal), candidates over their
-whole history. What a candidate pays to itself is added by hand: both parts are one softmax, merged by log-sum-exp.
+"""Attends in two flash calls: histories over themselves (causal), candidates over their whole history. A candidate's
+attention to itself is added by hand, and both parts are merged into one softmax by log-sum-exp.
 
-Autograd through a flash kernel's log-sum-exp is silently wrong (torch 2.11 to 2.13 drop that gradient), so the backward
-is written here: given the *merged* output and the *merged* log-sum-exp, the ordinary flash backward of a part computes
-exactly the part's share of the gradient, because it recovers the weights as exp(score - lse).
+torch 2.11 to 2.13 silently drop the gradient of a flash kernel's log-sum-exp, so the backward is written here. Given
+the *merged* output and the *merged* log-sum-exp, the ordinary flash backward of a part computes exactly the part's
+share of the gradient, because it recovers the weights as exp(score - lse).
 
-One operator, `gpsd_dist::two_part_attention`, opaque to torch.compile. CUDA: torch's variable-length flash kernel, half
-precision, sm80 or newer. CPU: torch's flash kernel request by request; slow, it serves tests (any float dtype).
+torch.compile sees one opaque operator, `gpsd_dist::two_part_attention`. On CUDA it runs torch's variable-length flash
+kernel (half precision, sm80 or newer); on CPU torch's flash kernel request by request: slow, for tests (any dtype).
 
 Shape letters: T history tokens, C candidates, S = T + C, R queries (S or C), H heads, K head width, B requests.
 """
@@ -22,12 +22,10 @@ MAX_HEAD_WIDTH = 256
 
 
 class Spans(typing.NamedTuple):
-    """Which queries meet which keys: those of the same request."""
+    """Says which queries meet which keys: those of the same request. Offsets are int64 [B + 1]."""
 
     query_offsets: torch.Tensor
-    """int64 [B + 1]"""
     key_offsets: torch.Tensor
-    """int64 [B + 1]"""
     max_queries: int
     max_keys: int
     is_causal: bool
@@ -40,9 +38,9 @@ def two_part_attention(
     sizes: tuple[int, int, int],
     candidates_only: bool,
 ) -> torch.Tensor:
-    """[S, 3, H, K] in packed order -> [S, H, K], or [C, H, K] of the candidates.
+    """Maps [S, 3, H, K] in packed order to [S, H, K], or to [C, H, K] of the candidates.
 
-    `sizes`: history tokens T, the longest history, the most candidates of a request. On CUDA bf16 or fp16, K <= 256.
+    `sizes`: history tokens T, the longest history, the most candidates of a request. CUDA: bf16 or fp16, K <= 256.
     """
     out_RHK, _ = _two_part(qkv_S3HK, history_offsets, candidate_offsets, *sizes, candidates_only)
     return out_RHK
@@ -58,7 +56,7 @@ def _two_part(
     max_candidates: int,
     candidates_only: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [R, H, K], and log-sum-exp [R, H] of each query's whole softmax (float32, or float64)."""
+    """Returns output [R, H, K], and log-sum-exp [R, H] of each query's whole softmax (float32, or float64)."""
     forward = _cuda_forward if qkv_S3HK.is_cuda else _cpu_forward
     (query_T, key_T, value_T), (query_C, own_key_C, own_value_C) = _parts(qkv_S3HK, num_history_tokens)
     outs, lses = [], []
@@ -104,7 +102,7 @@ def _two_part_backward(
     max_candidates: int,
     candidates_only: bool,
 ) -> torch.Tensor:
-    """Gradient of `qkv_S3HK`."""
+    """Returns the gradient of `qkv_S3HK`."""
     backward = _cuda_backward if qkv_S3HK.is_cuda else _cpu_backward
     num_own = 0 if candidates_only else num_history_tokens
     grad_S3HK = torch.zeros_like(qkv_S3HK)
@@ -146,7 +144,7 @@ def _keep(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad_RHK, grad_lse_RH):
     qkv_S3HK, out_RHK, lse_RH, *offsets = ctx.saved_tensors
     grad_S3HK = _two_part_backward(grad_RHK, qkv_S3HK, out_RHK, lse_RH, *offsets, *ctx.sizes)
-    return grad_S3HK, None, None, None, None, None, None
+    return grad_S3HK, *[None] * 6
 
 
 _two_part.register_autograd(_differentiate, setup_context=_keep)
@@ -155,7 +153,7 @@ _two_part.register_autograd(_differentiate, setup_context=_keep)
 def _parts(
     qkv_S3HK: torch.Tensor, num_history_tokens: int
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """Views (query, key, value) of the histories, and of the candidates."""
+    """Returns views (query, key, value) of the histories, and of the candidates."""
     return qkv_S3HK[:num_history_tokens].unbind(1), qkv_S3HK[num_history_tokens:].unbind(1)
 
 
@@ -173,7 +171,7 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _cpu_forward(query_RHK, key_THK, value_THK, spans: Spans) -> tuple[torch.Tensor, torch.Tensor]:
-    """(output [R, H, K], log-sum-exp [R, H]); 0 and -inf for a query without keys."""
+    """Returns (output [R, H, K], log-sum-exp [R, H]); 0 and -inf for a query without keys."""
     out_RHK = torch.zeros_like(query_RHK, memory_format=torch.contiguous_format)
     lse_RH = query_RHK.new_full(query_RHK.shape[:2], -torch.inf, dtype=_accumulation_dtype(query_RHK.dtype))
     for queries, keys in _pairs(spans):
@@ -184,10 +182,9 @@ def _cpu_forward(query_RHK, key_THK, value_THK, spans: Spans) -> tuple[torch.Ten
 
 
 def _cpu_backward(grad_RHK, query_RHK, key_THK, value_THK, out_RHK, lse_RH, spans: Spans):
-    """Gradients of query, key and value; `out_RHK` and `lse_RH` may be those of a softmax over more than these keys."""
-    gradients = [
-        torch.zeros_like(part, memory_format=torch.contiguous_format) for part in (query_RHK, key_THK, value_THK)
-    ]
+    """Returns gradients of query, key, value; `out_RHK` and `lse_RH` may come from a softmax over more keys."""
+    leaves = query_RHK, key_THK, value_THK
+    gradients = [torch.zeros_like(part, memory_format=torch.contiguous_format) for part in leaves]
     for queries, keys in _pairs(spans):
         inputs = (grad_RHK[queries], query_RHK[queries], key_THK[keys], value_THK[keys], out_RHK[queries])
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -199,11 +196,8 @@ def _cpu_backward(grad_RHK, query_RHK, key_THK, value_THK, out_RHK, lse_RH, span
 
 
 def _pairs(spans: Spans) -> typing.Iterator[tuple[slice, slice]]:
-    """Rows of the queries and of the keys of every request that has both."""
-    cuts = [
-        [slice(*pair) for pair in itertools.pairwise(o)]
-        for o in (spans.query_offsets.tolist(), spans.key_offsets.tolist())
-    ]
+    """Yields the rows of the queries and of the keys of every request that has both."""
+    cuts = [itertools.starmap(slice, itertools.pairwise(offsets.tolist())) for offsets in spans[:2]]
     return ((q, k) for q, k in zip(*cuts, strict=True) if q.start < q.stop and k.start < k.stop)
 
 
@@ -212,7 +206,7 @@ def _one_request(rows_nHK: torch.Tensor) -> torch.Tensor:
 
 
 def _cuda_forward(query_RHK, key_THK, value_THK, spans: Spans) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `_cpu_forward`. The kernel gives lse [H, R], +inf for a query without keys."""
+    """Does what `_cpu_forward` does. The kernel returns lse [H, R], +inf for a query without keys."""
     if not (len(query_RHK) and len(key_THK)):
         lse_RH = query_RHK.new_full(query_RHK.shape[:2], -torch.inf, dtype=torch.float32)
         return torch.zeros_like(query_RHK, memory_format=torch.contiguous_format), lse_RH
@@ -225,25 +219,20 @@ def _cuda_forward(query_RHK, key_THK, value_THK, spans: Spans) -> tuple[torch.Te
 
 
 def _cuda_backward(grad_RHK, query_RHK, key_THK, value_THK, out_RHK, lse_RH, spans: Spans):
-    """As `_cpu_backward`."""
+    """Does what `_cpu_backward` does."""
     if not (len(query_RHK) and len(key_THK)):
         return [torch.zeros_like(part) for part in (query_RHK, key_THK, value_THK)]
     padded = [_padded(part) for part in (grad_RHK, query_RHK, key_THK, value_THK, out_RHK)]
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query_RHK.device), query_RHK.new_empty(0)
+    options = *_kernel_spans(spans), 0.0, spans.is_causal, *no_dropout
     gradients = torch.ops.aten._flash_attention_backward(
-        *padded,
-        lse_RH.t().contiguous(),
-        *_kernel_spans(spans),
-        0.0,
-        spans.is_causal,
-        *no_dropout,
-        scale=_scale(query_RHK),
+        *padded, lse_RH.t().contiguous(), *options, scale=_scale(query_RHK)
     )
     return [gradient[..., : query_RHK.shape[-1]] for gradient in gradients]
 
 
 def _padded(rows_RHK: torch.Tensor) -> torch.Tensor:
-    """Zero columns up to a head width that the kernel takes: they change no score and give zero outputs."""
+    """Adds zero columns up to a head width that the kernel takes; they change no score and give zero outputs."""
     missing = -rows_RHK.shape[-1] % _HEAD_MULTIPLE
     return F.pad(rows_RHK, (0, missing)) if missing else rows_RHK
 

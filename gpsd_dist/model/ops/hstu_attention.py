@@ -1,10 +1,11 @@
-"""HSTU's attention over packed histories and candidates (arXiv:2402.17152, section 3.2): SiLU(q k + bias) / P.
+"""Computes HSTU's attention over packed histories and candidates (arXiv:2402.17152, section 3.2): SiLU(q k + bias) / P.
 
-The bias of a pair is a weight of the distance in positions plus a weight of the time between the key's event and the
-event *after* the query's: the moment for which the query predicts. Both are shared by the heads of a layer.
+The bias of a pair is a weight of its distance in positions plus a weight of the time between the key's event and the
+event *after* the query's, which is the one that the query predicts. The heads of a layer share both weights.
 
-Two implementations that must agree: `bucketed` (length buckets, any device) and the Triton kernel of `hstu_triton`
-(CUDA). Shape letters: T history tokens, C candidates, S = T + C tokens, H heads, K head width, B requests, n requests
+Two implementations must agree: `bucketed` (length buckets, any device) and the Triton kernel of `hstu_triton` (CUDA).
+
+Shape letters: T history tokens, C candidates, S = T + C tokens, H heads, K head width, B requests, n requests
 of a bucket, W slots per history, J candidates per request of a bucket, P positions.
 """
 
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def event_times(history_T: torch.Tensor, request_B: torch.Tensor, packing: Packing) -> EventTimes:
-    """Both int64 seconds with -1 for unknown. Waits for no device."""
+    """Derives the times of queries and keys; int64 seconds with -1 for unknown. No GPU sync."""
     request_T = torch.repeat_interleave(
         torch.arange(packing.num_requests, device=history_T.device),
         packing.history_offsets.diff(),
@@ -36,7 +37,7 @@ def event_times(history_T: torch.Tensor, request_B: torch.Tensor, packing: Packi
 
 
 def has_kernel(x: torch.Tensor) -> bool:
-    """Whether `attend` runs the Triton kernel on tensors like this; else, and without Triton, it runs `bucketed`."""
+    """Says whether `attend` runs the Triton kernel on such tensors; otherwise it runs `bucketed`."""
     return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and _has_triton()
 
 
@@ -49,7 +50,7 @@ def _has_triton() -> bool:
 
 
 def relate(packing: Packing, history_T: torch.Tensor, request_B: torch.Tensor, for_kernel: bool) -> Relations:
-    """With a time bias. Times are int64 seconds, -1 unknown."""
+    """Relates the tokens of a batch for a model with a time bias. Times are int64 seconds, -1 unknown."""
     times = event_times(history_T, request_B, packing)
     return Relations(packing, times, None if for_kernel else _pairs(times, packing, history_T, request_B))
 
@@ -58,7 +59,7 @@ def relate(packing: Packing, history_T: torch.Tensor, request_B: torch.Tensor, f
 def _pairs(
     times: EventTimes, packing: Packing, history_T: torch.Tensor, request_B: torch.Tensor
 ) -> tuple[BucketPairs, ...]:
-    """Of each length bucket."""
+    """Finds the time buckets of all pairs in each length bucket."""
     sizes = [bucket.num_tokens for bucket in packing.buckets]
     queries = times.query_S[: packing.num_history_tokens].split(sizes)
     requests = request_B.split([bucket.num_requests for bucket in packing.buckets])
@@ -73,7 +74,7 @@ def _pairs(
 
 
 def _slots(packed_t: torch.Tensor, bucket: Bucket) -> torch.Tensor:
-    """[t] -> [n, W]"""
+    """Pads one bucket: [t] -> [n, W]."""
     if bucket.history is not None:
         packed_t = packed_t.index_select(0, bucket.history.entry)
     return packed_t.view(bucket.num_requests, bucket.width)
@@ -82,15 +83,15 @@ def _slots(packed_t: torch.Tensor, bucket: Bucket) -> torch.Tensor:
 def attend(
     qkv_S3HK: torch.Tensor, bias: BiasWeights, relations: Relations, candidates_only: bool = False
 ) -> torch.Tensor:
-    """Attention output [S, H * K], or [C, H * K] of the candidates alone, for tokens in packed order.
+    """Computes the attention output [S, H * K] for tokens in packed order, or [C, H * K] with `candidates_only`.
 
-    Divides by P, whatever the length. A candidate attends to the tokens of its own history and to itself: what K
-    separate causal passes would compute.
+    It divides by P, whatever the length. A candidate attends to its history and itself, which equals K separate causal
+    passes.
     """
     packing = relations.packing
     if not (packing.num_candidates or (packing.num_history_tokens and not candidates_only)):
         weights = [weight for weight in (bias.position, bias.time) if weight is not None]
-        # no token to attend; DDP still waits for the gradients of the weights
+        # There is no query, but DDP still waits for gradients of the bias weights, so they must be in the graph.
         return qkv_S3HK[:0, 0].flatten(1) + sum(weight.sum() * 0.0 for weight in weights)
     if has_kernel(qkv_S3HK):
         from gpsd_dist.model.ops import hstu_triton  # Triton comes with CUDA builds of torch alone
@@ -105,7 +106,7 @@ def attend(
 
 
 def _own_part(candidate_C3HK: torch.Tensor, bias: BiasWeights, relations: Relations) -> torch.Tensor:
-    """[C, H, K]: what a candidate takes from itself."""
+    """Computes what a candidate takes from itself, [C, H, K]."""
     query, key, value = candidate_C3HK.unbind(1)
     positions = num_positions(bias)
     score_CH1 = (query * key).sum(-1, keepdim=True) + bias.position[positions - 1]
@@ -115,12 +116,12 @@ def _own_part(candidate_C3HK: torch.Tensor, bias: BiasWeights, relations: Relati
     return (F.silu(score_CH1) / positions).to(value.dtype) * value
 
 
-@torch.compiler.disable  # as `_pairs`
+@torch.compiler.disable  # for the reason given at `_pairs`
 def bucketed(
     qkv_S3HK: torch.Tensor, bias: BiasWeights, relations: Relations, candidates_only: bool = False
 ) -> list[torch.Tensor]:
-    """[T, H * K] of the histories unless `candidates_only`, [C, H * K] of the candidates if there are any: what they
-    take from the histories. Pads only inside a length bucket.
+    """Computes what queries take from histories: [T, H * K] of the histories unless `candidates_only`, and [C, H * K]
+    of the candidates if there are any. Pads only inside a length bucket.
     """
     packing, pairs = relations.packing, relations.pairs
     buckets = packing.buckets
@@ -141,7 +142,7 @@ def bucketed(
 
 
 def _history_attends(history_3nHWK: torch.Tensor, bias: BiasWeights, pair: BucketPairs | None) -> torch.Tensor:
-    """Padding lies to the right of every token, so the causal mask hides it."""
+    """Attends from histories to themselves. Padding is to the right of every token, so the causal mask hides it."""
     query, key, value = history_3nHWK.unbind(0)
     slot_W = torch.arange(query.shape[2], device=query.device)
     distance_WW = slot_W[None] - slot_W[:, None]

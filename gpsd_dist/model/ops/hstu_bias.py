@@ -1,4 +1,4 @@
-"""Says what HSTU's attention bias is made of: positions, times of events, and their buckets (arXiv:2402.17152, 3.2).
+"""Defines the parts of HSTU's attention bias: positions, times of events, and their buckets (arXiv:2402.17152, 3.2).
 
 Shape letters: T history tokens, C candidates, S = T + C tokens, P positions, n requests of a bucket, W slots of a
 history.
@@ -11,24 +11,23 @@ import torch
 from gpsd_dist.batch.packing import Packing
 
 NUM_TIME_BUCKETS = 129
-LOG_STEP = 0.301  # of the authors' code: a bucket ends where the next is 1.35 times as long ago
-UNKNOWN_BUCKET = NUM_TIME_BUCKETS - 1  # one of both times is not known; a known pair gets here after 10^9 years
+LOG_STEP = 0.301  # from the authors' code: each bucket reaches 1.35 times as far back as the one before
+UNKNOWN_BUCKET = NUM_TIME_BUCKETS - 1  # for pairs with an unknown time; known times would be 10^9 years apart
 
 
 @dataclasses.dataclass(frozen=True)
 class EventTimes:
-    """Epoch seconds int64, -1 unknown."""
+    """Holds two times of every token, in epoch seconds int64; -1 is unknown."""
 
     query_S: torch.Tensor
-    """When the event happens that a token predicts: of a history token the next event's time, of the last one and of
-    a candidate the request's."""
+    """Time of the event that a token predicts: the next event, or the request for the last token and candidates."""
     key_S: torch.Tensor
-    """When a token's own event happened; of a candidate the request's time."""
+    """Time of the token's own event; for a candidate, of the request."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BiasWeights:
-    """Of one layer."""
+    """Holds the bias weights of one layer."""
 
     position: torch.Tensor
     """float [2 P - 1]: entry P - 1 + key position - query position; with causal attention the first P are used."""
@@ -37,7 +36,7 @@ class BiasWeights:
 
 
 def time_bucket(query_s: torch.Tensor, key_s: torch.Tensor) -> torch.Tensor:
-    """int64 bucket of every pair (broadcast): floor(ln(max(|query - key|, 1)) / 0.301), at most 128.
+    """Returns the int64 bucket of every pair (broadcast): floor(ln(max(|query - key|, 1)) / 0.301), at most 128.
 
     A pair with an unknown time is in bucket 128, which no pair of real times reaches.
     """
@@ -48,25 +47,23 @@ def time_bucket(query_s: torch.Tensor, key_s: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class BucketPairs:
-    """Time buckets of one length bucket's pairs."""
+    """Holds the time buckets of all pairs in one length bucket, int64."""
 
-    history_nWW: torch.Tensor
-    """int64 [n, W, W], query x key."""
-    candidate_nW: torch.Tensor
-    """int64 [n, W]: a request's candidates share their time."""
+    history_nWW: torch.Tensor  # query x key
+    candidate_nW: torch.Tensor  # the candidates of a request share their time
 
 
 @dataclasses.dataclass(frozen=True)
 class Relations:
-    """What the tokens of a batch are to each other: the same for all layers."""
+    """Relates the tokens of a batch to each other; all layers share it."""
 
     packing: Packing
     times: EventTimes | None
     """None without a time bias."""
     pairs: tuple[BucketPairs, ...] | None
-    """What `bucketed` needs: one per length bucket of the packing; None without a time bias, or for the kernel."""
+    """Input of `bucketed`, one per length bucket; None without a time bias, or for the kernel."""
 
 
 def num_positions(bias: BiasWeights) -> int:
-    """P"""
+    """Returns P."""
     return (len(bias.position) + 1) // 2

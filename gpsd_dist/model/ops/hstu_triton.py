@@ -1,8 +1,8 @@
-"""HSTU's attention as Triton kernels with their own backward: no padding, no scores or time buckets in memory.
+"""Implements HSTU's attention in Triton, with its backward: no padding, no scores or time buckets in memory.
 
 One kernel serves both kinds of queries: history tokens (causal, over their own history) and candidates (over the whole
-history of their request). The reference is `hstu_attention.bucketed`. So far compiled for sm_90, but run in Triton's
-interpreter only, never on a GPU. Bias gradients are sums of atomic adds, whose last bits vary from run to run.
+history of their request). The reference is `hstu_attention.bucketed`. Bias gradients are sums of atomic adds, so their
+last bits vary from run to run. So far it was compiled for sm_90 and run in Triton's interpreter, never on a GPU.
 
 Shape letters: M queries, N keys, H heads, K head width, B requests, P positions.
 """
@@ -17,14 +17,14 @@ from gpsd_dist.model.ops.hstu_bias import LOG_STEP, UNKNOWN_BUCKET, BiasWeights,
 
 _LOG_STEP = tl.constexpr(LOG_STEP)
 _UNKNOWN = tl.constexpr(UNKNOWN_BUCKET)
-_GRADIENT_COPIES = 64  # of the bias gradients, to spread atomic adds over addresses
-_MIN_DOT_WIDTH = 16  # what tl.dot needs
+_GRADIENT_COPIES = 64  # of each bias gradient, so that atomic adds spread over addresses
+_MIN_DOT_WIDTH = 16  # the smallest that tl.dot takes
 _TILE_BYTES = 8192
 
 
 @triton.jit
 def _load_rows(base, row, is_row, head, H: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr):
-    """Tile [rows, WIDTH] of one head from [*, H, K]; zeros outside."""
+    """Loads a tile [rows, WIDTH] of one head from [*, H, K]; zeros outside."""
     column = tl.arange(0, WIDTH)
     pointer = base + (row[:, None] * H + head) * K + column[None, :]
     return tl.load(pointer, mask=is_row[:, None] & (column < K)[None, :], other=0.0)
@@ -39,7 +39,7 @@ def _store_rows(base, row, is_row, head, tile, H: tl.constexpr, K: tl.constexpr,
 
 @triton.jit
 def _pairs(m, n, num_q, num_k, P, IS_CAUSAL: tl.constexpr):
-    """(is the pair one that attends, its position weight). A candidate stands right after its history."""
+    """Returns (does the pair attend, index of its position weight). A candidate comes right after its history."""
     is_pair = (m < num_q)[:, None] & (n < num_k)[None, :]
     if IS_CAUSAL:
         is_pair = is_pair & (n[None, :] <= m[:, None])
@@ -51,7 +51,7 @@ def _pairs(m, n, num_q, num_k, P, IS_CAUSAL: tl.constexpr):
 
 @triton.jit
 def _time_buckets(query_time, key_time):
-    """Gives the bucket of `hstu_bias.time_bucket`."""
+    """Computes `hstu_bias.time_bucket`."""
     gap = query_time[:, None] - key_time[None, :]
     gap = tl.where(gap < 0, -gap, gap)
     bucket = tl.log(tl.maximum(gap, 1).to(tl.float32)) / _LOG_STEP
@@ -61,7 +61,7 @@ def _time_buckets(query_time, key_time):
 
 @triton.jit
 def _scores(q, k, position, bucket, is_pair, position_weight, time_weight, HAS_TIME: tl.constexpr):
-    """float32 q k + bias; 0 where no pair attends."""
+    """Computes q k + bias in float32, without the bias where no pair attends."""
     score = tl.dot(q, tl.trans(k), input_precision="ieee")
     score += tl.load(position_weight + position, mask=is_pair, other=0.0)
     if HAS_TIME:
@@ -101,7 +101,7 @@ def _forward(
 
 @triton.jit
 def _weights_and_slopes(score, grad_weight, is_pair, P):
-    """SiLU(score) / P, and the gradient of the score from that of this weight."""
+    """Returns the weight SiLU(score) / P, and the gradient of the score given that of the weight."""
     gate = tl.sigmoid(score)
     weight = tl.where(is_pair, score * gate / P, 0.0)
     return weight, tl.where(is_pair, grad_weight * gate * (1 + score * (1 - gate)) / P, 0.0)
@@ -114,7 +114,7 @@ def _backward_queries(
     H: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_TIME: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one block of queries, and what its pairs add to those of the bias weights."""
+    """Computes the gradient of a block of queries, and adds its pairs to the gradients of the bias weights."""
     request, head = tl.program_id(0) // H, tl.program_id(0) % H
     first_q, first_k = tl.load(query_offsets + request), tl.load(key_offsets + request)
     num_q = (tl.load(query_offsets + request + 1) - first_q).to(tl.int32)
@@ -152,7 +152,7 @@ def _backward_keys(
     H: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_TIME: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one block of keys and values, over all queries that see it."""
+    """Computes the gradients of a block of keys and values, over all queries that see it."""
     request, head = tl.program_id(0) // H, tl.program_id(0) % H
     first_q, first_k = tl.load(query_offsets + request), tl.load(key_offsets + request)
     num_q = (tl.load(query_offsets + request + 1) - first_q).to(tl.int32)
@@ -182,24 +182,19 @@ def _backward_keys(
 
 
 class Segments(typing.NamedTuple):
-    """Which queries belong to which keys: those of one request."""
+    """Says which queries meet which keys: those of the same request. Offsets are int64 [B + 1]."""
 
     query_offsets: torch.Tensor
-    """int64 [B + 1]"""
     key_offsets: torch.Tensor
-    """int64 [B + 1]"""
-    query_time: torch.Tensor | None
-    """int64 [M] seconds, -1 unknown; None without a time bias."""
+    query_time: torch.Tensor | None  # int64 [M] seconds, -1 unknown; None without a time bias
     key_time: torch.Tensor | None
-    max_queries: int
-    """Of one request."""
+    max_queries: int  # of a request
     max_keys: int
-    is_causal: bool
-    """Queries and keys are the same tokens; else queries come after all keys of their request."""
+    is_causal: bool  # queries and keys are the same tokens; else queries come after all keys of their request
 
 
 class _Attention(torch.autograd.Function):
-    """out [M, H, K] from query [M, H, K], key and value [N, H, K] and the bias weights."""
+    """Maps query [M, H, K], key and value [N, H, K] and the bias weights to out [M, H, K]."""
 
     @staticmethod
     def forward(ctx, query, key, value, position_weight, time_weight, segments):
@@ -241,12 +236,12 @@ def _grid(longest: int, query: torch.Tensor, segments: Segments) -> tuple[int, i
 
 
 def _width(query: torch.Tensor) -> int:
-    """Channels of a tile."""
+    """Returns the channels of a tile."""
     return max(_MIN_DOT_WIDTH, triton.next_power_of_2(query.shape[2]))
 
 
 def _block(query: torch.Tensor) -> int:
-    """Rows of a tile, so that one takes 8 KiB: several must fit into shared memory. Untuned."""
+    """Returns the rows of a tile of at most 8 KiB, since several must fit into shared memory. Untuned."""
     return min(64, max(_MIN_DOT_WIDTH, _TILE_BYTES // (_width(query) * query.element_size())))
 
 
@@ -256,7 +251,7 @@ def _options(query: torch.Tensor, weights: list, segments: Segments) -> dict[str
 
 
 def _pointers(weights: list, segments: Segments) -> tuple:
-    """Arguments that all kernels share; without a time bias anything stands for what they do not read."""
+    """Returns the arguments that all kernels share; without a time bias, any tensor stands in for unread times."""
     position, time = weights
     offsets = segments.query_offsets, segments.key_offsets
     times = offsets if time is None else (segments.query_time.contiguous(), segments.key_time.contiguous())
@@ -266,7 +261,7 @@ def _pointers(weights: list, segments: Segments) -> tuple:
 def attend_to_histories(
     qkv_S3HK: torch.Tensor, bias: BiasWeights, relations: Relations, candidates_only: bool = False
 ) -> list[torch.Tensor]:
-    """What `hstu_attention.bucketed` gives: see there."""
+    """Returns the parts that `hstu_attention.bucketed` returns."""
     packing, times = relations.packing, relations.times
     assert num_positions(bias) > packing.max_history_length, "positions outside the bias table"
     query, key, value = qkv_S3HK.unbind(1)

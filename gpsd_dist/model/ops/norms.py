@@ -1,11 +1,11 @@
-"""RMSNorm in front of a linear layer, with its gain folded into the layer's weight (CPU).
+"""Folds the gain of an RMSNorm into the weight of the linear layer behind it, on CPU.
 
     linear(x / rms(x) * gain) = (x / rms(x)) @ (weight * gain)^T
 
-The gain then costs one product with a weight instead of one with all tokens, forward and backward, which is less where
-tokens outnumber the layer's outputs: otherwise it stays with the tokens. What is left of the norm has a backward of its
-own: four passes over the tokens where autograd through torch's unfused CPU norm makes about twelve. CUDA has a fused
-kernel, and compilers fuse by themselves: there the plain formula is used.
+The gain then costs one product with a weight instead of one with all tokens, forward and backward. With fewer tokens
+than outputs of the layer, it stays with the tokens. The rest of the norm has a backward of its own that passes over the
+tokens four times; autograd through torch's unfused CPU norm does about twelve times. CUDA has a fused kernel and
+compilers fuse by themselves, so there the plain formula is used.
 
 Shape letters: S tokens, D width in, O width out.
 """
@@ -16,7 +16,7 @@ from torch import nn
 
 
 def normed_linear(x_SD: torch.Tensor, norm: nn.RMSNorm, linear: nn.Linear) -> torch.Tensor:
-    """linear(norm(x)) of a layer without bias: [S, D] -> [S, O]"""
+    """Computes linear(norm(x)) for a layer without bias: [S, D] -> [S, O]"""
     assert linear.bias is None and norm.eps is not None, (linear, norm)
     if x_SD.is_cuda or torch.compiler.is_compiling():
         return linear(norm(x_SD))
@@ -24,7 +24,7 @@ def normed_linear(x_SD: torch.Tensor, norm: nn.RMSNorm, linear: nn.Linear) -> to
 
 
 def folded(x_SD: torch.Tensor, norm: nn.RMSNorm, linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input [S, D] and weight [O, D] whose product is linear(norm(x)); the gain is in the one with fewer rows."""
+    """Returns input [S, D] and weight [O, D] whose product is linear(norm(x)); the shorter one has the gain."""
     unit_SD = _UnitRms.apply(x_SD, norm.eps)
     if len(x_SD) < linear.out_features:
         return unit_SD * norm.weight, linear.weight
@@ -32,7 +32,7 @@ def folded(x_SD: torch.Tensor, norm: nn.RMSNorm, linear: nn.Linear) -> tuple[tor
 
 
 def normed(x_SD: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
-    """norm(x): [S, D] -> [S, D]"""
+    """Computes norm(x): [S, D] -> [S, D]"""
     assert norm.eps is not None, norm
     if x_SD.is_cuda or torch.compiler.is_compiling():
         return norm(x_SD)
@@ -40,7 +40,7 @@ def normed(x_SD: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
 
 
 class _UnitRms(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps). Keeps its output and a number per token, not its input."""
+    """Computes x / sqrt(mean(x^2) + eps). For backward it keeps its output and a number per token, not its input."""
 
     @staticmethod
     def forward(ctx, x_SD, eps):

@@ -1,4 +1,4 @@
-"""Causal attention of a packed batch in shared rows (`gpsd_dist.batch.row_layout`): what runs on CPU.
+"""Attends causally on CPU with several requests in one row (`gpsd_dist.batch.row_layout`).
 
 Shape letters: S tokens in packed order, C candidates, R slots of all rows, H heads, K head width, n rows of a block,
 W slots per row.
@@ -14,25 +14,25 @@ from gpsd_dist.batch.row_layout import AttentionRows, RowBlock
 
 
 def in_rows(qkv_S3HK: torch.Tensor, rows: AttentionRows, num_skipped: int = 0, dropout: float = 0.0) -> torch.Tensor:
-    """Attention output [S - num_skipped, H * K] of the last tokens in packed order."""
+    """Computes the attention output [S - num_skipped, H * K] of the last tokens in packed order."""
     qkv = _ToSlots.apply(qkv_S3HK, rows)
     out = [_attend(qkv[3 * i : 3 * i + 3], block, dropout) for i, block in enumerate(rows.blocks)]
     return _FromSlots.apply(out[0] if len(out) == 1 else torch.cat(out), rows.slot_S[num_skipped:])
 
 
 def _attend(qkv: tuple[torch.Tensor, ...], block: RowBlock, dropout: float) -> torch.Tensor:
-    """Three times [n, H, W, K] -> [n W, H K]"""
+    """Attends in one block: three times [n, H, W, K] -> [n W, H K]"""
     mask = None if block.mask is None else block.mask.to(qkv[0].dtype)
     out_nHWK = F.scaled_dot_product_attention(*qkv, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
     return out_nHWK.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 class _ToSlots(torch.autograd.Function):
-    """[S, 3, H, K] -> queries, keys and values of every block, [n, H, W, K] each.
+    """Moves [S, 3, H, K] to the queries, keys and values of every block, [n, H, W, K] each.
 
-    Every token has one slot, so its gradient is read there instead of added up; what padding gives back is dropped,
-    as nothing depends on it. All gradients are laid side by side once: autograd would do so three times, per block,
-    for all blocks and with heads and slots exchanged.
+    A token has exactly one slot, so the backward reads its gradient there instead of adding up; the gradient of padding
+    is dropped. The backward writes all gradients into one buffer once. Autograd would copy them three times: per block,
+    over all blocks, and to swap heads and slots.
     """
 
     @staticmethod
@@ -51,14 +51,14 @@ class _ToSlots(torch.autograd.Function):
 
 
 def _blocks(slots_R3HK: torch.Tensor, rows: AttentionRows) -> typing.Iterator[tuple[torch.Tensor, ...]]:
-    """Views of queries, keys and values of each block: [n, H, W, K]"""
+    """Yields views of queries, keys and values of each block: [n, H, W, K]"""
     sizes = [block.num_rows * block.width for block in rows.blocks]
     for block, slots_r3HK in zip(rows.blocks, slots_R3HK.split(sizes), strict=True):
         yield slots_r3HK.unflatten(0, (block.num_rows, block.width)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class _FromSlots(torch.autograd.Function):
-    """Slots back to tokens; slots that are not read get no gradient."""
+    """Moves slots back to tokens; slots that are not read get zero gradient."""
 
     @staticmethod
     def forward(ctx, x_R, slot_S):

@@ -1,10 +1,10 @@
-"""SwiGLU feed-forward layer behind an RMSNorm, with its backward written out (CPU).
+"""Computes a SwiGLU feed-forward layer behind an RMSNorm on CPU, with a backward of its own.
 
     hidden = silu(gate) * up;  d hidden / d gate = hidden + sigmoid(gate) (up - hidden);  d hidden / d up = silu(gate)
 
-Both derivatives take the place of gate and up as soon as the hidden values are known, while these are in the cache. The
-backward then has two products per hidden value and no exponential, and 3 F values per token are kept instead of 4 F.
-CUDA, compilers and half precision take the plain formula.
+The forward overwrites gate and up by both derivatives while they are in the cache. The backward then needs two products
+per hidden value and no exponential, and 3 F values per token are kept instead of 4 F. CUDA, compilers and half
+precision take the plain formula.
 
 Shape letters: S tokens, D width, F hidden width, s tokens of a block.
 """
@@ -16,11 +16,11 @@ from torch.autograd.function import once_differentiable
 
 from gpsd_dist.model.ops.norms import folded, normed_linear
 
-_BLOCK_VALUES = 1 << 17  # s F: 2 MiB in float32, a second-level cache; twice or a quarter of it are within noise
+_BLOCK_VALUES = 1 << 17  # s F: 2 MiB in float32, a second-level cache; twice or a quarter of it made no difference
 
 
 def swiglu(x_SD: torch.Tensor, norm: nn.RMSNorm, gate_up: nn.Linear, down: nn.Linear) -> torch.Tensor:
-    """down(silu(gate) * up) with gate, up = gate_up(norm(x)), layers without bias: [S, D] -> [S, D]"""
+    """Computes down(silu(gate) * up) with gate, up = gate_up(norm(x)), layers without bias: [S, D] -> [S, D]"""
     assert gate_up.bias is None and down.bias is None, (gate_up, down)
     is_wide = x_SD.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
     if x_SD.is_cuda or torch.compiler.is_compiling() or not is_wide:
@@ -30,7 +30,7 @@ def swiglu(x_SD: torch.Tensor, norm: nn.RMSNorm, gate_up: nn.Linear, down: nn.Li
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Blocks do not change a bit: what they cut is computed value by value."""
+    """Works in blocks of tokens. They change no bit, because only elementwise operations are cut."""
 
     @staticmethod
     def forward(ctx, unit_SD, gate_up_weight, down_weight, keeps_slopes):
@@ -55,6 +55,6 @@ class _SwiGLU(torch.autograd.Function):
         grad_gate_SF, grad_up_SF = grad_S2F.chunk(2, dim=-1)
         torch.mul(grad_SF, gate_slope_SF, out=grad_gate_SF)
         torch.mul(grad_SF, up_slope_SF, out=grad_up_SF)
-        # this way round the product takes a fifth to a third less time at widths 256 and 64 (MKL)
+        # Transposed like this, the product takes a fifth to a third less time at widths 256 and 64 (MKL).
         grad_gate_up_weight = (unit_SD.t() @ grad_S2F).t()
         return grad_S2F @ gate_up_weight, grad_gate_up_weight, grad_SD.t() @ hidden_SF, None
