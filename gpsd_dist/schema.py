@@ -50,14 +50,11 @@ class Feature:
     places: tuple[str, ...]
     """Any of "history", "candidate", "context". A feature of history and candidate is a token feature."""
     kind: str = "categorical"
-    table: str | None = None
-    """Embedding table that its indices point into; None for a numerical feature."""
+    table: str | None = None  # Embedding table that its indices point into; None for a numerical feature
     is_bag: bool = False
     """Several indices per token (tags of a video): the column has one more list level. Categorical only."""
-    mean: float = 0.0
-    """Mean over the training split, for a numerical feature; the model sees (value - mean) / std."""
-    std: float = 1.0
-    """Standard deviation over the training split, above 0."""
+    mean: float = 0.0  # Mean over the training split, for a numerical feature; the model sees (value - mean) / std
+    std: float = 1.0  # Standard deviation over the training split, above 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -83,8 +80,7 @@ class Table:
     """Describes one embedding table: size, and identity of its vocabulary."""
 
     name: str
-    num_rows: int
-    """Rows of the embedding table: known ids + the two reserved ones. Without a vocabulary: a default."""
+    num_rows: int  # Rows of the embedding table: known ids + the two reserved ones. Without a vocabulary: a default.
     fingerprint: str
     """Hash over all (raw id, index) pairs; tables are interchangeable only if it agrees. See unbounded_fingerprint."""
 
@@ -103,15 +99,12 @@ class Split:
     """Holds counts and bounds of one folder of Parquet files."""
 
     name: str
-    files: tuple[str, ...]
-    """Paths relative to the manifest, in reading order."""
+    files: tuple[str, ...]  # Paths relative to the manifest, in reading order
     num_rows: int
     num_history_tokens: int
     num_candidates: int
-    time_from_s: int | None
-    """Smallest request time in the split (epoch seconds); None for `pretrain`."""
-    time_to_s: int | None
-    """Largest request time in the split."""
+    time_from_s: int | None  # Smallest request time in the split (epoch seconds); None for `pretrain`
+    time_to_s: int | None  # Largest request time in the split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,14 +117,10 @@ class Manifest:
     tasks: tuple[Task, ...]
     splits: tuple[Split, ...]
     max_history_length: int
-    item_feature: str = "item"
-    """The feature that is predicted in pretraining; it occurs in history and candidate."""
-    split_rule: str = ""
-    """How the splits were cut, in words and numbers."""
-    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Raw rows that were not used, by reason."""
-    sources: tuple[dict[str, typing.Any], ...] = ()
-    """Raw files: {"path", "bytes", "sha256"}."""
+    item_feature: str = "item"  # The feature that is predicted in pretraining; it occurs in history and candidate
+    split_rule: str = ""  # How the splits were cut, in words and numbers
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)  # Raw rows that were not used, by reason
+    sources: tuple[dict[str, typing.Any], ...] = ()  # Raw files: {"path", "bytes", "sha256"}
     options: dict[str, typing.Any] = dataclasses.field(default_factory=dict)
     """Options of the build. "chain": steps of `--append_to`, each with the tables of the data set before it."""
     command: str = ""

@@ -25,8 +25,7 @@ class Runtime:
     world_size: int
     local_rank: int
     device: torch.device
-    ranks_per_machine: int = 0
-    """0 means that all ranks are on this machine."""
+    ranks_per_machine: int = 0  # 0 means that all ranks are on this machine
     watchdog: Watchdog = dataclasses.field(default_factory=Watchdog, compare=False)
 
     @property

@@ -10,8 +10,7 @@ class EarlyStopping:
 
     best_value: float = -math.inf
     best_step: int = -1
-    stale: int = 0
-    """Validations since the best one. Checkpoints have the field under this name."""
+    stale: int = 0  # Validations since the best one. Checkpoints have the field under this name.
     is_finished: bool = False
 
     def update(self, value: float, step: int) -> None:

@@ -26,10 +26,8 @@ CHUNK_SCORES = 1 << 23  # scores per chunk: 64 MiB of float64
 class Excluded:
     """Lists, packed, the items that do not compete for a query (its history). The target itself always competes."""
 
-    item_N: torch.Tensor
-    """int64 [N] table rows; may contain repeats and reserved rows."""
-    query_N: torch.Tensor
-    """int64 [N], the query each belongs to."""
+    item_N: torch.Tensor  # int64 [N] table rows; may contain repeats and reserved rows
+    query_N: torch.Tensor  # int64 [N], the query each belongs to
 
     @staticmethod
     def from_offsets(item_N: torch.Tensor, offsets_B1: torch.Tensor) -> "Excluded":

@@ -23,16 +23,11 @@ T = typing.TypeVar("T")
 class StepResult:
     """Holds the result of one optimizer step. Tensors stay on their device, so there is no GPU sync."""
 
-    parts: tuple[Batch, ...]
-    """Batch that was trained on, in its micro-batches."""
-    number: int
-    """Step number, from 0 over the whole run."""
-    loss_sums_L: torch.Tensor
-    """float32 sums of this rank."""
-    counts_L: torch.Tensor
-    """float32 counts over all ranks."""
-    learning_rate: float
-    """Learning rate of the dense part."""
+    parts: tuple[Batch, ...]  # Batch that was trained on, in its micro-batches
+    number: int  # Step number, from 0 over the whole run
+    loss_sums_L: torch.Tensor  # float32 sums of this rank
+    counts_L: torch.Tensor  # float32 counts over all ranks
+    learning_rate: float  # Learning rate of the dense part
     gradient_norm: torch.Tensor | None = None
     """Gradient norm of the dense part before clipping; None if nothing is clipped."""
     id_facts: dict[str, float] = dataclasses.field(default_factory=dict)

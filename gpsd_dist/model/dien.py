@@ -25,10 +25,8 @@ class TimeMajor(typing.NamedTuple):
 
     alive_L: np.ndarray
     """int64 on the host: number of rows with an entry at each step; there is at least one step, maybe empty."""
-    row_N: torch.Tensor
-    """int64 row of each entry."""
-    step_N: torch.Tensor
-    """int64 position of each entry in its row."""
+    row_N: torch.Tensor  # int64 row of each entry
+    step_N: torch.Tensor  # int64 position of each entry in its row
 
 
 def time_major(length_R: np.ndarray, device: torch.device) -> TimeMajor:

@@ -40,8 +40,7 @@ class Tower(typing.Protocol):
     """Whether a call `with_history` also returns states [T, F D] of the histories, for the next-behaviour loss."""
     drops_inputs: typing.ClassVar[bool]
     """Whether the tower applies dropout to its input itself, after what it adds to it; else the backbone does."""
-    out_width: int
-    """Width of a candidate's state."""
+    out_width: int  # Width of a candidate's state
     direct_width: int
     """First columns of a candidate's state that skip the ranking MLP's hidden layers and enter its last one."""
     mlp_widths: tuple[int, ...]

@@ -120,10 +120,8 @@ class _Assigned:
     """Holds the rows of one table's distinct ids, and of the draws of negatives."""
 
     row_U: torch.Tensor
-    drawn: torch.Tensor
-    """Distinct rows that were drawn."""
-    place_N: torch.Tensor
-    """Index into `drawn` of every draw."""
+    drawn: torch.Tensor  # Distinct rows that were drawn
+    place_N: torch.Tensor  # Index into `drawn` of every draw
 
     def next_item(self, wanted: NextItem, history_item_T: torch.Tensor) -> NextItem:
         """Remaps targets and negatives. A target without a row of its own is dropped: nothing could predict it."""

@@ -44,10 +44,8 @@ class Cluster:
     """Describes the machines to TorchRec's planner."""
 
     world_size: int
-    local_world_size: int
-    """Ranks per machine."""
-    device_type: str
-    """cuda | cpu"""
+    local_world_size: int  # Ranks per machine
+    device_type: str  # cuda | cpu
     memory_bytes: int | None = None
     """HBM of a rank, or host memory on CPU; None takes TorchRec's assumption (32 GiB HBM, 128 GiB host)."""
 
@@ -62,8 +60,7 @@ class Shard:
     rank: int
     rows: int
     columns: int
-    value_bytes: int = 4
-    """Bytes per value in memory: 4, or 2 for a frozen fp16 table."""
+    value_bytes: int = 4  # Bytes per value in memory: 4, or 2 for a frozen fp16 table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,16 +68,11 @@ class ShardedTables:
     """Holds the tables spread over the ranks; call it like `Tables`."""
 
     module: DistributedModelParallel
-    plan: str
-    """The plan as text: one line per table."""
-    shards: tuple[Shard, ...]
-    """The plan as data: one Shard per table and rank."""
-    names: dict[str, str]
-    """Module key -> table name."""
-    width: int
-    """Embedding width E. If it is no multiple of 4, `weights()` has further columns, which stay zero."""
-    lr_factor: float
-    """Compensates in the learning rate for the padding columns; see `_lr_factor`."""
+    plan: str  # The plan as text: one line per table
+    shards: tuple[Shard, ...]  # The plan as data: one Shard per table and rank
+    names: dict[str, str]  # Module key -> table name
+    width: int  # Embedding width E. If it is no multiple of 4, `weights()` has further columns, which stay zero.
+    lr_factor: float  # Compensates in the learning rate for the padding columns; see `_lr_factor`
 
     def __call__(self, sparse_features):
         """Looks up the embeddings [U, E] of every table. Collective: all ranks must call."""

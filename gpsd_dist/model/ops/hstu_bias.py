@@ -21,8 +21,7 @@ class EventTimes:
 
     query_S: torch.Tensor
     """Time of the event that a token predicts: the next event, or the request for the last token and candidates."""
-    key_S: torch.Tensor
-    """Time of the token's own event; for a candidate, of the request."""
+    key_S: torch.Tensor  # Time of the token's own event; for a candidate, of the request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +30,7 @@ class BiasWeights:
 
     position: torch.Tensor
     """float [2 P - 1]: entry P - 1 + key position - query position; with causal attention the first P are used."""
-    time: torch.Tensor | None
-    """float [NUM_TIME_BUCKETS], or None without a time bias."""
+    time: torch.Tensor | None  # float [NUM_TIME_BUCKETS], or None without a time bias
 
 
 def time_bucket(query_s: torch.Tensor, key_s: torch.Tensor) -> torch.Tensor:
@@ -58,8 +56,7 @@ class Relations:
     """Relates the tokens of a batch to each other; all layers share it."""
 
     packing: Packing
-    times: EventTimes | None
-    """None without a time bias."""
+    times: EventTimes | None  # None without a time bias
     pairs: tuple[BucketPairs, ...] | None
     """Input of `bucketed`, one per length bucket; None without a time bias, or for the kernel."""
 
