@@ -1,4 +1,4 @@
-"""ENTRY: looks at, verifies, compares and prunes checkpoints of finished or running runs, on disk or behind a URL.
+"""Command: lists, verifies, compares and prunes the checkpoints of finished or running runs, on disk or behind a URL.
 
     python -m gpsd_dist.checkpoint list runs/kr/st_sf
     python -m gpsd_dist.checkpoint verify runs/kr/st_sf              # or one checkpoint; exit status 1: damaged
@@ -27,11 +27,11 @@ from gpsd_dist.checkpoint import files, integrity, manager, resume, retention, s
 from gpsd_dist.checkpoint.storage import Location
 
 _SHOWN = ("auc", "gauc", "log_loss", "mrr")
-"""Last parts of the metric names in `list`; run_state.json has all of them."""
+"""`list` shows the metrics whose names end in these; run_state.json has all of them."""
 
 
 def list_checkpoints(run: str, console: rich.console.Console) -> int:
-    """One line per folder of a checkpoint, complete or not. Compares sizes, reads no tensors."""
+    """Prints one line per checkpoint folder, complete or not. Compares file sizes, reads no tensors. Returns 0."""
     folder = manager.checkpoint_folder(storage.location(run))
     best = retention.best(folder)
     table = rich.table.Table(box=rich.box.SIMPLE, title=str(folder))
@@ -48,7 +48,7 @@ def list_checkpoints(run: str, console: rich.console.Console) -> int:
 
 
 def _facts(path: Location) -> list[str]:
-    """Epoch, time, size and metrics; empty where they cannot be known."""
+    """Returns epoch, time, size and metrics as text; empty where they cannot be known."""
     try:
         sums = integrity.read_checksums(path)
         run = state.read_run(path)
@@ -64,6 +64,7 @@ def _facts(path: Location) -> list[str]:
 
 
 def _condition(path: Location) -> str:
+    """Says in words whether all files of a checkpoint are there, in the sizes that were written."""
     if (path / retention.DAMAGED_NAME).is_file():
         return "damaged, set aside"
     if not (path / retention.STATE_NAME).is_file():
@@ -79,12 +80,12 @@ def _condition(path: Location) -> str:
 
 
 def verify(path: str, console: rich.console.Console) -> int:
-    """Reads every file of a checkpoint, or of all checkpoints of a run; status 1 if one is not what was written."""
+    """Compares every file of a checkpoint, or of all of a run, with its checksum. Returns 1 for damage, else 0."""
     place = storage.location(path)
     checkpoints = [place] if (place / retention.STATE_NAME).is_file() else []
     checkpoints = checkpoints or retention.complete(manager.checkpoint_folder(place))
     if not checkpoints:
-        manager.find(place)  # says what was looked for
+        manager.find(place)  # raises, with what was looked for
     num_damaged = 0
     for checkpoint in checkpoints:
         try:
@@ -96,7 +97,7 @@ def verify(path: str, console: rich.console.Console) -> int:
                 raise integrity.DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {'; '.join(problems)}")
             console.print(f"{checkpoint}: ok, {len(sums.files)} files")
         except (integrity.DamagedCheckpoint, FileNotFoundError) as error:
-            if not (checkpoint / retention.STATE_NAME).is_file():  # it was there when they were listed
+            if not (checkpoint / retention.STATE_NAME).is_file():  # it was listed, so it is gone since then
                 console.print(f"{checkpoint}: not verified, its run has deleted it meanwhile or set it aside")
                 continue
             num_damaged += 1
@@ -105,7 +106,10 @@ def verify(path: str, console: rich.console.Console) -> int:
 
 
 def diff(first: str, second: str, console: rich.console.Console) -> int:
-    """Compares tensors and options of two checkpoints (of runs: their best). Holds two tensors at a time in memory."""
+    """Prints which tensors and options differ between two checkpoints; for a run, its best one. Returns 1 if any does.
+
+    Holds two tensors at a time in memory.
+    """
     left, right = manager.find(first), manager.find(second)
     for checkpoint in (left, right):
         integrity.check(checkpoint)
@@ -132,7 +136,7 @@ def diff(first: str, second: str, console: rich.console.Console) -> int:
 
 
 def _tensor_difference(name: str, readers: list[files.Reader], saved: list[dict[str, typing.Any]]) -> str:
-    """What differs; empty for equal tensors."""
+    """Says how a tensor differs between two checkpoints; empty if it does not."""
     for entries, text in zip(saved, ("only in B", "only in A"), strict=True):
         if name not in entries:
             return text
@@ -150,13 +154,13 @@ def _tensor_difference(name: str, readers: list[files.Reader], saved: list[dict[
 def _read(name: str, reader: files.Reader, entry: TensorStorageMetadata) -> torch.Tensor:
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it loads without a process group
+        warnings.simplefilter("ignore", UserWarning)  # DCP warns that there is no process group; none is needed
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors[name]
 
 
 def _flat(options: dict[str, typing.Any], prefix: str = "") -> dict[str, typing.Any]:
-    """Options by their dotted names."""
+    """Flattens nested options: dotted name -> value."""
     flat: dict[str, typing.Any] = {}
     for key, value in options.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -164,16 +168,16 @@ def _flat(options: dict[str, typing.Any], prefix: str = "") -> dict[str, typing.
 
 
 def prune(run: str, keep_last: int, keep_every_hours: float, is_dry: bool, console: rich.console.Console) -> int:
-    """Deletes what `removable` names; the best one stays."""
+    """Deletes the checkpoints that `retention.removable` names, or prints them if `is_dry`. Returns 0."""
     if keep_last < 1 or keep_every_hours < 0:
         raise ValueError(f"--keep_last {keep_last} must be >= 1, --keep_every_hours {keep_every_hours} >= 0")
     folder = manager.checkpoint_folder(storage.location(run))
     if not retention.complete(folder):
-        manager.find(run)  # says what was looked for
+        manager.find(run)  # raises, with what was looked for
     gone = retention.removable(folder, keep_last, keep_every_hours)
     for path in gone:
         if not is_dry:
-            with contextlib.suppress(FileNotFoundError):  # its run, which goes on, was faster
+            with contextlib.suppress(FileNotFoundError):  # a run that goes on has pruned it first
                 storage.delete(path, retention.STATE_NAME)
         console.print(f"{'would delete' if is_dry else 'deleted'} {path}")
     kept = [path.name for path in retention.complete(folder) if path not in gone]
@@ -201,11 +205,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Exit status 0, 1 for damage (`verify`) or differences (`diff`), 2 for a mistake in the arguments."""
+    """Runs a command. Returns exit status 1 for damage (`verify`) or differences (`diff`), 2 for wrong arguments."""
     args = _parse(argv)
     console = rich.console.Console(soft_wrap=True, highlight=False, markup=False)
     if not console.is_terminal:
-        console.width = 200  # nothing is cut off in a file
+        console.width = 200  # wide enough that a file holds whole lines
     try:
         if args.command == "list":
             return list_checkpoints(args.run, console)

@@ -32,7 +32,7 @@ from gpsd_dist.distributed.watchdog import Watchdog
 
 
 class _HashedStream:
-    """A binary stream that hashes what is written to it, and shows the watchdog that it gets on."""
+    """Hashes what is written to a binary stream, and tells the watchdog that writing goes on."""
 
     def __init__(self, stream: typing.Any, watchdog: Watchdog):
         self._stream, self._watchdog = stream, watchdog
@@ -57,14 +57,14 @@ class _HashedStream:
         self._stream.flush()
 
     def close(self) -> None:
-        """Left to the owner of the stream."""
+        """Does nothing: `_Files.create_stream` closes the stream beneath."""
 
     def sum(self) -> FileSum:
         return FileSum(self._digest.hexdigest(), self._num_bytes)
 
 
 class _Files(FileSystemBase):
-    """DCP's file operations at a `Location`; keeps the checksum of every file it wrote."""
+    """Gives DCP its file operations at a `Location`, and keeps the checksum of every file written."""
 
     def __init__(self, watchdog: Watchdog) -> None:
         self.written: dict[str, FileSum] = {}
@@ -80,7 +80,7 @@ class _Files(FileSystemBase):
             with self._watchdog.writing():
                 try:
                     yield typing.cast(io.IOBase, hashed)
-                except RuntimeError as error:  # of torch's zip writer: its place in the file is another than it thought
+                except RuntimeError as error:  # torch's zip writer reports a wrong position instead of the failed write
                     raise hashed.failure or error from error
                 if isinstance(path, pathlib.Path):
                     stream.flush()
@@ -112,16 +112,16 @@ class _Files(FileSystemBase):
 
 
 class Writer(dcp.FileSystemWriter):
-    """For one `dcp.save` of CPU tensors into `folder`."""
+    """Writes CPU tensors into `folder`. Made for one `dcp.save`."""
 
     def __init__(self, folder: Location, watchdog: Watchdog | None = None):
-        # we sync ourselves: for a stream without a file number DCP would sync every disk of the machine
+        # `_Files` syncs each file. DCP would sync every disk of the machine for a stream without a file number.
         super().__init__(str(folder), sync_files=False, per_thread_copy_ahead=0)
         self.fs, self.path = _Files(watchdog or Watchdog()), folder
 
     @property
     def checkpoint_id(self) -> str:
-        """Folder, as DCP records it in `.metadata`."""
+        """Names the folder; DCP records it in `.metadata`."""
         return str(self.path)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -132,12 +132,15 @@ class Writer(dcp.FileSystemWriter):
 
     @property
     def written(self) -> dict[str, FileSum]:
-        """Files that this rank wrote."""
+        """Checksums of the files that this rank has written, by name."""
         return self.fs.written
 
 
 class Reader(dcp.FileSystemReader):
-    """For one `dcp.load` from `checkpoint`; reads its index once, when built. ValueError if that promises too much."""
+    """Reads a checkpoint. Made for one `dcp.load`; the index is read when it is built.
+
+    ValueError if the index is refused, or names bytes that its files do not have.
+    """
 
     def __init__(self, checkpoint: Location):
         super().__init__(str(checkpoint))
@@ -146,11 +149,13 @@ class Reader(dcp.FileSystemReader):
         _check_places(checkpoint, self.index)
 
     def read_metadata(self, *args: typing.Any, **kwargs: typing.Any) -> Metadata:
-        """The index; there is none of a single rank."""
+        """Returns the index. The arguments ask for one rank's own index, which we do not write."""
         return copy.copy(self.index)
 
     def _slice_file(self, file: typing.Any, sinfo: _StorageInfo) -> typing.IO[bytes]:
-        """One tensor, as torch.save wrote it: a zip archive that is not compressed, so that it cannot grow in memory.
+        """Returns the bytes of one tensor, which torch.save wrote as a zip archive. ValueError if that is compressed.
+
+        An archive that only stores cannot take more memory than its file has bytes.
 
         https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/checkpoint/filesystem.py
         """
@@ -163,7 +168,7 @@ class Reader(dcp.FileSystemReader):
 
 
 class _Part(io.RawIOBase):
-    """Part of a file that can be read to its end (DCP's own view of one cannot)."""
+    """Shows part of a file as a stream of its own. DCP has such a view, but it does not end where the part ends."""
 
     def __init__(self, file: typing.Any, place: _StorageInfo):
         self._file, self._start, self._length, self._at = file, place.offset, place.length, 0
@@ -190,7 +195,10 @@ class _Part(io.RawIOBase):
 
 
 def _check_places(checkpoint: Location, index: Metadata) -> None:
-    """Checks that every byte range of the index lies inside its file: with `read_index`, files bound the shapes."""
+    """Checks that every byte range in the index lies inside its file.
+
+    `read_index` has checked that shapes fit byte ranges, so no shape asks for more memory than the files have bytes.
+    """
     ends: dict[str, int] = {}
     for info in index.storage_data.values():
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
@@ -207,10 +215,10 @@ def _check_places(checkpoint: Location, index: Metadata) -> None:
 
 
 def staged(tensors: dict[str, typing.Any], before: dict[str, typing.Any] | None) -> dict[str, typing.Any]:
-    """A copy of nested dicts of tensors, ShardedTensors and DTensors on the CPU, local shards only.
+    """Copies nested dicts of tensors, ShardedTensors and DTensors to the CPU, local shards only.
 
-    `before`: the result of an earlier call, whose memory is used again where shapes agree (fresh pages cost more than
-    the copy). Waits for the GPU. No collective.
+    `before`: the result of an earlier call. Its memory is used again where shapes agree, because fresh pages cost more
+    than the copy. Waits for the GPU. Not collective.
     """
     copies = {}
     for key, value in tensors.items():
@@ -223,12 +231,12 @@ def staged(tensors: dict[str, typing.Any], before: dict[str, typing.Any] | None)
                 Shard(_copied(shard.tensor, old_shards[i].tensor if i < len(old_shards) else None), shard.metadata)
                 for i, shard in enumerate(value.local_shards())
             ]
-            # the base's constructor asks no other rank, and takes CPU copies of shards that are placed on a GPU:
+            # The base class asks no other rank, and takes CPU copies of shards whose metadata name a GPU:
             # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/_shard/sharded_tensor/api.py
             copies[key] = ShardedTensorBase._init_from_local_shards_and_global_metadata(shards, value.metadata())
         elif isinstance(value, DTensor):
             local = _copied(value.to_local(), old.to_local() if old is not None else None)
-            # `from_local` would move the copy back to the device of the mesh:
+            # `DTensor.from_local` would move the copy back to the device of the mesh:
             # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/tensor/_api.py
             copies[key] = DTensor(local, value._spec, requires_grad=False)
         else:
@@ -243,11 +251,11 @@ def _copied(tensor: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
 
 
 def described(error: BaseException) -> str:
-    """Message of an error, with its type where the message alone says too little."""
+    """Returns the message of an error, with its type in front unless it is an OSError, whose message says enough."""
     return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
 
 def first_failure(error: CheckpointException) -> str:
-    """Which rank of DCP failed, and how; the same on all ranks."""
+    """Says which rank failed in DCP, and how. All ranks get the same text."""
     rank, (first, _) = min(error.failures.items())
     return f"rank {rank}: {described(first)}"

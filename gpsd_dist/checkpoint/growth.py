@@ -1,7 +1,7 @@
-"""Loading into tables with more rows than the checkpoint has, after `data_pipeline.build --append_to`.
+"""Loads a checkpoint into tables that have grown since, by `data_pipeline.build --append_to`.
 
-Old ids keep their rows in such a vocabulary, so that the saved rows are the first ones of the table. The new rows stay
-as they were drawn, like those of a fresh table. The manifest's chain proves that one vocabulary grew from the other.
+Old ids keep their rows in such a vocabulary, so the saved rows are the first rows of the table. The new rows keep their
+random initial values. The manifest's chain proves that one vocabulary grew from the other.
 """
 
 import collections.abc
@@ -17,11 +17,14 @@ from gpsd_dist.schema import Manifest
 
 
 def ancestors(manifest: Manifest) -> dict[str, set[str]]:
-    """Table -> fingerprints of the smaller vocabularies that it grew from. `manifest`: as read, so its chain is one."""
+    """Returns for each table the fingerprints of the smaller vocabularies that it grew from.
+
+    `manifest` must have been read by `schema.read_manifest`, which checks the chain of fingerprints.
+    """
     found: dict[str, set[str]] = {}
     for step in manifest.options.get("chain", []):
         for table in step["tables"]:
-            if table["name"] not in manifest.unbounded:  # those do not grow: another size is another mapping
+            if table["name"] not in manifest.unbounded:  # hashed and managed ids: another size is another mapping
                 found.setdefault(table["name"], set()).add(table["fingerprint"])
     for table in manifest.tables:  # a day may bring no new id
         found.get(table.name, set()).discard(table.fingerprint)
@@ -31,21 +34,21 @@ def ancestors(manifest: Manifest) -> dict[str, set[str]]:
 def keys(
     grown: collections.abc.Mapping[str, int], tables: typing.Iterable[str], dense: typing.Iterable[str]
 ) -> frozenset[str]:
-    """Dotted names of the tensors that belong to grown tables: sharded ones, and small ones of the token embedder."""
+    """Names the saved tensors of grown tables: sharded tables, and small ones of the token embedder."""
     small = {small_table(name) for name in grown}
     names = [table_weight(name) for name in tables if name in grown]
     return frozenset([*names, *(dense_weight(name) for name in dense if name in small)])
 
 
 def fits(saved: tuple[int, ...], here: tuple[int, ...], may_grow: bool) -> bool:
-    """Whether a saved shape can fill one of this run."""
+    """Tells whether a tensor of shape `saved` can fill one of shape `here`."""
     if may_grow and len(saved) == len(here) and len(saved) > 0:
         return saved[0] <= here[0] and saved[1:] == here[1:]
     return saved == here
 
 
 def report(run: RunConfig, manifest: Manifest, grown: collections.abc.Mapping[str, int]) -> list[str]:
-    """One line for every grown table."""
+    """Describes every grown table in one line."""
     lines = []
     for name, num_old in grown.items():
         num_rows = manifest.table(name).num_rows
@@ -66,7 +69,7 @@ class Planner(dcp.DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: dict[str, typing.Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        """As in DCP, which refuses a tensor whose size differs: grown ones count as saved with the size of today."""
+        """Enters grown tensors at their size of today, because DCP refuses a tensor whose size differs."""
         assert metadata is not None
         saved = dict(metadata.state_dict_metadata)
         super().set_up_planner(state_dict, metadata, is_coordinator)

@@ -1,4 +1,4 @@
-"""Reads and writes `index.json` of a checkpoint: which part of which tensor lies where in which file.
+"""Reads and writes `index.json` of a checkpoint, which says where in which file each part of a tensor lies.
 
 torch.distributed.checkpoint (DCP) keeps the same facts in `.metadata`, a pickle. It is written for DCP's own tools, but
 a program that unpickles a file runs what the file says, so we read `index.json`. Checkpoints from before it have only
@@ -36,7 +36,7 @@ _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(valu
 
 
 def to_json(metadata: Metadata) -> bytes:
-    """Content of `index.json` for what DCP has just written. All entries must be tensors; we save nothing else."""
+    """Converts the index that DCP has just built. All entries must be tensors; we save nothing else."""
     tensors = {}
     for name, entry in metadata.state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata), name
@@ -84,7 +84,7 @@ def _metadata(document: dict[str, typing.Any]) -> Metadata:
 
 
 def _chunk(name: str, size: list[int], part: dict[str, typing.Any]) -> ChunkStorageMetadata:
-    """One part of a tensor, stored in one piece. It must lie inside the tensor's shape `size`."""
+    """Reads offsets and sizes of one part of a tensor. It must lie inside the tensor's shape `size`."""
     offsets, sizes = _size(part["offsets"]), _size(part["sizes"])
     fits = len(offsets) == len(sizes) == len(size)
     if not fits or any(at + num > whole for at, num, whole in zip(offsets, sizes, size, strict=True)):
@@ -93,7 +93,7 @@ def _chunk(name: str, size: list[int], part: dict[str, typing.Any]) -> ChunkStor
 
 
 def _place(name: str, part: dict[str, typing.Any], min_bytes: int) -> _StorageInfo:
-    """Where a chunk lies: a file of the folder, and bytes enough for its elements."""
+    """Reads where a chunk lies. That must be in a file of the folder, with bytes enough for its elements."""
     file, first_byte, num_bytes = part["file"], part["first_byte"], part["num_bytes"]
     if not storage.is_plain_name(file):
         raise ValueError(f"tensor {name!r} is in {file!r:.80}, which is no file of the checkpoint's folder")

@@ -1,7 +1,7 @@
-"""`checksums.json` of a checkpoint: SHA-256 and size of each of its files, and the check against them.
+"""Verifies checkpoints by `checksums.json`, which has SHA-256 and size of each file.
 
-Finds what rots: flipped bits, truncated and missing files. It does not find forgery; who can write a checkpoint can
-write its checksums.
+This finds what rots: flipped bits, truncated and missing files. It does not find forgery, because whoever can write a
+checkpoint can write its checksums.
 """
 
 import collections.abc
@@ -25,12 +25,12 @@ _MAX_TIME_S = 250_000_000_000  # the year 9892: dates can be shown
 
 
 class DamagedCheckpoint(ValueError):
-    """Files of a checkpoint are missing or not what was written; the message names them."""
+    """Raised where files of a checkpoint are missing or not what was written; the message names them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FileSum:
-    """What one file has to be."""
+    """Size and hash that one file must have."""
 
     sha256: str
     num_bytes: int
@@ -45,17 +45,17 @@ class Checksums:
     files: dict[str, FileSum]
 
     def to_json(self) -> bytes:
-        """The file's content."""
+        """Returns the content of the file."""
         return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=1).encode()
 
 
 def sum_of(content: bytes) -> FileSum:
-    """For a file that has this content."""
+    """Computes the checksum of a file with this content."""
     return FileSum(hashlib.sha256(content).hexdigest(), len(content))
 
 
 def read_checksums(checkpoint: Location) -> Checksums | None:
-    """None: saved by a version that wrote none.
+    """Reads `checksums.json`. None if the checkpoint was saved by a version that wrote none.
 
     DamagedCheckpoint if the file is broken, or missing where one was written; ValueError if it is newer.
     """
@@ -79,17 +79,17 @@ def read_checksums(checkpoint: Location) -> Checksums | None:
 
 
 def saved_at_s(checkpoint: Location) -> float:
-    """When it was written, epoch seconds. ValueError if that is not known any more."""
+    """Returns when the checkpoint was written, in epoch seconds. ValueError if that is lost."""
     checksums = read_checksums(checkpoint)
     if checksums is not None:
         return checksums.time_s
     if isinstance(checkpoint, storage.Remote):
         raise DamagedCheckpoint(f"{checkpoint / CHECKSUMS_NAME} is missing")
-    return (checkpoint / STATE_NAME).stat().st_mtime  # of a version before checksums
+    return (checkpoint / STATE_NAME).stat().st_mtime  # saved by a version before checksums
 
 
 def _has_checksums(checkpoint: Location) -> bool:
-    """What its state says; False if that cannot be read, which who reads it says."""
+    """Tells whether `run_state.json` says that checksums were written. False if that file is broken."""
     try:
         return storage.read_json(checkpoint / STATE_NAME).get("has_checksums") is True
     except (ValueError, FileNotFoundError):
@@ -97,6 +97,7 @@ def _has_checksums(checkpoint: Location) -> bool:
 
 
 def _checked_name(name: str) -> str:
+    """Returns `name` if it stays inside the folder, else raises ValueError."""
     if not storage.is_plain_name(name):
         raise ValueError(f"it names {name[:80]!r}, which is no file of the folder")
     return name
@@ -110,7 +111,7 @@ def _file_sum(entry: typing.Any) -> FileSum:
 
 
 def wrong_sizes(checkpoint: Location, checksums: Checksums) -> list[str]:
-    """Files that are missing or have another size, with what is wrong; reads none of them."""
+    """Describes the files that are missing or have another size. Reads none of them."""
     problems = []
     for name, expected in sorted(checksums.files.items()):
         try:
@@ -124,7 +125,7 @@ def wrong_sizes(checkpoint: Location, checksums: Checksums) -> list[str]:
 
 
 def wrong_files(checkpoint: Location, checksums: Checksums, names: collections.abc.Iterable[str]) -> list[str]:
-    """Of the files `names`: those that are not what was written, with what is wrong. Reads them whole."""
+    """Describes those of the files `names` that are not what was written. Reads them whole."""
     some = Checksums(checksums.time_s, {name: checksums.files[name] for name in names})
     problems = wrong_sizes(checkpoint, some)
     named = {problem.split(" ", 1)[0] for problem in problems}
@@ -139,9 +140,9 @@ def wrong_files(checkpoint: Location, checksums: Checksums, names: collections.a
 
 
 def check(checkpoint: Location) -> None:
-    """Compares every file with its checksum; the ranks share the files out. Collective if there is a process group.
+    """Compares every file with its checksum; ranks share the files out. Collective if there is a process group.
 
-    On all ranks alike: DamagedCheckpoint names the files; OSError if a rank could not read (that is no damage).
+    All ranks raise alike: DamagedCheckpoint names the files; OSError if a rank could not read, which is no damage.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     problems: list[str] = []
@@ -171,6 +172,6 @@ def check(checkpoint: Location) -> None:
 
 
 def merged(parts: collections.abc.Iterable[typing.Mapping[str, FileSum]]) -> dict[str, FileSum]:
-    """The files of all ranks in one dict, by name."""
+    """Merges the files that each rank wrote into one dict, sorted by name."""
     files = {name: entry for part in parts for name, entry in part.items()}
     return dict(sorted(files.items()))

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint: loaded into live state at any world size, or listed."""
+"""Loads tensors of a checkpoint into live state at any world size, or lists them."""
 
 import typing
 
@@ -26,7 +26,7 @@ def load_tensors(checkpoint: Location, tensors: Tensors, grown: frozenset[str] =
 
 
 def fill_tensors(checkpoint: Location, tensors: Tensors, grown: frozenset[str] = frozenset()) -> None:
-    """`load_tensors` of a checkpoint that was verified before. Collective."""
+    """Fills `tensors` like `load_tensors`, from a checkpoint that was verified before. Collective."""
     reader = files.Reader(checkpoint)
     saved = reader.index.state_dict_metadata
     problems = []
@@ -44,12 +44,12 @@ def fill_tensors(checkpoint: Location, tensors: Tensors, grown: frozenset[str] =
 
 
 def saved_keys(checkpoint: Location) -> list[str]:
-    """Dotted names of all tensors in a checkpoint."""
+    """Lists the dotted names of all tensors in a checkpoint."""
     return sorted(read_index(checkpoint).state_dict_metadata)
 
 
 def saved_sizes(checkpoint: Location) -> dict[str, int]:
-    """Dotted name -> number of elements of every tensor in a checkpoint. Reads no tensor, needs no process group."""
+    """Maps the dotted name of every tensor to its number of elements. Reads no tensor, needs no process group."""
     saved = read_index(checkpoint).state_dict_metadata
     return {name: value.size.numel() for name, value in sorted(saved.items())}
 

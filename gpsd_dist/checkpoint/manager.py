@@ -1,5 +1,4 @@
-"""Checkpoints of one run: written in the background, committed at one moment, checksummed, loadable at another world
-size.
+"""Saves and finds the checkpoints of one run. They are written in the background and committed at one moment.
 
     OUTPUT_DIR/checkpoints/step_00001000/   torch.distributed.checkpoint files of all ranks
                            .../index.json        which tensor lies where in them (`index`)
@@ -7,8 +6,8 @@ size.
                            .../run_state.json    step, data position, metrics, run config, manifest; written last
     OUTPUT_DIR/checkpoints/best.json        step and metrics of the best one (`retention`)
 
-`TrainConfig.checkpoint_dir` puts `checkpoints` elsewhere, also behind an fsspec URL (`storage`). A folder without the
-`step_` name or without `run_state.json` is never read: it is a save that did not finish.
+`TrainConfig.checkpoint_dir` puts `checkpoints` elsewhere, also behind an fsspec URL (`storage`). A folder without a
+`step_` name or without `run_state.json` is a save that did not finish: it is never read.
 """
 
 import collections.abc
@@ -51,7 +50,7 @@ class Checkpoints:
     def __init__(self, output_dir: str | pathlib.Path, runtime: Runtime, train: TrainConfig):
         self.folder = folder_of(output_dir, train)
         self.stall_s = 0.0
-        """How long the last `save` kept the caller."""
+        """How long the last `save` kept its caller, in seconds."""
         self._runtime, self._train = runtime, train
         self._group: dist.ProcessGroup | None = None
         self._copies: Tensors | None = None
@@ -63,18 +62,18 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.wait()
-        elif (error := self._settle()) is not None:  # the error that ended the run is the one to show
+        elif (error := self._settle()) is not None:  # logged: the exception that ended the run goes on
             log.error("%s", error)
 
     def save(self, tensors: Tensors, state: RunState) -> None:
-        """Copies the state and returns; a thread writes it. Collective: all ranks must call.
+        """Waits for the save before, copies the tensors and returns; a thread writes the copy. Collective.
 
-        The best step is `state.progress["best_step"]`. Waits for the save before it. OSError of that one, on all
-        ranks, names rank and path. Without `async_checkpoints` everything is on disk on return.
+        OSError on all ranks if the save before failed; it names rank and path. Without `async_checkpoints` everything
+        is on disk on return. `state.progress["best_step"]` names the best checkpoint.
         """
         start_s = time.perf_counter()
         self.wait()
-        if self._group is None:  # on the default group the thread would mix its collectives with those of training
+        if self._group is None:  # a group of its own: the thread's collectives must not mix with those of training
             timeout = datetime.timedelta(seconds=self._train.collective_timeout_s)
             self._group = dist.new_group(backend="gloo", timeout=timeout)
         content = json.dumps(dataclasses.asdict(state) | {"has_checksums": True}, indent=1).encode()
@@ -87,7 +86,7 @@ class Checkpoints:
         self.stall_s = time.perf_counter() - start_s
 
     def wait(self) -> None:
-        """Returns when the save under way is on disk. OSError on all ranks if it failed."""
+        """Waits until the save under way is on disk. OSError on all ranks if it failed."""
         if (error := self._settle()) is not None:
             raise error
 
@@ -97,18 +96,18 @@ class Checkpoints:
             return writing.exception() if writing is not None else None
 
     def latest(self) -> Location | None:
-        """The newest complete checkpoint, after the save under way."""
+        """Waits for the save under way, then returns the newest complete checkpoint."""
         if self._writing is not None:
             concurrent.futures.wait([self._writing])
         done = complete(self.folder)
         return done[-1] if done else None
 
     def best(self) -> Location | None:
-        """The best checkpoint."""
+        """Returns the best checkpoint that is there."""
         return retention.best(self.folder)
 
     def go_back_to(self, checkpoint: Location) -> None:
-        """Sets complete checkpoints after this one aside: they are damaged, else the run would not start here."""
+        """Sets later checkpoints aside. They are damaged, because a run starts from the newest intact one."""
         if not self._runtime.is_main:
             return
         done = complete(self.folder)
@@ -118,7 +117,7 @@ class Checkpoints:
         retention.write_best(self.folder)
 
     def _write(self, tensors: Tensors | None, step: int, content: bytes, start_s: float) -> None:
-        """One checkpoint, from nothing to committed. Collective on the group of this object."""
+        """Writes and commits one checkpoint. Collective on the group of this object."""
         assert tensors is not None
         waited_s = time.perf_counter() - start_s
         target = self.folder / retention.folder_name(step)
@@ -131,7 +130,7 @@ class Checkpoints:
             self._on_main(lambda: self._commit(self.folder / name, integrity.merged(written), content))
         except CheckpointException as error:
             raise OSError(f"{target} was not written: {files.first_failure(error)}") from error
-        except Exception as error:  # a peer is gone
+        except Exception as error:  # for example: another rank is gone
             raise OSError(f"{target} was not written: rank {self._runtime.rank}: {files.described(error)}") from error
         megabytes = sum(entry.num_bytes for part in written for entry in part.values()) / 1e6
         taken_s = time.perf_counter() - start_s
@@ -139,7 +138,7 @@ class Checkpoints:
         log.info("checkpoint %s: %.1f MB in %.2f s, training waited %.3f s", target, megabytes, taken_s, waited_s)
 
     def _on_main(self, work: collections.abc.Callable[[], str]) -> str:
-        """Result of `work` on rank 0. CheckpointException on all ranks if it fails there. Collective."""
+        """Does `work` on rank 0 and returns its result on all. CheckpointException on all if it fails. Collective."""
         outcome: list[tuple[str, str]] = [("", "")]
         if self._runtime.is_main:
             try:
@@ -153,7 +152,7 @@ class Checkpoints:
         return result
 
     def _prepare(self, step: int) -> str:
-        """Name of the new folder to write into; what crashes left of this step is gone."""
+        """Deletes what crashes left of this step. Returns the name of the folder to write into."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self.folder, pathlib.Path):
             for leftover in self.folder.glob(".step_*.partial"):
@@ -166,7 +165,7 @@ class Checkpoints:
         return target.name if isinstance(target, Remote) else f".{target.name}.partial"
 
     def _commit(self, folder: Location, written: dict[str, FileSum], content: bytes) -> str:
-        """Makes the checkpoint exist for readers, then the rest: `best.json`, old checkpoints."""
+        """Makes the checkpoint visible to readers; then updates `best.json` and deletes old checkpoints."""
         sums = integrity.Checksums(time.time(), written | {STATE_NAME: integrity.sum_of(content)})
         storage.write(folder / integrity.CHECKSUMS_NAME, sums.to_json())
         storage.write(folder / STATE_NAME, content)
@@ -177,13 +176,13 @@ class Checkpoints:
         for old in retention.removable(self.folder, self._train.keep_last, self._train.keep_every_hours):
             try:
                 storage.delete(old, STATE_NAME)
-            except OSError as error:  # the new one is safe: no reason to end the run
+            except OSError as error:  # the new one is safe, so training goes on
                 log.warning("the old checkpoint %s could not be deleted: %s", old, error)
         return ""
 
 
 def _in_thread(work: collections.abc.Callable[[], None]) -> concurrent.futures.Future[None]:
-    """Runs `work` in a thread that does not keep a process alive that has failed elsewhere."""
+    """Runs `work` in a daemon thread, which does not keep the process alive after a failure elsewhere."""
     future: concurrent.futures.Future[None] = concurrent.futures.Future()
 
     def run() -> None:
@@ -191,7 +190,7 @@ def _in_thread(work: collections.abc.Callable[[], None]) -> concurrent.futures.F
             work()
             future.set_result(None)
         except BaseException as error:
-            log.error("%s", error)  # at once; the trainer learns of it at its next save
+            log.error("%s", error)  # now; training hears of it only at its next save
             future.set_exception(error)
 
     threading.Thread(target=run, name="checkpoint", daemon=True).start()
@@ -199,20 +198,21 @@ def _in_thread(work: collections.abc.Callable[[], None]) -> concurrent.futures.F
 
 
 def folder_of(output_dir: str | pathlib.Path, train: TrainConfig) -> Location:
-    """Where a run of these options keeps its checkpoints."""
+    """Returns where a run with these options keeps its checkpoints."""
     return location(train.checkpoint_dir or output_dir) / _FOLDER_NAME
 
 
 def best_step(folder: str | pathlib.Path | Remote) -> int:
-    """Step of the best checkpoint in a folder of them, -1 if there is none."""
+    """Returns the step of the best checkpoint in `folder`, -1 if there is none."""
     place = retention.place_of(found) if (found := retention.best(location(folder))) else None
     return place[0] if place else -1
 
 
 def find(path: "str | os.PathLike[str] | Remote", which: str = "best") -> Location:
-    """A checkpoint from a run folder ("best" or "last") or from itself. ValueError says what was looked for.
+    """Finds the "best" or "last" checkpoint of a run folder; a path to a checkpoint is itself the answer.
 
-    Where the best one is gone, the one that was the best before it or the newest, with a warning.
+    If the best one is gone, a warning says so, and the next choice is the best that `best.json` knows, then the newest.
+    ValueError if there is none.
     """
     path = location(path)
     if (path / STATE_NAME).is_file():
@@ -230,9 +230,9 @@ def find(path: "str | os.PathLike[str] | Remote", which: str = "best") -> Locati
 
 
 def find_together(path: "str | os.PathLike[str] | Remote", which: str = "best") -> Location:
-    """`find` of rank 0, for all ranks, its error too. Collective if there is a process group.
+    """Lets rank 0 `find` a checkpoint for all ranks; an error is raised on all. Collective if there is a process group.
 
-    If each rank looked for itself while that run goes on, they could find two different ones, and mix their weights.
+    If each rank looked for itself while the other run goes on, ranks could load two different checkpoints.
     """
     found: list[Location | Exception | None] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -249,7 +249,7 @@ def find_together(path: "str | os.PathLike[str] | Remote", which: str = "best") 
 
 
 def checkpoint_folder(run: Location) -> Location:
-    """Where a run keeps its checkpoints: in its folder, or where the options in its folder say."""
+    """Returns where a run keeps its checkpoints: in its folder, or where the options in its folder say."""
     config = run / "run_config.json"
     train = storage.read_json(config).get("train", {}) if config.is_file() else {}
     elsewhere = train.get("checkpoint_dir", "") if isinstance(train, dict) else None
@@ -259,14 +259,14 @@ def checkpoint_folder(run: Location) -> Location:
 
 
 def newest_intact(folder: Location) -> Location | None:
-    """The newest checkpoint whose files are what was written; a warning names what is wrong with later ones.
+    """Finds the newest checkpoint whose files are what was written. Warns of later ones. Collective.
 
     None if there is no checkpoint at all. ValueError if there are some and all are damaged; OtherVersion if the newest
-    intact one was written by a newer version. Collective.
+    intact one was written by a newer version.
     """
     names: list[list[str]] = [[path.name for path in complete(folder)]]
     if dist.is_initialized():
-        dist.broadcast_object_list(names, src=0)  # rank 0 decides: shared file systems show news at different times
+        dist.broadcast_object_list(names, src=0)  # shared file systems show new files to hosts at different times
     damages = []
     for name in reversed(names[0]):
         try:
@@ -274,7 +274,7 @@ def newest_intact(folder: Location) -> Location | None:
             read_state(folder / name)
             return folder / name
         except OtherVersion:
-            raise  # it is whole: going back would train its steps again
+            raise  # it is whole: falling back would train its steps again
         except ValueError as error:
             damages.append(str(error))
             log.warning("%s; trying the checkpoint before it", error)

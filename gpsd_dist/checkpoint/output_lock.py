@@ -1,4 +1,4 @@
-"""One job per output folder: who holds it, and whether it can be written at all."""
+"""Lets one job at a time use an output folder, and checks beforehand that the folder can be written."""
 
 import contextlib
 import datetime
@@ -31,14 +31,14 @@ def held(
     wait_s: float = WAIT_S,
     checkpoints: storage.Location | None = None,
 ) -> typing.Iterator[None]:
-    """Makes `folder` and holds it for this job inside the block. Collective; rank 0 holds.
+    """Makes `folder` and locks it for this job inside the block. Collective; rank 0 has the lock.
 
-    `checkpoints`: where they will go, also if it is elsewhere; not held, but it must be writable as well. The kernel
-    releases a lock whose process is gone, however it ended: nothing is ever left to remove.
+    `checkpoints`: where they will go, possibly elsewhere. It is not locked, but must be writable as well. The kernel
+    releases the lock of a process that is gone, however it ended: a stale lock cannot exist.
 
     Raises, on all ranks:
-        OSError: one of the two cannot be written, or another job holds the folder (names host, process and start). Not
-            a mistake that is final: a file server may take a minute to notice that a holder is cut off.
+        OSError: one of the two cannot be written, or another job holds the folder (names host, process and start).
+            Trying again can help: a file server may take a minute to notice that a holder is cut off.
     """
     path = pathlib.Path(folder) / LOCK_NAME
     descriptor, problem = None, ("", "")
@@ -64,7 +64,7 @@ def held(
     finally:
         if descriptor is not None:
             if not problems[0][0]:
-                with contextlib.suppress(OSError):  # a full or broken disk has been reported already
+                with contextlib.suppress(OSError):  # a full or broken disk has already been reported
                     os.truncate(descriptor, 0)
             os.close(descriptor)
 
@@ -75,7 +75,7 @@ def _open(path: pathlib.Path) -> int:
 
 
 def _locked(descriptor: int, path: pathlib.Path, wait_s: float) -> bool:
-    """Whether this process has the lock now; waits for it up to `wait_s`."""
+    """Tries for up to `wait_s` to get the lock. Returns whether this process has it."""
     end_s = time.monotonic() + wait_s
     while True:
         try:
@@ -93,6 +93,7 @@ def _locked(descriptor: int, path: pathlib.Path, wait_s: float) -> bool:
 
 
 def _facts() -> dict[str, typing.Any]:
+    """Returns what the lock file says about its holder: host, process, start and job."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -102,7 +103,7 @@ def _facts() -> dict[str, typing.Any]:
 
 
 def _holder(path: pathlib.Path) -> str:
-    """Who wrote into the lock file last, as a phrase."""
+    """Describes the job that last wrote into the lock file."""
     try:
         facts = json.loads(path.read_text())
         job = f", job {facts['job']}" if facts["job"] else ""

@@ -66,7 +66,9 @@ class Pairs:
 
 
 class _Unpickler(pickle._Unpickler):
-    """The unpickler that Python has in Python. The one in C allocates room for any memo number, and has fixed dicts."""
+    """Unpickles into stand-ins. Derived from Python's unpickler in Python: the one in C has fixed operations, and
+    allocates as much memory as a memo number in the file asks for.
+    """
 
     dispatch: typing.ClassVar = {
         code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, name)[0] for name in _OPERATIONS.split())
@@ -83,7 +85,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 def unpickled(content: bytes) -> typing.Any:
-    """The pickled object as stand-ins, pairs, lists, tuples, strings and integers."""
+    """Unpickles into stand-ins, pairs, lists, tuples, strings and integers."""
     return _Unpickler(io.BytesIO(content)).load()
 
 
@@ -113,7 +115,7 @@ def _document(root: typing.Any, num_bytes: int) -> dict[str, typing.Any]:
 
 
 def _fields(made: typing.Any, name: str) -> dict[str, typing.Any]:
-    """Attributes of a dataclass `name`. ValueError if it is an object of another class."""
+    """Returns the attributes of an object of class `name`. ValueError if it is of another class."""
     if not isinstance(made, StandIn) or made.name != name:
         raise ValueError(f"it holds {getattr(made, 'name', type(made).__name__)} where {name} belongs")
     return {key: value for key, value in made.state.items if isinstance(key, str)}

@@ -1,4 +1,4 @@
-"""May a run go on from this checkpoint, or repeat it on more data? Only as what it was: same options, same data."""
+"""Decides whether a run may go on from a checkpoint, or repeat a run on more data: only with its options and data."""
 
 import dataclasses
 import json
@@ -43,9 +43,9 @@ _OTHER_SPLITS = ("test", "holdout")
 def check_resumable(
     run: dict[str, typing.Any], manifest: dict[str, typing.Any], state: RunState, checkpoint: Location
 ) -> None:
-    """`run`, `manifest`: as plain dicts. ValueError lists options that differ and may not, or the parts of the data.
+    """Raises ValueError if options or data differ that may not; the message lists them all.
 
-    An option that is younger than one of the two runs counts there with its default.
+    `run`, `manifest`: as plain dicts. An option that is younger than one of the two runs has its default there.
     """
     run, saved = (_plain(dataclasses.asdict(run_config_from_dict(part))) for part in (run, state.run_config))
     manifest = _plain(manifest)
@@ -64,10 +64,10 @@ def check_resumable(
 
 
 def epochs_to_best(run: dict[str, typing.Any], manifest: dict[str, typing.Any]) -> float:
-    """How many epochs the run `refit_of` had trained when it was best on `valid`.
+    """Returns how many epochs the run `refit_of` had trained when it was best on `valid`.
 
-    `run`, `manifest`: of the refit, as plain dicts. ValueError if that run is not finished, or is no run of these
-    options on this data (seed and what may change on resume aside). Collective if there is a process group.
+    `run`, `manifest`: those of the refit, as plain dicts. ValueError if that run is not finished, or had other options
+    (but for the seed and what may change on resume) or other data. Collective if there is a process group.
     """
     checkpoint = manager.find_together(run["refit_of"])
     state = read_run(checkpoint)
@@ -81,22 +81,22 @@ def epochs_to_best(run: dict[str, typing.Any], manifest: dict[str, typing.Any]) 
 
 
 def epochs_done(state: RunState) -> float:
-    """Passes over the data that a checkpoint has behind it."""
+    """Counts the passes over the data that a checkpoint has behind it, with fractions."""
     position, order, run = state.data_position, state.data_position["order"], state.run_config
     read = ("pretrain",) if run["stage"] == "pretrain" else ("train", "valid") if run.get("refit_of") else ("train",)
     stored = sum(split["num_history_tokens"] for split in state.manifest["splits"] if split["name"] in read)
-    tokens = order.get("tokens", stored)  # those that the model saw; older checkpoints do not say
+    tokens = order.get("tokens", stored)  # tokens that the model saw; older checkpoints do not say
     total = tokens if order["batch_by"] == "tokens" else order["rows"]
     return float(position["epoch"] + position["step"] / -(-total // order["global_batch"]))
 
 
 def _plain(raw: dict[str, typing.Any]) -> dict[str, typing.Any]:
-    """As JSON keeps it: lists instead of tuples."""
+    """Converts to what JSON keeps: lists instead of tuples."""
     return dict(json.loads(json.dumps(raw)))
 
 
 def _named_differences(part: str, mine: dict[str, typing.Any], theirs: dict[str, typing.Any]) -> str:
-    """The part and the names in it that differ; empty if none does."""
+    """Names the part of the manifest and its entries that differ; empty if none does."""
     here, there = ([entry for entry in raw[part] if entry["name"] not in _OTHER_SPLITS] for raw in (mine, theirs))
     names = sorted({entry["name"] for entry in (*here, *there) if entry not in here or entry not in there})
     return f"{part} {names}" if names else ""
@@ -105,7 +105,7 @@ def _named_differences(part: str, mine: dict[str, typing.Any], theirs: dict[str,
 def _differences(
     mine: dict[str, typing.Any], theirs: dict[str, typing.Any], path: tuple[str, ...] = ()
 ) -> typing.Iterator[tuple[tuple[str, ...], str]]:
-    """(path of an option, what it is in both) for every option that differs."""
+    """Yields (path of an option, what it is in both) for every option that differs and may not."""
     for key in sorted(set(mine) | set(theirs)):
         here, there = mine.get(key), theirs.get(key)
         if (*path, key) in _MAY_CHANGE_ON_RESUME:

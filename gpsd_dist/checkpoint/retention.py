@@ -1,4 +1,4 @@
-"""Which checkpoints of a folder there are, which one is the best, and which may go."""
+"""Lists the checkpoints in a folder, and tells which one is the best and which may be deleted."""
 
 import json
 import logging
@@ -17,18 +17,18 @@ _FOLDER = re.compile(r"step_(\d{8})(?:\.(\d+))?")
 
 
 def folder_name(step: int, attempt: int = 0) -> str:
-    """Of the checkpoint of a step. A step that was saved again has a higher attempt: no folder is written twice."""
+    """Names the folder of a step's checkpoint. A step saved again gets a higher attempt: no folder is written twice."""
     return f"step_{step:08d}" + f".{attempt}" * (attempt > 0)
 
 
 def place_of(path: Location) -> tuple[int, int] | None:
-    """(step, attempt) by the name of a folder; None if it is none of ours."""
+    """Reads (step, attempt) from the name of a folder; None if it is not the name of a checkpoint."""
     match = _FOLDER.fullmatch(path.name)
     return (int(match[1]), int(match[2] or 0)) if match else None
 
 
 def step_folders(folder: Location) -> list[Location]:
-    """Everything with the name of a checkpoint, complete or not, in the order of steps and attempts."""
+    """Lists all folders with the name of a checkpoint, complete or not, by step and attempt."""
     if not folder.is_dir():
         return []
     named = [(place, path) for path in folder.iterdir() if (place := place_of(path))]
@@ -36,7 +36,7 @@ def step_folders(folder: Location) -> list[Location]:
 
 
 def complete(folder: Location) -> list[Location]:
-    """Complete checkpoints by ascending step; of a step that was saved twice, the later one."""
+    """Lists the complete checkpoints by ascending step. Of a step that was saved twice, only the later one."""
     newest: dict[int, Location] = {}
     for path in step_folders(folder):
         place = place_of(path)
@@ -46,17 +46,17 @@ def complete(folder: Location) -> list[Location]:
 
 
 def best(folder: Location) -> Location | None:
-    """The best checkpoint that is there.
+    """Returns the best checkpoint that is there, None if no step is known as the best.
 
-    The newest checkpoint knows the best step, so that one rename makes both known; `best.json` repeats it for people
-    and for checkpoints of other versions.
+    The newest checkpoint knows the best step, so one rename publishes both. `best.json` repeats it, for people and for
+    checkpoints of other versions.
     """
     there = _by_step(folder)
     return next((there[step] for step in _best_steps(folder, there) if step in there), None)
 
 
 def lost_best(folder: Location) -> str | None:
-    """Name of the checkpoint that was the best one and is not there; None if it is, or there was no validation yet."""
+    """Names the best checkpoint if it is gone; None if it is there, or nothing was validated yet."""
     there = _by_step(folder)
     step = next(_best_steps(folder, there), None)
     return folder_name(step) if step is not None and step not in there else None
@@ -67,11 +67,11 @@ def _by_step(folder: Location) -> dict[int, Location]:
 
 
 def _best_steps(folder: Location, there: dict[int, Location]) -> typing.Iterator[int]:
-    """What newest checkpoint and file say, in this order, where they say anything."""
+    """Yields the best step by the newest checkpoint, then by `best.json`, where they name one."""
     step = _best_of_newest(list(there.values()))
     if step is not None and step >= 0:
         yield step
-    step = _best_of_file(folder)  # not looked at, nor warned of, where the checkpoint is enough
+    step = _best_of_file(folder)  # only read, and warned of, if the checkpoint was not enough
     if step is not None and step >= 0:
         yield step
 
@@ -82,7 +82,7 @@ def _best_of_newest(checkpoints: list[Location]) -> int | None:
     try:
         progress = storage.read_json(checkpoints[-1] / STATE_NAME).get("progress")
     except ValueError:
-        return None  # damaged; who loads it is told so
+        return None  # damaged: loading it will say so
     step = progress.get("best_step") if isinstance(progress, dict) else None
     return step if isinstance(step, int) else None
 
@@ -102,7 +102,7 @@ def _best_of_file(folder: Location) -> int | None:
 
 
 def write_best(folder: Location) -> None:
-    """Makes `best.json` say what `best` says; nothing is written if it does already."""
+    """Brings `best.json` up to date with `best`. Writes nothing if it is."""
     checkpoint, path = best(folder), folder / BEST_NAME
     if checkpoint is None:
         if path.is_file():
@@ -119,9 +119,9 @@ def write_best(folder: Location) -> None:
 
 
 def removable(folder: Location, keep_last: int, keep_every_hours: float) -> list[Location]:
-    """What goes: all but the newest `keep_last`, the best and one per `keep_every_hours`; and unfinished leftovers.
+    """Lists what may be deleted: all but the newest `keep_last`, the best and one per `keep_every_hours`.
 
-    Leftovers are older than the newest checkpoint: a later folder may be one that is being written. A damaged
+    Unfinished folders go too if they are older than the newest checkpoint; a later one may be under way. A damaged
     checkpoint that was set aside stays, for a person to look at.
     """
     done = complete(folder)
@@ -138,9 +138,10 @@ def removable(folder: Location, keep_last: int, keep_every_hours: float) -> list
 
 
 def _every(checkpoints: list[Location], hours: float) -> list[Location]:
-    """The first one, and each that was written `hours` after the last of these. What they were stays so for good.
+    """Chooses the first checkpoint, then each one written at least `hours` after the last chosen.
 
-    One from before the last of these (the clock was set back) counts too, and hours count from there.
+    Deleting those that were not chosen does not change the choice. After the clock was set back, the next checkpoint is
+    chosen, and hours count from there.
     """
     chosen: list[Location] = []
     last_s = -float("inf")

@@ -1,4 +1,4 @@
-"""`run_state.json`: what a checkpoint holds besides tensors, and how far what stands there is believed."""
+"""Reads and checks `run_state.json`, which has everything of a checkpoint but its tensors."""
 
 import dataclasses
 import json
@@ -20,12 +20,12 @@ _WITH_ITS_VERSION = (
 
 
 class OtherVersion(ValueError):
-    """The file is whole, but holds what this version of the program does not know. No damage: not to be passed over."""
+    """Raised where a file is whole, but has what this version does not know. That is no damage: no run falls back."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunState:
-    """What a checkpoint holds besides tensors; plain JSON."""
+    """Content of `run_state.json`."""
 
     step: int
     """Optimizer steps done."""
@@ -34,16 +34,16 @@ class RunState:
     progress: dict[str, typing.Any]
     """`EarlyStopping`: best step and metric so far, validations without improvement."""
     metrics: dict[str, float]
-    """Of the validation at this step; empty if there was none."""
+    """Metrics of the validation at this step; empty if there was none."""
     run_config: dict[str, typing.Any]
     manifest: dict[str, typing.Any]
     world_size: int
     has_checksums: bool = False
-    """Whether `checksums.json` was written: one that is missing is damage then. False in older checkpoints."""
+    """Whether `checksums.json` was written; if so, its absence is damage. False in older checkpoints."""
 
 
 def read_state(checkpoint: Location) -> RunState:
-    """The state, its parts unchecked.
+    """Reads the state without checking its parts.
 
     ValueError names the file if it is broken, OtherVersion if it is of a newer version; OSError if it cannot be read.
     """
@@ -64,10 +64,10 @@ def read_state(checkpoint: Location) -> RunState:
 
 
 def read_run(checkpoint: Location) -> RunState:
-    """The state of a run of this program, all parts checked as far as they are used. Errors as of `read_state`.
+    """Reads the state and checks all parts that are used. Raises what `read_state` raises.
 
-    What is younger than the checkpoint (an option, a field of the manifest) is there with its default. OtherVersion if
-    it has an option that this version does not have, or not any more.
+    An option or manifest field that did not exist when it was written has its default. OtherVersion if it has an
+    option that this version does not have, or no longer has.
     """
     state = read_state(checkpoint)
     place = checkpoint / STATE_NAME
@@ -89,7 +89,7 @@ def read_run(checkpoint: Location) -> RunState:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{place} cannot be read as the state of a run ({error}); use another checkpoint") from error
     parts = {"run_config": run, "manifest": manifest, "progress": dataclasses.asdict(progress)}
-    return dataclasses.replace(state, **json.loads(json.dumps(parts)))  # lists for tuples, as in the file
+    return dataclasses.replace(state, **json.loads(json.dumps(parts)))  # back to lists, as in the file
 
 
 def _check_version(path: Location, names: list[str]) -> None:

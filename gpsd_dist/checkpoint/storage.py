@@ -1,7 +1,7 @@
-"""Where checkpoints lie: a local folder, or an fsspec URL (s3://bucket/run, gs://bucket/run, memory://run).
+"""Reads and writes files on a local disk or behind an fsspec URL (s3://bucket/run, gs://bucket/run, memory://run).
 
-Local folders have a rename that is atomic. Object stores have none, and no folders either: there, one small file that
-is written last says that the rest is complete (`manager`).
+A local folder can be renamed atomically. Object stores have neither that nor folders: there, one small file that is
+written last says that the rest is complete (`manager`).
 """
 
 import collections.abc
@@ -27,7 +27,9 @@ MAX_JSON_BYTES = 2**26  # untuned: a manifest in run_state.json takes some 100 k
 class Remote:
     """A folder or file behind an fsspec URL, with the methods of `pathlib.Path` that checkpoints need.
 
-    Nothing is remembered between calls: another process may have written. OSError names the URL.
+    Nothing is cached between calls, because another process may have written. A store that cannot be reached raises
+    OSError with the URL. `universal_pathlib` 0.3.10 does neither: without permission `is_dir` is False and `unlink`
+    raises FileNotFoundError, so a run would start afresh beside its checkpoints.
     """
 
     url: str
@@ -40,17 +42,17 @@ class Remote:
 
     @property
     def name(self) -> str:
-        """Last part of the URL."""
+        """Returns the last part of the URL."""
         return self.url.rsplit("/", 1)[-1]
 
     @property
     def parent(self) -> "Remote":
-        """The folder that this is in."""
+        """Returns the folder that this is in."""
         return Remote(self.url.rsplit("/", 1)[0])
 
     @contextlib.contextmanager
     def _store(self) -> collections.abc.Iterator[tuple[typing.Any, str]]:
-        """(file system, path in it). Errors of a store's library (no credentials, no connection) become OSErrors."""
+        """Gives (file system, path in it). Errors of the store's library, such as no credentials, become OSErrors."""
         try:
             system, path = fsspec.core.url_to_fs(self.url)
             system.invalidate_cache()
@@ -61,16 +63,18 @@ class Remote:
             raise OSError(f"{self.url}: {type(error).__name__}: {error}") from error
 
     def is_file(self) -> bool:
-        """Whether there is a file of this name. OSError if the store does not say."""
+        """Tells whether there is a file of this name. OSError if the store does not answer."""
         return self._kind() == "file"
 
     def is_dir(self) -> bool:
-        """Whether anything is below this name. OSError if the store does not say."""
+        """Tells whether anything is below this name. OSError if the store does not answer."""
         return self._kind() == "directory"
 
     def _kind(self) -> str:
-        """Of what has this name; empty if nothing has. fsspec's `isfile` says False to every error as well: a store
-        that is out of reach for a moment would look as if it held no checkpoint.
+        """Returns "file", "directory", or "" if nothing exists at this URL.
+
+        fsspec's `isfile` answers False to every error as well: a store that is out of reach for a moment would look as
+        if it held no checkpoint.
         """
         with self._store() as (system, path):
             try:
@@ -79,7 +83,7 @@ class Remote:
                 return ""
 
     def iterdir(self) -> list["Remote"]:
-        """What is in this folder; nothing if it does not exist."""
+        """Lists what is in this folder; nothing if it does not exist."""
         with self._store() as (system, path):
             try:
                 return [self / found.rstrip("/").rsplit("/", 1)[-1] for found in system.ls(path, detail=False)]
@@ -87,23 +91,23 @@ class Remote:
                 return []
 
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
-        """Makes the folder on file systems that have any."""
+        """Makes the folder if the store has folders."""
         with self._store() as (system, path):
             system.makedirs(path, exist_ok=exist_ok)
 
     @contextlib.contextmanager
     def open(self, mode: str) -> collections.abc.Iterator[typing.Any]:
-        """A binary stream; a written file may exist in part after an error."""
+        """Opens a binary stream. After an error in writing, part of the file may exist."""
         with self._store() as (system, path), system.open(path, mode) as stream:
             yield stream
 
     def read_text(self) -> str:
-        """The whole file, UTF-8."""
+        """Reads the whole file as UTF-8."""
         with self._store() as (system, path):
             return str(system.cat_file(path).decode())
 
     def write_bytes(self, content: bytes) -> None:
-        """The whole file in one request: readers see all of it or nothing."""
+        """Writes the whole file in one request: readers see all of it or nothing."""
         with self._store() as (system, path):
             system.pipe_file(path, content)
 
@@ -113,7 +117,7 @@ class Remote:
             system.rm_file(path)
 
     def rename(self, target: "Remote") -> None:
-        """Copies, then deletes: not atomic."""
+        """Copies the file and deletes the original. Not atomic."""
         with self._store() as (system, path):
             system.mv(path, system._strip_protocol(target.url))
 
@@ -123,7 +127,7 @@ class Remote:
             system.rm(path, recursive=True)
 
     def num_bytes(self) -> int:
-        """Size of the file."""
+        """Returns the size of the file."""
         with self._store() as (system, path):
             return int(system.size(path))
 
@@ -132,12 +136,12 @@ Location = pathlib.Path | Remote
 
 
 def is_url(path: str) -> bool:
-    """Whether this is a URL that is not of the local disk."""
+    """Tells whether this is a URL of anything but the local disk."""
     return "://" in path and not path.startswith("file://")
 
 
 def location(path: "str | os.PathLike[str] | Remote") -> Location:
-    """A path or URL as what it is. ValueError for a scheme that is unknown or whose package is missing, or no place."""
+    """Converts a path or URL. ValueError if the scheme is unknown, its package is missing, or no place is named."""
     if isinstance(path, Remote):
         return path
     text = os.fspath(path)
@@ -153,14 +157,14 @@ def location(path: "str | os.PathLike[str] | Remote") -> Location:
 
 
 def is_plain_name(name: typing.Any) -> bool:
-    """Whether this is the name of a file, and nothing that leads out of a folder."""
+    """Tells whether this is the name of a file, and cannot lead out of a folder."""
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable():
         return False
     return name == pathlib.PurePosixPath(name).name == pathlib.PureWindowsPath(name).name and name not in (".", "..")
 
 
 def read_bytes(path: Location, max_bytes: int) -> bytes:
-    """The whole file. ValueError if it is larger; OSError if it cannot be read."""
+    """Reads the whole file. ValueError if it is larger; OSError if it cannot be read."""
     with path.open("rb") as file:
         content: bytes = file.read(max_bytes + 1)
     if len(content) > max_bytes:
@@ -197,7 +201,7 @@ def write(path: Location, content: bytes) -> None:
 
 
 def check_writable(folder: Location) -> None:
-    """Makes the folder, a file in it, and deletes that again. OSError or ValueError of the store if one of it fails."""
+    """Makes the folder, writes a file there and deletes it. OSError or ValueError from the store if that fails."""
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / _PROBE_NAME
     probe.write_bytes(b"can this be written?")
@@ -205,7 +209,7 @@ def check_writable(folder: Location) -> None:
 
 
 def sync_folder(folder: pathlib.Path) -> None:
-    """Makes new names in a folder survive a loss of power."""
+    """Syncs a folder to disk, so that new names in it survive a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -214,9 +218,9 @@ def sync_folder(folder: pathlib.Path) -> None:
 
 
 def delete(folder: Location, marker: str) -> None:
-    """Deletes a folder with all files, `marker` first: what is left by a crash does not look complete.
+    """Deletes a folder with all files, `marker` first: what a crash leaves does not look complete.
 
-    Of a link to a folder only the link.
+    If `folder` is a link, only the link goes.
     """
     if isinstance(folder, pathlib.Path) and folder.is_symlink():
         folder.unlink()
@@ -230,5 +234,5 @@ def delete(folder: Location, marker: str) -> None:
 
 
 def num_bytes(path: Location) -> int:
-    """Size of a file. FileNotFoundError if there is none."""
+    """Returns the size of a file. FileNotFoundError if there is none."""
     return path.num_bytes() if isinstance(path, Remote) else path.stat().st_size

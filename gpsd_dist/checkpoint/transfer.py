@@ -1,5 +1,6 @@
-"""From one run into the next, mostly pretraining into finetuning: which tensors move, and the report of what moved
-(arXiv:2506.03699, section 3.3).
+"""Moves tensors from a checkpoint into the next run, mostly from pretraining into finetuning, and reports which.
+
+The strategies are those of arXiv:2506.03699, section 3.3: ST moves tables, FT also the tower; SF then freezes tables.
 """
 
 import logging
@@ -14,15 +15,15 @@ from gpsd_dist.schema import Manifest
 
 log = logging.getLogger(__name__)
 _TOWER_OPTIONS = ("layers", "heads", "time_bias")
-"""Options of ModelConfig that change what a tower computes, and that a fit of all shapes does not prove equal."""
+"""Options of ModelConfig that change what a tower computes but not the shapes of its weights, or not all of them."""
 
 
 def transfer(run: RunConfig, manifest: Manifest, own: loading.Tensors) -> str:
-    """Loads what the strategy takes over, in place; the map of a managed table goes with it.
+    """Loads the tensors that the strategy names, in place, and returns a report of them. Collective.
 
-    `own`: `Assembly.weights()`. Collective. Returns the report. A table whose vocabulary grew (`growth`) keeps its
-    fresh rows below the loaded ones. ValueError if a table's vocabulary differs from the checkpoint's in another way,
-    or a tensor that the strategy names is missing or has another shape: nothing is skipped silently.
+    `own`: `Components.weights()`. The id map of a managed table goes with its rows. A table whose vocabulary grew
+    (`growth`) keeps its fresh rows below the loaded ones. ValueError if a vocabulary differs in another way, or a
+    tensor is missing or has another shape: nothing is skipped silently.
     """
     weights, dense = own[TABLE], own[DENSE]
     checkpoint = manager.find_together(run.init_checkpoint)
@@ -47,7 +48,10 @@ def transfer(run: RunConfig, manifest: Manifest, own: loading.Tensors) -> str:
 
 
 def _warn_of_seen_validation(run: RunConfig, manifest: Manifest, state: manager.RunState, checkpoint: Location) -> None:
-    """A refit was trained on `valid` too. Harmless where all of ours is later, as in the next day's build."""
+    """Warns if the checkpoint was trained on `valid` too (a refit), and this run may validate on the same rows.
+
+    Rows of a later time, as in the next day's build, are harmless.
+    """
     valid = manifest.split("valid")
     if not state.run_config.get("refit_of") or run.refit_of or not valid.num_rows:
         return
@@ -67,13 +71,13 @@ def _warn_of_seen_validation(run: RunConfig, manifest: Manifest, state: manager.
 def _check_vocabularies(
     run: RunConfig, manifest: Manifest, state: manager.RunState, checkpoint: Location
 ) -> dict[str, int]:
-    """Rows in the checkpoint of the tables that have more here."""
+    """Checks that row numbers mean the same ids there and here. Returns how many rows grown tables have there."""
     grown: dict[str, int] = {}
     ancestors = growth.ancestors(manifest)
     theirs = {table["name"]: table for table in state.manifest["tables"]}
     problems = []
     needed = set(run.tables.transfer)
-    if run.transfers_tower:  # the token features' small tables move too
+    if run.transfers_tower:  # they include the small tables of token features
         needed |= {f.table for f in manifest.features_in("history") if f.table is not None}
     for name in sorted(needed):
         mine = manifest.table(name)
@@ -92,14 +96,14 @@ def _check_vocabularies(
 
 
 def _check_width(run: RunConfig, state: manager.RunState, checkpoint: Location) -> None:
-    """Shapes alone do not tell: rows of 50 and of 52 are both stored with 52 columns."""
+    """Checks that tables are equally wide. Shapes do not tell: rows of 50 and of 52 are both stored with 52 columns."""
     theirs, mine = state.run_config["tables"]["embedding_dim"], run.tables.embedding_dim
     if theirs != mine:
         raise ValueError(f"the tables of {checkpoint} are {theirs} wide, this run's {mine}: set EMBEDDING_DIM={theirs}")
 
 
 def _check_kept_alike(run: RunConfig, state: manager.RunState, checkpoint: Location, own: loading.Tensors) -> None:
-    """A table that is sharded here and was with the dense part there, or the other way round, has another width."""
+    """Checks that no table is sharded here and was kept with the dense part there, or the other way round."""
     saved = set(loading.saved_keys(checkpoint))
     small = {table["name"]: small_table(table["name"]) for table in state.manifest["tables"]}
     grown = [name for name in run.tables.transfer if name in own[TABLE] and dense_weight(small.get(name, "")) in saved]
@@ -115,7 +119,7 @@ def _check_kept_alike(run: RunConfig, state: manager.RunState, checkpoint: Locat
 
 
 def _check_tower(run: RunConfig, state: manager.RunState, checkpoint: Location) -> None:
-    """Shapes do not tell this either: weights of 4 heads fit 2, and those of 4 layers hold those of 2."""
+    """Checks that the tower computes the same. Shapes do not tell: weights of 4 heads fit 2, and 4 layers contain 2."""
     theirs = state.run_config["model"]
     if theirs["name"] != run.model.name:
         raise ValueError(
