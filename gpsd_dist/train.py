@@ -3,7 +3,6 @@
 Read this first: argv -> RunConfig -> process group -> Trainer -> load_weights() -> train().
 """
 
-import logging
 import sys
 
 from gpsd_dist import run_description
@@ -17,8 +16,6 @@ from gpsd_dist.plan.frozen import expected_rows, frozen_line
 from gpsd_dist.tables.sharding import Cluster
 from gpsd_dist.trainer import Trainer
 from gpsd_dist.training_step import LossNotFinite
-
-log = logging.getLogger("gpsd_dist.train")
 
 
 def main(argv: list[str]) -> int:

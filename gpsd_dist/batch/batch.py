@@ -102,10 +102,6 @@ class Batch:
         """Copies everything the device needs; asynchronous if the tensors are pinned."""
         return to_device(self, device)
 
-    def pin_memory(self) -> "Batch":
-        """Page-locks every tensor, so that `to` can overlap with compute."""
-        return pinned(self)
-
     def record_stream(self, stream: torch.Stream) -> None:
         """Tells the allocator that `stream` uses the tensors (called by the prefetching pipeline)."""
 

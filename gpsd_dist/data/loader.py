@@ -59,7 +59,6 @@ class Loader(typing.Generic[T]):
         seed: of the order.
         num_threads: threads that run `make_batch`; one more reads files.
         prefetch: finished batches that wait for the consumer.
-        pin_memory: calls `batch.pin_memory()` in the worker thread and hands out what it returns.
         window_rows: rows that are shuffled with each other inside a shard. Part of the order. None: those of 8 row
             groups, at most `MAX_WINDOW_ROWS`.
         cache_bytes: bound of decoded row groups that are kept for other shards and the next epoch.
@@ -89,7 +88,6 @@ class Loader(typing.Generic[T]):
         seed: int = 0,
         num_threads: int = 1,
         prefetch: int = 2,
-        pin_memory: bool = False,
         window_rows: int | None = None,
         cache_bytes: int = parquet_dataset.DEFAULT_CACHE_BYTES,
     ):
@@ -109,7 +107,6 @@ class Loader(typing.Generic[T]):
         self._seed = seed
         self._num_threads = num_threads
         self._prefetch = prefetch
-        self._pin_memory = pin_memory
         self._longest = max_history_length
         self._group_weight_G: np.ndarray | None = None
         if self._by_tokens:
@@ -247,7 +244,7 @@ class Loader(typing.Generic[T]):
                 f"{path}, row {row} (from 0), column {error.column!r}: {error.problem}; correct the row, or build the "
                 "data set again if it is older than the manifest"
             ) from error
-        return batch.pin_memory() if self._pin_memory else batch
+        return batch
 
     def _order_facts(self) -> dict[str, typing.Any]:
         return {

@@ -108,7 +108,7 @@ def spied(value):
 def test_pinning_and_streams_touch_every_tensor_once(split, action, monkeypatch):
     batch = spied(make_batch(split))
     monkeypatch.setattr(Spy, "seen", [])
-    batch.pin_memory() if action == "pin_memory" else batch.record_stream(None)
+    pinned(batch) if action == "pin_memory" else batch.record_stream(None)
     expected = sorted(tensor.data_ptr() for _, tensor in tensors(batch))
     assert sorted(Spy.seen) == expected and len(expected) > 20
 

@@ -338,14 +338,6 @@ def test_interpreter_ends_while_an_iteration_is_open(data, tmp_path):
     assert (result.returncode, result.stdout, result.stderr) == (0, "0\n", "")
 
 
-def test_pinned_batches_are_what_is_handed_out(data):
-    class Pinnable:
-        def pin_memory(self):
-            return "pinned"
-
-    assert set(make_loader(data, lambda table, key: Pinnable(), pin_memory=True)) == {"pinned"}
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

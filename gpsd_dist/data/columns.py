@@ -1,0 +1,129 @@
+"""Reads columns of Arrow rows as numpy arrays and checks every value against the data contract.
+
+Shape letters: B requests, C candidates.
+"""
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gpsd_dist.data.gather import one_chunk
+from gpsd_dist.data.hashing import hashed_rows
+from gpsd_dist.data.parquet_dataset import BadValue
+from gpsd_dist.schema import Feature, Manifest
+
+_MAX_DEVIATIONS = 5.0  # a numerical feature is standardised and cut here: one outlier must not drown a token (untuned)
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnReader:
+    """Reads one column of the sorted rows and checks it; `order` leads an error back to the caller's row."""
+
+    manifest: Manifest
+    rows: pa.Table
+    order: np.ndarray
+
+    def jagged(self, name: str, feature: Feature, kept: np.ndarray | None = None, lengths: np.ndarray | None = None):
+        """Values of a list column, those at `kept` or all; each row must hold `lengths` (None: `history_length`)."""
+        column = one_chunk(self.rows[name])
+        offsets = offsets_of(column)
+        self._check_lengths(name, offsets, self.integers("history_length") if lengths is None else lengths)
+        values = column.flatten()  # respects the offset of a sliced array
+        if feature.is_bag:
+            ends = offsets_of(values)
+            array = self._checked(name, feature, values.flatten(), ends[offsets])
+            if kept is None:
+                return array, ends
+            sizes = np.diff(ends)[kept]
+            return array[ranges(ends[:-1][kept], sizes)], cumulated(sizes)
+        array = self._checked(name, feature, values, offsets)
+        return array if kept is None else array[kept]
+
+    def flat(self, name: str, feature: Feature):
+        """A context column: one value, or one bag, per request."""
+        values = one_chunk(self.rows[name])
+        if not feature.is_bag:
+            return self._checked(name, feature, values, np.arange(len(values) + 1))
+        offsets = offsets_of(values)
+        return self._checked(name, feature, values.flatten(), offsets), offsets
+
+    def history_time_s(self, kept: np.ndarray | None) -> np.ndarray:
+        """int64, -1 where null; entries at `kept` or all."""
+        column = one_chunk(self.rows["history.time_s"])
+        self._check_lengths("history.time_s", offsets_of(column), self.integers("history_length"))
+        values = column.flatten()
+        array = (pc.fill_null(values, -1) if values.null_count else values).to_numpy()
+        return array if kept is None else array[kept]
+
+    def integers(self, name: str) -> np.ndarray:
+        """A column with one integer per request; null is an error."""
+        values = one_chunk(self.rows[name])
+        if values.null_count:
+            row = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
+            raise BadValue(name, int(self.order[row]), "is null, expected an integer")
+        return values.to_numpy()
+
+    def labels(self, name: str, candidate_counts: np.ndarray) -> np.ndarray:
+        """float32 [C], NaN where null; anything but 0, 1 and null is an error."""
+        column = one_chunk(self.rows[name])
+        offsets = offsets_of(column)
+        if not np.array_equal(np.diff(offsets), candidate_counts):
+            row = int(np.flatnonzero(np.diff(offsets) != candidate_counts)[0])
+            raise BadValue(name, int(self.order[row]), "has another number of entries than the row has candidates")
+        labels = column.flatten()
+        values = labels.to_numpy(zero_copy_only=False).astype(np.float32)
+        is_bad = ~((values == 0) | (values == 1) | labels.is_null().to_numpy(zero_copy_only=False))
+        self._raise_if(is_bad, values, name, "a label must be 0, 1 or null (not observed)", offsets)
+        return values
+
+    def _check_lengths(self, name: str, offsets: np.ndarray, expected: np.ndarray) -> None:
+        wrong = np.flatnonzero(np.diff(offsets) != expected)
+        if len(wrong):
+            row = int(wrong[0])
+            found = f"{offsets[row + 1] - offsets[row]} entries, expected {expected[row]}"
+            raise BadValue(name, int(self.order[row]), f"{found} (lists of a place must be aligned)")
+
+    def _checked(self, name: str, feature: Feature, values: pa.Array, offsets: np.ndarray) -> np.ndarray:
+        array = values.to_numpy(zero_copy_only=False)
+        if feature.kind == "numerical":
+            self._raise_if(~np.isfinite(array), array, name, "a numerical feature must be finite and not null", offsets)
+            standard = (array - feature.mean) / feature.std
+            return np.clip(standard, -_MAX_DEVIATIONS, _MAX_DEVIATIONS).astype(np.float32)
+        limit = self.manifest.value_limit(feature.table)
+        if values.null_count or (len(array) and not (array.min() >= 1 and array.max() < limit)):
+            is_bad = np.isnan(array) if values.null_count else (array < 1) | (array >= limit)
+            self._raise_if(is_bad, array, name, f"outside 1 .. {limit - 1} of table {feature.table!r}", offsets)
+        if self.manifest.unbounded.get(feature.table) == "hashed":
+            return hashed_rows(array, self.manifest.table(feature.table).num_rows)
+        return array
+
+    def _raise_if(self, is_bad: np.ndarray, values: np.ndarray, name: str, rule: str, offsets: np.ndarray) -> None:
+        """BadValue for the first bad entry; `offsets` [B + 1] cut the entries into rows."""
+        if is_bad.any():
+            entry = int(np.flatnonzero(is_bad)[0])
+            row = int(np.searchsorted(offsets, entry, side="right")) - 1
+            raise BadValue(name, int(self.order[row]), f"value {values[entry]} is wrong: {rule}")
+
+
+def offsets_of(column: pa.ListArray) -> np.ndarray:
+    """Offsets into `column.flatten()`, which begins at the first row's first value: [rows + 1] int64 from 0."""
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    return offsets - offsets[0]
+
+
+def last(offsets: np.ndarray, keep: np.ndarray) -> np.ndarray | None:
+    """Positions of the last `keep[i]` entries of every list, in order; None: those are all."""
+    return None if np.array_equal(np.diff(offsets), keep) else ranges(offsets[1:] - keep, keep)
+
+
+def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """starts[i], starts[i] + 1, ... of sizes[i] numbers each, one range after the other."""
+    offsets = cumulated(sizes)
+    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], sizes)
+
+
+def cumulated(sizes: np.ndarray) -> np.ndarray:
+    """Sums up sizes to offsets: int64 [len + 1], beginning with 0."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
