@@ -47,10 +47,11 @@ def evaluate_checkpoint(
     *,
     rank_cut: int | None = None,
 ) -> Metrics:
-    """Exact metrics of a run folder's best (or last) checkpoint, or of a checkpoint folder, on one split. Collective.
+    """Scores one split with a run folder's best (or last) checkpoint, or with a checkpoint folder; exact. Collective.
 
-    `data_dir` None: the folder that the run was trained on. `rank_cut`: see scoring.evaluate_split. ValueError if the
-    data set has other features, vocabularies or tasks than the run was trained with, or nothing is ranked.
+    `data_dir` None stands for the folder that the run was trained on; for `rank_cut` see stages.stage.evaluate_split.
+    ValueError if the data set has other features, vocabularies or tasks than the run was trained with, or if nothing
+    is ranked.
     """
     folder = manager.find_together(checkpoint, which)
     state = read_run(folder)
@@ -77,7 +78,7 @@ def _check_same_schema(manifest: Manifest, saved: dict, folder: Location, data_d
 
 
 def _check_size(run: RunConfig, manifest: Manifest, folder: Location) -> None:
-    """Before memory is taken: the options in a checkpoint may describe a larger model than it holds."""
+    """Checks, before memory is taken, that the options in a checkpoint do not describe a larger model than it holds."""
     saved = loading.saved_sizes(folder)
     problem = f"{run.model.layers} layers" if run.model.layers > len(saved) else ""
     if not problem:  # on meta only modules cost something, and their number follows that of the layers
@@ -128,7 +129,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Exit status 0, or 2 for a mistake in the options or the data."""
+    """Returns 0, or 2 for a mistake in the options or the data."""
     args = _parse(argv)
     try:
         if args.baseline:

@@ -1,7 +1,8 @@
-"""ENTRY: the whole path on synthetic data, as the commands that a user would type: generate and prepare, pretrain,
-train NT, ST&SF and FT&SF with torchrun, score the test split, one table. `make quickstart` calls it.
+"""ENTRY: runs the whole path on synthetic data by the commands that a user would type. `make quickstart` calls it.
 
-A rerun goes on where the last one stopped: prepared data and finished runs are kept (delete the folder to start over).
+It generates and prepares data, pretrains, trains NT, ST&SF and FT&SF with torchrun, scores the test split and prints
+one table. A rerun goes on where the last one stopped: it keeps prepared data and finished runs. Delete the folder to
+start over.
 """
 
 import argparse
@@ -24,9 +25,9 @@ _REPO_ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much of everything."""
+    """Sets the size of data and training."""
 
-    synthesize: tuple[str, ...]  # Options of data_pipeline.synthesize
+    synthesize: tuple[str, ...]  # options of data_pipeline.synthesize
     pretrain: tuple[str, ...]  # gin overrides of the pretraining
     finetune: tuple[str, ...]  # gin overrides of every discriminative run
 
@@ -41,7 +42,7 @@ SMALL = Size(
 
 
 def main(argv: list[str]) -> int:
-    """Exit status 0, or that of the first command that failed."""
+    """Returns 0, or the exit status of the first command that failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", type=pathlib.Path, default=pathlib.Path("runs/quickstart"))
     parser.add_argument("--small", action="store_true", help="a tenth of the data, a tiny model: does it run at all?")
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(out_dir: pathlib.Path, size: Size, num_processes: int) -> list[dict]:
-    """All steps; returns the rows of the table. subprocess.CalledProcessError names the command that failed."""
+    """Runs all steps and returns the rows of the table. CalledProcessError names the command that failed."""
     raw, data = out_dir / "raw", out_dir / "data"
     if not (raw / "schema.toml").is_file():
         _python("data_pipeline.synthesize", "--out_dir", str(raw), *size.synthesize)
@@ -89,7 +90,7 @@ def _train(num_processes: int, stage: str, *options: str) -> None:
 
 
 def _python(module: str, *options: str) -> None:
-    """Runs one command of ours and shows it, so that it can be typed again."""
+    """Shows a command, so that it can be typed again, and runs it."""
     command = [sys.executable, "-m", module, *options]
     print(f"\n$ {shlex.join(['python', *command[1:]])}", flush=True)
     search_path = os.pathsep.join(filter(None, (str(_REPO_ROOT), os.environ.get("PYTHONPATH"))))

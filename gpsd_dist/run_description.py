@@ -1,4 +1,4 @@
-"""Writes what a run is into its folder: options, table layout, command, commit, versions, hardware."""
+"""Describes a run in its folder: options, table layout, command, commit, versions, hardware."""
 
 import dataclasses
 import importlib.metadata
@@ -23,10 +23,10 @@ _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "nu
 
 
 def write(parsed: ParsedRun, trainer: Trainer, runtime: Runtime, plan_lines: list[str]) -> None:
-    """Writes four files into OUTPUT_DIR, and the same in short to the log. For rank 0.
+    """Writes four files into OUTPUT_DIR, and a short form to the log. Only rank 0 may call it.
 
-    config.gin runs the command again, run_config.json has every option, plan.txt the layout of the tables with
-    `plan_lines` below it, environment.json the command, commit, versions and hardware.
+    config.gin is for running the command again, run_config.json has every option, plan.txt the layout of the tables and
+    then `plan_lines`, environment.json the command, commit, versions and hardware.
     """
     run = parsed.run
     folder = pathlib.Path(run.output_dir)
@@ -55,7 +55,7 @@ def write(parsed: ParsedRun, trainer: Trainer, runtime: Runtime, plan_lines: lis
 
 
 def environment(runtime: Runtime) -> dict[str, typing.Any]:
-    """JSON-able facts for `environment.json`."""
+    """Collects facts for `environment.json`, which JSON can hold."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -76,7 +76,7 @@ def environment(runtime: Runtime) -> dict[str, typing.Any]:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree, "+changes" if it is edited; None outside git."""
+    """Returns the commit of the source tree, with "+changes" if it is edited; None outside git."""
     root = pathlib.Path(__file__).resolve().parents[1]
     commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
     try:

@@ -1,8 +1,8 @@
-"""Gradient-boosted trees (LightGBM) on hand-made features: the strong baseline without a sequence model.
+"""Fits gradient-boosted trees (LightGBM) on hand-made features: the strong baseline without a sequence model.
 
-Trained on `train`; the number of trees is where the log loss on `valid` was least. `refit` then repeats it on `train`
-and `valid` with that many trees, as `REFIT_OF` does for a model. To score `valid` itself, the number is found without
-it: on the latest part of `train`, and all of `train` is fitted again. Features: `gbdt_features`.
+The trees are fitted on `train`; their number is where the log loss on `valid` is least. `refit` then fits that many
+trees on `train` and `valid`, as `REFIT_OF` does for a model. To score `valid` itself, the number of trees is chosen on
+the latest part of `train`, and then all of `train` is fitted. The features are those of `gbdt_features`.
 """
 
 import logging
@@ -46,7 +46,7 @@ def score_gbdt(
     num_threads: int = 1,
     refit: bool = False,
 ) -> Predictions:
-    """Logits of one model for one task. The same data, seed and version give the same bits on any number of threads.
+    """Scores a split with one model for one task. Equal data, seed and version give equal bits with any threads.
 
     Rows where the label is not observed, or the task's condition is not 1, are neither trained on nor scored.
     ValueError if `split` has `train` in it, a split is missing or has no such row, or both classes are not there.
@@ -77,7 +77,7 @@ def score_gbdt(
 
 
 def _cut_by_time(examples: Examples, task: str) -> tuple[Examples, Examples]:
-    """The earlier and the latest part; requests of one second stay together."""
+    """Splits into the earlier and the latest part; requests of one second stay together."""
     is_tail_N = examples.time_s_N >= np.quantile(examples.time_s_N, 1 - TAIL_SHARE, method="higher")
     if is_tail_N.all():
         raise ValueError(
@@ -96,9 +96,9 @@ def _check_classes(examples: Examples, name: str, task: str) -> None:
 
 
 def _boost(fit: Examples, options: dict, num_trees: int, stop: Examples | None = None):
-    """A fitted lightgbm.Booster; with `stop` it has the trees up to the least log loss on those rows."""
+    """Fits a lightgbm.Booster; with `stop` it keeps the trees up to the least log loss on those rows."""
     try:
-        import lightgbm  # here: loading it takes a second that only this baseline should cost
+        import lightgbm  # imported here, because only this baseline should take the second that loading it costs
     except OSError as error:
         raise ValueError(f"LightGBM cannot be loaded ({error}); it needs OpenMP: apt-get install libgomp1") from error
     features_NF, names = gbdt_features.matrix(fit, counted=fit)

@@ -1,7 +1,7 @@
-"""Columns that the boosted trees see, worked out from any prepared data set: nothing here knows one of them by name.
+"""Computes the features of the boosted trees from any prepared data set, without knowing its columns by name.
 
-Labels enter in one way only: the rate of an index (or of the user) over rows with a strictly earlier request than the
-row that it describes. So no row's label, nor one of the same request, is in its own features.
+Labels enter in one way only: as the rate of an index (or of the user) over rows whose request is strictly earlier than
+that of the row described. So the features of a row contain neither its own label nor one of the same request.
 
 Shape letters: B requests of one Parquet batch, N candidates, M elements of all candidates (N, or more in a bag),
 H elements of all histories, V rows of a table.
@@ -13,6 +13,7 @@ import os
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from scipy.special import logit
 
 from gpsd_dist import schema
 from gpsd_dist.baselines import rows
@@ -23,21 +24,20 @@ PSEUDO_COUNTS = 20.0  # weight of the overall rate in each index's rate, as in t
 
 @dataclasses.dataclass(frozen=True)
 class Elements:
-    """Indices of every candidate: one, or any number in a bag."""
+    """Holds the indices of every candidate: one, or any number in a bag."""
 
     value_M: np.ndarray  # int64, candidate after candidate
     length_N: np.ndarray  # int64, elements of each candidate
 
     def candidate_M(self) -> np.ndarray:
-        """Which candidate an element belongs to."""
+        """Returns the candidate that each element belongs to."""
         return np.repeat(np.arange(len(self.length_N)), self.length_N)
 
     def select(self, is_used_N: np.ndarray) -> "Elements":
-        """Of the chosen candidates only."""
         return Elements(self.value_M[np.repeat(is_used_N, self.length_N)], self.length_N[is_used_N])
 
     def reduce(self, ufunc: np.ufunc, value_M: np.ndarray) -> np.ndarray:
-        """`ufunc` (add, minimum, maximum) over the elements of each candidate; NaN where there are none."""
+        """Reduces the elements of each candidate by `ufunc` (add, minimum, maximum); NaN where there are none."""
         result_N = np.full(len(self.length_N), np.nan)
         is_filled_N = self.length_N > 0
         if is_filled_N.any():
@@ -46,24 +46,21 @@ class Elements:
         return result_N
 
     def mean(self, value_M: np.ndarray) -> np.ndarray:
-        """Mean over the elements of each candidate; NaN where there are none."""
         return self.reduce(np.add, value_M) / np.maximum(self.length_N, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Candidates of a split that count for a task, with all that is known of them but label rates."""
+    """Holds candidates of a split that count for a task, with all features but label rates."""
 
     label_N: np.ndarray  # uint8, 0 or 1
     user_hash_N: np.ndarray  # int64
     time_s_N: np.ndarray  # int64, of the request
     columns: dict[str, np.ndarray]  # feature -> float32 [N]; NaN for missing
-    keys: dict[str, Elements]
-    """What gets a label rate: the user, and features of a large vocabulary or with several indices."""
+    keys: dict[str, Elements]  # get a label rate: the user, features of a large vocabulary, bags
     categories: frozenset[str]  # those of `columns` that hold an index
 
     def select(self, is_used_N: np.ndarray) -> "Examples":
-        """The chosen candidates only."""
         return dataclasses.replace(
             self,
             label_N=self.label_N[is_used_N],
@@ -75,7 +72,7 @@ class Examples:
 
 
 def read_examples(data_dir: str | os.PathLike, manifest: schema.Manifest, split: str, task: str) -> Examples:
-    """Every candidate of a split that counts for the task, in file order. Needs memory for all of its columns.
+    """Reads every candidate of a split that counts for the task, in file order; all columns must fit into memory.
 
     ValueError if the split, the task or a column is not there, or no candidate counts.
     """
@@ -100,12 +97,12 @@ def read_examples(data_dir: str | os.PathLike, manifest: schema.Manifest, split:
 
 
 def _shared(manifest: schema.Manifest) -> list[schema.Feature]:
-    """Categorical features of both candidates and history tokens."""
+    """Lists categorical features that candidates and history tokens have."""
     return [f for f in manifest.features_in("candidate") if "history" in f.places and f.table is not None]
 
 
 def concatenated(parts: list[Examples]) -> Examples:
-    """One after the other."""
+    """Concatenates examples in order."""
     columns, keys = parts[0].columns, parts[0].keys
     return Examples(
         np.concatenate([part.label_N for part in parts]),
@@ -124,7 +121,7 @@ def concatenated(parts: list[Examples]) -> Examples:
 
 
 class _Batch:
-    """Columns of the candidates of one Parquet batch."""
+    """Collects columns of the candidates of one Parquet batch."""
 
     def __init__(self, batch: pa.RecordBatch, manifest: schema.Manifest, num_candidates_B: np.ndarray):
         self.batch, self.manifest, self.num_candidates_B = batch, manifest, num_candidates_B
@@ -137,7 +134,7 @@ class _Batch:
         self.columns["history:length"] = self.history_length_B[self.row_N]
 
     def add_feature(self, place: str, feature: schema.Feature) -> None:
-        """A number as it is, a small vocabulary as a category, anything else as a key that gets a label rate."""
+        """Adds a number as it is, a small vocabulary as a category, anything else as a key that gets a label rate."""
         name = f"{place}.{feature.name}"
         elements = self._elements(place, feature)
         if feature.table is None:
@@ -151,12 +148,15 @@ class _Batch:
             self.columns[f"{name}:size"] = elements.length_N
 
     def add_matches(self, feature: schema.Feature, num_table_rows: int) -> None:
-        """How often the candidate's index is in the history, its share of the tokens, and how many tokens ago it
-        was the last time (1: the latest; NaN: never). Of a bag, the best of its elements. Unknown never matches.
+        """Counts how often the candidate's index is in the history, its share of the tokens, and its age in tokens.
+
+        Age 1 is the latest token, NaN never. A bag takes the best of its elements. Unknown never matches.
         """
         value_H, row_H, age_H = self._history(feature)
         code_H = row_H * num_table_rows + value_H
-        known_H = (value_H >= schema.NUM_RESERVED_ROWS)[::-1]  # latest first: np.unique then finds the latest
+        known_H = (value_H >= schema.NUM_RESERVED_ROWS)[
+            ::-1
+        ]  # latest first, because np.unique returns the first place of each code
         code_K, first_K, count_K = np.unique(code_H[::-1][known_H], return_index=True, return_counts=True)
         age_K = age_H[::-1][known_H][first_K]
         elements = self._elements("candidate", feature)
@@ -170,12 +170,12 @@ class _Batch:
         self.columns[f"{name}_age"] = np.where(np.isinf(age_N), np.nan, age_N)
 
     def add_popularity(self, feature: schema.Feature, counts_V: np.ndarray) -> None:
-        """log(1 + events of the index in the pretraining histories); the mean over a bag."""
+        """Adds log(1 + events of the index in the pretraining histories); the mean over a bag."""
         elements = self._elements("candidate", feature)
         self.columns[f"{feature.name}:log_popularity"] = elements.mean(np.log1p(counts_V)[elements.value_M])
 
     def examples(self, label_N: np.ndarray) -> Examples:
-        """All candidates, used or not; a label that was not observed is 0."""
+        """Returns all candidates, used or not; a label that was not observed is 0."""
         user_hash_N = self.batch["user_hash"].to_numpy(zero_copy_only=False)[self.row_N]
         return Examples(
             (label_N == 1).astype(np.uint8),
@@ -191,7 +191,7 @@ class _Batch:
         return Elements(*rows.elements_per_candidate(column, feature, place, self.num_candidates_B))
 
     def _history(self, feature: schema.Feature) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Value, row and age (1: latest token) of every element of the histories, oldest token first."""
+        """Returns value, row and age (1: latest token) of every element of the histories, oldest token first."""
         length_B = self.history_length_B
         row_T = np.repeat(np.arange(len(length_B)), length_B)
         age_T = np.cumsum(length_B)[row_T] - np.arange(len(row_T))
@@ -204,7 +204,7 @@ class _Batch:
 
 
 def matrix(examples: Examples, counted: Examples) -> tuple[np.ndarray, list[str]]:
-    """Features float32 [N, F] of `examples`, and their names.
+    """Computes the features of `examples`, float32 [N, F], and their names.
 
     Label rates count the rows of `counted` that are strictly earlier than the row described; both may be the same.
     """
@@ -214,7 +214,7 @@ def matrix(examples: Examples, counted: Examples) -> tuple[np.ndarray, list[str]
         rows_M, positives_M = _earlier(examples, elements, counted, counted.keys[name])
         prior_M = prior_N[elements.candidate_M()]
         rate_M = (positives_M + PSEUDO_COUNTS * prior_M) / (rows_M + PSEUDO_COUNTS)
-        columns[f"{name}:log_odds"] = elements.mean(_log_odds(rate_M) - _log_odds(prior_M))
+        columns[f"{name}:log_odds"] = elements.mean(logit(rate_M) - logit(prior_M))
         columns[f"{name}:log_count"] = elements.mean(np.log1p(rows_M))
     names = list(columns)
     return np.column_stack([columns[name] for name in names]).astype(np.float32), names
@@ -223,7 +223,7 @@ def matrix(examples: Examples, counted: Examples) -> tuple[np.ndarray, list[str]
 def _earlier(
     examples: Examples, elements: Elements, counted: Examples, counted_elements: Elements
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For every element: rows and positives of `counted` with the same value and a strictly earlier request, [M]."""
+    """Counts rows and positives of `counted` with an element's value and a strictly earlier request, both [M]."""
     time_T = np.unique(counted.time_s_N)
     value_K, index_C = np.unique(counted_elements.value_M, return_inverse=True)
     from_C = counted_elements.candidate_M()
@@ -240,20 +240,15 @@ def _earlier(
 
 
 def _earlier_rate(examples: Examples, counted: Examples) -> np.ndarray:
-    """Share of positives among all strictly earlier rows of `counted`, smoothed towards one half, [N]."""
-    one_key = [
-        Elements(np.zeros(len(e.label_N), np.int64), np.ones(len(e.label_N), np.int64)) for e in (examples, counted)
-    ]
-    rows_N, positives_N = _earlier(examples, one_key[0], counted, one_key[1])
+    """Computes the share of positives among strictly earlier rows of `counted`, smoothed towards one half, [N]."""
+    lengths = (len(examples.label_N), len(counted.label_N))
+    here, there = (Elements(np.zeros(length, np.int64), np.ones(length, np.int64)) for length in lengths)
+    rows_N, positives_N = _earlier(examples, here, counted, there)
     return (positives_N + 0.5 * PSEUDO_COUNTS) / (rows_N + PSEUDO_COUNTS)
 
 
 def _find(known_K: np.ndarray, value_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Place of each value among the sorted distinct known ones, and whether it is there; K where it is beyond."""
+    """Finds each value among the sorted distinct known ones; returns its place (or K) and whether it is known."""
     place_M = np.searchsorted(known_K, value_M)
     is_found_M = np.append(known_K, 0)[place_M] == value_M
     return place_M, is_found_M & (place_M < len(known_K))
-
-
-def _log_odds(rate: np.ndarray) -> np.ndarray:
-    return np.log(rate) - np.log1p(-rate)

@@ -1,4 +1,4 @@
-"""Popularity as a next-item ranker: the floor of a pretrained model, ranked exactly as one is."""
+"""Ranks next items by popularity, in the way a pretrained model is ranked, which has to beat it."""
 
 import os
 
@@ -19,11 +19,11 @@ def rank_by_popularity(
     rank_cut: int | None = None,
     max_history_length: int | None = None,
 ) -> dict[str, float | int]:
-    """hr@K, ndcg@K, mrr and rows of ranking every item by its number of events in the `pretrain` histories.
+    """Ranks every item by its number of events in the `pretrain` histories; returns hr@K, ndcg@K, mrr and rows.
 
-    Targets, and what does not compete, are those of a pretrained model: the positives of the first task, against all
-    items but those in the request's history: its last `max_history_length` events, those that a model with this
-    option sees, or None: all that are stored. Ties count against the target.
+    Targets are the positives of the first task, as for a pretrained model. They compete with all items but those in the
+    request's history: its last `max_history_length` events, which a model with this option sees, or, for None, all
+    stored ones. Ties count against the target.
     """
     name, label = manifest.item_feature, f"label.{manifest.tasks[0].name}"
     counts_V = torch.from_numpy(pretrain_counts(data_dir, manifest, manifest.feature(name)))
@@ -44,7 +44,7 @@ def rank_by_popularity(
 
 
 def _excluded(history_P: pa.ListArray, max_length: int | None) -> Excluded:
-    """The last `max_length` items of every query's history."""
+    """Collects the last `max_length` items of every query's history."""
     length_P = pc.list_value_length(history_P).to_numpy()
     item_N = pc.list_flatten(history_P).to_numpy(zero_copy_only=False)
     if max_length is not None:

@@ -1,13 +1,14 @@
-"""Baselines without a model: smoothed label rates per item, user and tab, and popularity.
+"""Scores candidates without a model: by smoothed label rates per item, user and tab, and by popularity.
 
-They are the floor a model has to clear. They read the Parquet files of a prepared data set with pyarrow and numpy and
-return the same `Predictions` as a model.
+A model has to beat these baselines. They read the Parquet files of a prepared data set and return `Predictions`, as a
+model does.
 """
 
 import collections.abc
 import os
 
 import numpy as np
+from scipy.special import logit
 
 from gpsd_dist import schema
 from gpsd_dist.baselines.rows import USER_KEY, predictions, pretrain_counts, read_rows
@@ -27,10 +28,10 @@ def score_rates(
     fit_splits: collections.abc.Sequence[str] | None = None,
     pseudo_counts: float = PSEUDO_COUNTS,
 ) -> Predictions:
-    """Logits of naive Bayes kind: global log-odds plus, for each key, how far its smoothed log-odds are from that.
+    """Adds to the global log-odds, for each key, how far its smoothed log-odds are from them, like naive Bayes.
 
     A key's rate is (positives + pseudo_counts * global rate) / (rows + pseudo_counts). Rows where the label is not
-    observed, or the task's condition is not 1, neither count nor are scored.
+    observed, or the task's condition is not 1, are neither counted nor scored.
 
     Args:
         data_dir: folder of `manifest`.
@@ -54,7 +55,7 @@ def score_rates(
         raise ValueError(f"task {task!r}: {fit_splits} have {int(label_N.sum())} positives of {len(label_N)} rows")
     global_rate = label_N.mean()
     scored = read_rows(data_dir, manifest, split, task, keys)
-    logit_N = np.full(len(scored.label_N), _log_odds(global_rate))
+    logit_N = np.full(len(scored.label_N), logit(global_rate))
     for key in keys:
         key_K, index_N = np.unique(np.concatenate([part.keys[key] for part in parts]), return_inverse=True)
         rows_K = np.bincount(index_N, minlength=len(key_K))
@@ -62,15 +63,15 @@ def score_rates(
         rate_K = (positives_K + pseudo_counts * global_rate) / (rows_K + pseudo_counts)
         place_N = np.searchsorted(key_K, scored.keys[key]).clip(max=len(key_K) - 1)
         is_seen_N = key_K[place_N] == scored.keys[key]
-        logit_N += np.where(is_seen_N, _log_odds(rate_K[place_N]) - _log_odds(global_rate), 0.0)
+        logit_N += np.where(is_seen_N, logit(rate_K[place_N]) - logit(global_rate), 0.0)
     return predictions("logit", logit_N, scored.label_N, scored.user_hash_N)
 
 
 def score_popularity(data_dir: str | os.PathLike, manifest: schema.Manifest, split: str, task: str) -> Predictions:
-    """log(1 + count) of the candidate item: its events in the `pretrain` histories and its positives in `train`.
+    """Scores a candidate item by log(1 + count): events in the `pretrain` histories plus positives in `train`.
 
-    The positives are those of the first task; they are left out where `train` itself is scored. A plain score: it
-    orders rows and has no probability.
+    The positives are those of the first task; they are left out where `train` itself is scored. The score orders rows,
+    but is no probability.
     """
     counts_V = pretrain_counts(data_dir, manifest, manifest.feature(manifest.item_feature))
     item_key = f"candidate.{manifest.item_feature}"
@@ -90,7 +91,7 @@ def _default_keys(manifest: schema.Manifest) -> tuple[str, ...]:
 
 
 def _fit_splits(split: str, fit_splits: collections.abc.Sequence[str] | None) -> tuple[str, ...]:
-    """What to count on, for a split or several ("valid+test"): by default all of FIT_SPLITS but what is scored."""
+    """Chooses the splits to count on for a split or several ("valid+test"): by default FIT_SPLITS without those."""
     scored = set(split.split("+"))
     if fit_splits is None:
         fit_splits = FIT_SPLITS[:1] if FIT_SPLITS[1] in scored else FIT_SPLITS
@@ -98,7 +99,3 @@ def _fit_splits(split: str, fit_splits: collections.abc.Sequence[str] | None) ->
     if scored & counted:
         raise ValueError(f"split {split!r} cannot be scored with rates counted on itself, fit splits are {fit_splits}")
     return tuple(fit_splits)
-
-
-def _log_odds(rate):
-    return np.log(rate) - np.log1p(-rate)

@@ -1,4 +1,4 @@
-"""Every baseline by name, and their metrics: the floor that a model has to clear."""
+"""Names every baseline and computes its metrics, which a model has to beat."""
 
 import collections.abc
 import functools
@@ -30,11 +30,11 @@ def evaluate_baseline(
     rank_cut: int | None = None,
     max_history_length: int | None = None,
 ) -> dict[str, dict[str, float | int]]:
-    """Metrics per task (all tasks by default) of the baseline `name`, one of NAMES, on one split.
+    """Computes metrics per task (all tasks by default) of the baseline `name`, one of NAMES, on one split.
 
-    The same keys as a model's: `metrics.classification.classification_metrics`, or for NEXT_ITEM, which alone has
-    `rank_cut` and `max_history_length`, {"next_item": hr@K, ndcg@K, mrr}. ValueError for an unknown name, split or
-    task.
+    The keys are a model's: those of `metrics.classification.classification_metrics`, or for NEXT_ITEM, which alone
+    reads `rank_cut` and `max_history_length`, {"next_item": hr@K, ndcg@K, mrr}. ValueError for an unknown name, split
+    or task.
     """
     if name not in NAMES:
         raise ValueError(f"there is no baseline {name!r}; choose one of {sorted(NAMES)}")

@@ -1,4 +1,4 @@
-"""Reads the candidates of one split that count for a task, with pyarrow and numpy: what every baseline starts from.
+"""Reads the candidates of one split that count for a task, with pyarrow and numpy, for every baseline.
 
 Shape letters: B requests of one Parquet batch, N candidates, M elements of all candidates (N, or more in a bag).
 """
@@ -19,12 +19,12 @@ from gpsd_dist.metrics.classification import Predictions
 
 USER_KEY = "user"
 MAX_COUNTED_ROWS = 2**31  # 16 GiB of counters
-_BATCH_ROWS = 8192  # bounds the memory of what is worked out per batch
+_BATCH_ROWS = 8192  # bounds the memory that a batch takes
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Candidates of one split that count for a task."""
+    """Holds the candidates of one split that count for a task."""
 
     label_N: np.ndarray  # uint8, 0 or 1
     user_hash_N: np.ndarray  # int64
@@ -32,14 +32,14 @@ class Rows:
 
 
 def predictions(kind: str, score_N: np.ndarray, label_N: np.ndarray, user_hash_N: np.ndarray) -> Predictions:
-    """One score per candidate, with its label and user."""
+    """Makes Predictions with one score per candidate, its label and user."""
     made = Predictions(kind)
     made.add(score_N, label_N, user_hash_N)
     return made
 
 
 def pretrain_counts(data_dir: str | os.PathLike, manifest: schema.Manifest, feature: schema.Feature) -> np.ndarray:
-    """How often each index of a token feature occurs in the pretraining histories, int64 [rows of its table].
+    """Counts how often each index of a token feature occurs in the pretraining histories, int64 [rows of its table].
 
     Zeros if the data set has no pretraining split.
     """
@@ -59,10 +59,9 @@ def pretrain_counts(data_dir: str | os.PathLike, manifest: schema.Manifest, feat
 def read_batches(
     data_dir: str | os.PathLike, manifest: schema.Manifest, split: str, columns: collections.abc.Sequence[str]
 ) -> collections.abc.Iterator[pa.RecordBatch]:
-    """Row batches of one split, in file order. ValueError names a file that is missing, broken or of another schema,
-    or holds a value that breaks the contract.
+    """Yields row batches of one split, in file order. Ids of a table without a vocabulary are hashed to its rows.
 
-    Ids of a table without a vocabulary come as rows, hashed into the table's size in the manifest.
+    ValueError names a file that is missing, broken or of another schema, or holds a value that breaks the contract.
     """
     data = ParquetSplit(os.fspath(data_dir), manifest, split, columns, cache_bytes=0)
     with contextlib.closing(data):
@@ -77,13 +76,12 @@ def read_batches(
 
 
 def _check_values(column: pa.Array, name: str, manifest: schema.Manifest) -> None:
-    """No null but in labels and times, indices inside their table, labels 0, 1 or null."""
+    """Checks that only labels and times hold nulls, indices lie inside their table, labels are 0, 1 or null."""
     place, _, rest = name.partition(".")
     values = column
     while pa.types.is_list(values.type):
-        if (
-            values.null_count and place != "context" and not pa.types.is_list(column.type.value_type)
-        ):  # a bag may be null
+        may_be_null = place == "context" or pa.types.is_list(column.type.value_type)  # a bag may be null
+        if values.null_count and not may_be_null:
             raise ValueError(f"column {name!r} has {values.null_count} nulls where a list belongs")
         values = pc.list_flatten(values)
     if place == "label":
@@ -112,7 +110,7 @@ def _with_hashed_ids(batch: pa.RecordBatch, manifest: schema.Manifest) -> pa.Rec
 
 
 def _hashed(values: pa.Array, num_rows: int) -> pa.Array:
-    """The same lists with rows for ids; a null stays null."""
+    """Replaces ids by rows in lists of any depth; a null stays null."""
     if pa.types.is_list(values.type):
         inner = _hashed(values.flatten(), num_rows)
         lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False)
@@ -127,7 +125,7 @@ def _hashed(values: pa.Array, num_rows: int) -> pa.Array:
 def read_rows(
     data_dir: str | os.PathLike, manifest: schema.Manifest, split: str, task_name: str, keys: tuple[str, ...]
 ) -> Rows:
-    """Every candidate of a split that counts for the task, flattened, with the values of `keys`."""
+    """Reads every candidate of a split that counts for the task, with the values of `keys`."""
     key_columns = [key for key in keys if key != USER_KEY]
     parts = []
     for batch in read_batches(data_dir, manifest, split, task_columns(manifest, task_name, key_columns)):
@@ -143,7 +141,7 @@ def read_rows(
 
 
 def find_task(manifest: schema.Manifest, name: str) -> schema.Task:
-    """The task of that name; ValueError lists the known ones."""
+    """Finds the task of that name; ValueError lists the known ones."""
     tasks = {task.name: task for task in manifest.tasks}
     if name not in tasks:
         raise ValueError(f"the data set has no task {name!r}; it has {list(tasks)}")
@@ -151,21 +149,21 @@ def find_task(manifest: schema.Manifest, name: str) -> schema.Task:
 
 
 def task_columns(manifest: schema.Manifest, task_name: str, others: collections.abc.Iterable[str] = ()) -> list[str]:
-    """Columns that a task needs (user, its label, the label it is given), and `others`, each once."""
+    """Lists columns that a task needs (user, its label, the label it is conditioned on) and `others`, each once."""
     task = find_task(manifest, task_name)
     given = [f"label.{task.given}"] if task.given else []
     return list(dict.fromkeys(["user_hash", f"label.{task_name}", *given, *others]))
 
 
 def candidates_per_row(batch: pa.RecordBatch, task_name: str) -> np.ndarray:
-    """Number of candidates of each request, int [B]."""
+    """Counts the candidates of each request, int [B]."""
     return pc.list_value_length(batch[f"label.{task_name}"]).to_numpy(zero_copy_only=False)
 
 
 def used_candidates(batch: pa.RecordBatch, manifest: schema.Manifest, task_name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Label of every candidate, float [N] with NaN for not observed, and whether it counts, bool [N].
+    """Returns the label of every candidate, float [N] with NaN for not observed, and whether it counts, bool [N].
 
-    One counts if its label is observed and the label that the task is given, if any, is 1.
+    A candidate counts if its label is observed and the label that the task is conditioned on, if any, is 1.
     """
     num_candidates_B = candidates_per_row(batch, task_name)
     label_N = per_candidate(batch[f"label.{task_name}"], f"label.{task_name}", num_candidates_B)
@@ -177,7 +175,7 @@ def used_candidates(batch: pa.RecordBatch, manifest: schema.Manifest, task_name:
 
 
 def per_candidate(column: pa.Array, name: str, num_candidates_B: np.ndarray) -> np.ndarray:
-    """Values of a column, one per candidate: lists flattened, values of a row repeated. Floats hold null as NaN."""
+    """Flattens lists to one value per candidate and repeats values of a row. Floats hold null as NaN."""
     if pa.types.is_list(column.type):
         column = _flat(column, name, num_candidates_B)
         if pa.types.is_nested(column.type):
@@ -189,8 +187,9 @@ def per_candidate(column: pa.Array, name: str, num_candidates_B: np.ndarray) -> 
 def elements_per_candidate(
     column: pa.Array, feature: schema.Feature, place: str, num_candidates_B: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Elements of a candidate or context column: value [M] and length [N] of every candidate; all lengths are 1 but
-    in bags. A row's value, or bag, is repeated for each of its candidates.
+    """Flattens a candidate or context column: values [M] and lengths of candidates [N], all 1 but for bags.
+
+    A value, or bag, of a row is repeated for each of its candidates.
     """
     if place == "candidate":
         column = _flat(column, f"candidate.{feature.name}", num_candidates_B)
