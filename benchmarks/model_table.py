@@ -22,7 +22,7 @@ import time
 
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.config.gin_cli import load_run_config
-from gpsd_dist.model.registry import TOWERS
+from gpsd_dist.config.model import MODELS
 from gpsd_dist.scaling.ladder import Training
 from gpsd_dist.scaling.runs import differences, execute, is_trained, parameters_of, read_result, replace_file
 
@@ -71,7 +71,7 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
         for strategy in args.strategies:
             row = Row(model, strategy, args)
             name = Row(model, "NT", args).tuning(args.rates[0]).run.model.name
-            if strategy.startswith("FT") and not TOWERS[name].is_generative:
+            if strategy.startswith("FT") and not MODELS[name].is_generative:
                 print(f"{model} {strategy}: {name} cannot be pretrained, so there is no tower to take over", flush=True)
                 continue
             rows.append(row)

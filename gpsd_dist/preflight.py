@@ -1,24 +1,82 @@
 """Checks whether a run fits its data set and its model before anything is built; needs no process group.
 
-Rules of one option stand beside it, in `config/`; rules between options are in `RunConfig`; those that need the
-manifest or the model are here.
+Rules of one option stand beside it, and rules between options in `config/run.py`. Rules that need the manifest are
+here, with those that only training has: an older run whose options break them can still be evaluated.
 """
 
+import collections.abc
 import logging
 
 from gpsd_dist.config import RunConfig
-from gpsd_dist.config.execution import BLOCK_MODELS
+from gpsd_dist.config.model import MODELS, models_with
 from gpsd_dist.schema import Manifest
 from gpsd_dist.stages.registry import find
 from gpsd_dist.tables.collections import lookup_tables
 
 log = logging.getLogger(__name__)
+_Problems = collections.abc.Iterator[str]
+
+
+def _padding_suits_the_model(run: RunConfig, manifest: Manifest) -> _Problems:
+    """Other towers are not built for the packing of a padded batch."""
+    able = models_with("takes_padded_batches")
+    if run.execution.token_multiple and run.model.name not in able:
+        yield f"token_multiple with model {run.model.name!r}: only the {', '.join(able)} runs on padded batches"
+
+
+def _checkpointed_models_have_blocks(run: RunConfig, manifest: Manifest) -> _Problems:
+    """Activation checkpointing keeps the input of a block: without blocks it would change nothing."""
+    if run.execution.activation_checkpointing and not MODELS[run.model.name].has_blocks:
+        given, able = f"activation_checkpointing with model {run.model.name!r}", ", ".join(models_with("has_blocks"))
+        yield f"{given}: it has no blocks to compute again, only {able} have"
+
+
+def _managed_tables_are_not_looked_up_ahead(run: RunConfig, manifest: Manifest) -> _Problems:
+    """The map of a managed table gives an id its row during the step itself, which sparse_dist runs ahead of."""
+    managed = sorted(name for name, kind in manifest.unbounded.items() if kind == "managed")
+    if run.execution.pipeline == "sparse_dist" and managed:
+        yield (
+            f"pipeline 'sparse_dist' looks rows up ahead of their step, and those of the managed tables {managed} are "
+            "known in it only: leave ExecutionConfig.pipeline at 'plain', or build the data with --hashed_features"
+        )
+
+
+def _managed_tables_are_whole(run: RunConfig, manifest: Manifest) -> _Problems:
+    """A row that changes hands is emptied with its optimizer state: see `tables_kept_whole`."""
+    for table in sorted(tables_kept_whole(run, manifest)):
+        if run.tables.sharding.get(table) == "column_wise":
+            yield f"table {table!r} has managed ids and is column_wise; make it row_wise or table_wise"
+
+
+def _validation_has_rows(run: RunConfig, manifest: Manifest) -> _Problems:
+    """Early stopping and a best checkpoint would wait for a validation that never comes."""
+    if manifest.split("valid").num_rows == 0 and (run.train.patience or run.train.best_metric):
+        given = f"patience {run.train.patience} and best_metric {run.train.best_metric!r}"
+        yield f"{given} need a valid split, and that of {run.data_dir} has no rows: leave them out"
+
+
+def _validation_has_tasks(run: RunConfig, manifest: Manifest) -> _Problems:
+    """A validation without a task has no metric that could choose the best checkpoint."""
+    if manifest.split("valid").num_rows and not run.refit_of and not manifest.tasks:
+        yield f"{run.data_dir} has no task, so there is nothing to score in 'valid'"
+
+
+RULES = (
+    _padding_suits_the_model,
+    _checkpointed_models_have_blocks,
+    _managed_tables_are_not_looked_up_ahead,
+    _managed_tables_are_whole,
+    _validation_has_rows,
+    _validation_has_tasks,
+)
+"""Every rule between a run and its data set; a rule yields what is wrong, and what to do."""
 
 
 def check_options_against_data(run: RunConfig, manifest: Manifest) -> None:
-    """Warns of options without effect; ValueError for those that cannot be followed. Needs no process group."""
-    _check_against_model(run)
-    _check_against_tables(run, manifest)
+    """Warns of options without effect. One ValueError names all that cannot be followed."""
+    problems = [problem for rule in RULES for problem in rule(run, manifest)]
+    if problems:
+        raise ValueError("; ".join(problems))
     if run.data.max_history_length > manifest.max_history_length:
         log.warning(
             "max_history_length %d has no effect: the data was built with histories of at most %d",
@@ -28,41 +86,18 @@ def check_options_against_data(run: RunConfig, manifest: Manifest) -> None:
     for name in run.model.unread():
         log.warning("%s %s has no effect on model %r", name, getattr(run.model, name), run.model.name)
     if manifest.split("valid").num_rows == 0:
-        if run.train.patience or run.train.best_metric:
-            given = f"patience {run.train.patience} and best_metric {run.train.best_metric!r}"
-            raise ValueError(f"{given} need a valid split, and that of {run.data_dir} has no rows: leave them out")
         log.warning("%s has no valid rows: nothing is validated, and the last checkpoint counts", run.data_dir)
-    elif not run.refit_of and not manifest.tasks:
-        raise ValueError(f"{run.data_dir} has no task, so there is nothing to score in 'valid'")
     if run.finetune.esmm and not any(task.given for task in manifest.tasks):
         log.warning("esmm has no effect: no task of the data set is given another one")
 
 
 def tables_kept_whole(run: RunConfig, manifest: Manifest) -> set[str]:
-    """Looked-up tables that may not be column_wise: rows of managed ones change hands in training, and their optimizer
-    state, which is emptied then, is not by row if columns are on several ranks.
+    """Names the looked-up tables that may not be column_wise: trained ones with managed ids.
+
+    Their rows change hands in training, and the optimizer state, which is emptied then, is not by row if columns are on
+    several ranks.
     """
     tables = lookup_tables(manifest, run.tables, with_candidates=find(run.stage).with_candidates)
     looked_up = {table.name for table in tables}
     frozen = set(run.tables.transfer if run.freezes_tables else ())
     return {name for name, kind in manifest.unbounded.items() if kind == "managed"} & looked_up - frozen
-
-
-def _check_against_model(run: RunConfig) -> None:
-    if run.execution.token_multiple and run.model.name != "transformer":
-        raise ValueError(f"token_multiple with model {run.model.name!r}: only the transformer runs on padded batches")
-    if run.execution.activation_checkpointing and run.model.name not in BLOCK_MODELS:
-        given = f"activation_checkpointing with model {run.model.name!r}"
-        raise ValueError(f"{given}: it has no blocks to compute again, only {', '.join(BLOCK_MODELS)} have")
-
-
-def _check_against_tables(run: RunConfig, manifest: Manifest) -> None:
-    managed = sorted(name for name, kind in manifest.unbounded.items() if kind == "managed")
-    if run.execution.pipeline == "sparse_dist" and managed:
-        raise ValueError(
-            f"pipeline 'sparse_dist' looks rows up ahead of their step, and those of the managed tables {managed} are "
-            "known in it only: leave ExecutionConfig.pipeline at 'plain', or build the data with --hashed_features"
-        )
-    for table in sorted(tables_kept_whole(run, manifest)):
-        if run.tables.sharding.get(table) == "column_wise":
-            raise ValueError(f"table {table!r} has managed ids and is column_wise; make it row_wise or table_wise")

@@ -20,8 +20,6 @@ import typing
 
 import pyarrow as pa
 
-from gpsd_dist.validation import nests_deeper
-
 SCHEMA_VERSION = 1
 PADDING_INDEX = 0
 UNKNOWN_INDEX = 1
@@ -224,6 +222,15 @@ def read_manifest(data_dir: str | pathlib.Path) -> Manifest:
         return manifest_from_dict(raw)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; build the data set again") from error
+
+
+def nests_deeper(value: typing.Any, levels: int) -> bool:
+    """Says whether lists, tuples and dicts in `value` (a tree) stand in each other more than `levels` deep."""
+    layer = [value]
+    for _ in range(levels):
+        containers = [entry for entry in layer if isinstance(entry, dict | list | tuple)]
+        layer = [part for entry in containers for part in (entry.values() if isinstance(entry, dict) else entry)]
+    return any(isinstance(entry, dict | list | tuple) for entry in layer)
 
 
 def manifest_from_dict(raw: typing.Any) -> Manifest:

@@ -1,25 +1,117 @@
-"""Checks that options classes and files read from outside need. Neither gin nor torch is imported here."""
+"""Makes dataclasses that pydantic checks, and words what is wrong for a user. Imports neither gin nor torch."""
 
+import collections.abc
 import dataclasses
-import math
+import difflib
+import functools
 import reprlib
-import types
 import typing
+
+import pydantic
+
+AtLeast0 = typing.Annotated[int, pydantic.Field(ge=0)]
+AtLeast1 = typing.Annotated[int, pydantic.Field(ge=1)]
+NotNegative = typing.Annotated[float, pydantic.Field(ge=0)]
+Names = typing.Annotated[  # JSON has no tuples, and older gin files have lists too
+    tuple[str, ...], pydantic.BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+]
+MAY_CHANGE = {"may_change_on_resume": True}
+"""Metadata of an option that a resumed run may set anew, because no trained number depends on it."""
+_SIGNS = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
+_ABOUT_A_VALUE = {*_SIGNS, "value_error"}
+_T = typing.TypeVar("_T")
+_Rules = tuple[collections.abc.Callable[[typing.Any], collections.abc.Iterable[str]], ...]
 
 
 class UnknownOptions(ValueError):
     """A saved run has options that this version does not have. Its message says of which version they are."""
 
 
-def unknown(config: type, raw: typing.Mapping[str, typing.Any]) -> list[str]:
-    """Names in `raw` that are no fields of the dataclass."""
-    return sorted(set(raw) - {field.name for field in dataclasses.fields(config)})
+def did_you_mean(word: str, known: collections.abc.Iterable[str]) -> str:
+    """Suggests the known word that is spelt most like `word`: `; did you mean 'x'?`, or nothing if none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def one_of(choices: tuple[str, ...], **gone: str) -> pydantic.AfterValidator:
+    """Restricts a text to `choices`. `gone`: choices of earlier versions, and what to say of each."""
+
+    def check(value: str) -> str:
+        if value in gone:
+            raise ValueError(f"{value!r} {gone[value]}")
+        if value not in choices:
+            raise ValueError(f"{value!r} is not one of {choices}{did_you_mean(value, choices)}")
+        return value
+
+    return pydantic.AfterValidator(check)
+
+
+@typing.dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def checked(
+    *, rules: _Rules = (), frozen: bool = True, is_finite: bool = True
+) -> collections.abc.Callable[[type[_T]], type[_T]]:
+    """Makes a class a strict pydantic dataclass whose problems come in one ValueError, `Class: problem; problem`.
+
+    `rules` get the instance and yield what is wrong between its fields; they are asked where all types are right.
+    An int passes as a float, but no bool as a number. `is_finite`: nor does NaN or an infinity.
+    """
+
+    def decorate(cls: type[_T]) -> type[_T]:
+        strict = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=not is_finite)
+        made: typing.Any = pydantic.dataclasses.dataclass(frozen=frozen, config=strict)(cls)
+        validate = made.__init__
+
+        @functools.wraps(validate)
+        def init(self: typing.Any, *args: typing.Any, **kwargs: typing.Any) -> None:
+            errors = []
+            try:
+                validate(self, *args, **kwargs)
+            except pydantic.ValidationError as error:
+                errors = error.errors(include_url=False)
+                fields = dataclasses.fields(self)
+                given = dict(zip((field.name for field in fields), args, strict=False)) | kwargs
+                made_now = {f.name: f.default_factory() for f in fields if callable(f.default_factory)}
+                self.__dict__.update(made_now | given)  # for the rules: this instance reaches nobody else
+            problems = [_problem(made, self.__dict__, error) for error in errors]
+            if all(error["type"] in _ABOUT_A_VALUE for error in errors):
+                problems += [problem for rule in rules for problem in rule(self)]
+            if problems:
+                raise ValueError(f"{made.__name__}: {'; '.join(dict.fromkeys(problems))}")
+
+        made.__init__ = init
+        return typing.cast("type[_T]", made)
+
+    return decorate
+
+
+def _problem(config: type, given: dict[str, typing.Any], error: typing.Any) -> str:
+    """Words one of pydantic's errors: the option, what was given, what is expected."""
+    name, *inner = error["loc"]
+    where = str(name) + "".join(f"[{key!r}]" for key in inner)
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "missing":
+        return f"{name} is missing"
+    if kind.startswith("unexpected"):
+        return f"{name} is no option{did_you_mean(str(name), (f.name for f in dataclasses.fields(config)))}"  # type: ignore[arg-type]
+    if kind == "value_error":
+        return f"{where} {context['error']}"
+    if kind in _SIGNS:
+        (limit,) = context.values()
+        return f"{where} {reprlib.repr(error['input'])} must be {_SIGNS[kind]} {limit:g}"
+    hint = typing.get_type_hints(config)[name]
+    expected = "finite numbers" if kind == "finite_number" else getattr(hint, "__name__", hint)
+    return f"{name} is {reprlib.repr(given[name])}, expected {expected}"
+
+
+def unknown(config: type, raw: collections.abc.Mapping[str, typing.Any]) -> list[str]:
+    """Lists the names in `raw` that are no fields of the dataclass."""
+    return sorted(set(raw) - {field.name for field in dataclasses.fields(config)})  # type: ignore[arg-type]
 
 
 def check_known(config: type, raw: dict[str, typing.Any], gone: dict[str, str]) -> None:
-    """`raw`: a saved `config`, whose fields may be dataclasses. `gone`: "Class.option" -> what became of it.
+    """Refuses a saved `config`, whose fields may be dataclasses, for options that this version does not have.
 
-    UnknownOptions names the options that `config` does not have.
+    `gone`: "Class.option" -> what became of it. UnknownOptions says of which version the others are.
     """
     hints = typing.get_type_hints(config)
     names = [f"{config.__name__}.{name}" for name in unknown(config, raw)]
@@ -33,62 +125,3 @@ def check_known(config: type, raw: dict[str, typing.Any], gone: dict[str, str]) 
     if names:
         known = "; ".join(f"{name}: {gone[name]}" for name in names)
         raise UnknownOptions(f"written by an older version, with options that are gone ({known})")
-
-
-def below(config: typing.Any, name: str, minimum: float) -> list[str]:
-    """What is wrong with a number that is smaller than `minimum`; nothing otherwise."""
-    value = getattr(config, name)
-    return [f"{name} {value} must be >= {minimum}"] if isinstance(value, int | float) and value < minimum else []
-
-
-def check_types(config: typing.Any, *, is_finite: bool = True) -> None:
-    """Gin checks no types: `layers = 4.5` or `dropout = "0.1"` would get through. `is_finite`: nor may NaN."""
-    hints = typing.get_type_hints(type(config))
-    problems = []
-    for field in dataclasses.fields(config):
-        value, hint = getattr(config, field.name), hints[field.name]
-        if isinstance(value, list) and typing.get_origin(hint) is tuple:  # gin has no tuples in older files
-            value = tuple(value)
-            object.__setattr__(config, field.name, value)
-        if not _is_instance(value, hint):
-            problems.append(f"{field.name} is {reprlib.repr(value)}, expected {getattr(hint, '__name__', hint)}")
-        elif is_finite and not all(map(_is_finite, value.values() if isinstance(value, dict) else (value,))):
-            problems.append(f"{field.name} is {reprlib.repr(value)}, expected finite numbers")
-    raise_all(config, problems)
-
-
-def _is_finite(value: typing.Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-def nests_deeper(value: typing.Any, levels: int) -> bool:
-    """Whether lists, tuples and dicts in `value` (a tree) stand in each other more than `levels` deep."""
-    layer = [value]
-    for _ in range(levels):
-        containers = [entry for entry in layer if isinstance(entry, dict | list | tuple)]
-        layer = [part for entry in containers for part in (entry.values() if isinstance(entry, dict) else entry)]
-    return any(isinstance(entry, dict | list | tuple) for entry in layer)
-
-
-def _is_instance(value: typing.Any, hint: typing.Any) -> bool:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is typing.Any:
-        return True
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_is_instance(entry, arguments[0]) for entry in value)
-    if origin is dict:
-        entries = value.items() if isinstance(value, dict) else [(None, None)]
-        return all(_is_instance(k, arguments[0]) and _is_instance(v, arguments[1]) for k, v in entries)
-    if origin is types.UnionType:
-        return any(_is_instance(value, argument) for argument in arguments)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def raise_all(config: typing.Any, problems: list[str]) -> None:
-    """All problems of one dataclass at once."""
-    if problems:
-        raise ValueError(f"{type(config).__name__}: " + "; ".join(problems))

@@ -7,33 +7,8 @@ import typing
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.checkpoint.state import RunState, read_run
 from gpsd_dist.checkpoint.storage import Location
-from gpsd_dist.config import run_config_from_dict
+from gpsd_dist.config import RunConfig, run_config_from_dict
 
-_MAY_CHANGE_ON_RESUME = (
-    ("data_dir",),
-    ("output_dir",),
-    ("init_checkpoint",),
-    ("tables", "sharding"),
-    ("data", "num_threads"),
-    ("data", "prefetch"),
-    ("data", "eval_batch_rows_per_rank"),
-    ("train", "max_steps"),
-    ("train", "patience"),
-    ("train", "keep_last"),
-    ("train", "keep_every_hours"),
-    ("train", "async_checkpoints"),
-    ("train", "checkpoint_dir"),
-    ("train", "log_interval_steps"),
-    ("train", "save_interval_steps"),
-    ("train", "collective_timeout_s"),
-    ("train", "hang_timeout_s"),
-    ("train", "profile"),
-    ("execution", "activation_checkpointing"),
-    ("execution", "pipeline"),
-    ("execution", "dense_parallel"),
-    ("execution", "token_multiple"),
-    ("execution", "cuda_graphs"),
-)
 _SAME_DATA = ("features", "tables", "tasks", "splits")
 """Parts of the manifest that a run depends on; paths, commands and times of building may differ."""
 _OTHER_SPLITS = ("test", "holdout")
@@ -49,7 +24,7 @@ def check_resumable(
     """
     run, saved = (_plain(dataclasses.asdict(run_config_from_dict(part))) for part in (run, state.run_config))
     manifest = _plain(manifest)
-    changed = [change for _, change in _differences(run, saved)]
+    changed = list(_differences(RunConfig, run, saved))
     if changed:
         raise ValueError(
             f"{checkpoint} belongs to a run with other options ({'; '.join(changed)}); "
@@ -103,14 +78,14 @@ def _named_differences(part: str, mine: dict[str, typing.Any], theirs: dict[str,
 
 
 def _differences(
-    mine: dict[str, typing.Any], theirs: dict[str, typing.Any], path: tuple[str, ...] = ()
-) -> typing.Iterator[tuple[tuple[str, ...], str]]:
-    """Yields (path of an option, what it is in both) for every option that differs and may not."""
-    for key in sorted(set(mine) | set(theirs)):
-        here, there = mine.get(key), theirs.get(key)
-        if (*path, key) in _MAY_CHANGE_ON_RESUME:
+    config: type, mine: dict[str, typing.Any], theirs: dict[str, typing.Any], prefix: str = ""
+) -> typing.Iterator[str]:
+    """Says of every option that differs, and that may not change on resume, what it is in both."""
+    for field in dataclasses.fields(config):
+        here, there = mine[field.name], theirs[field.name]
+        if field.metadata.get("may_change_on_resume"):
             continue
-        if isinstance(here, dict) and isinstance(there, dict):
-            yield from _differences(here, there, (*path, key))
+        if dataclasses.is_dataclass(field.type):
+            yield from _differences(typing.cast(type, field.type), here, there, f"{field.name}.")
         elif here != there:
-            yield (*path, key), f"{'.'.join((*path, key))}: {there!r} there, {here!r} now"
+            yield f"{prefix}{field.name}: {there!r} there, {here!r} now"

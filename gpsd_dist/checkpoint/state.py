@@ -11,7 +11,7 @@ from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import run_config_from_dict
 from gpsd_dist.metrics.early_stopping import EarlyStopping
 from gpsd_dist.schema import manifest_from_dict
-from gpsd_dist.validation import UnknownOptions, check_types, unknown
+from gpsd_dist.validation import UnknownOptions, checked, unknown
 
 _MAX_STEPS = 2**62
 _WITH_ITS_VERSION = (
@@ -23,7 +23,7 @@ class OtherVersion(ValueError):
     """Raised where a file is whole, but has what this version does not know. That is no damage: no run falls back."""
 
 
-@dataclasses.dataclass(frozen=True)
+@checked(is_finite=False)
 class RunState:
     """Content of `run_state.json`."""
 
@@ -53,7 +53,6 @@ def read_state(checkpoint: Location) -> RunState:
         younger = unknown(RunState, raw)
         state = RunState(**{name: value for name, value in raw.items() if name not in younger})
         _check_version(path, younger)
-        check_types(state, is_finite=False)
         if not (_is_count(state.step) and state.world_size >= 1):
             raise ValueError(f"step {state.step}, world_size {state.world_size}")
     except OtherVersion:
@@ -76,7 +75,6 @@ def read_run(checkpoint: Location) -> RunState:
         _check_version(place, [f"progress.{name}" for name in unknown(EarlyStopping, state.progress)])
         manifest = dataclasses.asdict(manifest_from_dict(state.manifest))
         progress = EarlyStopping(**state.progress)
-        check_types(progress, is_finite=False)
         position, order = state.data_position, state.data_position.get("order")
         if not (_is_count(position.get("epoch")) and _is_count(position.get("step")) and isinstance(order, dict)):
             raise ValueError("data_position has no epoch, step and order")

@@ -15,7 +15,7 @@ import typing
 
 import fsspec
 
-from gpsd_dist.validation import nests_deeper
+from gpsd_dist.schema import nests_deeper
 
 _PROBE_NAME = ".probe"
 MAX_NAME_LENGTH = 255

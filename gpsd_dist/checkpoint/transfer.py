@@ -9,7 +9,7 @@ from gpsd_dist.checkpoint import growth, loading, manager
 from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import ModelConfig, RunConfig
-from gpsd_dist.config.model import READS
+from gpsd_dist.config.model import MODELS
 from gpsd_dist.parameter_names import BACKBONE, DENSE, IDS, TABLE, dense_weight, is_weight, small_table, table_weight
 from gpsd_dist.schema import Manifest
 
@@ -126,7 +126,7 @@ def _check_tower(run: RunConfig, state: manager.RunState, checkpoint: Location) 
             f"{run.strategy} copies the tower, but {checkpoint} is a {theirs['name']!r} and this run a "
             f"{run.model.name!r}; take the tables alone with STRATEGY ST or ST_SF"
         )
-    read = [name for name in _TOWER_OPTIONS if name in READS[run.model.name]]
+    read = [name for name in _TOWER_OPTIONS if name in MODELS[run.model.name].reads]
     saved = {name: theirs.get(name, getattr(ModelConfig, name)) for name in read}
     different = [
         f"{name} {value} there, {getattr(run.model, name)} here"

@@ -14,7 +14,8 @@ import gin
 from gin import config_parser
 
 from gpsd_dist import config
-from gpsd_dist.config.model import READS
+from gpsd_dist.config.model import MODELS
+from gpsd_dist.validation import did_you_mean
 
 MAX_FILE_BYTES = 2**20  # untuned: a config.gin takes some 5 kB
 _REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -30,7 +31,7 @@ for _cls in config.GIN_CLASSES:
 
 @dataclasses.dataclass(frozen=True)
 class ParsedRun:
-    """What the command line means."""
+    """Holds what the command line means."""
 
     run: config.RunConfig
     gin_text: str
@@ -38,9 +39,9 @@ class ParsedRun:
 
 
 def load_run_config(argv: list[str]) -> ParsedRun:
-    """Parses `argv`, builds the whole config tree once. ValueError for what has no effect or does not fit."""
+    """Parses `argv` and builds the whole config tree once. ValueError for what has no effect or does not fit."""
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, usage=_USAGE, description="Options: docstrings of gpsd_dist/config/run.py"
+        allow_abbrev=False, usage=_USAGE, description="Options: docstrings of the files in gpsd_dist/config"
     )
     parser.add_argument(
         "--gin_file", action="append", required=True, help="repeatable, later files win; the first may include"
@@ -83,7 +84,7 @@ def _join_values(argv: list[str]) -> list[str]:
 
 
 def _binding(override: str) -> str:
-    """`X=Y` -> gin's `X = Y`; a value that is neither a Python literal nor a gin reference is quoted."""
+    """Turns `X=Y` into gin's `X = Y`; a value that is neither a Python literal nor a gin reference is quoted."""
     name, value = override.split("=", 1)
     if not _NAME.fullmatch(name):
         raise ValueError(
@@ -98,14 +99,16 @@ def _binding(override: str) -> str:
 
 
 def _checked_file(file: str, is_first: bool) -> pathlib.Path:
-    """An existing file: as given, or relative to the repository."""
+    """Finds a file as given, or relative to the repository. ValueError if it is missing, or sets a name twice."""
     path = pathlib.Path(file).resolve()
     if not path.is_file():
         path = _REPO_ROOT / file
     if not path.is_file():
         folder = _REPO_ROOT / "configs"
         known = sorted(str(p.relative_to(_REPO_ROOT)) for p in folder.rglob("*.gin"))
-        raise ValueError(f"--gin_file {file} does not exist; there are {known}")
+        by_stem = {pathlib.Path(name).stem: name for name in known}
+        near = did_you_mean(by_stem.get(pathlib.Path(file).stem, file), known)
+        raise ValueError(f"--gin_file {file} does not exist{near}; there are {known}")
     text = _text_of(path)
     if not is_first and re.search(r"^\s*include\b", text, re.MULTILINE):
         raise ValueError(
@@ -126,7 +129,7 @@ def _text_of(path: pathlib.Path) -> str:
 
 @dataclasses.dataclass
 class _Scanned:
-    """What files and overrides say, before gin acts on it."""
+    """Collects what files and overrides say, before gin acts on it."""
 
     files: list[pathlib.Path] = dataclasses.field(default_factory=list)
     bindings: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
@@ -142,26 +145,32 @@ class _References(config_parser.ParserDelegate):
         self._where, self._scanned = where, scanned
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> str:
-        """`@scope/Class` or `@scope/Class()`."""
-        _check_is_ours(scoped_configurable_name.rsplit("/", 1)[-1], f"@{scoped_configurable_name}", self._where)
+        """Checks `@scope/Class` or `@scope/Class()`."""
+        _check_is_ours(scoped_configurable_name.rsplit("/", 1)[-1], "", f"@{scoped_configurable_name}", self._where)
         return scoped_configurable_name
 
     def macro(self, macro_name: str) -> str:
-        """`%NAME`"""
+        """Notes `%NAME`."""
         self._scanned.macros.setdefault(macro_name, self._where)
         return macro_name
 
 
-def _check_is_ours(selector: str, shown: str, where: str) -> None:
-    known = [cls.__name__ for cls in config.GIN_CLASSES]
-    if selector.removeprefix("gpsd_dist.") not in known:
+def _check_is_ours(selector: str, option: str, shown: str, where: str) -> None:
+    """Raises a ValueError for a class that is none of `config.GIN_CLASSES`, or an option that it does not have."""
+    classes = {cls.__name__: cls for cls in config.GIN_CLASSES}
+    name = selector.removeprefix("gpsd_dist.")
+    if name not in classes:
         raise ValueError(
-            f"{where}: {shown} is none of {known}; a configuration sets their fields, and calls nothing else"
+            f"{where}: {shown} is none of {list(classes)}{did_you_mean(name, classes)}; a configuration sets their "
+            "fields, and calls nothing else"
         )
+    options = [field.name for field in dataclasses.fields(classes[name])]
+    if option and option not in options:
+        raise ValueError(f"{where}: {name} has no option {option!r}{did_you_mean(option, options)}; it has {options}")
 
 
 def _scan_file(path: pathlib.Path, scanned: _Scanned) -> None:
-    """Of a file and what it includes."""
+    """Scans a file and what it includes."""
     scanned.files.append(path)
     for statement in _scan(_text_of(path), str(path), scanned):
         if isinstance(statement, config_parser.IncludeStatement):
@@ -177,7 +186,7 @@ def _scan_file(path: pathlib.Path, scanned: _Scanned) -> None:
 
 
 def _scan(text: str, where: str, scanned: _Scanned) -> list[typing.Any]:
-    """Statements of a text. ValueError for what a configuration has no use for, above all an import: it runs code."""
+    """Splits a text into statements. ValueError for what no configuration needs, above all an import: it runs code."""
     try:
         statements = list(config_parser.ConfigParser(text, _References(where, scanned)))
     except (SyntaxError, tokenize.TokenError, RecursionError, MemoryError, IndexError) as error:
@@ -185,9 +194,9 @@ def _scan(text: str, where: str, scanned: _Scanned) -> list[typing.Any]:
     for statement in statements:
         if isinstance(statement, config_parser.ImportStatement):
             raise ValueError(f"{where}: `{statement.format()}` is refused: a configuration imports nothing")
-        selector = getattr(statement, "selector", "")
-        if getattr(statement, "arg_name", "") or isinstance(statement, config_parser.BlockDeclaration):
-            _check_is_ours(selector, selector, where)
+        selector, option = getattr(statement, "selector", ""), getattr(statement, "arg_name", "")
+        if option or isinstance(statement, config_parser.BlockDeclaration):
+            _check_is_ours(selector, option, selector, where)
     if where.startswith("override") and len(statements) != 1:
         raise ValueError(f"{where}: an override sets one value, this is {len(statements)} statements")
     return statements
@@ -195,24 +204,31 @@ def _scan(text: str, where: str, scanned: _Scanned) -> list[typing.Any]:
 
 def _check_macros_are_set(scanned: _Scanned, bindings: list[str]) -> None:
     known = {name for _, name, _ in scanned.bindings} | {binding.split(" = ", 1)[0] for binding in bindings}
-    missing = [f"{where}: nothing sets %{n}" for n, where in scanned.macros.items() if n not in known | {_REQUIRED}]
+    macros = sorted(name for name in known if "." not in name)
+    missing = [
+        f"{where}: nothing sets %{name}{did_you_mean(name, macros)}"
+        for name, where in scanned.macros.items()
+        if name not in known | {_REQUIRED}
+    ]
     if missing:
-        raise ValueError(f"{'; '.join(missing)}; set macros are {sorted(name for name in known if '.' not in name)}")
+        raise ValueError(f"{'; '.join(missing)}; set macros are {macros}")
 
 
 def _explain(error: BaseException) -> str:
-    """Messages of gin, with what to do."""
+    """Adds what to do to a message of gin."""
     text = str(error).strip()
     names = re.findall(r"(\w+)/(?:gin\.)?macro\.value set to `%gin\.REQUIRED`", text)
-    if not names and re.search(r"missing \d+ required .*argument|Required bindings for", text):
+    if not names and "Required bindings for" in text:
         names = re.findall(r"'(\w+)'", text)
+    if not names and text.startswith("RunConfig: "):
+        names = re.findall(r"(?:^RunConfig:|;) (\w+) is missing", text)
     if names:
         return f"a required option is missing ({', '.join(names)}): set it with --gin.NAME=VALUE. gin says: {text}"
     return text
 
 
 def _check_overrides_are_read(bindings: list[str]) -> None:
-    """A misspelt macro or scope is silently accepted by gin: every override must show up in what was read.
+    """Refuses overrides that nothing reads, since gin silently accepts a misspelt macro or scope.
 
     One without a scope must reach a reader whose own scope does not set the field.
     """
@@ -225,13 +241,14 @@ def _check_overrides_are_read(bindings: list[str]) -> None:
         reached = readers & {(match["scope"], match["leaf"])} if match["scope"] else readers - set_in_scope
         if not reached:
             known = sorted({f"{scope}/{leaf}" if scope else leaf for scope, leaf in read})
+            near = did_you_mean(binding.split(" = ", 1)[0], known)
             raise ValueError(
-                f"override `{binding}` changed nothing: no such macro, scope or field is read; there are {known}"
+                f"override `{binding}` changed nothing: no such macro, scope or field is read{near}; there are {known}"
             )
 
 
 def _check_overrides_matter(bindings: list[str], run: config.RunConfig) -> None:
-    """What was typed for this run alone must change something that its model and stage compute with.
+    """Refuses an override that changes nothing that the model and the stage of this run compute with.
 
     Files are shared by models and stages, so what they set may go unread; so may the default.
     """
@@ -249,8 +266,8 @@ def _check_overrides_matter(bindings: list[str], run: config.RunConfig) -> None:
 
 
 def _without_effect(run: config.RunConfig) -> dict[str, str]:
-    """Class.field of what differs from its default but is not read -> why."""
-    reads = sorted(READS.get(run.model.name, frozenset()) - {"name"})
+    """Finds each Class.field that differs from its default but is not read, and says why."""
+    reads = sorted(MODELS[run.model.name].reads - {"name"})
     why = f"model {run.model.name!r} does not read it, of ModelConfig it reads {reads}"
     found = {f"ModelConfig.{name}": why for name in run.model.unread()}
     is_pretraining = run.stage == "pretrain"
@@ -261,7 +278,7 @@ def _without_effect(run: config.RunConfig) -> dict[str, str]:
 
 
 def _readers_of_macros() -> dict[str, set[str]]:
-    """Macro -> every Class.field, or other macro, whose value refers to it."""
+    """Maps a macro to every Class.field, or other macro, whose value refers to it."""
     text = gin.config_str()
     starts = list(_BINDING.finditer(text))
     readers: dict[str, set[str]] = {}
@@ -273,15 +290,17 @@ def _readers_of_macros() -> dict[str, set[str]]:
 
 
 def _check_files_are_read(scanned: _Scanned) -> None:
-    """What a file sets must be used: a misspelt macro or scope is silently accepted by gin."""
+    """Refuses what a file sets and nothing reads, since gin silently accepts a misspelt macro or scope."""
     read = {(match["scope"] or "", match["leaf"]) for match in _BINDING.finditer(gin.operative_config_str())}
+    macros = sorted(name for name in scanned.macros if name != _REQUIRED)
+    fields = sorted(f"{scope}/{leaf}" for scope, leaf in read if scope)
     problems = []
     for scope, name, where in scanned.bindings:
         is_macro = "." not in name
         leaf = name if is_macro else ".".join(name.split(".")[-2:])
         is_used = name in scanned.macros if is_macro else not scope or (scope, leaf) in read
         if not is_used:
-            problems.append(f"{where}: nothing reads {f'{scope}/{name}' if scope else name}")
+            full = f"{scope}/{name}" if scope else name
+            problems.append(f"{where}: nothing reads {full}{did_you_mean(full, [*macros, *fields])}")
     if problems:
-        known = sorted(name for name in scanned.macros if name != _REQUIRED)
-        raise ValueError(f"{'; '.join(problems)}: misspelt? There are the macros {known}")
+        raise ValueError(f"{'; '.join(problems)}; there are the macros {macros}")

@@ -1,10 +1,11 @@
 """Remembers the best validation of a run, and says when patience has run out."""
 
-import dataclasses
 import math
 
+from gpsd_dist.validation import checked
 
-@dataclasses.dataclass
+
+@checked(frozen=False, is_finite=False)
 class EarlyStopping:
     """Tracks the best validation. It is saved with every checkpoint; `best_step` names the best checkpoint."""
 

@@ -17,7 +17,6 @@ class DeepFM(nn.Module):
     """Outputs [interactions, fields] (`registry.Tower`). The deep part is the ranking MLP; interactions skip it."""
 
     reads_fields, has_segments, drops_inputs = True, False, False
-    is_generative, supervises_history = False, False
     direct_width = 1
 
     def __init__(self, num_fields: int, width: int):

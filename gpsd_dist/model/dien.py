@@ -74,7 +74,6 @@ class DIEN(nn.Module):
     """Outputs [final interest, sum of the history, its product with the candidate, candidate] (`registry.Tower`)."""
 
     reads_fields, has_segments, drops_inputs = True, False, False
-    is_generative, supervises_history = False, True
     direct_width = 0
 
     def __init__(self, num_fields: int, width: int, init_std: float = 0.02):

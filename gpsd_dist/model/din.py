@@ -69,7 +69,6 @@ class DIN(nn.Module):
     """Outputs [attended history, candidate] (`registry.Tower`)."""
 
     reads_fields, has_segments, drops_inputs = True, False, False
-    is_generative, supervises_history = False, False
     direct_width = 0
 
     def __init__(self, num_fields: int, width: int, init_std: float = 0.02):

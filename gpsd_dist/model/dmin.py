@@ -42,7 +42,6 @@ class DMIN(nn.Module):
     """Outputs [H interests, sum of the history, its product with the candidate, candidate] (`registry.Tower`)."""
 
     reads_fields, has_segments, drops_inputs = True, False, False
-    is_generative, supervises_history = False, True
     direct_width = 0
 
     def __init__(self, num_fields: int, width: int, heads: int, dropout: float = 0.0, init_std: float = 0.02):

@@ -13,18 +13,12 @@ from torch import nn
 
 from gpsd_dist.batch.batch import Batch
 from gpsd_dist.config import ModelConfig, TablesConfig
+from gpsd_dist.config.model import MODELS, models_with
 from gpsd_dist.model.embeddings import ContextEmbedder, TokenEmbedder
 from gpsd_dist.model.heads import ProjectionIn, ProjectionOut, RankingHeads
-from gpsd_dist.model.registry import TOWERS, Times, Tower
+from gpsd_dist.model.registry import TOWERS, Times
 from gpsd_dist.parameter_names import module_key
 from gpsd_dist.schema import Manifest, Table
-
-
-def find_tower(name: str) -> type[Tower]:
-    """The class behind `ModelConfig.name`; ValueError if there is none."""
-    if name not in TOWERS:
-        raise ValueError(f"model {name!r} is not one of {sorted(TOWERS)}")
-    return TOWERS[name]
 
 
 class Backbone(nn.Module):
@@ -32,7 +26,7 @@ class Backbone(nn.Module):
 
     def __init__(self, manifest: Manifest, tables: TablesConfig, model: ModelConfig, sharded: tuple[Table, ...]):
         super().__init__()
-        tower = find_tower(model.name)
+        tower = TOWERS[model.name]
         self.embedder = TokenEmbedder(manifest, tables, sharded, tower.reads_fields, tower.has_segments)
         self.project_in = ProjectionIn(tables.embedding_dim, model.width, model.init_std)
         self.dropout = nn.Dropout(0.0 if tower.drops_inputs else model.dropout)
@@ -92,8 +86,8 @@ class NextItemModel(nn.Module):
         auxiliary: tuple[str, ...],
     ):
         super().__init__()
-        if not find_tower(model.name).is_generative:
-            generative = sorted(name for name, tower in TOWERS.items() if tower.is_generative)
+        if not MODELS[model.name].is_generative:
+            generative = models_with("is_generative")
             raise ValueError(f"model {model.name!r} predicts no next item; pretrain one of {generative}")
         self.backbone = Backbone(manifest, tables, model, sharded)
         self.project_out = ProjectionOut(model.width, tables.embedding_dim, model.init_std)

@@ -56,7 +56,6 @@ class HSTU(nn.Module):
     """Outputs hidden states (`registry.Tower`). Candidates take the position after the last event, and request time."""
 
     reads_fields, has_segments, drops_inputs = False, False, True
-    is_generative, supervises_history = True, False
     direct_width = 0
 
     def __init__(

@@ -34,10 +34,6 @@ class Tower(typing.Protocol):
     """False: a token is one vector, the sum of its features [S, D]. True: one vector per feature [S, F, D]."""
     has_segments: typing.ClassVar[bool]
     """Whether a learned vector is added to tell candidates from histories (sums only)."""
-    is_generative: typing.ClassVar[bool]
-    """Whether histories have states of their own: needed for pretraining and full transfer."""
-    supervises_history: typing.ClassVar[bool]
-    """Whether a call `with_history` also returns states [T, F D] of the histories, for the next-behaviour loss."""
     drops_inputs: typing.ClassVar[bool]
     """Whether the tower applies dropout to its input itself, after what it adds to it; else the backbone does."""
     out_width: int  # Width of a candidate's state
@@ -64,7 +60,7 @@ class Tower(typing.Protocol):
         """Maps token vectors to states [S, D], or with `candidates_only` to [C, out_width].
 
         A tower that is not generative is called with `candidates_only` only. Candidates see their request's history and
-        themselves, never each other. `with_history` (only if `supervises_history`) also returns states of histories.
+        themselves, never each other. `with_history` (only if `supervises_history`) also returns states of histories, [T, F D].
         """
 
 
@@ -78,3 +74,4 @@ TOWERS: dict[str, type[Tower]] = {
     "dmin": DMIN,
     "wukong": Wukong,
 }
+"""One line per model; what else the program must know of it, without torch, is in `gpsd_dist.config.model.MODELS`."""

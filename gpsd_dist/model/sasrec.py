@@ -57,7 +57,6 @@ class SASRec(nn.Module):
     """Outputs hidden states (`registry.Tower`). Candidates take the position after the last event."""
 
     reads_fields, has_segments, drops_inputs = False, False, True
-    is_generative, supervises_history = True, False
     direct_width = 0
 
     def __init__(self, layers: int, width: int, heads: int, ffn_width: int, max_positions: int, dropout: float = 0.0):

@@ -122,7 +122,6 @@ class Transformer(nn.Module):
     """`l{layers}h{width}a{heads}` of the paper. A `registry.Tower`."""
 
     reads_fields, has_segments, drops_inputs = False, True, False
-    is_generative, supervises_history = True, False
     direct_width = 0
 
     def __init__(self, layers: int, width: int, heads: int, dropout: float = 0.0, init_std: float = 0.02):

@@ -69,7 +69,6 @@ class Wukong(nn.Module):
     """Outputs all fields of the last layer (`registry.Tower`)."""
 
     reads_fields, has_segments, drops_inputs = True, False, False
-    is_generative, supervises_history = False, False
     direct_width = 0
 
     def __init__(self, num_fields: int, max_positions: int, layers: int, width: int, init_std: float = 0.02):

@@ -5,7 +5,7 @@ import typing
 
 import numpy as np
 
-from gpsd_dist.config.execution import BLOCK_MODELS
+from gpsd_dist.config.model import MODELS
 from gpsd_dist.config.tables import FROZEN_DTYPES
 from gpsd_dist.plan.estimate import Estimate, Layout, Scenario, estimate
 from gpsd_dist.plan.memory import Memory
@@ -108,7 +108,7 @@ def _executions(scenario: Scenario, found: Estimate) -> typing.Iterator[Suggesti
     run = scenario.run
     if run.execution.cuda_graphs:  # training refuses both options with CUDA graphs
         return
-    if run.model.name in BLOCK_MODELS and not run.execution.activation_checkpointing:
+    if MODELS[run.model.name].has_blocks and not run.execution.activation_checkpointing:
         changed = _replaced(scenario, "execution", activation_checkpointing=True)
         flags = "--gin.ExecutionConfig.activation_checkpointing=True"
         yield _built("activation checkpointing of every layer", flags, changed, found.layout)

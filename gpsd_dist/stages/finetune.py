@@ -10,9 +10,9 @@ from torch import nn
 
 from gpsd_dist.batch.batch import Batch
 from gpsd_dist.config import FinetuneConfig, RunConfig
+from gpsd_dist.config.model import MODELS, models_with
 from gpsd_dist.metrics.classification import Predictions, gather_metrics
-from gpsd_dist.model.gpsd import RankingModel, find_tower
-from gpsd_dist.model.registry import TOWERS
+from gpsd_dist.model.gpsd import RankingModel
 from gpsd_dist.schema import Manifest, Table, Task
 from gpsd_dist.stages import losses
 from gpsd_dist.stages.stage import Components, Metrics
@@ -34,8 +34,8 @@ class Finetune:
     def __init__(self, run: RunConfig, manifest: Manifest):
         self.run, self.config, self.manifest = run, run.finetune, manifest
         self.tasks = trained_tasks(run.finetune, manifest)
-        if self._has_auxiliary and not find_tower(run.model.name).supervises_history:
-            able = sorted(name for name, tower in TOWERS.items() if tower.supervises_history)
+        if self._has_auxiliary and not MODELS[run.model.name].supervises_history:
+            able = models_with("supervises_history")
             raise ValueError(
                 f"next_behaviour_weight {self.config.next_behaviour_weight}: model {run.model.name!r} has no history "
                 f"states to supervise, only {able} have; leave the option out"

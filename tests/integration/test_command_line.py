@@ -158,10 +158,10 @@ def test_report_finds_everything_that_the_commands_write(folder, data_dir):
 
 MISTAKES = {
     "unknown file": (["--gin_file", "configs/stage/nothing.gin"], "configs/stage/pretrain.gin"),
-    "unknown option": (["--gin.TrainConfig.max_stepz=3"], "max_stepz"),
-    "unused macro": (["--gin.WIDHT=3"], "WIDHT"),
+    "unknown option": (["--gin.TrainConfig.max_stepz=3"], "did you mean 'max_steps'?"),
+    "unused macro": (["--gin.WIDHT=3"], "did you mean 'WIDTH'?"),
     "wrong type": (["--gin.LAYERS=1.5"], "layers is 1.5"),
-    "wrong value": (["--gin.STRATEGY=SF"], "STRATEGY 'SF'"),
+    "wrong value": (["--gin.STRATEGY=SF"], "strategy 'SF' is not one of"),
     "no checkpoint": (["--gin.STRATEGY=ST", "--gin.INIT_CHECKPOINT=/nowhere"], "/nowhere"),
     "no data": (["--gin.DATA_DIR=/nowhere"], "data_pipeline.build"),
     "unknown table": (["--gin.TRANSFER_TABLES=('itme',)"], "itme"),

@@ -8,6 +8,7 @@ import torch
 
 from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig
+from gpsd_dist.config.model import MODELS
 from gpsd_dist.model import wukong
 from gpsd_dist.model.registry import TOWERS
 from tests.helpers import reference_ctr
@@ -16,7 +17,7 @@ from tests.helpers.reference import fill_
 TOLERANCE = {"rtol": 1e-8, "atol": 1e-9}
 FIELDS, WIDTH = 3, 8
 NAMES = sorted(reference_ctr.STATES)
-SUPERVISED = [name for name in NAMES if TOWERS[name].supervises_history]
+SUPERVISED = [name for name in NAMES if MODELS[name].supervises_history]
 LENGTHS, COUNTS = [0, 0, 1, 3, 3, 8, 9, 13], [2, 0, 1, 3, 2, 1, 0, 2]
 
 

@@ -214,6 +214,52 @@ def test_wrong_overrides_are_named(override, words):
         load(PRETRAIN, OUT, override)
 
 
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("--gin.OptimiserConfig.eps=1.0", "OptimizerConfig"),
+        ("--gin.OptimizerConfig.epz=1.0", "eps"),
+        ("--gin.dense/OptimizerConfig.peaklr=1.0", "peak_lr"),
+        ("--gin.WIDHT=3", "WIDTH"),
+        ("--gin.dence/OptimizerConfig.peak_lr=1.0", "dense/OptimizerConfig.peak_lr"),
+        ("--gin.EPOCHS=%SEAD", "SEED"),
+        ("--gin.TrainConfig.epochs=@TrianConfig()", "TrainConfig"),
+        ("--gin.STRATEGY=STSF", "ST_SF"),
+        ("--gin.ModelConfig.name=transfomer", "transformer"),
+    ],
+)
+def test_a_misspelt_override_is_told_what_was_meant(override, meant):
+    with pytest.raises(ValueError, match=re.escape(f"; did you mean {meant!r}?")):
+        load(FINETUNE, OUT, override)
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("EMBEDING_DIM = 128", "EMBEDDING_DIM"),
+        ("TrainConfig.epoch = 3", "epochs"),
+        ("TrainCofnig.epochs = 3", "TrainConfig"),
+        ("dence/OptimizerConfig.peak_lr = 1.0", "dense/OptimizerConfig.peak_lr"),
+        ("TrainConfig:\n  epoch = 3", "epochs"),
+    ],
+)
+def test_a_misspelt_line_of_a_file_is_told_what_was_meant(tmp_path, line, meant):
+    with pytest.raises(ValueError, match=rf"x\.gin.*; did you mean '{meant}'\?"):
+        load([*FINETUNE, write(tmp_path, line)], OUT)
+
+
+@pytest.mark.parametrize("file", ["configs/model/l4h64a.gin", "configs/models/l4h64a4.gin", "l4h64a4.gin", "l4h64a4"])
+def test_a_misspelt_file_is_told_what_was_meant(file):
+    with pytest.raises(ValueError, match=r"does not exist; did you mean 'configs/model/l4h64a4.gin'\?; there are"):
+        load([*PRETRAIN, file], OUT)
+
+
+def test_what_resembles_nothing_gets_no_suggestion():
+    with pytest.raises(ValueError, match="QQQ = 3` changed nothing") as caught:
+        load(PRETRAIN, OUT, "--gin.QQQ=3")
+    assert "did you mean" not in str(caught.value)
+
+
 @pytest.mark.parametrize("argument", ["--epochs=3", "epochs", "--gin.SEED", "--gin_fil=x"])
 def test_unknown_arguments_stop_with_a_hint(argument, capsys):
     with pytest.raises(SystemExit):
@@ -334,10 +380,10 @@ def test_nothing_leaks_into_the_next_parse():
     [
         (
             "EMBEDING_DIM = 128",
-            r"x.gin, line 2: nothing reads EMBEDING_DIM: misspelt\? There are the macros \[.*'EMBEDDING_DIM'",
+            r"x.gin, line 2: nothing reads EMBEDING_DIM; did you mean 'EMBEDDING_DIM'\?; there are the macros \[",
         ),
         ("dence/OptimizerConfig.peak_lr = 1.0", "x.gin, line 2: nothing reads dence/OptimizerConfig.peak_lr"),
-        ("TrainConfig.epochs = %EPOCH", "nothing sets %EPOCH; set macros are .*'EPOCHS'"),
+        ("TrainConfig.epochs = %EPOCH", r"nothing sets %EPOCH; did you mean 'EPOCHS'\?; set macros are \["),
         ("import os", "`import os` is refused: a configuration imports nothing"),
         ("from os import path", "is refused: a configuration imports nothing"),
         ("TrainConfig.epochs = @os.system()", "@os.system is none of"),

@@ -1,11 +1,12 @@
 """Which model reads which option: the declaration against what towers really take, and what follows from it."""
 
 import dataclasses
+import inspect
 
 import pytest
 
 from gpsd_dist.config import ModelConfig
-from gpsd_dist.config.model import READS, size_text
+from gpsd_dist.config.model import MODELS, size_text
 from gpsd_dist.model.registry import TOWERS
 
 FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
@@ -25,15 +26,31 @@ class Watched:
         return getattr(self._config, name)
 
 
+def build(name: str):
+    return TOWERS[name].build(ModelConfig(name, layers=1, width=8, heads=2, max_positions=12), 3)
+
+
 def test_every_tower_is_declared():
-    assert READS.keys() == TOWERS.keys()
+    assert MODELS.keys() == TOWERS.keys()
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_tower_can_do_what_is_declared(name):
+    """A generative tower returns a state of its own width per token; others need candidates."""
+    traits, tower = MODELS[name], build(name)
+    parameters = inspect.signature(tower.forward).parameters
+    assert traits.supervises_history == ("with_history" in parameters)
+    assert traits.has_blocks == hasattr(tower, "blocks")
+    assert traits.is_generative == (not tower.reads_fields)
+    tables = [value for key, value in tower.named_parameters() if "position" in key and len(value) == 12]
+    assert traits.has_position_table == bool(tables), [key for key, _ in tower.named_parameters()]
 
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_a_tower_reads_what_is_declared_and_nothing_else(name):
     watched = Watched(ModelConfig(name, layers=1, width=8, heads=2, max_positions=12))
     TOWERS[name].build(watched, 3)
-    assert watched.read | BY_THE_BACKBONE == READS[name]
+    assert watched.read | BY_THE_BACKBONE == MODELS[name].reads
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -41,7 +58,7 @@ def test_unread_are_changed_options_alone(name):
     assert ModelConfig(name).unread() == []
     for field in FIELDS[1:]:
         changed = ModelConfig(name, **{field: OTHER_VALUES.get(field, 96)})
-        assert changed.unread() == ([] if field in READS[name] else [field])
+        assert changed.unread() == ([] if field in MODELS[name].reads else [field])
 
 
 def test_a_foreign_option_is_refused_but_a_size_of_another_model_is_not():

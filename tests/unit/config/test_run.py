@@ -1,6 +1,8 @@
 import dataclasses
 import itertools
 import json
+import pathlib
+import pickle
 import typing
 
 import pytest
@@ -51,7 +53,7 @@ INVALID = [
     (ExecutionConfig, {"pipeline": "auto"}, "pipeline 'auto' is not one of ('plain', 'sparse_dist')"),
     (TablesConfig, {"embedding_dim": 0}, "embedding_dim 0 must be >= 1"),
     (TablesConfig, {"small_table_max_rows": -1}, "small_table_max_rows"),
-    (TablesConfig, {"sharding": {"item": "diagonal"}}, "'item' is 'diagonal'"),
+    (TablesConfig, {"sharding": {"item": "diagonal"}}, "sharding['item'] 'diagonal' is not one of ('row_wise'"),
     *[
         (ModelConfig, {name: 0}, f"{name} 0 must be >= 1")
         for name in ("layers", "width", "heads", "context_dim", "max_positions")
@@ -69,7 +71,7 @@ INVALID = [
     (PretrainConfig, {"num_negatives": 0}, "num_negatives"),
     (PretrainConfig, {"temperature": 0}, "temperature"),
     (PretrainConfig, {"temperature": -0.1}, "temperature"),
-    (FinetuneConfig, {"task_weights": {"click": -1.0}}, "'click' is -1.0"),
+    (FinetuneConfig, {"task_weights": {"click": -1.0}}, "task_weights['click'] -1.0 must be >= 0"),
     (FinetuneConfig, {"next_behaviour_weight": -0.5}, "next_behaviour_weight -0.5 must be >= 0"),
     (OptimizerConfig, {"name": "adamax"}, "'adamax' is not one of"),
     *[(OptimizerConfig, {name: -1.0}, f"{name} -1.0 must be >= 0") for name in ("peak_lr", "eps", "weight_decay")],
@@ -82,11 +84,11 @@ INVALID = [
         for name in ("max_steps", "clip_norm", "patience", "save_interval_steps")
     ],
     *[
-        (TrainConfig, {name: value}, f"{name} {value} must be in")
+        (TrainConfig, {name: value}, f"{name} {value} must be {'>= 0' if value < 0 else '<'}")
         for name, value in itertools.product(("warmup_fraction", "final_lr_fraction"), (-0.1, 1.5))
     ],
-    (TrainConfig, {"warmup_fraction": 1.0}, "warmup_fraction 1.0 must be in"),
-    (RunConfig, {"stage": "finetune", "strategy": "SF"}, "STRATEGY 'SF' is not one of"),
+    (TrainConfig, {"warmup_fraction": 1.0}, "warmup_fraction 1.0 must be < 1"),
+    (RunConfig, {"stage": "finetune", "strategy": "SF"}, "strategy 'SF' is not one of"),
     (RunConfig, {"data_dir": ""}, "--gin.DATA_DIR=PATH"),
     (RunConfig, {"output_dir": ""}, "--gin.OUTPUT_DIR=PATH"),
     (RunConfig, {"dense": OptimizerConfig("sgd", 0.1)}, "only adamw is built"),
@@ -136,9 +138,69 @@ def test_options_are_frozen_and_documented(cls):
 
 
 def test_all_problems_of_a_part_come_at_once():
+    """Types, bounds and choices together; rules between options too, where all types are right."""
     with pytest.raises(ValueError) as caught:
-        TrainConfig(epochs=0, patience=-1, warmup_fraction=2.0)
-    assert all(word in str(caught.value) for word in ("epochs", "patience", "warmup_fraction"))
+        TrainConfig(epochs=0, patience=-1, warmup_fraction=2.0, bf16=1)
+    words = ["epochs 0 must be >= 1", "patience -1 must be >= 0", "warmup_fraction 2.0 must be < 1"]
+    assert (
+        str(caught.value) == f"TrainConfig: {'; '.join([*words[:1], words[2], 'bf16 is 1, expected bool', words[1]])}"
+    )
+    with pytest.raises(ValueError) as caught:
+        DataConfig(10, 0, prefetch=0)
+    zero = "global_batch_rows=0, global_batch_tokens=0: set exactly one of them above 0"
+    assert str(caught.value) == f"DataConfig: prefetch 0 must be >= 1; {zero}"
+    with pytest.raises(ValueError) as caught:
+        make_run(data_dir="", output_dir="s3://b", strategy="SF", dense=OptimizerConfig("sgd", 1))
+    assert all(w in str(caught.value) for w in ("data_dir is empty", "s3://b must", "did you mean", "only adamw"))
+
+
+def test_a_misspelt_option_is_told_what_was_meant():
+    with pytest.raises(ValueError, match=r"^TrainConfig: epoch is no option; did you mean 'epochs'\?$"):
+        TrainConfig(epoch=3)
+    with pytest.raises(ValueError, match="^OptimizerConfig: name is missing; peak_lr is missing$"):
+        OptimizerConfig()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "x\ny", ["a" * 999] * 999, 10**400])
+def test_no_message_is_pydantics_own(value):
+    with pytest.raises(ValueError) as caught:
+        TrainConfig(clip_norm=value)
+    assert type(caught.value) is ValueError and caught.value.__cause__ is None
+    text = str(caught.value)
+    assert text.startswith("TrainConfig: clip_norm is ") and "\n" not in text and "pydantic" not in text
+    assert len(text) < 300
+
+
+def test_options_are_dataclasses_like_any_other():
+    run = full_run()
+    assert pickle.loads(pickle.dumps(run)) == run
+    assert dataclasses.replace(run.train, epochs=7).epochs == 7
+    with pytest.raises(ValueError, match="TrainConfig: epochs 0 must be >= 1"):
+        dataclasses.replace(run.train, epochs=0)
+    assert {field.name: field.default for field in dataclasses.fields(ModelConfig)}["layers"] == ModelConfig.layers == 4
+    mine = {"item": "row_wise"}
+    tables = TablesConfig(sharding=mine)
+    mine["item"] = "diagonal"
+    assert tables.sharding == {"item": "row_wise"}
+
+
+MAY_CHANGE = {
+    "RunConfig": {"data_dir", "output_dir", "init_checkpoint"},
+    "DataConfig": {"num_threads", "prefetch", "eval_batch_rows_per_rank"},
+    "TablesConfig": {"sharding"},
+    "ExecutionConfig": {"activation_checkpointing", "pipeline", "dense_parallel", "token_multiple", "cuda_graphs"},
+    "TrainConfig": {
+        *("max_steps", "patience", "keep_last", "keep_every_hours", "async_checkpoints", "checkpoint_dir", "profile"),
+        *("log_interval_steps", "save_interval_steps", "collective_timeout_s", "hang_timeout_s"),
+    },
+}
+
+
+@pytest.mark.parametrize("cls", config.GIN_CLASSES, ids=lambda cls: cls.__name__)
+def test_options_that_may_change_on_resume(cls):
+    """Every other one decides about numbers, so a new one may not change unless it is named here too."""
+    found = {field.name for field in dataclasses.fields(cls) if field.metadata.get("may_change_on_resume")}
+    assert found == MAY_CHANGE.get(cls.__name__, set())
 
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
@@ -233,6 +295,34 @@ def test_the_round_trip_covers_every_field():
         if value == graphs[part][name] == plain[part][name]
     }
     assert same <= {"dense.name", "sparse.weight_decay"}
+
+
+ASSET = pathlib.Path(__file__).resolve().parents[2] / "assets" / "run_14e4532"
+
+
+@pytest.mark.parametrize("name", ["pretrain", "st_sf"])
+def test_a_run_of_commit_14e4532_is_read(name):
+    raw = json.loads((ASSET / name / "run_config.json").read_text())
+    run = run_config_from_dict(raw)
+    assert json.loads(json.dumps(dataclasses.asdict(run))) == raw
+    assert run.stage == ("pretrain" if name == "pretrain" else "finetune") and run.model.width == raw["model"]["width"]
+
+
+def test_an_option_that_a_saved_run_lacks_has_its_default():
+    raw = json.loads(json.dumps(dataclasses.asdict(full_run())))
+    for field in dataclasses.fields(RunConfig):
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            continue
+        if field.name not in ("strategy", "init_checkpoint", "tables"):  # which need one another
+            older = run_config_from_dict({name: value for name, value in raw.items() if name != field.name})
+            assert older == dataclasses.replace(full_run(), **{field.name: getattr(make_run(), field.name)})
+    for part in ("data", "model", "pretrain", "train", "execution"):
+        for option in raw[part]:
+            if (part, option) in (("data", "global_batch_rows"), ("data", "global_batch_tokens")):
+                continue
+            lacking = raw | {part: {name: value for name, value in raw[part].items() if name != option}}
+            default = getattr(getattr(make_run(), part), option)
+            assert getattr(getattr(run_config_from_dict(lacking), part), option) == default
 
 
 def saved(**changed):

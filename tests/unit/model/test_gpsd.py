@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gpsd_dist.config import ModelConfig, PretrainConfig, RunConfig, TablesConfig
+from gpsd_dist.config.model import models_with
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.parquet_dataset import BatchKey
 from gpsd_dist.model.gpsd import NextItemModel, RankingModel
@@ -16,7 +17,7 @@ from tests.helpers.synthetic import make_manifest, make_rows
 MANIFEST = make_manifest()
 CONFIG = TablesConfig(embedding_dim=8, small_table_max_rows=20)
 MODEL = ModelConfig(layers=1, width=16, heads=2)
-GENERATIVE = [name for name, tower in TOWERS.items() if tower.is_generative]
+GENERATIVE = models_with("is_generative")
 
 
 def make_batch(split, sharded, num_rows=9):

@@ -1,0 +1,141 @@
+"""Holds the options of training: data, both objectives, optimizers and the loop."""
+
+import collections.abc
+import dataclasses
+import typing
+
+import pydantic
+
+from gpsd_dist.validation import MAY_CHANGE, AtLeast0, AtLeast1, Names, NotNegative, checked, one_of
+
+NEGATIVES_PER = ("group", "request", "position")
+SPARSE_OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam", "lamb")
+CUDA_ONLY_SPARSE_OPTIMIZERS = ("adam", "partial_rowwise_adam", "lamb")  # no fbgemm CPU kernel
+_Below1 = typing.Annotated[float, pydantic.Field(ge=0, lt=1)]
+_UpTo1 = typing.Annotated[float, pydantic.Field(ge=0, le=1)]
+_Positive = typing.Annotated[float, pydantic.Field(gt=0)]
+
+
+def _one_batch_size(data: "DataConfig") -> collections.abc.Iterator[str]:
+    """A batch is cut by requests or by history tokens: with both or neither its size is not defined."""
+    if (data.global_batch_rows > 0) == (data.global_batch_tokens > 0):
+        given = f"global_batch_rows={data.global_batch_rows}, global_batch_tokens={data.global_batch_tokens}"
+        yield f"{given}: set exactly one of them above 0"
+
+
+@checked(rules=(_one_batch_size,))
+class DataConfig:
+    """Says how data are read and batched."""
+
+    max_history_length: AtLeast1 = 50
+    """Most recent history tokens that the model sees. 50 on Amazon, 200 on Taobao (official settings)."""
+    global_batch_rows: int = 512
+    """Requests per optimizer step over all ranks; 0 if `global_batch_tokens` is used."""
+    global_batch_tokens: int = 0
+    """History tokens per optimizer step over all ranks; 0 if `global_batch_rows` is used."""
+    eval_batch_rows_per_rank: AtLeast1 = dataclasses.field(default=1024, metadata=MAY_CHANGE)
+    """Requests per evaluation batch of one rank."""
+    num_data_shards: AtLeast1 = 16
+    """Fixed parts of an epoch that ranks share out; at least the world size, and fixed for the life of a run."""
+    num_threads: AtLeast1 = dataclasses.field(default=1, metadata=MAY_CHANGE)
+    """Threads per rank that read and collate."""
+    prefetch: AtLeast1 = dataclasses.field(default=2, metadata=MAY_CHANGE)
+    """Batches per thread that may wait."""
+
+
+def _some_negative_groups(pretrain: "PretrainConfig") -> collections.abc.Iterator[str]:
+    """Whoever asks for no group means the official GPSD, which has another option."""
+    if pretrain.num_negative_groups < 1:
+        given = f"num_negative_groups {pretrain.num_negative_groups}"
+        yield f"{given} must be >= 1; for one set per request set negatives_per='request'"
+
+
+@checked(rules=(_some_negative_groups,))
+class PretrainConfig:
+    """Sets the generative objective: sampled softmax of the next item, full softmax of its small attributes."""
+
+    temperature: _Positive = 0.05
+    """Cosine similarity is divided by this (official settings)."""
+    negatives_per: typing.Annotated[str, one_of(NEGATIVES_PER)] = "group"
+    """Positions that share a set of negatives. group: a part of the rank's; request: those of one history (official
+    GPSD, 12-20x the cost); position: none, every one draws its own (HSTU and SASRec, with num_negatives = 128)."""
+    num_negative_groups: int = 8
+    """G sets per rank and step; of negatives_per = group alone."""
+    num_negatives: AtLeast1 = 1024
+    """N negatives per set, uniform over the known items, with replacement."""
+    auxiliary: Names = ()
+    """Token features (not bags) that are predicted too, e.g. ("category",)."""
+    auxiliary_weight: float = 1.0
+
+
+@checked()
+class FinetuneConfig:
+    """Sets the discriminative objective."""
+
+    task_weights: dict[str, NotNegative] = dataclasses.field(default_factory=dict)
+    """Task -> weight of its loss; tasks not named weigh 1. A weight of 0 leaves the task's head out."""
+    esmm: bool = False
+    """Train a task given another one on P(given) x P(task | given) over all candidates (arXiv:1804.07931)
+    instead of on the candidates where the other label is 1."""
+    next_behaviour_weight: NotNegative = 0.0
+    """dien, dmin: weight of the auxiliary loss of arXiv:1809.03672, which predicts each next history token from the
+    state before it, against a random one of the batch. 0, as in the official variants: without."""
+
+
+@checked()
+class OptimizerConfig:
+    """Sets one optimizer; a run has two, `dense` and `sparse`."""
+
+    name: typing.Annotated[str, one_of(("adamw", *SPARSE_OPTIMIZERS))]
+    """dense: adamw. sparse: one of SPARSE_OPTIMIZERS (the Adam family and LAMB need CUDA)."""
+    peak_lr: NotNegative
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: NotNegative = 1e-8
+    weight_decay: NotNegative = 0.0
+
+
+@checked()
+class TrainConfig:
+    """Sets the length of the loop, its pauses, what it keeps and how long it waits."""
+
+    epochs: AtLeast1 = 10
+    """Passes over the training split; also the length of the cosine."""
+    max_steps: AtLeast0 = dataclasses.field(default=0, metadata=MAY_CHANGE)
+    """Stop after this many optimizer steps (0: no limit). The schedule still follows `epochs`."""
+    warmup_fraction: _Below1 = 0.1
+    """Part of all steps with rising learning rate."""
+    final_lr_fraction: _UpTo1 = 0.1
+    """Learning rate at the end of the cosine, as a part of the peak (official settings); 1: a constant rate."""
+    clip_norm: NotNegative = 1.0
+    """Global norm of the dense gradients; 0 turns clipping off. Fused tables are never clipped."""
+    micro_batches: AtLeast1 = 1
+    """Gradient accumulation: the batch goes through the tower in this many parts, with one lookup and one step."""
+    bf16: bool = False
+    """Autocast of the dense part. Slower on CPU at width 64 (0.56x), about even at 256."""
+    eval_per_epoch: AtLeast1 = 1
+    """Validations per epoch, evenly spaced."""
+    best_metric: str = ""
+    """Metric of `valid` that chooses the best checkpoint (larger is better); empty: the first task's AUC, or MRR."""
+    patience: AtLeast0 = dataclasses.field(default=0, metadata=MAY_CHANGE)
+    """Stop after this many validations without a better one; 0 turns early stopping off."""
+    save_interval_steps: AtLeast0 = dataclasses.field(default=0, metadata=MAY_CHANGE)
+    """Also save every this many steps; 0: only with a validation."""
+    keep_last: AtLeast1 = dataclasses.field(default=2, metadata=MAY_CHANGE)
+    """Newest checkpoints kept besides the best one; 2, so that one is left where the newest is damaged."""
+    keep_every_hours: NotNegative = dataclasses.field(default=0.0, metadata=MAY_CHANGE)
+    """Also keep, for good, one checkpoint per this many hours of wall time; 0: none."""
+    async_checkpoints: bool = dataclasses.field(default=True, metadata=MAY_CHANGE)
+    """Write in the background, from a copy of the state in host memory; False: training waits, without a copy."""
+    checkpoint_dir: str = dataclasses.field(default="", metadata=MAY_CHANGE)
+    """Folder or fsspec URL (s3://bucket/run) of the checkpoints of this run alone; empty: OUTPUT_DIR."""
+    log_interval_steps: AtLeast1 = dataclasses.field(default=20, metadata=MAY_CHANGE)
+    """Steps between two lines of metrics; the only steps that wait for the device."""
+    collective_timeout_s: int = dataclasses.field(default=600, metadata=MAY_CHANGE)
+    """A rank that waits longer for its peers fails with an error."""
+    hang_timeout_s: AtLeast0 = dataclasses.field(default=300, metadata=MAY_CHANGE)
+    """A rank without progress (a phase of a step, a batch of a validation, a part of a file) for so long, or four times
+    so long in its first step, says where it stands and ends with status 124; 0: off. Shorter than collective_timeout_s,
+    so that the rank that hangs speaks, and not only those that wait for it."""
+    profile: bool = dataclasses.field(default=False, metadata=MAY_CHANGE)
+    """Trace steps 10 to 12 (torch.profiler) into OUTPUT_DIR/profile, with a page of text for each rank."""
