@@ -9,7 +9,12 @@ from gpsd_dist.schema import ID_KINDS, NUM_RESERVED_ROWS
 from gpsd_dist.validation import AtLeast1, checked, one_of
 
 EVICTIONS = ("lfu", "lru", "distance_lfu")
-_Rows = typing.Annotated[int, pydantic.Field(gt=NUM_RESERVED_ROWS)]
+
+
+def _some_for_ids(rows: int) -> int:
+    if rows <= NUM_RESERVED_ROWS:
+        raise ValueError(f"is {rows}, expected more than the {NUM_RESERVED_ROWS} reserved rows")
+    return rows
 
 
 @checked()
@@ -18,7 +23,9 @@ class IdsConfig:
 
     kinds: dict[str, typing.Annotated[str, one_of(ID_KINDS)]] = dataclasses.field(default_factory=dict)
     """Table -> hashed | managed."""
-    rows: dict[str, _Rows] = dataclasses.field(default_factory=dict)
+    rows: dict[str, typing.Annotated[int, pydantic.AfterValidator(_some_for_ids)]] = dataclasses.field(
+        default_factory=dict
+    )
     """Table -> rows, the reserved ones of padding and unknown included."""
     admission_threshold: AtLeast1 = 2
     """managed: an id gets a row with this many occurrences in training batches; before, it reads the unknown row."""

@@ -197,8 +197,8 @@ def test_waiting_list_drops_the_longest_unseen_then_the_rarest_then_the_largest(
     [
         ({"eviction": "fifo"}, "eviction 'fifo' is not one of"),
         ({"admission_threshold": 0}, "admission_threshold 0 must be >= 1"),
-        ({"kinds": {"item": "vocabulary"}}, "kind of table 'item' is 'vocabulary'"),
-        ({"rows": {"item": 2}}, "table 'item' has 2 rows"),
+        ({"kinds": {"item": "vocabulary"}}, r"kinds\['item'\] 'vocabulary' is not one of"),
+        ({"rows": {"item": 2}}, r"rows\['item'\] is 2, expected more than the 2 reserved"),
     ],
 )
 def test_wrong_options_are_errors(options, message):
