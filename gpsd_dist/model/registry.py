@@ -60,7 +60,7 @@ class Tower(typing.Protocol):
         """Maps token vectors to states [S, D], or with `candidates_only` to [C, out_width].
 
         A tower that is not generative is called with `candidates_only` only. Candidates see their request's history and
-        themselves, never each other. `with_history` (only if `supervises_history`) also returns states of histories, [T, F D].
+        themselves, never each other. `with_history` (only if `supervises_history`) also returns theirs, [T, F D].
         """
 
 
