@@ -52,7 +52,8 @@ def build(options: BuildOptions, command: str) -> None:
     """
     started = time.monotonic()
     source, mode = sources.load(options.source), MODES[options.mode]
-    # Everything that can be refused without opening the log comes first, and so does the check for nothing to do.
+    # Everything that can be refused without opening the log comes first. The fingerprint is over raw files, options and
+    # this package's code: an equal one means that there is nothing to do.
     found = mode.find_previous(options)
     options = sources.complete(source, options if found is None else previous.as_built(options, found))
     files = source.find_files(options)
@@ -61,15 +62,17 @@ def build(options: BuildOptions, command: str) -> None:
         progress.say(f"{options.out_dir} is up to date: same raw files, options and pipeline code; nothing to do")
         return
     progress.say(f"{options.mode} {options.source}: {options.raw_dir} -> {options.out_dir}")
+    # All is written aside and moved at the end, so that a build that fails leaves the data set of before as it was.
     with write.staged(options.out_dir, mode.ONLY) as aside, engine.scratch(options, options.out_dir.parent) as running:
         log = canonical.checked(source.read(running, files, options))
         plan = mode.plan(running, log, Job(options, found, prints, command))
         write.link(plan.linked_files, options.append_to, aside)
-        # Vocabularies come before rows, which hold their indices.
+        # Vocabularies come before rows, because rows hold their indices; a table without one holds 64-bit ids.
         tables = vocab.write_all(running, plan.vocabularies, aside)
         manifest = dataclasses.replace(plan.manifest, tables=tables)
         words = {name: entry.words for name, entry in plan.vocabularies.items() if entry.words is not None}
         encoder = sequences.Encoder(running, plan.rows.log, words)
+        # The log is encoded with one set of vocabularies for all splits; a split is a selection of these rows.
         items = encoder.items()
         rows_of = sequences.rows_in_buckets(encoder, plan.rows, items, manifest.max_history_length)
         written = {

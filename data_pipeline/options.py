@@ -21,6 +21,7 @@ Split = typing.Literal["all", "holdout"]
 Negatives = typing.Literal["uniform", "popularity"]
 Compression = typing.Literal["zstd", "lz4", "snappy", "none"]
 EngineName = typing.Literal["duckdb", "spark"]
+_NO_VOCABULARY = "these features get no vocabulary but 64-bit ids; the table has ROWS rows unless a run says otherwise"
 Count = typing.Annotated[int, pydantic.Field(ge=1)]
 
 
@@ -64,16 +65,8 @@ class BuildOptions:
     )
     num_negatives: Count = option(1, "drawn per positive, where the log has no labels")
     negatives: Negatives = option("uniform")
-    hashed_features: str = option(
-        "",
-        "these features get no vocabulary but 64-bit ids; the table has ROWS rows unless a run says otherwise",
-        metavar="NAME:ROWS,...",
-    )
-    managed_features: str = option(
-        "",
-        "these features get no vocabulary but 64-bit ids; the table has ROWS rows unless a run says otherwise",
-        metavar="NAME:ROWS,...",
-    )
+    hashed_features: str = option("", _NO_VOCABULARY, metavar="NAME:ROWS,...")
+    managed_features: str = option("", _NO_VOCABULARY, metavar="NAME:ROWS,...")
     seed: int = option(0, "of the drawn negatives")
     compression: Compression = option("zstd")
     row_group_rows: Count = option(4096, "small groups shuffle better, large ones read faster")
