@@ -24,10 +24,23 @@ from gpsd_dist.config import (
     TrainConfig,
 )
 from gpsd_dist.config.execution import ExecutionConfig
-from gpsd_dist.metrics.throughput import mfu, peak_bf16_flops
 from gpsd_dist.plan.estimate import model_size, training_flops
 from gpsd_dist.plan.workload import Workload
 from gpsd_dist.trainer import Trainer
+
+# Dense bf16 peak by part of the device name, NVIDIA data sheets (without sparsity).
+_PEAK_BF16_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+
+
+def mfu(tokens_per_s: float, flops_per_token: float, peak_flops_per_s: float) -> float:
+    """Returns the model FLOPs utilisation in [0, 1]; all three are for the same set of devices."""
+    return tokens_per_s * flops_per_token / peak_flops_per_s
+
+
+def peak_bf16_flops(device_name: str) -> float | None:
+    """Returns the dense bf16 peak in FLOP/s of a GPU by its name; None if it is not listed."""
+    words = device_name.upper().replace("-", " ").split()
+    return next((peak for part, peak in _PEAK_BF16_FLOPS.items() if part in words), None)
 
 
 def run_config(

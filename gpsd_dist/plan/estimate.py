@@ -6,7 +6,6 @@ from torch import nn
 
 from gpsd_dist.assembly import meta_model, meta_tables
 from gpsd_dist.config import RunConfig
-from gpsd_dist.metrics.throughput import flops_per_token
 from gpsd_dist.model.gpsd import NextItemModel, RankingModel
 from gpsd_dist.model.transformer import ffn_width
 from gpsd_dist.plan.all_to_all import StepTraffic, step_traffic
@@ -142,8 +141,17 @@ def _head_values(model: RankingModel) -> int:
     return model.backbone.tower.out_width + model.context.width + sum(hidden)
 
 
+def flops_per_token(layers: int, width: int, mean_context: float) -> float:
+    """Counts forward and backward FLOPs per real token: 6 L P + 12 L H c, with P = 4 H^2 + 3 H F.
+
+    `mean_context` c is the mean number of tokens that a token attends to. The count is PaLM's (arXiv:2204.02311,
+    appendix B) with causal attention; recomputation does not count.
+    """
+    return layers * (6 * (4 * width**2 + 3 * width * ffn_width(width)) + 12 * width * mean_context)
+
+
 def training_flops(run: RunConfig, size: ModelSize, step: Workload) -> Flops:
-    """Applies `metrics.throughput.flops_per_token` to histories and candidates, and adds 6 FLOPs per head weight.
+    """Applies `flops_per_token` to histories and candidates, and adds 6 FLOPs per head weight.
 
     When ranking, histories only give queries, keys and values in the last layer. Embedding sums, norms, rotary
     positions and the projection of a table width that differs from the model's are not counted.

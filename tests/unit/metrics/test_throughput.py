@@ -1,11 +1,10 @@
-"""Rates over a sliding window, pauses left out, and the FLOP formula."""
+"""Rates over a sliding window, pauses left out."""
 
 import math
 
 import pytest
 
 from gpsd_dist.metrics import recorder, throughput
-from gpsd_dist.model.transformer import ffn_width
 
 
 class _Clock:
@@ -55,20 +54,3 @@ def test_every_rate_has_a_reduction(tmp_path):
 def test_empty_window_raises():
     with pytest.raises(ValueError, match="window_steps is 0"):
         throughput.Throughput(0)
-
-
-def test_flops_follow_the_formula():
-    # L4H256: F = 704, P = 4 * 256^2 + 3 * 256 * 704 = 802,816, 4 layers hold 3.2 M parameters
-    assert ffn_width(256) == 704
-    assert throughput.flops_per_token(4, 256, 0) == 6 * 4 * 802_816
-    assert throughput.flops_per_token(4, 256, 100) - throughput.flops_per_token(4, 256, 0) == 12 * 4 * 256 * 100
-    heads = throughput.flops_per_token(1, 64, 0, num_negatives=10, vocabulary=5) - throughput.flops_per_token(1, 64, 0)
-    assert heads == 6 * 15 * 64
-    assert throughput.mfu(1e6, 2e6, 1e13) == pytest.approx(0.2)
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"), [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12), ("CPU", None)]
-)
-def test_peak_is_found_by_name(name, peak):
-    assert throughput.peak_bf16_flops(name) == peak

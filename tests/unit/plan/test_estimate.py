@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from gpsd_dist.assembly import meta_model, meta_tables
 from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import DataConfig, ModelConfig, OptimizerConfig
-from gpsd_dist.model.transformer import Transformer
-from gpsd_dist.plan.estimate import RESERVE, Scenario, estimate, model_size, training_flops
+from gpsd_dist.model.transformer import Transformer, ffn_width
+from gpsd_dist.plan.estimate import RESERVE, Scenario, estimate, flops_per_token, model_size, training_flops
 from gpsd_dist.plan.suggestions import suggestions
 from gpsd_dist.plan.workload import DataShape, Workload
 from gpsd_dist.schema import Split
@@ -209,3 +209,10 @@ def test_a_managed_table_that_is_trained_is_not_cut_by_columns():
         scenario = dataclasses.replace(scenario, manifest=manifest)
         names = {option.name for option in suggestions(scenario, estimate(scenario))}
         assert {kind for kind in ("row_wise", "column_wise") if f"{kind} tables ['item']" in names} == offered
+
+
+def test_flops_per_token_follow_the_formula():
+    # L4H256: F = 704, P = 4 * 256^2 + 3 * 256 * 704 = 802,816, 4 layers hold 3.2 M parameters
+    assert ffn_width(256) == 704
+    assert flops_per_token(4, 256, 0) == 6 * 4 * 802_816
+    assert flops_per_token(4, 256, 100) - flops_per_token(4, 256, 0) == 12 * 4 * 256 * 100
