@@ -30,25 +30,25 @@ def module_key(name: str) -> str:
 
 
 def table_weight(table: str) -> str:
-    """Name in a checkpoint of a sharded table's rows."""
+    """Names a sharded table's rows in a checkpoint."""
     return f"{TABLE}.{table}"
 
 
 def dense_weight(parameter: str) -> str:
-    """Name in a checkpoint of a parameter or buffer of the dense model."""
+    """Names a parameter or buffer of the dense model in a checkpoint."""
     return f"{DENSE}.{parameter}"
 
 
 def small_table(table: str) -> str:
-    """Parameter of the dense model that holds a table which the token embedder keeps whole on every rank."""
+    """Names the parameter of the dense model that holds a small table, which every rank keeps whole."""
     return f"{_SMALL[0]}{module_key(table)}.weight"
 
 
 def is_table(name: str) -> bool:
-    """Whether a tensor of a checkpoint is the rows of a table, sharded or small."""
+    """Says whether a tensor of a checkpoint holds the rows of a table, sharded or small."""
     return name.startswith((f"{TABLE}.", *(f"{DENSE}.{small}" for small in _SMALL)))
 
 
 def is_weight(name: str) -> bool:
-    """Whether a tensor of a checkpoint belongs to the model: not to an optimizer, nor to the map of a managed table."""
+    """Says whether a tensor of a checkpoint is part of the model, not of an optimizer or the map of managed ids."""
     return name.startswith((f"{TABLE}.", f"{DENSE}."))

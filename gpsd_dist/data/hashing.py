@@ -7,7 +7,6 @@ The mixer is the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): a bi
 input bit flips every output bit with a probability near 1/2. Ids 0 (padding) and 1 (unknown) keep their rows.
 """
 
-import math
 import typing
 
 import numpy as np
@@ -34,19 +33,6 @@ def hashed_rows(id_N: Ids, num_rows: int) -> Ids:
     if isinstance(id_N, torch.Tensor):
         return torch.where(is_reserved_N, id_N, row_N)
     return np.where(is_reserved_N, id_N, row_N)
-
-
-def expected_sharing(num_ids: float, num_rows: int) -> float:
-    """Part of `num_ids` ids that share their row with another one: 1 - (1 - 1 / buckets)^(ids - 1)."""
-    buckets = num_rows - NUM_RESERVED_ROWS
-    if buckets == 1:
-        return float(num_ids > 1)
-    return -math.expm1((num_ids - 1) * math.log1p(-1 / buckets))
-
-
-def expected_pairs(num_ids: float, num_rows: int) -> float:
-    """Expected pairs of ids in one row (birthday formula): ids (ids - 1) / (2 buckets)."""
-    return num_ids * (num_ids - 1) / (2 * (num_rows - NUM_RESERVED_ROWS))
 
 
 def _shifted(x: Ids, bits: int) -> Ids:

@@ -150,13 +150,6 @@ class Loader(typing.Generic[T]):
         is_last = step + 1 >= self.steps_per_epoch
         return {"epoch": epoch + 1, "step": 0} if is_last else {"epoch": epoch, "step": step + 1}
 
-    def set_epoch(self, epoch: int) -> None:
-        """Goes to the start of an epoch and ends an iteration under way."""
-        if epoch < 0:
-            raise ValueError(f"epoch is {epoch}, expected at least 0")
-        self._stop()
-        self._epoch, self._step = epoch, 0
-
     def close(self) -> None:
         """Ends an iteration under way, joins its threads and closes the files. Iterating again opens them anew."""
         self._stop()

@@ -32,9 +32,9 @@ class Watchdog:
         clock: typing.Callable[[], float] = time.monotonic,
         end: typing.Callable[[str], None] | None = None,
     ):
-        """`launcher_pid`: the torchrun that restarts this process, or None. `end` receives the message of a hang.
+        """Takes the launcher that restarts this process, or None, and `end`, which receives the message of a hang.
 
-        The default of `end` prints the message with the stacks of all threads, and ends the process.
+        By default `end` prints the message with the stacks of all threads, and ends the process.
         """
         self._rank, self._clock, self._end = rank, clock, end or _end_process
         self._launcher_pid = launcher_pid

@@ -21,7 +21,7 @@ class Predictions:
     """Collects scores and labels of one task on this rank, on the CPU: 13 bytes per row (float32, uint8, int64)."""
 
     def __init__(self, kind: str = "logit"):
-        """`kind` of the scores: "logit", "probability", or "score" (good for ranking metrics only)."""
+        """Takes scores of one `kind`: "logit", "probability", or "score" (good for ranking metrics only)."""
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} is not one of {KINDS}")
         self.kind = kind

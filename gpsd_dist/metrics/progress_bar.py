@@ -19,7 +19,7 @@ class ProgressBar:
     """Shows loss, examples/s, tokens/s, step of total and time left. For rank 0 only."""
 
     def __init__(self, total_steps: int, *, first_step: int = 0, is_terminal: bool | None = None):
-        """`first_step`: steps that a resumed run has done. `is_terminal` None: ask standard error."""
+        """Starts the bar at `first_step`, the steps of a resumed run. `is_terminal` None asks standard error."""
         self._total_steps = total_steps
         self._shown: dict[str, float] = {}
         self._step = first_step

@@ -30,7 +30,7 @@ class DeepFM(nn.Module):
         return cls(num_fields, config.width)
 
     def forward(self, x_SFD: torch.Tensor, packing: Packing, candidates_only: bool = False, times=None) -> torch.Tensor:
-        """Token vectors [S, F, D] -> [C, 1 + 2 F D]"""
+        """Maps token vectors [S, F, D] -> [C, 1 + 2 F D]."""
         history_TFD, candidate_CFD = split_tokens(x_SFD, packing, candidates_only)
         length_B11 = packing.history_offsets.diff().clamp(min=1)[:, None, None]
         mean_BFD = sum_histories(history_TFD, packing) / length_B11

@@ -32,7 +32,7 @@ class Dice(nn.Module):
         self.threshold = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., width] -> [..., width]"""
+        """Maps [..., width] -> [..., width]."""
         gate = torch.sigmoid(self.slope * (x - self.threshold))
         return x * (self.alpha + (1 - self.alpha) * gate)
 

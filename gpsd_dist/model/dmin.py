@@ -33,7 +33,7 @@ class Refinement(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_TN: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """[T, N], [T, in_width] -> [T, N]"""
+        """Maps [T, N], [T, in_width] -> [T, N]."""
         x_TN = self.attention_norm(x_TN + self.dropout(self.project(attended)))
         return self.ffn_norm(x_TN + self.dropout(self.ffn(x_TN)))
 

@@ -64,7 +64,7 @@ class ProjectionOut(nn.Module):
             init_linear(self.layers[0], init_std)
 
     def forward(self, hidden_TD: torch.Tensor) -> torch.Tensor:
-        """[T, D] -> [T, E]"""
+        """Maps [T, D] -> [T, E]."""
         return self.layers(hidden_TD)
 
 
@@ -80,5 +80,5 @@ class ProjectionIn(nn.Module):
             init_linear(self.layers[1], init_std)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., E] -> [..., D]"""
+        """Maps [..., E] -> [..., D]."""
         return self.layers(x)

@@ -23,7 +23,7 @@ def test_padded_run_equals_the_run_without_padding(stage, data_dir, tmp_path, on
         trainer = Trainer(run, one_rank)
         parts = next(iter(trainer.loader))
         assert [part.padded is not None for part in parts] == [multiple > 0] * 2
-        trainer.loader.set_epoch(0)
+        trainer.loader.load_state_dict(trainer.loader.state_dict() | {"epoch": 0, "step": 0})
         trainer.train()
     losses = train_losses(tmp_path / "plain")
     assert len(losses) == STEPS and train_losses(tmp_path / "padded") == pytest.approx(losses, rel=1e-5)

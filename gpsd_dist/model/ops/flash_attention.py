@@ -74,17 +74,9 @@ def _two_part(
 
 
 @_two_part.register_fake
-def _two_part_shapes(
-    qkv_S3HK,
-    history_offsets,
-    candidate_offsets,
-    num_history_tokens,
-    max_history_length,
-    max_candidates,
-    candidates_only,
-):
+def _two_part_shapes(qkv_S3HK, history_offsets, candidate_offsets, num_history_tokens, *sizes_and_candidates_only):
     tokens, _, heads, width = qkv_S3HK.shape
-    queries = tokens - num_history_tokens if candidates_only else tokens
+    queries = tokens - num_history_tokens if sizes_and_candidates_only[-1] else tokens
     out_RHK = qkv_S3HK.new_empty(queries, heads, width)
     return out_RHK, qkv_S3HK.new_empty(queries, heads, dtype=_accumulation_dtype(qkv_S3HK.dtype))
 

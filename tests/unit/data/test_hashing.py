@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from gpsd_dist import schema
 from gpsd_dist.data import hashing
 
 _BITS = (1 << 64) - 1
@@ -69,13 +70,26 @@ def test_every_input_bit_flips_every_output_bit_half_of_the_time():
     assert worst < 6 * math.sqrt(0.25 / num)  # the largest of 4,032 cells; 6 standard deviations
 
 
+def expected_sharing(num_ids, num_rows):
+    """Part of `num_ids` ids that share their row with another one: 1 - (1 - 1 / buckets)^(ids - 1)."""
+    buckets = num_rows - schema.NUM_RESERVED_ROWS
+    if buckets == 1:
+        return float(num_ids > 1)
+    return -math.expm1((num_ids - 1) * math.log1p(-1 / buckets))
+
+
+def expected_pairs(num_ids, num_rows):
+    """Expected pairs of ids in one row (birthday formula): ids (ids - 1) / (2 buckets)."""
+    return num_ids * (num_ids - 1) / (2 * (num_rows - schema.NUM_RESERVED_ROWS))
+
+
 def test_collisions_are_those_of_the_birthday_formula():
     num_ids, num_rows = 60_000, 100_002
     counts = np.bincount(hashing.hashed_rows(np.arange(2, num_ids + 2), num_rows))
     sharing = counts[counts > 1].sum() / num_ids
     pairs = (counts * (counts - 1) // 2).sum()
-    assert sharing == pytest.approx(hashing.expected_sharing(num_ids, num_rows), abs=5 / math.sqrt(num_ids))
-    expected = hashing.expected_pairs(num_ids, num_rows)
+    assert sharing == pytest.approx(expected_sharing(num_ids, num_rows), abs=5 / math.sqrt(num_ids))
+    expected = expected_pairs(num_ids, num_rows)
     assert abs(pairs - expected) < 5 * math.sqrt(expected)  # pairs are nearly Poisson
-    assert hashing.expected_sharing(2, 3) == 1.0
-    assert hashing.expected_sharing(1, 3) == 0.0
+    assert expected_sharing(2, 3) == 1.0
+    assert expected_sharing(1, 3) == 0.0
