@@ -35,9 +35,9 @@ test: setup-dev ## the default test suite (PYTEST_FLAGS)
 test-all: setup-dev ## the default suite and what is marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not gpu and not multi_gpu"
 
-EQUIVALENCES := $(addprefix tests/integration/test_,sharding.py resume.py pipeline.py padded_training.py ids.py)
 test-kernels: setup-dev ## numerics and equivalences with other CPU kernels (KERNEL=default|avx2|avx512)
-	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=$(KERNEL) $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/numerics $(EQUIVALENCES)
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=$(KERNEL) $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/numerics tests/integration \
+		-m "equivalence and not slow and not gpu and not multi_gpu"
 
 faults: setup-dev ## break real training jobs in every way we know and count the survivors (FAULTS="name ...")
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.faults.run $(FAULTS)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import threading
-import time
 
 import pytest
 import torch
@@ -67,13 +66,12 @@ def test_training_goes_on_while_a_checkpoint_is_written(data_dir, tmp_path, one_
 
 def test_at_most_one_save_is_under_way(tmp_path, one_rank, gate):
     with manager.Checkpoints(tmp_path, one_rank, TrainConfig()) as checkpoints:
-        start_s = time.perf_counter()
         checkpoints.save(_tensors(1.0), _state(1))
-        assert checkpoints.stall_s <= time.perf_counter() - start_s
+        stall_of_copy_s = checkpoints.stall_s
         assert not step_folder(tmp_path, 1).exists()
         threading.Timer(0.3, gate.set).start()
         checkpoints.save(_tensors(2.0), _state(2))
-        assert step_folder(tmp_path, 1).is_dir() and checkpoints.stall_s > 0.2
+        assert step_folder(tmp_path, 1).is_dir() and checkpoints.stall_s > stall_of_copy_s
     assert step_folder(tmp_path, 2).is_dir()  # leaving the block waits
     assert bool((read_checkpoint(step_folder(tmp_path, 1))["table.item"] == 1.0).all())
 

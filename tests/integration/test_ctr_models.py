@@ -1,10 +1,11 @@
 """The discriminative models in whole runs: every configuration file trains, tables of a Transformer transfer and
 freeze, and the number of ranks does not matter.
 
-Tolerances of 1 against 2 ranks: as in test_sharding.py.
+Losses of 1 against 2 ranks: tolerances as in test_sharding.py.
 """
 
 import pathlib
+import re
 
 import pytest
 import torch
@@ -30,6 +31,13 @@ pytestmark = pytest.mark.timeout(420)  # the fixture starts ranks
 NAMES = ("deepfm", "din", "dien", "dmin", "wukong")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS = 4
+# A history's ten items pass through DIEN's recurrence one after the other, and each adds rounding as a step does.
+# Largest relative error of a first gradient seen with default | avx2 | avx512: 3.1e-6 | 1.8e-6 | 9.6e-7, of 3.8e-5.
+RTOL = rounding(10)
+# Dice standardises what the bias before it is added to, so terms 1,000 times as large cancel in that bias's gradient.
+# Largest seen: 3.5e-3 | 1.3e-3 | 1.3e-3.
+CANCELLED = re.compile(r"attentions?\.(\d\.)?linears\.[01]\.bias\.exp_avg$")
+CANCELLED_RTOL = 0.05
 
 
 @pytest.fixture(scope="module")
@@ -148,18 +156,25 @@ def trained(tmp_path_factory, data_dir, one_rank):
     return one, two
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("name", NAMES)
 def test_training_does_not_depend_on_world_size(trained, name):
     one, two = (folder / name for folder in trained)
     assert not differing(read_checkpoint(one / "initial"), read_checkpoint(two / "initial"))
-    steps = [read_checkpoint(step_folder(folder, 1)) for folder in (one, two)]
-    gradients = [{k: v for k, v in side.items() if k.endswith("exp_avg") or "table" in k} for side in steps]
-    assert any("backbone.tower" in key for key in gradients[0]) or name == "deepfm"
-    assert not differing(*gradients, rtol=rounding(1), of_all=True)
+    sides = [read_checkpoint(step_folder(folder, 1)) for folder in (one, two)]
+    names = {key for key in sides[0] if key.endswith("exp_avg") or "table" in key}  # gradients, and tables after a step
+    assert any("backbone.tower" in key for key in names) or name == "deepfm"
+    cancelled = {key for key in names if CANCELLED.search(key)}
+    for part, rtol in ((names - cancelled, RTOL), (cancelled, CANCELLED_RTOL)):
+        ours, theirs = ({key: side[key] for key in part} for side in sides)
+        assert not differing(ours, theirs, rtol=rtol)
+        too_large = {key: value * (1 + 3 * rtol) for key, value in ours.items() if value.any()}
+        assert set(differing(ours, ours | too_large, rtol=rtol)) == set(too_large), "a planted fault is not found"
     losses, losses_two = train_losses(one), train_losses(two)
     assert list(losses) == list(range(1, STEPS + 1)) and losses_two == pytest.approx(losses, rel=1e-4)
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rank_without_rows_takes_part(trained, name):
     one, two = (train_losses(folder / f"{name}_single_row") for folder in trained)

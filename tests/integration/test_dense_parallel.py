@@ -25,7 +25,7 @@ from tests.integration.tiny_data import (
     write_tiny_data,
 )
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.equivalence, pytest.mark.timeout(300)]
 STEPS, MIDDLE = 6, 3
 
 

@@ -49,6 +49,7 @@ def scored(tmp_path_factory, one_rank):
     }
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("split", ["valid", "test"])
 @pytest.mark.parametrize("run", range(len(RUNS)))
 def test_metrics_do_not_depend_on_world_size(scored, run, split):
@@ -76,6 +77,7 @@ def _labels(data_dir, split: str):
     return {task: [value for row in table[name].to_pylist() for value in row] for task, name in names.items()}
 
 
+@pytest.mark.equivalence
 def test_next_item_ranking_equals_a_loop_over_all_items(scored, one_rank):
     root = scored["root"]
     run = tiny_run("pretrain", root / "data", root / "pretrain", tables={"sharding": PLAN}, train={"max_steps": 4})

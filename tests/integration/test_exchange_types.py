@@ -45,6 +45,7 @@ def _step(rank: int, world_size: int, executions: list[ExecutionConfig]) -> list
     return found
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize(("name", "bits"), [("fp16", 11), ("bf16", 8)])
 def test_half_precision_exchange_rounds_rows_and_gradients_once(tmp_path, name, bits):
     """Relative error of one rounding, also of gradients that fp16 alone would keep 3 bits of."""

@@ -31,7 +31,7 @@ from tests.integration.tiny_data import (
 )
 from tests.integration.unbounded_data import id_of, write_unbounded_data
 
-pytestmark = pytest.mark.timeout(420)  # the fixture starts ranks, with a limit of 150 s
+pytestmark = [pytest.mark.equivalence, pytest.mark.timeout(420)]  # the fixture starts ranks, with a limit of 150 s
 
 STEPS, HALF = 8, 4  # an epoch has 6
 TABLES = {  # 59 items and 35 tags occur: the managed tables are full from the first steps on

@@ -10,7 +10,7 @@ from tests.helpers.distributed import run_distributed
 from tests.integration.tiny_data import differing, read_checkpoint, step_folder, tiny_run, train_losses, train_runs
 from tests.integration.unbounded_data import write_unbounded_data
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.equivalence, pytest.mark.timeout(300)]
 STEPS = 4
 MANY_BAGS = (7, 8192)  # several rows in each bag; at most one row in each
 MIXED = {"item": "column_wise", "tag": "row_wise"}

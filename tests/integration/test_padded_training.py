@@ -9,6 +9,7 @@ from tests.integration.tiny_data import differing, read_checkpoint, rounding, st
 STEPS = 4
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_padded_run_equals_the_run_without_padding(stage, data_dir, tmp_path, one_rank):
     for name, multiple in (("plain", 0), ("padded", 64)):

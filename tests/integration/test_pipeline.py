@@ -20,7 +20,7 @@ from tests.integration.tiny_data import (
     train_losses,
 )
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.equivalence, pytest.mark.timeout(300)]
 STEPS = 9  # an epoch has 6, with validations after 3 and 6: the pipeline is emptied and filled again in between
 TRAIN = {"max_steps": STEPS, "eval_per_epoch": 2, "save_interval_steps": 2, "keep_last": 100}
 

@@ -27,7 +27,8 @@ from tests.integration.tiny_data import (
     write_tiny_data,
 )
 
-pytestmark = pytest.mark.timeout(420)  # the fixture starts ranks, each call with its own limit of 150 s
+# The fixture starts ranks, each call with its own limit of 150 s.
+pytestmark = [pytest.mark.equivalence, pytest.mark.timeout(420)]
 
 HALF, FULL = 5, 10  # an epoch has 6 steps, so the second part crosses its end
 KINDS = ("pretrain", "hstu", "ST", "ST_SF")  # hstu: pretraining too, with negatives per position and padded rows

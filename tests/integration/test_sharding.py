@@ -30,7 +30,8 @@ from tests.integration.tiny_data import (
     write_tiny_data,
 )
 
-pytestmark = pytest.mark.timeout(420)  # the fixture starts ranks, each call with its own limit of 150 s
+# The fixture starts ranks, each call with its own limit of 150 s.
+pytestmark = [pytest.mark.equivalence, pytest.mark.timeout(420)]
 
 STEPS = 8  # an epoch has 6
 PLANS = {

@@ -34,6 +34,7 @@ def _train(data_dir, output_dir, runtime, stage="finetune", **changes) -> Traine
     return trainer
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_gradient_accumulation_gives_the_same_update(data_dir, tmp_path, one_rank, stage):
     final = []
@@ -53,6 +54,7 @@ def test_gradient_accumulation_gives_the_same_update(data_dir, tmp_path, one_ran
     assert train_losses(tmp_path / "3") == pytest.approx(train_losses(tmp_path / "1"), rel=1e-5)
 
 
+@pytest.mark.equivalence
 def test_more_parts_than_requests_still_train(data_dir, tmp_path, one_rank):
     """The last batch of an epoch has 6 requests; some of 7 parts are empty."""
     for parts in (1, 7):

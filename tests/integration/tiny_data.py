@@ -155,25 +155,19 @@ def rounding(steps: int) -> float:
     return 64 * 2.0**-24 * steps
 
 
-def differing(
-    left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], *, rtol: float = 0.0, of_all: bool = False
-) -> dict:
+def differing(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], *, rtol: float = 0.0) -> dict:
     """Names that are missing on one side, or whose largest difference exceeds `rtol` times the tensor's largest value.
 
     {} means equal, bit for bit where `rtol` is 0. The yardstick is the size of the whole tensor: rounding is relative
     to the terms of a sum, however large they are (row-wise Adagrad's momentum reaches 1,000, where floats are 2^-14
-    apart) and however small the sum is where they cancel. `of_all`: the largest value of all tensors, for sets in which
-    one tensor is nothing but cancelled terms, as the gradient of a bias that no output depends on.
+    apart) and however small the sum is where they cancel. A small tensor beside a large one has its own yardstick.
     """
     problems: dict[str, typing.Any] = dict.fromkeys(set(left) ^ set(right), "only on one side")
-    names = sorted(set(left) & set(right))
-    size_of_all = max(_size(side[name]) for name in names for side in (left, right)) if of_all else 0.0
-    for name in names:
+    for name in sorted(set(left) & set(right)):
         if left[name].shape != right[name].shape:
             problems[name] = (left[name].shape, right[name].shape)
             continue
-        error = _size(left[name] - right[name])
-        size = size_of_all or max(_size(left[name]), _size(right[name]))
+        error, size = _size(left[name] - right[name]), max(_size(left[name]), _size(right[name]))
         if not error <= rtol * size:  # NaN differs from everything
             problems[name] = error / size
     return problems
