@@ -17,8 +17,8 @@ _SIZES = {"layers": "L", "width": "H", "heads": "A"}  # letters of the paper
 class Traits:
     """Says what a model can do, for all code that must not import torch."""
 
-    own_options: frozenset[str] = frozenset()
-    """Fields of ModelConfig that it reads besides those that every model reads."""
+    own_options: str = ""
+    """Fields of ModelConfig that it reads besides those that every model reads, with blanks between them."""
     is_generative: bool = False
     """Histories have states of their own: needed for pretraining and full transfer."""
     supervises_history: bool = False
@@ -33,26 +33,22 @@ class Traits:
     @property
     def reads(self) -> frozenset[str]:
         """Lists the fields of ModelConfig that the tower, or what is built around it, computes with."""
-        return _EVERY_MODEL | self.own_options
-
-
-def _own(names: str = "", **abilities: bool) -> Traits:
-    return Traits(frozenset(names.split()), **abilities)
+        return _EVERY_MODEL | set(self.own_options.split())
 
 
 MODELS: dict[str, Traits] = {
-    "transformer": _own("layers heads", is_generative=True, has_blocks=True, takes_padded_batches=True),
-    "sasrec": _own(
+    "transformer": Traits("layers heads", is_generative=True, has_blocks=True, takes_padded_batches=True),
+    "sasrec": Traits(
         "layers heads max_positions ffn_width", is_generative=True, has_blocks=True, has_position_table=True
     ),
-    "hstu": _own(
+    "hstu": Traits(
         "layers heads max_positions head_width time_bias", is_generative=True, has_blocks=True, has_position_table=True
     ),
-    "deepfm": _own(),
-    "din": _own(),
-    "dien": _own(supervises_history=True),
-    "dmin": _own("heads", supervises_history=True),
-    "wukong": _own("layers max_positions"),
+    "deepfm": Traits(),
+    "din": Traits(),
+    "dien": Traits(supervises_history=True),
+    "dmin": Traits("heads", supervises_history=True),
+    "wukong": Traits("layers max_positions"),
 }
 """Every value of `ModelConfig.name`. `gpsd_dist.model.registry.TOWERS` has the classes of these names."""
 
