@@ -101,11 +101,6 @@ class Remote:
         with self._store() as (system, path), system.open(path, mode) as stream:
             yield stream
 
-    def read_text(self) -> str:
-        """Reads the whole file as UTF-8."""
-        with self._store() as (system, path):
-            return str(system.cat_file(path).decode())
-
     def write_bytes(self, content: bytes) -> None:
         """Writes the whole file in one request: readers see all of it or nothing."""
         with self._store() as (system, path):
@@ -160,7 +155,7 @@ def is_plain_name(name: typing.Any) -> bool:
     """Tells whether this is the name of a file, and cannot lead out of a folder."""
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable():
         return False
-    return name == pathlib.PurePosixPath(name).name == pathlib.PureWindowsPath(name).name and name not in (".", "..")
+    return not set(name) & set("/\\:") and name not in (".", "..")  # on Windows, C:x is a file of drive C
 
 
 def read_bytes(path: Location, max_bytes: int) -> bytes:

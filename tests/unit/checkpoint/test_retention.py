@@ -1,6 +1,5 @@
 """Which checkpoint is the best, and which may go, on hand-made folders, on disk and in a store without rename."""
 
-import json
 
 import pytest
 
@@ -101,7 +100,7 @@ def test_best_file_follows_the_best(run):
     path = run / "checkpoints" / retention.BEST_NAME
     add(run, 4, best_step=4, metrics={"click/auc": 0.75})
     retention.write_best(run / "checkpoints")
-    assert json.loads(path.read_text()) == {"step": 4, "metrics": {"click/auc": 0.75}}
+    assert storage.read_json(path) == {"step": 4, "metrics": {"click/auc": 0.75}}
     storage.delete(run / "checkpoints" / "step_00000004", retention.STATE_NAME)
     retention.write_best(run / "checkpoints")
     assert not path.is_file()
