@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_bench import Bench
-from gpsd_dist.batch.batch import lookup_of
+from gpsd_dist.batch.lookup import lookup_of
 from gpsd_dist.config import OptimizerConfig, TablesConfig
 from gpsd_dist.schema import Table
 from gpsd_dist.tables.collections import Tables

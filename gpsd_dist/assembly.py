@@ -21,12 +21,16 @@ def assemble(run: RunConfig, manifest: Manifest, runtime: Runtime) -> Components
 
     TorchRec wants this order: tables without memory, sharding (which allocates them), then the dense model.
     """
+    # On "meta", a table of a billion rows takes no memory until the planner has said which rank holds which part.
     sharded, tables = meta_tables(run, manifest)
     placed = shard_tables(tables, run.tables, run.sparse, runtime, run.seed, run.execution)
     stage = make_stage(run, manifest)
+    # Seeded after the tables, whose rows have seeds of their own: so the dense weights are the same on every rank and
+    # for every number of ranks.
     torch.manual_seed(run.seed)
     model = stage.model(sharded)
     if run.model.compile:
+        # Compiled in place: a wrapper would change the names of parameters, which checkpoints depend on.
         compile_tower(model.backbone.tower, by_block=run.execution.activation_checkpointing)
     names = tuple(table.name for table in sharded)
     ids = _id_remapper(run, manifest, placed, names, runtime.device)
@@ -52,5 +56,7 @@ def _id_remapper(
     managed = [name for name in names if manifest.unbounded.get(name) == "managed"]
     frozen = run.tables.transfer if run.freezes_tables else ()
     maps = {name: ManagedCollisionMap(manifest.table(name).num_rows, run.ids, device) for name in managed}
+    # Without a reset a map never changes: a row of a frozen table must not pass to another id, which would read the
+    # embedding of the one before.
     resets = {name: RowReset(placed, name, run.tables, run.seed) for name in managed if name not in frozen}
     return IdRemapper(manifest, maps, resets)

@@ -19,11 +19,13 @@ from gpsd_dist.training_step import LossNotFinite
 
 
 def main(argv: list[str]) -> int:
-    """The exit status: one of `exit_codes`."""
+    """Trains the run that the options describe, and returns the exit status: one of `exit_codes`."""
     trainer = None
     try:
         parsed = load_run_config(argv)
         run = parsed.run
+        # The lock is taken before anything is built: two jobs in one folder would mix their checkpoints, and the second
+        # one must learn it in seconds, not after planning and reading.
         checkpoints = folder_of(run.output_dir, run.train)
         with (
             process_group(run.train.collective_timeout_s) as runtime,
@@ -40,11 +42,15 @@ def main(argv: list[str]) -> int:
             return exit_codes.FINISHED if trainer.early_stopping.is_finished else trainer.stops.exit_code
     except LauncherGone as error:
         return _failed(error, exit_codes.FAILED)
-    except LossNotFinite as error:  # an unstable run shows it again, a broken device does not
+    # FAILED and not MISTAKE, though it is a ValueError: the launcher may try once more. An unstable run shows it again,
+    # a broken device does not.
+    except LossNotFinite as error:
         return _failed(error, exit_codes.FAILED)
     except ValueError as error:
         return _failed(error, exit_codes.MISTAKE)
     except OSError as error:
+        # A status of its own, because a full disk or a lost store is no mistake in the options: once it is back, the
+        # same command goes on.
         last = trainer.checkpoints.latest() if trainer is not None else None
         safe = f". Safe: {last}; the same command goes on from there" if last is not None else ""
         return _failed(f"{error}{safe}", exit_codes.NO_FILE_ACCESS)

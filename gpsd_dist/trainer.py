@@ -39,18 +39,23 @@ class Trainer:
         """
         self.run, self.runtime = run, runtime
         self.manifest = read_run_manifest(run)
+        # Options that cannot fit the data are refused before tables are allocated, which may take minutes.
         check_options_against_data(run, self.manifest)
         self.components = assemble(run, self.manifest, runtime)
         stage, names = self.components.stage, self.components.lookup_names
         self.loader = training_loader(run, self.manifest, names, runtime, with_candidates=stage.with_candidates)
         self.validates = not run.refit_of and self.manifest.split("valid").num_rows > 0
         self._valid_content = ""
-        if self.validates:  # An unreadable `valid` is found now and not after the first epoch.
+        if self.validates:
+            # Opened once here, so that an unreadable `valid` is found now and not after the first epoch.
             with contextlib.closing(evaluation_loader(run, self.manifest, names, "valid", runtime)) as valid:
                 self._valid_content = valid.state_dict()["order"]["content"]
         self.checkpoints = Checkpoints(run.output_dir, runtime, run.train)
+        # All ranks verify the files together and agree on one checkpoint: a rank that alone found a damaged file would
+        # otherwise start from another step than the rest.
         self.start = newest_intact(self.checkpoints.folder)
-        if self.start is not None:  # Refused before anything is written into the folder of another run.
+        if self.start is not None:
+            # Refused before anything is written into the folder of another run.
             state = read_run(self.start)
             check_resumable(dataclasses.asdict(run), dataclasses.asdict(self.manifest), state, self.start)
         self._plan_steps()
@@ -69,7 +74,7 @@ class Trainer:
         self.early_stopping = EarlyStopping()
         self.step = 0
         self.position: dict[str, int] = {}
-        """Of the last batch trained; the loader may be ahead of it."""
+        """Position in the data behind the last batch trained; the loader may be ahead of it."""
         self._has_weights = False
         self.stops = StopRequests()
 
@@ -92,13 +97,16 @@ class Trainer:
                 for done in self.training_step.run_steps(batches, self.step, self._steps_to_next_pause()):
                     self.step += 1
                     # With prefetching the loader is ahead of the batch that was trained: save that one's place.
-                    self.position = self.loader.position_after(*done.parts[0].place)
+                    self.position = self.loader.position_after(*done.parts[0].epoch_and_step)
                     self.metrics.record_step(done)
                     self.profiler.after_step()
-                    # A signal reaches ranks at different moments, so they agree on the step to stop at.
+                    # A signal reaches ranks at different moments, so they agree on the step to stop at: a rank that
+                    # ended alone would leave the others waiting in the next collective.
                     is_last, must_stop = self.step >= self.total_steps, self.stops.agreed()
+                    # Metrics stay on the device in between, because reading them makes the host wait for the GPU.
                     if is_last or self.step % self.run.train.log_interval_steps == 0:
                         self.metrics.log(self.step)
+                    # Each case saves at most once: a validation saves with its scores, so `best` can point at the step.
                     if self._validation_is_due(is_last):
                         self.validate(is_last)
                     elif is_last:
@@ -109,6 +117,7 @@ class Trainer:
                     if self.early_stopping.is_finished or must_stop:
                         break
             if must_stop and not self.early_stopping.is_finished:
+                # Only now is the checkpoint complete: the message may promise what is on disk alone.
                 self.checkpoints.wait()
                 log.warning("asked to stop: saved step %d; the same command goes on from there", self.step)
             self.profiler.close()
@@ -125,8 +134,9 @@ class Trainer:
             yield
 
     def validate(self, is_last: bool) -> None:
-        """Scores `valid`, judges it, saves. Collective."""
+        """Scores `valid`, updates early stopping, saves. Collective."""
         self.runtime.watchdog.note("validation", is_collective=True)
+        # On a GPU the losses of most steps were not looked at. Weights that are NaN must be neither scored nor saved.
         self.training_step.check_last()
         metrics = evaluate_split(self.run, self.manifest, self.components, "valid")
         self.metrics.record_validation(metrics)
@@ -134,6 +144,7 @@ class Trainer:
         flat = {f"{task}/{key}": value for task, values in metrics.items() for key, value in values.items()}
         if name not in flat:
             raise ValueError(f"TrainConfig.best_metric {name!r} is not one of {sorted(flat)}")
+        # The metrics are equal on all ranks, bit by bit, so all of them decide alike and nothing is exchanged here.
         stopping = self.early_stopping
         stopping.update(flat[name], self.step)
         stopping.is_finished = is_last or stopping.is_out_of_patience(self.run.train.patience)
@@ -141,6 +152,7 @@ class Trainer:
         log.info("step %d: valid %s %.5f (%s)", self.step, name, flat[name], best)
         self.metrics.log(self.step, with_rates=False)
         self.save(flat)
+        # The next rates shall be those of training steps, without the time of this pass.
         self.metrics.throughput.restart()
 
     def save(self, metrics: dict[str, float]) -> None:
@@ -152,6 +164,7 @@ class Trainer:
         self.training_step.check_last()
         state = RunState(
             step=self.step,
+            # The content of `valid` goes along: a resumed run must compare its scores with those of the same rows.
             data_position=self.loader.state_dict() | self.position | {"valid_content": self._valid_content},
             progress=dataclasses.asdict(self.early_stopping),
             metrics=metrics,
@@ -168,6 +181,7 @@ class Trainer:
         accepted.
         """
         self._has_weights = True
+        # The own checkpoint comes first: a restarted finetuning goes on, and does not begin again from pretraining.
         if self.start is not None:
             state = read_state(self.start)
             if state.data_position.get("valid_content", self._valid_content) != self._valid_content:
@@ -176,6 +190,7 @@ class Trainer:
                     "changed; use those of that run, or another OUTPUT_DIR"
                 )
             fill_tensors(self.start, self._tensors())
+            # Later checkpoints, if any, are damaged. Set aside, they cannot be taken for the newest one again.
             self.checkpoints.go_back_to(self.start)
             self.loader.load_state_dict(state.data_position)
             self.step, self.early_stopping = state.step, EarlyStopping(**state.progress)
@@ -190,8 +205,11 @@ class Trainer:
     def _plan_steps(self) -> None:
         run, steps_per_epoch = self.run, self.loader.steps_per_epoch
         self.schedule_steps = run.train.epochs * steps_per_epoch
+        # The schedule is that of all epochs, also where max_steps stops earlier: a run that goes on with a larger
+        # max_steps has then had the learning rates of the uninterrupted one.
         self.total_steps = min(self.schedule_steps, run.train.max_steps or self.schedule_steps)
         if run.refit_of:
+            # There is nothing left to validate on: the run of before tells how long to train.
             epochs = epochs_to_best(dataclasses.asdict(run), dataclasses.asdict(self.manifest))
             self.total_steps = min(self.total_steps, max(1, round(epochs * steps_per_epoch)))
         self.eval_interval_steps = max(1, steps_per_epoch // run.train.eval_per_epoch)
@@ -210,7 +228,7 @@ class Trainer:
                 yield parts
 
     def _steps_to_next_pause(self) -> int:
-        """Steps up to the next validation, which needs the tables without batches under way, or up to the end."""
+        """Counts the steps to the next validation, which needs the tables without prefetched batches, or to the end."""
         interval = self.eval_interval_steps
         pause = self.step + interval - self.step % interval if self.validates else self.total_steps
         return min(pause, self.total_steps) - self.step

@@ -31,7 +31,7 @@ class LossNotFinite(ValueError):
 
 
 class TrainingStep:
-    """Trains step after step; the trainer decides how many. The same numbers with and without prefetching."""
+    """Trains step after step; the trainer decides how many. Prefetching changes when data travel, but no number."""
 
     def __init__(
         self,
@@ -52,17 +52,20 @@ class TrainingStep:
         """
         self.run, self.runtime, self.components, self.profiler = run, components.runtime, components, profiler
         if run.train.bf16 and self.runtime.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # losses stay in float32: TF32 keeps 10 bits
+            # The losses' products stay in float32, outside autocast: TF32 puts them on tensor cores with 10 bits, where
+            # bf16 would leave 7.
+            torch.set_float32_matmul_precision("high")
         self.model = components.model.train()
+        # The optimizer comes after `parallelize`: FSDP2 replaces the parameters by shards of them.
         self.parallel = parallelize(self.model, run, self.runtime)
         self.optimizer = dense_optimizer(self.model, run.dense)
         self.number = 0
-        """Of the step under way, from 0 over the whole run."""
-        # Made here, because a copy to a GPU makes the host wait.
+        """Number of the step under way, from 0 over the whole run."""
+        # Made once, because each copy of host values to a GPU makes the host wait.
         self._loss_weights_L = torch.tensor(list(components.stage.loss_weights.values()), device=self.runtime.device)
         self._lr_factor, self._last_good = lr_factor, last_good
         self._done: StepResult | None = None
-        """Of the step under way, or the last one."""
+        """Result of the step under way, or of the last one."""
         self._prefetch = None
         if run.execution.pipeline == "sparse_dist":
             self._prefetch = SparseDistPipeline(components.tables, self, self.runtime.device)
@@ -70,13 +73,15 @@ class TrainingStep:
     def run_steps(
         self, batches: typing.Iterator[Parts], first_step: int, num_steps: int
     ) -> typing.Iterator[StepResult]:
-        """Trains on the next `num_steps` batches; an item per step done. Collective.
+        """Trains on the next `num_steps` batches, and hands out a result after each step. Collective.
 
         With prefetching no batch is under way any more when the last item is handed out, so the tables are free.
         LossNotFinite if a loss is not finite: no weight has moved in that step.
         """
         source = itertools.islice(batches, num_steps)
-        if self._prefetch is not None:  # TorchRec's pipeline makes the calls below, one batch ahead.
+        # TorchRec's pipeline makes the calls of the plain loop below in the same order, but exchanges the indices of
+        # the next batch between ranks while this one computes.
+        if self._prefetch is not None:
             results = self._prefetch.steps(source)
             for self.number in range(first_step, first_step + num_steps):
                 with self.profiler.range(profiling.STEP):
@@ -86,13 +91,15 @@ class TrainingStep:
         for self.number, parts in enumerate(source, first_step):
             with self.profiler.range(profiling.STEP):
                 self.zero_grad()
-                # Managed ids get their rows here, because who owns a row is known in its own step only.
+                # Managed ids get their rows here, because which id owns a row is known in its own step only: this very
+                # batch may admit and evict some.
                 parts = self.components.ids.train(to_device(parts, self.runtime.device))
+                # All parts share one lookup, so the tables are exchanged once per step and not once per part.
                 with self.looking_up():
                     embeddings = self.components.tables(parts[0].lookup)
                 loss, done = self.forward(embeddings, parts)
                 # This one backward gives the dense gradients, exchanges those of the tables and updates their rows:
-                # the tables' optimizer is fused into it.
+                # the tables' optimizer is fused into it, so a gradient of a whole table never exists.
                 with self.profiler.range(profiling.BACKWARD):
                     loss.backward()
                 self.step()
@@ -119,18 +126,23 @@ class TrainingStep:
         Parts before the last one are done here, backward included: their gradients of embeddings wait in detached
         leaves. The backward of the returned scalar adds the last part's and hands the sum to the tables.
         """
+        # Counts need no model, so the global denominator is known before any backward. A mean per rank would weigh a
+        # rank with few labels as much as one with many.
         with self.profiler.range(profiling.COLLECTIVES):
             counts_L = all_sum(sum(self.components.stage.counts(batch) for batch in parts))
-        # DDP and TorchRec both average gradients over ranks, so times world size gives the sum over the global count.
+        # DDP and TorchRec both average gradients over ranks, so times world size gives the sum over the global count. A
+        # count of zero has a loss sum of zero: clamped, it gives no gradient and no NaN.
         scale_L = self._loss_weights_L * self.runtime.world_size / counts_L.clamp(min=1)
         learning_rate = self.run.dense.peak_lr * self._lr_factor(self.number)
         self._done = done = StepResult(parts, self.number, torch.zeros_like(counts_L), counts_L, learning_rate)
+        # Parts before the last must not run the tables' backward, or their rows would be updated once per part.
         leaves = {name: value.detach().requires_grad_(value.requires_grad) for name, value in embeddings.items()}
         for batch in parts[:-1]:
             sums_L = self._loss_sums(leaves, batch, is_last=False)
             done.loss_sums_L += sums_L.detach()
             with self.profiler.range(profiling.BACKWARD):
                 (sums_L * scale_L).sum().backward()
+        # The last part reaches the tables themselves, and takes along what waits in the leaves.
         joined, anchor = join_embeddings(embeddings, leaves)
         sums_L = self._loss_sums(joined, parts[-1], is_last=True)
         done.loss_sums_L += sums_L.detach()
@@ -138,24 +150,29 @@ class TrainingStep:
         return (sums_L * scale_L).sum() + anchor, done
 
     def step(self) -> None:
-        """Ends a step: clips the gradients of the dense part, and moves it."""
+        """Ends a step: clips the gradients of the dense part, and updates it."""
         with self.profiler.range(profiling.OPTIMIZER):
+            # The dense part alone: the rows of the tables were updated in the backward, where no norm is known yet.
             if self.run.train.clip_norm:
                 assert self._done is not None
                 self._done.gradient_norm = clip_gradients(self.model, self.run.train.clip_norm)
             self.optimizer.step()
 
     def _loss_sums(self, embeddings: Embeddings, batch: Batch, is_last: bool) -> torch.Tensor:
-        """Loss sums [L] of one part; dense gradients are exchanged with the last one alone."""
+        """Runs the model on one part: loss sums [L]. Dense gradients are exchanged with the last part alone."""
+        # Gradients of the parts add up locally, so exchanging them before the last part would be traffic for nothing.
         exchange_gradients(self.parallel, is_last)
         if self.run.execution.cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # what the last replay gave is not needed any more
+            # Outputs of a replayed graph live in its own memory; from here on the next replay may overwrite them.
+            torch.compiler.cudagraph_mark_step_begin()
+        # bf16 is for products of the dense model alone: weights, gradients, optimizer state and losses stay float32.
         autocast = torch.autocast(self.runtime.device.type, torch.bfloat16, enabled=self.run.train.bf16)
         with autocast, self.profiler.range(profiling.FORWARD):
             return self.components.stage.loss_sums(self.parallel, embeddings, batch)
 
     def _check_finite(self, done: StepResult) -> None:
-        """Looks at the losses before weights move. On a GPU this makes the host wait, so only in steps that log."""
+        """Looks at the losses before weights move; on a GPU only in steps that log."""
+        # A GPU would have to finish the forward before the host may go on. Steps that log wait for it anyway.
         if not done.loss_sums_L.is_cuda or (self.number + 1) % self.run.train.log_interval_steps == 0:
             self.check_last()
 
@@ -177,11 +194,13 @@ class TrainingStep:
 
 
 def join_embeddings(embeddings: Embeddings, leaves: Embeddings) -> tuple[Embeddings, torch.Tensor]:
-    """Joins embeddings to gradients that their detached `leaves` have got before; and a zero to be added to the loss.
+    """Joins embeddings to the gradients that their detached `leaves` hold already, for one backward into the tables.
 
-    The backward of what is returned hands the sum of both to the tables. Through the zero a table is reached (with
-    gradients of zero) even if no loss reaches it: every rank must join the exchange of gradients.
+    Returns (embeddings, anchor). Their backward hands the sum of both gradients to the tables. `anchor` is a zero to be
+    added to the loss.
     """
+    # Through the anchor every trained table is reached (with gradients of zero), also where no loss of this rank does
+    # so, as with an empty batch. Its backward is collective: a rank that left it out would keep the others waiting.
     trained = [name for name, value in embeddings.items() if value.requires_grad]
     if not trained:
         return embeddings, next(iter(embeddings.values())).new_zeros(())
@@ -190,6 +209,8 @@ def join_embeddings(embeddings: Embeddings, leaves: Embeddings) -> tuple[Embeddi
 
 
 class _Joined(torch.autograd.Function):
+    """Passes embeddings on; its backward adds the gradients of earlier parts to that of the last one."""
+
     @staticmethod
     def forward(ctx, leaves, *embeddings):
         ctx.leaves = leaves

@@ -1,15 +1,13 @@
-"""One packed mini-batch: what the loader hands to the model, on the host or on the device.
+"""Defines one packed mini-batch, which the loader hands to the model, on the host or on the device.
 
 Shape letters: B requests, T history tokens, C candidates, U unique rows of a table, M next-item positions,
-G negative groups, N negatives per group.
+G sets of negatives, N negatives per set.
 """
 
 import dataclasses
 import typing
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from gpsd_dist.batch.packing import Bucket, Packing, Slots
@@ -18,7 +16,7 @@ from gpsd_dist.batch.padding import PaddedPacking
 
 @dataclasses.dataclass(frozen=True)
 class Bag:
-    """Several rows per token: `rows[b]` for `offsets[i] <= b < offsets[i + 1]` belong to token i."""
+    """Holds several rows per token: `rows[b]` for `offsets[i] <= b < offsets[i + 1]` belong to token i."""
 
     rows: torch.Tensor
     """int64 [sum of bag sizes]"""
@@ -33,7 +31,7 @@ for any other table they are table indices. Numerical: float32 [tokens]."""
 
 @dataclasses.dataclass(frozen=True)
 class RawIds:
-    """Of a managed table, whose entries in `Batch.lookup` are ids until `ids.assignment` gives them rows."""
+    """Describes the entries of a managed table in `Batch.lookup`: ids until `tables.id_remapping` gives them rows."""
 
     count_U: torch.Tensor
     """int64: occurrences of each distinct id in this rank's batch."""
@@ -43,7 +41,7 @@ class RawIds:
 
 @dataclasses.dataclass(frozen=True)
 class NextItem:
-    """Where and what to predict in pretraining: the item after every history token that has a successor."""
+    """Says where and what to predict in pretraining: the item after every history token that has a successor."""
 
     token_M: torch.Tensor
     """int64: history token whose hidden state predicts."""
@@ -61,7 +59,10 @@ class NextItem:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """All tensors of one rank's batch; requests are sorted by history length."""
+    """Holds all tensors of one rank's batch; requests are sorted by history length."""
+
+    # Packed: histories stand one after the other without padding, so a short history costs what it has, and no result
+    # depends on the longest history of the batch.
 
     lookup: KeyedJaggedTensor
     """One key per TorchRec table, stride `bags_per_table`: the U distinct table indices (or ids, see `raw_ids`) that
@@ -88,14 +89,14 @@ class Batch:
     next_item: NextItem | None = None
     padded: PaddedPacking | None = None
     """Geometry that the tower runs in, if not that of `packing`."""
-    place: tuple[int, int] = (0, 0)
+    epoch_and_step: tuple[int, int] = (0, 0)
     """Epoch, and number of the batch in it."""
     raw_ids: dict[str, RawIds] = dataclasses.field(default_factory=dict)
-    """Managed table -> what `lookup` has of it. Empty once rows are assigned."""
+    """Managed table -> its entries in `lookup`. Empty once rows are assigned."""
 
     @property
     def num_requests(self) -> int:
-        """B"""
+        """Counts the requests of the batch (B)."""
         return self.packing.num_requests
 
     def to(self, device: torch.device) -> "Batch":
@@ -104,6 +105,8 @@ class Batch:
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tells the allocator that `stream` uses the tensors (called by the prefetching pipeline)."""
+        # They were copied on another stream: without this the allocator could hand their memory out again while the
+        # step still reads it.
 
         def record(tensor):
             tensor.record_stream(stream)
@@ -112,60 +115,28 @@ class Batch:
         _map_tensors(self, record)
 
 
-def bags_per_table(device_type: str, world_size: int) -> int:
-    """Number of bags over which `lookup_of` spreads the rows of one table; the same on every rank.
-
-    On CUDA, FBGEMM's lookup, its bounds check and its index linearisation give one warp to each bag: with one bag per
-    table, a single warp would copy the whole table's rows. 8192 warps fill a Hopper GPU once (132 SMs x 64 warps;
-    untuned). Every rank sends every other one 8 bytes per bag and table, and looks up the bags of all of them: beyond
-    8 ranks, each makes fewer. On CPU, one bag is the fastest: 8192 of them add 0.16 ms to a lookup of three tables,
-    forward and backward (2 % at 10,000 rows, 15 % at 1000).
-    """
-    return max(1, min(8192, 65536 // world_size)) if device_type == "cuda" else 1
-
-
-def lookup_of(tables: tuple[str, ...], index_U: torch.Tensor, sizes: list[int]) -> KeyedJaggedTensor:
-    """Packs the distinct rows of every table into one KeyedJaggedTensor with `bags_per_table` bags per table.
-
-    `index_U`: int64, table after table; `sizes`: how many of them belong to each. A table's rows keep their order and
-    are spread evenly over its bags; with fewer rows than bags, the last bags are empty. The number of bags must not
-    depend on the batch: it is the stride of the KeyedJaggedTensor, which TorchRec shares between tables and ranks.
-    """
-    # `index_U` may still be on the host, on its way to the device
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    num_bags = bags_per_table(device_type, dist.get_world_size() if dist.is_initialized() else 1)
-    lengths = np.empty((len(sizes), num_bags), np.int64)
-    for table, size in enumerate(sizes):
-        rows_per_bag, num_longer_bags = divmod(size, num_bags)
-        lengths[table, :num_longer_bags], lengths[table, num_longer_bags:] = rows_per_bag + 1, rows_per_bag
-    # `length_per_key`: TorchRec would ask the device for these numbers, which the host has
-    return KeyedJaggedTensor(
-        keys=list(tables),
-        values=index_U,
-        lengths=torch.from_numpy(lengths).view(-1).to(index_U.device),
-        length_per_key=list(sizes),
-    )
-
-
 def to_device(value: typing.Any, device: torch.device) -> typing.Any:
-    """A batch, all parts of a step's batch, or a piece of one (a Packing, say) with all tensors there; asynchronous if
-    they are pinned. What parts share (the lookup) is copied once.
+    """Copies a batch, all parts of a step's batch, or a piece of one (a Packing, say) to a device.
+
+    Asynchronous if the tensors are pinned. What parts share (the lookup) is copied once.
     """
     return _map_tensors(value, _once(lambda tensor: tensor.to(device, non_blocking=True)))
 
 
 def pinned(value: typing.Any) -> typing.Any:
-    """The same with every tensor page-locked; what parts share, once."""
+    """Copies every tensor into page-locked memory; what parts share, once."""
+    # A GPU copies from page-locked memory by itself; from other memory the host waits for each copy.
     return _map_tensors(value, _once(lambda tensor: tensor.pin_memory()))
 
 
 def _once(fn: typing.Callable[[torch.Tensor], torch.Tensor]) -> typing.Callable[[torch.Tensor], torch.Tensor]:
-    """A tensor that stands in several places goes through `fn` once, and its result stands in all of them."""
+    """Wraps `fn` so that a tensor that stands in several places goes through it once, and all places get its result."""
     done: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def apply(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in done:
-            done[id(tensor)] = tensor, fn(tensor)  # kept, or another tensor could get its id
+            # The tensor is kept too: were it freed, another one could get its id.
+            done[id(tensor)] = tensor, fn(tensor)
         return done[id(tensor)][1]
 
     return apply
@@ -179,6 +150,7 @@ def _map_tensors(value: typing.Any, fn: typing.Callable[[torch.Tensor], torch.Te
     if isinstance(value, torch.Tensor):
         return fn(value)
     if isinstance(value, KeyedJaggedTensor):
+        # `length_per_key` goes along, or TorchRec would ask the GPU for it and make the host wait.
         return KeyedJaggedTensor(
             keys=value.keys(),
             values=fn(value.values()),

@@ -1,4 +1,4 @@
-"""Geometry of a packed batch: where each request's tokens sit when there is no padding in any tensor.
+"""Plans the geometry of a packed batch: where each request's tokens sit when there is no padding in any tensor.
 
 Packed order: the T history tokens of all requests, then the C candidate tokens of all requests -> [T + C, D].
 Everything is computed once per batch on the host (in the loader's threads), so that no layer has to ask the GPU.
@@ -21,7 +21,7 @@ MAX_MASKED_CANDIDATES = 8  # up to here one masked call over history and candida
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """Consecutive requests whose histories fit into W slots; only attention inside the bucket sees padded slots."""
+    """Groups consecutive requests whose histories fit into W slots; only attention in the bucket sees padded slots."""
 
     num_requests: int
     """n"""
@@ -43,7 +43,7 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """Padded view of n consecutive jagged rows."""
+    """Lays n consecutive jagged rows out as a padded view."""
 
     entry: torch.Tensor
     """int64 [n * width]: the entry in each slot, counted from the bucket's first; any valid entry where padded."""
@@ -55,7 +55,7 @@ class Slots:
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Offsets, positions and length buckets of one packed batch; requests are sorted by history length."""
+    """Holds offsets, positions and length buckets of one packed batch; requests are sorted by history length."""
 
     history_offsets: torch.Tensor
     """int64 [B + 1]"""
@@ -73,7 +73,7 @@ class Packing:
     candidate_key_count: int
     """Sum over candidates of history length + 1: keys that candidates attend to."""
     buckets: tuple[Bucket, ...]
-    """Consecutive, covering all requests; empty on CUDA-only use is not supported: they cost microseconds."""
+    """Consecutive, covering all requests. Always filled, even where only CUDA kernels run: that takes microseconds."""
     history_length_B: np.ndarray
     """int64 [B], ascending. Stays on the host: recurrent models need sizes there without asking the GPU."""
     candidate_count_B: np.ndarray
@@ -107,22 +107,22 @@ class Packing:
 
     @functools.cached_property
     def rows(self) -> AttentionRows | None:
-        """Layout of attention on CPU, made when it is first needed; None: attend in `buckets`."""
+        """Lays attention out for a CPU, when it is first needed; None: attend in `buckets`."""
         return plan_rows(self.history_length_B, self.candidate_count_B)
 
     @property
     def num_requests(self) -> int:
-        """B"""
+        """Counts the requests (B)."""
         return len(self.history_offsets) - 1
 
     @property
     def num_pairs(self) -> int:
-        """Sum over candidates of history length: pairs of a candidate and a token of its own history."""
+        """Counts the pairs of a candidate and a token of its own history."""
         return self.candidate_key_count - self.num_candidates
 
     @torch.compiler.disable  # Dynamo would compile the caller anew for every number of buckets
     def without_candidates(self) -> "Packing":
-        """The same histories alone."""
+        """Returns the histories alone, without a candidate."""
         none: dict[str, typing.Any] = {
             "num_candidates": 0,
             "max_candidates": 0,
@@ -173,7 +173,7 @@ def _bucket(start, stop, history_length_B, history_offsets, candidate_count_B, c
 
 
 def _slots(offsets: np.ndarray, width: int) -> Slots | None:
-    """Padded view [n, width] of n consecutive jagged rows; None if nothing is padded."""
+    """Builds the padded view [n, width] of n consecutive jagged rows; None if nothing is padded."""
     num_rows, num_entries = len(offsets) - 1, int(offsets[-1] - offsets[0])
     if num_entries == num_rows * width:
         return None
@@ -188,7 +188,7 @@ def _slots(offsets: np.ndarray, width: int) -> Slots | None:
 
 
 def _candidate_mask(history: Slots | None, num_requests: int, width: int, max_candidates: int) -> torch.Tensor | None:
-    """See Bucket. A padded candidate slot attends to itself and what is made of it is dropped."""
+    """Builds `Bucket.candidate_mask`. A padded candidate slot attends to itself, and its output is dropped."""
     if not 0 < max_candidates <= MAX_MASKED_CANDIDATES:
         return None
     mask = torch.ones(num_requests, 1, max_candidates, width + max_candidates, dtype=torch.bool)

@@ -1,5 +1,6 @@
-"""A packed batch with its tokens, candidates and requests rounded up, so that compiled code and CUDA graphs meet few
-shapes. The padding is further requests that nothing reads; real tokens get the same states as without it.
+"""Rounds the sizes of a packed batch up, so that compiled code and CUDA graphs meet few shapes.
+
+The padding is further requests that nothing reads; real tokens get the same states as without it.
 
 Shape letters: B requests, T history tokens, C candidates, S = T + C; a stroke (S') means with padding.
 """
@@ -16,27 +17,27 @@ _REQUEST_MULTIPLE = 64  # offsets are short: rounding them up costs nothing
 
 @dataclasses.dataclass(frozen=True)
 class PaddedPacking:
-    """Geometry of the padded batch, and where the real tokens are in it."""
+    """Holds the geometry of the padded batch, and where the real tokens are in it."""
 
     packing: Packing
-    """Of S' tokens; `max_history_length` and `max_candidates` are rounded up too."""
+    """Geometry of S' tokens; `max_history_length` and `max_candidates` are rounded up too."""
     place_S: torch.Tensor
     """int64 [S]: place of each real token."""
     place_C: torch.Tensor
     """int64 [C]: place of each real candidate among the C' candidates."""
 
     def fill(self, x_SD: torch.Tensor) -> torch.Tensor:
-        """[S, D] -> [S', D], zero where padded."""
+        """Spreads token vectors [S, D] over [S', D], zero where padded."""
         padded = x_SD.new_zeros(self.packing.num_history_tokens + self.packing.num_candidates, x_SD.shape[1])
         return padded.index_copy(0, self.place_S, x_SD)
 
     def take(self, out: torch.Tensor, candidates_only: bool) -> torch.Tensor:
-        """[S', D] -> [S, D], or [C', D] -> [C, D]."""
+        """Takes the real tokens out: [S', D] -> [S, D], or [C', D] -> [C, D]."""
         return out.index_select(0, self.place_C if candidates_only else self.place_S)
 
 
 def pad_packing(packing: Packing, multiple: int, longest: int) -> PaddedPacking:
-    """T' and C' are multiples of `multiple` (0 stays 0), B' of 64; no history of the batch exceeds `longest`."""
+    """Rounds T' and C' up to multiples of `multiple` (0 stays 0), B' of 64; no history may exceed `longest`."""
     lengths, counts = packing.history_length_B, packing.candidate_count_B
     missing_tokens, missing_candidates = (-int(n.sum()) % multiple for n in (lengths, counts))
     most = _power_of_2(int(counts.max(initial=0)))

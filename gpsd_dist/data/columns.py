@@ -1,9 +1,10 @@
-"""Reads columns of Arrow rows as numpy arrays and checks every value against the data contract.
+"""Reads columns of Arrow tables into numpy arrays, and checks every value against the data contract of `schema.py`.
 
-Shape letters: B requests, C candidates.
+Works on whole columns, never row by row. Shape letters: B requests, T history tokens, C candidates.
 """
 
 import dataclasses
+import typing
 
 import numpy as np
 import pyarrow as pa
@@ -15,50 +16,67 @@ from gpsd_dist.data.parquet_dataset import BadValue
 from gpsd_dist.schema import Feature, Manifest
 
 _MAX_DEVIATIONS = 5.0  # a numerical feature is standardised and cut here: one outlier must not drown a token (untuned)
+Values: typing.TypeAlias = np.ndarray | tuple[np.ndarray, np.ndarray]
+"""One value per token: [tokens]. A bag: (values, offsets [tokens + 1])."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ColumnReader:
-    """Reads one column of the sorted rows and checks it; `order` leads an error back to the caller's row."""
+    """Reads the columns of some rows. BadValue names the column and the row of the first value that is wrong."""
 
     manifest: Manifest
     rows: pa.Table
     order: np.ndarray
+    """int64 [B]: the caller's number of each row, for error messages."""
 
-    def jagged(self, name: str, feature: Feature, kept: np.ndarray | None = None, lengths: np.ndarray | None = None):
-        """Values of a list column, those at `kept` or all; each row must hold `lengths` (None: `history_length`)."""
+    def lengths(self, name: str) -> np.ndarray:
+        """Returns the number of entries in each row's list: int64 [B]."""
+        return np.diff(_offsets_of(one_chunk(self.rows[name])))
+
+    def last_entries(self, name: str, keep: np.ndarray) -> np.ndarray | None:
+        """Returns the positions of the last `keep[i]` entries of every row's list, in order; None if those are all."""
+        offsets = _offsets_of(one_chunk(self.rows[name]))
+        return None if np.array_equal(np.diff(offsets), keep) else _ranges(offsets[1:] - keep, keep)
+
+    def jagged(
+        self, name: str, feature: Feature, kept: np.ndarray | None = None, lengths: np.ndarray | None = None
+    ) -> Values:
+        """Reads a list column: the entries at `kept` (None: all), as table indices or standardised numbers.
+
+        Each row must hold `lengths` entries (None: its `history_length`).
+        """
         column = one_chunk(self.rows[name])
-        offsets = offsets_of(column)
+        offsets = _offsets_of(column)
         self._check_lengths(name, offsets, self.integers("history_length") if lengths is None else lengths)
         values = column.flatten()  # respects the offset of a sliced array
         if feature.is_bag:
-            ends = offsets_of(values)
+            ends = _offsets_of(values)
             array = self._checked(name, feature, values.flatten(), ends[offsets])
             if kept is None:
                 return array, ends
             sizes = np.diff(ends)[kept]
-            return array[ranges(ends[:-1][kept], sizes)], cumulated(sizes)
+            return array[_ranges(ends[:-1][kept], sizes)], _cumulated(sizes)
         array = self._checked(name, feature, values, offsets)
         return array if kept is None else array[kept]
 
-    def flat(self, name: str, feature: Feature):
-        """A context column: one value, or one bag, per request."""
+    def flat(self, name: str, feature: Feature) -> Values:
+        """Reads a context column: one value, or one bag, per request."""
         values = one_chunk(self.rows[name])
         if not feature.is_bag:
             return self._checked(name, feature, values, np.arange(len(values) + 1))
-        offsets = offsets_of(values)
+        offsets = _offsets_of(values)
         return self._checked(name, feature, values.flatten(), offsets), offsets
 
     def history_time_s(self, kept: np.ndarray | None) -> np.ndarray:
-        """int64, -1 where null; entries at `kept` or all."""
+        """Reads the times of the history tokens at `kept` (None: all): int64 [T], -1 where null."""
         column = one_chunk(self.rows["history.time_s"])
-        self._check_lengths("history.time_s", offsets_of(column), self.integers("history_length"))
+        self._check_lengths("history.time_s", _offsets_of(column), self.integers("history_length"))
         values = column.flatten()
         array = (pc.fill_null(values, -1) if values.null_count else values).to_numpy()
         return array if kept is None else array[kept]
 
     def integers(self, name: str) -> np.ndarray:
-        """A column with one integer per request; null is an error."""
+        """Reads a column with one integer per request: int64 [B]. A null is an error."""
         values = one_chunk(self.rows[name])
         if values.null_count:
             row = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
@@ -66,9 +84,9 @@ class ColumnReader:
         return values.to_numpy()
 
     def labels(self, name: str, candidate_counts: np.ndarray) -> np.ndarray:
-        """float32 [C], NaN where null; anything but 0, 1 and null is an error."""
+        """Reads the labels of a task: float32 [C], NaN where null. Anything but 0, 1 and null is an error."""
         column = one_chunk(self.rows[name])
-        offsets = offsets_of(column)
+        offsets = _offsets_of(column)
         if not np.array_equal(np.diff(offsets), candidate_counts):
             row = int(np.flatnonzero(np.diff(offsets) != candidate_counts)[0])
             raise BadValue(name, int(self.order[row]), "has another number of entries than the row has candidates")
@@ -100,30 +118,24 @@ class ColumnReader:
         return array
 
     def _raise_if(self, is_bad: np.ndarray, values: np.ndarray, name: str, rule: str, offsets: np.ndarray) -> None:
-        """BadValue for the first bad entry; `offsets` [B + 1] cut the entries into rows."""
+        """Raises BadValue for the first bad entry; `offsets` [B + 1] cut the entries into rows."""
         if is_bad.any():
             entry = int(np.flatnonzero(is_bad)[0])
             row = int(np.searchsorted(offsets, entry, side="right")) - 1
             raise BadValue(name, int(self.order[row]), f"value {values[entry]} is wrong: {rule}")
 
 
-def offsets_of(column: pa.ListArray) -> np.ndarray:
-    """Offsets into `column.flatten()`, which begins at the first row's first value: [rows + 1] int64 from 0."""
+def _offsets_of(column: pa.ListArray) -> np.ndarray:
+    """Returns the offsets into `column.flatten()`, which begins at the first row's first value: int64 [rows + 1]."""
     offsets = column.offsets.to_numpy().astype(np.int64)
     return offsets - offsets[0]
 
 
-def last(offsets: np.ndarray, keep: np.ndarray) -> np.ndarray | None:
-    """Positions of the last `keep[i]` entries of every list, in order; None: those are all."""
-    return None if np.array_equal(np.diff(offsets), keep) else ranges(offsets[1:] - keep, keep)
-
-
-def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """starts[i], starts[i] + 1, ... of sizes[i] numbers each, one range after the other."""
-    offsets = cumulated(sizes)
+def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Joins the ranges starts[i], starts[i] + 1, ... of sizes[i] numbers each."""
+    offsets = _cumulated(sizes)
     return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], sizes)
 
 
-def cumulated(sizes: np.ndarray) -> np.ndarray:
-    """Sums up sizes to offsets: int64 [len + 1], beginning with 0."""
+def _cumulated(sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])

@@ -1,4 +1,4 @@
-"""One lookup per table for all columns of a batch: distinct values, and where each column finds its own among them."""
+"""Makes one lookup per table for all columns of a batch: distinct values, and where each column finds its own."""
 
 import dataclasses
 
@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from gpsd_dist.batch.batch import RawIds, lookup_of
+from gpsd_dist.batch.batch import RawIds
+from gpsd_dist.batch.lookup import lookup_of
 from gpsd_dist.schema import Manifest
 
 _DENSE_UNIQUE_ROWS = 4_000_000  # below this a mark per table row beats sorting the ids (5x at 100 k ids, 1 M rows)
@@ -14,16 +15,16 @@ _DENSE_UNIQUE_ROWS = 4_000_000  # below this a mark per table row beats sorting 
 
 @dataclasses.dataclass
 class Wanted:
-    """Values of one table, from one column or one draw of negatives; `place` becomes their places in the lookup."""
+    """Holds values of one table, from one column or one draw of negatives, and their positions in the lookup."""
 
     value: np.ndarray
     is_draw: bool = False
-    """Of negatives. For a managed table: random numbers, which become rows in the step."""
-    place: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+    """Whether the values are negatives. For a managed table: random numbers, which become rows in the step."""
+    position: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 def deduplicate(manifest: Manifest, wanted: dict[str, list[Wanted]]) -> tuple[KeyedJaggedTensor, dict[str, RawIds]]:
-    """(lookup of every table in `wanted`, what managed tables need besides); fills `place`."""
+    """Builds the lookup of every table in `wanted`, with the facts of managed tables; fills each `position`."""
     sections, raw_ids = [], {}
     for table, parts in wanted.items():
         if manifest.unbounded.get(table) == "managed":
@@ -36,7 +37,7 @@ def deduplicate(manifest: Manifest, wanted: dict[str, list[Wanted]]) -> tuple[Ke
 
 
 def _distinct(parts: list[Wanted], num_rows: int) -> np.ndarray:
-    """The values, sorted."""
+    """Returns the distinct values, sorted."""
     if num_rows > _DENSE_UNIQUE_ROWS:
         unique, inverse = np.unique(_joined(parts), return_inverse=True)
         _cut(parts, inverse)
@@ -48,12 +49,12 @@ def _distinct(parts: list[Wanted], num_rows: int) -> np.ndarray:
     place = np.empty(num_rows, np.int64)
     place[unique] = np.arange(len(unique))
     for part in parts:
-        part.place = place[part.value]
+        part.position = place[part.value]
     return unique
 
 
 def _managed(parts: list[Wanted]) -> tuple[np.ndarray, RawIds]:
-    """Distinct ids, then the draws as they are: which rows those are, the map says in the step."""
+    """Joins distinct ids and the draws as they are: the map says in the step which rows those are."""
     columns, draws = [p for p in parts if not p.is_draw], [p for p in parts if p.is_draw]
     unique, inverse, counts = np.unique(_joined(columns), return_inverse=True, return_counts=True)
     _cut(columns, inverse)
@@ -69,4 +70,4 @@ def _joined(parts: list[Wanted]) -> np.ndarray:
 def _cut(parts: list[Wanted], places: np.ndarray) -> None:
     pieces = np.split(places, np.cumsum([part.value.size for part in parts]))
     for part, piece in zip(parts, pieces, strict=False):
-        part.place = piece.reshape(part.value.shape)
+        part.position = piece.reshape(part.value.shape)

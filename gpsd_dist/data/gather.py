@@ -1,4 +1,4 @@
-"""Rows of Arrow tables in any order. A list of numbers is moved as the bytes that it is.
+"""Takes rows of Arrow tables in any order. A list of numbers is moved as the bytes that it is.
 
 Arrow's `take` handles a list entry by entry, at a third of the speed (docs/performance.md).
 """
@@ -10,7 +10,7 @@ import pyarrow as pa
 
 
 def gather(parts: typing.Sequence[pa.Table], order: np.ndarray | None) -> pa.Table:
-    """Rows `order` (int64, counted through `parts`; None: all as they stand), one chunk per column.
+    """Takes rows `order` (int64, counted through `parts`; None: all as they stand), one chunk per column.
 
     The tables have one schema.
     """
@@ -22,7 +22,7 @@ def gather(parts: typing.Sequence[pa.Table], order: np.ndarray | None) -> pa.Tab
 
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    """All rows. Unlike `combine_chunks`, does not copy where there is one chunk already."""
+    """Returns all rows as one array. Unlike `combine_chunks`, does not copy where there is one chunk already."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
@@ -40,7 +40,7 @@ def _holds_numbers(list_type: pa.DataType) -> bool:
 
 
 def _to_bytes(array: pa.ListArray) -> pa.LargeBinaryArray:
-    """The same memory with offsets in bytes; large, because 2 GiB of entries are 16 GiB of bytes."""
+    """Views lists of numbers as strings of bytes, without a copy; large, because 2 GiB of entries are 16 GiB."""
     width = array.type.value_type.bit_width // 8
     offsets = (array.offsets.to_numpy().astype(np.int64) + array.values.offset) * width
     buffers = [None, pa.py_buffer(offsets), array.values.buffers()[1]]
@@ -48,7 +48,7 @@ def _to_bytes(array: pa.ListArray) -> pa.LargeBinaryArray:
 
 
 def _to_list(texts: pa.LargeBinaryArray, list_type: pa.ListType) -> pa.ListArray:
-    """The reverse for what `take` returns. ArrowInvalid: more entries than the offsets of a list can count."""
+    """Views strings of bytes as lists of numbers. ArrowInvalid: more entries than the offsets of a list can count."""
     width = list_type.value_type.bit_width // 8
     _, offset_bytes, entries = texts.buffers()
     offsets = np.frombuffer(offset_bytes, np.int64, len(texts) + 1, 8 * texts.offset) // width

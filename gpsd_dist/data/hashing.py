@@ -1,4 +1,4 @@
-"""The hash that puts a 64-bit id into one of a fixed number of rows: the same in numpy, in torch and for ever.
+"""Hashes a 64-bit id into one of a fixed number of rows: equal in numpy, in torch and for ever.
 
     mix: x ^= x >>> 30; x *= 0xBF58476D1CE4E5B9; x ^= x >>> 27; x *= 0x94D049BB133111EB; x ^= x >>> 31   (mod 2^64)
     row: 2 + (mix(id) >>> 1) mod (num_rows - 2)
@@ -19,7 +19,7 @@ _FACTORS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))  # a
 
 
 def mix(id_N: Ids) -> Ids:
-    """int64 [N] -> int64 [N]: the bits of SplitMix64's finaliser."""
+    """Mixes the bits of ids by SplitMix64's finaliser: int64 [N] -> int64 [N]."""
     x = id_N
     for shift, factor in zip((30, 27), _FACTORS, strict=True):
         x = (x ^ _shifted(x, shift)) * factor
@@ -27,7 +27,7 @@ def mix(id_N: Ids) -> Ids:
 
 
 def hashed_rows(id_N: Ids, num_rows: int) -> Ids:
-    """Table rows int64 [N] of ids int64 [N] (0 padding, 1 unknown, others at least 2)."""
+    """Returns table rows int64 [N] for ids int64 [N] (0 padding, 1 unknown, others at least 2)."""
     row_N = NUM_RESERVED_ROWS + _shifted(mix(id_N), 1) % (num_rows - NUM_RESERVED_ROWS)
     is_reserved_N = id_N < NUM_RESERVED_ROWS
     if isinstance(id_N, torch.Tensor):
@@ -36,5 +36,5 @@ def hashed_rows(id_N: Ids, num_rows: int) -> Ids:
 
 
 def _shifted(x: Ids, bits: int) -> Ids:
-    """Logical shift: int64 shifts drag the sign along."""
+    """Shifts logically: an int64 shift alone would drag the sign along."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

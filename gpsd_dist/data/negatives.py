@@ -1,25 +1,49 @@
-"""Draws negatives for next-item targets. A sampler is a function (random, shape, limit) -> int64 ids of that shape.
+"""Draws the negatives of next-item prediction, and says which positions share a set of them. arXiv:2506.03699, 3.2.
 
-Negatives are drawn while batches are made, and not in the step, so that their rows are prefetched with all others.
+Shape letters: M next-item positions, G sets of negatives, N negatives per set.
 """
+
+import typing
 
 import numpy as np
 
+from gpsd_dist.batch.packing import Packing
+from gpsd_dist.data.parquet_dataset import BatchKey
 from gpsd_dist.schema import NUM_RESERVED_ROWS, Manifest
 
-_DRAW_LIMIT = 1 << 62  # of the random numbers that become rows of a managed table
+_MANAGED_DRAW_LIMIT = 1 << 62  # the step reduces these numbers modulo the occupied rows, so they must dwarf any table
+Sampler: typing.TypeAlias = typing.Callable[[np.random.Generator, int, int, int], np.ndarray]
+"""(generator, G, N, limit) -> int64 [G, N] in 2 .. limit - 1. Another distribution than the uniform one needs its log Q
+subtracted from the logits in `stages/losses.py`."""
 
 
-def item_limit(manifest: Manifest) -> int:
-    """Returns the end of the range of ids to draw from: all rows of the item table, also where its ids are hashed.
+def uniform(random: np.random.Generator, num_sets: int, num_negatives: int, limit: int) -> np.ndarray:
+    """Draws every known item with the same probability, with replacement."""
+    return random.integers(NUM_RESERVED_ROWS, limit, (num_sets, num_negatives))
 
-    Which ids a managed table holds is known in the step only, so there the numbers become rows later.
+
+def generator(seed: int, key: BatchKey) -> np.random.Generator:
+    """Returns a generator whose numbers depend on (seed, epoch, step, rank) alone, so a resumed run draws the same."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, key.epoch, key.step, key.rank))))
+
+
+def draw_limit(manifest: Manifest) -> int:
+    """Returns the bound of the draws: the rows of the item table; for a managed one, random numbers for the step.
+
+    Which rows of a managed table hold an item is known in the step only, so there the draws become rows.
     """
     table = manifest.feature(manifest.item_feature).table
     is_managed = manifest.unbounded.get(table) == "managed"
-    return _DRAW_LIMIT if is_managed else manifest.table(table).num_rows
+    return _MANAGED_DRAW_LIMIT if is_managed else manifest.table(table).num_rows
 
 
-def uniform(random: np.random.Generator, shape: tuple[int, int], limit: int) -> np.ndarray:
-    """Draws known items uniformly with replacement: int64 [G, N] of the G sets of N negatives in `shape`."""
-    return random.integers(NUM_RESERVED_ROWS, limit, shape)
+def group_offsets(
+    negatives_per: str, target_token_M: np.ndarray, packing: Packing, num_sets: int
+) -> tuple[int, ...] | None:
+    """Returns G + 1 cuts of the M positions: those between two cuts share a set. None: each position has its own."""
+    if negatives_per == "position":
+        return None
+    if negatives_per == "request":
+        return tuple(np.searchsorted(target_token_M - 1, packing.history_offsets.numpy()).tolist())
+    # Any partition of the positions will do, because all sets are drawn alike: equal parts cost the least.
+    return tuple(np.linspace(0, len(target_token_M), num_sets + 1).astype(np.int64).tolist())

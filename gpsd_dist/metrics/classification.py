@@ -25,7 +25,7 @@ class Predictions:
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} is not one of {KINDS}")
         self.kind = kind
-        self._chunks: list[tuple[np.ndarray, ...]] = []
+        self._chunks = [tuple(np.empty(0, dtype) for dtype in (np.float32, np.uint8, np.int64))]
 
     def __len__(self) -> int:
         return sum(len(score_N) for score_N, _, _ in self._chunks)
@@ -64,11 +64,8 @@ class Predictions:
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         """Returns this rank's score float32 [N], label uint8 [N] and user_hash int64 [N] in the order of `add`."""
-        if len(self._chunks) != 1:
-            dtypes = (np.float32, np.uint8, np.int64)
-            columns = zip(*self._chunks) if self._chunks else ([], [], [])
-            merged = [np.concatenate([np.empty(0, dtype), *parts]) for parts, dtype in zip(columns, dtypes)]
-            self._chunks = [tuple(merged)]
+        if len(self._chunks) > 1:
+            self._chunks = [tuple(map(np.concatenate, zip(*self._chunks)))]
         return self._chunks[0]
 
     def metrics(self) -> dict[str, float | int]:

@@ -1,6 +1,6 @@
-"""Turns rows of tables into vectors of tokens and of the context.
+"""Turns embeddings of tables into vectors of tokens and of the context.
 
-Shape letters: S tokens in packed order, B requests, C candidates, E embedding width.
+Shape letters: U distinct rows of a table, S tokens in packed order, B requests, C candidates, E embedding width.
 """
 
 import torch
@@ -13,9 +13,9 @@ from gpsd_dist.schema import Feature, Manifest, Table
 
 
 class TokenEmbedder(nn.Module):
-    """Token vectors: the sum of the token's features and its segment (history or candidate), or one per feature.
+    """Sums the features of a token and its segment (history or candidate), or keeps one vector per feature.
 
-    Features of sharded tables arrive as looked-up rows; small tables and numerical features are parameters here.
+    Features of sharded tables arrive as looked-up embeddings; small tables and numerical features are parameters here.
     """
 
     def __init__(
@@ -31,6 +31,8 @@ class TokenEmbedder(nn.Module):
         self.features = {place: _token_features(manifest, place) for place in ("history", "candidate")}
         sharded_names = {table.name for table in sharded}
         token_features = {f.name: f for place in self.features.values() for f in place}
+        # Small tables are replicated with the dense part: their gradients join its all-reduce, and no lookup of theirs
+        # has to be exchanged. Features that share a table share the module.
         self.small = nn.ModuleDict(
             {
                 module_key(f.table): nn.Embedding(manifest.table(f.table).num_rows, config.embedding_dim)
@@ -40,60 +42,63 @@ class TokenEmbedder(nn.Module):
         )
         self.numerical = nn.ParameterDict(
             {
+                # Zero at first: a token begins as its item, and training decides where the number moves it.
                 module_key(f.name): torch.zeros(config.embedding_dim)
                 for f in token_features.values()
                 if f.kind == "numerical"
             }
         )
+        # A causal tower cannot tell by position alone a candidate from the next event that has really happened.
         self.segment = nn.Embedding(2, config.embedding_dim) if has_segments and not as_fields else None
         for embedding in (*self.small.values(), *([self.segment] if self.segment is not None else [])):
             nn.init.normal_(embedding.weight, std=config.init_std)
 
     @property
     def num_fields(self) -> int:
-        """F: features of a history token."""
+        """Counts the features of a history token (F)."""
         return len(self.features["history"])
 
-    def forward(self, rows: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
-        """Looked-up rows and a batch -> token vectors [S, E], or [S, F, E] one per feature of a history token.
+    def forward(self, embeddings: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        """Embeds all tokens of a batch: vectors [S, E], or [S, F, E] one per feature of a history token.
 
-        Candidates lack some of these features (what the user did with the item): their vectors are zero.
+        `embeddings`: sharded table -> [U, E].
         """
-        tokens = [self._tokens(rows, "history", batch.history)]
+        tokens = [self._tokens(embeddings, "history", batch.history)]
         if batch.packing.num_candidates:
-            tokens.append(self._tokens(rows, "candidate", batch.candidate))
+            tokens.append(self._tokens(embeddings, "candidate", batch.candidate))
         return torch.cat(tokens)
 
-    def _tokens(self, rows: dict[str, torch.Tensor], place: str, columns: dict[str, Column]) -> torch.Tensor:
-        vectors = {f.name: self._embed(rows, f, columns[f.name]) for f in self.features[place]}
+    def _tokens(self, embeddings: dict[str, torch.Tensor], place: str, columns: dict[str, Column]) -> torch.Tensor:
+        vectors = {f.name: self._embed(embeddings, f, columns[f.name]) for f in self.features[place]}
         if self.as_fields:
+            # A candidate lacks what the user did with the item: that is not known before it is shown, and would leak.
             missing = torch.zeros_like(next(iter(vectors.values())))
             return torch.stack([vectors.get(f.name, missing) for f in self.features["history"]], dim=1)
         if self.segment is None:
             return sum(vectors.values())
         return sum(vectors.values(), start=self.segment.weight[0 if place == "history" else 1])
 
-    def _embed(self, rows: dict[str, torch.Tensor], feature: Feature, column: Column) -> torch.Tensor:
+    def _embed(self, embeddings: dict[str, torch.Tensor], feature: Feature, column: Column) -> torch.Tensor:
         if feature.kind == "numerical":
             return column[:, None] * self.numerical[module_key(feature.name)]
         key = module_key(feature.table)
-        return embed(self.small[key].weight if key in self.small else rows[feature.table], column)
+        return embed(self.small[key].weight if key in self.small else embeddings[feature.table], column)
 
 
 def embed(weight: torch.Tensor, column: Column) -> torch.Tensor:
-    """Rows of `weight` [rows, E] for one column -> [tokens, E]; a bag gives the mean of its rows (0 if it is empty)."""
+    """Takes rows of `weight` [rows, E] for a column: [tokens, E]; a bag gives the mean of its rows (0 if empty)."""
     if isinstance(column, Bag):
         return nn.functional.embedding_bag(column.rows, weight, column.offsets, mode="mean", include_last_offset=True)
     return nn.functional.embedding(column, weight)
 
 
 def _token_features(manifest: Manifest, place: str) -> tuple[Feature, ...]:
-    """Features that make up a token. A feature of candidates alone is not one: it goes to the ranking heads."""
+    """Lists the features that make up a token. One of candidates alone is none: it goes to the ranking heads."""
     return tuple(f for f in manifest.features_in(place) if "history" in f.places)
 
 
 class ContextEmbedder(nn.Module):
-    """What a ranking head sees besides the hidden state: features of the request and of the candidate alone."""
+    """Gives the ranking heads what the hidden state lacks: features of the request and of the candidate alone."""
 
     def __init__(self, manifest: Manifest, config: TablesConfig, context_dim: int, sharded: tuple[Table, ...]):
         super().__init__()
@@ -101,6 +106,7 @@ class ContextEmbedder(nn.Module):
         self.candidate_features = tuple(f for f in manifest.features_in("candidate") if "history" not in f.places)
         features = (*self.request_features, *self.candidate_features)
         sharded_names = {table.name for table in sharded}
+        # By feature and not by table: the heads get narrow vectors of their own, apart from what tokens mean.
         self.small = nn.ModuleDict(
             {
                 module_key(f.name): nn.Embedding(manifest.table(f.table).num_rows, context_dim)
@@ -120,15 +126,15 @@ class ContextEmbedder(nn.Module):
         self.width = sum(widths)
         """Width of the output; 0 if the data set has no such feature."""
 
-    def forward(self, rows: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
-        """-> [C, self.width]; request features are repeated for the request's candidates."""
-        request = [self._embed(rows, f, batch.context[f.name]) for f in self.request_features]
+    def forward(self, embeddings: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        """Returns [C, self.width]; request features are repeated for the request's candidates."""
+        request = [self._embed(embeddings, f, batch.context[f.name]) for f in self.request_features]
         parts = [torch.cat(request, dim=-1)[batch.packing.request_C]] if request else []
-        parts += [self._embed(rows, f, batch.candidate[f.name]) for f in self.candidate_features]
+        parts += [self._embed(embeddings, f, batch.candidate[f.name]) for f in self.candidate_features]
         return torch.cat(parts, dim=-1)
 
-    def _embed(self, rows: dict[str, torch.Tensor], feature: Feature, column: Column) -> torch.Tensor:
+    def _embed(self, embeddings: dict[str, torch.Tensor], feature: Feature, column: Column) -> torch.Tensor:
         if feature.kind == "numerical":
             return column[:, None] * self.numerical_scale[module_key(feature.name)]
         key = module_key(feature.name)
-        return embed(self.small[key].weight if key in self.small else rows[feature.table], column)
+        return embed(self.small[key].weight if key in self.small else embeddings[feature.table], column)

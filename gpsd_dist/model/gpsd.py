@@ -1,9 +1,10 @@
 """GPSD's two dense models on one tower: next item (pretraining) and ranking (finetuning). arXiv:2506.03699, figure 2.
 
-They take looked-up rows of tables and a batch and return outputs; losses are in `stages/losses.py`, the tables in
+They take looked-up embeddings of tables and a batch and return outputs; losses are in `stages/losses.py`, the tables in
 `tables/collections.py`.
 
-Shape letters: S tokens in packed order, T history tokens, C candidates, D width, E embedding width.
+Shape letters: U distinct rows of a table, S tokens in packed order, T history tokens, C candidates, D width,
+E embedding width.
 """
 
 import typing
@@ -15,41 +16,43 @@ from gpsd_dist.batch.batch import Batch
 from gpsd_dist.config import ModelConfig, TablesConfig
 from gpsd_dist.config.model import MODELS, models_with
 from gpsd_dist.model.embeddings import ContextEmbedder, TokenEmbedder
-from gpsd_dist.model.heads import ProjectionIn, ProjectionOut, RankingHeads
+from gpsd_dist.model.heads import Projection, RankingHeads
 from gpsd_dist.model.registry import TOWERS, Times
 from gpsd_dist.parameter_names import module_key
 from gpsd_dist.schema import Manifest, Table
 
 
 class Backbone(nn.Module):
-    """Token embedder, projection in and tower: the part that full transfer copies."""
+    """Embeds tokens, projects them to the tower's width and runs the tower: the part that full transfer copies."""
 
     def __init__(self, manifest: Manifest, tables: TablesConfig, model: ModelConfig, sharded: tuple[Table, ...]):
         super().__init__()
         tower = TOWERS[model.name]
         self.embedder = TokenEmbedder(manifest, tables, sharded, tower.reads_fields, tower.has_segments)
-        self.project_in = ProjectionIn(tables.embedding_dim, model.width, model.init_std)
+        # A tower that adds positions or times to its input drops out the sum, as its paper does: not twice.
+        self.project_in = Projection(tables.embedding_dim, model.width, model.init_std, norm_first=True)
         self.dropout = nn.Dropout(0.0 if tower.drops_inputs else model.dropout)
         self.tower = tower.build(model, self.embedder.num_fields)
         self.call_padded: typing.Callable[..., torch.Tensor] | None = None
-        """What runs the tower on padded batches; None: the tower itself."""
+        """Runs the tower on padded batches in a CUDA graph; None: the tower itself does."""
 
-    def forward(self, rows: dict[str, torch.Tensor], batch: Batch, candidates_only: bool = False) -> torch.Tensor:
-        """-> hidden states [S, D], or those of the candidates [C, out_width]"""
-        x, padded = self._tokens(rows, batch), batch.padded
+    def forward(self, embeddings: dict[str, torch.Tensor], batch: Batch, candidates_only: bool = False) -> torch.Tensor:
+        """Runs a batch with its `embeddings` (table -> [U, E]): states [S, D], or of candidates [C, out_width]."""
+        x, padded = self._tokens(embeddings, batch), batch.padded
         if padded is None:
             return self.tower(x, batch.packing, candidates_only, _times(batch))
+        # Only the tower meets the padding: embedder and heads run on real tokens, so no loss or gradient sees it.
         call = self.call_padded or self.tower
         return padded.take(call(padded.fill(x), padded.packing, candidates_only), candidates_only)
 
-    def with_history(self, rows: dict[str, torch.Tensor], batch: Batch) -> tuple[torch.Tensor, "HistoryStates"]:
-        """The candidates' states [C, out_width], and those of their histories (towers that `supervises_history`)."""
-        x_SFD = self._tokens(rows, batch)
+    def with_history(self, embeddings: dict[str, torch.Tensor], batch: Batch) -> tuple[torch.Tensor, "HistoryStates"]:
+        """Gives the candidates' states [C, out_width], and those of histories (towers that `supervises_history`)."""
+        x_SFD = self._tokens(embeddings, batch)
         state_C, state_TN = self.tower(x_SFD, batch.packing, True, _times(batch), with_history=True)
         return state_C, HistoryStates(state_TN, x_SFD[: batch.packing.num_history_tokens].flatten(1))
 
-    def _tokens(self, rows: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
-        return self.dropout(self.project_in(self.embedder(rows, batch)))
+    def _tokens(self, embeddings: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        return self.dropout(self.project_in(self.embedder(embeddings, batch)))
 
 
 def _times(batch: Batch) -> Times:
@@ -57,25 +60,25 @@ def _times(batch: Batch) -> Times:
 
 
 class HistoryStates(typing.NamedTuple):
-    """What the next-behaviour loss compares."""
+    """Pairs what the next-behaviour loss compares."""
 
     state_TN: torch.Tensor
-    """What the model knows after each history token."""
+    """State after each history token, which knows that token and the ones before it."""
     token_TN: torch.Tensor
     """Vector of each history token: its features side by side."""
 
 
 class NextItemOutputs(typing.NamedTuple):
-    """Of `NextItemModel`."""
+    """Holds the output of `NextItemModel.forward`."""
 
     hidden_TE: torch.Tensor
-    """Compared with item rows by cosine."""
+    """State at each history token, in the space of the items: compared with their embeddings by cosine."""
     auxiliary_weight: dict[str, torch.Tensor]
     """Feature -> [rows, E]: the input table of each auxiliary target, tied to its output."""
 
 
 class NextItemModel(nn.Module):
-    """Generative pretraining: the state at every history token predicts the next item and its attributes."""
+    """Predicts the next item, and its attributes, from the state at every history token (generative pretraining)."""
 
     def __init__(
         self,
@@ -86,11 +89,12 @@ class NextItemModel(nn.Module):
         auxiliary: tuple[str, ...],
     ):
         super().__init__()
+        # A tower that gives states to candidates alone has nothing that could predict a history's next item.
         if not MODELS[model.name].is_generative:
             generative = models_with("is_generative")
             raise ValueError(f"model {model.name!r} predicts no next item; pretrain one of {generative}")
         self.backbone = Backbone(manifest, tables, model, sharded)
-        self.project_out = ProjectionOut(model.width, tables.embedding_dim, model.init_std)
+        self.project_out = Projection(model.width, tables.embedding_dim, model.init_std, norm_first=False)
         self.auxiliary_table = {name: manifest.feature(name).table for name in auxiliary}
         for name, table in self.auxiliary_table.items():
             if table is None or module_key(table) not in self.backbone.embedder.small or manifest.feature(name).is_bag:
@@ -100,17 +104,17 @@ class NextItemModel(nn.Module):
                     f"and a small table (those are {small}); raise TablesConfig.small_table_max_rows or leave it out"
                 )
 
-    def forward(self, rows: dict[str, torch.Tensor], batch: Batch) -> NextItemOutputs:
-        """See NextItemOutputs."""
-        hidden_SD = self.backbone(rows, batch)
+    def forward(self, embeddings: dict[str, torch.Tensor], batch: Batch) -> NextItemOutputs:
+        """Runs a batch with its `embeddings` (table -> [U, E]): states [T, E], and weights of small output layers."""
+        hidden_SD = self.backbone(embeddings, batch)
         hidden_TE = self.project_out(hidden_SD[: batch.packing.num_history_tokens]).float()
         weights = {name: self.backbone.embedder.small[module_key(t)].weight for name, t in self.auxiliary_table.items()}
-        # views: FSDP2 hooks every output of the model, and on the parameter itself its hooks would pile up
+        # Views, because FSDP2 hooks every output of the model, and on the parameter itself its hooks would pile up.
         return NextItemOutputs(hidden_TE, {name: weight.view_as(weight) for name, weight in weights.items()})
 
 
 class RankingModel(nn.Module):
-    """Discriminative training: the state at each candidate, with its context, gives one logit per task."""
+    """Scores each candidate: its state, with its context, gives one logit per task (discriminative training)."""
 
     def __init__(
         self,
@@ -127,14 +131,16 @@ class RankingModel(nn.Module):
         in_width = tower.out_width + self.context.width
         self.heads = RankingHeads(tasks, in_width, tower.mlp_widths, model.init_std, tower.direct_width)
 
-    def forward(self, rows: dict[str, torch.Tensor], batch: Batch, with_history: bool = False):
-        """-> task -> logits float32 [C]; `with_history`: (the same, HistoryStates)"""
+    def forward(self, embeddings: dict[str, torch.Tensor], batch: Batch, with_history: bool = False):
+        """Returns task -> logits float32 [C]; `with_history`: (those logits, HistoryStates)."""
+        # Only candidates leave the tower, so histories are computed no further than candidates need them.
         if not with_history:
-            return self._logits(self.backbone(rows, batch, candidates_only=True), rows, batch)
-        state_C, history = self.backbone.with_history(rows, batch)
-        return self._logits(state_C, rows, batch), history
+            return self._logits(self.backbone(embeddings, batch, candidates_only=True), embeddings, batch)
+        state_C, history = self.backbone.with_history(embeddings, batch)
+        return self._logits(state_C, embeddings, batch), history
 
-    def _logits(self, x_C: torch.Tensor, rows: dict[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
+    def _logits(self, x_C: torch.Tensor, embeddings: dict[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
+        # The context joins behind the tower, so that one pass over a history serves all candidates of the request.
         if self.context.width:
-            x_C = torch.cat((x_C, self.context(rows, batch)), dim=-1)
+            x_C = torch.cat((x_C, self.context(embeddings, batch)), dim=-1)
         return self.heads(x_C)

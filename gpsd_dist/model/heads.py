@@ -1,6 +1,6 @@
 """Maps a tower's states to outputs: logits by one ranking MLP per task, item vectors for next-item prediction.
 
-Shape letters: C candidates, T history tokens, D width, E embedding width.
+Shape letter: C candidates.
 """
 
 import itertools
@@ -52,33 +52,19 @@ def _mlp(in_width: int, hidden_widths: tuple[int, ...], direct_width: int) -> nn
     return nn.Sequential(*layers, nn.Linear(widths[-1] + direct_width, 1))
 
 
-class ProjectionOut(nn.Module):
-    """Projects hidden states [T, D] to item space [T, E]: linear + RMSNorm if the widths differ, else identity."""
+class Projection(nn.Module):
+    """Projects vectors [..., in] -> [..., out] by a linear layer with an RMSNorm; identity if the widths are equal."""
 
-    def __init__(self, width: int, embedding_dim: int, init_std: float):
+    def __init__(self, in_width: int, out_width: int, init_std: float, *, norm_first: bool):
+        """Puts the norm on the side of the embeddings: first on the way into the tower, last on the way out."""
         super().__init__()
         self.layers = nn.Sequential()
-        if width != embedding_dim:
-            projection = nn.Linear(width, embedding_dim, bias=False)
-            self.layers = nn.Sequential(projection, nn.RMSNorm(embedding_dim, eps=1e-5))
-            init_linear(self.layers[0], init_std)
-
-    def forward(self, hidden_TD: torch.Tensor) -> torch.Tensor:
-        """Maps [T, D] -> [T, E]."""
-        return self.layers(hidden_TD)
-
-
-class ProjectionIn(nn.Module):
-    """Projects token vectors [..., E] -> [..., D]: RMSNorm + linear if the widths differ, else identity."""
-
-    def __init__(self, embedding_dim: int, width: int, init_std: float):
-        super().__init__()
-        self.layers = nn.Sequential()
-        if width != embedding_dim:
-            projection = nn.Linear(embedding_dim, width, bias=False)
-            self.layers = nn.Sequential(nn.RMSNorm(embedding_dim, eps=1e-5), projection)
-            init_linear(self.layers[1], init_std)
+        if in_width != out_width:
+            linear = nn.Linear(in_width, out_width, bias=False)
+            init_linear(linear, init_std)
+            norm = nn.RMSNorm(in_width if norm_first else out_width, eps=1e-5)
+            self.layers = nn.Sequential(*((norm, linear) if norm_first else (linear, norm)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps [..., E] -> [..., D]."""
+        """Maps [..., in] -> [..., out]."""
         return self.layers(x)

@@ -1,4 +1,4 @@
-"""The dense tower of GPSD (arXiv:2506.03699, section 3.1): a causal pre-norm Transformer on packed tokens.
+"""Implements the dense tower of GPSD (arXiv:2506.03699, section 3.1): a causal pre-norm Transformer on packed tokens.
 
 RMSNorm, rotary positions, SwiGLU, no biases, linear weights from N(0, 0.02): the official settings. Plain
 single-device PyTorch; DDP, autocast and compile are applied from outside.
@@ -24,55 +24,53 @@ _MLP_MULTIPLE = 4  # hidden width of the ranking MLP over D (official settings)
 
 
 def ffn_width(width: int) -> int:
-    """SwiGLU hidden width: the multiple of 32 above 8/3 of the model width."""
+    """Returns the hidden width of SwiGLU: 8/3 of the model width, rounded up to a multiple of 32."""
     return _FFN_MULTIPLE * -(-int(8 * width / 3) // _FFN_MULTIPLE)
 
 
 def init_linear(linear: nn.Linear, std: float) -> None:
-    """Normal(0, std), zero bias; std 0 means 1 / sqrt(fan-in): outputs as large as inputs at any width."""
+    """Draws weights from N(0, std), sets the bias to 0. std 0 means 1 / sqrt(fan-in): outputs as large as inputs."""
     nn.init.normal_(linear.weight, std=std or linear.in_features**-0.5)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
 
 
 class Rotation(typing.NamedTuple):
-    """Unit rotations of every pair of channels of queries, keys and (by 1: left alone) values, for all layers."""
+    """Holds a rotation for every pair of channels of queries, keys and (by 1: left alone) values, for all layers."""
 
     turn: torch.Tensor
     """complex64 [S, 3, H or 1, K / 2]"""
     back: torch.Tensor
-    """Its conjugate, for the backward."""
+    """Conjugate of `turn`, for the backward."""
 
 
 class RotaryPositions(nn.Module):
-    """Rotary angles of every token, shared by all layers (arXiv:2104.09864)."""
+    """Computes the rotary angles of every token, once for all layers (arXiv:2104.09864)."""
 
     def __init__(self, head_width: int, heads: int):
         super().__init__()
         self.head_width, self.heads = head_width, heads
 
     def forward(self, position_S: torch.Tensor) -> Rotation:
-        """int64 [S] -> rotations. On CPU they are written out for every head: one product without broadcasting takes
-        half the time there.
-        """
+        """Turns positions int64 [S] into rotations."""
         exponent = torch.arange(0, self.head_width, 2, device=position_S.device, dtype=torch.float32) / self.head_width
         angle = position_S[:, None].float() * _ROPE_THETA**-exponent
         turn = torch.polar(torch.ones_like(angle), angle)
+        # Values turn by 1, so that queries, keys and values stay one tensor: no split before, no copy after.
         turn = torch.stack((turn, turn, torch.ones_like(turn)), dim=1)[:, :, None]
+        # On a CPU one product without broadcasting takes half the time. On a GPU it would read H times the memory.
         if not position_S.is_cuda:
             turn = turn.expand(-1, -1, self.heads, -1).contiguous()
         return Rotation(turn, turn.conj().resolve_conj())
 
 
 def rotate(qkv_S3HK: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Rotates interleaved pairs of channels (the layout of the official weights) of queries and keys; half precision
-    is computed in float32.
-    """
+    """Rotates interleaved pairs of channels (the layout of the official weights) of queries and keys: [S, 3, H, K]."""
     return _Rotate.apply(qkv_S3HK, *rotation)
 
 
 class _Rotate(torch.autograd.Function):
-    """The gradient is turned back by conjugates that are made once per batch."""
+    """Rotates, and turns the gradient back by conjugates that are made once per batch and not once per layer."""
 
     @staticmethod
     def forward(ctx, x_S3HK, turn, back):
@@ -86,19 +84,21 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turned(x_S3HK: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    # There is no complex bfloat16, and a rotation needs more digits than half precision has.
     wide = x_S3HK.float() if x_S3HK.dtype in (torch.bfloat16, torch.float16) else x_S3HK
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn).flatten(-2).to(x_S3HK.dtype)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + SwiGLU(norm(x))."""
+    """Computes x + attention(norm(x)), then x + SwiGLU(norm(x))."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
         self.heads = heads
         hidden = ffn_width(width)
         self.attention_norm = nn.RMSNorm(width, eps=_NORM_EPS)
+        # Queries, keys and values are one matrix, gate and up another: two large products instead of five small ones.
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.attention_out = nn.Linear(width, width, bias=False)
         self.ffn_norm = nn.RMSNorm(width, eps=_NORM_EPS)
@@ -109,9 +109,10 @@ class Block(nn.Module):
     def forward(
         self, x_SD: torch.Tensor, rotation: Rotation, packing: Packing, candidates_only: bool = False
     ) -> torch.Tensor:
-        """[S, D] -> [S, D], or [C, D] if only the candidates' outputs are wanted."""
+        """Maps states [S, D] to [S, D], or to [C, D] if only the candidates' outputs are wanted."""
         qkv_S3HK = normed_linear(x_SD, self.attention_norm, self.qkv).unflatten(-1, (3, self.heads, -1))
         attended_SD = attend(rotate(qkv_S3HK, rotation), packing, candidates_only)
+        # Everything behind the attention works token by token, so histories can be dropped here.
         if candidates_only:
             x_SD = x_SD[packing.num_history_tokens :]
         x_SD = x_SD + self.dropout(self.attention_out(attended_SD))
@@ -119,7 +120,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`l{layers}h{width}a{heads}` of the paper. A `registry.Tower`."""
+    """Stacks blocks into `l{layers}h{width}a{heads}` of the paper. A `registry.Tower`."""
 
     reads_fields, has_segments, drops_inputs = False, True, False
     direct_width = 0
@@ -141,12 +142,15 @@ class Transformer(nn.Module):
         return cls(config.layers, config.width, config.heads, config.dropout, config.init_std)
 
     def forward(self, x_SD: torch.Tensor, packing: Packing, candidates_only: bool = False, times=None) -> torch.Tensor:
-        """Token vectors [S, D] -> hidden states [S, D]; a token sees its own request's earlier history and itself.
+        """Maps token vectors [S, D] to hidden states [S, D], or to [C, D] with `candidates_only`.
 
-        `candidates_only` -> [C, D]: in the last layer histories only give keys and values.
+        A token sees its own request's earlier history and itself; candidates never see each other.
         """
+        # Every candidate has the position right behind its history, however many there are: so one pass over K of them
+        # gives the scores of K passes.
         rotation = self.rotary(packing.position_S)
         for index, block in enumerate(self.blocks):
+            # Histories need no state behind the last layer if only candidates are scored: keys and values are enough.
             is_last = index == len(self.blocks) - 1
             x_SD = block(x_SD, rotation, packing, candidates_only and is_last)
         return normed(x_SD, self.norm)

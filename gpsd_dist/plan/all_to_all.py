@@ -13,7 +13,7 @@ import dataclasses
 
 import numpy as np
 
-from gpsd_dist.batch.batch import bags_per_table
+from gpsd_dist.batch.lookup import bags_per_table
 from gpsd_dist.config.execution import DEFAULT, ExecutionConfig
 from gpsd_dist.tables.sharding import Cluster, Shard
 

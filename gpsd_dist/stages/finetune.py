@@ -17,16 +17,15 @@ from gpsd_dist.schema import Manifest, Table, Task
 from gpsd_dist.stages import losses
 from gpsd_dist.stages.stage import Components, Metrics
 
-NEXT_BEHAVIOUR = "next_behaviour"
-"""Name of the auxiliary loss."""
+NEXT_BEHAVIOUR = "next_behaviour"  # the auxiliary loss, in metrics beside the tasks: so no task may have this name
 
 
 class Finetune:
-    """Cross entropy per task over the candidates whose label is observed; of a task given another, where that is 1.
+    """Minimises the cross entropy of each task over the candidates whose label is observed.
 
-    With ESMM a conditional task is trained through the product of both probabilities instead, over all candidates.
-    With `next_behaviour_weight` the histories' states predict the next behaviour too; negatives are drawn from torch's
-    generator, which is seeded every step.
+    A task given another one (conversion given click) is trained where that label is 1; with ESMM, through the product
+    of both probabilities, over all candidates. With `next_behaviour_weight` the histories' states also predict the
+    next behaviour.
     """
 
     with_candidates: typing.ClassVar[bool] = True
@@ -43,13 +42,15 @@ class Finetune:
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """A task weighs what `task_weights` says, else 1."""
+        """Weighs a task as `task_weights` says, else with 1."""
         weights = {task.name: self.config.task_weights.get(task.name, 1.0) for task in self.tasks}
         return weights | ({NEXT_BEHAVIOUR: self.config.next_behaviour_weight} if self._has_auxiliary else {})
 
     @property
     def scored_losses(self) -> tuple[str, ...]:
-        """All tasks, but those that ESMM trains on another quantity than they are scored on."""
+        """Names all tasks but those that ESMM trains on another quantity than they are scored on."""
+        # ESMM trains P(click and conversion), but the conditional task is scored on P(conversion given click): the gap
+        # between the two losses would not be one of generalization.
         return tuple(task.name for task in self.tasks if not (self.config.esmm and task.given))
 
     def model(self, sharded: tuple[Table, ...]) -> nn.Module:
@@ -59,6 +60,7 @@ class Finetune:
 
     def counts(self, batch: Batch) -> torch.Tensor:
         """Counts the observed labels of each task, and the history tokens that another one precedes: float32 [L]."""
+        # Observed labels and not candidates: a label that the log does not have must not dilute the mean.
         counts = [(~self._label(task, batch).isnan()).sum() for task in self.tasks]
         if self._has_auxiliary:
             counts.append((_history_position(batch) > 0).sum())
@@ -71,6 +73,8 @@ class Finetune:
             return torch.stack([self._loss(task, logits, batch) for task in self.tasks])
         logits, history = model(embeddings, batch, with_history=True)
         item_T = batch.history_item_T
+        # The other token may be of any user of the batch. Torch's generator is seeded by (seed, step, rank) in each
+        # step, so a resumed run draws the same ones.
         negative_T = torch.randint(max(len(item_T), 1), item_T.shape, device=item_T.device)
         auxiliary = losses.next_behaviour(
             history.state_TN, history.token_TN, _history_position(batch), item_T, negative_T
@@ -92,14 +96,17 @@ class Finetune:
         predictions = {task.name: Predictions() for task in self.tasks}
         for (host_batch,) in batches:
             runtime.watchdog.alive()
+            # `assign` and not `train`: scoring must not admit ids, or a second pass would see other tables.
             (batch,) = components.ids.assign((host_batch.to(runtime.device),))
-            embeddings = components.tables(batch.lookup)  # collective: also with an empty batch
+            # Ranks may run out of rows at different batches. Those still have to join the lookup, and under FSDP2 the
+            # forward, because the other ranks wait for them there.
+            embeddings = components.tables(batch.lookup)
             if batch.num_requests or components.forward_is_collective:
                 add_predictions(predictions, self.tasks, components.model(embeddings, batch), batch)
         return gather_metrics(predictions)
 
     def default_metric(self, metrics: Metrics) -> str:
-        """AUC of the first task."""
+        """Chooses the best checkpoint by the AUC of the first task."""
         return f"{next(iter(metrics))}/auc"
 
     @property
@@ -108,12 +115,14 @@ class Finetune:
 
     def _loss(self, task: Task, logits: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
         label_C = self._label(task, batch)
+        # A model of conversions trained on clicked candidates alone would be asked about all of them: ESMM trains the
+        # product where every candidate has a label (sample selection bias).
         if self.config.esmm and task.given is not None:
             return losses.product_cross_entropy(logits[task.given], logits[task.name], label_C)
         return losses.binary_cross_entropy(logits[task.name], label_C)
 
     def _label(self, task: Task, batch: Batch) -> torch.Tensor:
-        """float32 [C], NaN where the loss of the task does not count."""
+        """Gives the label that the loss of the task compares: float32 [C], NaN where it does not count."""
         label_C = batch.labels[task.name]
         if task.given is None:
             return label_C
@@ -125,6 +134,7 @@ def add_predictions(
     predictions: dict[str, Predictions], tasks: tuple[Task, ...], logits: dict[str, torch.Tensor], batch: Batch
 ) -> None:
     """Adds the scores of a batch; a task given another one is scored where that label is 1."""
+    # The user goes along with each score, because GAUC is a mean of the AUCs of users, who may sit on several ranks.
     user_C = batch.user_hash_B[batch.packing.request_C]
     for task in tasks:
         label_C = batch.labels[task.name]
@@ -134,12 +144,15 @@ def add_predictions(
 
 
 def _history_position(batch: Batch) -> torch.Tensor:
-    """int64 [T]: place of each token in its history."""
+    """Gives the position of each token in its history: int64 [T], from 0."""
     return batch.packing.position_S[: batch.packing.num_history_tokens]
 
 
 def trained_tasks(config: FinetuneConfig, manifest: Manifest) -> tuple[Task, ...]:
-    """Tasks with a weight above 0. ValueError for a weight of an unknown task, or one given a task that is left out."""
+    """Returns the tasks with a weight above 0.
+
+    ValueError for a weight of an unknown task, and under ESMM for a task whose condition is left out.
+    """
     names = [task.name for task in manifest.tasks]
     unknown = set(config.task_weights) - set(names)
     if unknown:

@@ -1,23 +1,64 @@
-"""Ranks all items by the last state of a history, with the items spread over the ranks. Used by `pretrain.py`.
+"""Ranks every item for the end of each history: validation of pretraining. The items are divided among the ranks.
 
-Shape letters: B requests, E embedding width, P positive candidates, R items of this rank, A positives of all ranks.
+Shape letters: B requests, T history tokens, C candidates, P positive candidates of this rank, A those of all ranks,
+N excluded pairs, R items of this rank, E embedding width.
 """
 
 import itertools
+import typing
 
 import torch
 import torch.nn.functional as F
 
-from gpsd_dist.batch.batch import Batch, lookup_of
+from gpsd_dist.batch.batch import Batch
+from gpsd_dist.batch.lookup import lookup_of
 from gpsd_dist.distributed.collectives import all_gather_rows, all_sum
-from gpsd_dist.metrics.ranking import Excluded, rank_targets
+from gpsd_dist.metrics.ranking import Excluded, RankingSums, rank_targets
+from gpsd_dist.schema import Manifest
 from gpsd_dist.stages.stage import Components
 
-_LOOKUP_CHUNK_ROWS = 65_536
+_LOOKUP_CHUNK_ROWS = 65_536  # bounds what one lookup exchanges; untuned
 
 
-def last_states(components: Components, embeddings: dict[str, torch.Tensor], batch: Batch, width: int) -> torch.Tensor:
-    """Unit state [B, E] at the last history token; zeros (ranks its target last) for an empty history."""
+class _Items(typing.NamedTuple):
+    """This rank's block of the item table."""
+
+    first_row: int
+    unit_RE: torch.Tensor
+    exists_R: torch.Tensor | None
+    """bool: rows that belong to an item; None: all that are not reserved."""
+    num_rows: int
+    """Rows of the whole table."""
+
+
+def rank_next_items(
+    components: Components, manifest: Manifest, batches: typing.Iterable[tuple[Batch, ...]], rank_cut: int | None
+) -> dict[str, float | int]:
+    """Ranks all items by the last history state of each request: HR@K, NDCG@K and MRR over all ranks. Collective.
+
+    Items of the (visible) history are left out; the positive candidates of the first task are the targets. A target
+    beyond `rank_cut` has rank `rank_cut` + 1 (see `metrics.ranking.RANK_CUT`).
+    """
+    runtime = components.runtime
+    items = _item_block(components, manifest)
+    sums = RankingSums(runtime.device)
+    for (host_batch,) in batches:
+        runtime.watchdog.alive()
+        (batch,) = components.ids.assign((host_batch.to(runtime.device),))
+        embeddings = components.tables(batch.lookup)
+        query_BE = _last_states(components, embeddings, batch, items.unit_RE.shape[1])
+        is_positive_C = batch.labels[manifest.tasks[0].name] == 1
+        request_P = batch.packing.request_C[is_positive_C]
+        target_P = batch.candidate_item_C[is_positive_C]
+        excluded = _own_history(batch, request_P)
+        ranks_P = _ranks_over_all(query_BE[request_P], target_P, excluded, items, runtime.rank, rank_cut)
+        sums.update(ranks_P, target_P)
+    sums.reduce()
+    return sums.metrics()
+
+
+def _last_states(components: Components, embeddings: dict[str, torch.Tensor], batch: Batch, width: int) -> torch.Tensor:
+    """Gives the unit state [B, E] at the last history token; zeros (ranks its target last) for an empty history."""
     query_BE = torch.zeros(batch.num_requests, width, device=batch.history_item_T.device)
     if len(batch.history_item_T) or components.forward_is_collective:
         offsets = batch.packing.history_offsets
@@ -27,30 +68,31 @@ def last_states(components: Components, embeddings: dict[str, torch.Tensor], bat
     return query_BE
 
 
-def item_block(components: Components, table: str, num_rows: int) -> tuple[int, torch.Tensor]:
-    """Looks up this rank's part of the item table, which is right for any sharding: (first row, unit rows [R, E])."""
+def _item_block(components: Components, manifest: Manifest) -> _Items:
+    """Looks up this rank's part of the item table, through TorchRec: right for any sharding. Collective."""
     runtime, names = components.runtime, components.lookup_names
+    table = manifest.feature(manifest.item_feature).table
+    num_rows = manifest.table(table).num_rows
     cuts = [num_rows * rank // runtime.world_size for rank in range(runtime.world_size + 1)]
     largest = max(stop - start for start, stop in itertools.pairwise(cuts))
     first, stop = cuts[runtime.rank], cuts[runtime.rank + 1]
-    parts = []
-    for offset in range(0, largest, _LOOKUP_CHUNK_ROWS):  # the same number of lookups on every rank
+    blocks = []
+    # Up to the largest part of all ranks: a lookup is collective, so every rank makes as many.
+    for offset in range(0, largest, _LOOKUP_CHUNK_ROWS):
         index = torch.arange(min(first + offset, stop), min(first + offset + _LOOKUP_CHUNK_ROWS, stop))
         sizes = [len(index) if name == table else 0 for name in names]
         lookup = lookup_of(names, index.to(runtime.device), sizes)
-        parts.append(F.normalize(components.tables(lookup)[table].float(), dim=-1))
-    return first, torch.cat(parts)
+        blocks.append(F.normalize(components.tables(lookup)[table].float(), dim=-1))
+    unit_RE = torch.cat(blocks)
+    occupied = components.ids.occupied(table, runtime.device)
+    exists_R = None
+    if occupied is not None:
+        exists_R = torch.isin(first + torch.arange(len(unit_RE), device=runtime.device), occupied)
+    return _Items(first, unit_RE, exists_R, num_rows)
 
 
-def existing(components: Components, table: str, first: int, num_rows: int) -> torch.Tensor | None:
-    """Tells which of this rank's rows belong to an item: bool [R]; None if all do. A managed table has empty rows."""
-    device = components.runtime.device
-    occupied = components.ids.occupied(table, device)
-    return None if occupied is None else torch.isin(first + torch.arange(num_rows, device=device), occupied)
-
-
-def own_history(batch: Batch, request_P: torch.Tensor) -> Excluded:
-    """The history of each positive's request; requests with several positives contribute once for each."""
+def _own_history(batch: Batch, request_P: torch.Tensor) -> Excluded:
+    """Lists the history of each positive's request; requests with several positives contribute once for each."""
     offsets = batch.packing.history_offsets
     length_P = offsets.diff()[request_P]
     query_N = torch.repeat_interleave(length_P)
@@ -58,14 +100,11 @@ def own_history(batch: Batch, request_P: torch.Tensor) -> Excluded:
     return Excluded(batch.history_item_T[offsets[request_P][query_N] + nth_N], query_N)
 
 
-def ranks_over_all(
+def _ranks_over_all(
     query_PE: torch.Tensor,
     target_P: torch.Tensor,
     excluded: Excluded,
-    block_RE: torch.Tensor,
-    exists_R: torch.Tensor | None,
-    first: int,
-    num_rows: int,
+    items: _Items,
     rank: int,
     rank_cut: int | None,
 ) -> torch.Tensor:
@@ -74,14 +113,14 @@ def ranks_over_all(
     start = sum(len(part) for part in targets[:rank])
     rank_A = rank_targets(
         torch.cat(all_gather_rows(query_PE)),
-        block_RE,
+        items.unit_RE,
         torch.cat(targets),
-        first_row=first,
-        num_items=num_rows,
+        first_row=items.first_row,
+        num_items=items.num_rows,
         excluded=Excluded(
             torch.cat(all_gather_rows(excluded.item_N)), torch.cat(all_gather_rows(excluded.query_N + start))
         ),
-        exists_R=exists_R,
+        exists_R=items.exists_R,
         rank_cut=rank_cut,
         sum_over_blocks=all_sum,
     )

@@ -24,14 +24,17 @@ def sampled_softmax(
     group_offsets: tuple[int, ...] | None,
     temperature: float,
 ) -> torch.Tensor:
-    """Next-item loss: cosine / temperature against the target and the N negatives of the position's group.
+    """Sums the next-item loss: cosine / temperature against the target and the N negatives of the position's group.
 
     Positions [group_offsets[g], group_offsets[g + 1]) share group g; None: every position has its own (G = M). `*_row`
     point into the looked-up item rows, `*_item` are table indices; a negative that is the position's target (accidental
     hit) is masked. Uniform draws, so no log-Q term. arXiv:2506.03699, section 3.2; temperature 0.05 from its official
     settings, and from those of HSTU (arXiv:2402.17152), which draws per position.
     """
-    with torch.autocast(hidden_ME.device.type, enabled=False):  # a logit of 20 has a step of 0.125 in bf16
+    # A cosine over a temperature of 0.05 reaches 20, where neighbouring bf16 numbers are 0.125 apart: half precision
+    # could not tell good negatives from the target.
+    with torch.autocast(hidden_ME.device.type, enabled=False):
+        # Normalised once per distinct row, before the same row is gathered for many positions.
         unit_UE = F.normalize(rows_UE.float(), dim=-1)
         query_ME = F.normalize(hidden_ME.float(), dim=-1) / temperature
         indices = (target_row_M, target_item_M, negative_row_GN, negative_item_GN)
@@ -43,7 +46,7 @@ def sampled_softmax(
 
 
 class _SampledSoftmax(torch.autograd.Function):
-    """Gradients are computed in forward, in place of the [m, N] logits of one group: 2.5x faster than autograd at
+    """Computes the gradients in forward, in place of the [m, N] logits of one group: 2.5x faster than autograd at
     N = 4096 and half its memory, because the logits exist once, for one group at a time.
 
     No logit exceeds `bound` (a cosine over the temperature), so subtracting it replaces the search for the maximum
@@ -65,9 +68,12 @@ class _SampledSoftmax(torch.autograd.Function):
             if 2 * bound > _MAX_EXPONENT:
                 largest = torch.maximum(logits.amax(-1), positive)
                 positive, logits = positive - largest, logits.sub_(largest[:, None])
+            # In place: the logits are the largest tensor here, and are not needed any more.
             weight, positive_weight = logits.exp_(), positive.exp()
             total = weight.sum(-1) + positive_weight
             loss += (total.log() - positive).sum()
+            # d loss / d logit is the softmax weight, less 1 for the target. Dividing [m, E] results by the total, and
+            # not the [m, N] weights, saves a pass over the largest tensor.
             scaled = query / total[:, None]
             residual = (positive_weight / total - 1)[:, None]
             grad_query[start:stop] = torch.mm(weight, negative).div_(total[:, None]).addcmul_(residual, target)
@@ -82,9 +88,10 @@ class _SampledSoftmax(torch.autograd.Function):
 
 
 class _OwnNegativesSoftmax(torch.autograd.Function):
-    """The same where every position has its own negatives: rows [m, 1 + N, E] exist for one chunk of them at a time.
+    """Computes loss and gradients where every position has its own negatives, for one chunk of positions at a time.
 
-    Gradients are computed in forward, so that no chunk's rows have to be kept or looked up again.
+    Rows [m, 1 + N, E] exist for one chunk only. Gradients are computed in forward, so that no chunk's rows have to be
+    kept or looked up again.
     """
 
     @staticmethod
@@ -98,6 +105,7 @@ class _OwnNegativesSoftmax(torch.autograd.Function):
             row_mN = torch.cat((target_row_M[part, None], negative_row_MN[part]), dim=1)  # the target comes first
             unit_mNE = unit_UE.index_select(0, row_mN.flatten()).unflatten(0, row_mN.shape)
             logits_mN = torch.bmm(unit_mNE, query_mE[:, :, None]).squeeze(-1)
+            # A negative that is the target by chance would be pushed away and pulled closer at once.
             logits_mN[:, 1:].masked_fill_(negative_item_MN[part] == target_item_M[part, None], float("-inf"))
             log_weight_mN = logits_mN.log_softmax(-1)
             loss -= log_weight_mN[:, 0].sum()
@@ -105,6 +113,7 @@ class _OwnNegativesSoftmax(torch.autograd.Function):
             residual_mN[:, 0] -= 1
             grad_query[part] = torch.bmm(residual_mN[:, None], unit_mNE).squeeze(1)
             outer_mNE = torch.bmm(residual_mN[:, :, None], query_mE[:, None])
+            # Added and not assigned: a row is the target of one position and a negative of others.
             grad_unit.index_add_(0, row_mN.flatten(), outer_mNE.flatten(0, 1))
         ctx.save_for_backward(grad_query, grad_unit)
         return loss
@@ -115,15 +124,17 @@ class _OwnNegativesSoftmax(torch.autograd.Function):
 
 
 def _mask_hits(logits_MN: torch.Tensor, target_M: torch.Tensor, negative_N: torch.Tensor) -> None:
-    """-inf, in place, where the negative is the position's target."""
-    if logits_MN.is_cuda:  # the search gives as many hits as there are, and the host would wait for their number
+    """Sets a logit to -inf, in place, where the negative is the position's target."""
+    # The search for hits has a result of data-dependent size, for which the host would wait on a GPU: there, all M x N
+    # pairs are compared. On a CPU that costs more than the search.
+    if logits_MN.is_cuda:
         logits_MN.masked_fill_(target_M[:, None] == negative_N, float("-inf"))
     else:
         logits_MN[_accidental_hits(target_M, negative_N)] = float("-inf")
 
 
 def _accidental_hits(target_M: torch.Tensor, negative_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(position, negative) pairs that name the same item, by sorting N ids instead of comparing M x N."""
+    """Finds the (position, negative) pairs that name one item, by sorting N ids instead of comparing M x N."""
     sorted_N, order_N = negative_N.sort()
     first = torch.searchsorted(sorted_N, target_M)
     count = torch.searchsorted(sorted_N, target_M, right=True) - first
@@ -135,7 +146,7 @@ def _accidental_hits(target_M: torch.Tensor, negative_N: torch.Tensor) -> tuple[
 def full_softmax(
     hidden_ME: torch.Tensor, weight_VE: torch.Tensor, target_M: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """The same cosine softmax over all rows of a small table (category loss); target int64 table indices."""
+    """Sums the cosine softmax loss over all rows of a small table (category loss); target int64 table indices."""
     with torch.autocast(hidden_ME.device.type, enabled=False):
         logits_MV = F.normalize(hidden_ME.float(), dim=-1) @ F.normalize(weight_VE.float(), dim=-1).t() / temperature
         return F.cross_entropy(logits_MV, target_M, reduction="sum")
@@ -148,12 +159,13 @@ def next_behaviour(
     item_T: torch.Tensor,
     negative_T: torch.Tensor,
 ) -> torch.Tensor:
-    """Auxiliary loss of DIEN (arXiv:1809.03672, interest extractor layer): the inner product of the state before a
-    history token with that token is a logit of label 1, with another token of the batch one of label 0.
+    """Sums the auxiliary loss of DIEN (arXiv:1809.03672, interest extractor layer): the inner product of the state
+    before a history token with that token is a logit of label 1, with another token of the batch one of label 0.
 
     `position_T`: 0 for a history's first token, which nothing predicts. `negative_T` int64 [T]: the other token; one
     with the same item is left out.
     """
+    # One shift for the whole batch: the pairs across two histories are masked below, where the position is 0.
     state, token = state_TN[:-1].float(), token_TN.float()
     yes = F.softplus(-(state * token[1:]).sum(-1))
     no = F.softplus((state * token[negative_T[1:]]).sum(-1))
@@ -168,24 +180,25 @@ def binary_cross_entropy(logit_C: torch.Tensor, label_C: torch.Tensor) -> torch.
 
 
 def conditional_label(label_C: torch.Tensor, given_C: torch.Tensor) -> torch.Tensor:
-    """Label of a task given another: not observed (NaN) unless the other label is 1."""
+    """Gives the label of a task given another: not observed (NaN) unless the other label is 1."""
     return torch.where(given_C == 1, label_C, torch.nan)
 
 
 def product_label(label_C: torch.Tensor, given_C: torch.Tensor) -> torch.Tensor:
-    """Label of both events: 0 where the first did not happen, whatever the second says; NaN where unknown."""
+    """Gives the label of both events: 0 where the first did not happen, whatever the second says; NaN if unknown."""
     return torch.where(given_C == 0, 0.0, torch.where(given_C == 1, label_C, torch.nan))
 
 
 def product_cross_entropy(given_logit_C: torch.Tensor, logit_C: torch.Tensor, label_C: torch.Tensor) -> torch.Tensor:
-    """ESMM: cross entropy of P(given) P(task | given) against the product label. arXiv:1804.07931, eq. 1 and 3."""
+    """Sums ESMM's cross entropy of P(given) P(task | given) against the product label. arXiv:1804.07931, eq. 1, 3."""
     log_yes = F.logsigmoid(given_logit_C) + F.logsigmoid(logit_C)
-    # 1 - ab = (1 - a) + a (1 - b), in logs: no cancellation where ab is close to 1
+    # 1 - ab = (1 - a) + a (1 - b), in logs: nothing cancels where ab is close to 1.
     log_no = torch.logaddexp(F.logsigmoid(-given_logit_C), F.logsigmoid(given_logit_C) + F.logsigmoid(-logit_C))
     return _masked_cross_entropy(log_yes, log_no, label_C)
 
 
 def _masked_cross_entropy(log_yes_C: torch.Tensor, log_no_C: torch.Tensor, label_C: torch.Tensor) -> torch.Tensor:
+    # Replaced and not only masked out: the gradient of NaN times zero is NaN.
     is_observed = ~label_C.isnan()
     label = torch.where(is_observed, label_C, 0.0)
     loss = -(label * log_yes_C + (1 - label) * log_no_C)

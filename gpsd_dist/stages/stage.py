@@ -37,33 +37,33 @@ class Stage(typing.Protocol):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """Loss -> weight, in the order of L."""
+        """Weighs each loss: name -> weight, in the order of L."""
 
     @property
     def scored_losses(self) -> tuple[str, ...]:
-        """Losses that `evaluate` reports as `log_loss` of a task of their name; their gap to training is logged."""
+        """Names the losses that `evaluate` reports as `log_loss` of a task: their gap to training is logged."""
 
     def model(self, sharded: tuple[Table, ...]) -> nn.Module:
-        """The dense model on torch's current default device. `sharded`: tables whose embeddings are looked up."""
+        """Builds the dense model on torch's default device. `sharded`: tables whose embeddings are looked up."""
 
     def counts(self, batch: Batch) -> torch.Tensor:
-        """float32 [L]: positions or labels in this batch. Needs no model, so ranks can add them up beforehand."""
+        """Counts positions or labels per loss: float32 [L]. Needs no model, so ranks can add them up beforehand."""
 
     def loss_sums(self, model: nn.Module, embeddings: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
-        """float32 [L]: runs the model on table -> [U, E] and sums each loss over the batch."""
+        """Runs the model on `embeddings` (table -> [U, E]) and sums each loss over the batch: float32 [L]."""
 
     def evaluate(
         self, components: "Components", batches: typing.Iterable[tuple[Batch, ...]], rank_cut: int | None
     ) -> Metrics:
-        """Exact metrics over all batches and ranks, in evaluation mode, without gradients. Collective."""
+        """Computes exact metrics over all batches and ranks; the caller turns gradients off. Collective."""
 
     def default_metric(self, metrics: Metrics) -> str:
-        """`task/metric` that chooses the best checkpoint where `TrainConfig.best_metric` is empty; larger is better."""
+        """Names the `task/metric` (larger is better) that chooses the best checkpoint, if no option names one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """Everything of a run that holds weights, built and ready to be loaded into: `assembly.assemble`."""
+    """Holds everything of a run that has weights, built and ready to be loaded into: `assembly.assemble`."""
 
     tables: ShardedTables
     model: nn.Module
@@ -77,7 +77,7 @@ class Components:
 
     @property
     def forward_is_collective(self) -> bool:
-        """Whether ranks must call `model` together, because they gather its weights (FSDP2); else only `tables`."""
+        """Says whether ranks must call `model` together, to gather its weights (FSDP2); else only `tables`."""
         return isinstance(self.model, FSDPModule)
 
     def weights(self) -> dict[str, dict]:
@@ -95,6 +95,7 @@ def evaluate_split(
     ValueError if `rank_cut` is given to a stage that ranks no items, or the data set has no labels.
     """
     runtime = components.runtime
+    # Afterwards the model is as it was: dropout on, if training goes on.
     was_training = components.model.training
     components.model.eval()
     batches = evaluation_loader(run, manifest, components.lookup_names, split, runtime)

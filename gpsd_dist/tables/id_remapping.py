@@ -11,7 +11,8 @@ import typing
 
 import torch
 
-from gpsd_dist.batch.batch import Batch, NextItem, lookup_of
+from gpsd_dist.batch.batch import Batch, NextItem
+from gpsd_dist.batch.lookup import lookup_of
 from gpsd_dist.distributed.collectives import all_gather_rows
 from gpsd_dist.schema import UNKNOWN_INDEX, Manifest
 from gpsd_dist.tables.managed_collision import ManagedCollisionMap

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchrec.distributed.types import CommOp
 
-from gpsd_dist.batch.batch import lookup_of
+from gpsd_dist.batch.lookup import lookup_of
 from gpsd_dist.config import OptimizerConfig, TablesConfig
 from gpsd_dist.config.execution import ExecutionConfig
 from gpsd_dist.plan.all_to_all import step_traffic

@@ -41,7 +41,7 @@ def _runs(data_dir, managed_dir, folder) -> list[RunConfig]:
 
 
 def _train(rank: int, world_size: int, folders, num_bags: int) -> None:
-    with mock.patch("gpsd_dist.batch.batch.bags_per_table", return_value=num_bags) as asked:
+    with mock.patch("gpsd_dist.batch.lookup.bags_per_table", return_value=num_bags) as asked:
         train_runs(rank, world_size, _runs(*folders))
         assert asked.call_count >= 4 * STEPS
 

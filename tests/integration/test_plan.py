@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpsd_dist.assembly import assemble, meta_tables
-from gpsd_dist.batch.batch import lookup_of
+from gpsd_dist.batch.lookup import lookup_of
 from gpsd_dist.config import OptimizerConfig
 from gpsd_dist.plan.all_to_all import step_traffic, unsent_gradients
 from gpsd_dist.plan.estimate import Scenario, estimate, model_size

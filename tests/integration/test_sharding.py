@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gpsd_dist import schema
-from gpsd_dist.batch.batch import lookup_of
+from gpsd_dist.batch.lookup import lookup_of
 from gpsd_dist.config import OptimizerConfig, TablesConfig
 from gpsd_dist.tables.collections import Tables
 from gpsd_dist.tables.sharding import shard_tables

@@ -98,8 +98,8 @@ def fixed_negatives() -> typing.Iterator[None]:
     def draw(self, random, part):
         if self.negatives_per == "position":
             target_M = part.columns["history"][self.manifest.item_feature][part.target_token_M]
-            return collate._Negatives((items - 2 + target_M[:, None]) % (NUM_ITEMS - 2) + 2)
-        return collate._Negatives(items.copy()) if self.negatives_per else None
+            return (items - 2 + target_M[:, None]) % (NUM_ITEMS - 2) + 2
+        return items.copy() if self.negatives_per else None
 
     collate.Collate._draw_negatives = draw
     try:

@@ -1,41 +1,136 @@
-"""The files that a stranger reads first stay few, short and explained; and no docstring begins as a riddle."""
+"""The path that a stranger reads first stays short and explained, and docstrings begin with a sentence."""
 
 import ast
+import io
 import pathlib
 import re
+import tokenize
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+import pytest
+
+REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
 PATH = (
-    *("train.py", "trainer.py", "training_step.py", "assembly.py"),
-    *("stages/registry.py", "stages/stage.py", "stages/pretrain.py", "stages/finetune.py", "stages/losses.py"),
-    *("model/gpsd.py", "model/transformer.py", "model/embeddings.py", "batch/batch.py", "data/collate.py"),
+    "gpsd_dist/train.py",
+    "gpsd_dist/trainer.py",
+    "gpsd_dist/training_step.py",
+    "gpsd_dist/assembly.py",
+    "gpsd_dist/stages/registry.py",
+    "gpsd_dist/stages/stage.py",
+    "gpsd_dist/stages/pretrain.py",
+    "gpsd_dist/stages/finetune.py",
+    "gpsd_dist/stages/losses.py",
+    "gpsd_dist/model/gpsd.py",
+    "gpsd_dist/model/transformer.py",
+    "gpsd_dist/model/embeddings.py",
+    "gpsd_dist/batch/batch.py",
+    "gpsd_dist/data/collate.py",
 )
-MAX_LINES, MAX_FILES = 2000, 14
-MAX_RIDDLES = 79  # to be brought down to 0, never up
-RIDDLE = re.compile(r"(Of|As|The same|What|See)\b")
+MAX_FILES, MAX_LINES = 14, 2000
+MIN_COMMENTS_PER_100_LINES = 8
+DIRECTIVE = re.compile(r"#\s*(noqa|type:|ruff:|mypy:|pragma|fmt:|codespell:)")
+NO_SENTENCE = re.compile(r"(Of|As|The same|What|See)\b")
+# Rooms whose docstrings are still to be rewritten. The list may only get shorter.
+UNTIDY: tuple[str, ...] = (
+    "data_pipeline/canonical.py",
+    "data_pipeline/engine.py",
+    "gpsd_dist/baselines",
+    "gpsd_dist/checkpoint",
+    "gpsd_dist/config",
+    "gpsd_dist/distributed",
+    "gpsd_dist/launcher.py",
+    "gpsd_dist/data",
+    "gpsd_dist/model",
+    "gpsd_dist/report",
+    "gpsd_dist/scaling",
+    "gpsd_dist/schema.py",
+    "gpsd_dist/validation.py",
+)
 
 
-def test_the_first_read_path_is_short():
-    assert len(PATH) <= MAX_FILES
-    lines = [line for name in PATH for line in (ROOT / "gpsd_dist" / name).read_text().splitlines()]
-    assert sum(not line.strip().startswith("#") for line in lines) <= MAX_LINES
+def docstrings(source: str) -> dict[int, tuple[int, str]]:
+    """First line -> (last line, text) of every string that stands as a statement: also those below a field."""
+    return {
+        node.lineno: (node.end_lineno or node.lineno, node.value.value)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    }
 
 
-def test_the_readme_names_the_first_read_path_in_its_order():
-    text = (ROOT / "gpsd_dist" / "README.md").read_text()
-    section = text[text.index("## Read in this order") :]
-    places = [section.index(f"`{name}`") for name in PATH]
-    assert places == sorted(places)
+def lines_without_comments(source: str) -> int:
+    return sum(not line.lstrip().startswith("#") for line in source.splitlines())
 
 
-def docstrings():
+def lines_of_code(source: str) -> int:
+    """Lines that are neither blank, nor comments, nor docstrings."""
+    described = {n for first, (last, _) in docstrings(source).items() for n in range(first, last + 1)}
+    lines = [line.strip() for number, line in enumerate(source.splitlines(), 1) if number not in described]
+    return sum(bool(line) and not line.startswith("#") for line in lines)
+
+
+def comments(source: str) -> list[str]:
+    """Comments that are no directive to a tool."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return [t.string for t in tokens if t.type == tokenize.COMMENT and not DIRECTIVE.match(t.string)]
+
+
+def without_sentence(source: str) -> list[str]:
+    """Docstrings that begin with a word from which no sentence can grow."""
+    return [text for _, text in docstrings(source).values() if NO_SENTENCE.match(text.strip())]
+
+
+def room(path: pathlib.Path) -> str:
+    return "/".join(path.relative_to(REPO_ROOT).parts[:2])
+
+
+def untidy_docstrings() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
     for package in ("gpsd_dist", "data_pipeline"):
-        for path in (ROOT / package).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
-                    yield path.relative_to(ROOT), ast.get_docstring(node) or ""
+        for path in sorted((REPO_ROOT / package).rglob("*.py")):
+            for text in without_sentence(path.read_text()):
+                found.setdefault(room(path), []).append(f"{path.relative_to(REPO_ROOT)}: {text.strip()[:80]}")
+    return found
 
 
-def test_first_sentences_stand_alone():
-    found = [f"{path}: {text[:60]!r}" for path, text in docstrings() if RIDDLE.match(text)]
-    assert len(found) <= MAX_RIDDLES, "\n".join(found)
+def test_the_path_is_short():
+    sizes = {name: lines_without_comments((REPO_ROOT / name).read_text()) for name in PATH}
+    assert len(PATH) <= MAX_FILES
+    assert sum(sizes.values()) <= MAX_LINES, sizes
+
+
+def test_the_path_says_why():
+    sources = [(REPO_ROOT / name).read_text() for name in PATH]
+    num_comments, num_lines = sum(len(comments(s)) for s in sources), sum(lines_of_code(s) for s in sources)
+    assert 100 * num_comments >= MIN_COMMENTS_PER_100_LINES * num_lines, (num_comments, num_lines)
+
+
+@pytest.mark.parametrize("name", ["README.md", "gpsd_dist/README.md"])
+def test_a_reading_list_names_the_path_in_order(name):
+    folder = (REPO_ROOT / name).parent
+    listed = re.findall(r"^\d+\. \[[^]]+\]\(([^)]+\.py)\)", (REPO_ROOT / name).read_text(), re.MULTILINE)
+    assert [str((folder / link).relative_to(REPO_ROOT)) for link in listed] == list(PATH)
+
+
+def test_docstrings_begin_with_a_sentence():
+    assert not {name: found for name, found in untidy_docstrings().items() if name not in UNTIDY}
+
+
+SOURCE = '''"""What this is for."""
+
+# Why.
+# One more.
+x = 1  # because
+y = 2  # noqa: E731
+"""Of x."""
+
+
+def f():
+    """Sees a thing."""
+    return "# no comment"
+'''
+
+
+def test_counting():
+    assert lines_without_comments(SOURCE) == 10
+    assert lines_of_code(SOURCE) == 4
+    assert comments(SOURCE) == ["# Why.", "# One more.", "# because"]
+    assert without_sentence(SOURCE) == ["What this is for.", "Of x."]

@@ -49,6 +49,7 @@ TORCHREC_USERS = (
     "gpsd_dist.tables.",
     "gpsd_dist.distributed.",
     "gpsd_dist.batch.batch",
+    "gpsd_dist.batch.lookup",
     "gpsd_dist.data.collate",
     "gpsd_dist.data.distinct",
     "gpsd_dist.checkpoint.",

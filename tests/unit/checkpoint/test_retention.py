@@ -1,6 +1,5 @@
 """Which checkpoint is the best, and which may go, on hand-made folders, on disk and in a store without rename."""
 
-
 import pytest
 
 from gpsd_dist.checkpoint import retention, storage

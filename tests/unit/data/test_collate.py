@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from gpsd_dist import schema
-from gpsd_dist.batch.batch import Bag, bags_per_table
+from gpsd_dist.batch.batch import Bag
+from gpsd_dist.batch.lookup import bags_per_table
 from gpsd_dist.config import NEGATIVES_PER, ModelConfig, TablesConfig
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.loader import Loader
