@@ -1,4 +1,4 @@
-"""How long a save keeps training waiting, in the background against at once, side by side in one run.
+"""Measures how long a save stops training, in the background against in the foreground, in one run.
 
     python -m benchmarks.checkpoint_stall [--pairs 5] [--steps 10] [--out stall.json] -- ARGUMENTS OF gpsd_dist.train
 
@@ -26,7 +26,7 @@ from gpsd_dist.trainer import Trainer
 
 
 def measure(argv: list[str], pairs: int, steps: int) -> dict:
-    """{"sync" | "async": {"stall_s": [...], "steps_s": [...]}, "bytes", "verify_s", "load_s"}"""
+    """Returns {"sync" | "async": {"stall_s": [...], "steps_s": [...]}, "bytes", "verify_s", "load_s"}"""
     run = load_run_config([*argv, "--gin.OUTPUT_DIR=/unused"]).run
     with process_group(run.train.collective_timeout_s) as runtime, tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(dataclasses.replace(run, output_dir=folder), runtime)
@@ -57,7 +57,7 @@ def measure(argv: list[str], pairs: int, steps: int) -> dict:
 
 
 def train_for(trainer: Trainer, batches, steps: int) -> float:
-    """Seconds that these steps took."""
+    """Times these steps, in seconds."""
     start_s = time.perf_counter()
     for done in trainer.training_step.run_steps(batches, trainer.step, steps):
         trainer.step += 1

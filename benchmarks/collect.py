@@ -1,4 +1,4 @@
-"""Mean and spread over seeds of finished runs: `python -m benchmarks.collect runs/grocery --metrics auc log_loss`.
+"""Averages finished runs over seeds: `python -m benchmarks.collect runs/grocery --metrics auc log_loss`.
 
 Expects FOLDER/s<seed>/<strategy>/test.json, as `gpsd_dist.evaluate --metrics_out` writes them, and prints Markdown.
 """
@@ -12,7 +12,7 @@ ORDER = ("nt", "st", "ft", "st_sf", "ft_sf")
 
 
 def table(folder: pathlib.Path, metrics: list[str], name: str) -> list[str]:
-    """Lines of a Markdown table, one row per strategy and task: mean, (min - max) over seeds."""
+    """Makes lines of a Markdown table, one row per strategy and task: mean, (min - max) over seeds."""
     lines = ["| strategy | task | seeds | " + " | ".join(metrics) + " |", "|---" * (3 + len(metrics)) + "|"]
     for strategy in ORDER:
         found = [json.loads(path.read_text()) for path in sorted(folder.glob(f"s*/{strategy}/{name}"))]
@@ -29,7 +29,7 @@ def _cell(values: list[float]) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Parses the command line and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--metrics", nargs="+", default=["auc", "gauc", "log_loss"])

@@ -1,4 +1,4 @@
-"""Product against baseline, and every optimisation switched on its own."""
+"""Compares the product with the baseline, and with itself when one optimisation is switched off."""
 
 import pathlib
 import statistics
@@ -22,8 +22,9 @@ _NEGATIVES = 4096
 
 
 def batch_rows(data: BenchData, size: Size, *, is_baseline: bool) -> int:
-    """Requests per step: the official batch; less for the baseline's wide pretraining, whose [B, N, D] negatives would
-    not fit into an ordinary machine (its cost per token hardly depends on it), and on both sides for large towers.
+    """Chooses requests per step: the official batch; less for the baseline's wide pretraining, whose [B, N, D]
+    negatives would not fit into an ordinary machine (its cost per token hardly depends on it), and on both sides for
+    large towers.
     """
     if _is_large(size):
         return _LARGE_ROWS
@@ -44,8 +45,8 @@ def _spec(variant: str, data: BenchData, size: Size, folder: pathlib.Path) -> Si
 
 
 def _products(name: str, size: Size) -> dict[str, str]:
-    """Name of the entry -> variant. Pretraining is measured with the product's default negatives, too, but for towers
-    so large that three sides do not fit into memory.
+    """Maps the name of each entry to its variant. Pretraining is measured with the product's default negatives, too,
+    but for towers so large that three sides do not fit into memory.
     """
     products = {name: "product"}
     if name.startswith("pretrain/") and not _is_large(size):
@@ -54,7 +55,7 @@ def _products(name: str, size: Size) -> dict[str, str]:
 
 
 def against_baseline(name: str, seconds: float, data_root: pathlib.Path, folder: pathlib.Path) -> list[dict]:
-    """Entries of bench.json for one name, one per product of `_products`."""
+    """Measures the entries of bench.json for one name, one per product of `_products`."""
     kind, data_name, size_name = name.split("/")
     data, size = prepare(kind, data_name, data_root, folder), SIZES[size_name]
     is_large, labels = _is_large(size), _products(name, size)
@@ -82,7 +83,7 @@ def against_baseline(name: str, seconds: float, data_root: pathlib.Path, folder:
 
 
 def _entry(name: str, baseline: list[Block], other: list[Block]) -> dict:
-    """Ratio of tokens per CPU-second: median over rounds, smallest and largest."""
+    """Computes the ratio of tokens per CPU-second: median over rounds, smallest and largest."""
     ratios = [p.tokens_per_cpu_s / b.tokens_per_cpu_s for p, b in zip(other, baseline, strict=True)]
     everything = other + baseline
     return {
@@ -112,13 +113,15 @@ def _facts(facts: Facts, blocks: list[Block], spec: SideSpec, baseline: Facts) -
 
 
 def _model_flops(size: Size, negatives: int, tokens: float, candidates: float) -> float:
-    """Linear layers over history tokens and candidates, item softmax over history tokens; forward and backward."""
+    """Counts FLOPs of linear layers over history tokens and candidates, item softmax over history tokens; forward and
+    backward.
+    """
     layer = 4 * size.width**2 + 3 * size.width * ffn_width(size.width)
     return 6 * (size.layers * layer * (tokens + candidates) + negatives * size.width * tokens)
 
 
 def _utilisation(size: Size, negatives: int, tokens_per_s: float, candidates_per_s: float) -> dict:
-    """Model FLOPs over what a large matrix product reaches on this core at this moment."""
+    """Divides model FLOP/s by those that a large matrix product reaches on this core at this moment."""
     torch.set_num_threads(1)
     left, right = torch.randn(2048, 1024), torch.randn(1024, 2048)
     torch.mm(left, right)
@@ -135,7 +138,7 @@ def _timed_product(left: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def ablation(name: str, seconds: float, data_root: pathlib.Path, folder: pathlib.Path) -> list[dict]:
-    """One entry per variant; `of_product` compares its step with the whole product's, `ratio` its tokens with the
+    """Makes one entry per variant; `of_product` compares its step with the whole product's, `ratio` its tokens with the
     baseline's. `seconds` are CPU seconds per variant; two sides and the variant run at a time, for their memory.
     """
     kind, data_name, size_name = name.split("/")
@@ -156,7 +159,7 @@ def ablation(name: str, seconds: float, data_root: pathlib.Path, folder: pathlib
 
 
 def ablation_tables(entries: list[dict]) -> list[Table]:
-    """One table per name."""
+    """Makes one table per name."""
     tables = []
     for name in dict.fromkeys(entry["name"].split(": ")[0] for entry in entries):
         table = Table(
@@ -183,7 +186,7 @@ def ablation_tables(entries: list[dict]) -> list[Table]:
 
 
 def comparison_tables(entries: list[dict]) -> list[Table]:
-    """Ratios, then the phases of the product's step, then its memory."""
+    """Makes tables of ratios, of the phases of the product's step and of its memory."""
     ratios = Table(
         "Real tokens per CPU-second, product against padded baseline (requests / step: of both; / CPU-s: the product)",
         ("name", "ratio", "min - max (pairs)", "product", "baseline", "requests / step", "requests / CPU-s", "MFU"),

@@ -1,4 +1,4 @@
-"""The rows that a benchmark trains on: prepared data cut down to what both sides understand, or synthetic stand-ins.
+"""Makes the rows that a benchmark trains on: prepared data cut to columns both sides read, or synthetic rows.
 
 Both sides read the same Parquet files with two token features (item, and one small attribute called `category`) and
 one task. Where the prepared data is not there, rows with the same distribution of history lengths take its place.
@@ -24,24 +24,20 @@ _ROW_GROUP_ROWS = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where the rows of one data name come from."""
+    """Describes the source of one data name's rows."""
 
     max_history_length: int
-    batch_rows: int
-    """Requests per step: 512, or 256 where histories reach 200 tokens (official settings)."""
-    prepared: str | None
-    """Folder under `data/`."""
-    category: str
-    """Which feature of the prepared data plays the category."""
-    draw_lengths: typing.Callable[[np.random.Generator, int], np.ndarray]
-    """Stand-in history lengths."""
+    batch_rows: int  # requests per step: 512, or 256 where histories reach 200 tokens (official settings)
+    prepared: str | None  # folder under `data/`
+    category: str  # which feature of the prepared data plays the category
+    draw_lengths: typing.Callable[[np.random.Generator, int], np.ndarray]  # stand-in history lengths
     num_items: int
     num_rows: int = 8192
 
 
 @dataclasses.dataclass(frozen=True)
 class Geometric:
-    """History lengths clipped at `longest`; `mean` is that before clipping."""
+    """Draws history lengths clipped at `longest`; `mean` is that before clipping."""
 
     mean: float
     longest: int
@@ -52,7 +48,7 @@ class Geometric:
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """All histories alike."""
+    """Makes all histories equally long."""
 
     length: int
 
@@ -69,14 +65,13 @@ SOURCES = {
 
 @dataclasses.dataclass(frozen=True)
 class BenchData:
-    """A data folder in the Parquet contract with one split."""
+    """Holds a data folder of one split that fulfils the Parquet contract."""
 
     data_dir: pathlib.Path
     manifest: Manifest
     split: str
     source: Source
-    note: str
-    """What the rows are, for the report."""
+    note: str  # what the rows are, for the report
 
 
 @contextlib.contextmanager
@@ -97,7 +92,7 @@ def _is_not_about_valid(record: logging.LogRecord) -> bool:
 
 
 def prepare_synthetic(kind: str, name: str, source: Source, per_row: int, out_dir: pathlib.Path) -> BenchData:
-    """Synthetic rows with `per_row` candidates each, whatever `kind` says; `name` is that of their folder."""
+    """Writes synthetic rows with `per_row` candidates each, whatever `kind` says; `name` is that of their folder."""
     split = "train" if CANDIDATES_PER_ROW[kind] else "pretrain"
     rows = _synthetic(source, split, per_row)
     num_rows, data_dir = {"item": source.num_items + 2, "category": 502}, out_dir / name
@@ -139,7 +134,7 @@ def with_candidates(rows: pa.Table, per_row: int) -> pa.Table:
 
 
 def _read_prepared(folder: pathlib.Path, split: str, category: str) -> tuple[pa.Table, dict[str, int]]:
-    """Columns of the two token features under the names item and category, and the rows of their tables."""
+    """Reads the columns of the two token features under the names item and category, and the rows of their tables."""
     manifest = read_manifest(folder)
     places = ("history", "candidate") if split == "train" else ("history",)
     names = {"user_id": "user_id", "user_hash": "user_hash", "history_length": "history_length"}
@@ -156,7 +151,7 @@ def _read_prepared(folder: pathlib.Path, split: str, category: str) -> tuple[pa.
 
 
 def _synthetic(source: Source, split: str, per_row: int = 2) -> pa.Table:
-    """Popular items follow Zipf's law; `per_row` candidates per request, the first one clicked."""
+    """Draws items by Zipf's law; `per_row` candidates per request, the first one clicked."""
     random = np.random.default_rng(0)
     lengths = source.draw_lengths(random, source.num_rows)
 

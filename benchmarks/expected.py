@@ -1,5 +1,6 @@
-"""The list of reported results, configs/experiments/expected.json: what it holds, in which order it runs, and what
-counts as reproduced. Starts no command; that is `benchmarks.experiments`.
+"""Reads the list of reported results, configs/experiments/expected.json, orders it and judges what is reproduced.
+
+It starts no command; `benchmarks.experiments` does.
 """
 
 import collections.abc
@@ -33,52 +34,42 @@ SYNTHETIC = {
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """One run whose result is known."""
+    """Describes one run whose result is known."""
 
-    name: str
-    """<group>/<run>; also its folder below OUT_DIR."""
-    gin_file: str
-    """From the repository's root."""
-    overrides: tuple[str, ...]
-    """Further arguments of gpsd_dist.train, but for folders."""
-    needs: str | None
-    """Name of the pretraining that it starts from."""
-    data: str
-    """One of RAW_SOURCES or SYNTHETIC."""
+    name: str  # <group>/<run>; also its folder below OUT_DIR
+    gin_file: str  # from the repository's root
+    overrides: tuple[str, ...]  # further arguments of gpsd_dist.train, but for folders
+    needs: str | None  # name of the pretraining that it starts from
+    data: str  # one of RAW_SOURCES or SYNTHETIC
     split: str
-    metric: str
-    """<task>/<metric>, as gpsd_dist.evaluate writes them."""
-    expected: float
-    """Mean over seeds."""
+    metric: str  # <task>/<metric>, as gpsd_dist.evaluate writes them
+    expected: float  # mean over seeds
     tolerance: float
     """Largest difference that passes: five standard deviations over three seeds (2.8 over the six of the reduced ones),
     at least 0.01. That is a 95 % prediction interval for one more seed; a run on another machine, whose rounding
     differs, is like one."""
-    minutes: float
-    """About how long it takes on one CPU core, after what it needs."""
+    minutes: float  # about how long it takes on one CPU core, after what it needs
     reduced: bool
-    refit_of: str | None = None
-    """Name of the experiment that this one repeats on train + valid."""
+    refit_of: str | None = None  # name of the experiment that this one repeats on train + valid
 
     def dependencies(self) -> tuple[str, ...]:
-        """Names of the experiments that have to be finished before."""
+        """Names the experiments that must be finished before this one."""
         return tuple(name for name in (self.needs, self.refit_of) if name)
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came of an experiment."""
+    """Holds the verdict on an experiment."""
 
     experiment: Experiment
-    verdict: str
-    """PASS | MISS | FAILED | SKIPPED"""
+    verdict: str  # PASS | MISS | FAILED | SKIPPED
     note: str = ""
     found: float | None = None
     minutes: float | None = None
 
 
 def read_experiments(path: pathlib.Path = EXPECTED) -> list[Experiment]:
-    """ValueError lists every problem of the file."""
+    """Reads the list. ValueError names every problem of the file."""
     fields = dataclasses.fields(Experiment)
     known, required = {f.name for f in fields}, {f.name for f in fields if f.default is dataclasses.MISSING}
     experiments, problems = [], []
@@ -124,7 +115,7 @@ def _options(e: Experiment) -> tuple:
 
 
 def ordered(experiments: list[Experiment], names: collections.abc.Collection[str]) -> list[Experiment]:
-    """The named ones and all that they need, each after what it needs. ValueError: an unknown name, or a circle."""
+    """Selects the named experiments and all they need, in a working order. ValueError: unknown name, circle."""
     by_name = {experiment.name: experiment for experiment in experiments}
     unknown = sorted(set(names) - by_name.keys())
     if unknown:
@@ -155,7 +146,7 @@ def judge(experiment: Experiment, metrics: dict, minutes: float, note: str = "")
 
 
 def exit_status(results: list[Result]) -> int:
-    """0: something was checked and nothing is off; 1: a miss or a failure; 2: nothing was checked."""
+    """Returns 0 if something was checked and nothing differs; 1: a miss or a failure; 2: nothing was checked."""
     verdicts = {result.verdict for result in results}
     if verdicts & {MISS, FAILED}:
         return 1

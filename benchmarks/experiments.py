@@ -46,7 +46,9 @@ _RECORD = "experiment.json"  # in the folder of an experiment: its configuration
 
 
 def run_all(chosen: list[Experiment], raw_root: pathlib.Path, out_dir: pathlib.Path) -> list[Result]:
-    """Results in order; results.json is written after each. What cannot run is skipped, or has failed, and says why."""
+    """Runs experiments in order; results.json is written after each. What cannot run is skipped, or has failed, and
+    says why.
+    """
     problem_of_data: dict[str, tuple[str, str] | None] = {}  # data -> verdict and why
     results: dict[str, Result] = {}
     for experiment in chosen:
@@ -62,7 +64,9 @@ def run_all(chosen: list[Experiment], raw_root: pathlib.Path, out_dir: pathlib.P
 
 
 def prepare_data(data: str, raw_root: pathlib.Path, out_dir: pathlib.Path) -> tuple[str, str] | None:
-    """Builds what is not there or out of date. None, or why there are no data: SKIPPED or FAILED, and the reason."""
+    """Builds data that are missing or out of date. Returns None, or why there are no data: SKIPPED or FAILED, and the
+    reason.
+    """
     raw_name, options = RAW_SOURCES.get(data, (data, "--source synthetic"))
     raw_dir = (out_dir / "raw" if data in SYNTHETIC else raw_root) / raw_name
     if data not in SYNTHETIC and not raw_dir.is_dir():
@@ -87,7 +91,7 @@ def _attempt(experiment: Experiment, out_dir: pathlib.Path) -> Result:
 
 
 def run_experiment(experiment: Experiment, out_dir: pathlib.Path) -> Result:
-    """Trains and scores, or keeps what is there. subprocess.CalledProcessError names the command that failed;
+    """Trains and scores, or keeps finished results. subprocess.CalledProcessError names the command that failed;
     ValueError: options that do not fit, or a folder with other things in it.
     """
     folder = out_dir / experiment.name
@@ -113,7 +117,7 @@ def run_experiment(experiment: Experiment, out_dir: pathlib.Path) -> Result:
 
 
 def earlier_record(folder: pathlib.Path) -> dict:
-    """What an earlier call left; empty if there was none. ValueError if the folder is somebody else's."""
+    """Reads the record of an earlier call; empty without one. ValueError if the folder holds something else."""
     if not folder.exists():
         return {}
     if not (folder / _RECORD).is_file():
@@ -122,7 +126,9 @@ def earlier_record(folder: pathlib.Path) -> dict:
 
 
 def _configuration(experiment: Experiment, out_dir: pathlib.Path) -> dict:
-    """What decides the result: all options of the run, the runs it needs, the data, and how it is scored."""
+    """Collects everything that decides the result: all options of the run, the runs it needs, the data, and how it is
+    scored.
+    """
     run = load_run_config(train_arguments(experiment, out_dir)).run
     configuration = {
         "run": dataclasses.asdict(run),
@@ -148,7 +154,7 @@ def _data_dir(out_dir: pathlib.Path, data: str) -> pathlib.Path:
 
 
 def _python(module: str, *options: str) -> None:
-    """Runs one command of ours and shows it, so that it can be typed again."""
+    """Shows a command, so that it can be typed again, and runs it."""
     command = [sys.executable, "-m", module, *options]
     _say(f"\n$ {shlex.join(['python', *command[1:]])}")
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
@@ -170,7 +176,7 @@ def _write(results: list[Result], path: pathlib.Path) -> None:
 
 
 def table(results: list[Result]) -> rich.table.Table:
-    """One row per experiment; minutes in brackets are those expected."""
+    """Makes one row per experiment; minutes in brackets are those expected."""
     made = rich.table.Table("experiment", "split", "metric", title="Expected and found")
     for column in ("expected", "tolerance", "found", "verdict", "minutes", "note"):
         made.add_column(column, justify="left" if column in ("verdict", "note") else "right")
@@ -184,7 +190,7 @@ def table(results: list[Result]) -> rich.table.Table:
 
 
 def main(argv: list[str]) -> int:
-    """Command line."""
+    """Parses the command line and runs the experiments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--raw_root", type=pathlib.Path, default=pathlib.Path("data/raw"), help="folder of raw folders")
     parser.add_argument("--out_dir", type=pathlib.Path, default=pathlib.Path("runs/experiments"))

@@ -35,12 +35,9 @@ class Expansion:
 
     user_blocks: int = 16
     item_blocks: int = 32
-    element_rate: float = 1.0
-    """Scales the shares that the blocks keep."""
-    days: int = 365
-    """Length of the made-up time, from 2020-01-01 on."""
-    batch_rows: int = 1_000_000
-    """About this many rows are in memory at once."""
+    element_rate: float = 1.0  # scales the shares that the blocks keep
+    days: int = 365  # length of the made-up time, from 2020-01-01 on
+    batch_rows: int = 1_000_000  # about this many rows are in memory at once
     seed: int = 0
 
     def __post_init__(self):

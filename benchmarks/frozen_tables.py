@@ -1,4 +1,4 @@
-"""What freezing the item table saves, by the size of the table."""
+"""Measures what freezing the item table saves, by the size of the table."""
 
 import dataclasses
 import pathlib
@@ -18,8 +18,8 @@ _TABLE_PHASES = ("lookup", "table backward + update")
 
 
 def measure(name: str, seconds: float, data_root: pathlib.Path, folder: pathlib.Path) -> list[dict]:
-    """One entry: step of a ranking model with a frozen item table over that with a trained one, Grocery lengths,
-    item ids by Zipf's law over all rows.
+    """Measures one entry: the step of a ranking model with a frozen item table over that with a trained one, Grocery
+    lengths, item ids by Zipf's law over all rows.
     """
     source = dataclasses.replace(SOURCES["grocery"], num_items=ROWS[name] - 2)
     data = prepare_synthetic("discriminative", name.replace("/", "-"), source, 1, folder)
@@ -53,7 +53,7 @@ def measure(name: str, seconds: float, data_root: pathlib.Path, folder: pathlib.
 
 
 def tables(entries: list[dict]) -> list[Table]:
-    """Whole step, and the part of it that the tables cost."""
+    """Makes a table of whole steps and of the part that the tables cost."""
     table = Table(
         "Step of a ranking model by the fate of its item table (L4H64A4, 512 Grocery-like requests), CPU time",
         (

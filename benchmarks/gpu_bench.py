@@ -1,4 +1,4 @@
-"""Sizes, device and clock of the GPU suite. Imports neither TorchRec nor FBGEMM: some parts need none of them."""
+"""Defines sizes, device and clock of the GPU suite. Imports neither TorchRec nor FBGEMM: some parts need neither."""
 
 import dataclasses
 import pathlib
@@ -9,24 +9,21 @@ import torch
 
 from gpsd_dist.distributed.runtime import Runtime
 
-TRAINED = {"l24h1024a16": (24, 1024, 16), "l4h256a4": (4, 256, 4)}
-"""Size -> (layers, width, heads)."""
+TRAINED = {"l24h1024a16": (24, 1024, 16), "l4h256a4": (4, 256, 4)}  # size -> (layers, width, heads)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How much is measured."""
+    """Sets how much is measured."""
 
-    tokens_per_step: int = 72_000
-    """Upper bound; 8192 requests with 492,000 tokens then make 7 batches of 70,000."""
+    tokens_per_step: int = 72_000  # upper bound; 8192 requests with 492,000 tokens then make 7 batches of 70,000
     negatives: int = 4096
     steps: int = 30
     warmup_steps: int = 10
     table_rows: int = 2_000_000
     looked_up_rows: int = 500_000
     repeats: int = 20
-    max_trained: tuple[int, int, int] | None = None
-    """Trains this size (layers, width, heads) whatever the name says."""
+    max_trained: tuple[int, int, int] | None = None  # trains this size (layers, width, heads) whatever the name says
     requests: int = 1024
     longest_history: int = 200
     candidates: tuple[int, ...] = (1, 10, 100)
@@ -38,7 +35,7 @@ SIZES = {"gpu": Sizes(), "toy": Sizes(300, 16, 2, 1, 200, 50, 2, (2, 16, 2), 6, 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What every part needs."""
+    """Gives every part its sizes, device and clock."""
 
     sizes: Sizes
     runtime: Runtime
@@ -46,7 +43,7 @@ class Bench:
 
     @property
     def device(self) -> torch.device:
-        """Of this process."""
+        """Returns the device of this process."""
         return self.runtime.device
 
     @property
@@ -55,12 +52,12 @@ class Bench:
         return self.device.type == "cuda"
 
     def wait(self) -> None:
-        """Until the device has done all that was asked of it."""
+        """Waits until the device has finished all its work."""
         if self.is_cuda:
             torch.cuda.synchronize()
 
     def seconds(self, work: typing.Callable[[], typing.Any], repeats: int) -> list[float]:
-        """Of each repetition of `work`, after one more to warm up."""
+        """Times each repetition of `work`, after one to warm up."""
         work()
         found = []
         for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""Attention kernels on one GPU against the length buckets. Imports neither TorchRec nor FBGEMM."""
+"""Measures attention kernels on one GPU against the length buckets. Imports neither TorchRec nor FBGEMM."""
 
 import dataclasses
 import statistics
@@ -13,7 +13,7 @@ from gpsd_dist.model.ops import attention, hstu_attention, hstu_bias
 
 
 def attention_kernels(bench: Bench, name: str) -> dict[str, typing.Any]:
-    """Forward and backward of one layer's attention, H = 4, K = 64, by candidates per request."""
+    """Times forward and backward of one layer's attention, H = 4, K = 64, by candidates per request."""
     found = {}
     for candidates in bench.sizes.candidates:
         packing, qkv = _requests(bench, candidates, 4, 64)
@@ -23,7 +23,7 @@ def attention_kernels(bench: Bench, name: str) -> dict[str, typing.Any]:
 
 
 def hstu_kernel(bench: Bench, name: str) -> dict[str, typing.Any]:
-    """The same for HSTU, with the time bias. On CPU both sides are the buckets."""
+    """Times HSTU's attention with the time bias. On CPU both sides are the buckets."""
     packing, qkv = _requests(bench, 1, 4, 64)
     positions = bench.sizes.longest_history + 11
     random = torch.Generator().manual_seed(1)
@@ -45,7 +45,7 @@ def hstu_kernel(bench: Bench, name: str) -> dict[str, typing.Any]:
 
 
 def _requests(bench: Bench, candidates: int, heads: int, width: int) -> tuple[Packing, torch.Tensor]:
-    """Histories of 1 to `longest_history` tokens, all with as many candidates; bf16 on a GPU."""
+    """Makes histories of 1 to `longest_history` tokens, all with as many candidates; bf16 on a GPU."""
     sizes, random = bench.sizes, np.random.default_rng(0)
     lengths = np.sort(random.integers(1, sizes.longest_history + 1, sizes.requests))
     host = Packing.from_lengths(lengths, np.full(sizes.requests, candidates))
@@ -66,7 +66,9 @@ def _on_device(value: typing.Any, device: torch.device) -> typing.Any:
 
 
 def _compared(bench: Bench, sides: dict, qkv: torch.Tensor, packing: Packing, key: str) -> dict[str, typing.Any]:
-    """Milliseconds of every side, and how far the first is from the second one in float32, relative to its norm."""
+    """Measures milliseconds of every side, and how far the first is from the second one in float32, relative to its
+    norm.
+    """
     found, gradients = {}, {}
     for side, function in sides.items():
 

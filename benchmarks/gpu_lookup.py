@@ -1,4 +1,4 @@
-"""Lookup of table rows on one GPU, against a plain copy of as many bytes."""
+"""Measures lookup of table rows on one GPU against a plain copy of as many bytes."""
 
 import statistics
 import typing
@@ -15,7 +15,7 @@ from gpsd_dist.tables.sharding import shard_tables
 
 
 def lookup(bench: Bench, name: str) -> dict[str, typing.Any]:
-    """Forward of the sharded tables on distinct random rows, against copying those rows from memory to memory."""
+    """Times a forward of the sharded tables on distinct random rows against copying those rows in memory."""
     config, sizes = TablesConfig(embedding_dim=128), bench.sizes
     tables = Tables((Table("item", sizes.table_rows, "x"),), (), config, torch.device("meta"))
     sharded = shard_tables(tables, config, OptimizerConfig("rowwise_adagrad", 0.1), bench.runtime, seed=0)

@@ -19,7 +19,7 @@ from gpsd_dist.distributed.runtime import Runtime, process_group
 
 
 def measure(function: str, name: str, sizes: Sizes, runtime: Runtime) -> dict[str, typing.Any]:
-    """Calls MODULE:FUNCTION, imported only now, with a scratch folder; -> figures by name."""
+    """Calls MODULE:FUNCTION, imported only now, with a scratch folder; returns figures by name."""
     is_cuda = runtime.device.type == "cuda"
     device = torch.cuda.get_device_name() if is_cuda else "CPU"
     with tempfile.TemporaryDirectory(prefix="gpsd-gpu-") as folder:

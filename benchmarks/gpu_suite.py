@@ -59,7 +59,7 @@ _STDERR_LINES = 40
 
 
 def run_part(name: str, sizes: str) -> dict[str, typing.Any]:
-    """Entry of one part, measured in a new process; with `error` and the last lines of `stderr` if that died."""
+    """Measures the entry of one part in a new process; with `error` and the last lines of `stderr` if that died."""
     with tempfile.TemporaryDirectory(prefix="gpsd-gpu-") as folder:
         out, errors = pathlib.Path(folder) / "entry.json", pathlib.Path(folder) / "stderr.txt"
         command = [sys.executable, "-m", "benchmarks.gpu_part", PARTS[name.split("/")[0]], name, sizes, str(out)]
@@ -78,7 +78,7 @@ def run_part(name: str, sizes: str) -> dict[str, typing.Any]:
 
 
 def _ending(status: int | None) -> str:
-    """`status`: as subprocess gives it, None if the part took too long."""
+    """Makes the entry of a part that died; `status` is the exit status, None if it took too long."""
     if status is None:
         return f"killed after {PART_TIMEOUT_S:g} s"
     return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"

@@ -1,4 +1,4 @@
-"""Training steps on one GPU: speed, MFU, memory, and where the host waits."""
+"""Measures training steps on one GPU: speed, MFU, memory, and where the host waits."""
 
 import itertools
 import pathlib
@@ -46,7 +46,7 @@ def peak_bf16_flops(device_name: str) -> float | None:
 def run_config(
     data: BenchData, size: tuple[int, int, int], sizes: Sizes, option: str, folder: pathlib.Path
 ) -> RunConfig:
-    """Pretraining in bf16 with one set of negatives for the whole batch."""
+    """Configures pretraining in bf16 with one set of negatives for the whole batch."""
     layers, width, heads = size
     return RunConfig(
         stage="pretrain",
@@ -71,7 +71,7 @@ def run_config(
 
 
 class Training:
-    """A trainer without validation, logging or saving."""
+    """Runs a trainer without validation, logging or saving."""
 
     def __init__(self, bench: Bench, size: tuple[int, int, int], option: str):
         self.data = prepare("pretrain", "taobao_like", pathlib.Path("data"), bench.folder)
@@ -82,7 +82,7 @@ class Training:
         self.source = self.trainer.metrics.timed(self.trainer.batches())
 
     def steps(self) -> typing.Iterator[None]:
-        """Steps of the real loop, loader included."""
+        """Runs steps of the real loop, loader included."""
         yield from self.train(self.source)
 
     def train(self, batches: typing.Iterator[tuple]) -> typing.Iterator[None]:
@@ -105,7 +105,7 @@ class Training:
 
 
 def train(bench: Bench, name: str) -> dict[str, typing.Any]:
-    """Speed of whole training steps."""
+    """Measures the speed of whole training steps."""
     _, size, *option = name.split("/")
     training = Training(bench, TRAINED[size], option[0] if option else "")
     found: dict[str, typing.Any] = {}
@@ -130,7 +130,7 @@ def train(bench: Bench, name: str) -> dict[str, typing.Any]:
 
 
 def _split(bench: Bench, training: Training) -> Split:
-    """Phases of a step with the loader."""
+    """Measures the phases of a step, loader included."""
     steps = training.steps()
     for _ in range(bench.sizes.warmup_steps):
         next(steps)
@@ -139,7 +139,7 @@ def _split(bench: Bench, training: Training) -> Split:
 
 
 def timed_steps(bench: Bench, steps: typing.Iterator[typing.Any]) -> float:
-    """Seconds per step, over all measured steps together: the host may run ahead of the device, as in training."""
+    """Times seconds per step over all measured steps together: the host may run ahead of the device, as in training."""
     for _ in range(bench.sizes.warmup_steps):
         next(steps)
     bench.wait()
@@ -151,14 +151,14 @@ def timed_steps(bench: Bench, steps: typing.Iterator[typing.Any]) -> float:
 
 
 def workload(batches: list[tuple[Batch, ...]]) -> Workload:
-    """Means over the batches, as `capacity` counts them."""
+    """Averages the batches into a Workload, the form that gpsd_dist.plan reads."""
     lengths = [np.concatenate([part.packing.history_length_B for part in parts]) for parts in batches]
     tokens, pairs = (statistics.mean(float(f(n)) for n in lengths) for f in (np.sum, lambda n: np.sum(n * (n + 1) / 2)))
     return Workload(statistics.mean(len(n) for n in lengths), tokens, 0.0, pairs / tokens, 0, {})
 
 
 def host_syncs(bench: Bench, name: str) -> dict[str, typing.Any]:
-    """Places in our own code and in libraries, with how often a step waits there; the first steps are left out."""
+    """Lists places in the package and in libraries where a step waits, with counts; the first steps are left out."""
     if not bench.is_cuda:
         return {"skipped": "CUDA alone says where it waits"}
     training = Training(bench, TRAINED["l4h256a4"], "")

@@ -1,4 +1,4 @@
-"""How step time grows with rows, batch, history length, candidates and processes, and how one would expect it to.
+"""Measures how step time grows with rows, batch, history length, candidates and processes, beside what is expected.
 
 Exponents are least-squares slopes of log(time) over log(size). The expected ones come out of the same fit on what
 should cause the time: tokens for batch and candidates, FLOPs of the tower for lengths, nothing for rows, of which a
@@ -45,16 +45,15 @@ _STEPS = 20  # of a weak-scaling run, after as many to warm up, and of its split
 
 @dataclasses.dataclass(frozen=True)
 class _Point:
-    """A size of a sweep."""
+    """Describes one size of a sweep."""
 
     size: int
     spec: SideSpec
-    cause: float
-    """What the time should be proportional to."""
+    cause: float  # what the time should be proportional to
 
 
 def measure(name: str, seconds: float, data_root: pathlib.Path, folder: pathlib.Path) -> list[dict]:
-    """One entry per size; each has the exponent of its sweep."""
+    """Measures one entry per size; each has the exponent of its sweep."""
     if name == "growth/processes":
         return _weak_scaling(name, folder)
     points = [_point(name, size, folder) for size in SWEEPS[name]]
@@ -73,7 +72,7 @@ def measure(name: str, seconds: float, data_root: pathlib.Path, folder: pathlib.
 
 
 def exponent(sizes: typing.Sequence[float], values: typing.Sequence[float]) -> float:
-    """Slope of log(values) over log(sizes)."""
+    """Fits the slope of log(values) over log(sizes)."""
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
@@ -105,13 +104,13 @@ def _rows(name: str, source: Source, candidates: int, folder: pathlib.Path) -> B
 
 
 def _tower_flops(length: float) -> float:
-    """Per request: linear layers and causal attention."""
+    """Counts FLOPs per request: linear layers and causal attention."""
     layer = 4 * _SIZE.width**2 + 3 * _SIZE.width * ffn_width(_SIZE.width)
     return 6 * length * layer + 12 * _SIZE.width * length * (length + 1) / 2
 
 
 def _planned(name: str, rows: int) -> dict:
-    """Memory of the table, and the rows that a step touches, by arithmetic."""
+    """Computes memory of the table and the rows that a step touches, by arithmetic."""
     touched = expected_distinct(rows, 512 * 10)
     return {
         "name": f"{name}, planned",
@@ -123,7 +122,7 @@ def _planned(name: str, rows: int) -> dict:
 
 
 def _weak_scaling(name: str, folder: pathlib.Path) -> list[dict]:
-    """512 requests per process; real requests per second of wall time, runs of 1 and 2 processes in turn."""
+    """Trains 512 requests per process; real requests per second of wall time, runs of 1 and 2 processes in turn."""
     data = _rows("processes", SOURCES["grocery"], 1, folder)
     facts = {"data_dir": str(data.data_dir), "split": data.split, "note": data.note}
     (folder / "data.json").write_text(json.dumps(facts))
@@ -143,7 +142,7 @@ def _weak_scaling(name: str, folder: pathlib.Path) -> list[dict]:
 
 
 def _middle_split(splits: list[Split]) -> Split:
-    """Median of every phase."""
+    """Computes the median of every phase."""
     return {
         clock: {phase: statistics.median(split[clock][phase] for split in splits) for phase in times}
         for clock, times in splits[0].items()
@@ -182,7 +181,7 @@ def _scaling_rank(folder: pathlib.Path, turn: str) -> None:
 
 
 def tables(entries: list[dict]) -> list[Table]:
-    """Sweeps, planned sizes and weak scaling."""
+    """Makes tables of sweeps, planned sizes and weak scaling."""
     sweep = Table("Step time against size (L4H64A4, ranking)", ("name", "sizes", "CPU ms", "exponent", "expected"))
     planned = Table(
         "Rows that are planned, not trained", ("rows", "table", "row-wise Adagrad", "rows that a step touches")

@@ -1,4 +1,5 @@
-"""CPU time of managed ids in a training step: one update and one lookup of a full map, by rows of the table.
+"""Measures the CPU time of managed ids in a training step: one update and one lookup of a full map, by rows of the
+table.
 
     python -m benchmarks.id_map_update
 
@@ -20,7 +21,7 @@ STEPS = 9
 
 
 def milliseconds(num_rows: int, eviction: str) -> tuple[float, float, float]:
-    """CPU time: (median, smallest, largest) over STEPS updates of a full map."""
+    """Measures CPU time: (median, smallest, largest) over STEPS updates of a full map."""
     managed = ManagedCollisionMap(num_rows, IdsConfig(admission_threshold=2, eviction=eviction), torch.device("cpu"))
     random = np.random.default_rng(0)
     everyone = torch.arange(2, num_rows)

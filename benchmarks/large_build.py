@@ -1,4 +1,4 @@
-"""How large a log one machine prepares within a stated memory limit: time, memory and spilled bytes.
+"""Measures how large a log one machine prepares within a stated memory limit: time, memory and spilled bytes.
 
     python -m benchmarks.large_build --num_events 100_000_000 --memory_limit 4GB --work_dir /tmp/large
 
@@ -85,7 +85,7 @@ def measure(words: list[str], work_dir: pathlib.Path, deadline: float) -> dict:
 
 
 def size_of(folder: pathlib.Path) -> int:
-    """Bytes of all files below the folder; 0 if there is none. Files that vanish meanwhile do not count."""
+    """Adds up the bytes of all files below the folder; 0 if there is none. Files that vanish meanwhile do not count."""
     total = 0
     for path in folder.rglob("*"):
         try:

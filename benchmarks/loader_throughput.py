@@ -1,4 +1,4 @@
-"""Tokens per second from Parquet to a gathered table batch, by the loader on one CPU core.
+"""Measures tokens per second from Parquet to a gathered table batch, by the loader on one CPU core.
 
 Synthetic split: history length geometric with mean 46, three int64 list columns, row groups of 4096 rows, batches of
 4096 rows, encoded as data_pipeline writes them, with page checksums. `per CPU-second` counts the time of all threads
@@ -61,7 +61,9 @@ def write_split(data_dir: pathlib.Path, num_rows: int, compression: str) -> sche
 
 
 def measure(name: str, seconds: float, data_root: pathlib.Path, folder: pathlib.Path) -> list[dict]:
-    """Entries of one compression, named like it; every setting is measured in turn, `seconds` of CPU time in all."""
+    """Measures the entries of one compression, named like it; every setting is measured in turn, `seconds` of CPU time
+    in all.
+    """
     compression = name.split("/")[1]
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
@@ -120,7 +122,7 @@ def _loader(folder: pathlib.Path, manifest: schema.Manifest, cache_bytes: int, i
 
 
 def tables(entries: list[dict]) -> list[Table]:
-    """One row per compression and setting."""
+    """Makes one row per compression and setting."""
     table = Table(
         "Loader, M tokens per CPU-second (three list columns, history mean 46, batches of 4096 rows)",
         ("compression / setting", "median", "min - max (passes)", "bytes per token"),

@@ -1,4 +1,4 @@
-r"""The table of models x strategies of a data set, by the ordinary commands; docs/results.md is made with it.
+r"""Makes the table of models x strategies of a data set by the ordinary commands; docs/results.md shows it.
 
     python -m benchmarks.model_table --gin_file configs/experiments/grocery_finetune.gin \
         --models hstu,deepfm,din,dien,dmin,wukong --strategies NT,ST_SF,FT_SF --rates 1e-3,5e-3 --seeds 0,1,2 \
@@ -32,7 +32,7 @@ WALL_NAME = "wall_s.json"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A model with a strategy."""
+    """Names a model with a strategy."""
 
     model: str
     strategy: str
@@ -40,7 +40,7 @@ class Row:
 
     @property
     def folder(self) -> pathlib.Path:
-        """All runs of this row."""
+        """Lists all runs of this row."""
         return self.args.out_dir / self.model / self.strategy.lower()
 
     def tuning(self, rate: str) -> Training:
@@ -65,7 +65,7 @@ class Row:
 
 
 def rows_of(args: argparse.Namespace) -> list[Row]:
-    """Every combination that exists; a model without generative form has neither FT nor FT_SF."""
+    """Lists every combination that exists; a model without generative form has neither FT nor FT_SF."""
     rows = []
     for model in args.models:
         for strategy in args.strategies:
@@ -79,7 +79,7 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
 
 
 def is_finished(training: Training) -> bool:
-    """Whether there is nothing left to train. ValueError if the folder holds a run with other options."""
+    """Whether the run is finished. ValueError if the folder holds a run with other options."""
     config = training.folder / "run_config.json"
     changes = differences(training, json.loads(config.read_text())) if config.is_file() else []
     if changes:
@@ -102,12 +102,12 @@ def train(training: Training) -> None:
 
 
 def valid_value(training: Training) -> float:
-    """Best validation of a finished run, by the metric that chose its checkpoint."""
+    """Reads the best validation of a finished run, by the metric that chose its checkpoint."""
     return manager.read_state(manager.find(training.folder)).progress["best_value"]
 
 
 def run(row: Row) -> None:
-    """Everything that a row needs and does not have yet. subprocess.CalledProcessError if a command fails."""
+    """Runs everything that a row needs and does not have yet. subprocess.CalledProcessError if a command fails."""
     for rate in row.args.rates:
         train(row.tuning(rate))
     rate = best_rate(row)
@@ -122,12 +122,12 @@ def run(row: Row) -> None:
 
 
 def best_rate(row: Row) -> str:
-    """The dense learning rate whose run had the best validation."""
+    """Chooses the dense learning rate whose run had the best validation."""
     return max(row.args.rates, key=lambda rate: valid_value(row.tuning(rate)))
 
 
 def table(rows: list[Row]) -> list[str]:
-    """Markdown, one line per row and task; mean and (min - max) over seeds. Unfinished rows are left out."""
+    """Writes Markdown, one line per row and task; mean and (min - max) over seeds. Unfinished rows are left out."""
     heads = ("model", "strategy", "task", "rate", "valid", "seeds", *METRICS, "dense parameters", "s per refit")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
@@ -169,7 +169,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Exit status 0, or 2 for a mistake in the options and a folder with other runs in it."""
+    """Returns 0, or 2 for a mistake in the options and a folder with other runs in it."""
     args = _parse(argv)
     try:
         rows = rows_of(args)

@@ -1,4 +1,4 @@
-"""The scheme of the official GPSD code, written anew for comparison: what one would write without packing or sharing.
+"""Rebuilds the scheme of the official GPSD code for comparison: the obvious form without packing or sharing.
 
 Rows are padded to the longest allowed history, one row per (history, candidate); every sequence has its own negatives;
 the item table is an ordinary `nn.Embedding` under dense AdamW; a Python loader pads row by row. Each of these can be
@@ -36,18 +36,14 @@ class PaddedBatch:
 
     item_BL: torch.Tensor
     category_BL: torch.Tensor
-    segment_BL: torch.Tensor
-    """0 history, 1 candidate"""
-    length_B: torch.Tensor
-    """Tokens of each row, with the candidate if there is one."""
-    negative_BN: torch.Tensor | None = None
-    """[B, N] one set per row, or [G, N] shared by B / G rows each"""
-    label_B: torch.Tensor | None = None
-    """float32"""
+    segment_BL: torch.Tensor  # 0 history, 1 candidate
+    length_B: torch.Tensor  # tokens of each row, with the candidate if there is one
+    negative_BN: torch.Tensor | None = None  # [B, N] one set per row, or [G, N] shared by B / G rows each
+    label_B: torch.Tensor | None = None  # float32
 
 
 class PaddedLoader:
-    """Endless shuffled batches from Python lists, padded row by row. The file is parsed once, here."""
+    """Makes endless shuffled batches from Python lists, padded row by row. The file is parsed once, here."""
 
     def __init__(
         self,
@@ -73,7 +69,7 @@ class PaddedLoader:
         self.rows = [] if is_columnar else self.table.to_pylist()
 
     def __iter__(self) -> typing.Iterator[tuple[PaddedBatch, int]]:
-        """Batches with their number of history tokens, each history counted once whatever its candidates."""
+        """Yields batches with their number of history tokens, each history counted once whatever its candidates."""
         while True:
             order = self.random.permutation(self.table.num_rows).tolist()
             for start in range(0, len(order), self.batch_rows):
@@ -85,7 +81,7 @@ class PaddedLoader:
                 yield self._collate(examples), sum(len(request["history.item"]) for request in requests)
 
     def _examples(self, request: dict) -> typing.Iterator[dict]:
-        """One row per candidate, with the candidate appended to the history; in pretraining just the history."""
+        """Makes one row per candidate, with the candidate appended to the history; in pretraining just the history."""
         item, category = request["history.item"], request["history.category"]
         if "candidate.item" not in request:
             yield self._example(item, category, num_history=len(item))
@@ -120,12 +116,12 @@ class PaddedLoader:
         )
 
     def _shared(self) -> torch.Tensor | None:
-        """[G, N] negatives of a batch, if it has shared ones."""
+        """Draws negatives [G, N] of a batch, if it shares any."""
         shape = (self.num_groups, self.num_negatives)
         return torch.from_numpy(self.random.integers(NUM_RESERVED_ROWS, self.num_items, shape)) if all(shape) else None
 
     def _columnar(self, rows: pa.Table) -> tuple[PaddedBatch, int]:
-        """The same batch by scatters of whole columns."""
+        """Pads the batch by scatters of whole columns."""
         history = {name: rows[f"history.{name}"].combine_chunks() for name in ("item", "category")}
         length = np.diff(history["item"].offsets.to_numpy())
         num_tokens, per_row, label = int(length.sum()), 1, None
@@ -154,7 +150,7 @@ class PaddedLoader:
 
 
 class PaddedBlock(nn.Module):
-    """Pre-norm attention and SwiGLU over all L slots of every row."""
+    """Applies pre-norm attention and SwiGLU over all L slots of every row."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -179,7 +175,7 @@ class PaddedBlock(nn.Module):
 
 
 class PaddedTransformer(nn.Module):
-    """Causal tower over padded rows."""
+    """Applies a causal tower to padded rows."""
 
     def __init__(self, layers: int, width: int, heads: int):
         super().__init__()
@@ -188,7 +184,7 @@ class PaddedTransformer(nn.Module):
         self.norm = nn.RMSNorm(width, eps=1e-5)
 
     def forward(self, x_BLD: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
-        """[B, L, D] -> [B, L, D]; what stands in padded slots means nothing."""
+        """Maps [B, L, D] to [B, L, D]; values of padded slots mean nothing."""
         slot_L = torch.arange(x_BLD.shape[1])
         is_key_B1L = (slot_L < length_B[:, None])[:, None]
         mask_B1LL = (is_key_B1L & (slot_L[:, None] >= slot_L))[:, None]
@@ -201,7 +197,7 @@ class PaddedTransformer(nn.Module):
 
 
 class PaddedModel(nn.Module):
-    """Item + category + segment embeddings, tower (padded, or the product's packed one), rank head."""
+    """Joins item, category and segment embeddings, a tower (padded, or the product's packed one), rank head."""
 
     def __init__(self, manifest: Manifest, layers: int, width: int, heads: int, is_packed: bool = False):
         super().__init__()
@@ -215,7 +211,7 @@ class PaddedModel(nn.Module):
                 nn.init.normal_(module.weight, std=_INIT_STD)
 
     def loss(self, batch: PaddedBatch) -> torch.Tensor:
-        """Mean loss of the stage that the batch was made for."""
+        """Computes the mean loss of the stage that the batch was made for."""
         x_BLD = self.item(batch.item_BL) + self.category(batch.category_BL) + self.segment(batch.segment_BL)
         packed = isinstance(self.tower, Transformer)
         hidden_BLD = self._packed(x_BLD, batch.length_B) if packed else self.tower(x_BLD, batch.length_B)
@@ -225,7 +221,7 @@ class PaddedModel(nn.Module):
         return F.binary_cross_entropy_with_logits(self.head(hidden_BD).squeeze(-1), batch.label_B)
 
     def _packed(self, x_BLD: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
-        """[B, L, D] -> [B, L, D] through a tower of tokens without padding; padded slots are 0."""
+        """Maps [B, L, D] to [B, L, D] by a tower of tokens without padding; padded slots are 0."""
         length, order = length_B.sort()
         is_token = torch.arange(x_BLD.shape[1]) < length[:, None]
         packing = Packing.from_lengths(length.numpy(), np.zeros(len(length), np.int64))
@@ -234,7 +230,9 @@ class PaddedModel(nn.Module):
         return hidden_BLD[order.argsort()]
 
     def _next_item_loss(self, hidden_BLD: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
-        """Cosine softmax of the target against the row's own (or its group's) N negatives, over every slot."""
+        """Computes the cosine softmax of the target against the row's own (or its group's) N negatives, over every
+        slot.
+        """
         num_rows, num_sets = len(batch.item_BL), len(batch.negative_BN)
         if num_sets < num_rows:
             parts = [
@@ -254,7 +252,7 @@ class PaddedModel(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), correct_BL.flatten(), ignore_index=_IGNORED)
 
     def _summed_item_loss(self, hidden_BLD, item_BL, negative_N) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sum, count) of the same loss of rows that share a set of negatives: one matrix product for all of them."""
+        """Computes (sum, count) of the loss of rows that share a set of negatives: one matrix product for all."""
         target_BL = item_BL[:, 1:]
         query_BLD = F.normalize(hidden_BLD[:, :-1], dim=-1)
         positive_BL1 = (query_BLD * F.normalize(self.item(target_BL), dim=-1)).sum(-1, keepdim=True)
@@ -266,7 +264,7 @@ class PaddedModel(nn.Module):
         return loss, (correct_BL == 0).sum()
 
     def _next_category_loss(self, hidden_BLD: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
-        """The same cosine softmax over all categories."""
+        """Computes the cosine softmax over all categories."""
         query_BLD = F.normalize(hidden_BLD[:, :-1], dim=-1)
         logits_BLV = query_BLD @ F.normalize(self.category.weight, dim=-1).t() / _TEMPERATURE
         is_target_BL = batch.item_BL[:, 1:] >= NUM_RESERVED_ROWS
@@ -275,7 +273,7 @@ class PaddedModel(nn.Module):
 
 
 class PaddedBaseline:
-    """Loader, model and optimizer of the scheme; `run_steps` trains."""
+    """Holds loader, model and optimizer of the scheme; `run_steps` trains."""
 
     def __init__(
         self,
@@ -310,6 +308,6 @@ class PaddedBaseline:
 
 
 def _rotate(x_BHLK: torch.Tensor, rotation_LK: torch.Tensor) -> torch.Tensor:
-    """Rotary positions on interleaved pairs of channels."""
+    """Rotates interleaved pairs of channels by position."""
     pairs = torch.view_as_complex(x_BHLK.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * rotation_LK).flatten(-2).to(x_BHLK.dtype)

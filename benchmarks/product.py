@@ -1,4 +1,4 @@
-"""The product under the clock: the real `Trainer`, step by step as in its own loop, without validation."""
+"""Times the product: the real `Trainer`, step by step as in its own loop, without validation."""
 
 import dataclasses
 import pathlib
@@ -23,7 +23,7 @@ _DRAIN_S = 0.1  # longer than a batch takes to make: the loader's threads come t
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """l{layers}h{width}a{heads}"""
+    """Names a size l{layers}h{width}a{heads}."""
 
     layers: int
     width: int
@@ -33,7 +33,7 @@ class Size:
 def run_config(
     data: BenchData, size: Size, batch_rows: int, pretrain: PretrainConfig, output_dir: pathlib.Path
 ) -> RunConfig:
-    """The official settings, from random weights, with trainable tables as wide as the tower."""
+    """Configures the official settings, from random weights, with trainable tables as wide as the tower."""
     return RunConfig(
         stage="pretrain" if data.split == "pretrain" else "finetune",
         data_dir=str(data.data_dir),
@@ -48,7 +48,7 @@ def run_config(
 
 
 class Product:
-    """A trainer and an endless stream of its batches."""
+    """Holds a trainer and an endless stream of its batches."""
 
     def __init__(self, run: RunConfig, runtime: Runtime):
         with without_validation():
@@ -64,8 +64,8 @@ class Product:
         return num_tokens
 
     def split_step(self, count: int) -> Split:
-        """Phases of a step, mean over `count` steps, and on the CPU clock what other threads did: the loader's, and
-        gloo's where there are several processes. Collective, if the steps are.
+        """Measures the phases of a step, mean over `count` steps, and on the CPU clock what other threads did: the
+        loader's, and gloo's where there are several processes. Collective, if the steps are.
         """
         thread_s, process_s = time.thread_time(), time.process_time()
         split = split_steps(self.trainer, self._train, count)
@@ -87,8 +87,8 @@ class Product:
         return num_tokens
 
     def table_bytes_per_step(self) -> float:
-        """Mean bytes of table rows that a step reads and, for trained tables, of their gradients and updates (a row
-        read and written, its second moment too).
+        """Computes mean bytes of table rows that a step reads and, for trained tables, of their gradients and updates
+        (a row read and written, its second moment too).
         """
         mean_rows = sum(self._unique_rows) / len(self._unique_rows)
         tables, module = self.trainer.run.tables, self.trainer.components.tables.module.module

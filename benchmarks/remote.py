@@ -1,4 +1,4 @@
-"""Sides in processes of their own, driven through a pipe: they take turns, so that both see the same machine."""
+"""Runs each side in a process of its own, driven by a pipe: they take turns, so that both see the same machine."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from benchmarks.step_split import Split
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Steps of one side without a break."""
+    """Holds the times of steps of one side without a break."""
 
     num_steps: int
     num_tokens: int
@@ -28,29 +28,27 @@ class Block:
 
     @property
     def tokens_per_cpu_s(self) -> float:
-        """Of this block."""
+        """Computes tokens per second of CPU time."""
         return self.num_tokens / self.cpu_s
 
     @property
     def step_cpu_ms(self) -> float:
-        """Of this block."""
+        """Computes CPU time per step."""
         return 1000 * self.cpu_s / self.num_steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a side knows of itself after some steps."""
+    """Holds what a side reports after some steps."""
 
     peak_mib: float
-    step_split_ms: Split
-    """Empty but for products."""
-    table_bytes: float
-    """Rows read, their gradients and their updates, per step; empty products only."""
+    step_split_ms: Split  # empty but for products
+    table_bytes: float  # rows read, their gradients and their updates, per step; empty products only
     tables_report: str
 
 
 class Remote:
-    """A side in another process. Close it, or it stays."""
+    """Drives a side in another process, which stays until it is closed."""
 
     def __init__(self, spec: SideSpec):
         context = multiprocessing.get_context("spawn")

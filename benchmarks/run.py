@@ -1,4 +1,4 @@
-"""Training throughput of the product against the official scheme, measured side by side.
+"""Measures training throughput of the product and of the official scheme, side by side.
 
     python -m benchmarks.run --suite cpu [--names pretrain/grocery/h64,...] [--seconds 30] [--out runs/bench/bench.json]
     python -m benchmarks.run --suite ablation [--names discriminative/grocery/h64] [--markdown FILE]
@@ -38,11 +38,10 @@ from benchmarks.tables import Table
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """Benchmarks that are measured name by name."""
+    """Groups benchmarks that are measured name by name."""
 
     names: tuple[str, ...]
-    default_names: tuple[str, ...]
-    """A subset that takes minutes."""
+    default_names: tuple[str, ...]  # A subset that takes minutes
     measure: typing.Callable[[str, float, pathlib.Path, pathlib.Path], list[dict[str, typing.Any]]]
     """(name, seconds, data root, scratch folder) -> entries of the JSON file."""
     tables: typing.Callable[[list[dict[str, typing.Any]]], list[Table]]
@@ -102,7 +101,7 @@ CPU_NAMES = (
 
 
 def selected(suite_name: str, names: str) -> tuple[str, ...]:
-    """Names that `--names` asks for. ValueError lists the known ones."""
+    """Selects the names of `--names`. ValueError lists the known ones."""
     suite = SUITES[suite_name]()
     if names in ("", "all"):
         return suite.names if names else suite.default_names
@@ -130,7 +129,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def _measure(args: argparse.Namespace, names: tuple[str, ...], console: rich.console.Console) -> list[Table]:
-    """Runs the suite name by name, rewriting the JSON after each; -> tables."""
+    """Runs the suite name by name, rewriting the JSON after each; returns the tables."""
     entries: list[dict[str, typing.Any]] = []
     suite = SUITES[args.suite]()
     with tempfile.TemporaryDirectory(prefix="gpsd-bench-") as folder:
@@ -143,7 +142,7 @@ def _measure(args: argparse.Namespace, names: tuple[str, ...], console: rich.con
 
 
 def main(argv: list[str]) -> int:
-    """Exit status 2 for a wrong name."""
+    """Returns the exit status, 2 for a wrong name."""
     args = _arguments(argv)
     if args.suite == "gpu":
         from benchmarks import gpu_suite

@@ -1,5 +1,5 @@
-"""Do two commits compute the same bits? `python -m benchmarks.same_bits OLD [NEW]` trains a set of tiny runs with the
-code of each commit on this machine, and prints every tensor, metric and data file that differs.
+"""Checks whether two commits compute the same bits: `python -m benchmarks.same_bits OLD [NEW]` trains a set of tiny
+runs with the code of each commit on this machine, and prints every tensor, metric and data file that differs.
 
     python -m benchmarks.same_bits main                     # main against the working tree
     python -m benchmarks.same_bits 14e4532 HEAD --keep /tmp/bits
@@ -76,7 +76,7 @@ Hashes = dict[str, str]
 
 
 def main(argv: list[str]) -> int:
-    """Exit status of the module's docstring."""
+    """Returns the exit status that the module's docstring lists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", help="commit, branch or tag")
     parser.add_argument("new", nargs="?", default="", help="the same; default: the working tree as it is")
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
 
 
 def differences(old: Hashes, new: Hashes) -> list[str]:
-    """One line for every name that is missing on one side or has another hash."""
+    """Lists every name that is missing on one side or has another hash."""
     lines = []
     for name in sorted(old | new):
         if name not in new:
@@ -137,7 +137,9 @@ def hashes_of(revision: str, args: argparse.Namespace) -> Hashes:
 
 
 def _run_all(tree: pathlib.Path, args: argparse.Namespace) -> Hashes:
-    """Data sets, then all cases in one process per number of ranks, because importing torch takes longer than a run."""
+    """Builds data sets, then runs all cases in one process per number of ranks, because importing torch takes longer
+    than a run.
+    """
     with tempfile.TemporaryDirectory(prefix="same_bits_runs_") as folder:
         runs = pathlib.Path(folder)
         _python(
@@ -176,7 +178,7 @@ def _run_all(tree: pathlib.Path, args: argparse.Namespace) -> Hashes:
 
 
 def _inside(world: str, cases: list[str]) -> None:
-    """Body of a child: trains the cases with the code that is on its path, in the folder of the runs."""
+    """Runs inside a child: trains the cases with the code that is on its path, in the folder of the runs."""
     import torch.distributed as dist
 
     from gpsd_dist import evaluate, train

@@ -1,4 +1,4 @@
-"""What can be put under the clock: the product, the baseline, and each with one of its parts switched.
+"""Builds everything that can be timed: the product, the baseline, and each with one of its parts switched.
 
 `VARIANTS` is the list. A side runs in a process of its own (`remote.py`), so a switch may replace a function for good,
 and neither side inherits what the other's memory allocator or caches have done.
@@ -66,25 +66,24 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class SideSpec:
-    """Everything a process needs to build a side."""
+    """Holds everything that a process needs to build a side."""
 
     variant: str
     data: BenchData
     size: Size
     batch_rows: int
-    folder: pathlib.Path
-    """Own folder of a product."""
+    folder: pathlib.Path  # own folder of a product
 
 
 class Side(typing.Protocol):
-    """One of the things compared."""
+    """Is one of the two that are compared."""
 
     def run_steps(self, count: int) -> int:
         """Trains; returns real tokens."""
 
 
 def variants_of(kind: str) -> tuple[str, ...]:
-    """Those that mean something for a kind of training."""
+    """Lists the variants that make sense for a kind of training."""
     other = FINETUNE_ONLY if kind == "pretrain" else PRETRAIN_ONLY
     return tuple(name for name in VARIANTS if name not in other)
 
@@ -166,7 +165,7 @@ def _switch(name: str) -> None:
 
 
 def _repeated(parts: list[distinct.Wanted], num_rows: int) -> np.ndarray:
-    """What `distinct._distinct` returns, with every value as often as it is wanted."""
+    """Replaces `distinct._distinct`: returns every value as often as it occurs."""
     values = distinct._joined(parts)
     distinct._cut(parts, np.arange(len(values)))
     return values
@@ -179,7 +178,7 @@ def _pass_through_python(product: Product) -> None:
 
 
 class _PlainSoftmax:
-    """What `losses._SampledSoftmax` computes, one group after the other, with gradients by autograd."""
+    """Computes `losses._SampledSoftmax` one group after the other, with gradients by autograd."""
 
     @staticmethod
     def apply(

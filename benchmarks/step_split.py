@@ -1,4 +1,4 @@
-"""Where the time of a real training step goes, phase by phase, for one process or several, on a CPU or a GPU.
+"""Measures where the time of a real training step goes, phase by phase, for one process or several, on a CPU or a GPU.
 
 A phase's time is its own: what it calls that is another phase counts there, so the phases of a clock add up to the
 step. Clocks:
@@ -40,12 +40,11 @@ _CALLS = (
     "reduce_scatter_tensor",
 )
 
-Split: typing.TypeAlias = dict[str, dict[str, float]]
-"""Clock -> phase -> milliseconds per step."""
+Split: typing.TypeAlias = dict[str, dict[str, float]]  # clock -> phase -> milliseconds per step
 
 
 def split_steps(trainer: Trainer, train: typing.Callable[[int], typing.Any], count: int) -> Split:
-    """Mean over the `count` steps of `trainer` that `train(count)` makes. Collective, if these steps are.
+    """Averages the `count` steps of `trainer` that `train(count)` makes. Collective, if these steps are.
 
     H2D is `to_device`, which copies nothing on a CPU but walks through the batch. Collectives are calls of
     torch.distributed and waiting for them (counts, TorchRec's exchange of indices, rows and gradients, metrics), and
@@ -61,7 +60,7 @@ def split_steps(trainer: Trainer, train: typing.Callable[[int], typing.Any], cou
 
 
 def split_table(title: str, splits: dict[str, Split]) -> Table:
-    """A row per name and clock."""
+    """Makes a row per name and clock."""
     table = Table(title, ("name", "clock", *PHASES, OTHER_THREADS))
     for name, split in splits.items():
         for clock, times in split.items():
@@ -94,7 +93,7 @@ class _GpuClock:
 
 
 class _Log:
-    """Readings of a clock wherever the phase changes. Nothing is computed before the end: no waiting for a GPU."""
+    """Reads a clock wherever the phase changes. Nothing is computed before the end: no waiting for a GPU."""
 
     def __init__(self, clock: _CpuClock | _GpuClock):
         self._clock = clock
@@ -103,17 +102,17 @@ class _Log:
 
     @property
     def phase_now(self) -> str:
-        """The innermost."""
+        """Returns the innermost phase."""
         return self._stack[-1]
 
     def enter(self, phase: str) -> None:
-        """Until the surrounding `phase` ends."""
+        """Begins a phase that lasts until the surrounding `phase` ends."""
         self._stack.append(phase)
         self._mark()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> typing.Iterator[None]:
-        """The block, but for the phases in it."""
+        """Counts the block, without the phases inside it."""
         depth = len(self._stack)
         self.enter(name)
         try:
@@ -123,7 +122,7 @@ class _Log:
             self._mark()
 
     def timed(self, function: typing.Callable, name: str) -> typing.Callable:
-        """`function` as a phase."""
+        """Wraps `function` as a phase."""
 
         def call(*args, **kwargs):
             with self.phase(name):
@@ -132,7 +131,7 @@ class _Log:
         return call
 
     def seconds(self) -> dict[str, dict[str, float]]:
-        """Clock -> phase -> sum; ends the log."""
+        """Adds up clock -> phase; ends the log."""
         self._mark()
         total: dict[str, dict[str, float]] = {name: {} for name in self._clock.names}
         for (phase, begin), (_, end) in itertools.pairwise(self._marks):
@@ -182,7 +181,9 @@ def _timed_wait(log: _Log, plain: typing.Callable[[], typing.ContextManager[None
 
 
 def _timed_table_backward(log: _Log) -> typing.Callable:
-    """The node between the gradients of the dense part and those of the tables: after it, only tables are left."""
+    """Finds the autograd node between the gradients of the dense part and those of the tables: after it, only tables
+    are left.
+    """
     plain = training_step_module._Joined.backward
 
     def backward(ctx, *gradients):

@@ -1,4 +1,4 @@
-"""One table, on the terminal or as Markdown."""
+"""Writes a table to the terminal or as Markdown."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import rich.table
 
 @dataclasses.dataclass
 class Table:
-    """Cells are text; the first column is aligned to the left, the others to the right."""
+    """Holds cells of text; the first column is aligned to the left, the others to the right."""
 
     title: str
     columns: tuple[str, ...]
@@ -19,7 +19,7 @@ class Table:
         self.rows.append(cells)
 
     def rich(self) -> rich.table.Table:
-        """For a console."""
+        """Makes the table for a console."""
         table = rich.table.Table(title=self.title)
         for index, column in enumerate(self.columns):
             table.add_column(column, justify="left" if index == 0 else "right")
@@ -28,7 +28,7 @@ class Table:
         return table
 
     def markdown(self) -> str:
-        """Title, then the table."""
+        """Writes the title, then the table."""
         lines = ["| " + " | ".join(self.columns) + " |", "|---" + "|--:" * (len(self.columns) - 1) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in self.rows]
         return "\n".join([f"{self.title}:", "", *lines])

@@ -1,4 +1,5 @@
-"""How evenly do batches in tokens fall on ranks? The largest rank's tokens over the mean, over the steps of an epoch.
+"""Measures how evenly batches counted in tokens fall on ranks: the largest rank's tokens over the mean, over the steps
+of an epoch.
 
     python -m benchmarks.token_balance [--data_root data] [--names grocery/train,kuairand/pretrain]
 
@@ -22,7 +23,7 @@ CASES = ((16_384, 2), (16_384, 8), (65_536, 8), (65_536, 16))  # (tokens of a st
 
 
 def excess(split: ParquetSplit, global_tokens: int, world_size: int, by_tokens: bool) -> np.ndarray:
-    """float64 [steps]: tokens of the fullest rank over the mean of all ranks, minus 1."""
+    """Computes for each step, float64 [steps], tokens of the fullest rank over the mean of all ranks, minus 1."""
     weight_G, num_tokens = split.token_weights(None)
     window = min(round(WINDOW_ROW_GROUPS * split.num_rows / len(split.groups)), MAX_WINDOW_ROWS)
     order = row_order.EpochOrder(
