@@ -127,13 +127,13 @@ def splits_table(manifest: dict[str, typing.Any]) -> Table:
         num_rows, tokens = split.get("num_rows"), split.get("num_history_tokens")
         has_ratio = isinstance(num_rows, int) and isinstance(tokens, int) and num_rows > 0
         counts = (count_text(num_rows), count_text(tokens), f"{tokens / num_rows:.1f}" if has_ratio else MISSING)
-        cells = (Cell(f"{split.get('name')}"), *map(number_cell, counts), number_cell(_candidates(split)))
+        cells = (
+            Cell(f"{split.get('name')}"),
+            *map(number_cell, counts),
+            number_cell(count_text(split.get("num_candidates") or None)),
+        )
         rows.append(Row((*cells, *(Cell(time_text(split.get(key))) for key in ("time_from_s", "time_to_s")))))
     return Table(columns, (tuple(rows),))
-
-
-def _candidates(split: dict[str, typing.Any]) -> str:
-    return count_text(split.get("num_candidates")) if split.get("num_candidates") else MISSING
 
 
 def tables_table(manifest: dict[str, typing.Any]) -> Table:

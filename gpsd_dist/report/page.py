@@ -33,7 +33,7 @@ def make_report(places: typing.Sequence[pathlib.Path]) -> Report:
     problems += [problem for run in runs for problem in run.problems] + data_problems
     contexts = [_family_context(family) for family in families]
     html = _template().render(
-        title=_title(runs),
+        title=f"Run {runs[0].label}" if len(runs) == 1 else f"Report on {len(runs)} runs",
         runs=runs,
         run_span=_span(runs),
         problems=problems,
@@ -60,10 +60,6 @@ def _template() -> jinja2.Template:
     )
     environment.globals |= {"style_color": style_color, "style_dash": style_dash}
     return environment.get_template("page.html.jinja")
-
-
-def _title(runs: typing.Sequence[Run]) -> str:
-    return f"Run {runs[0].label}" if len(runs) == 1 else f"Report on {len(runs)} runs"
 
 
 def _span(runs: typing.Sequence[Run]) -> str:

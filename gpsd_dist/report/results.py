@@ -91,10 +91,6 @@ def _rank(order: tuple[str, ...], name: str) -> tuple[int, str]:
     return (order.index(name) if name in order else len(order), name)
 
 
-def _main(columns: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [column for column in columns if column[1] in MAIN_METRICS] or columns
-
-
 def _spans(num_before: int, columns: list[tuple[str, str]]) -> tuple[tuple[str, int], ...]:
     splits = list(dict.fromkeys(split for split, _ in columns))
     counts = [(split, sum(column[0] == split for column in columns)) for split in splits]
@@ -113,7 +109,7 @@ def _mean(values: list[float | None]) -> float | None:
 
 def _summary(family: Family, task: str, columns: list[tuple[str, str]]) -> Table:
     """Makes one row per configuration; the best mean of a column is bold."""
-    shown = _main(columns)
+    shown = [column for column in columns if column[1] in MAIN_METRICS] or columns
     configurations = family.configurations
     best = {c: best_index(c[1], [_mean(_values(made, task, c)) for made in configurations]) for c in shown}
     rows = []

@@ -41,7 +41,7 @@ def family_differences(families: typing.Sequence[Family]) -> Table | None:
     """Makes a table of options that differ between families, one column per family."""
     if len(families) < 2:
         return None
-    values = [{name: _all_values(family, name) for name in _names(family)} for family in families]
+    values = [_options_of(family) for family in families]
     names = list(dict.fromkeys(name for found in values for name in found))
     names = [name for name in names if name not in PLACE_OPTIONS and name != "init_checkpoint"]
     names = [name for name in names if any(found.get(name) != values[0].get(name) for found in values)]
@@ -50,12 +50,10 @@ def family_differences(families: typing.Sequence[Family]) -> Table | None:
     return Table(columns, (rows,), caption="options that differ between the groups") if rows else None
 
 
-def _names(family: Family) -> list[str]:
-    return list(dict.fromkeys(name for run in family.runs for name in flat_options(run.config)))
-
-
-def _all_values(family: Family, name: str) -> str:
-    return "; ".join(dict.fromkeys(_option(flat_options(run.config), name) for run in family.runs))
+def _options_of(family: Family) -> dict[str, str]:
+    flats = [flat_options(run.config) for run in family.runs]
+    names = dict.fromkeys(name for flat in flats for name in flat)
+    return {name: "; ".join(dict.fromkeys(_option(flat, name) for flat in flats)) for name in names}
 
 
 def _option(flat: dict[str, typing.Any], name: str) -> str:

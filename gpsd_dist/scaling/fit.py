@@ -110,15 +110,11 @@ class Fit:
         found = []
         if self.effect <= _NO_EFFECT * self.law.c_max:
             found.append("a = 0: the metric does not improve with size")
-        found += [f"{name} at its bound" for name, is_at in self._stops().items() if is_at]
+        intervals = self.intervals()
+        for name, low, high in (("c", 0.0, self.law.c_max), ("b", B_BOUNDS[0] * 1.001, B_BOUNDS[1] * 0.999)):
+            if intervals[name][0] <= low or intervals[name][1] >= high:
+                found.append(f"{name} at its bound")
         return found
-
-    def _stops(self) -> dict[str, bool]:
-        (low, high), intervals = B_BOUNDS, self.intervals()
-        return {
-            "c": intervals["c"][0] <= 0.0 or intervals["c"][1] >= self.law.c_max,
-            "b": intervals["b"][0] <= low * 1.001 or intervals["b"][1] >= high * 0.999,
-        }
 
     def lack_of_fit_p(self) -> float:
         """Tests "sizes scatter around the curve no more than seeds do"; NaN without repeated or spare sizes.
