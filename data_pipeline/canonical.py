@@ -132,7 +132,7 @@ class Log:
     """Holds the canonical tables of one source. Ids and categorical values are strings, null where unknown."""
 
     events: ir.Table
-    """What becomes history: user_id, item_id (string), time_s (int64, null: before every timed event of the user),
+    """Becomes history: user_id, item_id (string), time_s (int64, null: before every timed event of the user),
     order (int64, breaks ties: a user's events are sorted by time_s with nulls first, then order, which must make them
     total), and the "log" features of history. Optional column latest_s (int64): an event without a time_s happened no
     later than this; it takes the place of time_s in sorting and in "strictly earlier than the request"."""
@@ -143,7 +143,7 @@ class Log:
     order_words: str
     """Says in words how ties are ordered, for the manifest."""
     exposures: ir.Table | None = None
-    """What becomes candidates: user_id, item_id, time_s (int64, never null), order, one column per task (0, 1 or null
+    """Becomes candidates: user_id, item_id, time_s (int64, never null), order, one column per task (0, 1 or null
     for not observed), and the "log" features of candidate and context. None: candidates are events plus drawn
     negatives."""
     users: ir.Table | None = None

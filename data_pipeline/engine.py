@@ -45,7 +45,7 @@ class Engine:
             self.backend = duckdb_engine.DuckDB(scratch_dir, memory_limit, threads)
         self.con = self.backend.con
         self.read_errors = self.backend.errors
-        """What it raises for a file that it cannot parse."""
+        """The error that it raises for a file that it cannot parse."""
 
     def materialise(self, name: str, table: ir.Table) -> ir.Table:
         """Runs the query once and returns the stored result; `name` must be new."""

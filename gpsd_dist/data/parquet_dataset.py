@@ -49,14 +49,14 @@ class RowGroup(typing.NamedTuple):
 
     path: pathlib.Path
     number: int
-    """Of the row group in the file, from 0."""
+    """Number of the row group in its file, from 0."""
     first_row: int
     """Row in the file of its first row."""
     num_rows: int
     num_history_tokens: int
     """A row without history counts as 1."""
     stored_bytes: tuple[int, ...]
-    """Of each of its columns in the file."""
+    """Compressed size of each of its columns in the file."""
 
 
 class ParquetSplit:
@@ -266,7 +266,7 @@ def _read_footer(
 
 
 def _stored_bytes(metadata: pq.FileMetaData, number: int) -> tuple[int, ...]:
-    """Of every column of a row group, compressed."""
+    """Sizes of every column of a row group, compressed."""
     group = metadata.row_group(number)
     return tuple(group.column(index).total_compressed_size for index in range(group.num_columns))
 
@@ -276,7 +276,7 @@ def _short_hash(text: str) -> str:
 
 
 def _history_tokens(metadata: pq.FileMetaData, history: str) -> list[int]:
-    """Of every row group, without decoding: Parquet counts an empty list as one value. Rows where the column is not."""
+    """Counts values of every row group, undecoded; Parquet counts an empty list as one. Rows where the column is not."""
     columns = range(metadata.num_columns)
     leaf = [i for i in columns if metadata.schema.column(i).path.startswith(f"{history}.")]
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
@@ -298,7 +298,7 @@ def _check_num_values(table: pa.Table, file: pq.ParquetFile, group: int) -> None
 
 
 def _num_values(array: pa.Array) -> int:
-    """As Parquet counts them: an empty or missing list is one."""
+    """Values as Parquet counts them: an empty or missing list is one."""
     if not pa.types.is_list(array.type):
         return len(array)
     empty = len(array) - int(np.count_nonzero(np.diff(array.offsets.to_numpy())))

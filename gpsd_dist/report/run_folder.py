@@ -23,7 +23,7 @@ CHECKPOINTS_NAME = "checkpoints"
 BEST_NAME = "best.json"
 STATE_NAME = "run_state.json"
 _OF_TOOLS = ("parameters.json", "wall_s.json", "experiment.json")
-"""What gpsd_dist.scaling, benchmarks.model_table and benchmarks.experiments leave in a run folder: no results."""
+"""Files that gpsd_dist.scaling, benchmarks.model_table and benchmarks.experiments leave in a run folder: no results."""
 _CHECKPOINT = re.compile(r"step_(\d{8})(?:\.(\d+))?")  # step, and attempt of a step that was saved again
 
 Scores = dict[str, dict[str, float]]  # task -> metric -> value; NaN where the file says null
