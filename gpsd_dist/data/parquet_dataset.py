@@ -276,7 +276,7 @@ def _short_hash(text: str) -> str:
 
 
 def _history_tokens(metadata: pq.FileMetaData, history: str) -> list[int]:
-    """Counts values of every row group, undecoded; Parquet counts an empty list as one. Rows where the column is not."""
+    """Counts values of every row group, undecoded; an empty list is one to Parquet. Rows where the column is not."""
     columns = range(metadata.num_columns)
     leaf = [i for i in columns if metadata.schema.column(i).path.startswith(f"{history}.")]
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
