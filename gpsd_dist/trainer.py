@@ -248,7 +248,7 @@ class Trainer:
         self.save({})
 
     def _tensors(self) -> dict:
-        """Everything that a resumed run needs, aliasing the live state."""
+        """Collects everything that a resumed run needs, aliasing the live state."""
         parts = self.components.weights() | {
             TABLE_OPTIMIZER: self.components.tables.optimizer_state(),
             DENSE_OPTIMIZER: named_state(self.optimizer, self.model),

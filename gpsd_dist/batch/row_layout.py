@@ -1,4 +1,4 @@
-"""How CPU attention lays a packed batch out: short requests share rows of a few slots, long ones have one each.
+"""Lays a packed batch out for attention on a CPU: short requests share rows of a few slots, long ones have one each.
 
 A row is the unit of one attention call. Most requests are far shorter than what a kernel handles well, so several of
 them stand side by side in a row of `ROW_WIDTH` slots, each with its candidates behind its history, kept apart by a
@@ -24,7 +24,7 @@ _MAX_MASK_ELEMENTS = (
 
 @dataclasses.dataclass(frozen=True)
 class RowBlock:
-    """Rows that one attention call handles; consecutive in the slots."""
+    """Groups rows that one attention call handles; consecutive in the slots."""
 
     num_rows: int
     """n"""
@@ -36,7 +36,7 @@ class RowBlock:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionRows:
-    """Where every token stands."""
+    """Says where every token stands."""
 
     blocks: tuple[RowBlock, ...]
     entry_R: torch.Tensor
@@ -46,7 +46,7 @@ class AttentionRows:
 
 
 def plan_rows(history_length_B: np.ndarray, candidate_count_B: np.ndarray) -> AttentionRows | None:
-    """Both int64 [B]. None if there is no token, or if the masks would be too large."""
+    """Plans the rows from lengths and counts, int64 [B]. None without tokens, or if the masks would be too large."""
     size_B = history_length_B + candidate_count_B
     num_tokens = int(size_B.sum())
     shared, single = _shared_rows(size_B), list(_single_rows(size_B, candidate_count_B))
@@ -76,7 +76,7 @@ def plan_rows(history_length_B: np.ndarray, candidate_count_B: np.ndarray) -> At
 
 
 def row_geometry(num_requests: float, history_length: float, candidate_count: float) -> tuple[float, float] | None:
-    """(slots per token, mask elements per slot) where all requests are about this long; None without rows."""
+    """Estimates (slots per token, mask elements per slot) where all requests are about this long; None without rows."""
     size = history_length + candidate_count
     if size <= ROW_WIDTH:
         slots, mask = ROW_WIDTH / (ROW_WIDTH // max(size, 1)), float(ROW_WIDTH)
@@ -87,7 +87,7 @@ def row_geometry(num_requests: float, history_length: float, candidate_count: fl
 
 
 class _Group(typing.NamedTuple):
-    """Requests whose rows are alike."""
+    """Groups requests whose rows are alike."""
 
     requests: np.ndarray
     start: np.ndarray
@@ -98,7 +98,7 @@ class _Group(typing.NamedTuple):
 
 
 def _shared_rows(size_B: np.ndarray) -> list[_Group]:
-    """Requests of at most ROW_WIDTH tokens, as many to a row as the largest of them allow."""
+    """Packs requests of at most ROW_WIDTH tokens, as many to a row as the largest of them allow."""
     request = np.flatnonzero((size_B > 0) & (size_B <= ROW_WIDTH))
     request = request[np.argsort(size_B[request], kind="stable")]
     per_row = ROW_WIDTH // size_B[request]  # falls along the order
@@ -113,7 +113,7 @@ def _shared_rows(size_B: np.ndarray) -> list[_Group]:
 
 
 def _single_rows(size_B: np.ndarray, candidate_count_B: np.ndarray) -> typing.Iterator[_Group]:
-    """A row for every longer request, in groups of similar length."""
+    """Gives every longer request a row, in groups of similar length."""
     for needs_mask in (False, True):
         request = np.flatnonzero((size_B > ROW_WIDTH) & ((candidate_count_B > 1) == needs_mask))
         request = request[np.argsort(size_B[request], kind="stable")]
@@ -133,7 +133,7 @@ def _rounded(width: int) -> int:
 
 
 def _slots(start_B: np.ndarray, history_length_B: np.ndarray, candidate_count_B: np.ndarray) -> np.ndarray:
-    """int64 [S]: slot of every token of requests that begin at `start_B`, history first."""
+    """Lists the slot of every token of requests that begin at `start_B`, history first: int64 [S]."""
     parts = []
     for first_B, count_B in ((start_B, history_length_B), (start_B + history_length_B, candidate_count_B)):
         before_B = np.cumsum(count_B) - count_B
@@ -142,7 +142,7 @@ def _slots(start_B: np.ndarray, history_length_B: np.ndarray, candidate_count_B:
 
 
 def _mask(owner_R: np.ndarray, is_candidate_R: np.ndarray, width: int) -> torch.Tensor:
-    """A token sees the history of its own request up to itself, and itself. Padding sees padding: no row is empty."""
+    """Builds the mask: a token sees its own request's history up to itself, and itself. Padding sees padding."""
     owner_nW, is_candidate_nW = owner_R.reshape(-1, width), is_candidate_R.reshape(-1, width)
     sees_nWW = (owner_nW[:, :, None] == owner_nW[:, None]) & ~is_candidate_nW[:, None]
     sees_nWW &= np.tri(width, dtype=bool)

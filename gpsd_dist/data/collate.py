@@ -90,7 +90,7 @@ class Collate:
             raise BadValue("history_length", row, f"{rows['history_length'][row]} is outside {allowed}")
         length = np.minimum(full_length, self.max_history_length)
         # Requests of similar length become neighbours, so that attention can run in buckets with little padding. The
-        # sort is stable: ties must fall alike in a resumed run.
+        # sort is stable, because numpy's default one may break ties differently on another processor.
         order = np.argsort(length, kind="stable")
         return order, length[order]
 

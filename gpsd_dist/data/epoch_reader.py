@@ -16,7 +16,7 @@ from gpsd_dist.data.parquet_dataset import BatchKey, ParquetSplit
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Window:
-    """Decoded rows of one window of a data shard."""
+    """Holds the decoded rows of one window of a data shard."""
 
     number: int
     start: int
@@ -25,7 +25,7 @@ class _Window:
     table: pa.Table
     """Rows in the order they are used."""
     order: np.ndarray | None
-    """For each of them, where it stood before they were shuffled; None: there."""
+    """Place of each of them before the shuffle; None: they were not shuffled."""
     sequence_start: int
     """Position in the sequence of the epoch of the row that stood first."""
     last_group: tuple[int, pa.Table]
@@ -34,7 +34,7 @@ class _Window:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BatchPlan:
-    """Rows of one batch: slices of windows that are already decoded."""
+    """Lists the rows of one batch: slices of windows that are already decoded."""
 
     key: BatchKey
     pieces: list[tuple[_Window, int, int]]
@@ -43,12 +43,12 @@ class BatchPlan:
     empty: pa.Table
 
     def to_table(self) -> pa.Table:
-        """The rows as one table with one chunk per column; zero rows if this rank has none in this step."""
+        """Joins the rows to one table, one chunk per column; zero rows if this rank has none in this step."""
         slices = [window.table.slice(start, end - start) for window, start, end in self.pieces]
         return pa.concat_tables(slices).combine_chunks() if slices else self.empty
 
     def locate(self, row_in_batch: int) -> tuple[int, int]:
-        """(row group, row in it) of a row of the batch."""
+        """Returns (row group, row in it) of a row of the batch."""
         for window, start, end in self.pieces:
             if row_in_batch < end - start:
                 row = start + row_in_batch
@@ -74,7 +74,7 @@ class EpochReader:
         by_tokens: bool,
         longest: int | None = None,
     ):
-        """`longest`: tokens of a history that count at most, with `by_tokens`."""
+        """Opens no file yet. `longest`: tokens of a history that count at most, with `by_tokens`."""
         self._split = split
         self._order = order
         self._shards = shards
@@ -98,7 +98,7 @@ class EpochReader:
         return BatchPlan(key, pieces, self._order, self._empty)
 
     def _cut(self, shard: int, step: int) -> int:
-        """Shard-relative position of the first row of batch `step`."""
+        """Returns the shard-relative position of the first row of batch `step`."""
         if not self._by_tokens:
             return row_order.cut_by_rows(self._order, shard, step, self._num_steps)
         if shard not in self._cuts:
@@ -106,7 +106,7 @@ class EpochReader:
         return int(self._cuts[shard][step])
 
     def _weights(self, shard: int) -> np.ndarray:
-        """int32 [rows of the shard]: history length, from 1 to `longest`, in the order the rows are used."""
+        """Lists history lengths, cut to 1 ... `longest`, in the order the rows are used: int32 [rows of the shard]."""
         first = self._order.shard_start(shard)
         slices = self._order.group_slices(first, first + self._order.shard_rows(shard))
         lengths = [self._split.read_history_length(group)[start : start + num] for group, start, num in slices]

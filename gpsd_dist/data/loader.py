@@ -1,4 +1,4 @@
-"""Batches of a split in a fixed order: every rank gets the same number, and the position can be saved.
+"""Loads batches of a split in a fixed order: every rank gets the same number, and the position can be saved.
 
 `Loader` owns the position; one thread reads Parquet ahead, others gather rows and build batches. Arrow, numpy and torch
 release the GIL there, so no processes and no pickling are needed. Which rows form a batch: `row_order.py`.
@@ -126,23 +126,23 @@ class Loader(typing.Generic[T]):
 
     @property
     def num_rows(self) -> int:
-        """Rows of the split, over all ranks."""
+        """Counts the rows of the split, over all ranks."""
         return self._split.num_rows
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of an epoch, the same on every rank."""
+        """Counts the batches of an epoch; every rank has as many."""
         total = self._num_tokens if self._by_tokens else self._split.num_rows
         return max(1, -(-total // self._global_batch))
 
     @property
     def epoch(self) -> int:
-        """Epoch of the next batch."""
+        """Returns the epoch of the next batch."""
         return self._epoch
 
     @property
     def step(self) -> int:
-        """Number in its epoch of the next batch."""
+        """Returns the number of the next batch in its epoch."""
         return self._step
 
     def position_after(self, epoch: int, step: int) -> dict[str, int]:
@@ -156,7 +156,7 @@ class Loader(typing.Generic[T]):
         self._split.close()
 
     def state_dict(self) -> dict[str, typing.Any]:
-        """Position behind the last batch that was handed out (not: prefetched), and what it refers to."""
+        """Returns the position behind the last batch that was handed out (not: prefetched), and what it refers to."""
         return {"epoch": self._epoch, "step": self._step, "order": self._order_facts()}
 
     def load_state_dict(self, state: dict[str, typing.Any]) -> None:
@@ -186,7 +186,7 @@ class Loader(typing.Generic[T]):
         self._active = None
 
     def _batches(self) -> typing.Generator[T, None, None]:
-        """The remaining batches of the current epoch; its `finally` also runs when the consumer stops early."""
+        """Yields the remaining batches of the epoch; its `finally` also runs when the consumer stops early."""
         epoch, num_steps = self._epoch, self.steps_per_epoch
         order = row_order.EpochOrder(
             self._split.group_rows_G,
@@ -223,11 +223,11 @@ class Loader(typing.Generic[T]):
             planner.shutdown(wait=True)
 
     def _row_weights(self, group: int) -> np.ndarray:
-        """Runs in the reading thread."""
+        """Weighs the rows of a row group by history length. Runs in the reading thread."""
         return np.clip(self._split.read_history_length(group), 1, self._longest)
 
     def _make(self, planned: concurrent.futures.Future[BatchPlan]) -> T:
-        """Runs in a worker thread."""
+        """Makes one batch, and names file and row of a bad value. Runs in a worker thread."""
         plan = planned.result()
         try:
             batch: typing.Any = self._make_batch(plan.to_table(), plan.key)
@@ -283,7 +283,7 @@ def _check_batch_size(global_batch_rows: int | None, global_batch_tokens: int | 
 
 
 def _check_at_least(*options: tuple[str, int, int]) -> None:
-    """Options are (name, value, least)."""
+    """Raises ValueError for options (name, value, least) below their least value."""
     problems = [f"{name} is {value}, expected at least {least}" for name, value, least in options if value < least]
     if problems:
         raise ValueError("; ".join(problems))

@@ -45,5 +45,6 @@ def group_offsets(
         return None
     if negatives_per == "request":
         return tuple(np.searchsorted(target_token_M - 1, packing.history_offsets.numpy()).tolist())
-    # Any partition of the positions will do, because all sets are drawn alike: equal parts cost the least.
+    # Any partition of the positions will do, because all sets are drawn alike. Equal parts keep the largest block of
+    # logits small.
     return tuple(np.linspace(0, len(target_token_M), num_sets + 1).astype(np.int64).tolist())

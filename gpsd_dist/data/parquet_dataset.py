@@ -1,4 +1,4 @@
-"""The Parquet files of one split: checked when opened, then read row group by row group.
+"""Opens and checks the Parquet files of one split, then reads them row group by row group.
 
 Knows files, columns and row groups; knows nothing of batches, shuffling or ranks.
 """
@@ -35,7 +35,7 @@ class BatchKey:
 
 
 class BadValue(ValueError):
-    """A value inside a batch breaks the contract. Raised by the collate function, completed by the loader."""
+    """Says which value of a batch breaks the contract. Collate raises it, the loader adds the file."""
 
     def __init__(self, column: str, row_in_batch: int, problem: str):
         super().__init__(f"column {column!r}, row {row_in_batch} of the batch: {problem}")
@@ -45,7 +45,7 @@ class BadValue(ValueError):
 
 
 class RowGroup(typing.NamedTuple):
-    """Where a row group lies."""
+    """Locates a row group."""
 
     path: pathlib.Path
     number: int
@@ -60,7 +60,7 @@ class RowGroup(typing.NamedTuple):
 
 
 class ParquetSplit:
-    """Row groups of one split. Not thread-safe: one reader at a time.
+    """Reads row groups of one split. Not thread-safe: one reader at a time.
 
     Keeps at most `MAX_OPEN_FILES` files open and the most recently used decoded row groups up to `cache_bytes`, so a
     data set that fits is decoded once, not once per data shard and epoch.
@@ -98,24 +98,24 @@ class ParquetSplit:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the split, equal to the manifest's."""
+        """Counts the rows of the split; the manifest says as many."""
         return self.split.num_rows
 
     def fingerprint(self) -> str:
-        """Short hash over file names and row group sizes: two data sets read alike only if it agrees."""
+        """Hashes file names and row group sizes: two data sets read alike only if it agrees."""
         lines = [f"{group.path.relative_to(self.data_dir).as_posix()} {group.num_rows}" for group in self.groups]
         return _short_hash("\n".join(lines))
 
     @functools.cached_property
     def content(self) -> str:
-        """Short hash over the stored sizes of all columns of all row groups, from the footers: the same for copies, and
+        """Hashes the stored sizes of all columns of all row groups, from the footers: the same for copies, and
         practically never for a data set whose values differ. Equal values that another version of Arrow wrote may
         have another one.
         """
         return _short_hash(repr([group.stored_bytes for group in self.groups]))
 
     def read_group(self, group: int) -> pa.Table:
-        """The columns of one row group, from the cache if it is there.
+        """Reads the columns of one row group, from the cache if it is there.
 
         Raises:
             ValueError: the data of the row group cannot be decoded, or a page differs from its checksum.
@@ -132,7 +132,7 @@ class ParquetSplit:
         return table
 
     def read_history_length(self, group: int) -> np.ndarray:
-        """int32 [rows]: the column `history_length` of one row group; decodes no other column."""
+        """Reads the column `history_length` of one row group, and no other: int32 [rows]."""
         field = self.full_schema.field("history_length")
         column = self._decode(group, pa.schema([field])).column(0)
         if column.null_count:
@@ -143,7 +143,7 @@ class ParquetSplit:
         return column.to_numpy()
 
     def token_weights(self, longest: int | None) -> tuple[np.ndarray, int]:
-        """(int64 [G]: history tokens of every row group with at least 1 a row, tokens of the split).
+        """Returns (int64 [G]: history tokens of every row group with at least 1 a row, tokens of the split).
 
         At most `longest` tokens of a row count. Only if there are longer ones, all history lengths are read.
         """
@@ -155,7 +155,7 @@ class ParquetSplit:
         return weight_G, sum(int(part.sum()) for part in lengths)
 
     def origin(self, group: int, row_in_group: int) -> tuple[pathlib.Path, int]:
-        """File and row in it (from 0) of one row of a row group."""
+        """Returns file, and row in it (from 0), of one row of a row group."""
         return self.groups[group].path, self.groups[group].first_row + row_in_group
 
     def close(self) -> None:
@@ -174,7 +174,7 @@ class ParquetSplit:
         return pa.schema([self.full_schema.field(name) for name in columns])
 
     def _read_footers(self, history: str) -> list[RowGroup]:
-        """`history`: a list column with one entry per history token."""
+        """Checks all files; `history` is a list column with one entry per history token."""
         needed = {field.name: field for field in [*self.schema, self.full_schema.field("history_length")]}
         with concurrent.futures.ThreadPoolExecutor(_FOOTER_THREADS) as pool:
             footers = list(
@@ -228,7 +228,7 @@ class ParquetSplit:
 def _read_footer(
     data_dir: pathlib.Path, path: pathlib.Path, needed: list[pa.Field], history: str
 ) -> tuple[list[RowGroup], list[str]]:
-    """Row groups with at least one row, and what is wrong with the file."""
+    """Reads one footer: row groups with at least one row, and what is wrong with the file."""
     root = data_dir.resolve()
     if root not in path.resolve().parents:
         return [], [f"{path} is a link that leads out of {root}; copy the file, or use the folder that it is in"]
@@ -266,7 +266,7 @@ def _read_footer(
 
 
 def _stored_bytes(metadata: pq.FileMetaData, number: int) -> tuple[int, ...]:
-    """Sizes of every column of a row group, compressed."""
+    """Lists the compressed size of every column of a row group."""
     group = metadata.row_group(number)
     return tuple(group.column(index).total_compressed_size for index in range(group.num_columns))
 
@@ -284,7 +284,7 @@ def _history_tokens(metadata: pq.FileMetaData, history: str) -> list[int]:
 
 
 def _check_num_values(table: pa.Table, file: pq.ParquetFile, group: int) -> None:
-    """OSError if a column holds another number of values than the footer says.
+    """Raises OSError if a column holds another number of values than the footer says.
 
     The checksum of a page leaves out the header of the page, and a number of values that is too small there silently
     cuts off the end of a list.
@@ -298,7 +298,7 @@ def _check_num_values(table: pa.Table, file: pq.ParquetFile, group: int) -> None
 
 
 def _num_values(array: pa.Array) -> int:
-    """Values as Parquet counts them: an empty or missing list is one."""
+    """Counts values as Parquet does: an empty or missing list is one."""
     if not pa.types.is_list(array.type):
         return len(array)
     empty = len(array) - int(np.count_nonzero(np.diff(array.offsets.to_numpy())))
@@ -306,7 +306,7 @@ def _num_values(array: pa.Array) -> int:
 
 
 def _is_same_type(left: pa.DataType, right: pa.DataType) -> bool:
-    """Equality up to the name and nullability of list elements, in which writers differ."""
+    """Compares types up to the name and nullability of list elements, in which writers differ."""
     if pa.types.is_list(left) and pa.types.is_list(right):
         return _is_same_type(left.value_type, right.value_type)
     return left == right

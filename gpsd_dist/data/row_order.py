@@ -1,4 +1,4 @@
-"""Which row belongs to which batch: arithmetic on row numbers, no files, no ranks.
+"""Computes which row belongs to which batch: arithmetic on row numbers, no files, no ranks.
 
 One epoch of a split with N rows, all of it a function of (seed, epoch) and of the data alone:
 
@@ -22,7 +22,7 @@ _GROUP_STREAM = 0  # streams 1 .. V belong to the windows of shard 0 .. V-1
 
 
 def random_order(num: int, seed: int, epoch: int, stream: int, block: int) -> np.ndarray:
-    """A permutation of range(`num`), int64, that depends on the five arguments only.
+    """Permutes range(`num`): int64, a function of the five arguments only.
 
     Sorts raw Philox words instead of calling `Generator.permutation`: numpy guarantees the bit stream of a bit
     generator over its versions, but not the algorithms of `Generator`, and a resumed run must find the same order.
@@ -33,7 +33,7 @@ def random_order(num: int, seed: int, epoch: int, stream: int, block: int) -> np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EpochOrder:
-    """The order of all rows of a split in one epoch."""
+    """Orders all rows of a split in one epoch."""
 
     group_rows_G: np.ndarray
     """int64 [G]: rows of every row group, in file order."""
@@ -50,24 +50,24 @@ class EpochOrder:
 
     @functools.cached_property
     def group_G(self) -> np.ndarray:
-        """int64 [G]: the row groups in reading order."""
+        """Lists the row groups in reading order: int64 [G]."""
         if not self.shuffle:
             return np.arange(len(self.group_rows_G))
         return random_order(len(self.group_rows_G), self.seed, self.epoch, _GROUP_STREAM, 0)
 
     @functools.cached_property
     def _group_end_G(self) -> np.ndarray:
-        """int64 [G]: sequence position behind each group in reading order."""
+        """Lists the sequence position behind each group in reading order: int64 [G]."""
         return np.cumsum(self.group_rows_G[self.group_G])
 
     @property
     def num_rows(self) -> int:
-        """N: rows of the split."""
+        """Counts the rows of the split (N)."""
         return int(self._group_end_G[-1])
 
     @functools.cached_property
     def _shard_start_V(self) -> np.ndarray:
-        """int64 [V + 1]: sequence position of the first row of every shard, and N."""
+        """Lists the sequence position of the first row of every shard, and N: int64 [V + 1]."""
         shards = np.arange(self.num_data_shards + 1, dtype=np.int64)
         if self.group_weight_G is None:
             rows, extra = divmod(self.num_rows, self.num_data_shards)
@@ -85,11 +85,11 @@ class EpochOrder:
         return np.array([*starts, self.num_rows], np.int64)
 
     def shard_rows(self, shard: int) -> int:
-        """Rows of one data shard."""
+        """Counts the rows of one data shard."""
         return self.shard_start(shard + 1) - self.shard_start(shard)
 
     def shard_start(self, shard: int) -> int:
-        """Sequence position of the first row of a shard; of shard V, behind the last one: N."""
+        """Returns the sequence position of the first row of a shard; of shard V, behind the last one: N."""
         return int(self._shard_start_V[shard])
 
     def _first_window_rows(self, shard: int) -> int:
@@ -97,25 +97,25 @@ class EpochOrder:
         return -(-self.window_rows * (shard + 1) // self.num_data_shards)
 
     def window_at(self, shard: int, position: int) -> int:
-        """Number of the window that holds the shard-relative `position`."""
+        """Returns the number of the window that holds the shard-relative `position`."""
         first = self._first_window_rows(shard)
         return 0 if position < first else 1 + (position - first) // self.window_rows
 
     def window_range(self, shard: int, window: int) -> tuple[int, int]:
-        """Shard-relative [from, to) of a window."""
+        """Returns the shard-relative range [from, to) of a window."""
         end = self._first_window_rows(shard) + window * self.window_rows
         start = 0 if window == 0 else end - self.window_rows
         return start, min(end, self.shard_rows(shard))
 
     def window_order(self, shard: int, window: int) -> np.ndarray | None:
-        """int64 [R]: the rows of a window, relative to its start, in the order they are used; None: as they stand."""
+        """Orders the rows of a window, relative to its start: int64 [R]; None: as they stand."""
         if not self.shuffle:
             return None
         start, end = self.window_range(shard, window)
         return random_order(end - start, self.seed, self.epoch, shard + 1, window)
 
     def group_slices(self, start: int, end: int) -> list[tuple[int, int, int]]:
-        """(row group, first row in it, number of rows) for the sequence positions [start, end)."""
+        """Yields (row group, first row in it, number of rows) for the sequence positions [start, end)."""
         slices = []
         index = int(np.searchsorted(self._group_end_G, start, side="right"))
         while start < end:
@@ -128,7 +128,7 @@ class EpochOrder:
 
 
 def cut_by_rows(order: EpochOrder, shard: int, step: int, num_steps: int) -> int:
-    """Shard-relative position of the first row of batch `step`.
+    """Returns the shard-relative position of the first row of batch `step`.
 
     Batch b holds the global rows [b*N//S, (b+1)*N//S) dealt to the shards in turn, so that it has N/S rows rounded
     down or up, never more than the size that S was computed from.
@@ -138,7 +138,7 @@ def cut_by_rows(order: EpochOrder, shard: int, step: int, num_steps: int) -> int
 
 
 def cuts_by_weight(weight_R: np.ndarray, num_steps: int) -> np.ndarray:
-    """int64 [S + 1]: first row of every batch when each takes 1/S of the weight of the shard.
+    """Cuts a shard into batches of 1/S of its weight: the first row of each, int64 [S + 1].
 
     `weight_R`: integers >= 1 in the order the rows are used. Row i is in batch b if the weight before it lies in
     [b*w/S, (b+1)*w/S), so a batch differs from w/S by less than one row.

@@ -1,4 +1,4 @@
-"""The manifest as a run sees it: options of the run replace kind and size of tables without a vocabulary."""
+"""Reads the manifest as a run sees it: its options replace kind and size of tables without a vocabulary."""
 
 import dataclasses
 
@@ -8,12 +8,12 @@ from gpsd_dist.schema import Manifest, Table, read_manifest, unbounded_fingerpri
 
 
 def read_run_manifest(run: RunConfig) -> Manifest:
-    """The manifest of `run.data_dir` with the options `run.ids`. ValueError if one of the two is wrong."""
+    """Reads the manifest of `run.data_dir` with the options `run.ids`. ValueError if one of the two is wrong."""
     return with_id_options(read_manifest(run.data_dir), run.ids)
 
 
 def with_id_options(manifest: Manifest, config: IdsConfig) -> Manifest:
-    """The manifest with other kinds and sizes. ValueError for a table that has a vocabulary, or does not exist."""
+    """Changes kinds and sizes of tables. ValueError for one that has a vocabulary, or does not exist."""
     named = {*config.kinds, *config.rows}
     wrong = sorted(named - set(manifest.unbounded))
     if wrong:

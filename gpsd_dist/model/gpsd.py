@@ -29,8 +29,8 @@ class Backbone(nn.Module):
         super().__init__()
         tower = TOWERS[model.name]
         self.embedder = TokenEmbedder(manifest, tables, sharded, tower.reads_fields, tower.has_segments)
-        # A tower that adds positions or times to its input drops out the sum, as its paper does: not twice.
         self.project_in = Projection(tables.embedding_dim, model.width, model.init_std, norm_first=True)
+        # A tower that adds positions or times to its input drops out the sum, as its paper does: not twice.
         self.dropout = nn.Dropout(0.0 if tower.drops_inputs else model.dropout)
         self.tower = tower.build(model, self.embedder.num_fields)
         self.call_padded: typing.Callable[..., torch.Tensor] | None = None

@@ -81,7 +81,7 @@ class Components:
         return isinstance(self.model, FSDPModule)
 
     def weights(self) -> dict[str, dict]:
-        """Live tensors under the names that checkpoints use: `parameter_names`."""
+        """Returns live tensors under the names that checkpoints use: `parameter_names`."""
         ids = self.ids.state()
         named = {TABLE: self.tables.weights(), DENSE: dict(self.model.state_dict())}
         return named | ({IDS: ids} if ids else {})
