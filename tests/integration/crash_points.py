@@ -146,7 +146,7 @@ def found(place) -> dict:
     """What a reader finds: step and value of the newest and of the best checkpoint, and what best.json names."""
     folder = storage.location(place) / "checkpoints"
     best_file = folder / retention.BEST_NAME
-    named = json.loads(best_file.read_text())["step"] if best_file.is_file() else None
+    named = storage.read_json(best_file)["step"] if best_file.is_file() else None
     done = retention.complete(folder)
     if not done:
         return {"latest": None, "best": None, "named": named, "steps": [], "names": []}
