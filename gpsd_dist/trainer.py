@@ -146,7 +146,7 @@ class Trainer:
             raise ValueError(f"TrainConfig.best_metric {name!r} is not one of {sorted(flat)}")
         # The metrics are equal on all ranks, bit by bit, so all of them decide alike and nothing is exchanged here.
         stopping = self.early_stopping
-        stopping.update(flat[name], self.step)
+        stopping.update(flat[name], self.step, in_warmup=self.step <= self.warmup_steps)
         stopping.is_finished = is_last or stopping.is_out_of_patience(self.run.train.patience)
         best = f"best {stopping.best_value:.5f} at step {stopping.best_step}"
         log.info("step %d: valid %s %.5f (%s)", self.step, name, flat[name], best)

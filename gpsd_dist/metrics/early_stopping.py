@@ -11,14 +11,17 @@ class EarlyStopping:
 
     best_value: float = -math.inf
     best_step: int = -1
-    stale: int = 0  # Validations since the best one. Checkpoints have the field under this name.
+    stale: int = 0  # Validations since the best one, without those of the warm-up. Checkpoints have it by this name.
     is_finished: bool = False
 
-    def update(self, value: float, step: int) -> None:
-        """Counts a validation at `step`; a larger value is better, and any number is better than NaN."""
+    def update(self, value: float, step: int, *, in_warmup: bool = False) -> None:
+        """Counts a validation at `step`; a larger value is better, and any number is better than NaN.
+
+        A validation `in_warmup` may be the best, but uses up no patience: small rates say nothing about larger ones.
+        """
         if value > self.best_value or self.best_step < 0 or math.isnan(self.best_value):
             self.best_value, self.best_step, self.stale = value, step, 0
-        else:
+        elif not in_warmup:
             self.stale += 1
 
     def is_out_of_patience(self, patience: int) -> bool:

@@ -101,6 +101,14 @@ def test_early_stopping_counts_stale_validations(data_dir, tmp_path, one_rank, m
     assert _checkpoint_steps(tmp_path) == sorted({best, stop - 1, stop})
 
 
+def test_validations_in_the_warmup_use_up_no_patience(data_dir, tmp_path, one_rank, monkeypatch):
+    """4 of 12 steps are warm-up: their three worse looks do not count, the two after them do."""
+    _with_metrics(monkeypatch, [0.6, 0.5, 0.5, 0.5, 0.5, 0.5, 0.7])
+    train = {"patience": 2, "eval_per_epoch": 6, "epochs": 2, "warmup_fraction": 0.34}
+    trainer = _train(data_dir, tmp_path, one_rank, train=train)
+    assert (trainer.warmup_steps, trainer.step, trainer.early_stopping.best_step) == (4, 6, 1)
+
+
 def test_undefined_metric_is_never_the_best_for_good(data_dir, tmp_path, one_rank, monkeypatch):
     """AUC is NaN where all labels are alike; a number that comes later is better."""
     _with_metrics(monkeypatch, [math.nan, 0.6, math.nan, 0.5])
