@@ -5,7 +5,7 @@ Read this first: argv -> RunConfig -> process group -> Trainer -> load_weights()
 
 import sys
 
-from gpsd_dist import run_description
+from gpsd_dist import run_description, run_outcome
 from gpsd_dist.checkpoint import output_lock
 from gpsd_dist.checkpoint.manager import folder_of
 from gpsd_dist.config.gin_cli import load_run_config
@@ -38,8 +38,13 @@ def main(argv: list[str]) -> int:
             if runtime.is_main:
                 lines = [_saved_by_freezing(trainer, runtime)] if run.freezes_tables else []
                 run_description.write(parsed, trainer, runtime, lines)
-            trainer.train()
-            return exit_codes.FINISHED if trainer.early_stopping.is_finished else trainer.stops.exit_code
+            best = trainer.train()
+        if not trainer.early_stopping.is_finished:
+            return trainer.stops.exit_code
+        if runtime.is_main:
+            # Outside of the group: the floors take rank 0 some seconds, in which the others need not wait.
+            run_outcome.say(trainer, best, argv)
+        return exit_codes.FINISHED
     except LauncherGone as error:
         return _failed(error, exit_codes.FAILED)
     # FAILED and not MISTAKE, though it is a ValueError: the launcher may try once more. An unstable run shows it again,

@@ -122,7 +122,7 @@ class Trainer:
                 log.warning("asked to stop: saved step %d; the same command goes on from there", self.step)
             self.profiler.close()
             self.loader.close()
-            self.metrics.close()
+            self.metrics.close(is_finished=self.early_stopping.is_finished)
         return self._best_metrics()
 
     @contextlib.contextmanager
@@ -130,7 +130,8 @@ class Trainer:
         """Surrounds the loop: a signal asks for a stop, the watchdog looks for a hang, the last save is waited for."""
         watchdog, timeout_s = self.runtime.watchdog, self.run.train.hang_timeout_s
         watching = watchdog.watching(timeout_s, self.step, self.stops.note_orphaned)
-        with self.stops, watching, self.checkpoints:
+        # Last in, first out: an error is then printed below the progress bar, and not into it.
+        with self.stops, watching, self.checkpoints, contextlib.closing(self.metrics):
             yield
 
     def validate(self, is_last: bool) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from gpsd_dist.distributed import parent_watch
 from gpsd_dist.distributed.allocator import keep_freed_memory
+from gpsd_dist.distributed.console import ConsoleHandler
 from gpsd_dist.distributed.watchdog import Watchdog
 
 
@@ -82,7 +83,7 @@ def _configure_logging(rank: int) -> None:
     logger = logging.getLogger("gpsd_dist")
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False
-    handler = logging.StreamHandler()
+    handler = ConsoleHandler()
     handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
     logger.handlers = [handler]
     quiet_libraries()

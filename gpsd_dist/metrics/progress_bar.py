@@ -5,11 +5,11 @@ import collections.abc
 import datetime
 import logging
 import math
-import sys
 import time
 
-import rich.console
 import rich.progress
+
+from gpsd_dist.distributed.console import CONSOLE
 
 _LOGGER = logging.getLogger(__name__)
 _WINDOW = 20  # log steps over which the time left is estimated; untuned
@@ -23,13 +23,15 @@ class ProgressBar:
         self._total_steps = total_steps
         self._shown: dict[str, float] = {}
         self._step = first_step
+        self._line_step = -1
         self._times = collections.deque([(first_step, time.monotonic())], maxlen=_WINDOW)
         self._bar = None
-        if sys.stderr.isatty() if is_terminal is None else is_terminal:
+        if CONSOLE.is_terminal if is_terminal is None else is_terminal:
             self._bar = rich.progress.Progress(
                 rich.progress.BarColumn(bar_width=24),
+                rich.progress.TaskProgressColumn(),
                 rich.progress.TextColumn("{task.completed:.0f}/{task.total:.0f} steps  {task.fields[text]}"),
-                console=rich.console.Console(stderr=True),
+                console=CONSOLE,
             )
             self._task = self._bar.add_task("train", total=total_steps, completed=first_step, text="")
             self._bar.start()
@@ -45,7 +47,8 @@ class ProgressBar:
         self._times.append((step, time.monotonic()))
         self._shown.update(metrics)
         self.advance(step)
-        if self._bar is None:
+        if self._bar is None and step != self._line_step:  # a validation logs its step a second time
+            self._line_step = step
             _LOGGER.info("step %d/%d  %s", step, self._total_steps, self._text())
 
     def _text(self) -> str:
@@ -67,7 +70,10 @@ class ProgressBar:
             return math.nan
         return max(self._total_steps - self._step, 0) * (last_s - first_s) / (last_step - first_step)
 
-    def close(self) -> None:
-        """Restores the terminal; may be called twice."""
+    def close(self, *, is_finished: bool = False) -> None:
+        """Restores the terminal; may be called twice. A finished run ends at 100 %, also if it stopped early."""
         if self._bar is not None:
+            if is_finished:
+                self._total_steps = self._step
+                self._bar.update(self._task, total=self._step, completed=self._step, text=self._text())
             self._bar.stop()

@@ -157,13 +157,13 @@ class Recorder:
         if self._progress is not None:
             self._progress.advance(step)
 
-    def close(self) -> None:
-        """Closes the files. Values that were not logged are lost. Not collective."""
+    def close(self, *, is_finished: bool = False) -> None:
+        """Closes the files and the progress bar; values that were not logged are lost. Not collective."""
         if self._rank == 0:
             self._jsonl.close()
             self._tensorboard.close()
         if self._progress is not None:
-            self._progress.close()
+            self._progress.close(is_finished=is_finished)
 
 
 def truncate_jsonl(path: pathlib.Path, last_step: int) -> None:

@@ -49,6 +49,7 @@ class TrainingMetrics:
         self.run, self.runtime, self.steps_per_epoch = run, runtime, steps_per_epoch
         self.loss_weights, self.scored_losses = loss_weights, scored_losses
         self.throughput = Throughput()
+        self.recorder: Recorder | None = None
         self._since_validation: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def open(self, first_step: int, total_steps: int) -> None:
@@ -114,6 +115,7 @@ class TrainingMetrics:
         """Moves the progress bar."""
         self.recorder.advance(step)
 
-    def close(self) -> None:
-        """Closes files and progress bar."""
-        self.recorder.close()
+    def close(self, *, is_finished: bool = False) -> None:
+        """Closes files and progress bar, if they are open; may be called twice."""
+        if self.recorder is not None:
+            self.recorder.close(is_finished=is_finished)

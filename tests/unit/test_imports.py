@@ -13,7 +13,18 @@ REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
 # So no ring of rooms can exist; that no ring of files hides inside a room is tested apart.
 ROOMS = (
     # commands
-    *("train", "evaluate", "quickstart", "launcher", "run_description", "plan", "scaling", "report", "doctor"),
+    *(
+        "train",
+        "evaluate",
+        "quickstart",
+        "launcher",
+        "run_description",
+        "run_outcome",
+        "plan",
+        "scaling",
+        "report",
+        "doctor",
+    ),
     # one run
     *("trainer", "training_step", "assembly", "preflight", "stages", "baselines"),
     # parts of a run
