@@ -5,6 +5,7 @@ import collections.abc
 import datetime
 import logging
 import math
+import sys
 import time
 
 import rich.progress
@@ -26,7 +27,7 @@ class ProgressBar:
         self._line_step = -1
         self._times = collections.deque([(first_step, time.monotonic())], maxlen=_WINDOW)
         self._bar = None
-        if CONSOLE.is_terminal if is_terminal is None else is_terminal:
+        if sys.stderr.isatty() if is_terminal is None else is_terminal:
             self._bar = rich.progress.Progress(
                 rich.progress.BarColumn(bar_width=24),
                 rich.progress.TaskProgressColumn(),
