@@ -103,6 +103,15 @@ def _problem(config: type, given: dict[str, typing.Any], error: typing.Any) -> s
     return f"{name} is {reprlib.repr(given[name])}, expected {expected}"
 
 
+def flattened(nested: collections.abc.Mapping[str, typing.Any], prefix: str = "") -> dict[str, typing.Any]:
+    """Flattens nested options to dotted names. Lists stay values, and so do empty objects."""
+    found: dict[str, typing.Any] = {}
+    for name, value in nested.items():
+        is_group = isinstance(value, dict) and bool(value)
+        found |= flattened(value, f"{prefix}{name}.") if is_group else {prefix + name: value}
+    return found
+
+
 def unknown(config: type, raw: collections.abc.Mapping[str, typing.Any]) -> list[str]:
     """Lists the names in `raw` that are no fields of the dataclass."""
     return sorted(set(raw) - {field.name for field in dataclasses.fields(config)})  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from gpsd_dist.checkpoint import files, integrity, manager, resume, retention, state, storage
 from gpsd_dist.checkpoint.storage import Location
+from gpsd_dist.validation import flattened
 
 _SHOWN = ("auc", "gauc", "log_loss", "mrr")
 """`list` shows the metrics whose names end in these; run_state.json has all of them."""
@@ -125,7 +126,7 @@ def diff(first: str, second: str, console: rich.console.Console) -> int:
         num_equal += not text
         if text:
             table.add_row(name, text)
-    options = [{"step": state.step} | _flat(state.run_config) for state in states]
+    options = [{"step": state.step} | flattened(state.run_config) for state in states]
     for name in sorted(options[0].keys() | options[1].keys()):
         values = [entry.get(name, "not there") for entry in options]
         if values[0] != values[1]:
@@ -157,14 +158,6 @@ def _read(name: str, reader: files.Reader, entry: TensorStorageMetadata) -> torc
         warnings.simplefilter("ignore", UserWarning)  # DCP warns that there is no process group; none is needed
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors[name]
-
-
-def _flat(options: dict[str, typing.Any], prefix: str = "") -> dict[str, typing.Any]:
-    """Flattens nested options: dotted name -> value."""
-    flat: dict[str, typing.Any] = {}
-    for key, value in options.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def prune(run: str, keep_last: int, keep_every_hours: float, is_dry: bool, console: rich.console.Console) -> int:

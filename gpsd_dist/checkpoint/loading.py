@@ -2,7 +2,6 @@
 
 import typing
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
@@ -10,6 +9,7 @@ from gpsd_dist.checkpoint import files, growth, integrity
 from gpsd_dist.checkpoint.index import read_index
 from gpsd_dist.checkpoint.integrity import DamagedCheckpoint
 from gpsd_dist.checkpoint.storage import Location
+from gpsd_dist.validation import flattened
 
 Tensors = dict[str, typing.Any]
 """Nested dict of tensors and ShardedTensors that alias the live state."""
@@ -30,7 +30,9 @@ def fill_tensors(checkpoint: Location, tensors: Tensors, grown: frozenset[str] =
     reader = files.Reader(checkpoint)
     saved = reader.index.state_dict_metadata
     problems = []
-    for key, value in _flat(tensors):
+    for key, value in flattened(tensors).items():
+        if isinstance(value, dict):
+            continue  # an empty part
         if key not in saved:
             problems.append(f"{key} is not in it")
         elif not growth.fits(tuple(saved[key].size), tuple(value.size()), key in grown):
@@ -52,11 +54,3 @@ def saved_sizes(checkpoint: Location) -> dict[str, int]:
     """Maps the dotted name of every tensor to its number of elements. Reads no tensor, needs no process group."""
     saved = read_index(checkpoint).state_dict_metadata
     return {name: value.size.numel() for name, value in sorted(saved.items())}
-
-
-def _flat(tensors: Tensors, prefix: str = "") -> typing.Iterator[tuple[str, torch.Tensor]]:
-    for key, value in tensors.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

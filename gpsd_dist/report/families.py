@@ -12,6 +12,7 @@ from gpsd_dist.config.model import size_text
 from gpsd_dist.report import dataset
 from gpsd_dist.report.run_folder import CHECKPOINTS_NAME, CONFIG_NAME, Run
 from gpsd_dist.report.tables import option_text
+from gpsd_dist.validation import flattened
 
 PLACE_OPTIONS = ("output_dir", "seed")  # say where the run is and how it is seeded, not what it does
 _RUN_OPTIONS = ("init_checkpoint", "refit_of")  # name another run
@@ -71,18 +72,9 @@ def strategy_text(run: Run) -> str:
     return f"{run.config.get('strategy', '?')}" + (" refit" if run.config.get("refit_of") else "")
 
 
-def flat_options(options: dict[str, typing.Any], prefix: str = "") -> dict[str, typing.Any]:
-    """Flattens the options of run_config.json to dotted names. Lists stay values, and so do empty objects."""
-    flat: dict[str, typing.Any] = {}
-    for name, value in options.items():
-        is_group = isinstance(value, dict) and bool(value)
-        flat |= flat_options(value, f"{prefix}{name}.") if is_group else {prefix + name: value}
-    return flat
-
-
 def differing_options(runs: typing.Sequence[Run]) -> list[str]:
     """Lists dotted names of options that differ between runs, in the order of run_config.json."""
-    flats = [flat_options(run.config) for run in runs]
+    flats = [flattened(run.config) for run in runs]
     names = list(dict.fromkeys(name for flat in flats for name in flat))
     return [
         name for name in names if any((name in f, f.get(name)) != (name in flats[0], flats[0].get(name)) for f in flats)
@@ -200,7 +192,7 @@ def _labels(groups: list[list[Run]]) -> list[str]:
 
 
 def _distinction(run: Run, alike: list[Run]) -> str:
-    options = flat_options(run.config)
+    options = flattened(run.config)
     names = [name for name in differing_options(alike) if name not in PLACE_OPTIONS]
     shown = [f"{name}={option_text(options.get(name, '?'))}" for name in names[:_OPTIONS_IN_LABEL]]
     return " ".join(shown + ["..."] * (len(names) > _OPTIONS_IN_LABEL)) or run.label

@@ -24,6 +24,7 @@ BEST_NAME = "best.json"
 STATE_NAME = "run_state.json"
 _OF_TOOLS = ("parameters.json", "wall_s.json", "experiment.json")
 """Files that gpsd_dist.scaling, benchmarks.model_table and benchmarks.experiments leave in a run folder: no results."""
+NOT_JSON = "not JSON, left out"
 _CHECKPOINT = re.compile(r"step_(\d{8})(?:\.(\d+))?")  # step, and attempt of a step that was saved again
 
 Scores = dict[str, dict[str, float]]  # task -> metric -> value; NaN where the file says null
@@ -200,7 +201,7 @@ def _entries(path: pathlib.Path, problems: list[str]) -> tuple[dict[str, float],
             raw = json.loads(line)
         except (json.JSONDecodeError, RecursionError):
             is_cut = number == len(lines) and not line.endswith("\n")
-            problems.append(f"{where} is " + ("cut off: the run was writing it" if is_cut else "not JSON, left out"))
+            problems.append(f"{where} is " + ("cut off: the run was writing it" if is_cut else NOT_JSON))
             continue
         entry = _numbers(raw, where, problems) if isinstance(raw, dict) else {}
         if not math.isfinite(entry.get("step", math.nan)):

@@ -5,9 +5,10 @@ import shlex
 import statistics
 import typing
 
-from gpsd_dist.report.families import PLACE_OPTIONS, Family, differing_options, flat_options
+from gpsd_dist.report.families import PLACE_OPTIONS, Family, differing_options
 from gpsd_dist.report.run_folder import Run
 from gpsd_dist.report.tables import MISSING, Cell, Row, Table, count_text, duration_text, number_cell, option_text
+from gpsd_dist.validation import flattened
 
 _ABSENT = "(absent)"
 _SPEEDS = {"perf/examples_per_s": "examples/s", "perf/tokens_per_s": "tokens/s", "perf/step_ms": "step ms"}
@@ -21,7 +22,7 @@ def option_differences(family: Family) -> Table | None:
         return None
     rows = []
     for made in family.configurations:
-        flats = [flat_options(run.config) for run in made.runs]
+        flats = [flattened(run.config) for run in made.runs]
         values = [list(dict.fromkeys(_option(flat, name) for flat in flats)) for name in names]
         who = Cell(made.label, ", ".join(run.label for run in made.runs), style_index=made.style_index)
         rows.append(Row((who, Cell(made.seeds), *(Cell("; ".join(found)) for found in values))))
@@ -33,7 +34,7 @@ def shared_options(family: Family) -> list[tuple[str, str]]:
     """Lists (option, value) of all options that are equal in all runs whose configuration is known."""
     runs = [run for run in family.runs if run.config]
     differing = {*differing_options(runs), *PLACE_OPTIONS}
-    flat = flat_options(runs[0].config) if runs else {}
+    flat = flattened(runs[0].config) if runs else {}
     return [(name, option_text(value)) for name, value in flat.items() if name not in differing]
 
 
@@ -51,7 +52,7 @@ def family_differences(families: typing.Sequence[Family]) -> Table | None:
 
 
 def _options_of(family: Family) -> dict[str, str]:
-    flats = [flat_options(run.config) for run in family.runs]
+    flats = [flattened(run.config) for run in family.runs]
     names = dict.fromkeys(name for flat in flats for name in flat)
     return {name: "; ".join(dict.fromkeys(_option(flat, name) for flat in flats)) for name in names}
 

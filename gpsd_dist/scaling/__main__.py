@@ -32,7 +32,7 @@ from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.metrics.recorder import json_safe
 from gpsd_dist.scaling import epochs, figures, runs
 from gpsd_dist.scaling.fit import LAWS, MIN_SIZES, fit_law
-from gpsd_dist.scaling.ladder import Request, parse_ladder, parse_seeds, plan
+from gpsd_dist.scaling.ladder import plan
 
 _LADDER_ONLY = ("gin_file", "ladder", "strategy", "pretrain_gin_file", "init_checkpoint", "seeds", "split",
                 "nproc_per_node", "embedding_dim_follows_width")  # fmt: skip
@@ -41,10 +41,8 @@ _LADDER_ONLY = ("gin_file", "ladder", "strategy", "pretrain_gin_file", "init_che
 def main(argv: list[str]) -> int:
     """Returns 0; 2 for a mistake in options or data; 130 if stopped; else the status of the command that failed."""
     try:
-        args, overrides = _parse(argv)
-        if args.epochs_figure:
-            return _epochs(args)
-        return _ladder(_request(args, overrides))
+        args = _parse(argv)
+        return _epochs(args) if args.epochs_figure else _ladder(args)
     except subprocess.CalledProcessError as error:
         command = runs.shell(tuple(error.cmd[1:]))
         print(f"error: this command failed with status {error.returncode}:\n  {command}", file=sys.stderr, flush=True)
@@ -59,7 +57,8 @@ def main(argv: list[str]) -> int:
         return 2
 
 
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """Parses the command line; adds `overrides` and `pretrain_overrides`, as `--gin.X=Y` of either stage."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out_dir", type=pathlib.Path, required=True)
@@ -90,32 +89,18 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     missing = [f"--{name}" for name in ("ladder", "strategy", "gin_file") if not getattr(args, name)]
     if not args.epochs_figure and missing:
         parser.error(f"{', '.join(missing)} missing")
-    return args, rest
+    args.out_dir, args.seeds, args.split = args.out_dir.resolve(), args.seeds or "0", args.split or "test"
+    args.nproc_per_node = 1 if args.nproc_per_node is None else args.nproc_per_node
+    args.overrides = [o for o in rest if o.startswith("--gin.")]
+    args.pretrain_overrides = [o.replace("--pretrain_", "--", 1) for o in rest if o.startswith("--pretrain_gin.")]
+    return args
 
 
-def _request(args: argparse.Namespace, overrides: list[str]) -> Request:
-    pretraining = [o.removeprefix("--pretrain_") for o in overrides if o.startswith("--pretrain_gin.")]
-    return Request(
-        ladder=parse_ladder(args.ladder),
-        seeds=parse_seeds(args.seeds or "0"),
-        strategy=args.strategy,
-        out_dir=args.out_dir.resolve(),
-        gin_files=tuple(args.gin_file),
-        overrides=tuple(o for o in overrides if o.startswith("--gin.")),
-        pretrain_gin_files=tuple(args.pretrain_gin_file),
-        pretrain_overrides=tuple(f"--{o}" for o in pretraining),
-        init_checkpoint=args.init_checkpoint,
-        split=args.split or "test",
-        num_processes=1 if args.nproc_per_node is None else args.nproc_per_node,
-        embedding_dim_follows_width=args.embedding_dim_follows_width,
-    )
-
-
-def _ladder(request: Request) -> int:
-    trials = plan(request)
+def _ladder(args: argparse.Namespace) -> int:
+    trials = plan(args)
     runs.check_unchanged(trials)
-    name = f"scaling_{request.strategy.lower()}_{request.split}"
-    path = request.out_dir / f"{name}.json"
+    name = f"scaling_{args.strategy.lower()}_{args.split}"
+    path = args.out_dir / f"{name}.json"
     runs.check_nothing_is_lost(path, trials)  # fails now, not after hours of training
     points = []
     for number, trial in enumerate(trials, 1):
@@ -123,16 +108,16 @@ def _ladder(request: Request) -> int:
         points += runs.points_of(trial)
     fits, notes = fit_all(points)
     summary = {
-        "strategy": request.strategy,
-        "split": request.split,
+        "strategy": args.strategy,
+        "split": args.split,
         "points": points,
         "fits": {task: {m: fit and fit.as_dict() for m, fit in laws.items()} for task, laws in fits.items()},
         "notes": notes,
         "commands": [runs.shell(command) for trial in trials for command in trial.commands],
     }
     runs.replace_file(path, (json.dumps(json_safe(summary), indent=1) + "\n").encode())
-    title = f"{request.strategy}, {trials[0].finetuning.run.data_dir}, {request.split}"
-    drawn = figures.save(figures.scaling_figure(points, fits, title), request.out_dir, name)
+    title = f"{args.strategy}, {trials[0].finetuning.run.data_dir}, {args.split}"
+    drawn = figures.save(figures.scaling_figure(points, fits, title), args.out_dir, name)
     _print(points, fits, notes, title)
     print("written: " + ", ".join(map(str, (path, *drawn))))
     return 0

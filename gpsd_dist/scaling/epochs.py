@@ -7,7 +7,6 @@ minus mean training loss since the last validation. Where training changes the t
 import collections
 import collections.abc
 import dataclasses
-import json
 import math
 import pathlib
 import re
@@ -23,6 +22,7 @@ from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import STRATEGIES
 from gpsd_dist.config.model import size_text
 from gpsd_dist.metrics.recorder import JSONL_NAME
+from gpsd_dist.report import run_folder
 from gpsd_dist.scaling.figures import panels
 from gpsd_dist.scaling.ladder import Command
 
@@ -57,57 +57,21 @@ class RunCurves:
 
 def read_run(folder: pathlib.Path) -> RunCurves:
     """Reads the curves of a run. ValueError if it is not a finetuning run or has not validated yet."""
-    config, metrics = folder / "run_config.json", folder / JSONL_NAME
-    if not config.is_file() or not metrics.is_file():
+    run = run_folder.read_run(folder, folder.name)
+    if not run.config or not (folder / JSONL_NAME).is_file():
         raise ValueError(f"{folder} is not a run folder: run_config.json and {JSONL_NAME} expected")
-    options = json.loads(config.read_text())
-    if options["stage"] != "finetune":
-        raise ValueError(f"{folder} is a {options['stage']} run; the figure is about finetuning runs")
-    entries = _entries(metrics)
-    validations = [entry for entry in entries if any(map(_VALID_AUC.fullmatch, entry))]
+    broken = [problem for problem in run.problems if problem.endswith(run_folder.NOT_JSON)]
+    if broken:
+        raise ValueError(f"{broken[0].removesuffix(', left out')}; remove it, or leave this run out")
+    if run.config["stage"] != "finetune":
+        raise ValueError(f"{folder} is a {run.config['stage']} run; the figure is about finetuning runs")
+    validations = [entry for entry in run.entries if any(map(_VALID_AUC.fullmatch, entry))]
     if not validations:
         raise ValueError(f"{folder} has no validation in {JSONL_NAME}: just started, or a refit (REFIT_OF)?")
     tasks = [match[1] for match in map(_VALID_AUC.fullmatch, validations[0]) if match]
-    auc = {task: [(e["epoch"], _number(e[f"valid/{task}/auc"])) for e in validations] for task in tasks}
-    steps = [(entry["epoch"], entry["step"]) for entry in validations]
-    gap = {task: _gap(entries, task, options["finetune"]["esmm"]) for task in tasks}
-    return RunCurves(folder, options, auc, gap, steps)
-
-
-def _entries(path: pathlib.Path) -> list[dict[str, typing.Any]]:
-    entries = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-        if line.endswith("\n"):  # the last one may be half-written
-            try:
-                entries.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number} is not JSON ({error}); remove it, or leave this run out"
-                ) from error
-    return entries
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _gap(entries: list[dict[str, typing.Any]], task: str, is_esmm: bool) -> Curve:
-    """Reads the recorded gap; for runs of before it was recorded, averages the training loss weighted by steps."""
-    name = f"gap/{task}_log_loss"
-    if any(name in entry for entry in entries):
-        return [(entry["epoch"], _number(entry[name])) for entry in entries if name in entry]
-    if is_esmm:
-        return []
-    curve: Curve = []
-    total, since, last_step = 0.0, 0, 0
-    for entry in entries:
-        if f"train/{task}_loss" in entry:
-            total += (entry["step"] - last_step) * _number(entry[f"train/{task}_loss"])
-            since, last_step = since + entry["step"] - last_step, entry["step"]
-        if f"valid/{task}/log_loss" in entry and since:
-            curve.append((entry["epoch"], _number(entry[f"valid/{task}/log_loss"]) - total / since))
-            total, since = 0.0, 0
-    return curve
+    auc = {task: run.series(f"valid/{task}/auc", "epoch") for task in tasks}
+    steps = [(entry["epoch"], int(entry["step"])) for entry in validations]
+    return RunCurves(folder, run.config, auc, {t: run.series(f"gap/{t}_log_loss", "epoch") for t in tasks}, steps)
 
 
 def epoch_ends(curves: RunCurves) -> list[tuple[float, Location]]:

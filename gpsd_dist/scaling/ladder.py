@@ -1,5 +1,6 @@
 """Turns a ladder of model sizes into the commands that train and score each rung with each seed."""
 
+import argparse
 import dataclasses
 import pathlib
 import re
@@ -65,24 +66,6 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """Holds the options of the command."""
-
-    ladder: tuple[Rung, ...]
-    seeds: tuple[int, ...]
-    strategy: str
-    out_dir: pathlib.Path
-    gin_files: tuple[str, ...]
-    overrides: tuple[str, ...] = ()  # `--gin.X=Y` of every finetuning
-    pretrain_gin_files: tuple[str, ...] = ()
-    pretrain_overrides: tuple[str, ...] = ()  # `--gin.X=Y` of every pretraining
-    init_checkpoint: str = ""  # one pretraining for all rungs and seeds, instead of one for each
-    split: str = "test"
-    num_processes: int = 1
-    embedding_dim_follows_width: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
 class Training:
     """Holds one run of gpsd_dist.train."""
 
@@ -112,46 +95,46 @@ class Trial:
         return [*(training.command for training in trainings), self.scoring]
 
 
-def plan(request: Request) -> list[Trial]:
+def plan(args: argparse.Namespace) -> list[Trial]:
     """Plans trials of all rungs and seeds: parses every command line, runs nothing. ValueError says what does not fit.
 
     Folders: OUT_DIR/<rung>/s<seed>/{pretrain,<strategy>}, so `benchmarks.collect OUT_DIR/<rung>` reads them too.
     """
-    _check(request)
-    trials = [_trial(request, rung, seed) for rung in request.ladder for seed in request.seeds]
-    read_manifest(trials[0].finetuning.run.data_dir).split(request.split)  # fails now, not after hours of training
-    if request.init_checkpoint:
-        _check_init_checkpoint(request, trials)
+    _check(args)
+    trials = [_trial(args, rung, seed) for rung in parse_ladder(args.ladder) for seed in parse_seeds(args.seeds)]
+    read_manifest(trials[0].finetuning.run.data_dir).split(args.split)  # fails now, not after hours of training
+    if args.init_checkpoint:
+        _check_init_checkpoint(args, trials)
     return trials
 
 
-def _trial(request: Request, rung: Rung, seed: int) -> Trial:
-    home = request.out_dir / rung.name / f"s{seed}"
+def _trial(args: argparse.Namespace, rung: Rung, seed: int) -> Trial:
+    home = args.out_dir / rung.name / f"s{seed}"
     pretraining = None
-    start = request.init_checkpoint
-    if request.pretrain_gin_files:
+    start = args.init_checkpoint
+    if args.pretrain_gin_file:
         start = str(home / "pretrain")
-        options = (*request.pretrain_overrides, *_rung_options(request, rung, seed), f"--gin.OUTPUT_DIR={start}")
-        pretraining = _training(request, "pretrain", request.pretrain_gin_files, options)
-    folder = home / request.strategy.lower()
-    options = (*request.overrides, *_rung_options(request, rung, seed), f"--gin.STRATEGY={request.strategy}")
+        options = (*args.pretrain_overrides, *_rung_options(args, rung, seed), f"--gin.OUTPUT_DIR={start}")
+        pretraining = _training(args, "pretrain", args.pretrain_gin_file, options)
+    folder = home / args.strategy.lower()
+    options = (*args.overrides, *_rung_options(args, rung, seed), f"--gin.STRATEGY={args.strategy}")
     options += (f"--gin.INIT_CHECKPOINT={start}",) if start else ()
-    finetuning = _training(request, "finetune", request.gin_files, (*options, f"--gin.OUTPUT_DIR={folder}"))
+    finetuning = _training(args, "finetune", args.gin_file, (*options, f"--gin.OUTPUT_DIR={folder}"))
     _check_same_data(pretraining, finetuning)
-    result = folder / f"{request.split}.json"
-    scored = ("--checkpoint", str(folder), "--data", finetuning.run.data_dir, "--split", request.split)
-    scoring = _python(request, "gpsd_dist.evaluate", *scored, "--metrics_out", str(result))
+    result = folder / f"{args.split}.json"
+    scored = ("--checkpoint", str(folder), "--data", finetuning.run.data_dir, "--split", args.split)
+    scoring = _python(args, "gpsd_dist.evaluate", *scored, "--metrics_out", str(result))
     return Trial(rung, seed, pretraining, finetuning, scoring, result)
 
 
-def _rung_options(request: Request, rung: Rung, seed: int) -> tuple[str, ...]:
+def _rung_options(args: argparse.Namespace, rung: Rung, seed: int) -> tuple[str, ...]:
     options: tuple[str, ...] = (f"LAYERS={rung.layers}", f"WIDTH={rung.width}", f"HEADS={rung.heads}", f"SEED={seed}")
-    if request.embedding_dim_follows_width:
+    if args.embedding_dim_follows_width:
         options += (f"EMBEDDING_DIM={rung.width}",)
     return tuple(f"--gin.{option}" for option in options)
 
 
-def _training(request: Request, stage: str, gin_files: tuple[str, ...], options: tuple[str, ...]) -> Training:
+def _training(args: argparse.Namespace, stage: str, gin_files: list[str], options: tuple[str, ...]) -> Training:
     arguments = (*(part for file in gin_files for part in ("--gin_file", file)), *options)
     option = "--gin_file" if stage == "finetune" else "--pretrain_gin_file"
     try:
@@ -160,41 +143,41 @@ def _training(request: Request, stage: str, gin_files: tuple[str, ...], options:
         raise ValueError(f"{option} {', '.join(gin_files)} with {' '.join(options)}: {error}") from error
     if run.stage != stage:
         raise ValueError(f"{option} {', '.join(gin_files)} describes stage {run.stage!r}, expected {stage!r}")
-    return Training(run, _python(request, "gpsd_dist.train", *arguments))
+    return Training(run, _python(args, "gpsd_dist.train", *arguments))
 
 
-def _python(request: Request, module: str, *arguments: str) -> Command:
+def _python(args: argparse.Namespace, module: str, *arguments: str) -> Command:
     launcher: Command = ("-m",)
-    if request.num_processes > 1:
-        processes = ("--nproc_per_node", str(request.num_processes), "--standalone")
+    if args.nproc_per_node > 1:
+        processes = ("--nproc_per_node", str(args.nproc_per_node), "--standalone")
         launcher = ("-m", "torch.distributed.run", *processes, "-m")
     return (*launcher, module, *arguments)
 
 
-def _check(request: Request) -> None:
-    """ValueError lists everything about the request that can be wrong before a config is read."""
+def _check(args: argparse.Namespace) -> None:
+    """ValueError lists everything in the options that can be wrong before a config is read."""
     problems = []
-    strategy, is_full = request.strategy, request.strategy in ("FT", "FT_SF")
+    strategy, is_full = args.strategy, args.strategy in ("FT", "FT_SF")
     if strategy not in STRATEGIES:
         problems.append(f"--strategy {strategy!r} is not one of {STRATEGIES}")
-    elif strategy == "NT" and (request.pretrain_gin_files or request.init_checkpoint):
+    elif strategy == "NT" and (args.pretrain_gin_file or args.init_checkpoint):
         problems.append("--strategy NT starts from random weights: leave out --pretrain_gin_file and --init_checkpoint")
-    elif strategy != "NT" and bool(request.pretrain_gin_files) == bool(request.init_checkpoint):
-        given = "both" if request.init_checkpoint else "none"
+    elif strategy != "NT" and bool(args.pretrain_gin_file) == bool(args.init_checkpoint):
+        given = "both" if args.init_checkpoint else "none"
         problems.append(
             f"--strategy {strategy} needs --pretrain_gin_file or --init_checkpoint, one of them; {given} given"
         )
-    elif is_full and request.init_checkpoint:
+    elif is_full and args.init_checkpoint:
         problems.append(
             f"--strategy {strategy} takes over the tower, whose size differs from rung to rung: "
             "--init_checkpoint is for ST and ST_SF; use --pretrain_gin_file"
         )
-    if request.pretrain_overrides and not request.pretrain_gin_files:
-        problems.append(f"{', '.join(request.pretrain_overrides)}: no pretraining is run; leave it out")
-    if request.num_processes < 1:
-        problems.append(f"--nproc_per_node {request.num_processes} must be at least 1")
-    ours = _SET_BY_THE_LADDER + (("EMBEDDING_DIM",) if request.embedding_dim_follows_width else ())
-    for override in (*request.overrides, *request.pretrain_overrides):
+    if args.pretrain_overrides and not args.pretrain_gin_file:
+        problems.append(f"{', '.join(args.pretrain_overrides)}: no pretraining is run; leave it out")
+    if args.nproc_per_node < 1:
+        problems.append(f"--nproc_per_node {args.nproc_per_node} must be at least 1")
+    ours = _SET_BY_THE_LADDER + (("EMBEDDING_DIM",) if args.embedding_dim_follows_width else ())
+    for override in (*args.overrides, *args.pretrain_overrides):
         if override.removeprefix("--gin.").split("=")[0] in ours:
             problems.append(f"{override}: {', '.join(ours)} are set by the ladder; leave it out")
     if problems:
@@ -209,18 +192,18 @@ def _check_same_data(pretraining: Training | None, finetuning: Training) -> None
         )
 
 
-def _check_init_checkpoint(request: Request, trials: list[Trial]) -> None:
+def _check_init_checkpoint(args: argparse.Namespace, trials: list[Trial]) -> None:
     """Checks that all rungs can take over its tables, before the first of them is trained."""
-    checkpoint = manager.find(request.init_checkpoint)
+    checkpoint = manager.find(args.init_checkpoint)
     theirs = read_run(checkpoint).run_config
     if theirs["stage"] != "pretrain":
-        raise ValueError(f"--init_checkpoint {request.init_checkpoint} is a {theirs['stage']} run, not a pretraining")
+        raise ValueError(f"--init_checkpoint {args.init_checkpoint} is a {theirs['stage']} run, not a pretraining")
     width = theirs["tables"]["embedding_dim"]
     for trial in trials:
         mine = trial.finetuning.run.tables.embedding_dim
         if mine != width:
             raise ValueError(
-                f"--init_checkpoint {request.init_checkpoint} has tables of width {width}, {trial.rung.name} has "
+                f"--init_checkpoint {args.init_checkpoint} has tables of width {width}, {trial.rung.name} has "
                 f"{mine}; set --gin.EMBEDDING_DIM={width} (without --embedding_dim_follows_width), or pretrain every "
                 "rung with --pretrain_gin_file"
             )

@@ -22,8 +22,8 @@ from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import run_config_from_dict
 from gpsd_dist.data.run_manifest import read_run_manifest
 from gpsd_dist.parameter_names import TOWER, dense_weight, is_table, is_weight
-from gpsd_dist.report.families import flat_options
 from gpsd_dist.scaling.ladder import Command, Training, Trial
+from gpsd_dist.validation import flattened
 
 _REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
 PARAMETERS_NAME = "parameters.json"
@@ -91,7 +91,7 @@ def differences(training: Training, saved: dict[str, typing.Any], moves: bool = 
     """
     ignored = ("output_dir", "init_checkpoint") if moves else ("output_dir",)
     runs = (run_config_from_dict(saved), training.run)
-    there, here = (flat_options(json.loads(json.dumps(dataclasses.asdict(run)))) for run in runs)
+    there, here = (flattened(json.loads(json.dumps(dataclasses.asdict(run)))) for run in runs)
     return [
         f"{name}: {there.get(name)!r} there, {here.get(name)!r} now"
         for name in sorted(set(here) | set(there))

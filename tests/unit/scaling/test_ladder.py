@@ -1,3 +1,4 @@
+import argparse
 import dataclasses
 import json
 
@@ -6,7 +7,7 @@ import pytest
 from gpsd_dist.checkpoint.state import RunState
 from gpsd_dist.config import RunConfig, TablesConfig
 from gpsd_dist.config.gin_cli import load_run_config
-from gpsd_dist.scaling.ladder import Request, Rung, parse_ladder, parse_seeds, plan
+from gpsd_dist.scaling.ladder import Rung, parse_ladder, parse_seeds, plan
 from tests.helpers.synthetic import make_manifest, write_dataset
 
 FINETUNE, PRETRAIN = ("configs/experiments/grocery_finetune.gin",), ("configs/experiments/grocery_pretrain.gin",)
@@ -21,20 +22,24 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def request_for(tmp_path, data_dir):
-    def make(strategy="FT_SF", ladder="l1h32a4,l4h64a4", **changes) -> Request:
+    def make(strategy="FT_SF", ladder="l1h32a4,l4h64a4", **changes) -> argparse.Namespace:
         here = f"--gin.DATA_DIR={data_dir}"
         needs_pretraining = strategy != "NT" and not changes.get("init_checkpoint")
-        request = Request(
-            ladder=parse_ladder(ladder),
-            seeds=(0,),
-            strategy=strategy,
-            out_dir=tmp_path / "out",
-            gin_files=FINETUNE,
-            overrides=(here,),
-            pretrain_gin_files=PRETRAIN if needs_pretraining else (),
-            pretrain_overrides=(here,) if needs_pretraining else (),
-        )
-        return dataclasses.replace(request, **changes)
+        options = {
+            "ladder": ladder,
+            "seeds": "0",
+            "strategy": strategy,
+            "out_dir": tmp_path / "out",
+            "gin_file": FINETUNE,
+            "overrides": (here,),
+            "pretrain_gin_file": PRETRAIN if needs_pretraining else (),
+            "pretrain_overrides": (here,) if needs_pretraining else (),
+            "init_checkpoint": "",
+            "split": "test",
+            "nproc_per_node": 1,
+            "embedding_dim_follows_width": False,
+        }
+        return argparse.Namespace(**options | changes)
 
     return make
 
@@ -87,18 +92,18 @@ def test_widths_that_fit_the_heads_are_those_of_the_model(request_for):
     with pytest.raises(ValueError, match=r"WIDTH=50 .*width 50 must be a multiple of 2 x heads = 4"):
         plan(request_for("NT", ladder="l1h32a4,l8h50a2"))
     hstu = (*FINETUNE, "configs/model/hstu_large_ml1m.gin")
-    (trial,) = plan(request_for("NT", ladder="l8h50a2", gin_files=hstu))
+    (trial,) = plan(request_for("NT", ladder="l8h50a2", gin_file=hstu))
     assert (trial.finetuning.run.model.name, trial.finetuning.run.model.width) == ("hstu", 50)
     with pytest.raises(ValueError, match="width 50 must be a multiple of heads = 4"):
-        plan(request_for("NT", ladder="l8h50a4", gin_files=hstu))
+        plan(request_for("NT", ladder="l8h50a4", gin_file=hstu))
 
 
 def test_rungs_that_are_the_same_model_are_refused(request_for):
     """DIN has no layers: l1h32a4 and l4h32a4 would be one model, trained twice."""
     din = (*FINETUNE, "configs/model/din.gin")
     with pytest.raises(ValueError, match=r"LAYERS=1 .*`LAYERS = 1` has no effect: model 'din' does not read it"):
-        plan(request_for("NT", ladder="l1h32a4,l4h32a4", gin_files=din))
-    widths = [trial.finetuning.run.model.width for trial in plan(request_for("NT", "l4h32a4,l4h64a4", gin_files=din))]
+        plan(request_for("NT", ladder="l1h32a4,l4h32a4", gin_file=din))
+    widths = [trial.finetuning.run.model.width for trial in plan(request_for("NT", "l4h32a4,l4h64a4", gin_file=din))]
     assert widths == [32, 64]
 
 
@@ -118,7 +123,7 @@ def parsed(command):
 
 
 def test_trial_is_three_ordinary_commands(request_for, data_dir):
-    trials = plan(request_for(seeds=(0, 7)))
+    trials = plan(request_for(seeds="0,7"))
     assert [(t.rung.name, t.seed) for t in trials] == [(r, s) for r in ("l1h32a4", "l4h64a4") for s in (0, 7)]
     home = request_for().out_dir / "l1h32a4" / "s7"
     pretraining, finetuning, scoring = trials[1].commands
@@ -165,7 +170,7 @@ def test_one_pretraining_may_feed_all_rungs(request_for, tmp_path):
 
 
 def test_several_processes_run_under_torchrun(request_for):
-    for command in plan(request_for(num_processes=2))[0].commands:
+    for command in plan(request_for(nproc_per_node=2))[0].commands:
         assert command[:6] == ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m")
         assert command[6] in ("gpsd_dist.train", "gpsd_dist.evaluate")
 
@@ -177,18 +182,18 @@ def test_requests_that_do_not_fit_are_refused(request_for, tmp_path, data_dir):
     elsewhere = ("--gin.DATA_DIR=/elsewhere",)
     mistakes = [
         (request_for("SF"), "--strategy 'SF' is not one of"),
-        (request_for("NT", pretrain_gin_files=PRETRAIN), "NT starts from random weights"),
+        (request_for("NT", pretrain_gin_file=PRETRAIN), "NT starts from random weights"),
         (request_for("NT", init_checkpoint=start), "NT starts from random weights"),
-        (request_for("ST", pretrain_gin_files=(), pretrain_overrides=()), "needs --pretrain_gin_file or .* none given"),
-        (request_for("ST", init_checkpoint=start, pretrain_gin_files=PRETRAIN), "one of them; both given"),
+        (request_for("ST", pretrain_gin_file=(), pretrain_overrides=()), "needs --pretrain_gin_file or .* none given"),
+        (request_for("ST", init_checkpoint=start, pretrain_gin_file=PRETRAIN), "one of them; both given"),
         (request_for("FT_SF", init_checkpoint=start), "takes over the tower"),
         (request_for("NT", pretrain_overrides=("--gin.EPOCHS=1",)), "no pretraining is run"),
-        (request_for(num_processes=0), "--nproc_per_node 0"),
+        (request_for(nproc_per_node=0), "--nproc_per_node 0"),
         (request_for(overrides=(here, "--gin.WIDTH=128")), "--gin.WIDTH=128: .* set by the ladder"),
         (request_for(pretrain_overrides=(here, "--gin.SEED=1")), "--gin.SEED=1: .* set by the ladder"),
         (request_for(overrides=(here, "--gin.EMBEDDING_DIM=8"), embedding_dim_follows_width=True), "set by the ladder"),
-        (request_for(gin_files=PRETRAIN), "--gin_file .*grocery_pretrain.* random weights"),
-        (request_for(pretrain_gin_files=FINETUNE), "--pretrain_gin_file .* stage 'finetune', expected 'pretrain'"),
+        (request_for(gin_file=PRETRAIN), "--gin_file .*grocery_pretrain.* random weights"),
+        (request_for(pretrain_gin_file=FINETUNE), "--pretrain_gin_file .* stage 'finetune', expected 'pretrain'"),
         (request_for(pretrain_overrides=elsewhere), "would read /elsewhere and finetuning"),
         (request_for("NT", overrides=elsewhere), "/elsewhere"),
         (request_for(split="tset"), "tset"),
@@ -208,4 +213,4 @@ def test_config_that_fixes_the_width_itself_is_refused(request_for, tmp_path):
     stubborn = tmp_path / "stubborn.gin"
     stubborn.write_text("ModelConfig.width = 64\n")
     with pytest.raises(ValueError, match="WIDTH = 32` changed nothing"):
-        plan(request_for("NT", gin_files=(*FINETUNE, str(stubborn))))
+        plan(request_for("NT", gin_file=(*FINETUNE, str(stubborn))))

@@ -47,15 +47,14 @@ def test_mistakes_end_with_one_message_and_status_2(options, found, tmp_path, ca
 
 
 def test_request_is_what_was_typed(tmp_path):
-    args, overrides = scaling._parse(
+    args = scaling._parse(
         [*LADDER, "--out_dir", str(tmp_path), "--gin.EPOCHS=2", "--pretrain_gin_file", "p.gin", "--seeds", "1,2",
          "--pretrain_gin.EPOCHS=3", "--split", "valid", "--nproc_per_node", "2", "--embedding_dim_follows_width",
          "--gin_file", "more.gin"])  # fmt: skip
-    request = scaling._request(args, overrides)
-    assert request.overrides == ("--gin.EPOCHS=2",) and request.pretrain_overrides == ("--gin.EPOCHS=3",)
-    assert request.gin_files == (LADDER[-1], "more.gin") and request.pretrain_gin_files == ("p.gin",)
-    assert (request.seeds, request.split, request.num_processes) == ((1, 2), "valid", 2)
-    assert request.embedding_dim_follows_width and request.out_dir == tmp_path
+    assert args.overrides == ["--gin.EPOCHS=2"] and args.pretrain_overrides == ["--gin.EPOCHS=3"]
+    assert args.gin_file == [LADDER[-1], "more.gin"] and args.pretrain_gin_file == ["p.gin"]
+    assert (args.seeds, args.split, args.nproc_per_node) == ("1,2", "valid", 2)
+    assert args.embedding_dim_follows_width and args.out_dir == tmp_path
 
 
 def test_epochs_figure_reads_runs_and_leaves_them_alone(tmp_path, capsys):
