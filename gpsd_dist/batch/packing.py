@@ -83,7 +83,7 @@ class Packing:
     def from_lengths(cls, history_length_B: np.ndarray, candidate_count_B: np.ndarray) -> "Packing":
         """Plans a batch. Both int [B]; history lengths must ascend."""
         assert (np.diff(history_length_B) >= 0).all(), "requests must be sorted by history length"
-        history_offsets, candidate_offsets = _offsets(history_length_B), _offsets(candidate_count_B)
+        history_offsets, candidate_offsets = cuts(history_length_B), cuts(candidate_count_B)
         num_tokens, num_candidates = int(history_offsets[-1]), int(candidate_offsets[-1])
         num_requests = len(history_length_B)
         request_C = np.repeat(np.arange(num_requests), candidate_count_B)
@@ -142,7 +142,8 @@ class Packing:
         )
 
 
-def _offsets(lengths: np.ndarray) -> np.ndarray:
+def cuts(lengths: np.ndarray) -> np.ndarray:
+    """Adds lengths up to the offsets of jagged rows: int64 [rows + 1], from 0."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 

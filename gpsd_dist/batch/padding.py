@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from gpsd_dist.batch.packing import Packing
+from gpsd_dist.batch.row_layout import ranges
 
 _REQUEST_MULTIPLE = 64  # offsets are short: rounding them up costs nothing
 
@@ -52,16 +53,10 @@ def pad_packing(packing: Packing, multiple: int, longest: int) -> PaddedPacking:
     padded = Packing.from_lengths(all_lengths[order], all_counts[order])
     padded = dataclasses.replace(padded, max_history_length=longest, max_candidates=most)
     request_B = np.argsort(order)[: len(lengths)]  # where each real request has come to stand
-    place_T = _places(padded.history_offsets.numpy()[request_B], lengths)
-    place_C = _places(padded.candidate_offsets.numpy()[request_B], counts)
+    place_T = ranges(padded.history_offsets.numpy()[request_B], lengths)
+    place_C = ranges(padded.candidate_offsets.numpy()[request_B], counts)
     place_S = np.concatenate([place_T, padded.num_history_tokens + place_C])
     return PaddedPacking(padded, torch.from_numpy(place_S), torch.from_numpy(place_C))
-
-
-def _places(start_B: np.ndarray, count_B: np.ndarray) -> np.ndarray:
-    """Consecutive places of every request, one request after the other."""
-    first_B = np.cumsum(count_B) - count_B
-    return np.repeat(start_B - first_B, count_B) + np.arange(count_B.sum())
 
 
 def _power_of_2(value: int) -> int:

@@ -58,7 +58,8 @@ def plan_rows(history_length_B: np.ndarray, candidate_count_B: np.ndarray) -> At
     for group in groups:
         start_B[group.requests] = base + group.start
         base += group.num_rows * group.width
-    slot_S = _slots(start_B, history_length_B, candidate_count_B)
+    candidate_start_B = start_B + history_length_B
+    slot_S = np.concatenate([ranges(start_B, history_length_B), ranges(candidate_start_B, candidate_count_B)])
     entry_R = np.zeros(base, np.int64)
     entry_R[slot_S] = np.arange(num_tokens)
     owner_R, is_candidate_R = np.full(base, -1), np.zeros(base, bool)
@@ -132,13 +133,9 @@ def _rounded(width: int) -> int:
     return rounded if 8 * (rounded - width) <= width else width
 
 
-def _slots(start_B: np.ndarray, history_length_B: np.ndarray, candidate_count_B: np.ndarray) -> np.ndarray:
-    """Lists the slot of every token of requests that begin at `start_B`, history first: int64 [S]."""
-    parts = []
-    for first_B, count_B in ((start_B, history_length_B), (start_B + history_length_B, candidate_count_B)):
-        before_B = np.cumsum(count_B) - count_B
-        parts.append(np.arange(int(count_B.sum())) + np.repeat(first_B - before_B, count_B))
-    return np.concatenate(parts)
+def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Joins the ranges starts[i], starts[i] + 1, ... of sizes[i] numbers each: int64."""
+    return np.arange(int(sizes.sum())) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
 
 
 def _mask(owner_R: np.ndarray, is_candidate_R: np.ndarray, width: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from gpsd_dist.config.training import (
     PretrainConfig,
     TrainConfig,
 )
-from gpsd_dist.validation import MAY_CHANGE, check_known, checked, one_of
+from gpsd_dist.validation import MAY_CHANGE, AtLeast0, check_known, checked, one_of
 
 STRATEGIES = ("NT", "ST", "FT", "ST_SF", "FT_SF")  # arXiv:2506.03699, section 3.3
 _GONE = {"ModelConfig.head_hidden": "ranking MLPs have their own widths by model; 4 x width is still the usual one"}
@@ -140,7 +140,7 @@ class RunConfig:
     refit_of: str = ""
     """Finetuning only: a finished run folder of the same options. Trains on `train` and `valid` for as many epochs as
     that run took to its best validation; nothing is left to validate on, and the last checkpoint is the result."""
-    seed: int = 0
+    seed: AtLeast0 = 0
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     tables: TablesConfig = dataclasses.field(default_factory=TablesConfig)
     ids: IdsConfig = dataclasses.field(default_factory=IdsConfig)

@@ -15,7 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from gpsd_dist.batch.batch import Bag, Batch, NextItem, RawIds
 from gpsd_dist.batch.packing import Packing
-from gpsd_dist.batch.padding import PaddedPacking, pad_packing
+from gpsd_dist.batch.padding import pad_packing
 from gpsd_dist.data.columns import ColumnReader, Values
 from gpsd_dist.data.distinct import Wanted, deduplicate
 from gpsd_dist.data.gather import gather, one_chunk
@@ -65,17 +65,23 @@ class Collate:
 
     def __call__(self, rows: pa.Table, key: BatchKey) -> tuple[Batch, ...]:
         order, length = self._sort_by_length(rows)
+        random, limit = generator(self.seed, key), draw_limit(self.manifest)
         parts = []
         for part in range(self.num_parts):
             # Every num_parts-th request of the sorted ones: micro-batches of consecutive requests would differ in
             # cost by as much as the shortest and the longest histories do.
             take = slice(part, None, self.num_parts)
-            parts.append(self._read(gather([rows], order[take]), order[take], length[take]))
-        # Negatives are drawn here and not in the step, so that their rows are deduplicated, and prefetched by TorchRec,
-        # together with all others.
-        random = generator(self.seed, key)
-        for micro_batch in parts:
-            micro_batch.negative_item_GN = self._draw_negatives(random, micro_batch)
+            micro_batch = self._read(gather([rows], order[take]), order[take], length[take])
+            # Negatives are drawn here and not in the step, so that their rows are deduplicated, and prefetched by
+            # TorchRec, together with all others. Those of managed items are numbers that become rows in the step.
+            if self.negatives_per is not None:
+                num_sets = {
+                    "group": self.num_negative_groups,
+                    "request": micro_batch.packing.num_requests,
+                    "position": len(micro_batch.target_token_M),
+                }[self.negatives_per]
+                micro_batch.negative_item_GN = self.sampler(random, num_sets, self.num_negatives, limit)
+            parts.append(micro_batch)
         # One lookup for all parts: each table is exchanged between ranks once per step, however many parts there are.
         lookup, raw_ids = self._deduplicate(parts)
         return tuple(self._batch(micro_batch, key, lookup, raw_ids) for micro_batch in parts)
@@ -118,17 +124,6 @@ class Collate:
         target_M = _targets(packing, item_T) if self.negatives_per else np.zeros(0, np.int64)
         return _MicroBatch(order, packing, columns, labels, scalars, reader.history_time_s(kept), target_M)
 
-    def _draw_negatives(self, random: np.random.Generator, micro_batch: "_MicroBatch") -> np.ndarray | None:
-        """Draws int64 [G, N]: item-table indices, or for managed items numbers that become rows in the step."""
-        if self.negatives_per is None:
-            return None
-        num_sets = {
-            "group": self.num_negative_groups,
-            "request": micro_batch.packing.num_requests,
-            "position": len(micro_batch.target_token_M),
-        }
-        return self.sampler(random, num_sets[self.negatives_per], self.num_negatives, draw_limit(self.manifest))
-
     def _deduplicate(self, parts: list["_MicroBatch"]) -> tuple[KeyedJaggedTensor, dict[str, RawIds]]:
         """Collects the distinct indices of each table, and notes in the parts where their own stand among those."""
         item_table = self.manifest.feature(self.manifest.item_feature).table
@@ -158,14 +153,16 @@ class Collate:
     def _batch(
         self, micro_batch: "_MicroBatch", key: BatchKey, lookup: KeyedJaggedTensor, raw_ids: dict[str, RawIds]
     ) -> Batch:
-        empty, item = np.zeros(0, np.int64), self.manifest.item_feature
+        empty, item, packing = np.zeros(0, np.int64), self.manifest.item_feature, micro_batch.packing
+        # CUDA graphs replay fixed shapes: rounding the sizes up leaves few shapes to record.
+        padded = pad_packing(packing, self.token_multiple, self.max_history_length) if self.token_multiple else None
         columns = {
             place: {name: _tensor(column) for name, column in features.items()}
             for place, features in micro_batch.rows.items()
         }
         return Batch(
             lookup=lookup,
-            packing=micro_batch.packing,
+            packing=packing,
             history=columns["history"],
             candidate=columns["candidate"],
             context=columns["context"],
@@ -179,16 +176,10 @@ class Collate:
             user_hash_B=_tensor(micro_batch.scalars["user_hash"]),
             source_row_B=torch.from_numpy(micro_batch.order),
             next_item=self._next_item(micro_batch),
-            padded=self._padded(micro_batch.packing),
+            padded=padded,
             epoch_and_step=(key.epoch, key.step),
             raw_ids=raw_ids,
         )
-
-    def _padded(self, packing: Packing) -> PaddedPacking | None:
-        if not self.token_multiple:
-            return None
-        # CUDA graphs replay fixed shapes: rounding the sizes up leaves few shapes to record.
-        return pad_packing(packing, self.token_multiple, self.max_history_length)
 
     def _next_item(self, micro_batch: "_MicroBatch") -> NextItem | None:
         if micro_batch.negative_item_GN is None or self.negatives_per is None:

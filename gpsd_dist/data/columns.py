@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gpsd_dist.batch.packing import cuts
+from gpsd_dist.batch.row_layout import ranges
 from gpsd_dist.data.gather import one_chunk
 from gpsd_dist.data.hashing import hashed_rows
 from gpsd_dist.data.parquet_dataset import BadValue
@@ -36,7 +38,7 @@ class ColumnReader:
     def last_entries(self, name: str, keep: np.ndarray) -> np.ndarray | None:
         """Returns the positions of the last `keep[i]` entries of every row's list, in order; None if those are all."""
         offsets = _offsets_of(one_chunk(self.rows[name]))
-        return None if np.array_equal(np.diff(offsets), keep) else _ranges(offsets[1:] - keep, keep)
+        return None if np.array_equal(np.diff(offsets), keep) else ranges(offsets[1:] - keep, keep)
 
     def jagged(
         self, name: str, feature: Feature, kept: np.ndarray | None = None, lengths: np.ndarray | None = None
@@ -55,7 +57,7 @@ class ColumnReader:
             if kept is None:
                 return array, ends
             sizes = np.diff(ends)[kept]
-            return array[_ranges(ends[:-1][kept], sizes)], _cumulated(sizes)
+            return array[ranges(ends[:-1][kept], sizes)], cuts(sizes)
         array = self._checked(name, feature, values, offsets)
         return array if kept is None else array[kept]
 
@@ -129,13 +131,3 @@ def _offsets_of(column: pa.ListArray) -> np.ndarray:
     """Returns the offsets into `column.flatten()`, which begins at the first row's first value: int64 [rows + 1]."""
     offsets = column.offsets.to_numpy().astype(np.int64)
     return offsets - offsets[0]
-
-
-def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Joins the ranges starts[i], starts[i] + 1, ... of sizes[i] numbers each."""
-    offsets = _cumulated(sizes)
-    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], sizes)
-
-
-def _cumulated(sizes: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])

@@ -64,11 +64,8 @@ class Loader(typing.Generic[T]):
         cache_bytes: bound of decoded row groups that are kept for other shards and the next epoch.
 
     Raises:
-        ValueError: an option or a file is wrong.
+        ValueError: there are too few data shards or too many batches, or a file is wrong.
     """
-
-    wait_s: float = 0.0
-    """Seconds that the consumer has waited for batches, cumulative."""
 
     def __init__(
         self,
@@ -94,56 +91,36 @@ class Loader(typing.Generic[T]):
         if not shuffle:
             num_data_shards = world_size
         _check_shards(rank, world_size, num_data_shards)
-        _check_batch_size(global_batch_rows, global_batch_tokens)
-        _check_at_least(("seed", seed, 0), ("num_threads", num_threads, 1), ("prefetch", prefetch, 1))
         self._split = parquet_dataset.ParquetSplit(data_dir, manifest, split, columns, cache_bytes=cache_bytes)
         self._make_batch = make_batch
         self._rank = rank
         self._num_data_shards = num_data_shards
         self._shards = range(rank, num_data_shards, world_size)
         self._by_tokens = global_batch_tokens is not None
-        self._global_batch = global_batch_tokens if self._by_tokens else global_batch_rows
+        self._global_batch = global_batch_tokens or global_batch_rows
         self._shuffle = shuffle
         self._seed = seed
         self._num_threads = num_threads
         self._prefetch = prefetch
         self._longest = max_history_length
+        self.num_rows = self._total = self._split.num_rows
         self._group_weight_G: np.ndarray | None = None
         if self._by_tokens:
-            self._group_weight_G, self._num_tokens = self._split.token_weights(max_history_length)
-        if self._by_tokens and self.steps_per_epoch > max(MAX_EMPTY_STEPS, self._split.num_rows):
+            self._group_weight_G, self._total = self._split.token_weights(max_history_length)
+        self.steps_per_epoch = max(1, -(-self._total // self._global_batch))
+        """Batches of an epoch; every rank has as many."""
+        if self._by_tokens and self.steps_per_epoch > max(MAX_EMPTY_STEPS, self.num_rows):
             raise ValueError(
-                f"global_batch_tokens {global_batch_tokens} cuts the {self._num_tokens} history "
-                f"tokens of {split!r} into more batches than it has rows ({self._split.num_rows}); raise it"
+                f"global_batch_tokens {global_batch_tokens} cuts the {self._total} history "
+                f"tokens of {split!r} into more batches than it has rows ({self.num_rows}); raise it"
             )
-        mean_group_rows = self._split.num_rows / len(self._split.groups)
-        if window_rows is None:
-            window_rows = min(round(WINDOW_ROW_GROUPS * mean_group_rows), MAX_WINDOW_ROWS)
-        _check_at_least(("window_rows", window_rows, 1))
-        self._window_rows = window_rows
-        self._epoch, self._step = 0, 0
+        mean_group_rows = self.num_rows / len(self._split.groups)
+        self._window_rows = window_rows or min(round(WINDOW_ROW_GROUPS * mean_group_rows), MAX_WINDOW_ROWS)
+        self.epoch, self.step = 0, 0
+        """Place of the next batch."""
+        self.wait_s = 0.0
+        """Seconds that the consumer has waited for batches, cumulative."""
         self._active: weakref.ref[typing.Generator[T, None, None]] | None = None
-
-    @property
-    def num_rows(self) -> int:
-        """Counts the rows of the split, over all ranks."""
-        return self._split.num_rows
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Counts the batches of an epoch; every rank has as many."""
-        total = self._num_tokens if self._by_tokens else self._split.num_rows
-        return max(1, -(-total // self._global_batch))
-
-    @property
-    def epoch(self) -> int:
-        """Returns the epoch of the next batch."""
-        return self._epoch
-
-    @property
-    def step(self) -> int:
-        """Returns the number of the next batch in its epoch."""
-        return self._step
 
     def position_after(self, epoch: int, step: int) -> dict[str, int]:
         """Returns the position behind batch `step` of `epoch`, as a part of `state_dict`."""
@@ -157,7 +134,7 @@ class Loader(typing.Generic[T]):
 
     def state_dict(self) -> dict[str, typing.Any]:
         """Returns the position behind the last batch that was handed out (not: prefetched), and what it refers to."""
-        return {"epoch": self._epoch, "step": self._step, "order": self._order_facts()}
+        return {"epoch": self.epoch, "step": self.step, "order": self._order_facts()}
 
     def load_state_dict(self, state: dict[str, typing.Any]) -> None:
         """Continues there, at any world size. ValueError: data or options that fix the order have changed."""
@@ -171,7 +148,7 @@ class Loader(typing.Generic[T]):
                 "weights"
             )
         self._stop()
-        self._epoch, self._step = int(state["epoch"]), int(state["step"])
+        self.epoch, self.step = int(state["epoch"]), int(state["step"])
 
     def __iter__(self) -> typing.Iterator[T]:
         self._stop()
@@ -187,7 +164,7 @@ class Loader(typing.Generic[T]):
 
     def _batches(self) -> typing.Generator[T, None, None]:
         """Yields the remaining batches of the epoch; its `finally` also runs when the consumer stops early."""
-        epoch, num_steps = self._epoch, self.steps_per_epoch
+        epoch, first, num_steps = self.epoch, self.step, self.steps_per_epoch
         order = row_order.EpochOrder(
             self._split.group_rows_G,
             epoch,
@@ -199,14 +176,14 @@ class Loader(typing.Generic[T]):
             self._row_weights if self._by_tokens else None,
         )
         reader = EpochReader(self._split, order, self._shards, num_steps, self._by_tokens, self._longest)
-        keys = (BatchKey(epoch, step, self._rank) for step in range(self._step, num_steps))
+        keys = (BatchKey(epoch, step, self._rank) for step in range(first, num_steps))
         plans: collections.deque[concurrent.futures.Future[BatchPlan]] = collections.deque()
         batches: collections.deque[concurrent.futures.Future[T]] = collections.deque()
         in_flight = self._prefetch + self._num_threads - 1
         planner = concurrent.futures.ThreadPoolExecutor(1, "loader-read")
         makers = concurrent.futures.ThreadPoolExecutor(self._num_threads, "loader-make")
         try:
-            for step in range(self._step, num_steps):
+            for step in range(first, num_steps):
                 ahead = min(num_steps - step, in_flight + PLAN_AHEAD_STEPS) - len(batches) - len(plans)
                 plans.extend(planner.submit(reader.plan, key) for key in itertools.islice(keys, ahead))
                 while plans and len(batches) < in_flight:
@@ -215,7 +192,7 @@ class Loader(typing.Generic[T]):
                 batch = batches.popleft().result()
                 self.wait_s += time.perf_counter() - begin
                 # Before the yield: a state saved in the body of the consumer's loop stands behind this batch.
-                self._epoch, self._step = self.position_after(epoch, step).values()
+                self.epoch, self.step = self.position_after(epoch, step).values()
                 yield batch
         finally:
             planner.shutdown(wait=False, cancel_futures=True)
@@ -242,7 +219,7 @@ class Loader(typing.Generic[T]):
     def _order_facts(self) -> dict[str, typing.Any]:
         return {
             "split": self._split.split.name,
-            "rows": self._split.num_rows,
+            "rows": self.num_rows,
             "files": self._split.fingerprint(),
             "content": self._split.content,
             "num_data_shards": self._num_data_shards,
@@ -251,12 +228,10 @@ class Loader(typing.Generic[T]):
             "seed": self._seed,
             "batch_by": "tokens" if self._by_tokens else "rows",
             "global_batch": self._global_batch,
-        } | ({"shards_by": "tokens", "tokens": self._num_tokens} if self._by_tokens else {})
+        } | ({"shards_by": "tokens", "tokens": self._total} if self._by_tokens else {})
 
 
 def _check_shards(rank: int, world_size: int, num_data_shards: int) -> None:
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} is not in 0 .. world_size - 1 = {world_size - 1}")
     if world_size > num_data_shards:
         raise ValueError(
             f"world_size {world_size} is larger than num_data_shards {num_data_shards}, some ranks would have no data; "
@@ -269,21 +244,3 @@ def _check_shards(rank: int, world_size: int, num_data_shards: int) -> None:
             num_data_shards,
             world_size,
         )
-
-
-def _check_batch_size(global_batch_rows: int | None, global_batch_tokens: int | None) -> None:
-    if (global_batch_rows is None) == (global_batch_tokens is None):
-        raise ValueError(
-            f"global_batch_rows is {global_batch_rows} and global_batch_tokens {global_batch_tokens}; set exactly one"
-        )
-    _check_at_least(
-        ("global_batch_rows", 1 if global_batch_rows is None else global_batch_rows, 1),
-        ("global_batch_tokens", 1 if global_batch_tokens is None else global_batch_tokens, 1),
-    )
-
-
-def _check_at_least(*options: tuple[str, int, int]) -> None:
-    """Raises ValueError for options (name, value, least) below their least value."""
-    problems = [f"{name} is {value}, expected at least {least}" for name, value, least in options if value < least]
-    if problems:
-        raise ValueError("; ".join(problems))

@@ -92,20 +92,26 @@ def fixed_negatives() -> typing.Iterator[None]:
 
     For one group, or one set per position: then they depend on the position's own target.
     """
-    original = collate.Collate._draw_negatives
+    original = collate.Collate._read
     items = (np.arange(20).reshape(1, 20) * 7) % (NUM_ITEMS - 2) + 2
 
-    def draw(self, random, part):
-        if self.negatives_per == "position":
+    def read(self, *args):
+        part = original(self, *args)  # its negatives are drawn next
+
+        def draw(random, num_sets, num_negatives, limit):
+            if self.negatives_per != "position":
+                return items.copy()
             target_M = part.columns["history"][self.manifest.item_feature][part.target_token_M]
             return (items - 2 + target_M[:, None]) % (NUM_ITEMS - 2) + 2
-        return items.copy() if self.negatives_per else None
 
-    collate.Collate._draw_negatives = draw
+        object.__setattr__(self, "sampler", draw)
+        return part
+
+    collate.Collate._read = read
     try:
         yield
     finally:
-        collate.Collate._draw_negatives = original
+        collate.Collate._read = original
 
 
 def train_losses(output_dir) -> dict[int, float]:

@@ -36,6 +36,7 @@ MAKERS = {cls: cls for cls in config.GIN_CLASSES} | {RunConfig: make_run, Optimi
 GRAPHS: dict[str, typing.Any] = {"cuda_graphs": True, "token_multiple": 64}
 
 INVALID = [
+    (RunConfig, {"seed": -1}, "seed -1 must be >= 0"),
     (DataConfig, {"global_batch_rows": 0}, "set exactly one"),
     (DataConfig, {"global_batch_tokens": 100}, "set exactly one"),
     (DataConfig, {"global_batch_rows": -1, "global_batch_tokens": 0}, "set exactly one"),
