@@ -1,0 +1,29 @@
+"""Chooses a few cells of seconds, and the share that each must reach.
+
+Bounds lie 0.1 below the least of three seeds, so that another processor's rounding passes and a model that learns
+nothing does not.
+"""
+
+from benchmarks.laws.runs import Cell
+
+NUM_USERS = 2000
+LEAST_SHARE: dict[Cell, float] = {
+    Cell("conversion", "gbdt", ""): 0.8,
+    Cell("match_category", "gbdt", ""): 0.8,
+    Cell("match_category", "mlp", ""): 0.5,
+}
+
+
+def cells() -> list[Cell]:
+    return list(LEAST_SHARE)
+
+
+def problems(records: list[dict]) -> list[str]:
+    """Says which cells are below their bound."""
+    found = []
+    for record in records:
+        cell = Cell(record["law"], record["tower"], record["strategy"], record["seed"])
+        share, least = record.get("share", float("-inf")), LEAST_SHARE[cell]
+        if not share >= least:
+            found.append(f"{cell}: share {share:.3f}, expected at least {least:.3f}")
+    return found
