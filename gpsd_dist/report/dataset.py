@@ -1,7 +1,7 @@
 """Describes the data sets as they were when runs were trained on them, and says whether a folder has changed."""
 
+import collections.abc
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -20,9 +20,7 @@ from gpsd_dist.report.tables import (
     number_cell,
     time_text,
 )
-
-_LISTS = ("features", "splits", "tables", "tasks")
-_FEATURE_FIELDS = ("name", "places", "kind", "table", "is_bag")  # without mean and std, which follow from the rows
+from gpsd_dist.schema import Manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +29,7 @@ class DataSet:
 
     name: str
     data_dir: str
-    manifest: dict[str, typing.Any]  # like manifest.json; {} if neither the folder nor a checkpoint has it
+    manifest: Manifest | None  # None if neither the folder nor a checkpoint has one
     origin: str  # where the manifest was read
     runs: tuple[Run, ...]
 
@@ -42,17 +40,20 @@ def data_sets(runs: typing.Sequence[Run]) -> tuple[list[DataSet], list[str]]:
     A checkpoint holds the manifest that its run was trained with; that one counts, because a folder can be rebuilt. The
     folder's own is used for runs without a checkpoint.
     """
-    on_disk: dict[str, tuple[dict[str, typing.Any], str]] = {}
-    found: dict[tuple[str, str], list[tuple[Run, dict[str, typing.Any], str]]] = {}
+    on_disk: dict[str, tuple[Manifest | None, str]] = {}
+    found: dict[tuple[str, collections.abc.Hashable], list[tuple[Run, Manifest | None, str]]] = {}
     problems = []
     for run in runs:
         data_dir = f"{run.config.get('data_dir') or '(unknown data)'}"
         if data_dir not in on_disk:
             on_disk[data_dir] = _read(data_dir)
-        current, saved = on_disk[data_dir][0], run.state.get("manifest", {})
-        manifest = saved or current
-        origin = "a checkpoint of these runs" if saved else f"{data_dir}/{schema.MANIFEST_NAME}"
-        if saved and current and _content(saved) == _content(current):
+        current, saved = on_disk[data_dir][0], None
+        try:
+            saved = schema.manifest_from_dict(run.state["manifest"]) if "manifest" in run.state else None
+        except ValueError as error:
+            problems.append(f"the manifest in the checkpoint of {run.label} is left out: {error}")
+        manifest, origin = saved, "a checkpoint of these runs"
+        if saved is None or _content(saved) == _content(current):
             manifest, origin = current, f"{data_dir}/{schema.MANIFEST_NAME}"
         found.setdefault((data_dir, _content(manifest)), []).append((run, manifest, origin))
     versions: dict[str, int] = {}
@@ -73,109 +74,82 @@ def _start_s(run: Run) -> float:
     return min((entry.get("wall_time_s", math.inf) for entry in run.entries), default=math.inf)
 
 
-def _read(data_dir: str) -> tuple[dict[str, typing.Any], str]:
-    """Reads the folder's manifest as plain JSON; {} and the reason if it cannot be read."""
+def _read(data_dir: str) -> tuple[Manifest | None, str]:
+    """Reads the folder's manifest; None and the reason if it cannot be read."""
     try:
-        return json.loads(json.dumps(dataclasses.asdict(schema.read_manifest(data_dir)))), ""
+        return schema.read_manifest(data_dir), ""
     except (ValueError, OSError) as error:
         is_gone = not os.path.isdir(data_dir)
-        return {}, f"the folder {data_dir} is not here (seen from {pathlib.Path.cwd()})" if is_gone else str(error)
+        return None, f"the folder {data_dir} is not here (seen from {pathlib.Path.cwd()})" if is_gone else str(error)
 
 
-def _remarks(data_set: DataSet, current: dict[str, typing.Any], reason: str) -> list[str]:
+def _remarks(data_set: DataSet, current: Manifest | None, reason: str) -> list[str]:
     who = listed([run.label for run in data_set.runs])
-    if not data_set.manifest:
+    if data_set.manifest is None:
         return [f"data of {who}: {reason}, and no checkpoint has a manifest; the data summary is missing"]
-    broken = [name for name in _LISTS if not _is_list_of_objects(data_set.manifest.get(name))]
-    found = [f"manifest of {who} ({data_set.origin}): no lists of objects: {', '.join(broken)}"] if broken else []
-    if not current:
-        return [*found, f"data of {who}: {reason}; the data summary is what their checkpoints say"]
+    if current is None:
+        return [f"data of {who}: {reason}; the data summary is what their checkpoints say"]
     if _content(current) != _content(data_set.manifest):
         return [
-            *found,
             f"{data_set.data_dir} has been built again since {who} were trained; the data summary is what their "
             "checkpoints say, and scores from before and after do not compare",
         ]
-    return found
+    return []
 
 
-def _content(manifest: dict[str, typing.Any]) -> str:
-    """Serializes what is equal in two builds of equal data: no commands, options or paths of raw files."""
-    if not manifest:
-        return ""
-    features = [{f: v.get(f) for f in _FEATURE_FIELDS} for v in _objects(manifest, "features")]
-    rest = {name: manifest.get(name) for name in ("tables", "tasks", "splits", "max_history_length", "item_feature")}
-    return json.dumps([features, rest], sort_keys=True, default=str)
+def _content(manifest: Manifest | None) -> collections.abc.Hashable:
+    """Keeps what is equal in two builds of equal data: no commands, options or paths; mean and std follow from rows."""
+    if manifest is None:
+        return None
+    features = tuple(dataclasses.replace(feature, mean=0.0, std=1.0) for feature in manifest.features)
+    sizes = (manifest.max_history_length, manifest.item_feature)
+    return features, manifest.tables, manifest.tasks, manifest.splits, sizes
 
 
-def _is_list_of_objects(value: typing.Any) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
-
-
-def _objects(manifest: dict[str, typing.Any], name: str) -> list[dict[str, typing.Any]]:
-    """Returns the list of objects of that name; entries that are no objects are left out."""
-    values = manifest.get(name)
-    return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
-
-
-def splits_table(manifest: dict[str, typing.Any]) -> Table:
+def splits_table(manifest: Manifest) -> Table:
     """Makes a table of rows, tokens, candidates and times of every split."""
     headers = ("rows", "history tokens", "tokens per row", "candidates")
     columns = (Cell("split"), *map(number_cell, headers), Cell("from (UTC)"), Cell("to (UTC)"))
     rows = []
-    for split in _objects(manifest, "splits"):
-        num_rows, tokens = split.get("num_rows"), split.get("num_history_tokens")
-        has_ratio = isinstance(num_rows, int) and isinstance(tokens, int) and num_rows > 0
-        counts = (count_text(num_rows), count_text(tokens), f"{tokens / num_rows:.1f}" if has_ratio else MISSING)
-        cells = (
-            Cell(f"{split.get('name')}"),
-            *map(number_cell, counts),
-            number_cell(count_text(split.get("num_candidates") or None)),
-        )
-        rows.append(Row((*cells, *(Cell(time_text(split.get(key))) for key in ("time_from_s", "time_to_s")))))
+    for split in manifest.splits:
+        ratio = f"{split.num_history_tokens / split.num_rows:.1f}" if split.num_rows else MISSING
+        candidates = count_text(split.num_candidates or None)
+        counts = (count_text(split.num_rows), count_text(split.num_history_tokens), ratio, candidates)
+        times = (time_text(split.time_from_s), time_text(split.time_to_s))
+        rows.append(Row((Cell(split.name), *map(number_cell, counts), *map(Cell, times))))
     return Table(columns, (tuple(rows),))
 
 
-def tables_table(manifest: dict[str, typing.Any]) -> Table:
+def tables_table(manifest: Manifest) -> Table:
     """Makes a table of embedding tables: size, and the features that read each."""
-    users: dict[str, list[str]] = {}
-    for feature in _objects(manifest, "features"):
-        places = feature.get("places")
-        where = "/".join(map(str, places)) if isinstance(places, list) else MISSING
-        users.setdefault(f"{feature.get('table')}", []).append(f"{feature.get('name')} ({where})")
     rows = []
-    for table in _objects(manifest, "tables"):
-        name, num_rows = f"{table.get('name')}", number_cell(count_text(table.get("num_rows")))
-        rows.append(Row((Cell(name), num_rows, Cell(", ".join(users.get(name, []))))))
+    for table in manifest.tables:
+        users = [f"{f.name} ({'/'.join(f.places)})" for f in manifest.features if f.table == table.name]
+        rows.append(Row((Cell(table.name), number_cell(count_text(table.num_rows)), Cell(", ".join(users)))))
     return Table((Cell("table"), number_cell("rows"), Cell("features (places)")), (tuple(rows),))
 
 
-def sources_table(manifest: dict[str, typing.Any]) -> Table:
+def sources_table(manifest: Manifest) -> Table:
     """Makes a table of raw files."""
     rows = []
-    for source in _objects(manifest, "sources"):
+    for source in manifest.sources:
         name, size = Cell(f"{source.get('path', source.get('name'))}"), number_cell(bytes_text(source.get("bytes")))
         rows.append(Row((name, size, Cell(f"{source.get('sha256', '')}"[:12]))))
     return Table((Cell("raw file"), number_cell("size"), Cell("sha256 begins")), (tuple(rows),))
 
 
-def facts(data_set: DataSet) -> list[tuple[str, str]]:
-    """Lists (name, text) of everything that is not a table."""
-    manifest = data_set.manifest
-    tasks = [
-        f"{task.get('name')}" + (f" (given {task['given']})" if task.get("given") else "")
-        for task in _objects(manifest, "tasks")
-    ]
-    numerical = [f"{f.get('name')}" for f in _objects(manifest, "features") if f.get("kind") == "numerical"]
-    skipped = manifest.get("skipped")
-    reasons = [f"{count_text(n)} {why}" for why, n in skipped.items()] if isinstance(skipped, dict) else []
+def facts(manifest: Manifest, origin: str) -> list[tuple[str, str]]:
+    """Lists (name, text) of everything that is not a table. `origin`: where the manifest was read."""
+    tasks = [task.name + (f" (given {task.given})" if task.given else "") for task in manifest.tasks]
+    numerical = [feature.name for feature in manifest.features if feature.kind == "numerical"]
+    skipped = [f"{count_text(number)} {why}" for why, number in manifest.skipped.items()]
     return [
-        ("source", f"{manifest.get('source', MISSING)}"),
+        ("source", manifest.source),
         ("tasks", ", ".join(tasks) or MISSING),
-        ("split rule", f"{manifest.get('split_rule') or MISSING}"),
-        ("skipped raw rows", "; ".join(reasons) or "none"),
-        ("longest history", f"{manifest.get('max_history_length', MISSING)} events"),
+        ("split rule", manifest.split_rule or MISSING),
+        ("skipped raw rows", "; ".join(skipped) or "none"),
+        ("longest history", f"{manifest.max_history_length} events"),
         ("numerical features", ", ".join(numerical) or "none"),
-        ("built with", f"{manifest.get('command') or MISSING}"),
-        ("manifest read from", data_set.origin),
+        ("built with", manifest.command or MISSING),
+        ("manifest read from", origin),
     ]

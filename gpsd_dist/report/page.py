@@ -86,10 +86,12 @@ def _family_context(family: Family) -> dict[str, typing.Any]:
 
 def _data_context(data_set: dataset.DataSet) -> dict[str, typing.Any]:
     manifest = data_set.manifest
+    if manifest is None:
+        return {"data_set": data_set}
     return {
         "data_set": data_set,
         "splits": dataset.splits_table(manifest),
         "tables": dataset.tables_table(manifest),
         "sources": dataset.sources_table(manifest),
-        "facts": dataset.facts(data_set),
+        "facts": dataset.facts(manifest, data_set.origin),
     }

@@ -38,7 +38,7 @@ def test_summary_of_the_data_folder(tmp_path):
     ]
     assert texts(dataset.tables_table(data_set.manifest)) == [["item", "1,234", "item (history/candidate)"]]
     assert texts(dataset.sources_table(data_set.manifest)) == [["raw/log.csv", "3.0 MiB", "abcdef012345"]]
-    facts = dict(dataset.facts(data_set))
+    facts = dict(dataset.facts(data_set.manifest, data_set.origin))
     assert facts["tasks"] == "click, buy (given click)" and facts["split rule"] == "by the phase of the moon"
     assert facts["skipped raw rows"] == "17 rows of nobody" and facts["numerical features"] == "age"
 
@@ -47,21 +47,21 @@ def test_data_folder_that_is_gone_is_replaced_by_the_checkpoint(tmp_path):
     write_run(tmp_path / "a", data_dir=tmp_path / "gone")
     (data_set,), (problem,) = dataset.data_sets(runs_in(tmp_path))
     assert "gone is not here" in problem and "what their checkpoints say" in problem
-    assert data_set.manifest["source"] == "handmade" and data_set.origin == "a checkpoint of these runs"
+    assert data_set.manifest.source == "handmade" and data_set.origin == "a checkpoint of these runs"
 
 
 def test_data_folder_serves_a_run_without_checkpoint(tmp_path):
     folder = write_run(tmp_path / "runs/a", data_dir=write_data(tmp_path / "data"))
     (folder / "checkpoints/step_00000040/run_state.json").unlink()
     (data_set,), problems = dataset.data_sets(runs_in(tmp_path / "runs"))
-    assert data_set.manifest["source"] == "handmade" and problems == []
+    assert data_set.manifest.source == "handmade" and problems == []
 
 
 def test_neither_folder_nor_checkpoint_is_named(tmp_path):
     folder = write_run(tmp_path / "runs/a", data_dir=tmp_path / "gone")
     (folder / "checkpoints/step_00000040/run_state.json").unlink()
     (data_set,), (problem,) = dataset.data_sets(runs_in(tmp_path / "runs"))
-    assert data_set.manifest == {} and "no checkpoint has a manifest" in problem
+    assert data_set.manifest is None and "no checkpoint has a manifest" in problem
 
 
 def test_rebuilt_data_folder_is_named_and_the_checkpoint_counts(tmp_path):
@@ -83,7 +83,7 @@ def test_broken_manifest_is_named(tmp_path):
     write_json(tmp_path / "data/manifest.json", {"schema_version": 99})
     write_run(tmp_path / "runs/a", data_dir=tmp_path / "data")
     (data_set,), (problem,) = dataset.data_sets(runs_in(tmp_path / "runs"))
-    assert "schema version 99" in problem and data_set.manifest["source"] == "handmade"
+    assert "schema version 99" in problem and data_set.manifest.source == "handmade"
 
 
 def test_manifest_of_a_checkpoint_may_be_of_another_shape(tmp_path):
@@ -93,8 +93,8 @@ def test_manifest_of_a_checkpoint_may_be_of_another_shape(tmp_path):
     content["manifest"] = {"splits": "none", "tables": [7], "features": None, "tasks": 3, "skipped": [], "source": 5}
     state.write_text(json.dumps(content))
     (data_set,), problems = dataset.data_sets(runs_in(tmp_path))
-    assert texts(dataset.splits_table(data_set.manifest)) == texts(dataset.tables_table(data_set.manifest)) == []
-    assert any("features, splits, tables, tasks" in problem for problem in problems)
+    assert data_set.manifest is None
+    assert "the manifest in the checkpoint of a is left out: it has schema version None" in problems[0]
 
 
 # ---- options --------------------------------------------------------------------------------------------------------
