@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
         checkpoints = folder_of(run.output_dir, run.train)
         with (
             process_group(run.train.collective_timeout_s) as runtime,
-            output_lock.held(run.output_dir, runtime, checkpoints=checkpoints),
+            output_lock.held(run.output_dir, checkpoints=checkpoints),
         ):
             trainer = Trainer(run, runtime)
             # Nothing after this can reject the run. Only now is run_config.json written: a folder that has one counts

@@ -28,6 +28,7 @@ from gpsd_dist.checkpoint import storage
 from gpsd_dist.checkpoint.index import INDEX_NAME, read_index, to_json
 from gpsd_dist.checkpoint.integrity import FileSum, read_checksums
 from gpsd_dist.checkpoint.storage import Location, Remote
+from gpsd_dist.distributed.collectives import described
 from gpsd_dist.distributed.watchdog import Watchdog
 
 
@@ -248,11 +249,6 @@ def _copied(tensor: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
     if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
         old = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
     return old.copy_(tensor.detach())
-
-
-def described(error: BaseException) -> str:
-    """Returns the message of an error, with its type in front unless it is an OSError, whose message says enough."""
-    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
 
 def first_failure(error: CheckpointException) -> str:

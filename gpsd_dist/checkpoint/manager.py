@@ -20,7 +20,6 @@ import os
 import pathlib
 import threading
 import time
-import traceback
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -35,6 +34,7 @@ from gpsd_dist.checkpoint.state import RunState as RunState
 from gpsd_dist.checkpoint.state import read_state as read_state
 from gpsd_dist.checkpoint.storage import Location, Remote, location
 from gpsd_dist.config import TrainConfig
+from gpsd_dist.distributed.collectives import described, on_main
 from gpsd_dist.distributed.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -122,34 +122,22 @@ class Checkpoints:
         waited_s = time.perf_counter() - start_s
         target = self.folder / retention.folder_name(step)
         try:
-            name = self._on_main(lambda: self._prepare(step))
+            name = on_main(lambda: self._prepare(step), self._group)
             writer = files.Writer(self.folder / name, self._runtime.watchdog)
             dcp.save(tensors, storage_writer=writer, process_group=self._group)
             written: list[dict[str, FileSum]] = [{}] * self._runtime.world_size
             dist.all_gather_object(written, writer.written, group=self._group)
-            self._on_main(lambda: self._commit(self.folder / name, integrity.merged(written), content))
+            on_main(lambda: self._commit(self.folder / name, integrity.merged(written), content), self._group)
         except CheckpointException as error:
             raise OSError(f"{target} was not written: {files.first_failure(error)}") from error
+        except OSError as error:
+            raise OSError(f"{target} was not written: rank 0: {error}") from error
         except Exception as error:  # for example: another rank is gone
-            raise OSError(f"{target} was not written: rank {self._runtime.rank}: {files.described(error)}") from error
+            raise OSError(f"{target} was not written: rank {self._runtime.rank}: {described(error)}") from error
         megabytes = sum(entry.num_bytes for part in written for entry in part.values()) / 1e6
         taken_s = time.perf_counter() - start_s
         waited_s = waited_s if self._train.async_checkpoints else taken_s
         log.info("checkpoint %s: %.1f MB in %.2f s, training waited %.3f s", target, megabytes, taken_s, waited_s)
-
-    def _on_main(self, work: collections.abc.Callable[[], str]) -> str:
-        """Does `work` on rank 0 and returns its result on all. CheckpointException on all if it fails. Collective."""
-        outcome: list[tuple[str, str]] = [("", "")]
-        if self._runtime.is_main:
-            try:
-                outcome = [(work(), "")]
-            except Exception as error:
-                outcome = [("", files.described(error))]
-        dist.broadcast_object_list(outcome, src=0, group=self._group)
-        result, problem = outcome[0]
-        if problem:
-            raise CheckpointException("on rank 0", {0: (OSError(problem), traceback.StackSummary())})
-        return result
 
     def _prepare(self, step: int) -> str:
         """Deletes what crashes left of this step. Returns the name of the folder to write into."""
@@ -164,7 +152,7 @@ class Checkpoints:
             storage.delete(target, STATE_NAME)
         return target.name if isinstance(target, Remote) else f".{target.name}.partial"
 
-    def _commit(self, folder: Location, written: dict[str, FileSum], content: bytes) -> str:
+    def _commit(self, folder: Location, written: dict[str, FileSum], content: bytes) -> None:
         """Makes the checkpoint visible to readers; then updates `best.json` and deletes old checkpoints."""
         sums = integrity.Checksums(time.time(), written | {STATE_NAME: integrity.sum_of(content)})
         storage.write(folder / integrity.CHECKSUMS_NAME, sums.to_json())
@@ -178,7 +166,6 @@ class Checkpoints:
                 storage.delete(old, STATE_NAME)
             except OSError as error:  # the new one is safe, so training goes on
                 log.warning("the old checkpoint %s could not be deleted: %s", old, error)
-        return ""
 
 
 def _in_thread(work: collections.abc.Callable[[], None]) -> concurrent.futures.Future[None]:
@@ -234,18 +221,7 @@ def find_together(path: "str | os.PathLike[str] | Remote", which: str = "best") 
 
     If each rank looked for itself while the other run goes on, ranks could load two different checkpoints.
     """
-    found: list[Location | Exception | None] = [None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            found = [find(path, which)]
-        except (ValueError, OSError) as error:
-            found = [error]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], Exception):
-        raise found[0]
-    assert found[0] is not None
-    return found[0]
+    return on_main(lambda: find(path, which))
 
 
 def checkpoint_folder(run: Location) -> Location:
@@ -264,11 +240,10 @@ def newest_intact(folder: Location) -> Location | None:
     None if there is no checkpoint at all. ValueError if there are some and all are damaged; OtherVersion if the newest
     intact one was written by a newer version.
     """
-    names: list[list[str]] = [[path.name for path in complete(folder)]]
-    if dist.is_initialized():
-        dist.broadcast_object_list(names, src=0)  # shared file systems show new files to hosts at different times
+    # Shared file systems show new files to hosts at different times.
+    names = on_main(lambda: [path.name for path in complete(folder)])
     damages = []
-    for name in reversed(names[0]):
+    for name in reversed(names):
         try:
             integrity.check(folder / name)
             read_state(folder / name)

@@ -12,10 +12,8 @@ import socket
 import time
 import typing
 
-import torch.distributed as dist
-
 from gpsd_dist.checkpoint import storage
-from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.distributed.collectives import on_main
 
 log = logging.getLogger(__name__)
 LOCK_NAME = ".lock"
@@ -27,7 +25,6 @@ _RETRY_S = 0.2
 @contextlib.contextmanager
 def held(
     folder: str | os.PathLike[str],
-    runtime: Runtime,
     wait_s: float = WAIT_S,
     checkpoints: storage.Location | None = None,
 ) -> typing.Iterator[None]:
@@ -41,31 +38,38 @@ def held(
             Trying again can help: a file server may take a minute to notice that a holder is cut off.
     """
     path = pathlib.Path(folder) / LOCK_NAME
-    descriptor, problem = None, ("", "")
-    if runtime.is_main:
+    descriptor: int | None = None
+
+    def take() -> None:
+        nonlocal descriptor
         try:
-            descriptor = _open(path)
-            problem = ("" if _locked(descriptor, path, wait_s) else "held", _holder(path))
+            opened = _open(path)
+            if _locked(opened, path, wait_s):
+                descriptor = opened
+            else:
+                os.close(opened)
         except OSError as error:
-            problem = ("unwritable", str(error))
-        if checkpoints is not None and not problem[0]:
-            try:
+            raise OSError(f"OUTPUT_DIR {path.parent} cannot be written, so nothing was trained: {error}") from error
+        if descriptor is None:
+            raise OSError(
+                f"OUTPUT_DIR {path.parent} is in use by another job ({_holder(path)}), and two jobs would overwrite "
+                "each other; wait for it, stop it, or use another OUTPUT_DIR"
+            )
+        try:
+            if checkpoints is not None:
                 storage.check_writable(checkpoints)
-            except (OSError, ValueError) as error:
-                problem = ("checkpoints", f"{checkpoints} cannot be written, so nothing was trained: {error}")
-    problems = [problem]
-    dist.broadcast_object_list(problems, src=0)
+        except (OSError, ValueError) as error:
+            raise OSError(f"{checkpoints} cannot be written, so nothing was trained: {error}") from error
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(_facts()).encode(), 0)
+
     try:
-        _raise(problems[0], path)
-        if descriptor is not None:
-            os.truncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(_facts()).encode(), 0)
+        on_main(take)
         yield
     finally:
         if descriptor is not None:
-            if not problems[0][0]:
-                with contextlib.suppress(OSError):  # a full or broken disk has already been reported
-                    os.truncate(descriptor, 0)
+            with contextlib.suppress(OSError):  # a full or broken disk has already been reported
+                os.truncate(descriptor, 0)
             os.close(descriptor)
 
 
@@ -110,16 +114,3 @@ def _holder(path: pathlib.Path) -> str:
         return f"host {facts['host']}, process {facts['pid']}, started {facts['started']}{job}"
     except (OSError, json.JSONDecodeError, KeyError, TypeError):
         return "a process that has not written its name yet"
-
-
-def _raise(problem: tuple[str, str], path: pathlib.Path) -> None:
-    kind, detail = problem
-    if kind == "held":
-        raise OSError(
-            f"OUTPUT_DIR {path.parent} is in use by another job ({detail}), and two jobs would overwrite each other; "
-            "wait for it, stop it, or use another OUTPUT_DIR"
-        )
-    if kind == "checkpoints":
-        raise OSError(detail)
-    if kind == "unwritable":
-        raise OSError(f"OUTPUT_DIR {path.parent} cannot be written, so nothing was trained: {detail}")

@@ -210,12 +210,14 @@ def test_a_state_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch):
 def test_all_ranks_take_what_rank_0_has_found(tmp_path, monkeypatch):
     """Here as rank 1, which would find a later one: the run that is looked at goes on."""
     first, later = add(tmp_path, 2, best_step=2), add(tmp_path, 4, best_step=4)
-    of_rank_0 = [first, ValueError("nothing there")]
+    of_rank_0 = [[first, None], [None, ValueError("nothing there")]]
     monkeypatch.setattr(manager.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(manager.dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(
-        manager.dist, "broadcast_object_list", lambda found, src: found.__setitem__(0, of_rank_0.pop(0))
-    )
+
+    def broadcast(found, src, group):
+        found[:] = of_rank_0.pop(0)
+
+    monkeypatch.setattr(manager.dist, "broadcast_object_list", broadcast)
     assert manager.find(tmp_path) == later
     assert manager.find_together(tmp_path) == first
     with pytest.raises(ValueError, match="nothing there"):
