@@ -26,8 +26,10 @@ from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import OptimizerConfig, RunConfig, run_config_from_dict
 from gpsd_dist.data.run_manifest import read_run_manifest
 from gpsd_dist.distributed.runtime import Runtime, process_group
+from gpsd_dist.metrics.classification import Predictions
 from gpsd_dist.metrics.ranking import RANK_CUT
 from gpsd_dist.metrics.recorder import json_safe
+from gpsd_dist.metrics.scores import scores_file
 from gpsd_dist.parameter_names import dense_weight, table_weight
 from gpsd_dist.schema import Manifest
 from gpsd_dist.stages.stage import Metrics, evaluate_split
@@ -46,10 +48,12 @@ def evaluate_checkpoint(
     which: str = "best",
     *,
     rank_cut: int | None = None,
+    keep: dict[str, Predictions] | None = None,
 ) -> Metrics:
     """Scores one split with a run folder's best (or last) checkpoint, or with a checkpoint folder; exact. Collective.
 
-    `data_dir` None stands for the folder that the run was trained on; for `rank_cut` see stages.stage.evaluate_split.
+    `data_dir` None stands for the folder that the run was trained on; `rank_cut` and `keep` are those of
+    stages.stage.evaluate_split.
     ValueError if the data set has other features, vocabularies or tasks than the run was trained with, or if nothing
     is ranked.
     """
@@ -64,7 +68,7 @@ def evaluate_checkpoint(
     components = assemble(run, manifest, runtime)
     loading.load_tensors(folder, components.weights())
     log.info("scoring %s of %s with %s (step %d)", split, run.data_dir, folder, state.step)
-    return evaluate_split(run, manifest, components, split, rank_cut)
+    return evaluate_split(run, manifest, components, split, rank_cut, keep)
 
 
 def _check_same_schema(manifest: Manifest, saved: dict, folder: Location, data_dir: str) -> None:
@@ -118,6 +122,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--max_history_length", type=int, help=history_help)
     parser.add_argument("--metrics_out", type=pathlib.Path, help="JSON file to write")
+    scores_help = "Parquet file to write: task, user_hash, label and score of every candidate"
+    parser.add_argument("--scores_out", type=pathlib.Path, help=scores_help)
     args = parser.parse_args(argv)
     if args.baseline and not args.data:
         parser.error("--baseline needs --data")
@@ -125,35 +131,53 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--rank_cut {args.rank_cut} must be at least 1, and goes with --checkpoint or {NEXT_ITEM}")
     if args.max_history_length is not None and (args.baseline != NEXT_ITEM or args.max_history_length < 1):
         parser.error(f"--max_history_length {args.max_history_length} must be at least 1, and goes with {NEXT_ITEM}")
+    if args.scores_out and args.baseline == NEXT_ITEM:
+        parser.error(f"--scores_out: {NEXT_ITEM} ranks items and scores no candidates; leave it out")
     return args
 
 
 def main(argv: list[str]) -> int:
     """Returns 0, or 2 for a mistake in the options or the data."""
     args = _parse(argv)
+    keep: dict[str, Predictions] | None = {} if args.scores_out else None
     try:
         if args.baseline:
             longest = args.max_history_length
             metrics = evaluate_baseline(
-                args.baseline, args.data, args.split, rank_cut=args.rank_cut, max_history_length=longest
+                args.baseline, args.data, args.split, rank_cut=args.rank_cut, max_history_length=longest, keep=keep
             )
-            return _report(metrics, args.metrics_out)
+            return _report(metrics, args, keep)
         with process_group(_TIMEOUT_S) as runtime:
             metrics = evaluate_checkpoint(
-                args.checkpoint, args.data, args.split, runtime, args.which, rank_cut=args.rank_cut
+                args.checkpoint, args.data, args.split, runtime, args.which, rank_cut=args.rank_cut, keep=keep
             )
-        return _report(metrics, args.metrics_out) if runtime.is_main else 0
+        return _report(metrics, args, keep) if runtime.is_main else 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
 
 
-def _report(metrics: Metrics, metrics_out: pathlib.Path | None) -> int:
+def _report(metrics: Metrics, args: argparse.Namespace, keep: dict[str, Predictions] | None) -> int:
     _print(metrics)
-    if metrics_out is not None:
-        metrics_out.parent.mkdir(parents=True, exist_ok=True)
-        storage.write(metrics_out, (json.dumps(json_safe(metrics), indent=1) + "\n").encode())
+    write_results(metrics, args.metrics_out, keep, args.scores_out)
     return 0
+
+
+def write_results(
+    metrics: Metrics,
+    metrics_out: pathlib.Path | None,
+    keep: dict[str, Predictions] | None,
+    scores_out: pathlib.Path | None,
+) -> None:
+    """Writes the files of --scores_out and --metrics_out, each whole or not at all; the metrics last."""
+    files: list[tuple[pathlib.Path, bytes]] = []
+    if scores_out is not None and keep is not None:
+        files.append((scores_out, scores_file(keep)))
+    if metrics_out is not None:
+        files.append((metrics_out, (json.dumps(json_safe(metrics), indent=1) + "\n").encode()))
+    for path, content in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.write(path, content)
 
 
 if __name__ == "__main__":

@@ -100,14 +100,16 @@ class Predictions:
 
 
 def gather_metrics(
-    predictions: collections.abc.Mapping[str, Predictions],
+    predictions: collections.abc.Mapping[str, Predictions], keep: dict[str, Predictions] | None = None
 ) -> dict[str, dict[str, float | int]]:
     """Computes METRIC_KEYS per task over the rows of all ranks. Collective: all ranks must call with the same tasks.
 
     Rank 0 gathers the rows and computes, one task after the other. It broadcasts the few numbers, so every rank returns
-    the same. RuntimeError on the other ranks if rank 0 fails.
+    the same. `keep` gets the gathered rows of each task on rank 0. RuntimeError on the other ranks if rank 0 fails.
     """
     if not dist.is_initialized():
+        if keep is not None:
+            keep |= predictions
         return {task: rows.metrics() for task, rows in predictions.items()}
     results = {}
     for task in sorted(predictions):  # ranks may have built their dicts in different orders
@@ -116,6 +118,8 @@ def gather_metrics(
         try:
             if dist.get_rank() == 0:
                 metrics = gathered.metrics()
+                if keep is not None:
+                    keep[task] = gathered
                 values_M = torch.tensor([0.0, *(metrics[key] for key in METRIC_KEYS)], dtype=torch.float64)
         finally:  # broadcast even if rank 0 raises, else the other ranks wait forever
             dist.broadcast(values_M, 0)

@@ -82,11 +82,15 @@ class Finetune:
         return torch.stack([*(self._loss(task, logits, batch) for task in self.tasks), auxiliary])
 
     def evaluate(
-        self, components: Components, batches: typing.Iterable[tuple[Batch, ...]], rank_cut: int | None
+        self,
+        components: Components,
+        batches: typing.Iterable[tuple[Batch, ...]],
+        rank_cut: int | None,
+        keep: dict[str, Predictions] | None = None,
     ) -> Metrics:
         """Scores every candidate: task -> auc, gauc, log_loss, ne, calibration, rows. Collective.
 
-        `rank_cut` belongs to next-item ranking and must be None.
+        `keep` gets the scores on rank 0; `rank_cut` belongs to next-item ranking and must be None.
         """
         if rank_cut is not None:
             raise ValueError(
@@ -103,7 +107,7 @@ class Finetune:
             embeddings = components.tables(batch.lookup)
             if batch.num_requests or components.forward_is_collective:
                 add_predictions(predictions, self.tasks, components.model(embeddings, batch), batch)
-        return gather_metrics(predictions)
+        return gather_metrics(predictions, keep)
 
     def default_metric(self, metrics: Metrics) -> str:
         """Chooses the best checkpoint by the AUC of the first task."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from gpsd_dist.batch.batch import Batch
 from gpsd_dist.config import RunConfig
+from gpsd_dist.metrics.classification import Predictions
 from gpsd_dist.model.gpsd import NextItemModel
 from gpsd_dist.schema import Manifest, Table
 from gpsd_dist.stages import losses
@@ -75,9 +76,15 @@ class Pretrain:
         return torch.stack(sums)
 
     def evaluate(
-        self, components: Components, batches: typing.Iterable[tuple[Batch, ...]], rank_cut: int | None
+        self,
+        components: Components,
+        batches: typing.Iterable[tuple[Batch, ...]],
+        rank_cut: int | None,
+        keep: dict[str, Predictions] | None = None,
     ) -> Metrics:
         """Ranks all items at the end of each history: task "next_item" -> HR@K, NDCG@K, MRR, rows. Collective."""
+        if keep is not None:
+            raise ValueError("a pretrained run ranks items and scores no candidates: leave out --scores_out")
         return {"next_item": rank_next_items(components, self.manifest, batches, rank_cut)}
 
     def default_metric(self, metrics: Metrics) -> str:

@@ -17,6 +17,7 @@ from gpsd_dist.batch.batch import Batch
 from gpsd_dist.config import RunConfig
 from gpsd_dist.data.loaders import evaluation_loader
 from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.metrics.classification import Predictions
 from gpsd_dist.parameter_names import DENSE, IDS, TABLE
 from gpsd_dist.schema import Manifest, Table
 from gpsd_dist.tables.id_remapping import IdRemapper
@@ -53,9 +54,16 @@ class Stage(typing.Protocol):
         """Runs the model on `embeddings` (table -> [U, E]) and sums each loss over the batch: float32 [L]."""
 
     def evaluate(
-        self, components: "Components", batches: typing.Iterable[tuple[Batch, ...]], rank_cut: int | None
+        self,
+        components: "Components",
+        batches: typing.Iterable[tuple[Batch, ...]],
+        rank_cut: int | None,
+        keep: dict[str, Predictions] | None = None,
     ) -> Metrics:
-        """Computes exact metrics over all batches and ranks; the caller turns gradients off. Collective."""
+        """Computes exact metrics over all batches and ranks; the caller turns gradients off. Collective.
+
+        `keep` gets the scored candidates of each task on rank 0, where somebody asks for them.
+        """
 
     def default_metric(self, metrics: Metrics) -> str:
         """Names the `task/metric` (larger is better) that chooses the best checkpoint, if no option names one."""
@@ -88,11 +96,17 @@ class Components:
 
 
 def evaluate_split(
-    run: RunConfig, manifest: Manifest, components: Components, split: str, rank_cut: int | None = None
+    run: RunConfig,
+    manifest: Manifest,
+    components: Components,
+    split: str,
+    rank_cut: int | None = None,
+    keep: dict[str, Predictions] | None = None,
 ) -> Metrics:
     """Makes one pass over a split without training: exact metrics over all rows, the same on every rank. Collective.
 
-    ValueError if `rank_cut` is given to a stage that ranks no items, or the data set has no labels.
+    `keep` gets the scored candidates of each task on rank 0. ValueError if `rank_cut` is given to a stage that ranks no
+    items, `keep` to one that scores no candidates, or the data set has no labels.
     """
     runtime = components.runtime
     # Afterwards the model is as it was: dropout on, if training goes on.
@@ -100,6 +114,6 @@ def evaluate_split(
     components.model.eval()
     batches = evaluation_loader(run, manifest, components.lookup_names, split, runtime)
     with torch.no_grad(), torch.autocast(runtime.device.type, torch.bfloat16, enabled=run.train.bf16):
-        metrics = components.stage.evaluate(components, batches, rank_cut)
+        metrics = components.stage.evaluate(components, batches, rank_cut, *([] if keep is None else [keep]))
     components.model.train(was_training)
     return metrics

@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gpsd_dist.baselines.registry import evaluate_baseline
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.data.loaders import evaluation_loader
 from gpsd_dist.evaluate import evaluate_checkpoint
+from gpsd_dist.metrics.classification import classification_metrics
+from gpsd_dist.metrics.scores import read_scores, scores_file
 from gpsd_dist.schema import NUM_RESERVED_ROWS, read_manifest
 from gpsd_dist.stages.stage import evaluate_split
 from gpsd_dist.trainer import Trainer
@@ -69,6 +72,33 @@ def test_every_row_counts_once(scored, split):
         assert finetuned[split]["click"]["rows"] == np.isfinite(click).sum()
         assert finetuned[split]["buy"]["rows"] == (np.isfinite(buy) & positive).sum()
         assert pretrained[split]["next_item"]["rows"] == positive.sum()
+
+
+@pytest.mark.parametrize("what", ["finetune", "rates"])
+def test_kept_scores_are_those_of_the_metrics(scored, one_rank, tmp_path, what):
+    """Written, read, and measured again."""
+    data, keep, path = scored["root"] / "data", {}, tmp_path / "scores.parquet"
+    if what == "rates":
+        metrics = evaluate_baseline(what, data, "valid", keep=keep)
+    else:
+        metrics = evaluate_checkpoint(scored["root"] / what, str(data), "valid", one_rank, keep=keep)
+    path.write_bytes(scores_file(keep))
+    found = read_scores(path)
+    assert set(found) == set(metrics) == {"click", "buy"}
+    for task, columns in found.items():
+        again = classification_metrics(columns["score"], columns["label"], columns["user_hash"])
+        assert again == pytest.approx(metrics[task], abs=0, nan_ok=True)
+    labels = _labels(data, "valid")["click"]
+    assert sorted(found["click"]["label"]) == sorted(label for label in labels if label is not None)
+
+
+def test_scores_that_are_not_there(scored, one_rank, tmp_path):
+    with pytest.raises(ValueError, match="ranks items and scores no candidates: leave out --scores_out"):
+        evaluate_checkpoint(scored["root"] / "pretrain", None, "valid", one_rank, keep={})
+    (tmp_path / "no").write_text("scores")
+    for path in (tmp_path / "no", tmp_path / "missing"):
+        with pytest.raises(ValueError, match="holds no scores"):
+            read_scores(path)
 
 
 def _labels(data_dir, split: str):

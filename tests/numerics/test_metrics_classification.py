@@ -59,7 +59,10 @@ def _rank_metrics(rank, world_size):
         predictions[task].add(*(column[share] for column in _rows(seed=seed)))
     if rank % 2:  # a rank that met the tasks in another order must not mix them up
         predictions = dict(reversed(predictions.items()))
-    return classification.gather_metrics(predictions)
+    keep = {}
+    metrics = classification.gather_metrics(predictions, keep)
+    assert {task: rows.metrics() for task, rows in keep.items()} == (metrics if rank == 0 else {})
+    return metrics
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
