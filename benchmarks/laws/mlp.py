@@ -55,7 +55,7 @@ class _Split:
         return classification_metrics(logit_N, self.label_N.numpy().astype(np.uint8), self.user_hash_N, "score")["auc"]
 
 
-def score_mlp(data_dir: pathlib.Path, task: str, seed: int) -> tuple[list[tuple[int, float]], float]:
+def score_mlp(data_dir: pathlib.Path, task: str, seed: int) -> tuple[list[list], float]:
     """Fits on train; returns (step, AUC on valid) of every epoch, and the AUC on test of the best epoch."""
     torch.manual_seed(seed)
     manifest = schema.read_manifest(data_dir)
@@ -73,7 +73,7 @@ def score_mlp(data_dir: pathlib.Path, task: str, seed: int) -> tuple[list[tuple[
             loss.backward()
             optimizer.step()
             step += 1
-        curve.append((step, valid.auc(model)))
+        curve.append([step, valid.auc(model)])
         if curve[-1][1] > best_valid:
             best_valid, best_test = curve[-1][1], test.auc(model)
     return curve, best_test

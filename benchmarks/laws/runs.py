@@ -16,6 +16,9 @@ import logging
 import pathlib
 import shutil
 import time
+import traceback
+
+import torch.distributed as dist
 
 from benchmarks.laws import dataset, mlp
 from benchmarks.laws.dataset import LawData
@@ -111,7 +114,7 @@ def run_cell(cell: Cell, made: LawData, out_dir: pathlib.Path, settings: Setting
     return record
 
 
-def _record(made: LawData, curve: list[tuple[int, float]], best_valid: float, test_auc: float, cpu_s: float) -> dict:
+def _record(made: LawData, curve: list[list], best_valid: float, test_auc: float, cpu_s: float) -> dict:
     ceilings = {split: dataset.ceiling(made, split) for split in ("valid", "test")}
     near = 0.5 + _NEAR * (best_valid - 0.5)
     return {
@@ -146,7 +149,7 @@ def _trained(cell: Cell, made: LawData, folder: pathlib.Path, out_dir: pathlib.P
     looks = [entry for entry in entries if f"valid/{first}/auc" in entry]
     best = max(looks, key=lambda entry: entry[f"valid/{first}/auc"])
     shutil.rmtree(folder / "checkpoints")  # hundreds of cells; a record is all that the table needs
-    curve = [(entry["step"], entry[f"valid/{made.task}/auc"]) for entry in looks]
+    curve = [[entry["step"], entry[f"valid/{made.task}/auc"]] for entry in looks]
     return curve, best[f"valid/{made.task}/auc"], json.loads(scored.read_text())[made.task]["auc"]
 
 
@@ -202,7 +205,13 @@ def _command(main: collections.abc.Callable[[list[str]], int], argv: list[str], 
     """Calls a command; what it says goes to log.txt. ValueError with the last line if its status is not 0."""
     log_file = folder / "log.txt"
     with log_file.open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        status = main(argv)
+        try:
+            status = main(argv)
+        except Exception:  # a table of hours shall not end with one cell, whatever was wrong with it
+            traceback.print_exc()
+            status = 1
     logging.getLogger("gpsd_dist").handlers.clear()  # they write into the file that is closed now
+    if dist.is_initialized():
+        dist.destroy_process_group()  # a command that fails leaves that to the end of its process
     if status:
         raise ValueError(f"status {status}: {log_file.read_text().splitlines()[-1]}")
