@@ -8,13 +8,13 @@ import itertools
 import typing
 
 import torch
-import torch.nn.functional as F
 
 from gpsd_dist.batch.batch import Batch
 from gpsd_dist.batch.lookup import lookup_of
 from gpsd_dist.distributed.collectives import all_gather_rows, all_sum
 from gpsd_dist.metrics.ranking import Excluded, RankingSums, rank_targets
 from gpsd_dist.schema import Manifest
+from gpsd_dist.stages import losses
 from gpsd_dist.stages.stage import Components
 
 _LOOKUP_CHUNK_ROWS = 65_536  # bounds what one lookup exchanges; untuned
@@ -63,7 +63,7 @@ def _last_states(components: Components, embeddings: dict[str, torch.Tensor], ba
     if len(batch.history_item_T) or components.forward_is_collective:
         offsets = batch.packing.history_offsets
         has_history = offsets.diff() > 0
-        hidden_TE = F.normalize(components.model(embeddings, batch).hidden_TE, dim=-1)
+        hidden_TE = losses.unit(components.model(embeddings, batch).hidden_TE)
         query_BE[has_history] = hidden_TE[offsets[1:][has_history] - 1]
     return query_BE
 
@@ -82,7 +82,7 @@ def _item_block(components: Components, manifest: Manifest) -> _Items:
         index = torch.arange(min(first + offset, stop), min(first + offset + _LOOKUP_CHUNK_ROWS, stop))
         sizes = [len(index) if name == table else 0 for name in names]
         lookup = lookup_of(names, index.to(runtime.device), sizes)
-        blocks.append(F.normalize(components.tables(lookup)[table].float(), dim=-1))
+        blocks.append(losses.unit(components.tables(lookup)[table]))
     unit_RE = torch.cat(blocks)
     occupied = components.ids.occupied(table, runtime.device)
     exists_R = None

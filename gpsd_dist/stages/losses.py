@@ -12,6 +12,12 @@ import torch.nn.functional as F
 
 CHUNK_ELEMENTS = 1 << 21  # floats of gathered rows: 8 MiB stay in a cache; 0.04 s per 1000 positions x 128 on one core
 _MAX_EXPONENT = 80.0  # exp(-80) is still a normal float32
+_SHORTEST = 1e-6  # as in the code of both GPSD and HSTU; below it, the gradient of a direction would explode
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    """Divides vectors [..., E] by their length, or by 1e-6 if they are shorter: float32 [..., E]."""
+    return F.normalize(x.float(), dim=-1, eps=_SHORTEST)
 
 
 def sampled_softmax(
@@ -35,8 +41,7 @@ def sampled_softmax(
     # could not tell good negatives from the target.
     with torch.autocast(hidden_ME.device.type, enabled=False):
         # Normalised once per distinct row, before the same row is gathered for many positions.
-        unit_UE = F.normalize(rows_UE.float(), dim=-1)
-        query_ME = F.normalize(hidden_ME.float(), dim=-1) / temperature
+        unit_UE, query_ME = unit(rows_UE), unit(hidden_ME) / temperature
         indices = (target_row_M, target_item_M, negative_row_GN, negative_item_GN)
         if group_offsets is None:
             loss = _OwnNegativesSoftmax.apply(query_ME, unit_UE, *indices)
@@ -148,7 +153,7 @@ def full_softmax(
 ) -> torch.Tensor:
     """Sums the cosine softmax loss over all rows of a small table (category loss); target int64 table indices."""
     with torch.autocast(hidden_ME.device.type, enabled=False):
-        logits_MV = F.normalize(hidden_ME.float(), dim=-1) @ F.normalize(weight_VE.float(), dim=-1).t() / temperature
+        logits_MV = unit(hidden_ME) @ unit(weight_VE).t() / temperature
         return F.cross_entropy(logits_MV, target_M, reduction="sum")
 
 

@@ -93,6 +93,30 @@ def test_hits_found_by_search_are_those_found_by_comparison(name):
     assert torch.equal(masked == -math.inf, target[:, None] == negative)
 
 
+def test_vectors_shorter_than_a_millionth_are_divided_by_that():
+    """As in the official code; a zero vector would else have a gradient that clipping turns into a stop of the rest."""
+    p = make_problem(**PROBLEMS["one group"])
+    with torch.no_grad():
+        p["hidden"][0], p["hidden"][1] = 0, p["hidden"][1] * 1e-8
+        p["rows"][p["target_row"][0]] = 0
+    leaves = [p["hidden"].requires_grad_(), p["rows"].requires_grad_()]
+    got = torch.autograd.grad(run_ours(p, *leaves), leaves)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    units = [x / x.norm(dim=-1, keepdim=True).clamp(min=1e-6) for x in exact]
+    scores = units[0] @ units[1].T / TEMPERATURE
+    logits = torch.cat((scores.gather(1, p["target_row"][:, None]), scores[:, p["negative_row"][0]]), dim=1)
+    logits[:, 1:][p["negative_item"] == p["target_item"][:, None]] = -math.inf
+    expected = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64), reduction="sum")
+    wanted = torch.autograd.grad(expected, exact)
+    for ours, theirs in zip(got, wanted):
+        assert (theirs.norm(dim=-1) > 1e3).any()  # 1e6 times what others have, and not 1e12 times
+        error = (ours.double() - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-3)
+        assert error.max() < 1e-4
+    torch.testing.assert_close(
+        losses.unit(torch.tensor([[3e-7, 4e-7], [3.0, 4.0]])), torch.tensor([[0.3, 0.4], [0.6, 0.8]])
+    )
+
+
 def test_autocast_leaves_losses_in_float32():
     """A cosine over 0.05 reaches 20, where bf16 has a step of 0.125."""
     p = make_problem(**PROBLEMS["8 groups"])
