@@ -13,7 +13,6 @@ import typing
 import torch
 
 from gpsd_dist.checkpoint import storage
-from gpsd_dist.config.gin_cli import ParsedRun
 from gpsd_dist.config.model import size_text
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.trainer import Trainer
@@ -22,19 +21,19 @@ log = logging.getLogger(__name__)
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy", "gin-config")
 
 
-def write(parsed: ParsedRun, trainer: Trainer, runtime: Runtime, plan_lines: list[str]) -> None:
+def write(gin_text: str, trainer: Trainer, runtime: Runtime, plan_lines: list[str]) -> None:
     """Writes four files into OUTPUT_DIR, and a short form to the log. Only rank 0 may call it.
 
     config.gin is for running the command again, run_config.json has every option, plan.txt the layout of the tables and
     then `plan_lines`, environment.json the command, commit, versions and hardware.
     """
-    run = parsed.run
+    run = trainer.run
     folder = pathlib.Path(run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     tables = trainer.components.tables
     plan = [*tables.plan.splitlines(), *plan_lines]
     texts = {
-        "config.gin": parsed.gin_text,
+        "config.gin": gin_text,
         "run_config.json": json.dumps(dataclasses.asdict(run), indent=1),
         "plan.txt": "\n".join(plan) + "\n",
         "environment.json": json.dumps(environment(runtime), indent=1),

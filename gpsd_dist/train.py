@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
             trainer.load_weights()
             if runtime.is_main:
                 lines = [_saved_by_freezing(trainer, runtime)] if run.freezes_tables else []
-                run_description.write(parsed, trainer, runtime, lines)
+                run_description.write(parsed.gin_text, trainer, runtime, lines)
             best = trainer.train()
         if not trainer.early_stopping.is_finished:
             return trainer.stops.exit_code

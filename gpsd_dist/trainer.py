@@ -9,7 +9,7 @@ import typing
 from gpsd_dist.assembly import assemble
 from gpsd_dist.checkpoint.loading import fill_tensors
 from gpsd_dist.checkpoint.manager import Checkpoints, RunState, newest_intact
-from gpsd_dist.checkpoint.resume import check_resumable, epochs_to_best
+from gpsd_dist.checkpoint.resume import check_resumable, epochs_to_best, in_saved_revision
 from gpsd_dist.checkpoint.state import read_run, read_state
 from gpsd_dist.checkpoint.transfer import transfer
 from gpsd_dist.config import RunConfig
@@ -37,10 +37,15 @@ class Trainer:
 
         Raises ValueError or OSError for what does not fit or cannot be read; nothing has been written then.
         """
-        self.run, self.runtime = run, runtime
+        self.runtime = runtime
         self.manifest = read_run_manifest(run)
         # Options that cannot fit the data are refused before tables are allocated, which may take minutes.
         check_options_against_data(run, self.manifest)
+        self.checkpoints = Checkpoints(run.output_dir, runtime, run.train)
+        # All ranks verify the files together and agree on one checkpoint: a rank that alone found a damaged file would
+        # otherwise start from another step than the rest.
+        self.start = newest_intact(self.checkpoints.folder)
+        self.run = run = in_saved_revision(run, self.start)
         self.components = assemble(run, self.manifest, runtime)
         stage, names = self.components.stage, self.components.lookup_names
         self.loader = training_loader(run, self.manifest, names, runtime, with_candidates=stage.with_candidates)
@@ -50,10 +55,6 @@ class Trainer:
             # Opened once here, so that an unreadable `valid` is found now and not after the first epoch.
             with contextlib.closing(evaluation_loader(run, self.manifest, names, "valid", runtime)) as valid:
                 self._valid_content = valid.state_dict()["order"]["content"]
-        self.checkpoints = Checkpoints(run.output_dir, runtime, run.train)
-        # All ranks verify the files together and agree on one checkpoint: a rank that alone found a damaged file would
-        # otherwise start from another step than the rest.
-        self.start = newest_intact(self.checkpoints.folder)
         if self.start is not None:
             # Refused before anything is written into the folder of another run.
             state = read_run(self.start)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import typing
 
 from gpsd_dist.checkpoint import manager
@@ -9,6 +10,7 @@ from gpsd_dist.checkpoint.state import RunState, read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import RunConfig, run_config_from_dict
 
+log = logging.getLogger(__name__)
 _SAME_DATA = ("features", "tables", "tasks", "splits")
 """Parts of the manifest that a run depends on; paths, commands and times of building may differ."""
 _OTHER_SPLITS = ("test", "holdout")
@@ -36,6 +38,22 @@ def check_resumable(
             f"{checkpoint} was trained on other data: {'; '.join(parts)} differ from those of the data now (built "
             "anew, or another DATA_DIR); use the data of that run, or another OUTPUT_DIR"
         )
+
+
+def in_saved_revision(run: RunConfig, start: Location | None) -> RunConfig:
+    """Takes over the revision of the model that the run goes on with, so that its weights compute what they did.
+
+    It is that of its own checkpoint `start`, else of the tower it transfers, else of the run it refits. Collective.
+    """
+    origin = run.init_checkpoint if run.transfers_tower else run.refit_of
+    if start is None and not origin:
+        return run
+    checkpoint = start if start is not None else manager.find_together(origin)
+    saved = read_run(checkpoint).run_config["model"]
+    if saved["name"] != run.model.name or saved["revision"] == run.model.revision:
+        return run
+    log.warning("ModelConfig.revision is %d, that of %s", saved["revision"], checkpoint)
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, revision=saved["revision"]))
 
 
 def epochs_to_best(run: dict[str, typing.Any], manifest: dict[str, typing.Any]) -> float:

@@ -14,7 +14,7 @@ from gpsd_dist.parameter_names import BACKBONE, DENSE, IDS, TABLE, dense_weight,
 from gpsd_dist.schema import Manifest
 
 log = logging.getLogger(__name__)
-_TOWER_OPTIONS = ("layers", "heads", "time_bias")
+_TOWER_OPTIONS = ("layers", "heads", "time_bias", "revision")
 """Options of ModelConfig that change what a tower computes but not the shapes of its weights, or not all of them."""
 
 

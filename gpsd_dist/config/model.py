@@ -9,8 +9,10 @@ import pydantic
 
 from gpsd_dist.validation import AtLeast0, AtLeast1, NotNegative, checked, one_of
 
-_EVERY_MODEL = frozenset({"name", "width", "dropout", "init_std", "context_dim", "compile"})
+_EVERY_MODEL = frozenset({"name", "width", "dropout", "init_std", "context_dim", "compile", "revision"})
 _SIZES = {"layers": "L", "width": "H", "heads": "A"}  # letters of the paper
+_PROJECTION_EPS = {1: 1e-5, 2: 1e-6}
+_REBUILT = ("deepfm", "dmin", "wukong")  # in revision 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,15 @@ MODELS: dict[str, Traits] = {
     "wukong": Traits("layers max_positions"),
 }
 """Every value of `ModelConfig.name`. `gpsd_dist.model.registry.TOWERS` has the classes of these names."""
+
+
+def saved_revision(raw: collections.abc.Mapping[str, typing.Any], embedding_dim: typing.Any) -> int:
+    """Finds the revision of a saved ModelConfig from before there was one: the newest that computes the same.
+
+    `embedding_dim`: width of its tables.
+    """
+    width, name = (raw.get(option, getattr(ModelConfig, option)) for option in ("width", "name"))
+    return 2 if width == embedding_dim and name not in _REBUILT else 1
 
 
 def models_with(trait: str) -> list[str]:
@@ -97,6 +108,23 @@ class ModelConfig:
     """sasrec: hidden width of the feed-forward part; 0: width."""
     time_bias: bool = True
     """hstu: attention also sees the time from every event to the *next* one, up to the predicted one itself."""
+    revision: typing.Annotated[int, pydantic.Field(ge=1, le=2)] = 2
+    """Form of the model. 2: the official one. 1: that of runs up to commit 14e4532, where the norms of projections
+    (WIDTH other than EMBEDDING_DIM) have eps 1e-5 instead of 1e-6. A run that goes on from weights keeps theirs."""
+
+    @property
+    def projection_eps(self) -> float:
+        """Gives the eps of the RMSNorms beside projections between the widths of tables and tower."""
+        return _PROJECTION_EPS[self.revision]
+
+    def check_revision(self) -> None:
+        """Raises a ValueError if the model is not built any more in this revision."""
+        if self.revision < 2 and self.name in _REBUILT:
+            raise ValueError(
+                f"model {self.name!r} of revision {self.revision} (a run of commit 14e4532 or before) is not built any "
+                "more, because its layers were not those of the official code; read such a run with commit 14e4532, or "
+                "train it anew (STRATEGY ST and ST_SF take over its tables)"
+            )
 
     def unread(self) -> list[str]:
         """Lists the options that were set to something else than their default and that this model does not read."""

@@ -6,7 +6,7 @@ import typing
 
 from gpsd_dist.config.execution import ExecutionConfig
 from gpsd_dist.config.ids import IdsConfig
-from gpsd_dist.config.model import MODELS, ModelConfig
+from gpsd_dist.config.model import MODELS, ModelConfig, saved_revision
 from gpsd_dist.config.tables import TablesConfig
 from gpsd_dist.config.training import (
     SPARSE_OPTIMIZERS,
@@ -177,10 +177,15 @@ GIN_CLASSES = (
 def run_config_from_dict(raw: dict[str, typing.Any]) -> RunConfig:
     """Reads `dataclasses.asdict(run)` back after a trip through JSON; an option that is missing has its default.
 
-    ValueError names what does not fit, UnknownOptions what is of another version of the program.
+    The revision of a model is that of the program that saved it. ValueError names what does not fit, UnknownOptions
+    what is of another version of the program.
     """
     hints = typing.get_type_hints(RunConfig)
     check_known(RunConfig, raw, _GONE)
+    model, tables = raw.get("model"), raw.get("tables", {})
+    if isinstance(model, dict) and isinstance(tables, dict) and "revision" not in model:
+        width = tables.get("embedding_dim", TablesConfig.embedding_dim)
+        raw = raw | {"model": model | {"revision": saved_revision(model, width)}}
     parts = {n: value for n, value in raw.items() if dataclasses.is_dataclass(hints[n]) and isinstance(value, dict)}
     try:
         return RunConfig(**raw | {name: hints[name](**value) for name, value in parts.items()})

@@ -75,7 +75,7 @@ class DIN(nn.Module):
         super().__init__()
         channels = num_fields * width
         self.out_width, self.mlp_widths = 2 * channels, (2 * width, width)
-        self.attention = ActivationUnit(channels, attention_widths(width), init_std)
+        self.attention = ActivationUnit(channels, (max(width // 2, 1), max(width // 4, 1)), init_std)
 
     @classmethod
     def build(cls, config: ModelConfig, num_fields: int) -> "DIN":
@@ -89,8 +89,3 @@ class DIN(nn.Module):
         pairs = pair_up(packing)
         weight_P = softmax(self.attention(candidate_CN, history_TN, pairs), pairs)
         return torch.cat((pool(history_TN, weight_P, pairs), candidate_CN), dim=-1)
-
-
-def attention_widths(width: int) -> tuple[int, int]:
-    """Returns the hidden widths of the activation unit (official settings: d / 2, d / 4)."""
-    return max(width // 2, 1), max(width // 4, 1)

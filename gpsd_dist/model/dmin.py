@@ -1,7 +1,7 @@
 """DMIN (CIKM'20, doi:10.1145/3340531.3412092): self-attention refines a history, heads of a second one are interests.
 
-Sizes follow the official GPSD variant. Both self-attentions are causal, so that the next behaviour can supervise a
-refined one.
+Sizes and layers follow the official GPSD variant: residuals without the paper's LayerNorms, biases in the refining
+attention alone. Both self-attentions are causal, so that the next behaviour can supervise a refined one.
 
 Shape letters: S tokens in packed order, T history tokens, C candidates, F token features, D width, N = F D channels of
 a token, H heads, K = N / H head width.
@@ -12,7 +12,7 @@ from torch import nn
 
 from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig
-from gpsd_dist.model.din import ActivationUnit, attention_widths
+from gpsd_dist.model.din import ActivationUnit
 from gpsd_dist.model.ops.attention import attend
 from gpsd_dist.model.pairs import Pairs, join, pair_up, pool, softmax, split_tokens
 from gpsd_dist.model.transformer import init_linear
@@ -21,21 +21,19 @@ _FFN_MULTIPLE = 2  # hidden width of a feed-forward over N: 4 d with two feature
 
 
 class Refinement(nn.Module):
-    """Completes a transformer layer after its attention: norm(x + projected attention), then norm(x + ReLU FFN(x))."""
+    """Completes a transformer layer after its attention: x + projected attention, then x + ReLU FFN(x)."""
 
-    def __init__(self, in_width: int, width: int, dropout: float):
+    def __init__(self, in_width: int, width: int, dropout: float, *, bias: bool):
         super().__init__()
-        self.project = nn.Linear(in_width, width, bias=False)
-        self.attention_norm = nn.LayerNorm(width)
+        self.project = nn.Linear(in_width, width, bias=bias)
         hidden = _FFN_MULTIPLE * width
         self.ffn = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
-        self.ffn_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_TN: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Maps [T, N], [T, in_width] -> [T, N]."""
-        x_TN = self.attention_norm(x_TN + self.dropout(self.project(attended)))
-        return self.ffn_norm(x_TN + self.dropout(self.ffn(x_TN)))
+        x_TN = x_TN + self.dropout(self.project(attended))
+        return x_TN + self.dropout(self.ffn(x_TN))
 
 
 class DMIN(nn.Module):
@@ -49,14 +47,16 @@ class DMIN(nn.Module):
         self.heads = heads
         channels = num_fields * width
         self.out_width, self.mlp_widths = (heads + 3) * channels, (2 * width, width)
-        self.refiner_qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.refiner = Refinement(channels, channels, dropout)
+        self.refiner_qkv = nn.Linear(channels, 3 * channels)
+        self.refiner = Refinement(channels, channels, dropout, bias=True)
         self.extractor_qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.interests = nn.ModuleList(Refinement(channels // heads, channels, dropout) for _ in range(heads))
+        self.interests = nn.ModuleList(
+            Refinement(channels // heads, channels, dropout, bias=False) for _ in range(heads)
+        )
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 init_linear(module, init_std)
-        widths = attention_widths(width)
+        widths = (4 * width, 2 * width)
         self.attentions = nn.ModuleList(ActivationUnit(channels, widths, init_std) for _ in range(heads))
 
     @classmethod

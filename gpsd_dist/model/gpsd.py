@@ -28,8 +28,10 @@ class Backbone(nn.Module):
     def __init__(self, manifest: Manifest, tables: TablesConfig, model: ModelConfig, sharded: tuple[Table, ...]):
         super().__init__()
         tower = TOWERS[model.name]
+        model.check_revision()
         self.embedder = TokenEmbedder(manifest, tables, sharded, tower.reads_fields, tower.has_segments)
-        self.project_in = Projection(tables.embedding_dim, model.width, model.init_std, norm_first=True)
+        eps = model.projection_eps
+        self.project_in = Projection(tables.embedding_dim, model.width, model.init_std, norm_first=True, eps=eps)
         # A tower that adds positions or times to its input drops out the sum, as its paper does: not twice.
         self.dropout = nn.Dropout(0.0 if tower.drops_inputs else model.dropout)
         self.tower = tower.build(model, self.embedder.num_fields)
@@ -94,7 +96,8 @@ class NextItemModel(nn.Module):
             generative = models_with("is_generative")
             raise ValueError(f"model {model.name!r} predicts no next item; pretrain one of {generative}")
         self.backbone = Backbone(manifest, tables, model, sharded)
-        self.project_out = Projection(model.width, tables.embedding_dim, model.init_std, norm_first=False)
+        width, eps = tables.embedding_dim, model.projection_eps
+        self.project_out = Projection(model.width, width, model.init_std, norm_first=False, eps=eps)
         self.auxiliary_table = {name: manifest.feature(name).table for name in auxiliary}
         for name, table in self.auxiliary_table.items():
             if table is None or module_key(table) not in self.backbone.embedder.small or manifest.feature(name).is_bag:

@@ -15,7 +15,8 @@ from gpsd_dist.parameter_names import module_key
 class RankingHeads(nn.Module):
     """Has one MLP per task: state + context -> hidden widths -> 1, with ReLU.
 
-    The first `direct_width` columns of the state skip the hidden layers and enter the last one.
+    The first `direct_width` columns of the state skip the hidden layers and enter the last one, which then follows the
+    last hidden layer without a ReLU in between (DeepFM's official form).
     """
 
     def __init__(
@@ -49,20 +50,22 @@ def _mlp(in_width: int, hidden_widths: tuple[int, ...], direct_width: int) -> nn
     layers: list[nn.Module] = []
     for left, right in itertools.pairwise(widths):
         layers += [nn.Linear(left, right), nn.ReLU()]
+    if direct_width:
+        layers[-1] = nn.Identity()
     return nn.Sequential(*layers, nn.Linear(widths[-1] + direct_width, 1))
 
 
 class Projection(nn.Module):
     """Projects vectors [..., in] -> [..., out] by a linear layer with an RMSNorm; identity if the widths are equal."""
 
-    def __init__(self, in_width: int, out_width: int, init_std: float, *, norm_first: bool):
+    def __init__(self, in_width: int, out_width: int, init_std: float, *, norm_first: bool, eps: float):
         """Puts the norm on the side of the embeddings: first on the way into the tower, last on the way out."""
         super().__init__()
         self.layers = nn.Sequential()
         if in_width != out_width:
             linear = nn.Linear(in_width, out_width, bias=False)
             init_linear(linear, init_std)
-            norm = nn.RMSNorm(in_width if norm_first else out_width, eps=1e-5)
+            norm = nn.RMSNorm(in_width if norm_first else out_width, eps=eps)
             self.layers = nn.Sequential(*((norm, linear) if norm_first else (linear, norm)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

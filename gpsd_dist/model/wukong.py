@@ -27,6 +27,10 @@ class Layer(nn.Module):
 
     FMB is MLP(norm(X X^T Y)), a factorisation machine compressed by the learned Y. LCB is W X. The residual is X, or
     another W X where the number of fields changes. `mixing` [n, M] holds Y and both W side by side.
+
+    The official MLP has a batch norm before its ReLU. In evaluation that is one factor and one shift per channel, which
+    the linear layer in front of it spans. So it is left out: with it, the score of a candidate in training would depend
+    on the rest of the batch, on how rows fall on ranks, and on how many candidates share a request.
     """
 
     def __init__(self, num_fields: int, width: int, init_std: float, projects_residual: bool):
@@ -38,8 +42,6 @@ class Layer(nn.Module):
         self.fm_norm = nn.LayerNorm(num_fields * _FM_RANK)
         self.fm = nn.Sequential(
             nn.Linear(num_fields * _FM_RANK, _FM_HIDDEN),
-            nn.ReLU(),
-            nn.Linear(_FM_HIDDEN, _FM_HIDDEN),
             nn.ReLU(),
             nn.Linear(_FM_HIDDEN, _FM_FIELDS * width),
         )

@@ -100,9 +100,9 @@ def causal_heads(tokens, w, name, heads):
 
 
 def refinement(token, attended, w, name):
-    x = layer_norm(token + linear(attended, w, f"{name}.project"), w, f"{name}.attention_norm")
+    x = token + linear(attended, w, f"{name}.project")
     hidden = torch.relu(linear(x, w, f"{name}.ffn.0"))
-    return layer_norm(x + linear(hidden, w, f"{name}.ffn.2"), w, f"{name}.ffn_norm")
+    return x + linear(hidden, w, f"{name}.ffn.2")
 
 
 def dmin_refined(tokens, w, heads):
@@ -130,9 +130,7 @@ def wukong(history, candidate, w, max_positions=15):
         name = f"layers.{layer}"
         y, compress, residual = w[f"{name}.mixing"].split([24, 16, w[f"{name}.mixing"].shape[1] - 40], dim=1)
         hidden = layer_norm(((x @ x.T) @ y).flatten(), w, f"{name}.fm_norm")
-        for index in (0, 2):
-            hidden = torch.relu(linear(hidden, w, f"{name}.fm.{index}"))
-        crossed = linear(hidden, w, f"{name}.fm.4").view(16, -1)
+        crossed = linear(torch.relu(linear(hidden, w, f"{name}.fm.0")), w, f"{name}.fm.2").view(16, -1)
         carried = residual.T @ x if residual.shape[1] else x
         x = layer_norm(torch.cat((crossed, compress.T @ x)) + carried, w, f"{name}.norm")
     return x.flatten()

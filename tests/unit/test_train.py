@@ -9,7 +9,6 @@ import torch
 
 from gpsd_dist import run_description
 from gpsd_dist.config import RunConfig
-from gpsd_dist.config.gin_cli import ParsedRun
 from gpsd_dist.distributed.runtime import Runtime
 
 
@@ -17,7 +16,6 @@ from gpsd_dist.distributed.runtime import Runtime
 def describe(tmp_path):
     tables = types.SimpleNamespace(plan="the plan", weights=dict, width=4)
     trainer = types.SimpleNamespace(
-        run=RunConfig("pretrain", "data", str(tmp_path)),
         manifest=None,
         components=types.SimpleNamespace(tables=tables),
         model=torch.nn.Linear(1, 1),
@@ -27,8 +25,8 @@ def describe(tmp_path):
     )
 
     def call(gin_text: str, seed: int) -> None:
-        run = RunConfig("pretrain", "data", str(tmp_path), seed=seed)
-        run_description.write(ParsedRun(run, gin_text), trainer, Runtime(0, 1, 0, torch.device("cpu")), [])
+        trainer.run = RunConfig("pretrain", "data", str(tmp_path), seed=seed)
+        run_description.write(gin_text, trainer, Runtime(0, 1, 0, torch.device("cpu")), [])
 
     return call
 

@@ -163,7 +163,7 @@ def test_overrides_without_effect_are_errors(name):
         ("din", "HEADS=2", "model 'din' does not read it"),
         ("din", "ModelConfig.max_positions=99", "`ModelConfig.max_positions = 99` has no effect: model 'din'"),
         ("din", "ModelConfig.time_bias=False", "model 'din' does not read it"),
-        ("dmin", "LAYERS=1", "it reads ['compile', 'context_dim', 'dropout', 'heads', 'init_std', 'width']"),
+        ("dmin", "LAYERS=1", "reads ['compile', 'context_dim', 'dropout', 'heads', 'init_std', 'revision', 'width']"),
         ("wukong", "HEADS=2", "model 'wukong' does not read it"),
         ("l4h64a4", "ModelConfig.max_positions=99", "model 'transformer' does not read it"),
         ("sasrec_ml1m", "ModelConfig.head_width=8", "model 'sasrec' does not read it"),

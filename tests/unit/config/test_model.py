@@ -6,12 +6,13 @@ import inspect
 import pytest
 
 from gpsd_dist.config import ModelConfig
-from gpsd_dist.config.model import MODELS, size_text
+from gpsd_dist.config.model import MODELS, saved_revision, size_text
 from gpsd_dist.model.registry import TOWERS
 
 FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
-BY_THE_BACKBONE = {"name", "width", "dropout", "init_std", "context_dim", "compile"}  # projection, input dropout, heads
-OTHER_VALUES = {"name": "", "layers": 9, "width": 8, "heads": 2, "time_bias": False, "compile": True, "dropout": 0.1}
+BY_THE_BACKBONE = {"name", "width", "dropout", "init_std", "context_dim", "compile", "revision"}
+"""For projections, input dropout, heads."""
+OTHER_VALUES = {"layers": 9, "width": 8, "heads": 2, "time_bias": False, "compile": True, "dropout": 0.1, "revision": 1}
 
 
 class Watched:
@@ -75,6 +76,26 @@ def test_a_foreign_option_is_refused_but_a_size_of_another_model_is_not():
 )
 def test_a_title_shows_the_sizes_that_are_read(name, text):
     assert size_text(dataclasses.asdict(ModelConfig(name, layers=9))) == text
+
+
+@pytest.mark.parametrize(("width", "revision"), [(64, 2), (32, 1)])
+def test_the_revision_of_an_old_run_is_the_newest_that_computes_the_same(width, revision):
+    """Only projections, and the three models with other layers, tell the revisions apart."""
+    for name in MODELS:
+        expected = 1 if name in ("deepfm", "dmin", "wukong") else revision
+        assert saved_revision({"name": name, "width": width}, 64) == expected
+    assert saved_revision({}, 64) == 2
+    assert [ModelConfig(revision=r).projection_eps for r in (1, 2)] == [1e-5, 1e-6]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_other_layers_is_refused_with_the_commit_that_reads_it(name):
+    ModelConfig(name).check_revision()
+    if name in ("deepfm", "dmin", "wukong"):
+        with pytest.raises(ValueError, match=f"model '{name}' of revision 1 .* read such a run with commit 14e4532"):
+            ModelConfig(name, revision=1).check_revision()
+    else:
+        ModelConfig(name, revision=1).check_revision()
 
 
 @pytest.mark.parametrize("name", ["of a later version", None, ["din"]])

@@ -43,14 +43,19 @@ def ranking(model=MODEL, tasks=("click", "buy"), num_rows=9):
     return fill_(RankingModel(MANIFEST, CONFIG, model, sharded, tasks)), tables(batch.lookup), batch
 
 
-def test_projections_where_the_widths_differ():
+@pytest.mark.parametrize(("revision", "eps"), [(1, 1e-5), (2, 1e-6)])
+def test_projections_where_the_widths_differ(revision, eps):
     """RMSNorm + linear in, linear + RMSNorm out (official settings)."""
-    model, rows, batch = pretraining()
+    model, rows, batch = pretraining(model=dataclasses.replace(MODEL, revision=revision))
+    with torch.no_grad():
+        rows["item"] *= 1e-3  # as small as at first, so that eps counts
+        for parameter in model.backbone.embedder.parameters():
+            parameter *= 1e-3
     w = dict(model.named_parameters())
     tokens = model.backbone.embedder(rows, batch)
-    x = rms_norm(tokens, w["backbone.project_in.layers.0.weight"]) @ w["backbone.project_in.layers.1.weight"].T
+    x = rms_norm(tokens, w["backbone.project_in.layers.0.weight"], eps) @ w["backbone.project_in.layers.1.weight"].T
     hidden = model.backbone.tower(x, batch.packing)
-    out = rms_norm(hidden @ w["project_out.layers.0.weight"].T, w["project_out.layers.1.weight"])
+    out = rms_norm(hidden @ w["project_out.layers.0.weight"].T, w["project_out.layers.1.weight"], eps)
     torch.testing.assert_close(model(rows, batch).hidden_TE, out, rtol=1e-4, atol=1e-5)
 
 
