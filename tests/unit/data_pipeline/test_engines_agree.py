@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline import synthesize, synthetic_log, validate
+from data_pipeline import append, holdout, synthesize, synthetic_log, validate
 from gpsd_dist import schema
 from tests.helpers.parquet_rows import rows_sha256
-from tests.unit.data_pipeline.conftest import make_grocery, make_kuairand, run
+from tests.unit.data_pipeline import test_append, test_holdout
+from tests.unit.data_pipeline.conftest import DAY_S, make_grocery, make_kuairand, run, write_log
 from tests.unit.data_pipeline_sources import test_amazon_reviews as amazon_reviews
 from tests.unit.data_pipeline_sources import test_generic as generic
 from tests.unit.data_pipeline_sources import test_movielens as movielens
@@ -79,7 +80,20 @@ def content_of(out_dir: pathlib.Path) -> dict[str, str]:
 
 
 def manifest_of(out_dir: pathlib.Path) -> schema.Manifest:
-    return dataclasses.replace(schema.read_manifest(out_dir), command="")
+    """The manifest without the command lines in it, which name the engine."""
+    manifest = schema.read_manifest(out_dir)
+    options = dict(manifest.options)
+    if append.CHAIN in options:
+        options[append.CHAIN] = [step | {"command": ""} for step in options[append.CHAIN]]
+    if holdout.NAME in options:
+        options[holdout.NAME] = options[holdout.NAME] | {"command": ""}
+    return dataclasses.replace(manifest, command="", options=options)
+
+
+def check_same(spark: pathlib.Path, duckdb: pathlib.Path) -> None:
+    validate.check(spark)
+    assert manifest_of(spark) == manifest_of(duckdb)
+    assert content_of(spark) == content_of(duckdb)
 
 
 @needs_spark
@@ -91,6 +105,34 @@ def test_spark_and_duckdb_write_the_same_rows(tmp_path, source, make, options):
     common = ("--source", source, "--raw_dir", tmp_path / "raw", *options)
     assert run(*common, "--out_dir", tmp_path / "duckdb") == 0
     assert run(*common, "--out_dir", tmp_path / "spark", *SPARK) == 0
-    validate.check(tmp_path / "spark")
-    assert manifest_of(tmp_path / "spark") == manifest_of(tmp_path / "duckdb")
-    assert content_of(tmp_path / "spark") == content_of(tmp_path / "duckdb")
+    check_same(tmp_path / "spark", tmp_path / "duckdb")
+
+
+@needs_spark
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_spark_and_duckdb_append_the_same_day(tmp_path):
+    synthesize.write(test_append.CONFIG, tmp_path / "whole")
+    until_s = test_append.FIRST_DAY_UNTIL_S
+    logs = [test_append.cut_log(tmp_path / "whole", tmp_path / f"raw{n}", until_s + n * DAY_S) for n in range(2)]
+    assert test_append.build(logs[0], tmp_path / "day1") == 0
+    for name, options in (("duckdb", ()), ("spark", SPARK)):
+        added = ("--append_to", tmp_path / "day1", "--num_buckets", 2, *options)
+        assert test_append.build(logs[1], tmp_path / name, *added) == 0
+    check_same(tmp_path / "spark", tmp_path / "duckdb")
+    grown = manifest_of(tmp_path / "spark").options[append.CHAIN][0]["new_rows"]
+    assert grown["item"] > 0
+
+
+@needs_spark
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_spark_and_duckdb_write_the_same_holdout(tmp_path, kuairand):
+    later = tmp_path / "later"
+    later.mkdir()
+    write_log(later / "log_may01.csv", test_holdout.LATER)
+    for name, options in (("duckdb", ()), ("spark", SPARK)):
+        shutil.copytree(kuairand, tmp_path / name)
+        assert test_holdout.add(tmp_path / name, later, "--num_buckets", 2, *options) == 0
+    check_same(tmp_path / "spark", tmp_path / "duckdb")
+    assert manifest_of(tmp_path / "spark").split(holdout.NAME).num_rows == 3
