@@ -3,7 +3,7 @@
     python -m gpsd_dist.evaluate --checkpoint runs/kr/st_sf --data data/kuairand --split test --metrics_out test.json
     python -m gpsd_dist.evaluate --baseline gbdt --data data/kuairand --split test
 
-A finetuned run gives {"<task>": {"auc", "gauc", "log_loss", "ne", "calibration", "rows", ...}}; a pretrained one
+A finetuned run gives {"<task>": {"auc", "gauc", "gauc_user_day", "log_loss", "ne", ...}}; a pretrained one
 {"next_item": {"hr@10", "ndcg@10", "mrr", ...}}: exact ranks, or with --rank_cut 2500 those of HSTU's authors, which
 changes the MRR alone. Also runs under torchrun, with the same result.
 """

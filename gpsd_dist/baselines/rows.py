@@ -28,13 +28,16 @@ class Rows:
 
     label_N: np.ndarray  # uint8, 0 or 1
     user_hash_N: np.ndarray  # int64
+    time_s_N: np.ndarray  # int64, of the request
     keys: dict[str, np.ndarray]  # column name (or "user") -> int64 [N]
 
 
-def predictions(kind: str, score_N: np.ndarray, label_N: np.ndarray, user_hash_N: np.ndarray) -> Predictions:
-    """Makes Predictions with one score per candidate, its label and user."""
+def predictions(
+    kind: str, score_N: np.ndarray, label_N: np.ndarray, user_hash_N: np.ndarray, time_s_N: np.ndarray
+) -> Predictions:
+    """Makes Predictions with one score per candidate, its label, user and time of the request."""
     made = Predictions(kind)
-    made.add(score_N, label_N, user_hash_N)
+    made.add(score_N, label_N, user_hash_N, time_s_N=time_s_N)
     return made
 
 
@@ -128,16 +131,18 @@ def read_rows(
     """Reads every candidate of a split that counts for the task, with the values of `keys`."""
     key_columns = [key for key in keys if key != USER_KEY]
     parts = []
-    for batch in read_batches(data_dir, manifest, split, task_columns(manifest, task_name, key_columns)):
+    scalars = ("user_hash", "request_time_s")
+    columns = task_columns(manifest, task_name, [*key_columns, "request_time_s"])
+    for batch in read_batches(data_dir, manifest, split, columns):
         label_N, is_used_N = used_candidates(batch, manifest, task_name)
         num_candidates_B = candidates_per_row(batch, task_name)
-        values = [per_candidate(batch[name], name, num_candidates_B) for name in ("user_hash", *key_columns)]
+        values = [per_candidate(batch[name], name, num_candidates_B) for name in (*scalars, *key_columns)]
         parts.append([column[is_used_N] for column in (label_N, *values)])
     if not parts:
         raise ValueError(f"split {split!r} of {data_dir} has no rows")
-    label_N, user_hash_N, *columns = (np.concatenate(column) for column in zip(*parts))
-    values_by_key = dict(zip(key_columns, columns))
-    return Rows(label_N.astype(np.uint8), user_hash_N, {key: values_by_key.get(key, user_hash_N) for key in keys})
+    label_N, user_hash_N, time_s_N, *values = (np.concatenate(column) for column in zip(*parts))
+    by_key = dict(zip(key_columns, values)) | {USER_KEY: user_hash_N}
+    return Rows(label_N.astype(np.uint8), user_hash_N, time_s_N, {key: by_key[key] for key in keys})
 
 
 def find_task(manifest: schema.Manifest, name: str) -> schema.Task:

@@ -11,42 +11,52 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-METRIC_KEYS = ("auc", "gauc", "log_loss", "ne", "calibration", "rows", "gauc_users", "label_rate")
+COUNT_KEYS = ("rows", "gauc_users", "gauc_user_days")
+METRIC_KEYS = ("auc", "gauc", "gauc_user_day", "log_loss", "ne", "calibration", *COUNT_KEYS, "label_rate")
 KINDS = ("logit", "probability", "score")  # a score only orders rows: log_loss, ne and calibration are NaN
 PROBABILITY_CLIP = 1e-7  # about the distance from 1 to the next smaller float32; bounds one row's log loss to 16.1
+SECONDS_PER_DAY = 86_400
 _MESSAGE_ROWS = 1 << 24  # rows per message when gathering; keeps one message below 128 MiB
 
 
 class Predictions:
-    """Collects scores and labels of one task on this rank, on the CPU: 13 bytes per row (float32, uint8, int64)."""
+    """Collects scores and labels of one task on this rank, on the CPU: 17 bytes per row.
+
+    A row is its score (float32), label (uint8), user_hash (int64) and the UTC day of its request (int32).
+    """
 
     def __init__(self, kind: str = "logit"):
         """Takes scores of one `kind`: "logit", "probability", or "score" (good for ranking metrics only)."""
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} is not one of {KINDS}")
         self.kind = kind
-        self._chunks = [tuple(np.empty(0, dtype) for dtype in (np.float32, np.uint8, np.int64))]
+        self._chunks = [tuple(np.empty(0, dtype) for dtype in (np.float32, np.uint8, np.int64, np.int32))]
 
     def __len__(self) -> int:
-        return sum(len(score_N) for score_N, _, _ in self._chunks)
+        return sum(len(columns[0]) for columns in self._chunks)
 
-    def add(self, score_N, label_N, user_hash_N, is_observed_N=None) -> None:
+    def add(self, score_N, label_N, user_hash_N, is_observed_N=None, time_s_N=None) -> None:
         """Appends N rows, tensors or arrays: score, label 0 or 1, int64 hash of the user. Copies to the CPU (GPU sync).
 
         `is_observed_N`: bool [N], None means all; rows that are not observed are left out and may hold anything.
+        `time_s_N`: int64 epoch seconds of the requests; None, or a negative time, means unknown. Requests of unknown
+        time share one day, so without any time `gauc_user_day` is `gauc`.
         ValueError for lengths that differ, labels other than 0 and 1, scores not finite, probabilities not in [0, 1].
         """
         score_N, label_N, user_hash_N = _array(score_N, np.float32), _array(label_N), _array(user_hash_N, np.int64)
-        if not (score_N.ndim == 1 and score_N.shape == label_N.shape == user_hash_N.shape):
-            shapes = [column.shape for column in (score_N, label_N, user_hash_N)]
-            raise ValueError(f"expected score, label and user_hash as vectors of one length, got shapes {shapes}")
+        time_s_N = np.full(score_N.shape, -1) if time_s_N is None else _array(time_s_N, np.int64)
+        columns = (score_N, label_N, user_hash_N, _day(time_s_N))
+        if score_N.ndim != 1 or any(column.shape != score_N.shape for column in columns):
+            shapes = [column.shape for column in columns]
+            raise ValueError(f"expected score, label, user_hash and time as vectors of one length, got shapes {shapes}")
         if is_observed_N is not None:
             is_observed_N = _array(is_observed_N, np.bool_)
             if is_observed_N.shape != score_N.shape:
                 raise ValueError(f"is_observed has shape {is_observed_N.shape}, the scores have {score_N.shape}")
-            score_N, label_N, user_hash_N = score_N[is_observed_N], label_N[is_observed_N], user_hash_N[is_observed_N]
+            columns = tuple(column[is_observed_N] for column in columns)
+        score_N, label_N, *others = columns
         self._check(score_N, label_N)
-        self._chunks.append((score_N, label_N.astype(np.uint8), user_hash_N))
+        self._chunks.append((score_N, label_N.astype(np.uint8), *others))
 
     def _check(self, score_N: np.ndarray, label_N: np.ndarray) -> None:
         is_bad = ~((label_N == 0) | (label_N == 1))
@@ -63,15 +73,15 @@ class Predictions:
             raise ValueError(f"{found} are not {what}, the first is {score_N[is_bad][0]!r}")
 
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """Returns this rank's score float32 [N], label uint8 [N] and user_hash int64 [N] in the order of `add`."""
+        """Returns score float32 [N], label uint8, user_hash int64 and day int32 of this rank in the order of `add`."""
         if len(self._chunks) > 1:
             self._chunks = [tuple(map(np.concatenate, zip(*self._chunks)))]
         return self._chunks[0]
 
     def metrics(self) -> dict[str, float | int]:
         """Computes the metrics of this rank's rows only; `gather_metrics` covers all ranks."""
-        score_N, label_N, user_hash_N = self.arrays()
-        return classification_metrics(score_N, label_N, user_hash_N, self.kind)
+        score_N, label_N, user_hash_N, day_N = self.arrays()
+        return classification_metrics(score_N, label_N, user_hash_N, self.kind, day_N)
 
     def gather(self) -> "Predictions":
         """Sends all rows to rank 0, which needs memory for them; other ranks get an empty object. Collective.
@@ -126,19 +136,26 @@ def gather_metrics(
         failed, *values = values_M.tolist()
         if failed != 0.0:
             raise RuntimeError(f"rank 0 could not compute the metrics of task {task!r}; its log has the reason")
-        results[task] = {k: int(v) if k in ("rows", "gauc_users") else v for k, v in zip(METRIC_KEYS, values)}
+        results[task] = {k: int(v) if k in COUNT_KEYS else v for k, v in zip(METRIC_KEYS, values)}
     return {task: results[task] for task in predictions}
 
 
 def classification_metrics(
-    score_N: np.ndarray, label_N: np.ndarray, user_hash_N: np.ndarray, kind: str = "logit"
+    score_N: np.ndarray,
+    label_N: np.ndarray,
+    user_hash_N: np.ndarray,
+    kind: str = "logit",
+    day_N: np.ndarray | None = None,
 ) -> dict[str, float | int]:
-    """Computes the metrics of N rows in float64; the keys are METRIC_KEYS.
+    """Computes the metrics of N rows in float64; the keys are METRIC_KEYS. `day_N` None: all rows are of one day.
 
     - `auc`: chance that a positive row scores above a negative one, a tie counts half (Mann-Whitney U). NaN without
       both classes.
     - `gauc`: AUC within each user, averaged with the number of the user's rows (impressions) as weight, over the
       `gauc_users` users that have both classes (Zhu et al., KDD'17, "Optimized Cost per Click", eq. 14). NaN if none.
+    - `gauc_user_day`: the same within each user and UTC day, over `gauc_user_days` groups. A score that follows a
+      user's rate of clicks moves all rows of one day together. `gauc` compares rows across days, so that this counts,
+      for or against the score; `gauc_user_day` does not.
     - `log_loss`: mean cross entropy in nats; from logits without rounding, from probabilities clipped by
       PROBABILITY_CLIP. `ne`: log_loss over the entropy of the label rate, below 1 is better than a constant (He et al.,
       ADKDD'14, section 3); NaN without both classes. `calibration`: sum of probabilities over sum of labels; NaN
@@ -152,15 +169,22 @@ def classification_metrics(
     label_rate = positives / rows if rows else float("nan")
     log_loss, probability_sum = _log_loss_and_probability_sum(_scores(keys_N), sorted_label_N, kind)
     entropy = -sum(rate * math.log(rate) for rate in (label_rate, 1 - label_rate) if rate > 0)
-    gauc, gauc_users = _gauc(score_N, label_N, np.asarray(user_hash_N, np.int64))
+    user_N = _numbered(np.asarray(user_hash_N, np.int64))
+    gauc, gauc_users = _gauc(score_N, label_N, user_N)
+    by_day, gauc_user_days = gauc, gauc_users
+    if day_N is not None and len(user_N):
+        day_N = _numbered(np.asarray(day_N))
+        by_day, gauc_user_days = _gauc(score_N, label_N, _numbered(user_N * (day_N.max() + 1) + day_N))
     return {
         "auc": _auc(keys_N, sorted_label_N),
         "gauc": gauc,
+        "gauc_user_day": by_day,
         "log_loss": log_loss,
         "ne": log_loss / entropy if 0 < positives < rows else float("nan"),
         "calibration": probability_sum / positives if positives else float("nan"),
         "rows": rows,
         "gauc_users": gauc_users,
+        "gauc_user_days": gauc_user_days,
         "label_rate": label_rate,
     }
 
@@ -201,9 +225,21 @@ def _auc(keys_N: np.ndarray, label_N: np.ndarray) -> float:
     return int((positive_G * (2 * below_G + negative_G)).sum()) / (2 * positives * negatives)
 
 
-def _gauc(score_N: np.ndarray, label_N: np.ndarray, user_hash_N: np.ndarray) -> tuple[float, int]:
-    """Averages per-user AUCs, weighted by impressions; also returns their number. Sorts (user, score, label) once."""
-    _, user_N = np.unique(user_hash_N, return_inverse=True)
+def _day(time_s_N: np.ndarray) -> np.ndarray:
+    """Returns the UTC day int32 [N] of epoch seconds; -1 for an unknown (negative) time."""
+    return np.where(time_s_N < 0, -1, time_s_N // SECONDS_PER_DAY).astype(np.int32)
+
+
+def _numbered(value_N: np.ndarray) -> np.ndarray:
+    """Numbers the distinct values from 0 in their order: int64 [N]."""
+    return np.unique(value_N, return_inverse=True)[1]
+
+
+def _gauc(score_N: np.ndarray, label_N: np.ndarray, user_N: np.ndarray) -> tuple[float, int]:
+    """Averages the AUCs of groups (users numbered from 0), weighted by impressions; also returns their number.
+
+    Sorts (user, score, label) once.
+    """
     assert not len(user_N) or user_N.max() < 1 << 31, "more than 2^31 users do not fit into the sort key"
     keys_N = np.sort((user_N.astype(np.uint64) << np.uint64(33)) | _sort_keys(score_N, label_N))
     label_N = (keys_N & np.uint64(1)).astype(np.int64)

@@ -9,7 +9,7 @@ from gpsd_dist.report.figures import Dots, Line, line_figure, strip_figure
 from gpsd_dist.report.run_folder import Run
 from gpsd_dist.report.tables import listed
 
-VALID_METRICS = {"auc": "AUC", "gauc": "GAUC", "log_loss": "log loss"}
+VALID_METRICS = {"auc": "AUC", "gauc": "GAUC", "gauc_user_day": "GAUC by day", "log_loss": "log loss"}
 VALID_METRICS |= {name: name.upper() for name in ("mrr", "hr@10", "ndcg@10")}
 
 

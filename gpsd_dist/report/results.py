@@ -21,10 +21,11 @@ from gpsd_dist.report.tables import (
     number_cell,
 )
 
-MAIN_METRICS = ("auc", "gauc", "log_loss", "ne", "calibration", "mrr", "hr@10", "hr@100", "ndcg@10", "ndcg@100")
+_RANKING_METRICS = ("mrr", "hr@10", "hr@100", "ndcg@10", "ndcg@100")
+MAIN_METRICS = ("auc", "gauc", "gauc_user_day", "log_loss", "ne", "calibration", *_RANKING_METRICS)
 SPLIT_ORDER = ("valid", "test", "holdout")
 STATES = {True: "finished", False: "not finished", None: "no checkpoint"}
-_STRIP_METRICS = ("auc", "gauc", "log_loss", "mrr", "hr@10", "ndcg@10")
+_STRIP_METRICS = ("auc", "gauc", "gauc_user_day", "log_loss", "mrr", "hr@10", "ndcg@10")
 _METRIC_WORDS = curves.VALID_METRICS | {"ne": "NE", "hr@100": "HR@100", "ndcg@100": "NDCG@100"}
 
 

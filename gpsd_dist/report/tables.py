@@ -8,11 +8,11 @@ import typing
 
 MISSING = "-"
 _COST: dict[str, typing.Callable[[float], float]] = {  # metric without its @k -> what the best value makes smallest
-    **dict.fromkeys(("auc", "gauc", "mrr", "hr", "ndcg"), lambda value: -value),
+    **dict.fromkeys(("auc", "gauc", "gauc_user_day", "mrr", "hr", "ndcg"), lambda value: -value),
     **dict.fromkeys(("log_loss", "ne"), lambda value: value),
     "calibration": lambda value: abs(value - 1),
 }
-_COUNTS = ("rows", "gauc_users", "unknown_targets")
+_COUNTS = ("rows", "gauc_users", "gauc_user_days", "unknown_targets")
 _NAMES_SHOWN = 6
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 

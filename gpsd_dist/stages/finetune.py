@@ -88,7 +88,7 @@ class Finetune:
         rank_cut: int | None,
         keep: dict[str, Predictions] | None = None,
     ) -> Metrics:
-        """Scores every candidate: task -> auc, gauc, log_loss, ne, calibration, rows. Collective.
+        """Scores every candidate: task -> `classification.METRIC_KEYS`. Collective.
 
         `keep` gets the scores on rank 0; `rank_cut` belongs to next-item ranking and must be None.
         """
@@ -139,12 +139,14 @@ def add_predictions(
 ) -> None:
     """Adds the scores of a batch; a task given another one is scored where that label is 1."""
     # The user goes along with each score, because GAUC is a mean of the AUCs of users, who may sit on several ranks.
-    user_C = batch.user_hash_B[batch.packing.request_C]
+    # The time of the request goes along for the GAUC within a user's day.
+    request_C = batch.packing.request_C
+    user_C, time_s_C = batch.user_hash_B[request_C], batch.request_time_s_B[request_C]
     for task in tasks:
         label_C = batch.labels[task.name]
         if task.given is not None:
             label_C = losses.conditional_label(label_C, batch.labels[task.given])
-        predictions[task.name].add(logits[task.name].detach(), label_C, user_C, ~label_C.isnan())
+        predictions[task.name].add(logits[task.name].detach(), label_C, user_C, ~label_C.isnan(), time_s_C)
 
 
 def _history_position(batch: Batch) -> torch.Tensor:

@@ -57,7 +57,8 @@ def test_an_old_checkpoint_is_evaluated(old, one_rank, name, split):
     scores = evaluate.evaluate_checkpoint(str(old / name), str(old / "data"), split, one_rank, "last")
     assert set(scores) == set(EXPECTED[name]["scores"])
     for task, values in EXPECTED[name]["scores"].items():
-        assert scores[task] == pytest.approx(values, rel=ROUNDING), task
+        found = {name: scores[task][name] for name in values}  # newer code may know more metrics
+        assert found == pytest.approx(values, rel=ROUNDING), task
 
 
 def test_a_run_starts_from_an_old_checkpoint(old, tmp_path, one_rank):

@@ -19,7 +19,7 @@ def _rows(num_rows=3000, num_users=200, seed=0):
 @pytest.mark.parametrize("seed", range(3))
 def test_metrics_equal_scikit_learn(seed):
     score_N, label_N, user_N = _rows(seed=seed)
-    result = classification.classification_metrics(score_N, label_N, user_N)
+    result = classification.classification_metrics(score_N, label_N, user_N, day_N=_days())
     probability_N = 1 / (1 + np.exp(-score_N.astype(np.float64)))
     assert result["auc"] == pytest.approx(sklearn.metrics.roc_auc_score(label_N, score_N), abs=1e-13)
     log_loss = sklearn.metrics.log_loss(label_N, probability_N)
@@ -30,14 +30,18 @@ def test_metrics_equal_scikit_learn(seed):
     assert result["calibration"] == pytest.approx(probability_N.sum() / label_N.sum(), rel=1e-13)
     assert result["rows"] == 3000 and result["label_rate"] == rate
 
-    weighted, weights = [], []
-    for user in np.unique(user_N):
-        of_user_N = user_N == user
-        if len(set(label_N[of_user_N])) == 2:
-            weights.append(of_user_N.sum())
-            weighted.append(weights[-1] * sklearn.metrics.roc_auc_score(label_N[of_user_N], score_N[of_user_N]))
-    assert result["gauc"] == pytest.approx(sum(weighted) / sum(weights), abs=1e-13)
-    assert result["gauc_users"] == len(weights)
+    for keys_N, mean, count in (
+        (user_N, "gauc", "gauc_users"),
+        (user_N * 4 + _days(), "gauc_user_day", "gauc_user_days"),
+    ):
+        weighted, weights = [], []
+        for key in np.unique(keys_N):
+            is_in_N = keys_N == key
+            if len(set(label_N[is_in_N])) == 2:
+                weights.append(is_in_N.sum())
+                weighted.append(weights[-1] * sklearn.metrics.roc_auc_score(label_N[is_in_N], score_N[is_in_N]))
+        assert result[mean] == pytest.approx(sum(weighted) / sum(weights), abs=1e-13)
+        assert result[count] == len(weights)
 
 
 def test_log_loss_of_probabilities_equals_scikit_learn():
@@ -48,6 +52,10 @@ def test_log_loss_of_probabilities_equals_scikit_learn():
     assert result["log_loss"] == pytest.approx(expected, rel=1e-13)
 
 
+def _days():
+    return np.random.default_rng(9).integers(18_000, 18_004, 3000)
+
+
 def _rank_metrics(rank, world_size):
     """Uneven shares: rank 0 has a third, the last rank nothing, whoever is between the rest."""
     bounds = {1: [0, 3000], 2: [0, 1000, 3000], 3: [0, 1000, 3000, 3000]}[world_size]
@@ -56,7 +64,8 @@ def _rank_metrics(rank, world_size):
     for task, seed in (("click", 0), ("long_view", 1)):
         share = slice(bounds[rank], bounds[rank + 1])
         predictions[task] = classification.Predictions()
-        predictions[task].add(*(column[share] for column in _rows(seed=seed)))
+        columns = (column[share] for column in _rows(seed=seed))
+        predictions[task].add(*columns, time_s_N=_days()[share] * classification.SECONDS_PER_DAY + 17)
     if rank % 2:  # a rank that met the tasks in another order must not mix them up
         predictions = dict(reversed(predictions.items()))
     keep = {}
@@ -68,7 +77,7 @@ def _rank_metrics(rank, world_size):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_every_rank_gets_the_single_rank_metrics_bit_for_bit(world_size, tmp_path):
     expected = {
-        task: classification.classification_metrics(*_rows(seed=seed))
+        task: classification.classification_metrics(*_rows(seed=seed), day_N=_days())
         for task, seed in (("click", 0), ("long_view", 1))
     }
     for result in distributed.run_distributed(_rank_metrics, world_size, tmp_path):

@@ -80,7 +80,7 @@ def test_shuffled_labels_give_no_signal(tmp_path):
 @pytest.mark.parametrize(("split", "unseen"), [("valid", ["valid"]), ("test", ["test"])])
 def test_scores_do_not_depend_on_labels_of_the_scored_split(tmp_path, split, unseen):
     write_dataset(tmp_path, seed=0, num_rows=ROWS, num_files=1)
-    before_N, label_N, _ = score(tmp_path, split).arrays()
+    before_N, label_N, *_ = score(tmp_path, split).arrays()
     for name in unseen:
         change(
             tmp_path,
@@ -91,7 +91,7 @@ def test_scores_do_not_depend_on_labels_of_the_scored_split(tmp_path, split, uns
                 pa.list_(pa.float32()),
             ),
         )
-    after_N, flipped_N, _ = score(tmp_path, split).arrays()
+    after_N, flipped_N, *_ = score(tmp_path, split).arrays()
     assert (flipped_N == 1 - label_N).all()
     np.testing.assert_array_equal(after_N, before_N)
 

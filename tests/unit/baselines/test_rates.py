@@ -39,6 +39,7 @@ def data_dir(tmp_path):
                 {
                     "user_hash": pa.array(user, pa.int64()),
                     "history_length": pa.array([0] * len(user), pa.int32()),
+                    "request_time_s": pa.array([86_400] * len(user), pa.int64()),
                     "candidate.item": pa.array(item, pa.list_(pa.int64())),
                     "candidate.tab": pa.array(tab, pa.list_(pa.int64())),
                     "candidate.tag": pa.array([[[1]] * len(i) for i in item], pa.list_(pa.list_(pa.int64()))),
@@ -74,7 +75,7 @@ def _log_odds(rate):
 
 def test_rates_are_smoothed_log_odds_summed_over_keys(data_dir):
     manifest = schema.read_manifest(data_dir)
-    score_N, label_N, user_N = rates.score_rates(data_dir, manifest, "test", "click", pseudo_counts=4).arrays()
+    score_N, label_N, user_N, day_N = rates.score_rates(data_dir, manifest, "test", "click", pseudo_counts=4).arrays()
     prior = 3 / 6  # six observed candidates in train and valid, three clicks
     item_2, item_3 = (2 + 2) / (2 + 4), (1 + 2) / (2 + 4)
     user_7, tab_2 = (1 + 2) / (3 + 4), (2 + 2) / (4 + 4)
@@ -85,26 +86,27 @@ def test_rates_are_smoothed_log_odds_summed_over_keys(data_dir):
     ]
     assert score_N == pytest.approx(expected, abs=1e-6)
     assert label_N.tolist() == [1, 0, 0] and user_N.tolist() == [7, 7, 8]
+    assert day_N.tolist() == [1, 1, 1]
 
 
 def test_conditional_task_uses_rows_that_meet_the_condition(data_dir):
     manifest = schema.read_manifest(data_dir)
     fitted = rates.score_rates(data_dir, manifest, "test", "buy", keys=("user",), pseudo_counts=4)
-    (score,), (label,), (user,) = fitted.arrays()
+    (score,), (label,), (user,), (day,) = fitted.arrays()
     prior = 2 / 3  # clicked candidates of train and valid: three, two bought
     assert score == pytest.approx(_log_odds((1 + 4 * prior) / (1 + 4)), abs=1e-6)
-    assert (label, user) == (1, 7)
+    assert (label, user, day) == (1, 7, 1)
 
 
 def test_context_column_is_repeated_for_each_candidate(data_dir):
     manifest = schema.read_manifest(data_dir)
-    score_N, _, _ = rates.score_rates(data_dir, manifest, "test", "click", keys=("context.hour",)).arrays()
+    score_N, *_ = rates.score_rates(data_dir, manifest, "test", "click", keys=("context.hour",)).arrays()
     assert score_N[0] == score_N[1] != score_N[2]
 
 
 def test_validation_is_scored_with_rates_of_train_only(data_dir):
     manifest = schema.read_manifest(data_dir)
-    score_N, _, _ = rates.score_rates(data_dir, manifest, "valid", "click", keys=("user",)).arrays()
+    score_N, *_ = rates.score_rates(data_dir, manifest, "valid", "click", keys=("user",)).arrays()
     assert score_N == pytest.approx([_log_odds(2 / 4)] * 2)  # user 5 is new, and its own labels are not used
 
 

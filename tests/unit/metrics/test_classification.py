@@ -24,10 +24,13 @@ def test_result_has_exactly_the_documented_keys():
 def test_order_of_rows_changes_no_bit():
     score_N, label_N, user_N = _rows(5000)
     score_N = score_N + np.random.default_rng(1).normal(size=5000).astype(np.float32)
-    expected = classification.classification_metrics(score_N, label_N, user_N)
+    day_N = np.random.default_rng(2).integers(-1, 4, 5000)
+    expected = classification.classification_metrics(score_N, label_N, user_N, day_N=day_N)
+    assert expected["gauc_user_day"] != expected["gauc"]
     for seed in range(3):
         order_N = np.random.default_rng(seed).permutation(5000)
-        assert classification.classification_metrics(score_N[order_N], label_N[order_N], user_N[order_N]) == expected
+        shuffled = (column[order_N] for column in (score_N, label_N, user_N))
+        assert classification.classification_metrics(*shuffled, day_N=day_N[order_N]) == expected
 
 
 @hypothesis.given(strategies.lists(strategies.tuples(strategies.floats(-9, 9, width=32), strategies.booleans())))
@@ -74,6 +77,34 @@ def test_plain_score_has_auc_but_no_calibration():
     result = classification.classification_metrics(*_rows(), kind="score")
     assert result["auc"] == classification.classification_metrics(*_rows())["auc"]
     assert all(np.isnan(result[key]) for key in ("log_loss", "ne", "calibration"))
+
+
+def test_gauc_user_day_compares_rows_of_one_user_and_day_only():
+    day_s = classification.SECONDS_PER_DAY
+    # User 1: the score orders every day rightly, but gives the second day, with fewer positives, the higher scores.
+    score_N, label_N = np.float32([1, 2, 8, 9, 7, 5, 5]), np.uint8([0, 1, 0, 1, 0, 1, 0])
+    user_N = np.int64([1, 1, 1, 1, 1, 2, 2])
+    time_s_N = np.int64([0, day_s - 1, day_s, 2 * day_s - 1, day_s, 0, 0])
+    made = classification.Predictions()
+    made.add(score_N, label_N, user_N, time_s_N=time_s_N)
+    result = made.metrics()
+    assert result["gauc"] == pytest.approx((5 * 4 / 6 + 2 * 0.5) / 7) and result["gauc_users"] == 2
+    assert result["gauc_user_day"] == pytest.approx((2 * 1 + 3 * 1 + 2 * 0.5) / 7) and result["gauc_user_days"] == 3
+
+
+@pytest.mark.parametrize("time_s", [None, -1, -(10**9), 5], ids=str)
+def test_without_times_the_rows_of_a_user_are_of_one_day(time_s):
+    made = classification.Predictions()
+    made.add(*_rows(), time_s_N=None if time_s is None else np.full(400, time_s))
+    result = made.metrics()
+    assert (result["gauc_user_day"], result["gauc_user_days"]) == (result["gauc"], result["gauc_users"])
+
+
+def test_unknown_times_are_a_day_of_their_own():
+    made = classification.Predictions()
+    made.add(np.float32([3, 1, 2]), np.uint8([1, 0, 1]), np.int64([7, 7, 7]), time_s_N=np.int64([0, -1, -9]))
+    result = made.metrics()
+    assert result["gauc_user_day"] == 1 and result["gauc_user_days"] == 1  # the rows without a time
 
 
 def test_negative_zero_ties_with_zero():
