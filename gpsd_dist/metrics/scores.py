@@ -27,7 +27,7 @@ def scores_file(predictions: collections.abc.Mapping[str, Predictions]) -> bytes
     content = io.BytesIO()
     with pq.ParquetWriter(content, SCHEMA) as writer:
         for task, rows in predictions.items():
-            score_N, label_N, user_hash_N = rows.arrays()
+            score_N, label_N, user_hash_N, *_ = rows.arrays()
             task_N = pa.DictionaryArray.from_arrays(np.zeros(len(score_N), np.int32), [task])
             writer.write_table(pa.table([task_N, user_hash_N, label_N, score_N], schema=SCHEMA))
     return content.getvalue()
