@@ -29,6 +29,7 @@ import rich.table
 
 from gpsd_dist.checkpoint import integrity
 from gpsd_dist.checkpoint.storage import Location
+from gpsd_dist.commands import Stopped, execute, shell
 from gpsd_dist.metrics.recorder import json_safe
 from gpsd_dist.scaling import epochs, figures, runs
 from gpsd_dist.scaling.fit import LAWS, MIN_SIZES, fit_law
@@ -44,10 +45,10 @@ def main(argv: list[str]) -> int:
         args = _parse(argv)
         return _epochs(args) if args.epochs_figure else _ladder(args)
     except subprocess.CalledProcessError as error:
-        command = runs.shell(tuple(error.cmd[1:]))
+        command = shell(tuple(error.cmd[1:]))
         print(f"error: this command failed with status {error.returncode}:\n  {command}", file=sys.stderr, flush=True)
         return error.returncode if error.returncode > 0 else 1
-    except (runs.Stopped, KeyboardInterrupt) as error:
+    except (Stopped, KeyboardInterrupt) as error:
         print(
             f"stopped: {str(error) or 'interrupted'}; the same command goes on from there", file=sys.stderr, flush=True
         )
@@ -113,7 +114,7 @@ def _ladder(args: argparse.Namespace) -> int:
         "points": points,
         "fits": {task: {m: fit and fit.as_dict() for m, fit in laws.items()} for task, laws in fits.items()},
         "notes": notes,
-        "commands": [runs.shell(command) for trial in trials for command in trial.commands],
+        "commands": [shell(command) for trial in trials for command in trial.commands],
     }
     runs.replace_file(path, (json.dumps(json_safe(summary), indent=1) + "\n").encode())
     title = f"{args.strategy}, {trials[0].finetuning.run.data_dir}, {args.split}"
@@ -200,7 +201,7 @@ def _with_test(curves: epochs.RunCurves, ends: list[tuple[float, Location]], out
     for epoch, checkpoint in ends:
         command, result = epochs.scoring_command(curves, checkpoint, out_dir)
         if runs.read_result(result) is None or result.stat().st_mtime < integrity.saved_at_s(checkpoint):
-            runs.execute(command, functools.partial(print, flush=True))
+            execute(command, say=functools.partial(print, flush=True))
         metrics = runs.read_result(result)
         for task, curve in test_auc.items():
             curve.append((epoch, metrics[task]["auc"]))

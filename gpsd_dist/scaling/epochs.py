@@ -19,12 +19,12 @@ from matplotlib.ticker import MaxNLocator
 
 from gpsd_dist.checkpoint import manager, retention
 from gpsd_dist.checkpoint.storage import Location
+from gpsd_dist.commands import Command
 from gpsd_dist.config import STRATEGIES
 from gpsd_dist.config.model import size_text
 from gpsd_dist.metrics.recorder import JSONL_NAME
 from gpsd_dist.report import run_folder
 from gpsd_dist.scaling.figures import panels
-from gpsd_dist.scaling.ladder import Command
 
 _VALID_AUC = re.compile(r"valid/(.+)/auc")
 _COLORS = dict(zip(STRATEGIES, ("#4d4d4d", "#d98c1f", "#b8338a", "#1f5fa8", "#2a8f4f"), strict=True))

@@ -7,14 +7,13 @@ import re
 
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.checkpoint.state import read_run
+from gpsd_dist.commands import Command, python_command
 from gpsd_dist.config import STRATEGIES, RunConfig
 from gpsd_dist.config.gin_cli import load_run_config
 from gpsd_dist.schema import read_manifest
 
 _RUNG = re.compile(r"l(\d+)h(\d+)a(\d+)")
 _SET_BY_THE_LADDER = ("LAYERS", "WIDTH", "HEADS", "SEED", "STRATEGY", "INIT_CHECKPOINT", "OUTPUT_DIR", "REFIT_OF")
-
-Command = tuple[str, ...]  # arguments after `python`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +122,7 @@ def _trial(args: argparse.Namespace, rung: Rung, seed: int) -> Trial:
     _check_same_data(pretraining, finetuning)
     result = folder / f"{args.split}.json"
     scored = ("--checkpoint", str(folder), "--data", finetuning.run.data_dir, "--split", args.split)
-    scoring = _python(args, "gpsd_dist.evaluate", *scored, "--metrics_out", str(result))
+    scoring = python_command(args.nproc_per_node, "gpsd_dist.evaluate", *scored, "--metrics_out", str(result))
     return Trial(rung, seed, pretraining, finetuning, scoring, result)
 
 
@@ -143,15 +142,7 @@ def _training(args: argparse.Namespace, stage: str, gin_files: list[str], option
         raise ValueError(f"{option} {', '.join(gin_files)} with {' '.join(options)}: {error}") from error
     if run.stage != stage:
         raise ValueError(f"{option} {', '.join(gin_files)} describes stage {run.stage!r}, expected {stage!r}")
-    return Training(run, _python(args, "gpsd_dist.train", *arguments))
-
-
-def _python(args: argparse.Namespace, module: str, *arguments: str) -> Command:
-    launcher: Command = ("-m",)
-    if args.nproc_per_node > 1:
-        processes = ("--nproc_per_node", str(args.nproc_per_node), "--standalone")
-        launcher = ("-m", "torch.distributed.run", *processes, "-m")
-    return (*launcher, module, *arguments)
+    return Training(run, python_command(args.nproc_per_node, "gpsd_dist.train", *arguments))
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -7,30 +7,21 @@ when it gets the same command again. A run whose options differ is never skipped
 import collections.abc
 import dataclasses
 import json
-import os
 import pathlib
-import shlex
-import signal
-import subprocess
-import sys
 import typing
 
 from gpsd_dist.checkpoint import loading, manager, storage
 from gpsd_dist.checkpoint.resume import check_resumable
 from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
+from gpsd_dist.commands import Stopped, execute
 from gpsd_dist.config import run_config_from_dict
 from gpsd_dist.data.run_manifest import read_run_manifest
 from gpsd_dist.parameter_names import TOWER, dense_weight, is_table, is_weight
-from gpsd_dist.scaling.ladder import Command, Training, Trial
+from gpsd_dist.scaling.ladder import Training, Trial
 from gpsd_dist.validation import flattened
 
-_REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
 PARAMETERS_NAME = "parameters.json"
-
-
-class Stopped(Exception):
-    """Says that this command, or a training of it, was asked to stop; what was trained is saved."""
 
 
 def check_unchanged(trials: collections.abc.Iterable[Trial]) -> None:
@@ -131,44 +122,12 @@ def run_trial(trial: Trial, say: collections.abc.Callable[[str], None]) -> None:
         if is_trained(training):
             say(f"{name}: {training.run.stage} is finished, {training.folder}")
             continue
-        execute(training.command, say)
+        execute(training.command, say=say)
         if not is_trained(training):
             raise Stopped(f"{training.folder} ended before its last step")
-    execute(trial.scoring, say)
+    execute(trial.scoring, say=say)
     if read_result(trial.result) is None:
         raise ValueError(f"{trial.result} is missing or broken after `python {' '.join(trial.scoring)}`")
-
-
-def execute(command: Command, say: collections.abc.Callable[[str], None]) -> None:
-    """Runs `python COMMAND` as a child that sees our terminal, after showing it.
-
-    SIGTERM is passed on to it: a training saves and ends, and then so do we, with Stopped.
-    """
-    say(f"$ {shell(command)}")
-    search_path = os.pathsep.join(filter(None, (str(_REPO_ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": search_path}
-    arguments = [sys.executable, *command]
-    signals = []
-    with subprocess.Popen(arguments, env=environment, stdin=subprocess.DEVNULL) as child:
-
-        def pass_on(signum, frame) -> None:
-            signals.append(signum)
-            child.terminate()
-
-        previous = signal.signal(signal.SIGTERM, pass_on)
-        try:
-            status = child.wait()
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-    if signals:
-        raise Stopped(f"asked to stop during: {shell(command)}")
-    if status:
-        raise subprocess.CalledProcessError(status, ["python", *command])
-
-
-def shell(command: Command) -> str:
-    """Quotes the command so that it can be typed."""
-    return shlex.join(["python", *command])
 
 
 def count_parameters(sizes: dict[str, int]) -> dict[str, int]:

@@ -91,7 +91,7 @@ def test_ladder_of_four_is_fitted_and_goes_on_where_it_stopped(tmp_path, data_di
     first, log = capfd.readouterr()
     assert log.count("weights: random") == 4 and log.count("weights: FT_SF from") == 4
     summary = json.loads((out / "scaling_ft_sf_test.json").read_text())
-    assert all(line.split()[2] == "torch.distributed.run" for line in summary["commands"])
+    assert all(line.split()[2] == "gpsd_dist.launcher" for line in summary["commands"])
     widths = {point["rung"]: point["embedding_dim"] for point in summary["points"]}
     assert widths == {"l1h8a2": 8, "l1h16a2": 16, "l2h16a2": 16, "l1h32a2": 32}
     for task in ("click", "buy"):

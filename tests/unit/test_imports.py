@@ -22,6 +22,7 @@ ROOMS = (
         "run_outcome",
         "plan",
         "scaling",
+        "commands",
         "report",
         "doctor",
     ),

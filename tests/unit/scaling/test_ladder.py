@@ -171,7 +171,7 @@ def test_one_pretraining_may_feed_all_rungs(request_for, tmp_path):
 
 def test_several_processes_run_under_torchrun(request_for):
     for command in plan(request_for(nproc_per_node=2))[0].commands:
-        assert command[:6] == ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m")
+        assert command[:6] == ("-m", "gpsd_dist.launcher", "--nproc_per_node", "2", "--standalone", "-m")
         assert command[6] in ("gpsd_dist.train", "gpsd_dist.evaluate")
 
 

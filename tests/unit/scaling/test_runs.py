@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from gpsd_dist import commands
 from gpsd_dist.config import RunConfig
 from gpsd_dist.scaling import runs
 from gpsd_dist.scaling.ladder import Rung, Training, Trial
@@ -173,8 +174,8 @@ def test_termination_is_passed_on_to_the_child(tmp_path):
 
     threading.Thread(target=send).start()
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(runs.Stopped, match="asked to stop during: python -c"):
-        runs.execute(("-c", code, str(ready), str(saved)), lambda text: None)
+    with pytest.raises(commands.Stopped, match="asked to stop during: python -c"):
+        commands.execute(("-c", code, str(ready), str(saved)))
     assert saved.exists() and signal.getsignal(signal.SIGTERM) is before
 
 
