@@ -10,6 +10,8 @@ same. Exit status 1 if a cell failed, or under --reduced if a share is too small
 """
 
 import argparse
+import collections.abc
+import functools
 import json
 import os
 import pathlib
@@ -21,12 +23,15 @@ from benchmarks.laws import dataset, generators, page, reduced, runs
 
 
 def run_all(
-    cells: list[runs.Cell], out_dir: pathlib.Path, data_root: pathlib.Path, num_users: int, settings: runs.Settings
+    cells: list[runs.Cell],
+    out_dir: pathlib.Path,
+    prepared: collections.abc.Callable[[str], dataset.LawData],
+    settings: runs.Settings,
 ) -> list[dict]:
-    """Runs the cells in order and prints a line for each; the tables are written after each."""
+    """Runs the cells in order on the data of `prepared`(law), prints a line and writes the tables after each."""
     records = []
     for cell in cells:
-        made = dataset.prepare(cell.law, data_root, num_users)
+        made = prepared(cell.law)
         records.append(runs.run_cell(cell, made, out_dir, settings))
         print(_line(cell, records[-1]), flush=True)
         kept = [{key: value for key, value in record.items() if key != "configuration"} for record in records]
@@ -59,6 +64,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--num_users", type=int, default=dataset.NUM_USERS, help="half train, a quarter valid and test")
+    parser.add_argument("--data_seed", type=int, default=0, help="of the logs; --seeds are of the models")
     parser.add_argument("--out_dir", type=pathlib.Path, default=pathlib.Path("runs/laws"))
     parser.add_argument("--data_root", type=pathlib.Path, help="folder of the logs; default: OUT_DIR/data")
     for name, where in (("--set", "both stages"), ("--set_pretrain", "pretraining"), ("--set_finetune", "finetuning")):
@@ -78,7 +84,8 @@ def main(argv: list[str]) -> int:
             cells = runs.cells(args.laws, args.towers, args.strategies, args.seeds)
         data_root = (args.data_root or out_dir / "data").resolve()
         settings = runs.Settings(tuple(args.set), tuple(args.set_pretrain), tuple(args.set_finetune))
-        records = run_all(cells, out_dir, data_root, args.num_users, settings)
+        prepared = functools.cache(lambda law: dataset.prepare(law, data_root, args.num_users, seed=args.data_seed))
+        records = run_all(cells, out_dir, prepared, settings)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
