@@ -4,6 +4,7 @@ import collections.abc
 import dataclasses
 import difflib
 import functools
+import inspect
 import reprlib
 import typing
 
@@ -78,6 +79,9 @@ def checked(
             if problems:
                 raise ValueError(f"{made.__name__}: {'; '.join(dict.fromkeys(problems))}")
 
+        # Gin reads names and defaults of options here, to tell what a configuration may set.
+        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        init.__signature__ = inspect.Signature([itself, *inspect.signature(made).parameters.values()])  # type: ignore[attr-defined]
         made.__init__ = init
         return typing.cast("type[_T]", made)
 

@@ -440,3 +440,9 @@ def test_options_are_finite(value):
 @pytest.mark.parametrize("value", ["(" * 5000, "-" * 50_000 + "1", "{[]: 1}"])
 def test_a_value_that_python_cannot_parse_is_a_text(value):
     assert load(FINETUNE, OUT, f"--gin.DATA_DIR={value}").run.data_dir == value
+
+
+def test_a_misspelt_scope_is_answered_with_options_that_have_their_default():
+    with pytest.raises(ValueError, match=r"did you mean 'dense/OptimizerConfig.beta1'") as caught:
+        load(PRETRAIN, OUT, "--gin.densee/OptimizerConfig.beta1=0.8")
+    assert "'TrainConfig.patience'" in str(caught.value) and "'DataConfig.num_threads'" in str(caught.value)
