@@ -13,6 +13,7 @@ from gpsd_dist.distributed import exit_codes
 from gpsd_dist.distributed.parent_watch import LauncherGone
 from gpsd_dist.distributed.runtime import Runtime, process_group
 from gpsd_dist.plan.frozen import expected_rows, frozen_line
+from gpsd_dist.stages.registry import find as find_stage
 from gpsd_dist.tables.sharding import Cluster
 from gpsd_dist.trainer import Trainer
 from gpsd_dist.training_step import LossNotFinite
@@ -24,6 +25,7 @@ def main(argv: list[str]) -> int:
     try:
         parsed = load_run_config(argv)
         run = parsed.run
+        find_stage(run.stage)  # a misspelt one is refused before the folder of the run is made
         # The lock is taken before anything is built: two jobs in one folder would mix their checkpoints, and the second
         # one must learn it in seconds, not after planning and reading.
         checkpoints = folder_of(run.output_dir, run.train)

@@ -270,8 +270,10 @@ def _without_effect(run: config.RunConfig) -> dict[str, str]:
     reads = sorted(MODELS[run.model.name].reads - {"name"})
     why = f"model {run.model.name!r} does not read it, of ModelConfig it reads {reads}"
     found = {f"ModelConfig.{name}": why for name in run.model.unread()}
-    is_pretraining = run.stage == "pretrain"
-    other: typing.Any = run.finetune if is_pretraining else run.pretrain
+    others: dict[str, typing.Any] = {"pretrain": run.finetune, "finetune": run.pretrain}
+    if run.stage not in others:  # another stage may read both
+        return found
+    other = others[run.stage]
     default, cls = type(other)(), type(other).__name__
     changed = [f.name for f in dataclasses.fields(other) if getattr(other, f.name) != getattr(default, f.name)]
     return found | {f"{cls}.{name}": f"stage {run.stage!r} does not read {cls}" for name in changed}

@@ -37,3 +37,12 @@ def test_a_refused_transfer_leaves_no_run_behind(data_dir, tmp_path, one_rank, m
         assert [path for path in run.rglob("*") if path.is_file() and not path.name.startswith(".")] == []
     assert train.main(options(data_dir, tmp_path)) == 0
     assert (run / CONFIG_NAME).is_file()
+
+
+def test_a_misspelt_stage_is_refused_before_its_folder_is_made(data_dir, tmp_path, capsys):
+    mistake = {"STAGE": "finetnue", "STRATEGY": "NT", "INIT_CHECKPOINT": "", "PretrainConfig.temperature": 0.1}
+    assert train.main(options(data_dir, tmp_path, **mistake)) == 2
+    assert (
+        "stage 'finetnue' is not one of ('pretrain', 'finetune'); did you mean 'finetune'?" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "run").exists()
