@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from gpsd_dist.config import RunConfig
-from gpsd_dist.distributed.dense_parallel import compile_tower
+from gpsd_dist.distributed.dense_parallel import compile_tower, tower_of
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.schema import Manifest, Table
 from gpsd_dist.stages.registry import find, make_stage
@@ -29,9 +29,10 @@ def assemble(run: RunConfig, manifest: Manifest, runtime: Runtime) -> Components
     # for every number of ranks.
     torch.manual_seed(run.seed)
     model = stage.model(sharded)
+    _check_has_tower(run, model)
     if run.model.compile:
         # Compiled in place: a wrapper would change the names of parameters, which checkpoints depend on.
-        compile_tower(model.backbone.tower, by_block=run.execution.activation_checkpointing)
+        compile_tower(tower_of(model), by_block=run.execution.activation_checkpointing)
     names = tuple(table.name for table in sharded)
     ids = _id_remapper(run, manifest, placed, names, runtime.device)
     return Components(placed, model.to(runtime.device), stage, names, ids, runtime)
@@ -48,6 +49,19 @@ def meta_model(run: RunConfig, manifest: Manifest, sharded: tuple[Table, ...]) -
     """Builds the dense model of a run without memory, to count its parameters."""
     with torch.device("meta"):
         return make_stage(run, manifest).model(sharded)
+
+
+def _check_has_tower(run: RunConfig, model: nn.Module) -> None:
+    """Raises ValueError for an option that acts on the tower if the model of the stage has none."""
+    execution = run.execution
+    options = {
+        "ModelConfig.compile": run.model.compile,
+        "ExecutionConfig.activation_checkpointing": execution.activation_checkpointing,
+        "ExecutionConfig.cuda_graphs": execution.cuda_graphs,
+    }
+    given = [name for name, is_on in options.items() if is_on]
+    if given and tower_of(model) is None:
+        raise ValueError(f"{', '.join(given)}: the model of stage {run.stage!r} has no backbone.tower; leave them out")
 
 
 def _id_remapper(

@@ -60,7 +60,7 @@ class Trainer:
             state = read_run(self.start)
             check_resumable(dataclasses.asdict(run), dataclasses.asdict(self.manifest), state, self.start)
         self._plan_steps()
-        self.profiler = profiling.StepProfiler(run, runtime, self.components.model.backbone)
+        self.profiler = profiling.StepProfiler(run, runtime, self.components.model)
         lr_factor = functools.partial(
             learning_rate_factor,
             total_steps=self.schedule_steps,

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import typing
 
 import torch
 from torch import nn
@@ -18,18 +19,18 @@ log = logging.getLogger(__name__)
 
 
 def parallelize(model: nn.Module, run: RunConfig, runtime: Runtime) -> nn.Module:
-    """Returns the module to call instead of `model` (NextItemModel or RankingModel) in training. Collective.
+    """Returns the module to call instead of `model` (that of a stage) in training. Collective.
 
     Parameter names do not change. With fsdp2 the parameters become DTensors, so build the optimizer afterwards.
-    `preflight.check_options_against_data` has refused options that the model does not have.
+    `preflight.check_options_against_data` and `assembly.assemble` have refused options that the model does not have.
     """
     if run.execution.activation_checkpointing:
-        recompute_blocks(model.backbone.tower, has_dropout=run.model.dropout > 0)
+        recompute_blocks(tower_of(model), has_dropout=run.model.dropout > 0)
     if run.execution.cuda_graphs and runtime.device.type != "cuda":
         log.warning("cuda_graphs has no effect without a GPU")
     elif run.execution.cuda_graphs:
         # Compile the function. A compiled module would be a submodule, and so change parameter names.
-        tower = model.backbone.tower
+        tower = tower_of(model)
         model.backbone.call_padded = torch.compile(tower.forward, dynamic=False, mode="reduce-overhead")
     if runtime.world_size == 1:
         if run.execution.dense_parallel == "fsdp2":
@@ -38,10 +39,15 @@ def parallelize(model: nn.Module, run: RunConfig, runtime: Runtime) -> nn.Module
     if run.execution.dense_parallel == "ddp":
         return DistributedDataParallel(model)
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
-    for block in getattr(model.backbone.tower, "blocks", ()):
+    for block in getattr(tower_of(model), "blocks", ()):
         fully_shard(block, mesh=mesh)
     # Shard what is in no block. It stays gathered between forward and backward, because the loss reads tied weights.
     return fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+
+def tower_of(model: nn.Module) -> typing.Any:
+    """Returns the tower inside the dense model of a stage; None if it has none, as a stage of one's own may."""
+    return getattr(getattr(model, "backbone", None), "tower", None)
 
 
 def exchange_gradients(parallel: nn.Module, is_on: bool) -> None:

@@ -33,11 +33,12 @@ _NOTHING = contextlib.nullcontext()
 class StepProfiler:
     """Profiles one rank. Call `start` before the first step, `after_step` after each, `close` at the end."""
 
-    def __init__(self, run: RunConfig, runtime: Runtime, backbone: nn.Module):
-        """`backbone`: its `forward` and `with_history` get the range `TOWER` while profiling."""
+    def __init__(self, run: RunConfig, runtime: Runtime, model: nn.Module):
+        """`model`: its backbone's `forward` and `with_history` get the range `TOWER` while profiling."""
         self._folder, self._is_on = pathlib.Path(run.output_dir) / "profile", run.train.profile
-        self._rank, self._device, self._backbone = runtime.rank, runtime.device, backbone
+        self._rank, self._device, self._backbone = runtime.rank, runtime.device, getattr(model, "backbone", None)
         self._watchdog = runtime.watchdog
+        self._methods = [name for name in ("forward", "with_history") if hasattr(self._backbone, name)]
         self._steps = 0
         self._profile: profile | None = None
 
@@ -50,7 +51,7 @@ class StepProfiler:
         """Starts the profiler if TrainConfig.profile asks for it."""
         if not self._is_on:
             return
-        for method in ("forward", "with_history"):
+        for method in self._methods:
             setattr(self._backbone, method, _ranged(getattr(self._backbone, method), TOWER))
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self._device.type == "cuda" else [])
         steps = LAST_STEP - FIRST_STEP + 1
@@ -80,7 +81,7 @@ class StepProfiler:
         assert self._profile is not None
         self._profile.stop()
         self._profile = None
-        for method in ("forward", "with_history"):
+        for method in self._methods:
             delattr(self._backbone, method)  # the class's own again
 
     def _write(self, recorded: profile) -> None:

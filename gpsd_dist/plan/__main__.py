@@ -95,7 +95,8 @@ def _warnings(scenario: Scenario, found: Estimate) -> list[str]:
     if found.training.requests < 1:
         lines.append(f"a rank has {found.training.requests:.2f} requests per step: a larger global batch is due")
     if found.memory.activations is None:
-        lines.append(f"there is no formula for tower {run.model.name!r}: its activations and FLOPs are not counted")
+        given = f"tower {run.model.name!r} in stage {run.stage!r}"
+        lines.append(f"there is no formula for {given}: its activations and FLOPs are not counted")
     return lines
 
 

@@ -10,7 +10,7 @@ from gpsd_dist.model.gpsd import NextItemModel, RankingModel
 from gpsd_dist.model.transformer import ffn_width
 from gpsd_dist.plan.all_to_all import StepTraffic, step_traffic
 from gpsd_dist.plan.frozen import frozen_line
-from gpsd_dist.plan.memory import Memory, ModelSize, memory
+from gpsd_dist.plan.memory import Memory, ModelSize, has_formula, memory
 from gpsd_dist.plan.workload import DataShape, Workload, training_requests, workload
 from gpsd_dist.schema import Manifest
 from gpsd_dist.tables.managed_collision import map_bytes
@@ -56,7 +56,7 @@ class Estimate:
     size: ModelSize
     memory: Memory
     traffic: StepTraffic
-    flops: Flops | None  # None: there is no formula for this tower
+    flops: Flops | None  # None: there is no formula for this tower or stage
     saved: str  # what freezing saves, in one line; empty if nothing is frozen
     usable_bytes: float  # memory of a rank without the reserve
 
@@ -90,7 +90,7 @@ def estimate(scenario: Scenario, layout: Layout | None = None) -> Estimate:
         traffic=step_traffic(
             layout.shards, training.unique_rows, size.parameters, cluster, run.execution, run.train.micro_batches
         ),
-        flops=training_flops(run, size, training) if run.model.name == "transformer" else None,
+        flops=training_flops(run, size, training) if has_formula(run) else None,
         saved=frozen_line(run, manifest, layout.shards, training.unique_rows, cluster),
         usable_bytes=(1 - RESERVE) * cluster.memory_bytes,
     )

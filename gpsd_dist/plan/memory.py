@@ -40,7 +40,7 @@ class Memory:
     optimizer: np.ndarray  # state of the tables' optimizer; 0 for frozen tables
     dense: int  # on every rank: weights, gradients, two AdamW moments, and DDP's buckets with more than one rank
     maps: int  # on every rank: maps of managed tables
-    activations: float | None  # kept for the backward of one micro-batch; None: no formula for this tower
+    activations: float | None  # kept for the backward of one micro-batch; None: no formula for this tower or stage
     working: float  # gradients inside the backward: two of feed-forward and two of model width per token
     loss: float  # logits and gradients of the loss, and what the ranking heads keep
     buffers: np.ndarray  # looked-up rows, as sent and received; for trained tables their gradients, too
@@ -62,6 +62,11 @@ class Memory:
         return (self.activations or 0.0) + self.working + self.loss + self.buffers
 
 
+def has_formula(run: RunConfig) -> bool:
+    """Whether the plan knows what a step of this tower in this stage computes and keeps."""
+    return run.model.name == "transformer" and run.stage in ("pretrain", "finetune")
+
+
 def memory(
     run: RunConfig,
     shards: tuple[Shard, ...],
@@ -76,7 +81,7 @@ def memory(
         tables[shard.rank] += shard.rows * shard.columns * shard.value_bytes
         optimizer[shard.rank] += table_state_bytes(run.sparse.name, shard)
     activations, working = None, 0.0
-    if run.model.name == "transformer":
+    if has_formula(run):
         activations, working = transformer_bytes(run, training, cluster.device_type)
     scored = np.zeros(cluster.world_size)
     if validation is not None:

@@ -44,7 +44,8 @@ class Family:
 
     title: str
     anchor: str
-    stage: str | None
+    stage: str
+    """Empty if the configuration is lost."""
     configurations: tuple[Configuration, ...]
 
     @property
@@ -81,7 +82,7 @@ def differing_options(runs: typing.Sequence[Run]) -> list[str]:
     ]
 
 
-_STAGES = ("pretrain", "finetune")  # in the order in which they are trained
+_STAGES = ("pretrain", "finetune")  # other ones come after these
 
 
 def group(runs: typing.Sequence[Run], data_sets: typing.Sequence[dataset.DataSet]) -> list[Family]:
@@ -90,12 +91,13 @@ def group(runs: typing.Sequence[Run], data_sets: typing.Sequence[dataset.DataSet
     by_family: dict[tuple, list[Run]] = {}
     for run in runs:
         stage = run.config.get("stage")
-        by_family.setdefault((place[id(run)], stage if stage in _STAGES else None), []).append(run)
-    keys = sorted(by_family, key=lambda key: (key[0], _STAGES.index(key[1]) if key[1] else len(_STAGES)))
+        by_family.setdefault((place[id(run)], stage if isinstance(stage, str) else ""), []).append(run)
+    keys = sorted(by_family, key=lambda key: (key[0], key[1] not in _STAGES, key[1] == "finetune", key[1]))
     families = []
     for data_index, stage in keys:
         members = by_family[data_index, stage]
-        what = {"pretrain": "pretraining", "finetune": "finetuning", None: "unknown stage"}[stage]
+        known = {"pretrain": "pretraining", "finetune": "finetuning", "": "unknown stage"}
+        what = known.get(stage, f"stage {stage}")
         title = f"{data_sets[data_index].name}: {what}"
         families.append(Family(title, f"family-{len(families) + 1}", stage, _configurations(members, runs)))
     return families

@@ -45,7 +45,11 @@ class Stage(typing.Protocol):
         """Names the losses that `evaluate` reports as `log_loss` of a task: their gap to training is logged."""
 
     def model(self, sharded: tuple[Table, ...]) -> nn.Module:
-        """Builds the dense model on torch's default device. `sharded`: tables whose embeddings are looked up."""
+        """Builds the dense model on torch's default device. `sharded`: tables whose embeddings are looked up.
+
+        Full transfer copies its `backbone`. Options of the tower (ModelConfig, activation checkpointing, CUDA graphs)
+        act on `backbone.tower`, if there is one: `model.gpsd.Backbone` has both.
+        """
 
     def counts(self, batch: Batch) -> torch.Tensor:
         """Counts positions or labels per loss: float32 [L]. Needs no model, so ranks can add them up beforehand."""

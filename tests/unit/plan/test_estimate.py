@@ -15,6 +15,8 @@ from gpsd_dist.plan.estimate import RESERVE, Scenario, estimate, flops_per_token
 from gpsd_dist.plan.suggestions import suggestions
 from gpsd_dist.plan.workload import DataShape, Workload
 from gpsd_dist.schema import Split
+from gpsd_dist.stages import registry
+from gpsd_dist.stages.finetune import Finetune
 from gpsd_dist.tables.sharding import Cluster
 from tests.helpers.synthetic import make_manifest
 from tests.integration.tiny_data import tiny_run
@@ -216,3 +218,9 @@ def test_flops_per_token_follow_the_formula():
     assert ffn_width(256) == 704
     assert flops_per_token(4, 256, 0) == 6 * 4 * 802_816
     assert flops_per_token(4, 256, 100) - flops_per_token(4, 256, 0) == 12 * 4 * 256 * 100
+
+
+def test_a_stage_without_formulas_is_planned_without_activations_and_flops(tmp_path, monkeypatch):
+    monkeypatch.setitem(registry.STAGES, "third", Finetune)
+    found = estimate(_scenario(tiny_run("third", "data", tmp_path)))
+    assert found.flops is None and found.memory.activations is None and found.memory.dense > 0

@@ -109,3 +109,10 @@ def test_differing_options_include_those_that_one_run_does_not_have(tmp_path):
     write_run(tmp_path / "b", seed=5)
     runs = read_runs(find_runs([tmp_path])[0])
     assert differing_options(runs) == ["output_dir", "seed", "train.epochs", "old_option"]
+
+
+def test_a_stage_of_ones_own_has_a_family_of_its_name(tmp_path):
+    for index, stage in enumerate(("dwell", "finetune", "pretrain")):
+        write_run(tmp_path / f"{index}", options={"stage": stage})
+    titles = [family.title.rsplit(": ", 1)[1] for family in families(tmp_path)]
+    assert titles == ["pretraining", "finetuning", "stage dwell"]
