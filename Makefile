@@ -2,7 +2,8 @@
 VENV ?= .venv
 FLAVOR ?= cpu
 QUICKSTART_FLAGS ?=
-PYTEST_FLAGS ?= -n 2 --dist loadfile
+# Files in their order: xdist would begin with those of many tests, and end with the slow ones of few on one process.
+PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 BENCH_FLAGS ?= --suite cpu
 EXPERIMENTS_FLAGS ?=
 FAULTS ?=

@@ -16,27 +16,29 @@ import torch
 import torch.distributed as dist
 
 _GRACE_S = 5.0  # after one rank failed, its peers have this long to fail by themselves
+_START_S = 100.0  # for all ranks to begin: imports alone take 5 s, and much longer on a busy machine
 _RANK_ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# Ranks are forked from a server that has nothing but imports behind it: a rank of its own needs 4 s of CPU time for
+# these. The one thread that they start, jemalloc's in pyarrow, is made for forks.
+_IMPORTED_ONCE = ["torch", "torchrec", "gpsd_dist.trainer"]
 
 
 def run_distributed(
     func: typing.Callable, world_size: int, tmp_path: pathlib.Path, *args, timeout_s: float = 60.0
 ) -> list[typing.Any]:
-    """Calls `func(rank, world_size, *args)` in `world_size` spawned processes of one gloo group, one thread each.
+    """Calls `func(rank, world_size, *args)` in `world_size` new processes of one gloo group, one thread each.
 
     `func` must be importable (module level), `args` and its result must pickle. Returns the results in rank order. The
     first rank that raised is re-raised as RuntimeError with its rank and traceback; whoever runs longer than
-    `timeout_s` is killed and reported as TimeoutError with the stack of every stuck rank. Ranks meet through a file in
-    `tmp_path`, not through a port.
+    `timeout_s`, counted from when all have begun, is killed and reported as TimeoutError with the stack of every stuck
+    rank. Ranks meet through a file in `tmp_path`, not through a port.
     """
     folder = pathlib.Path(tempfile.mkdtemp(prefix="ranks_", dir=tmp_path))
-    kill_time_s = time.time() + timeout_s
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED_ONCE)
     with _environment(_RANK_ENV):
-        ranks = [
-            context.Process(target=_run_rank, args=(func, rank, world_size, folder, kill_time_s, args), daemon=True)
-            for rank in range(world_size)
-        ]
+        call = (dict(os.environ), func, world_size, folder, timeout_s, args)
+        ranks = [context.Process(target=_run_rank, args=(rank, *call), daemon=True) for rank in range(world_size)]
         for process in ranks:
             process.start()
     try:
@@ -48,21 +50,21 @@ def run_distributed(
     return [pickle.loads((folder / f"result_{rank}").read_bytes()) for rank in range(world_size)]
 
 
-def _run_rank(func, rank: int, world_size: int, folder: pathlib.Path, kill_time_s: float, args: tuple) -> None:
+def _run_rank(rank: int, environment: dict[str, str], func, world_size: int, folder, timeout_s: float, args) -> None:
     """Body of one rank: leaves `result_<rank>` or `error_<rank>` in `folder`, and its stacks before it is killed."""
+    os.environ.clear()  # the server's may be that of an earlier test
+    os.environ.update(environment)
     torch.set_num_threads(1)
-    left_s = kill_time_s - time.time()  # the import of torch above took a part of the time
     with open(folder / f"stack_{rank}", "w") as stacks:
-        faulthandler.dump_traceback_later(max(left_s - 1.0, 0.1), file=stacks)
+        faulthandler.dump_traceback_later(max(timeout_s - 1.0, 0.1), file=stacks)
         try:
             dist.init_process_group(
                 "gloo",
                 init_method=f"file://{folder / 'store'}",
                 rank=rank,
                 world_size=world_size,
-                timeout=datetime.timedelta(
-                    seconds=max(2 * left_s, 10.0)
-                ),  # the parent, not gloo, decides when it is too long
+                # The parent, not gloo, decides when it is too long.
+                timeout=datetime.timedelta(seconds=2 * timeout_s + _START_S),
             )
             result = pickle.dumps(func(rank, world_size, *args))
             _write(folder / f"result_{rank}", result)
@@ -75,9 +77,11 @@ def _run_rank(func, rank: int, world_size: int, folder: pathlib.Path, kill_time_
 
 def _wait(ranks: list, folder: pathlib.Path, timeout_s: float) -> None:
     """Returns when all ranks ended well; raises for the first that did not."""
-    deadline = time.monotonic() + timeout_s
-    failed = False
+    deadline = time.monotonic() + _START_S
+    all_began = failed = False
     while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+        if not all_began and len(list(folder.glob("stack_*"))) == len(ranks):
+            all_began, deadline = True, time.monotonic() + timeout_s
         if not failed and any(process.exitcode not in (None, 0) for process in ranks):
             failed = True
             deadline = min(deadline, time.monotonic() + _GRACE_S)
