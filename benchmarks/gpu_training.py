@@ -79,7 +79,7 @@ class Training:
         with without_validation():
             self.trainer = Trainer(self.run, bench.runtime)
         self.trainer.metrics.open(0, self.trainer.total_steps)
-        self.source = self.trainer.metrics.timed(self.trainer.batches())
+        self.source = self.trainer.batches()
 
     def steps(self) -> typing.Iterator[None]:
         """Runs steps of the real loop, loader included."""

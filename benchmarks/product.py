@@ -54,7 +54,7 @@ class Product:
         with without_validation():
             self.trainer = Trainer(run, runtime)
         self.trainer.metrics.open(0, self.trainer.total_steps)
-        self.batches = self.trainer.metrics.timed(self.trainer.batches())
+        self.batches = self.trainer.batches()
         self._unique_rows: list[int] = []
 
     def run_steps(self, count: int) -> int:

@@ -89,7 +89,7 @@ class Trainer:
         if self.early_stopping.is_finished:
             log.info("this run is finished (best step %d); nothing to do", self.early_stopping.best_step)
             return self._best_metrics()
-        batches = self.metrics.timed(self.batches())
+        batches = self.batches()
         must_stop = False
         with self._guarded():
             self.metrics.open(self.step, self.total_steps)
@@ -114,7 +114,6 @@ class Trainer:
                         self._finish_unvalidated()
                     elif must_stop or self._save_is_due():
                         self.save({})
-                    self.metrics.show_step(self.step)
                     if self.early_stopping.is_finished or must_stop:
                         break
             if must_stop and not self.early_stopping.is_finished:
@@ -223,7 +222,7 @@ class Trainer:
             iterator = iter(self.loader)
             while True:
                 self.runtime.watchdog.note(profiling.DATA_WAIT, step=self.step + 1)
-                with self.profiler.range(profiling.DATA_WAIT):
+                with self.profiler.range(profiling.DATA_WAIT), self.metrics.throughput.data_wait():
                     parts = next(iterator, None)
                 if parts is None:
                     break

@@ -4,6 +4,7 @@ Owns zero_grad, clip and step of both optimizers. The tables' optimizer is fused
 Shape letters: L losses of the stage, U distinct rows of a table in a batch, E embedding width.
 """
 
+import functools
 import itertools
 import typing
 
@@ -68,7 +69,8 @@ class TrainingStep:
         """Result of the step under way, or of the last one."""
         self._prefetch = None
         if run.execution.pipeline == "sparse_dist":
-            self._prefetch = SparseDistPipeline(components.tables, self, self.runtime.device)
+            looking_up = functools.partial(profiler.range, profiling.LOOKUP)
+            self._prefetch = SparseDistPipeline(components.tables, self, looking_up, self.runtime.device)
 
     def run_steps(
         self, batches: typing.Iterator[Parts], first_step: int, num_steps: int
@@ -95,7 +97,7 @@ class TrainingStep:
                 # batch may admit and evict some.
                 parts = self.components.ids.train(to_device(parts, self.runtime.device))
                 # All parts share one lookup, so the tables are exchanged once per step and not once per part.
-                with self.looking_up():
+                with self.profiler.range(profiling.LOOKUP):
                     embeddings = self.components.tables(parts[0].lookup)
                 loss, done = self.forward(embeddings, parts)
                 # This one backward gives the dense gradients, exchanges those of the tables and updates their rows:
@@ -103,7 +105,7 @@ class TrainingStep:
                 with self.profiler.range(profiling.BACKWARD):
                     loss.backward()
                 self.step()
-                done.id_facts = self.components.ids.metrics()
+                done.id_facts = self.components.ids.metrics
             yield done
 
     def zero_grad(self) -> None:
@@ -115,10 +117,6 @@ class TrainingStep:
             group["lr"] = self.run.dense.peak_lr * factor
         self.components.tables.set_learning_rate(self.run.sparse.peak_lr * factor)
         self.optimizer.zero_grad()
-
-    def looking_up(self) -> typing.ContextManager[typing.Any]:
-        """Names the lookup to profile and watchdog."""
-        return self.profiler.range(profiling.LOOKUP)
 
     def forward(self, embeddings: Embeddings, parts: Parts) -> tuple[torch.Tensor, StepResult]:
         """Returns the loss of the last part, joined to the tables, and what the step leaves behind. Collective.
@@ -137,15 +135,26 @@ class TrainingStep:
         self._done = done = StepResult(parts, self.number, torch.zeros_like(counts_L), counts_L, learning_rate)
         # Parts before the last must not run the tables' backward, or their rows would be updated once per part.
         leaves = {name: value.detach().requires_grad_(value.requires_grad) for name, value in embeddings.items()}
-        for batch in parts[:-1]:
-            sums_L = self._loss_sums(leaves, batch, is_last=False)
+        used, anchor = leaves, None
+        for number, batch in enumerate(parts, 1):
+            if number == len(parts):
+                # The last part reaches the tables themselves, and takes along what waits in the leaves.
+                used, anchor = join_embeddings(embeddings, leaves)
+            # Gradients of the parts add up locally, so exchanging them before the last part would be traffic for
+            # nothing.
+            exchange_gradients(self.parallel, number == len(parts))
+            if self.run.execution.cuda_graphs:
+                # Outputs of a replayed graph live in its own memory; from here on the next replay may overwrite them.
+                torch.compiler.cudagraph_mark_step_begin()
+            # bf16 is for products of the dense model alone: weights, gradients, optimizer state and losses stay
+            # float32.
+            autocast = torch.autocast(self.runtime.device.type, torch.bfloat16, enabled=self.run.train.bf16)
+            with autocast, self.profiler.range(profiling.FORWARD):
+                sums_L = self.components.stage.loss_sums(self.parallel, used, batch)
             done.loss_sums_L += sums_L.detach()
-            with self.profiler.range(profiling.BACKWARD):
-                (sums_L * scale_L).sum().backward()
-        # The last part reaches the tables themselves, and takes along what waits in the leaves.
-        joined, anchor = join_embeddings(embeddings, leaves)
-        sums_L = self._loss_sums(joined, parts[-1], is_last=True)
-        done.loss_sums_L += sums_L.detach()
+            if anchor is None:
+                with self.profiler.range(profiling.BACKWARD):
+                    (sums_L * scale_L).sum().backward()
         self._check_finite(done)
         return (sums_L * scale_L).sum() + anchor, done
 
@@ -157,18 +166,6 @@ class TrainingStep:
                 assert self._done is not None
                 self._done.gradient_norm = clip_gradients(self.model, self.run.train.clip_norm)
             self.optimizer.step()
-
-    def _loss_sums(self, embeddings: Embeddings, batch: Batch, is_last: bool) -> torch.Tensor:
-        """Runs the model on one part: loss sums [L]. Dense gradients are exchanged with the last part alone."""
-        # Gradients of the parts add up locally, so exchanging them before the last part would be traffic for nothing.
-        exchange_gradients(self.parallel, is_last)
-        if self.run.execution.cuda_graphs:
-            # Outputs of a replayed graph live in its own memory; from here on the next replay may overwrite them.
-            torch.compiler.cudagraph_mark_step_begin()
-        # bf16 is for products of the dense model alone: weights, gradients, optimizer state and losses stay float32.
-        autocast = torch.autocast(self.runtime.device.type, torch.bfloat16, enabled=self.run.train.bf16)
-        with autocast, self.profiler.range(profiling.FORWARD):
-            return self.components.stage.loss_sums(self.parallel, embeddings, batch)
 
     def _check_finite(self, done: StepResult) -> None:
         """Looks at the losses before weights move; on a GPU only in steps that log."""

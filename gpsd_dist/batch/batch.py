@@ -112,7 +112,7 @@ class Batch:
             tensor.record_stream(stream)
             return tensor
 
-        _map_tensors(self, record)
+        _map_tensors(self, record, {})
 
 
 def to_device(value: typing.Any, device: torch.device) -> typing.Any:
@@ -120,48 +120,45 @@ def to_device(value: typing.Any, device: torch.device) -> typing.Any:
 
     Asynchronous if the tensors are pinned. What parts share (the lookup) is copied once.
     """
-    return _map_tensors(value, _once(lambda tensor: tensor.to(device, non_blocking=True)))
+    return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True), {})
 
 
 def pinned(value: typing.Any) -> typing.Any:
     """Copies every tensor into page-locked memory; what parts share, once."""
     # A GPU copies from page-locked memory by itself; from other memory the host waits for each copy.
-    return _map_tensors(value, _once(lambda tensor: tensor.pin_memory()))
-
-
-def _once(fn: typing.Callable[[torch.Tensor], torch.Tensor]) -> typing.Callable[[torch.Tensor], torch.Tensor]:
-    """Wraps `fn` so that a tensor that stands in several places goes through it once, and all places get its result."""
-    done: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def apply(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in done:
-            # The tensor is kept too: were it freed, another one could get its id.
-            done[id(tensor)] = tensor, fn(tensor)
-        return done[id(tensor)][1]
-
-    return apply
+    return _map_tensors(value, lambda tensor: tensor.pin_memory(), {})
 
 
 _CONTAINERS = (Bag, RawIds, NextItem, Packing, PaddedPacking, Bucket, Slots, Batch)
 
 
-def _map_tensors(value: typing.Any, fn: typing.Callable[[torch.Tensor], torch.Tensor]) -> typing.Any:
-    """Applies `fn` to every tensor inside dataclasses, dicts, tuples and KeyedJaggedTensors; leaves the rest alone."""
+def _map_tensors(
+    value: typing.Any,
+    fn: typing.Callable[[torch.Tensor], torch.Tensor],
+    done: dict[int, tuple[torch.Tensor, torch.Tensor]],
+) -> typing.Any:
+    """Applies `fn` to every tensor inside dataclasses, dicts, tuples and KeyedJaggedTensors; leaves the rest alone.
+
+    A tensor that stands in several places goes through it once: `done`, empty at first, has the results by id.
+    """
     if isinstance(value, torch.Tensor):
-        return fn(value)
+        if id(value) not in done:
+            # The tensor is kept too: were it freed, another one could get its id.
+            done[id(value)] = value, fn(value)
+        return done[id(value)][1]
     if isinstance(value, KeyedJaggedTensor):
         # `length_per_key` goes along, or TorchRec would ask the GPU for it and make the host wait.
         return KeyedJaggedTensor(
             keys=value.keys(),
-            values=fn(value.values()),
-            lengths=fn(value.lengths()),
+            values=_map_tensors(value.values(), fn, done),
+            lengths=_map_tensors(value.lengths(), fn, done),
             length_per_key=value.length_per_key_or_none(),
         )
     if isinstance(value, _CONTAINERS):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return type(value)(**{name: _map_tensors(entry, fn) for name, entry in fields.items()})
+        return type(value)(**{name: _map_tensors(entry, fn, done) for name, entry in fields.items()})
     if isinstance(value, dict):
-        return {key: _map_tensors(entry, fn) for key, entry in value.items()}
+        return {key: _map_tensors(entry, fn, done) for key, entry in value.items()}
     if isinstance(value, tuple):
-        return tuple(_map_tensors(entry, fn) for entry in value)
+        return tuple(_map_tensors(entry, fn, done) for entry in value)
     return value

@@ -147,30 +147,27 @@ def cuts(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
-def _buckets(history_length_B, history_offsets, candidate_count_B, candidate_offsets):
+def _buckets(history_length_B, history_offsets, candidate_count_B, candidate_offsets) -> typing.Iterator[Bucket]:
     """Cuts the sorted requests where the length passes the next bucket width."""
     start, limit = 0, _FIRST_WIDTH
     while start < len(history_length_B):
         stop = int(np.searchsorted(history_length_B, limit, side="right"))
         limit = int(np.ceil(limit * _GROWTH))
-        if stop > start:
-            yield _bucket(start, stop, history_length_B, history_offsets, candidate_count_B, candidate_offsets)
-            start = stop
-
-
-def _bucket(start, stop, history_length_B, history_offsets, candidate_count_B, candidate_offsets) -> Bucket:
-    width, max_candidates = int(history_length_B[stop - 1]), int(candidate_count_B[start:stop].max())
-    history = _slots(history_offsets[start : stop + 1], width)
-    return Bucket(
-        num_requests=stop - start,
-        width=width,
-        num_tokens=int(history_offsets[stop] - history_offsets[start]),
-        num_candidates=int(candidate_offsets[stop] - candidate_offsets[start]),
-        max_candidates=max_candidates,
-        history=history,
-        candidate=_slots(candidate_offsets[start : stop + 1], max_candidates),
-        candidate_mask=_candidate_mask(history, stop - start, width, max_candidates),
-    )
+        if stop == start:
+            continue
+        width, max_candidates = int(history_length_B[stop - 1]), int(candidate_count_B[start:stop].max())
+        history = _slots(history_offsets[start : stop + 1], width)
+        yield Bucket(
+            num_requests=stop - start,
+            width=width,
+            num_tokens=int(history_offsets[stop] - history_offsets[start]),
+            num_candidates=int(candidate_offsets[stop] - candidate_offsets[start]),
+            max_candidates=max_candidates,
+            history=history,
+            candidate=_slots(candidate_offsets[start : stop + 1], max_candidates),
+            candidate_mask=_candidate_mask(history, stop - start, width, max_candidates),
+        )
+        start = stop
 
 
 def _slots(offsets: np.ndarray, width: int) -> Slots | None:

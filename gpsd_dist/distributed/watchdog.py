@@ -51,8 +51,7 @@ class Watchdog:
             self._step = step
         if is_collective:
             self._collective = f"{phase} of step {self._step}"
-        self._phase, self._phase_s = phase, self._clock()
-        self.alive()
+        self._phase, self._phase_s, self._alive_s = phase, self._clock(), self._clock()
 
     def alive(self) -> None:
         """Notes progress inside a phase, from any thread: a batch of a validation, a part of a file."""

@@ -4,7 +4,6 @@ Others decide what is measured and when a log step is due. Names are paths: trai
 valid/click/auc, perf/tokens_per_s.
 """
 
-import dataclasses
 import json
 import logging
 import math
@@ -28,22 +27,6 @@ _SLOTS = 256  # a message has room for a multiple of this: ranks with a few more
 _LOGGER = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass
-class _Window:
-    """Accumulates the values of one name since the last log step; tensors stay on their device."""
-
-    value: typing.Any
-    count: typing.Any
-
-    def add(self, value, count, reduction: str) -> None:
-        if reduction in ("mean", "sum"):
-            self.value, self.count = self.value + value, self.count + count
-        elif reduction == "max":
-            self.value = _max(self.value, value)
-        else:
-            self.value = value
-
-
 class Recorder:
     """Collects metrics on every rank; rank 0 writes them into `output_dir`."""
 
@@ -64,7 +47,8 @@ class Recorder:
         """
         self._rank, self._device = rank, torch.device(device)
         self._reductions: dict[str, str] = {}
-        self._windows: dict[str, _Window] = {}
+        self._windows: dict[str, tuple[typing.Any, typing.Any]] = {}
+        """Name -> (value, count) since the last log step; tensors stay on their device."""
         self._progress = progress if rank == 0 else None
         self._jsonl = self._tensorboard = None
         if rank == 0:
@@ -96,10 +80,10 @@ class Recorder:
         if count is not None and reduce != "mean":
             raise ValueError(f"metric {name!r}: a count belongs to reduce='mean', not to {reduce!r}")
         value, count = _scalar(name, value), _scalar(name, 1 if count is None else count)
-        if name in self._windows:
-            self._windows[name].add(value, count, reduce)
-        else:
-            self._windows[name] = _Window(value, count)
+        if name in self._windows and reduce != "last":
+            before, count_before = self._windows[name]
+            value, count = _max(before, value) if reduce == "max" else before + value, count_before + count
+        self._windows[name] = value, count
 
     def log(self, step: int, epoch: float) -> dict[str, float]:
         """Reduces, writes (rank 0) and starts a new window. Collective: all ranks must have recorded the same names.
@@ -133,7 +117,7 @@ class Recorder:
         message = torch.zeros(1 + 2 * slots, dtype=torch.float64, device=self._device)
         message[0] = checksum  # below 2^32: exact in float64
         if names:
-            columns = ([self._windows[name].value for name in names], [self._windows[name].count for name in names])
+            columns = zip(*(self._windows[name] for name in names), strict=True)
             message[1:].view(2, slots)[:, : len(names)] = torch.stack([_vector(c, self._device) for c in columns])
         messages = [message]
         if dist.is_initialized():
@@ -151,11 +135,6 @@ class Recorder:
             "last": values_RM[0],
         }
         return {name: float(reduced[self._reductions[name]][i]) for i, name in enumerate(names)}
-
-    def advance(self, step: int) -> None:
-        """Moves the progress bar, if there is one; cheap enough for every step."""
-        if self._progress is not None:
-            self._progress.advance(step)
 
     def close(self, *, is_finished: bool = False) -> None:
         """Closes the files and the progress bar; values that were not logged are lost. Not collective."""
@@ -218,7 +197,7 @@ def _max(first, second):
     return torch.maximum(*(torch.as_tensor(value, dtype=torch.float64) for value in (first, second)))
 
 
-def _vector(values: list, device: torch.device) -> torch.Tensor:
+def _vector(values: typing.Sequence, device: torch.device) -> torch.Tensor:
     """Builds a float64 vector on `device` from numbers and tensors, with two device copies instead of one per value."""
     vector = torch.tensor([0.0 if isinstance(v, torch.Tensor) else v for v in values], dtype=torch.float64).to(device)
     places = [i for i, v in enumerate(values) if isinstance(v, torch.Tensor)]

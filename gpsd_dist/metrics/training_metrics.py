@@ -16,8 +16,6 @@ from gpsd_dist.metrics.progress_bar import ProgressBar
 from gpsd_dist.metrics.recorder import Recorder
 from gpsd_dist.metrics.throughput import Throughput
 
-T = typing.TypeVar("T")
-
 
 @dataclasses.dataclass
 class StepResult:
@@ -50,23 +48,20 @@ class TrainingMetrics:
         self.loss_weights, self.scored_losses = loss_weights, scored_losses
         self.throughput = Throughput()
         self.recorder: Recorder | None = None
+        self._bar: ProgressBar | None = None
         self._since_validation: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def open(self, first_step: int, total_steps: int) -> None:
         """Opens the files of rank 0, removes entries that a killed run wrote after `first_step`, starts the clock."""
-        bar = ProgressBar(total_steps, first_step=first_step) if self.runtime.is_main else None
-        folder, device = self.run.output_dir, self.runtime.device
-        self.recorder = Recorder(folder, self.runtime.rank, resume_step=first_step or None, progress=bar, device=device)
+        self._bar = ProgressBar(total_steps, first_step=first_step) if self.runtime.is_main else None
+        self.recorder = Recorder(
+            self.run.output_dir,
+            self.runtime.rank,
+            resume_step=first_step or None,
+            progress=self._bar,
+            device=self.runtime.device,
+        )
         self.throughput.restart()
-
-    def timed(self, batches: typing.Iterator[T]) -> typing.Iterator[T]:
-        """Yields the batches, and measures the time spent waiting for them."""
-        while True:
-            with self.throughput.data_wait():
-                parts = next(batches, None)
-            if parts is None:
-                return
-            yield parts
 
     def record_step(self, done: StepResult) -> None:
         """Records losses and rates of one step. Not collective, no GPU sync."""
@@ -87,6 +82,8 @@ class TrainingMetrics:
         self._since_validation = now if since is None else (since[0] + now[0], since[1] + now[1])
         requests = sum(batch.num_requests for batch in done.parts)
         self.throughput.step(requests, sum(batch.packing.num_history_tokens for batch in done.parts))
+        if self._bar is not None:
+            self._bar.advance(done.number + 1)
 
     def record_validation(self, metrics: dict[str, dict[str, float | int]]) -> None:
         """Records the metrics of `valid` and the generalization gap. Collective.
@@ -110,10 +107,6 @@ class TrainingMetrics:
             self.runtime.watchdog.note("metrics of all ranks", is_collective=True)
             self.throughput.record_to(self.recorder)
         self.recorder.log(step, step / self.steps_per_epoch)
-
-    def show_step(self, step: int) -> None:
-        """Moves the progress bar."""
-        self.recorder.advance(step)
 
     def close(self, *, is_finished: bool = False) -> None:
         """Closes files and progress bar, if they are open; may be called twice."""

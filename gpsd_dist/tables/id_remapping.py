@@ -29,15 +29,12 @@ class IdRemapper:
         item = manifest.feature(manifest.item_feature)
         self._item_feature, self._item_table = item.name, item.table
         self._maps, self._resets = maps, resets
-        self._metrics: dict[str, float] = {}
-
-    def metrics(self) -> dict[str, float]:
-        """Returns the metrics of the last `train`, over all ranks.
+        self.metrics: dict[str, float] = {}
+        """Those of the last `train`, over all ranks.
 
         `ids/<table>_rows_used`: share of the rows that belong to an id. `ids/<table>_changed_rows`: rows reset.
         `ids/<table>_unknown`: share of the occurrences that read the unknown row.
         """
-        return self._metrics
 
     def train(self, batches: tuple[Batch, ...]) -> tuple[Batch, ...]:
         """Counts, admits and evicts ids, then remaps a batch (its micro-batches). Collective: all ranks must call."""
@@ -83,9 +80,9 @@ class IdRemapper:
     def _measure(self, table: str, changed: torch.Tensor, distinct: torch.Tensor, counts: torch.Tensor) -> None:
         managed, name = self._maps[table], re.sub("[^A-Za-z0-9_]", "_", table)
         unknown = counts[managed.rows(distinct) == UNKNOWN_INDEX].sum() / counts.sum().clamp(min=1)
-        self._metrics[f"ids/{name}_rows_used"] = managed.share_used()
-        self._metrics[f"ids/{name}_changed_rows"] = float(len(changed))
-        self._metrics[f"ids/{name}_unknown"] = float(unknown)
+        self.metrics[f"ids/{name}_rows_used"] = managed.share_used()
+        self.metrics[f"ids/{name}_changed_rows"] = float(len(changed))
+        self.metrics[f"ids/{name}_unknown"] = float(unknown)
 
     def _section(self, batch: Batch, table: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Splits a table's sparse features into distinct ids [U] and random draws of negatives [N]."""

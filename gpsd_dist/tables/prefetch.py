@@ -25,9 +25,6 @@ class StepHooks(typing.Protocol):
     def zero_grad(self) -> None:
         """Begins a step: also sets its seed and learning rates."""
 
-    def looking_up(self) -> typing.ContextManager[typing.Any]:
-        """Surrounds the lookup, for the profiler and the watchdog."""
-
     def forward(self, embeddings: dict[str, torch.Tensor], parts: Parts) -> tuple[torch.Tensor, typing.Any]:
         """Returns a loss whose backward computes dense gradients and updates the tables, and what `steps` yields."""
 
@@ -65,11 +62,18 @@ class _Lookup(nn.Module):
 class SparseDistPipeline:
     """Owns the tables while `steps` runs; a process has at most one."""
 
-    def __init__(self, tables: ShardedTables, hooks: StepHooks, device: torch.device):
+    def __init__(
+        self,
+        tables: ShardedTables,
+        hooks: StepHooks,
+        looking_up: typing.Callable[[], typing.ContextManager[typing.Any]],
+        device: torch.device,
+    ):
+        """`looking_up` surrounds every lookup, for the profiler and the watchdog."""
         lookup = _Lookup(tables.module.module)
 
         def forward(prefetched: PrefetchedParts) -> tuple[torch.Tensor, typing.Any]:
-            with hooks.looking_up():
+            with looking_up():
                 embeddings = lookup(prefetched)
             return hooks.forward(embeddings, prefetched.parts)
 

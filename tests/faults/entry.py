@@ -109,7 +109,7 @@ def install(fault: Fault, trace: pathlib.Path) -> None:
     def traced(self):
         for parts in batches(self):
             if self._shuffle:  # training
-                fault.step = self._epoch * self.steps_per_epoch + self._step
+                fault.step = self.epoch * self.steps_per_epoch + self.step
                 rows = [user for part in parts for user in part.user_hash_B.tolist()]
                 trace_file.write(json.dumps({"step": fault.step, "rows": rows}) + "\n")
                 fault.maybe("batch")

@@ -120,7 +120,7 @@ class _Copying(nn.Module):
 
 def test_collection_that_would_not_be_prefetched_is_an_error(data_dir, tmp_path, one_rank):
     trainer = Trainer(_run("pretrain", data_dir, tmp_path, "x", pipeline="sparse_dist"), one_rank)
-    pipeline = SparseDistPipeline(trainer.components.tables, _Hooks(), torch.device("cpu"))
+    pipeline = SparseDistPipeline(trainer.components.tables, _Hooks(), contextlib.nullcontext, torch.device("cpu"))
     pipeline._lookup.tables = _Copying(pipeline._lookup.tables)
     batches = iter(trainer.loader)
     with pytest.raises(RuntimeError, match=r"does not prefetch \['tables.tables.trainable'\]"):
@@ -131,9 +131,6 @@ def test_collection_that_would_not_be_prefetched_is_an_error(data_dir, tmp_path,
 class _Hooks:
     def zero_grad(self):
         pass
-
-    def looking_up(self):
-        return contextlib.nullcontext()
 
     def forward(self, rows, parts):
         return sum(value.sum() for value in rows.values()), None
