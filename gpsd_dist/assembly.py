@@ -21,8 +21,9 @@ def assemble(run: RunConfig, manifest: Manifest, runtime: Runtime) -> Components
 
     TorchRec wants this order: tables without memory, sharding (which allocates them), then the dense model.
     """
+    sharded = looked_up_tables(run, manifest)
     # On "meta", a table of a billion rows takes no memory until the planner has said which rank holds which part.
-    sharded, tables = meta_tables(run, manifest)
+    tables = Tables(sharded, run.frozen_tables, run.tables, torch.device("meta"))
     placed = shard_tables(tables, run.tables, run.sparse, runtime, run.seed, run.execution)
     stage = make_stage(run, manifest)
     # Seeded after the tables, whose rows have seeds of their own: so the dense weights are the same on every rank and
@@ -38,11 +39,9 @@ def assemble(run: RunConfig, manifest: Manifest, runtime: Runtime) -> Components
     return Components(placed, model.to(runtime.device), stage, names, ids, runtime)
 
 
-def meta_tables(run: RunConfig, manifest: Manifest) -> tuple[tuple[Table, ...], Tables]:
-    """Returns the tables that are sharded, and their module without memory: a plan or `shard_tables` starts from it."""
-    sharded = lookup_tables(manifest, run.tables, with_candidates=find(run.stage).with_candidates)
-    frozen = run.tables.transfer if run.freezes_tables else ()
-    return sharded, Tables(sharded, frozen, run.tables, torch.device("meta"))
+def looked_up_tables(run: RunConfig, manifest: Manifest) -> tuple[Table, ...]:
+    """Lists the tables that the batches of a run look up, which are those that are sharded."""
+    return lookup_tables(manifest, run.tables, with_candidates=find(run.stage).with_candidates)
 
 
 def meta_model(run: RunConfig, manifest: Manifest, sharded: tuple[Table, ...]) -> nn.Module:
@@ -68,9 +67,8 @@ def _id_remapper(
     run: RunConfig, manifest: Manifest, placed: ShardedTables, names: tuple[str, ...], device: torch.device
 ) -> IdRemapper:
     managed = [name for name in names if manifest.unbounded.get(name) == "managed"]
-    frozen = run.tables.transfer if run.freezes_tables else ()
     maps = {name: ManagedCollisionMap(manifest.table(name).num_rows, run.ids, device) for name in managed}
     # Without a reset a map never changes: a row of a frozen table must not pass to another id, which would read the
     # embedding of the one before.
-    resets = {name: RowReset(placed, name, run.tables, run.seed) for name in managed if name not in frozen}
+    resets = {name: RowReset(placed, name, run.tables, run.seed) for name in managed if name not in run.frozen_tables}
     return IdRemapper(manifest, maps, resets)

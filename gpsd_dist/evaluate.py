@@ -18,7 +18,7 @@ import sys
 import rich.console
 import rich.table
 
-from gpsd_dist.assembly import assemble, meta_model, meta_tables
+from gpsd_dist.assembly import assemble, looked_up_tables, meta_model
 from gpsd_dist.baselines.registry import NAMES, NEXT_ITEM, evaluate_baseline
 from gpsd_dist.checkpoint import loading, manager, storage
 from gpsd_dist.checkpoint.state import read_run
@@ -86,7 +86,7 @@ def _check_size(run: RunConfig, manifest: Manifest, folder: Location) -> None:
     saved = loading.saved_sizes(folder)
     problem = f"{run.model.layers} layers" if run.model.layers > len(saved) else ""
     if not problem:  # on meta only modules cost something, and their number follows that of the layers
-        sharded, _ = meta_tables(run, manifest)
+        sharded = looked_up_tables(run, manifest)
         model = meta_model(run, manifest, sharded)
         needed = {dense_weight(name): value.numel() for name, value in model.state_dict().items()}
         for table in sharded:

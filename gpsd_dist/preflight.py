@@ -99,5 +99,5 @@ def tables_kept_whole(run: RunConfig, manifest: Manifest) -> set[str]:
     """
     tables = lookup_tables(manifest, run.tables, with_candidates=find(run.stage).with_candidates)
     looked_up = {table.name for table in tables}
-    frozen = set(run.tables.transfer if run.freezes_tables else ())
-    return {name for name, kind in manifest.unbounded.items() if kind == "managed"} & looked_up - frozen
+    managed = {name for name, kind in manifest.unbounded.items() if kind == "managed"}
+    return managed & looked_up - set(run.frozen_tables)

@@ -52,7 +52,7 @@ def report(run: RunConfig, manifest: Manifest, grown: collections.abc.Mapping[st
     lines = []
     for name, num_old in grown.items():
         num_rows = manifest.table(name).num_rows
-        fate = ", and stay so: the table is frozen" if run.freezes_tables and name in run.tables.transfer else ""
+        fate = ", and stay so: the table is frozen" if name in run.frozen_tables else ""
         lines.append(
             f"  table {name!r} grew: {num_old:,} rows from the checkpoint, {num_rows - num_old:,} new ones random{fate}"
         )

@@ -167,6 +167,11 @@ class RunConfig:
         """Says whether transferred tables get no optimizer and keep their bytes (sparse freezing)."""
         return self.strategy in ("ST_SF", "FT_SF")
 
+    @property
+    def frozen_tables(self) -> tuple[str, ...]:
+        """Names the tables that keep their bytes."""
+        return self.tables.transfer if self.freezes_tables else ()
+
 
 GIN_CLASSES = (
     *(DataConfig, TablesConfig, IdsConfig, ModelConfig, PretrainConfig),

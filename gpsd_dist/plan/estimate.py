@@ -2,9 +2,10 @@
 
 import dataclasses
 
+import torch
 from torch import nn
 
-from gpsd_dist.assembly import meta_model, meta_tables
+from gpsd_dist.assembly import looked_up_tables, meta_model
 from gpsd_dist.config import RunConfig
 from gpsd_dist.model.gpsd import NextItemModel, RankingModel
 from gpsd_dist.model.transformer import ffn_width
@@ -13,6 +14,7 @@ from gpsd_dist.plan.frozen import frozen_line
 from gpsd_dist.plan.memory import Memory, ModelSize, has_formula, memory
 from gpsd_dist.plan.workload import DataShape, Workload, training_requests, workload
 from gpsd_dist.schema import Manifest
+from gpsd_dist.tables.collections import Tables
 from gpsd_dist.tables.managed_collision import map_bytes
 from gpsd_dist.tables.sharding import Cluster, Shard, plan_tables, readable, shards_of, table_names
 
@@ -73,7 +75,7 @@ def estimate(scenario: Scenario, layout: Layout | None = None) -> Estimate:
     """
     run, manifest, cluster = scenario.run, scenario.manifest, scenario.cluster
     assert cluster.memory_bytes is not None
-    sharded, _ = meta_tables(run, manifest)
+    sharded = looked_up_tables(run, manifest)
     layout = layout or plan_layout(scenario)
     names = tuple(table.name for table in sharded)
     requests = training_requests(run, scenario.shape, cluster.world_size)
@@ -99,14 +101,14 @@ def estimate(scenario: Scenario, layout: Layout | None = None) -> Estimate:
 def plan_layout(scenario: Scenario) -> Layout:
     """Plans the tables like training does; if they do not fit into memory, plans again without that limit."""
     run, manifest, cluster = scenario.run, scenario.manifest, scenario.cluster
-    refusal = ""
-    _, tables = meta_tables(run, manifest)
+    refusal, sharded, meta = "", looked_up_tables(run, manifest), torch.device("meta")
+    tables = Tables(sharded, run.frozen_tables, run.tables, meta)
     names = table_names(tables)
     try:
         plan = plan_tables(tables, run.tables, run.sparse, cluster)
     except ValueError as error:
         refusal = str(error)
-        _, tables = meta_tables(run, manifest)
+        tables = Tables(sharded, run.frozen_tables, run.tables, meta)
         unlimited = dataclasses.replace(cluster, memory_bytes=_UNLIMITED_BYTES)
         plan = plan_tables(tables, run.tables, run.sparse, unlimited)
     return Layout(readable(plan, run.tables), shards_of(plan, names, run.tables.frozen_value_bytes), refusal)
@@ -114,7 +116,7 @@ def plan_layout(scenario: Scenario) -> Layout:
 
 def model_size(run: RunConfig, manifest: Manifest) -> ModelSize:
     """Counts parameters on the model itself, built on the meta device."""
-    sharded, _ = meta_tables(run, manifest)
+    sharded = looked_up_tables(run, manifest)
     model = meta_model(run, manifest, sharded)
     matrices = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
     auxiliary = model.auxiliary_table.values() if isinstance(model, NextItemModel) else ()

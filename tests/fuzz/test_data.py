@@ -14,16 +14,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import strategies as st
 
 from data_pipeline import append, command_line, fresh, previous
 from gpsd_dist import schema
-from gpsd_dist.assembly import meta_tables
+from gpsd_dist.assembly import looked_up_tables
 from gpsd_dist.checkpoint import growth
 from gpsd_dist.config import RunConfig, TablesConfig
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.loader import Loader
 from gpsd_dist.evaluate import main
+from gpsd_dist.tables.collections import Tables
 from tests.fuzz.properties import assert_one_error_line, clean_or_one_error, fuzz
 from tests.fuzz.test_checkpoints import CHANGES, HOSTILE, _place
 from tests.helpers.synthetic import write_dataset
@@ -56,7 +58,8 @@ def _copy():
 def _read(root: pathlib.Path) -> int:
     """Manifest, tables without memory, and all batches of two splits. Returns the number of requests."""
     manifest = schema.read_manifest(root)
-    meta_tables(RunConfig("pretrain", str(root), "out", tables=TablesConfig(small_table_max_rows=4)), manifest)
+    run = RunConfig("pretrain", str(root), "out", tables=TablesConfig(small_table_max_rows=4))
+    Tables(looked_up_tables(run, manifest), (), run.tables, torch.device("meta"))
     total = 0
     for split, with_candidates in (("pretrain", False), ("train", True)):
         sharded = ("item",)

@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpsd_dist.assembly import assemble, meta_tables
+from gpsd_dist.assembly import assemble, looked_up_tables
 from gpsd_dist.batch.lookup import lookup_of
 from gpsd_dist.config import OptimizerConfig
 from gpsd_dist.plan.all_to_all import step_traffic, unsent_gradients
@@ -19,6 +19,7 @@ from gpsd_dist.plan.estimate import Scenario, estimate, model_size
 from gpsd_dist.plan.memory import memory
 from gpsd_dist.plan.workload import Workload, data_shape, expected_distinct
 from gpsd_dist.schema import read_manifest
+from gpsd_dist.tables.collections import Tables
 from gpsd_dist.tables.sharding import Cluster, plan_tables, readable, shards_of, table_names
 from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed
@@ -131,7 +132,7 @@ def measured(tmp_path_factory, data_dir, wide_dir):
 
 def _planned(name, data_dir):
     run, manifest = _case(name, data_dir), read_manifest(data_dir)
-    _, tables = meta_tables(run, manifest)
+    tables = Tables(looked_up_tables(run, manifest), run.frozen_tables, run.tables, torch.device("meta"))
     names = table_names(tables)
     plan = plan_tables(tables, run.tables, run.sparse, CLUSTER)
     return run, manifest, plan, shards_of(plan, names)

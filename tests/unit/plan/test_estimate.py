@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpsd_dist.assembly import meta_model, meta_tables
+from gpsd_dist.assembly import looked_up_tables, meta_model
 from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import DataConfig, ModelConfig, OptimizerConfig
 from gpsd_dist.model.transformer import Transformer, ffn_width
@@ -88,7 +88,7 @@ def test_parameters_are_those_of_the_model():
     run = _run("pretrain")
     manifest = make_manifest(table_rows={"item": 1000, "tag": 1000})
     size = model_size(run, manifest)
-    model = meta_model(run, manifest, meta_tables(run, manifest)[0])
+    model = meta_model(run, manifest, looked_up_tables(run, manifest))
     assert size.parameters == sum(p.numel() for p in model.parameters())
     block = 16 * 48 + 16 * 16 + 16 * 2 * 64 + 64 * 16
     assert size.matrix_parameters == block and size.auxiliary_rows == 12 and size.head_parameters == 0
