@@ -19,15 +19,10 @@ class DeepFM(nn.Module):
     reads_fields, has_segments, drops_inputs = True, False, False
     direct_width = 1
 
-    def __init__(self, num_fields: int, width: int):
+    def __init__(self, config: ModelConfig, num_fields: int):
         super().__init__()
+        width = config.width
         self.out_width, self.mlp_widths = 1 + 2 * num_fields * width, (2 * width, width, width)
-
-    @classmethod
-    def build(cls, config: ModelConfig, num_fields: int) -> "DeepFM":
-        """Builds the tower from its options (`registry.Tower`)."""
-        config.refuse_foreign()
-        return cls(num_fields, config.width)
 
     def forward(self, x_SFD: torch.Tensor, packing: Packing, candidates_only: bool = False, times=None) -> torch.Tensor:
         """Maps token vectors [S, F, D] -> [C, 1 + 2 F D]."""

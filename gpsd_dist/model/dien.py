@@ -76,19 +76,13 @@ class DIEN(nn.Module):
     reads_fields, has_segments, drops_inputs = True, False, False
     direct_width = 0
 
-    def __init__(self, num_fields: int, width: int, init_std: float = 0.02):
+    def __init__(self, config: ModelConfig, num_fields: int):
         super().__init__()
-        channels = num_fields * width
+        width, channels = config.width, num_fields * config.width
         self.out_width, self.mlp_widths = 4 * channels, (2 * width, width)
         self.extractor = nn.GRU(channels, channels)
-        self.attention = ActivationUnit(channels, (4 * width, 2 * width), init_std)
+        self.attention = ActivationUnit(channels, (4 * width, 2 * width), config.init_std)
         self.evolution = AttentionalGRU(channels)
-
-    @classmethod
-    def build(cls, config: ModelConfig, num_fields: int) -> "DIEN":
-        """Builds the tower from its options (`registry.Tower`)."""
-        config.refuse_foreign()
-        return cls(num_fields, config.width, config.init_std)
 
     def forward(
         self,

@@ -71,17 +71,11 @@ class DIN(nn.Module):
     reads_fields, has_segments, drops_inputs = True, False, False
     direct_width = 0
 
-    def __init__(self, num_fields: int, width: int, init_std: float = 0.02):
+    def __init__(self, config: ModelConfig, num_fields: int):
         super().__init__()
-        channels = num_fields * width
+        width, channels = config.width, num_fields * config.width
         self.out_width, self.mlp_widths = 2 * channels, (2 * width, width)
-        self.attention = ActivationUnit(channels, (max(width // 2, 1), max(width // 4, 1)), init_std)
-
-    @classmethod
-    def build(cls, config: ModelConfig, num_fields: int) -> "DIN":
-        """Builds the tower from its options (`registry.Tower`)."""
-        config.refuse_foreign()
-        return cls(num_fields, config.width, config.init_std)
+        self.attention = ActivationUnit(channels, (max(width // 2, 1), max(width // 4, 1)), config.init_std)
 
     def forward(self, x_SFD: torch.Tensor, packing: Packing, candidates_only: bool = False, times=None) -> torch.Tensor:
         """Maps token vectors [S, F, D] -> [C, 2 N]."""

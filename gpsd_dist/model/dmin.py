@@ -42,10 +42,15 @@ class DMIN(nn.Module):
     reads_fields, has_segments, drops_inputs = True, False, False
     direct_width = 0
 
-    def __init__(self, num_fields: int, width: int, heads: int, dropout: float = 0.0, init_std: float = 0.02):
+    def __init__(self, config: ModelConfig, num_fields: int):
         super().__init__()
-        self.heads = heads
-        channels = num_fields * width
+        if num_fields * config.width % config.heads:
+            raise ValueError(
+                f"dmin splits {num_fields} token features x width {config.width} channels into {config.heads} heads: "
+                "choose a WIDTH that is a multiple of HEADS"
+            )
+        width, channels, dropout = config.width, num_fields * config.width, config.dropout
+        self.heads = heads = config.heads
         self.out_width, self.mlp_widths = (heads + 3) * channels, (2 * width, width)
         self.refiner_qkv = nn.Linear(channels, 3 * channels)
         self.refiner = Refinement(channels, channels, dropout, bias=True)
@@ -55,20 +60,9 @@ class DMIN(nn.Module):
         )
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                init_linear(module, init_std)
+                init_linear(module, config.init_std)
         widths = (4 * width, 2 * width)
-        self.attentions = nn.ModuleList(ActivationUnit(channels, widths, init_std) for _ in range(heads))
-
-    @classmethod
-    def build(cls, config: ModelConfig, num_fields: int) -> "DMIN":
-        """Builds the tower from its options (`registry.Tower`)."""
-        config.refuse_foreign()
-        if num_fields * config.width % config.heads:
-            raise ValueError(
-                f"dmin splits {num_fields} token features x width {config.width} channels into {config.heads} heads: "
-                "choose a WIDTH that is a multiple of HEADS"
-            )
-        return cls(num_fields, config.width, config.heads, config.dropout, config.init_std)
+        self.attentions = nn.ModuleList(ActivationUnit(channels, widths, config.init_std) for _ in range(heads))
 
     def forward(
         self,

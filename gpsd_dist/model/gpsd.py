@@ -27,6 +27,7 @@ class Backbone(nn.Module):
 
     def __init__(self, manifest: Manifest, tables: TablesConfig, model: ModelConfig, sharded: tuple[Table, ...]):
         super().__init__()
+        model.refuse_foreign()
         tower = TOWERS[model.name]
         model.check_revision()
         self.embedder = TokenEmbedder(manifest, tables, sharded, tower.reads_fields, tower.has_segments)
@@ -34,7 +35,7 @@ class Backbone(nn.Module):
         self.project_in = Projection(tables.embedding_dim, model.width, model.init_std, norm_first=True, eps=eps)
         # A tower that adds positions or times to its input drops out the sum, as its paper does: not twice.
         self.dropout = nn.Dropout(0.0 if tower.drops_inputs else model.dropout)
-        self.tower = tower.build(model, self.embedder.num_fields)
+        self.tower = tower(model, self.embedder.num_fields)
         self.call_padded: typing.Callable[..., torch.Tensor] | None = None
         """Runs the tower on padded batches in a CUDA graph; None: the tower itself does."""
 

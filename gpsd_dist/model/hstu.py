@@ -58,45 +58,27 @@ class HSTU(nn.Module):
     reads_fields, has_segments, drops_inputs = False, False, True
     direct_width = 0
 
-    def __init__(
-        self,
-        layers: int,
-        width: int,
-        heads: int,
-        head_width: int,
-        max_positions: int,
-        *,
-        dropout: float = 0.0,
-        time_bias: bool = True,
-        init_std: float = 0.02,
-    ):
+    def __init__(self, config: ModelConfig, num_fields: int):
         super().__init__()
+        width, heads, positions = config.width, config.heads, config.max_positions
         self.out_width, self.mlp_widths = width, (4 * width,)  # not of the paper: the Transformer's ranking MLP
-        self.time_bias = time_bias
-        self.positions = LearnedPositions(max_positions, width, dropout)
+        self.time_bias = config.time_bias
+        self.positions = LearnedPositions(positions, width, config.dropout)
         self.blocks = nn.ModuleList(
-            HSTUBlock(width, heads, head_width, max_positions, dropout=dropout, time_bias=time_bias)
-            for _ in range(layers)
+            HSTUBlock(
+                width,
+                heads,
+                config.head_width or width // heads,
+                positions,
+                dropout=config.dropout,
+                time_bias=config.time_bias,
+            )
+            for _ in range(config.layers)
         )
         for block in self.blocks:
-            init_linear(block.uvqk, init_std)
+            init_linear(block.uvqk, config.init_std)
             nn.init.xavier_uniform_(block.out.weight)
             nn.init.zeros_(block.out.bias)
-
-    @classmethod
-    def build(cls, config: ModelConfig, num_fields: int) -> "HSTU":
-        """Builds the tower from its options (`registry.Tower`)."""
-        config.refuse_foreign()
-        return cls(
-            config.layers,
-            config.width,
-            config.heads,
-            config.head_width or config.width // config.heads,
-            config.max_positions,
-            dropout=config.dropout,
-            time_bias=config.time_bias,
-            init_std=config.init_std,
-        )
 
     def forward(self, x_SD: torch.Tensor, packing: Packing, candidates_only: bool = False, times=None) -> torch.Tensor:
         """Maps token vectors [S, D] to hidden states [S, D]; a token sees its request's earlier history and itself.

@@ -42,8 +42,7 @@ class Tower(typing.Protocol):
     mlp_widths: tuple[int, ...]
     """Hidden widths of the ranking MLP that reads the rest of the state and the context; empty: a linear layer."""
 
-    @classmethod
-    def build(cls, config: ModelConfig, num_fields: int) -> "Tower":
+    def __init__(self, config: ModelConfig, num_fields: int):
         """Builds the tower for tokens of `num_fields` features. ValueError for options that the model cannot have."""
 
     def compile(self, *, dynamic: bool) -> None:

@@ -59,18 +59,14 @@ class SASRec(nn.Module):
     reads_fields, has_segments, drops_inputs = False, False, True
     direct_width = 0
 
-    def __init__(self, layers: int, width: int, heads: int, ffn_width: int, max_positions: int, dropout: float = 0.0):
+    def __init__(self, config: ModelConfig, num_fields: int):
         super().__init__()
+        width, ffn_width = config.width, config.ffn_width or config.width
         self.out_width, self.mlp_widths = width, (4 * width,)  # not of the paper: the Transformer's ranking MLP
-        self.positions = LearnedPositions(max_positions, width, dropout)
-        self.blocks = nn.ModuleList(SASRecBlock(width, heads, ffn_width, dropout) for _ in range(layers))
-
-    @classmethod
-    def build(cls, config: ModelConfig, num_fields: int) -> "SASRec":
-        """Builds the tower from its options (`registry.Tower`)."""
-        config.refuse_foreign()
-        ffn_width = config.ffn_width or config.width
-        return cls(config.layers, config.width, config.heads, ffn_width, config.max_positions, config.dropout)
+        self.positions = LearnedPositions(config.max_positions, width, config.dropout)
+        self.blocks = nn.ModuleList(
+            SASRecBlock(width, config.heads, ffn_width, config.dropout) for _ in range(config.layers)
+        )
 
     def forward(self, x_SD: torch.Tensor, packing: Packing, candidates_only: bool = False, times=None) -> torch.Tensor:
         """Maps token vectors [S, D] to hidden states [S, D]; a token sees its request's earlier history and itself.

@@ -125,21 +125,16 @@ class Transformer(nn.Module):
     reads_fields, has_segments, drops_inputs = False, True, False
     direct_width = 0
 
-    def __init__(self, layers: int, width: int, heads: int, dropout: float = 0.0, init_std: float = 0.02):
+    def __init__(self, config: ModelConfig, num_fields: int):
         super().__init__()
+        width, heads = config.width, config.heads
         self.out_width, self.mlp_widths = width, (_MLP_MULTIPLE * width,)
         self.rotary = RotaryPositions(width // heads, heads)
-        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, config.dropout) for _ in range(config.layers))
         self.norm = nn.RMSNorm(width, eps=_NORM_EPS)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                init_linear(module, init_std)
-
-    @classmethod
-    def build(cls, config: ModelConfig, num_fields: int) -> "Transformer":
-        """Builds the tower from its options (`registry.Tower`)."""
-        config.refuse_foreign()
-        return cls(config.layers, config.width, config.heads, config.dropout, config.init_std)
+                init_linear(module, config.init_std)
 
     def forward(self, x_SD: torch.Tensor, packing: Packing, candidates_only: bool = False, times=None) -> torch.Tensor:
         """Maps token vectors [S, D] to hidden states [S, D], or to [C, D] with `candidates_only`.

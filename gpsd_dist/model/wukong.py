@@ -73,19 +73,13 @@ class Wukong(nn.Module):
     reads_fields, has_segments, drops_inputs = True, False, False
     direct_width = 0
 
-    def __init__(self, num_fields: int, max_positions: int, layers: int, width: int, init_std: float = 0.02):
+    def __init__(self, config: ModelConfig, num_fields: int):
         super().__init__()
-        self.max_positions = max_positions
+        self.max_positions, width, init_std = config.max_positions, config.width, config.init_std
         self.out_width, self.mlp_widths = _OUT_FIELDS * width, (_MLP_MULTIPLE * width,)
-        first = Layer(num_fields * (1 + max_positions), width, init_std, projects_residual=True)
-        others = (Layer(_OUT_FIELDS, width, init_std, projects_residual=False) for _ in range(layers - 1))
+        first = Layer(num_fields * (1 + config.max_positions), width, init_std, projects_residual=True)
+        others = (Layer(_OUT_FIELDS, width, init_std, projects_residual=False) for _ in range(config.layers - 1))
         self.layers = nn.ModuleList((first, *others))
-
-    @classmethod
-    def build(cls, config: ModelConfig, num_fields: int) -> "Wukong":
-        """Builds the tower from its options (`registry.Tower`)."""
-        config.refuse_foreign()
-        return cls(num_fields, config.max_positions, config.layers, config.width, config.init_std)
 
     def forward(self, x_SFD: torch.Tensor, packing: Packing, candidates_only: bool = False, times=None) -> torch.Tensor:
         """Maps token vectors [S, F, D] -> [C, 32 D]. ValueError for a history longer than `max_positions`."""

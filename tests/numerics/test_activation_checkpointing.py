@@ -30,7 +30,7 @@ def counted_bytes():
 
 
 def run(name, recomputed, dropout):
-    tower = TOWERS[name].build(ModelConfig(name, layers=LAYERS, width=WIDTH, heads=2, dropout=dropout), 1)
+    tower = TOWERS[name](ModelConfig(name, layers=LAYERS, width=WIDTH, heads=2, dropout=dropout), 1)
     reference.fill_(tower)
     if recomputed:
         recompute_blocks(tower, has_dropout=dropout > 0)
@@ -68,7 +68,7 @@ def test_recomputed_blocks_may_be_compiled(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", traced)
     config = ModelConfig("transformer", layers=2, width=WIDTH, heads=2)
-    plain, compiled = (TOWERS["transformer"].build(config, 1).double() for _ in range(2))
+    plain, compiled = (TOWERS["transformer"](config, 1).double() for _ in range(2))
     for tower in (plain, compiled):
         reference.fill_(tower)
     compile_tower(compiled, by_block=True)

@@ -7,6 +7,7 @@ import torch
 
 from gpsd_dist.batch import packing as packing_module
 from gpsd_dist.batch.packing import Packing
+from gpsd_dist.config import ModelConfig
 from gpsd_dist.model.ops.attention import attend
 from gpsd_dist.model.transformer import Transformer
 from tests.helpers import reference
@@ -17,7 +18,7 @@ LAYERS, WIDTH, HEADS = 2, 16, 2
 
 @pytest.fixture(scope="module")
 def tower():
-    return reference.fill_(Transformer(LAYERS, WIDTH, HEADS).double())
+    return reference.fill_(Transformer(ModelConfig(layers=LAYERS, width=WIDTH, heads=HEADS), 1).double())
 
 
 def make_rows(lengths, counts, seed=0):

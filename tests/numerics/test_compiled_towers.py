@@ -46,7 +46,7 @@ def run(tower, x, packing, times, seed):
 def test_compiled_tower_equals_the_plain_one(name, num_batches):
     num_fields = FIELDS if TOWERS[name].reads_fields else 1
     config = ModelConfig(name, layers=1, width=WIDTH, heads=2)
-    plain, compiled = (fill_(TOWERS[name].build(config, num_fields).double()) for _ in range(2))
+    plain, compiled = (fill_(TOWERS[name](config, num_fields).double()) for _ in range(2))
     traced = []
 
     def backend(graph, inputs):
@@ -70,7 +70,7 @@ def test_compiled_tower_equals_the_plain_one(name, num_batches):
 def test_batches_with_other_buckets_are_not_compiled_anew(name):
     """Dynamo compiles a function 8 times at most, then runs it as it is, for good, with a warning."""
     num_fields = FIELDS if TOWERS[name].reads_fields else 1
-    tower = TOWERS[name].build(ModelConfig(name, layers=1, width=WIDTH, heads=2), num_fields).double()
+    tower = TOWERS[name](ModelConfig(name, layers=1, width=WIDTH, heads=2), num_fields).double()
     random = np.random.default_rng(0)
     graphs = []  # number of the batch that each was made for
 

@@ -24,7 +24,7 @@ LENGTHS, COUNTS = [0, 0, 1, 3, 3, 8, 9, 13], [2, 0, 1, 3, 2, 1, 0, 2]
 def make_tower(name, dropout=0.0):
     config = ModelConfig(name=name, layers=2, width=WIDTH, heads=2, max_positions=15, dropout=dropout)
     with unittest.mock.patch.object(wukong, "_FM_HIDDEN", 24):  # 512 takes seconds in float64
-        return fill_(TOWERS[name].build(config, FIELDS).double())
+        return fill_(TOWERS[name](config, FIELDS).double())
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -196,7 +196,7 @@ def test_history_states_do_not_see_what_they_predict(name):
 def test_dmin_refuses_heads_that_do_not_divide_a_token():
     config = ModelConfig("dmin", width=8, heads=5)
     with pytest.raises(ValueError, match="3 token features x width 8 channels into 5 heads"):
-        TOWERS["dmin"].build(config, FIELDS)
+        TOWERS["dmin"](config, FIELDS)
 
 
 def test_wukong_refuses_a_history_that_has_no_slots():

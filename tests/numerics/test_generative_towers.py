@@ -31,7 +31,7 @@ BATCHES = [  # lengths, numbers of candidates
 
 def make_tower(kind, **options):
     config = ModelConfig(kind.split(",")[0], LAYERS, WIDTH, HEADS, max_positions=31, **KINDS[kind] | options)
-    return fill_(TOWERS[config.name].build(config, 1).double())
+    return fill_(TOWERS[config.name](config, 1).double())
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -10,6 +10,7 @@ import torch
 
 from gpsd_dist.batch import packing as packing_module
 from gpsd_dist.batch.packing import Packing
+from gpsd_dist.config import ModelConfig
 from gpsd_dist.model.transformer import RotaryPositions, Transformer, rotate
 from tests.helpers import reference
 
@@ -20,7 +21,7 @@ LENGTHS = [0, 0, 1, 3, 3, 7, 8, 9, 12, 13, 30]  # empty, on and beside the cuts 
 
 @pytest.fixture(scope="module")
 def tower():
-    return reference.fill_(Transformer(LAYERS, WIDTH, HEADS).double())
+    return reference.fill_(Transformer(ModelConfig(layers=LAYERS, width=WIDTH, heads=HEADS), 1).double())
 
 
 def make_rows(lengths, seed=0):
@@ -127,9 +128,9 @@ def test_rotation_is_the_official_layout():
 
 
 def test_dropout_is_off_in_evaluation_and_on_in_training():
-    tower = reference.fill_(Transformer(1, WIDTH, HEADS, dropout=0.5).double())
+    tower = reference.fill_(Transformer(ModelConfig(layers=1, width=WIDTH, heads=HEADS, dropout=0.5), 1).double())
     rows = make_rows([5])
     assert not torch.equal(run_packed(tower, rows)[0], run_packed(tower, rows)[0])
     tower.eval()
-    plain = reference.fill_(Transformer(1, WIDTH, HEADS).double())
+    plain = reference.fill_(Transformer(ModelConfig(layers=1, width=WIDTH, heads=HEADS), 1).double())
     torch.testing.assert_close(run_packed(tower, rows)[0], run_packed(plain, rows)[0], rtol=0, atol=0)

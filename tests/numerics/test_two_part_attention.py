@@ -10,6 +10,7 @@ import torch
 
 from gpsd_dist.batch.batch import to_device
 from gpsd_dist.batch.packing import Packing
+from gpsd_dist.config import ModelConfig
 from gpsd_dist.model import transformer
 from gpsd_dist.model.ops import flash_attention
 from gpsd_dist.model.ops.attention import bucketed, two_part
@@ -71,7 +72,7 @@ def test_large_scores_neither_overflow_nor_lose_the_candidate():
 def test_k_candidates_equal_k_passes(monkeypatch):
     """The whole tower on two-part attention against separate passes (float64; the rotation is float32)."""
     monkeypatch.setattr(transformer, "attend", two_part)
-    tower = reference.fill_(Transformer(2, 16, 2).double())
+    tower = reference.fill_(Transformer(ModelConfig(layers=2, width=16, heads=2), 1).double())
     lengths, counts = [0, 2, 9, 13], [3, 1, 0, 12]
     random = torch.Generator().manual_seed(0)
     history, candidates = (

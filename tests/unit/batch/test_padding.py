@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from gpsd_dist.batch.packing import Packing
 from gpsd_dist.batch.padding import pad_packing
+from gpsd_dist.config import ModelConfig
 from gpsd_dist.model import transformer
 from gpsd_dist.model.ops.attention import two_part
 from gpsd_dist.model.transformer import Transformer
@@ -51,7 +52,7 @@ def test_sizes_are_multiples_and_every_real_token_keeps_its_request_and_position
 def test_padded_tower_gives_real_tokens_the_same_states_and_gradients(pairs, candidates_only):
     packing = make(pairs)
     padding = pad_packing(packing, 16, LONGEST)
-    tower = reference.fill_(Transformer(2, 16, 2).double())
+    tower = reference.fill_(Transformer(ModelConfig(layers=2, width=16, heads=2), 1).double())
     random = torch.Generator().manual_seed(0)
     x_SD = torch.randn(len(packing.position_S), 16, dtype=torch.float64, generator=random).requires_grad_()
     plain = tower(x_SD, packing, candidates_only)
@@ -67,7 +68,7 @@ def test_padded_tower_gives_real_tokens_the_same_states_and_gradients(pairs, can
 def test_compiled_tower_meets_one_shape_where_batches_differ(monkeypatch):
     """As on CUDA: with flash attention. Without padding every batch would be compiled anew."""
     monkeypatch.setattr(transformer, "attend", two_part)
-    tower = Transformer(1, 16, 2)
+    tower = Transformer(ModelConfig(layers=1, width=16, heads=2), 1)
     graphs = []
 
     def backend(graph, inputs):

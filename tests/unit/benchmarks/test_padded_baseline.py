@@ -7,6 +7,7 @@ import torch
 from benchmarks import datasets
 from benchmarks.padded_baseline import PaddedBaseline, PaddedLoader, PaddedModel, PaddedTransformer
 from gpsd_dist.batch.packing import Packing
+from gpsd_dist.config import ModelConfig
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.loader import Loader
 from gpsd_dist.model.transformer import Transformer
@@ -22,7 +23,10 @@ def small_source(monkeypatch):
 
 def test_padded_tower_equals_packed_tower():
     torch.manual_seed(0)
-    packed, padded = Transformer(2, 16, 2).double(), PaddedTransformer(2, 16, 2).double()
+    packed, padded = (
+        Transformer(ModelConfig(layers=2, width=16, heads=2), 1).double(),
+        PaddedTransformer(2, 16, 2).double(),
+    )
     for parameter in packed.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     padded.load_state_dict(packed.state_dict())

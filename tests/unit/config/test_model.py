@@ -28,7 +28,7 @@ class Watched:
 
 
 def build(name: str):
-    return TOWERS[name].build(ModelConfig(name, layers=1, width=8, heads=2, max_positions=12), 3)
+    return TOWERS[name](ModelConfig(name, layers=1, width=8, heads=2, max_positions=12), 3)
 
 
 def test_every_tower_is_declared():
@@ -50,7 +50,7 @@ def test_a_tower_can_do_what_is_declared(name):
 @pytest.mark.parametrize("name", TOWERS)
 def test_a_tower_reads_what_is_declared_and_nothing_else(name):
     watched = Watched(ModelConfig(name, layers=1, width=8, heads=2, max_positions=12))
-    TOWERS[name].build(watched, 3)
+    TOWERS[name](watched, 3)
     assert watched.read | BY_THE_BACKBONE == MODELS[name].reads
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from gpsd_dist import schema
-from gpsd_dist.config import ModelConfig
+from gpsd_dist.config import ModelConfig, TablesConfig
 from gpsd_dist.config.gin_cli import load_run_config
-from gpsd_dist.model.gpsd import NextItemModel, RankingModel
+from gpsd_dist.model.gpsd import Backbone, NextItemModel, RankingModel
 from gpsd_dist.model.registry import TOWERS
 from gpsd_dist.tables.collections import Tables, lookup_tables
 from tests.helpers.synthetic import make_manifest
@@ -50,13 +50,13 @@ def test_the_item_table_of_width_50_is_stored_with_52_columns():
 def test_without_times_hstu_has_no_time_weights():
     run = from_leaf("hstu_ml1m", "--gin.ModelConfig.time_bias=False")
     with torch.device("meta"):
-        tower = TOWERS["hstu"].build(run.model, 1)
+        tower = TOWERS["hstu"](run.model, 1)
     assert sum(p.numel() for p in tower.parameters()) == 234_400 - 3953 * 50 - 2 * 129
 
 
 def build(name, **options):
     torch.manual_seed(0)
-    return TOWERS[name].build(ModelConfig(name, 2, 64, 4, max_positions=400, **options), 1)
+    return TOWERS[name](ModelConfig(name, 2, 64, 4, max_positions=400, **options), 1)
 
 
 def test_initial_weights_of_sasrec():
@@ -96,7 +96,7 @@ def test_initial_weights_of_hstu():
 )
 def test_an_option_of_another_tower_is_refused(name, options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} .* has no effect on '{name}'"):
-        build(name, **options)
+        Backbone(ITEMS_ONLY, TablesConfig(), ModelConfig(name, **options), (ITEMS_ONLY.table("item"),))
 
 
 @pytest.mark.parametrize(("name", "dropout"), [("transformer", 0.3), ("sasrec", 0.0), ("hstu", 0.0)])

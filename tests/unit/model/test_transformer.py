@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from gpsd_dist.config import ModelConfig
 from gpsd_dist.model.transformer import Transformer, ffn_width
 
 
@@ -25,13 +26,13 @@ def test_ffn_width_is_the_official_one(width, hidden):
 )
 def test_parameter_count_is_the_published_one(layers, width, heads, parameters):
     with torch.device("meta"):
-        tower = Transformer(layers, width, heads)
+        tower = Transformer(ModelConfig(layers=layers, width=width, heads=heads), 1)
     assert sum(parameter.numel() for parameter in tower.parameters()) == parameters
 
 
 def test_initial_weights_follow_the_official_settings():
     torch.manual_seed(0)
-    for name, parameter in Transformer(2, 64, 4).named_parameters():
+    for name, parameter in Transformer(ModelConfig(layers=2, width=64, heads=4), 1).named_parameters():
         if "norm" in name:
             assert (parameter == 1).all(), name
         else:
@@ -40,4 +41,8 @@ def test_initial_weights_follow_the_official_settings():
 
 
 def test_there_are_no_biases():
-    assert not [name for name, _ in Transformer(1, 32, 4).named_parameters() if "bias" in name]
+    assert not [
+        name
+        for name, _ in Transformer(ModelConfig(layers=1, width=32, heads=4), 1).named_parameters()
+        if "bias" in name
+    ]

@@ -104,7 +104,7 @@ def test_flops_are_those_that_torch_counts(stage):
     """torch counts the matrix products of a real forward and backward; attention, which it misses here, is added."""
     layers, width, history, requests, shown = 3, 64, 12, 8, 2
     candidates = 0 if stage == "pretrain" else requests * shown
-    tower = Transformer(layers, width, 4)
+    tower = Transformer(ModelConfig(layers=layers, width=width, heads=4), 1)
     packing = Packing.from_lengths(np.full(requests, history), np.full(requests, shown if candidates else 0))
     x = torch.randn(requests * history + candidates, width, requires_grad=True)
     with FlopCounterMode(display=False) as counter:

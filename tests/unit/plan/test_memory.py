@@ -113,7 +113,7 @@ def _kept_bytes(
 ) -> tuple[int, int]:
     """Storage that autograd keeps for the backward of a real forward on CPU, without parameters; batch in tokens."""
     torch.manual_seed(0)
-    tower = Transformer(layers, width, heads, dropout)
+    tower = Transformer(ModelConfig(layers=layers, width=width, heads=heads, dropout=dropout), 1)
     if recomputed:
         recompute_blocks(tower, has_dropout=dropout > 0)
     packing = Packing.from_lengths(np.full(requests, history), np.full(requests, candidates))
