@@ -15,7 +15,6 @@ from gpsd_dist.baselines.rows import USER_KEY, predictions, pretrain_counts, rea
 from gpsd_dist.metrics.classification import Predictions
 
 PSEUDO_COUNTS = 20.0  # weight of the global rate in each key's rate; untuned
-FIT_SPLITS = ("train", "valid")
 
 
 def score_rates(
@@ -25,30 +24,21 @@ def score_rates(
     task: str,
     *,
     keys: collections.abc.Sequence[str] | None = None,
-    fit_splits: collections.abc.Sequence[str] | None = None,
-    pseudo_counts: float = PSEUDO_COUNTS,
 ) -> Predictions:
     """Adds to the global log-odds, for each key, how far its smoothed log-odds are from them, like naive Bayes.
 
-    A key's rate is (positives + pseudo_counts * global rate) / (rows + pseudo_counts). Rows where the label is not
-    observed, or the task's condition is not 1, are neither counted nor scored.
+    A key's rate is (positives + PSEUDO_COUNTS * global rate) / (rows + PSEUDO_COUNTS), counted on `train` and `valid`,
+    or on `train` alone if `valid` is scored. Rows where the label is not observed, or the task's condition is not 1,
+    are neither counted nor scored. `keys`: "user" and columns like "candidate.item" or "context.hour" that hold one
+    index per candidate or row; by default the item, the user, and candidate.tab where there is one.
 
-    Args:
-        data_dir: folder of `manifest`.
-        manifest: of the prepared data.
-        split: split to score.
-        task: label to predict.
-        keys: "user" and columns like "candidate.item" or "context.hour" that hold one index per candidate or row. By
-            default the item, the user, and candidate.tab where there is one.
-        fit_splits: splits to count on; by default `train` and `valid`, or `train` alone if `valid` is scored.
-        pseudo_counts: weight of the global rate, > 0.
-
-    Raises ValueError if `split` is also counted on, an argument names nothing, or the fit has not both classes.
+    ValueError if `train` is to be scored, an argument names nothing, or the fit has not both classes.
     """
-    if pseudo_counts <= 0:
-        raise ValueError(f"pseudo_counts is {pseudo_counts}, expected a number above 0: an unseen key has no rate else")
     keys = _default_keys(manifest) if keys is None else tuple(keys)
-    fit_splits = _fit_splits(split, fit_splits)
+    scored_splits = split.split("+")
+    if "train" in scored_splits:
+        raise ValueError(f"split {split!r} cannot be scored with rates counted on itself; choose valid or test")
+    fit_splits = ("train",) if "valid" in scored_splits else ("train", "valid")
     parts = [read_rows(data_dir, manifest, name, task, keys) for name in fit_splits]
     label_N = np.concatenate([part.label_N for part in parts])
     if not 0 < label_N.sum() < len(label_N):
@@ -60,7 +50,7 @@ def score_rates(
         key_K, index_N = np.unique(np.concatenate([part.keys[key] for part in parts]), return_inverse=True)
         rows_K = np.bincount(index_N, minlength=len(key_K))
         positives_K = np.bincount(index_N, label_N, minlength=len(key_K))
-        rate_K = (positives_K + pseudo_counts * global_rate) / (rows_K + pseudo_counts)
+        rate_K = (positives_K + PSEUDO_COUNTS * global_rate) / (rows_K + PSEUDO_COUNTS)
         place_N = np.searchsorted(key_K, scored.keys[key]).clip(max=len(key_K) - 1)
         is_seen_N = key_K[place_N] == scored.keys[key]
         logit_N += np.where(is_seen_N, logit(rate_K[place_N]) - logit(global_rate), 0.0)
@@ -89,14 +79,3 @@ def _default_keys(manifest: schema.Manifest) -> tuple[str, ...]:
         for feature in manifest.features_in("candidate")
     )
     return (f"candidate.{manifest.item_feature}", USER_KEY, *(["candidate.tab"] if has_tab else []))
-
-
-def _fit_splits(split: str, fit_splits: collections.abc.Sequence[str] | None) -> tuple[str, ...]:
-    """Chooses the splits to count on for a split or several ("valid+test"): by default FIT_SPLITS without those."""
-    scored = set(split.split("+"))
-    if fit_splits is None:
-        fit_splits = FIT_SPLITS[:1] if FIT_SPLITS[1] in scored else FIT_SPLITS
-    counted = {part for fit_split in fit_splits for part in fit_split.split("+")}
-    if scored & counted:
-        raise ValueError(f"split {split!r} cannot be scored with rates counted on itself, fit splits are {fit_splits}")
-    return tuple(fit_splits)

@@ -73,9 +73,10 @@ def _log_odds(rate):
     return np.log(rate / (1 - rate))
 
 
-def test_rates_are_smoothed_log_odds_summed_over_keys(data_dir):
+def test_rates_are_smoothed_log_odds_summed_over_keys(data_dir, monkeypatch):
+    monkeypatch.setattr(rates, "PSEUDO_COUNTS", 4)
     manifest = schema.read_manifest(data_dir)
-    score_N, label_N, user_N, day_N = rates.score_rates(data_dir, manifest, "test", "click", pseudo_counts=4).arrays()
+    score_N, label_N, user_N, day_N = rates.score_rates(data_dir, manifest, "test", "click").arrays()
     prior = 3 / 6  # six observed candidates in train and valid, three clicks
     item_2, item_3 = (2 + 2) / (2 + 4), (1 + 2) / (2 + 4)
     user_7, tab_2 = (1 + 2) / (3 + 4), (2 + 2) / (4 + 4)
@@ -89,9 +90,10 @@ def test_rates_are_smoothed_log_odds_summed_over_keys(data_dir):
     assert day_N.tolist() == [1, 1, 1]
 
 
-def test_conditional_task_uses_rows_that_meet_the_condition(data_dir):
+def test_conditional_task_uses_rows_that_meet_the_condition(data_dir, monkeypatch):
+    monkeypatch.setattr(rates, "PSEUDO_COUNTS", 4)
     manifest = schema.read_manifest(data_dir)
-    fitted = rates.score_rates(data_dir, manifest, "test", "buy", keys=("user",), pseudo_counts=4)
+    fitted = rates.score_rates(data_dir, manifest, "test", "buy", keys=("user",))
     (score,), (label,), (user,), (day,) = fitted.arrays()
     prior = 2 / 3  # clicked candidates of train and valid: three, two bought
     assert score == pytest.approx(_log_odds((1 + 4 * prior) / (1 + 4)), abs=1e-6)
@@ -112,13 +114,14 @@ def test_validation_is_scored_with_rates_of_train_only(data_dir):
 
 def test_several_splits_are_not_scored_with_their_own_labels(data_dir):
     manifest = schema.read_manifest(data_dir)
-    alone = [rates.score_rates(data_dir, manifest, "valid", "click").arrays()[0]]
-    alone.append(rates.score_rates(data_dir, manifest, "test", "click", fit_splits=("train",)).arrays()[0])
-    together_N = rates.score_rates(data_dir, manifest, "valid+test", "click").arrays()[0]
-    assert together_N == pytest.approx(np.concatenate(alone))  # counted on train alone, although test is there too
-    for split, fit_splits in (("train+valid", None), ("train+test", None), ("test", ["test+valid"])):
+    valid_N, test_N, together_N = (
+        rates.score_rates(data_dir, manifest, split, "click").arrays()[0] for split in ("valid", "test", "valid+test")
+    )
+    assert together_N[: len(valid_N)] == pytest.approx(valid_N)  # counted on train alone, although test is there too
+    assert together_N[len(valid_N) :] != pytest.approx(test_N)  # which is counted on valid too
+    for split in ("train+valid", "train+test"):
         with pytest.raises(ValueError, match="counted on itself"):
-            rates.score_rates(data_dir, manifest, split, "click", fit_splits=fit_splits)
+            rates.score_rates(data_dir, manifest, split, "click")
 
 
 def test_popularity_of_train_leaves_its_positives_out_among_other_splits_too(data_dir):
@@ -149,14 +152,20 @@ def test_evaluate_returns_the_metrics_of_every_task(data_dir):
         ({"split": "holdout"}, "no split 'holdout'"),
         ({"keys": ("candidate.author",)}, r"has no columns \['candidate.author'\]"),
         ({"keys": ("candidate.tag",)}, "'candidate.tag' is a bag"),
-        ({"pseudo_counts": 0}, "pseudo_counts is 0"),
-        ({"task": "buy", "fit_splits": ("valid",)}, "1 positives of 1 rows"),
     ],
 )
 def test_bad_requests_raise(data_dir, arguments, message):
     arguments = {"split": "test", "task": "click"} | arguments
     with pytest.raises(ValueError, match=message):
         rates.score_rates(data_dir, schema.read_manifest(data_dir), **arguments)
+
+
+def test_rates_need_both_classes(data_dir):
+    manifest = schema.read_manifest(data_dir)
+    splits = (dataclasses.replace(manifest.split("valid"), name="train"), manifest.split("test"))
+    splits += (dataclasses.replace(manifest.split("test"), name="valid"),)
+    with pytest.raises(ValueError, match="1 positives of 1 rows"):
+        rates.score_rates(data_dir, dataclasses.replace(manifest, splits=splits), "valid+test", "buy")
 
 
 def test_unknown_baseline_raises(data_dir):
