@@ -34,7 +34,7 @@ from gpsd_dist.checkpoint.state import RunState as RunState
 from gpsd_dist.checkpoint.state import read_state as read_state
 from gpsd_dist.checkpoint.storage import Location, Remote, location
 from gpsd_dist.config import TrainConfig
-from gpsd_dist.distributed.collectives import described, on_main
+from gpsd_dist.distributed.collectives import FailedOnMain, described, on_main
 from gpsd_dist.distributed.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class Checkpoints:
             on_main(lambda: self._commit(self.folder / name, integrity.merged(written), content), self._group)
         except CheckpointException as error:
             raise OSError(f"{target} was not written: {files.first_failure(error)}") from error
-        except OSError as error:
+        except (OSError, FailedOnMain) as error:
             raise OSError(f"{target} was not written: rank 0: {error}") from error
         except Exception as error:  # for example: another rank is gone
             raise OSError(f"{target} was not written: rank {self._runtime.rank}: {described(error)}") from error

@@ -31,19 +31,23 @@ def all_gather_rows(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [part[:count] for part, count in zip(gathered, rows, strict=True)]
 
 
+class FailedOnMain(RuntimeError):
+    """Raised on all ranks for a failure of rank 0 that is neither a ValueError nor an OSError."""
+
+
 def on_main(work: collections.abc.Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Does `work` on rank 0 and returns its result on all ranks. Collective if there is a process group.
 
-    If it fails, all ranks raise alike: a ValueError, or for any other failure an OSError, with its text.
+    If it fails, all ranks raise alike: ValueError, OSError or FailedOnMain with its text.
     """
     outcome: list[typing.Any] = [None, None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             outcome[0] = work()
-        except ValueError as error:
-            outcome[1] = ValueError(str(error))
+        except (ValueError, OSError) as error:
+            outcome[1] = ValueError(str(error)) if isinstance(error, ValueError) else OSError(str(error))
         except Exception as error:
-            outcome[1] = OSError(described(error))
+            outcome[1] = FailedOnMain(described(error))
     if dist.is_initialized():
         dist.broadcast_object_list(outcome, src=0, group=group)
     result, failure = outcome

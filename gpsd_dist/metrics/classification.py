@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from gpsd_dist.distributed.collectives import on_main
+
 COUNT_KEYS = ("rows", "gauc_users", "gauc_user_days")
 METRIC_KEYS = ("auc", "gauc", "gauc_user_day", "log_loss", "ne", "calibration", *COUNT_KEYS, "label_rate")
 KINDS = ("logit", "probability", "score")  # a score only orders rows: log_loss, ne and calibration are NaN
@@ -84,10 +86,13 @@ class Predictions:
         return classification_metrics(score_N, label_N, user_hash_N, self.kind, day_N)
 
     def gather(self) -> "Predictions":
-        """Sends all rows to rank 0, which needs memory for them; other ranks get an empty object. Collective.
+        """Sends all rows to rank 0, which needs memory for them; other ranks get an empty object.
 
-        Ranks may hold different numbers of rows, also none. ValueError if they hold different kinds of scores.
+        Collective if there is a process group; without one, these are all rows. Ranks may hold different numbers of
+        rows, also none. ValueError if they hold different kinds of scores.
         """
+        if not dist.is_initialized():
+            return self
         own_2 = torch.tensor([len(self), KINDS.index(self.kind)])
         all_2 = [torch.empty_like(own_2) for _ in range(dist.get_world_size())]
         dist.all_gather(all_2, own_2)
@@ -115,28 +120,14 @@ def gather_metrics(
     """Computes METRIC_KEYS per task over the rows of all ranks. Collective: all ranks must call with the same tasks.
 
     Rank 0 gathers the rows and computes, one task after the other. It broadcasts the few numbers, so every rank returns
-    the same. `keep` gets the gathered rows of each task on rank 0. RuntimeError on the other ranks if rank 0 fails.
+    the same, or fails alike. `keep` gets the gathered rows of each task on rank 0.
     """
-    if not dist.is_initialized():
-        if keep is not None:
-            keep |= predictions
-        return {task: rows.metrics() for task, rows in predictions.items()}
     results = {}
     for task in sorted(predictions):  # ranks may have built their dicts in different orders
         gathered = predictions[task].gather()
-        values_M = torch.full((len(METRIC_KEYS) + 1,), -1.0, dtype=torch.float64)
-        try:
-            if dist.get_rank() == 0:
-                metrics = gathered.metrics()
-                if keep is not None:
-                    keep[task] = gathered
-                values_M = torch.tensor([0.0, *(metrics[key] for key in METRIC_KEYS)], dtype=torch.float64)
-        finally:  # broadcast even if rank 0 raises, else the other ranks wait forever
-            dist.broadcast(values_M, 0)
-        failed, *values = values_M.tolist()
-        if failed != 0.0:
-            raise RuntimeError(f"rank 0 could not compute the metrics of task {task!r}; its log has the reason")
-        results[task] = {k: int(v) if k in COUNT_KEYS else v for k, v in zip(METRIC_KEYS, values)}
+        results[task] = on_main(gathered.metrics)
+        if keep is not None and (not dist.is_initialized() or dist.get_rank() == 0):
+            keep[task] = gathered
     return {task: results[task] for task in predictions}
 
 
