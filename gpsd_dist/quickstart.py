@@ -8,9 +8,7 @@ start over.
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
-import shlex
 import subprocess
 import sys
 import time
@@ -18,9 +16,10 @@ import time
 import rich.console
 import rich.table
 
+from gpsd_dist.commands import Stopped, execute, python_command, shell
+
 STRATEGIES = ("NT", "ST_SF", "FT_SF")
 METRICS = ("auc", "gauc", "log_loss", "ne", "calibration", "rows")
-_REPO_ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +51,12 @@ def main(argv: list[str]) -> int:
     try:
         rows = run(args.out_dir.resolve(), SMALL if args.small else FULL, args.nproc)
     except subprocess.CalledProcessError as error:
-        print(f"error: this command failed with status {error.returncode}:\n  {shlex.join(error.cmd)}", file=sys.stderr)
-        return error.returncode
+        command = shell(tuple(error.cmd[1:]))
+        print(f"error: this command failed with status {error.returncode}:\n  {command}", file=sys.stderr)
+        return error.returncode if error.returncode > 0 else 1
+    except Stopped as error:
+        print(f"stopped: {error}; the same command goes on from there", file=sys.stderr)
+        return 130
     (args.out_dir / "summary.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     _print(rows)
     print(f"{args.out_dir / 'summary.json'} written after {time.monotonic() - started_s:.0f} s")
@@ -85,17 +88,16 @@ def run(out_dir: pathlib.Path, size: Size, num_processes: int) -> list[dict]:
 
 
 def _train(num_processes: int, stage: str, *options: str) -> None:
-    launcher = ("torch.distributed.run", "--nproc_per_node", str(num_processes), "--standalone")
-    _python(*launcher, "-m", "gpsd_dist.train", "--gin_file", f"configs/experiments/quickstart_{stage}.gin", *options)
+    config = ("--gin_file", f"configs/experiments/quickstart_{stage}.gin")
+    execute(python_command(num_processes, "gpsd_dist.train", *config, *options), say=_show)
 
 
 def _python(module: str, *options: str) -> None:
-    """Shows a command, so that it can be typed again, and runs it."""
-    command = [sys.executable, "-m", module, *options]
-    print(f"\n$ {shlex.join(['python', *command[1:]])}", flush=True)
-    search_path = os.pathsep.join(filter(None, (str(_REPO_ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": search_path}
-    subprocess.run(command, check=True, env=environment, stdin=subprocess.DEVNULL)
+    execute(("-m", module, *options), say=_show)
+
+
+def _show(command: str) -> None:
+    print(f"\n{command}", flush=True)
 
 
 def _print(rows: list[dict]) -> None:

@@ -1,5 +1,6 @@
 """Lists the checkpoints in a folder, and tells which one is the best and which may be deleted."""
 
+import contextlib
 import json
 import logging
 import re
@@ -68,37 +69,25 @@ def _by_step(folder: Location) -> dict[int, Location]:
 
 def _best_steps(folder: Location, there: dict[int, Location]) -> typing.Iterator[int]:
     """Yields the best step by the newest checkpoint, then by `best.json`, where they name one."""
-    step = _best_of_newest(list(there.values()))
-    if step is not None and step >= 0:
+    for newest in list(there.values())[-1:]:
+        progress = None
+        with contextlib.suppress(ValueError):  # damaged: loading it will say so
+            progress = storage.read_json(newest / STATE_NAME).get("progress")
+        yield from _known(progress.get("best_step") if isinstance(progress, dict) else None)
+    path = folder / BEST_NAME  # only read, and warned of, if the checkpoint was not enough
+    if path.is_file():
+        try:
+            step = storage.read_json(path).get("step")
+        except ValueError:
+            step = None
+        if not isinstance(step, int):
+            log.warning("%s is damaged and ignored", path)
+        yield from _known(step)
+
+
+def _known(step: typing.Any) -> typing.Iterator[int]:
+    if isinstance(step, int) and step >= 0:
         yield step
-    step = _best_of_file(folder)  # only read, and warned of, if the checkpoint was not enough
-    if step is not None and step >= 0:
-        yield step
-
-
-def _best_of_newest(checkpoints: list[Location]) -> int | None:
-    if not checkpoints:
-        return None
-    try:
-        progress = storage.read_json(checkpoints[-1] / STATE_NAME).get("progress")
-    except ValueError:
-        return None  # damaged: loading it will say so
-    step = progress.get("best_step") if isinstance(progress, dict) else None
-    return step if isinstance(step, int) else None
-
-
-def _best_of_file(folder: Location) -> int | None:
-    path = folder / BEST_NAME
-    if not path.is_file():
-        return None
-    try:
-        step = storage.read_json(path).get("step")
-    except ValueError:
-        step = None
-    if isinstance(step, int):
-        return step
-    log.warning("%s is damaged and ignored", path)
-    return None
 
 
 def write_best(folder: Location) -> None:

@@ -39,19 +39,12 @@ class Finetune:
                 f"next_behaviour_weight {self.config.next_behaviour_weight}: model {run.model.name!r} has no history "
                 f"states to supervise, only {able} have; leave the option out"
             )
-
-    @property
-    def loss_weights(self) -> dict[str, float]:
-        """Weighs a task as `task_weights` says, else with 1."""
-        weights = {task.name: self.config.task_weights.get(task.name, 1.0) for task in self.tasks}
-        return weights | ({NEXT_BEHAVIOUR: self.config.next_behaviour_weight} if self._has_auxiliary else {})
-
-    @property
-    def scored_losses(self) -> tuple[str, ...]:
-        """Names all tasks but those that ESMM trains on another quantity than they are scored on."""
+        self.loss_weights = {task.name: self.config.task_weights.get(task.name, 1.0) for task in self.tasks}
+        if self._has_auxiliary:
+            self.loss_weights[NEXT_BEHAVIOUR] = self.config.next_behaviour_weight
         # ESMM trains P(click and conversion), but the conditional task is scored on P(conversion given click): the gap
         # between the two losses would not be one of generalization.
-        return tuple(task.name for task in self.tasks if not (self.config.esmm and task.given))
+        self.scored_losses = tuple(task.name for task in self.tasks if not (self.config.esmm and task.given))
 
     def model(self, sharded: tuple[Table, ...]) -> nn.Module:
         """Builds the tower, the embedding of the context, and an MLP head per task."""

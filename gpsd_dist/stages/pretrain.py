@@ -23,19 +23,13 @@ class Pretrain:
     """Minimises sampled softmax over items, and full softmax over each auxiliary feature of the next item."""
 
     with_candidates: typing.ClassVar[bool] = False
+    scored_losses: tuple[str, ...] = ()
+    """None: validation ranks items, which is another quantity than the training loss."""
 
     def __init__(self, run: RunConfig, manifest: Manifest):
         self.run, self.config, self.manifest = run, run.pretrain, manifest
-
-    @property
-    def loss_weights(self) -> dict[str, float]:
-        """Weighs `next_item` with 1, and each `next_<feature>` with the auxiliary weight."""
-        return {"next_item": 1.0} | {f"next_{name}": self.config.auxiliary_weight for name in self.config.auxiliary}
-
-    @property
-    def scored_losses(self) -> tuple[str, ...]:
-        """Names none: validation ranks items, which is another quantity than the training loss."""
-        return ()
+        auxiliary = {f"next_{name}": self.config.auxiliary_weight for name in self.config.auxiliary}
+        self.loss_weights = {"next_item": 1.0} | auxiliary
 
     def model(self, sharded: tuple[Table, ...]) -> nn.Module:
         """Builds the tower with a projection to the width of the item table, which is also the output layer."""

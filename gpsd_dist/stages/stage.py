@@ -33,16 +33,13 @@ class Stage(typing.Protocol):
     with_candidates: typing.ClassVar[bool]
     """Whether training reads candidates, context and labels; without, histories alone."""
 
+    loss_weights: dict[str, float]
+    """Name -> weight of each loss, in the order of L."""
+    scored_losses: tuple[str, ...]
+    """The losses that `evaluate` reports as `log_loss` of a task: their gap to training is logged."""
+
     def __init__(self, run: RunConfig, manifest: Manifest):
         """Raises ValueError for options that do not fit the data set."""
-
-    @property
-    def loss_weights(self) -> dict[str, float]:
-        """Weighs each loss: name -> weight, in the order of L."""
-
-    @property
-    def scored_losses(self) -> tuple[str, ...]:
-        """Names the losses that `evaluate` reports as `log_loss` of a task: their gap to training is logged."""
 
     def model(self, sharded: tuple[Table, ...]) -> nn.Module:
         """Builds the dense model on torch's default device. `sharded`: tables whose embeddings are looked up.
