@@ -44,8 +44,8 @@ class Engine:
         else:
             self.backend = duckdb_engine.DuckDB(scratch_dir, memory_limit, threads)
         self.con = self.backend.con
-        self.read_errors = self.backend.errors
-        """The error that it raises for a file that it cannot parse."""
+        self.rows_of: dict[str, int] = {}
+        """Raw file -> rows that were read of it."""
 
     def materialise(self, name: str, table: ir.Table) -> ir.Table:
         """Runs the query once and returns the stored result; `name` must be new."""
@@ -69,8 +69,27 @@ class Engine:
 
     def store(self, table: ir.Table | pa.Table) -> ir.Table:
         """Stores a query's result or an Arrow table, without a name or a line on the screen."""
-        name = ibis.util.gen_name("stored")
-        return self.backend.from_arrow(name, table) if isinstance(table, pa.Table) else self.backend.create(name, table)
+        if isinstance(table, pa.Table):
+            return self.store_batches(table.schema, iter(table.to_batches()))
+        return self.backend.create(ibis.util.gen_name("stored"), table)
+
+    def store_batches(self, schema: pa.Schema, batches: typing.Iterator[pa.RecordBatch]) -> ir.Table:
+        """Stores a stream of Arrow batches; an error of the stream is raised as it is."""
+        failures: list[Exception] = []
+
+        def watched() -> typing.Iterator[pa.RecordBatch]:
+            try:
+                yield from batches
+            except Exception as error:  # the engine would wrap it in one of its own
+                failures.append(error)
+                raise
+
+        try:
+            return self.backend.from_stream(ibis.util.gen_name("stored"), schema, watched())
+        except Exception:
+            if failures:
+                raise failures[0] from None
+            raise
 
     def batches(self, table: ir.Table, num_rows: int) -> typing.Iterator[pa.RecordBatch]:
         """Streams the query's result in batches of about `num_rows` rows."""

@@ -1,5 +1,9 @@
 """Prints what the pipeline does while it works."""
 
+import contextlib
+import contextvars
+import typing
+
 import rich.console
 import rich.progress
 
@@ -15,6 +19,29 @@ COLUMNS = (
 def say(text: str) -> None:
     """Prints one line as it is, at once."""
     rich.console.Console(soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+_warnings: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("warnings", default=None)
+
+
+def warn(text: str) -> None:
+    """Prints a warning at once, and keeps it for the end of the build."""
+    kept = _warnings.get()
+    if kept is None or text not in kept:
+        say(f"warning: {text}")
+    if kept is not None and text not in kept:
+        kept.append(text)
+
+
+@contextlib.contextmanager
+def warnings() -> typing.Iterator[list[str]]:
+    """Gives the list that the warnings of this block are added to."""
+    kept: list[str] = []
+    token = _warnings.set(kept)
+    try:
+        yield kept
+    finally:
+        _warnings.reset(token)
 
 
 def bar() -> rich.progress.Progress:

@@ -1,17 +1,41 @@
-"""Reads raw files with the checks that a user's own data needs: every problem is a ValueError that says what to do."""
+"""Reads raw files with the checks that a user's own data needs: every problem is a ValueError that says what to do.
 
-import csv
-import gzip
+Files are opened here, by Python and Arrow, and stored in the engine batch by batch; no engine sees the name of a raw
+file, so that none takes it for a pattern, for a column or for an option. `raw_values` converts what they hold.
+"""
+
+import collections.abc
+import dataclasses
 import pathlib
+import typing
 
 import ibis
 import ibis.expr.types as ir
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipeline import explain, progress, raw_values
 from data_pipeline.engine import Engine
+from data_pipeline.raw_values import Kind, Notes
+from data_pipeline.text_files import TextFile, TextStyle
 
 FILE_ORDER = "file_order"
+CSV = TextStyle()
+_BATCH_ROWS = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class RawFile:
+    """Holds what was read of one file."""
+
+    table: ir.Table
+    """The columns that were asked for, and the int64 `file_order`: 0, 1, ... by the row's place in the file."""
+    num_rows: int
+    end: int
+    """`file_order` after that of the last row."""
+    notes: dict[str, Notes]
+    """Column -> what its conversion saw."""
 
 
 def require_file(path: pathlib.Path, what: str) -> pathlib.Path:
@@ -33,134 +57,184 @@ def require_folder(raw_dir: pathlib.Path | None) -> pathlib.Path:
 
 
 def read_columns(
-    engine: Engine,
-    path: pathlib.Path,
-    columns: dict[str, str],
-    *,
-    separator: str = ",",
-    header: list[str] | None = None,
+    engine: Engine, path: pathlib.Path, columns: collections.abc.Mapping[str, str | Kind], *, style: TextStyle = CSV
 ) -> ir.Table:
-    """Reads columns of a CSV (.csv, .csv.gz, .dat, .tsv, .txt) or Parquet file, cast to Ibis types such as "int64".
-
-    `header`: names of the columns of a text file without a header line. The result also has the int64 column
-    `file_order`, the row's place in the file (0-based data rows). An empty text field is null. ValueError for an empty
-    or unreadable file, a missing column, or a value that is not of its type.
-    """
+    """Reads columns of a file as `read` does. ValueError for a file without rows."""
     require_file(path, f"the columns {list(columns)}")
-    if path.suffix == ".parquet":
-        table = _open_parquet(engine, path, columns)
-    else:
-        table = _open_text(engine, path, columns, separator, header)
-    try:
-        raw = engine.store(engine.backend.number_rows(table.select(*columns), FILE_ORDER))
-    except engine.read_errors as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{path} cannot be read to its end ({first_line}); it may be truncated or malformed: fetch it again"
-        ) from error
-    if raw.count().execute() == 0:
+    found = read(engine, path, columns, style=style)
+    if not found.num_rows:
         raise ValueError(
             f"{path} has no rows, only a header; it should hold the columns {list(columns)}: fetch it again"
         )
-    typed = raw.mutate(**{name: _typed(raw, name, kind) for name, kind in columns.items()})
-    _check_values(path, raw, typed, columns)
-    return typed
+    return found.table
 
 
-def _open_parquet(engine: Engine, path: pathlib.Path, columns: dict[str, str]) -> ir.Table:
-    try:
-        found = pq.read_schema(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(
-            f"{path} is not a readable Parquet file, perhaps truncated ({error}); fetch it again"
-        ) from error
-    _check_names(path, found.names, columns)
-    for name, kind in columns.items():
-        found_is_list, expected_is_list = pa.types.is_list(found.field(name).type), kind.startswith("array")
-        if found_is_list != expected_is_list:
+def read(
+    engine: Engine,
+    path: pathlib.Path,
+    columns: collections.abc.Mapping[str, str | Kind],
+    *,
+    style: TextStyle = CSV,
+    constants: dict[str, str | None] | None = None,
+    null_words: tuple[str, ...] = (),
+    decimal: str = ".",
+) -> RawFile:
+    """Reads columns of a text (.csv, .tsv, .txt, .dat, also .gz) or Parquet file, each as its `Kind` or its name says.
+
+    An empty text field is null, and so is one of `null_words`. `constants`: values of columns that the file may lack.
+    ValueError for an unreadable file, a missing column, or a value that is not of its kind.
+    """
+    kinds = kinds_of(columns)
+    source = ParquetFile(path) if path.suffix == ".parquet" else TextFile(path, style)
+    constants = {name: value for name, value in (constants or {}).items() if name not in source.names}
+    stored = list(dict.fromkeys(kind.column for kind in kinds.values() if kind.column not in constants))
+    if source.names:
+        check_names(path, source.names, stored)
+    batches = source.batches(stored) if source.names else iter(())
+    found = store(engine, path, batches, kinds, constants=constants, null_words=null_words, decimal=decimal)
+    if isinstance(source, TextFile) and source.num_joined:
+        progress.warn(
+            f"{path}: {source.num_joined:,} rows hold a line end inside of quotes; they are read as one row each"
+        )
+    return found
+
+
+def kinds_of(columns: collections.abc.Mapping[str, str | Kind]) -> dict[str, Kind]:
+    """Looks up kinds by name, and completes the names of their columns."""
+    found = {name: raw_values.KINDS[kind] if isinstance(kind, str) else kind for name, kind in columns.items()}
+    return {name: dataclasses.replace(kind, column=kind.column or name) for name, kind in found.items()}
+
+
+def store(
+    engine: Engine,
+    path: pathlib.Path,
+    batches: typing.Iterator[pa.RecordBatch],
+    columns: collections.abc.Mapping[str, str | Kind],
+    *,
+    constants: dict[str, str | None] | None = None,
+    null_words: tuple[str, ...] = (),
+    decimal: str = ".",
+) -> RawFile:
+    """Converts raw batches and stores them. A batch that has `file_order` keeps it. ValueError as of `read`."""
+    kinds = kinds_of(columns)
+    reader = _Converter(path, kinds, constants or {}, Notes(null_words, decimal))
+    schema = pa.schema([(name, kind.type) for name, kind in kinds.items()] + [(FILE_ORDER, pa.int64())])
+    table = engine.store_batches(schema, reader.converted(batches))
+    reader.raise_if_bad()
+    engine.rows_of[str(path)] = reader.num_rows
+    return RawFile(table, reader.num_rows, reader.end, reader.notes)
+
+
+class _Converter:
+    """Converts the batches of one file, and keeps the first value of every column that is not of its kind."""
+
+    def __init__(self, path: pathlib.Path, kinds: dict[str, Kind], constants: dict[str, str | None], notes: Notes):
+        self.path, self.kinds, self.constants = path, kinds, constants
+        self.num_rows = self.end = 0
+        self.notes = {name: Notes(notes.null_words, notes.decimal) for name in kinds}
+        self._bad: dict[str, tuple[int, str, int]] = {}
+
+    def converted(self, batches: typing.Iterator[pa.RecordBatch]) -> typing.Iterator[pa.RecordBatch]:
+        """Yields the batches with the types of the kinds, and the column `file_order`."""
+        for batch in batches:
+            places = pa.array(np.arange(self.num_rows, self.num_rows + batch.num_rows))
+            if FILE_ORDER in batch.schema.names:
+                places = batch[FILE_ORDER]
+            values = [self._column(batch, name, places) for name in self.kinds]
+            self.num_rows += batch.num_rows
+            self.end = max(self.end, places[-1].as_py() + 1) if batch.num_rows else self.end
+            yield pa.record_batch([*values, places], names=[*self.kinds, FILE_ORDER])
+
+    def _column(self, batch: pa.RecordBatch, name: str, places: pa.Array) -> pa.Array:
+        kind = self.kinds[name]
+        if kind.column in self.constants:
+            given = pa.array([self.constants[kind.column]] * batch.num_rows, pa.string())
+        else:
+            given = self._plain(batch, kind)
+        values, is_bad = kind.convert(given, self.notes[name])
+        if is_bad.any():
+            row = int(np.argmax(is_bad))
+            first = self._bad.get(name, (places[row].as_py(), str(given[row].as_py())[:80], 0))
+            self._bad[name] = (*first[:2], first[2] + int(is_bad.sum()))
+        return values
+
+    def _plain(self, batch: pa.RecordBatch, kind: Kind) -> pa.Array:
+        name, given = kind.column, batch.column(batch.schema.names.index(kind.column))
+        try:
+            given = raw_values.plain(given)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{self.path}, column {name!r}: not UTF-8 text ({error}); write it as text") from error
+        found_is_list = isinstance(given, _LISTS)
+        if found_is_list != kind.is_list and not (kind.is_list and pa.types.is_string(given.type)):
             raise ValueError(
-                f"{path}, column {name!r}: found {found.field(name).type}, expected {kind}; convert the column to "
+                f"{self.path}, column {name!r}: found {given.type}, expected {kind.expected}; convert the column to "
                 "that type"
             )
-    return engine.backend.read_parquet(path)
-
-
-def _open_text(
-    engine: Engine, path: pathlib.Path, columns: dict[str, str], separator: str, header: list[str] | None
-) -> ir.Table:
-    if header is None:
-        names = _first_fields(path, separator)
-        _check_names(path, names, columns)
-    else:
-        names = header
-        found = len(_first_fields(path, separator))
-        if found != len(names):
+        if pa.types.is_nested(given.type) and not found_is_list:
             raise ValueError(
-                f"{path}: the first line has {found} fields, expected {len(names)}: {names}; check the separator"
+                f"{self.path}, column {name!r}: found {given.type}, expected {kind.expected}; write its fields as "
+                "columns of their own"
             )
-    try:
-        return engine.backend.read_text(path, names, separator=separator, has_header=header is None, quote='"')
-    except engine.read_errors as error:
-        raise ValueError(
-            f"{path} cannot be read as text with separator {separator!r} ({error}); check the file"
-        ) from error
+        return given
+
+    def raise_if_bad(self) -> None:
+        """Raises ValueError for the first bad value of the first column that has any; data rows count from 0."""
+        for name, (row, value, count) in self._bad.items():
+            kind = self.kinds[name]
+            raise ValueError(
+                f"{self.path}, column {kind.column!r}, data row {row}: found {value!r}, expected {kind.expected} "
+                f"({count:,} such rows); {kind.advice(value)}"
+            )
 
 
-def _first_fields(path: pathlib.Path, separator: str) -> list[str]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            line = file.readline().rstrip("\r\n")
-    except (UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path} is not a readable UTF-8 text file ({error}); convert or fetch it again") from error
-    if len(separator) > 1:  # ML-1M separates by "::"; the csv module takes one character only
-        return line.split(separator)
-    return next(csv.reader([line], delimiter=separator), [])
+_LISTS = (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray, pa.ListViewArray, pa.LargeListViewArray)
 
 
-def _check_names(path: pathlib.Path, found: list[str], columns: dict[str, str]) -> None:
-    for name, kind in columns.items():
+class ParquetFile:
+    """One Parquet file, as `text_files.TextFile` is one text file. Page checksums are verified where it has them."""
+
+    def __init__(self, path: pathlib.Path):
+        """Reads the names of the columns. ValueError if the file is no Parquet file."""
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self.names = list(pq.ParquetFile(file).schema_arrow.names)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(
+                f"{path} is not a readable Parquet file, perhaps truncated ({str(error)[:200]}); fetch it again"
+            ) from error
+
+    def batches(self, names: list[str]) -> typing.Iterator[pa.RecordBatch]:
+        """Streams those columns with the types of the file."""
+        num_rows = 0
+        try:
+            with self.path.open("rb") as opened:
+                file = pq.ParquetFile(opened, page_checksum_verification=True)
+                for batch in file.iter_batches(_BATCH_ROWS, columns=names):
+                    num_rows += batch.num_rows
+                    yield batch
+                expected = file.metadata.num_rows
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(
+                f"{self.path} cannot be read to its end ({str(error)[:200]}); it may be truncated or damaged: fetch it "
+                "again"
+            ) from error
+        if num_rows != expected:
+            raise ValueError(f"{self.path} holds {num_rows:,} rows, but its footer says {expected:,}; fetch it again")
+
+
+def check_names(path: pathlib.Path, found: list[str], needed: list[str]) -> None:
+    """Raises ValueError for a needed column that the file lacks, or has twice."""
+    for name in needed:
+        if found.count(name) > 1:
+            raise ValueError(
+                f"{path} has {found.count(name)} columns {name!r}; found columns {found}: rename all but one of them"
+            )
         if name not in found:
-            raise ValueError(
-                f"{path} has no column {name!r} (expected as {kind}); found columns {found}: rename the column or use "
-                "another file"
-            )
-
-
-def _typed(raw: ir.Table, name: str, kind: str) -> ir.Value:
-    column = raw[name]
-    if isinstance(column, ir.StringColumn):
-        column = column.strip().nullif("")
-        if kind.startswith("int"):
-            return whole_number(column)
-    return column if column.type() == ibis.dtype(kind) else column.try_cast(kind)
-
-
-def whole_number(text: ir.StringValue) -> ir.IntegerValue:
-    """Parses int64: "1.0" is an integer to most tools that wrote such a file, "1.5" is not (engines would round)."""
-    number = text.try_cast("float64")
-    whole = ibis.coalesce(text.try_cast("int64"), number.try_cast("int64"))
-    return ibis.ifelse(number == number.floor(), whole, ibis.null("int64"))
-
-
-def _check_values(path: pathlib.Path, raw: ir.Table, typed: ir.Table, columns: dict[str, str]) -> None:
-    """Raises ValueError for the first value that the cast lost, by its 0-based data row (header not counted)."""
-    for name, kind in columns.items():
-        if raw[name].type() == ibis.dtype(kind):
-            continue
-        given = raw[name].strip().nullif("") if isinstance(raw[name], ir.StringColumn) else raw[name]
-        both = raw.select(
-            row=raw[FILE_ORDER], value=given.cast("string"), is_bad=given.notnull() & _typed(raw, name, kind).isnull()
-        )
-        bad = both.filter(both.is_bad)
-        count = bad.count().execute()
-        if count:
-            first = bad.order_by("row").limit(1).execute().iloc[0]
-            raise ValueError(
-                f"{path}, column {name!r}, data row {first['row']}: found {first['value']!r}, expected {kind} "
-                f"({count:,} such rows); "
-                "correct the values or leave those rows out"
-            )
+            shown = [found[place] or f"(column {place + 1} has no name)" for place in range(len(found))]
+            near = explain.did_you_mean(name, found) if any(found) else ""
+            near = near if near.startswith("did") else "rename the column or use another file"
+            raise ValueError(f"{path} has no column {name!r}; found columns {shown}, expected {needed}: {near}")
 
 
 def require_none(path: pathlib.Path, bad: ir.Table, column: str, expected: str, fix: str) -> None:

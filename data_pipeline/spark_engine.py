@@ -13,7 +13,6 @@ import shutil
 import sys
 import typing
 
-import ibis
 import ibis.expr.types as ir
 import py4j.protocol
 import pyarrow as pa
@@ -39,8 +38,6 @@ _SETTINGS = {
     "spark.sql.legacy.sizeOfNull": "false",
     # Ibis nests one query per step. At the default limit of 100 rounds the optimizer only warns.
     "spark.sql.maxPlanStringLength": "10000",
-    # A line with too few fields must be an error even where only some columns are read.
-    "spark.sql.csv.parser.columnPruning.enabled": "false",
     "spark.sql.execution.arrow.pyspark.enabled": "true",
     "spark.sql.autoBroadcastJoinThreshold": str(64 << 20),
 }
@@ -68,13 +65,12 @@ class SparkBackend(Backend):
     def _register_in_memory_table(self, op) -> None:
         path = self.scratch_dir / f"{op.name}.parquet"
         pq.write_table(op.data.to_pyarrow(op.schema), path)
-        self._session.read.parquet(str(path)).createOrReplaceTempView(op.name)
+        rows = self._session.read.option("__globPaths__", "false").parquet(str(path))
+        rows.createOrReplaceTempView(op.name)
 
 
 class Spark:
     """Has the methods of `duckdb_engine.DuckDB` on a Spark session, which ends with `close`."""
-
-    errors = ERRORS
 
     def __init__(self, scratch_dir: pathlib.Path, memory_limit: str, master: str, settings: dict[str, str]):
         """Starts Spark; ValueError if it cannot start.
@@ -126,46 +122,13 @@ class Spark:
         self._session.catalog.dropTempView(name)
         shutil.rmtree(self._paths.pop(name))
 
-    def from_arrow(self, name: str, table: pa.Table) -> ir.Table:
-        """Stores an Arrow table."""
+    def from_stream(self, name: str, schema: pa.Schema, batches: typing.Iterator[pa.RecordBatch]) -> ir.Table:
+        """Stores a stream of Arrow batches, through the driver."""
         path = self._folder / f"arrow-{next(self._numbers)}.parquet"
-        pq.write_table(table, path)
+        with pq.ParquetWriter(path, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
         return self._view(name, path)
-
-    def read_parquet(self, path: pathlib.Path) -> ir.Table:
-        """Opens a Parquet file, without reading it yet."""
-        return self._view(ibis.util.gen_name("parquet"), path)
-
-    def read_text(
-        self, path: pathlib.Path, names: list[str], *, separator: str, has_header: bool, quote: str
-    ) -> ir.Table:
-        """Opens a text file as string columns, without reading it yet; a quote is doubled inside quotes.
-
-        A line end inside quotes, which DuckDB reads, ends the line here: it would keep a file from being read in parts.
-        """
-        reader = self._session.read.option("mode", "FAILFAST").option("sep", separator).option("header", has_header)
-        reader = reader.option("quote", quote).option("escape", quote).option("emptyValue", "")
-        schema = ", ".join(f"`{name.replace('`', '``')}` STRING" for name in names)
-        name = ibis.util.gen_name("text")
-        reader.schema(schema).csv(str(path)).createOrReplaceTempView(name)
-        return self.con.table(name)
-
-    def number_rows(self, table: ir.Table, column: str) -> ir.Table:
-        """Adds the int64 `column`: 0, 1, ... in the order of the file that `table` was opened from."""
-        # These ids ascend in the order of the file, with gaps of 2^33 between the partitions that read its parts.
-        rows = self._query(table).withColumn(column, F.monotonically_increasing_id())
-        part = F.shiftright(F.col(column), 33)
-        counts = rows.groupBy(part.alias("part")).count().collect()
-        starts, num_rows = {}, 0
-        for row in sorted(counts):
-            starts[row["part"]] = num_rows - (row["part"] << 33)
-            num_rows += row["count"]
-        shift = F.lit(0).cast("bigint")
-        if starts:
-            shift = F.element_at(F.create_map(*[F.lit(v) for pair in starts.items() for v in pair]), part)
-        name = ibis.util.gen_name("numbered")
-        rows.withColumn(column, F.col(column) + shift.cast("bigint")).createOrReplaceTempView(name)
-        return self.con.table(name)
 
     def batches(self, table: ir.Table, num_rows: int) -> typing.Iterator[pa.RecordBatch]:
         """Streams the query's result, sorted on the cluster, in batches of at most `num_rows` rows."""
@@ -189,22 +152,16 @@ class Spark:
         )
 
     def _view(self, name: str, path: pathlib.Path) -> ir.Table:
-        self._session.read.parquet(str(path)).createOrReplaceTempView(name)
+        # Without the option, letters of a folder's name such as [ are a pattern.
+        rows = self._session.read.option("__globPaths__", "false").parquet(str(path))
+        rows.createOrReplaceTempView(name)
         return self.con.table(name)
 
 
 def _add_functions(session: "pyspark.sql.SparkSession") -> None:
-    """Adds DuckDB's functions that the sources name (`sources/json_lines.py`, `sources/described_files.py`)."""
+    """Adds DuckDB's functions that `sources/json_lines.py` names."""
     pyspark.cloudpickle.register_pickle_by_value(spark_json)  # executors need not have this package
     session.udf.register("json_valid", spark_json.is_valid, "boolean")
     session.udf.register("json_type", spark_json.kind, "string")
     session.udf.register("json_extract_string", spark_json.extract, "string")
     session.udf.register("json_extract_strings", spark_json.extract_all, "array<string>")
-    session.sql(
-        "CREATE OR REPLACE TEMPORARY FUNCTION timezone(zone STRING, moment TIMESTAMP) RETURNS TIMESTAMP "
-        "RETURN to_utc_timestamp(moment, zone)"
-    )
-    session.sql(
-        "CREATE OR REPLACE TEMPORARY FUNCTION string_split(text STRING, separator STRING) RETURNS ARRAY<STRING> "
-        r"RETURN split(text, concat('\\Q', separator, '\\E'))"
-    )

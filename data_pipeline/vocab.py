@@ -100,7 +100,9 @@ def read(engine: Engine, name: str, path: pathlib.Path) -> ir.Table:
         raise ValueError(
             f"{path} does not exist: the data set is incomplete; build it again before adding a split to it"
         )
-    return engine.materialise(f"vocab_{name}_read", engine.backend.read_parquet(path))
+    with path.open("rb") as file:
+        batches = pq.ParquetFile(file).iter_batches(columns=VOCAB_SCHEMA.names)
+        return engine.materialise(f"vocab_{name}_read", engine.store_batches(VOCAB_SCHEMA, batches))
 
 
 def encode(table: ir.Table, columns: dict[str, tuple[str, ir.Table]]) -> ir.Table:

@@ -1,38 +1,40 @@
 """Opens the files of a `log_description.LogDescription` and checks them: raw columns -> canonical columns."""
 
+import dataclasses
+import fnmatch
 import pathlib
+import urllib.parse
 
 import ibis
 import ibis.expr.types as ir
 
-from data_pipeline import raw_files
+from data_pipeline import progress, raw_files, raw_values
 from data_pipeline.engine import Engine
+from data_pipeline.raw_values import KINDS, Kind, Notes
 from data_pipeline.sources import json_lines, log_description
 
-FILE_STRIDE = 1 << 40  # rows per file: `order` = file number * stride + place in the file
-_UNITS_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
+ROWS = 1 << 41
+"""`order` = microsecond of the second * 2 * ROWS + place of the row in its section, which has fewer rows."""
 _TEXT_ENDINGS = (".csv", ".tsv", ".txt", ".dat")
-_LAST_SECOND = 253_402_300_800  # the year 10000: a larger epoch second is milliseconds by mistake
-_HAS_OFFSET = r"[T ].*(Z|[+-]\d\d(:?\d\d)?)$"
-
-
-@ibis.udf.scalar.builtin(name="timezone")
-def _utc_of_local(zone: str, moment: ibis.dtype("timestamp")) -> ibis.dtype("timestamp('UTC')"):
-    """Finds the instant at which a clock in `zone` shows `moment`."""
-
-
-@ibis.udf.scalar.builtin
-def string_split(text: str, separator: str) -> list[str]:
-    """Splits a text by a plain separator: Ibis' own `split` takes "|" for a pattern on Spark."""
+_NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
 def find(raw_dir: pathlib.Path, section: str, pattern: str) -> dict[str, pathlib.Path]:
-    """Finds the files that fit the pattern: {"section/relative path": path}, by name. ValueError if none does."""
+    """Finds the files that fit the pattern: {"section/relative path": path}, by name. ValueError if none does.
+
+    A folder stands for the files in it. What begins with "." or "_" is left out, as tools mark their own files so,
+    unless the pattern names it.
+    """
     if not raw_dir.is_dir():
         raise ValueError(f"{raw_dir} is not a folder; --raw_dir is where the files of the schema are")
     if pathlib.PurePath(pattern).is_absolute() or ".." in pathlib.PurePath(pattern).parts:
         raise ValueError(f"[{section}] files = {pattern!r} leaves the folder {raw_dir}; give a pattern relative to it")
-    paths = sorted(path for path in raw_dir.glob(pattern) if path.is_file())
+    fitting = _fitting(raw_dir, section, pattern)
+    hidden = [path for path in fitting if _is_hidden(path.relative_to(raw_dir), pattern)]
+    paths = [path for path in fitting if path not in hidden]
+    if hidden:
+        names = ", ".join(str(path.relative_to(raw_dir)) for path in hidden[:5])
+        progress.warn(f"[{section}]: {len(hidden)} hidden files are left out (names with . or _ in front): {names}")
     if not paths:
         found = sorted(path.name for path in raw_dir.iterdir())[:20]
         raise ValueError(
@@ -40,16 +42,36 @@ def find(raw_dir: pathlib.Path, section: str, pattern: str) -> dict[str, pathlib
         )
     for path in paths:
         ending = [suffix for suffix in path.suffixes if suffix != ".gz"][-1:]
-        if (
-            not json_lines.is_json_lines(path)
-            and ending != [".parquet"]
-            and (not ending or ending[0] not in _TEXT_ENDINGS)
-        ):
+        is_table = ending and (ending[0] in _TEXT_ENDINGS or path.suffix == ".parquet")
+        if not is_table and not json_lines.is_json_lines(path):
             raise ValueError(
-                f"{path}: the ending is none of {_TEXT_ENDINGS}, .json, .jsonl, .ndjson, .parquet; rename the file"
+                f"{path}: the ending is none of {_TEXT_ENDINGS}, .json, .jsonl, .ndjson, .parquet; rename the file, or "
+                f"correct [{section}] files = {pattern!r}"
             )
-        raw_files.require_file(path, f"[{section}]")
     return {f"{section}/{path.relative_to(raw_dir)}": path for path in paths}
+
+
+def _fitting(raw_dir: pathlib.Path, section: str, pattern: str) -> list[pathlib.Path]:
+    """Lists the files of that name or pattern by name; those below it, where only folders fit."""
+    named, fitting = raw_dir / pattern, sorted(raw_dir.glob(pattern))
+    if named.exists():
+        if [path for path in fitting if path != named]:
+            raise ValueError(
+                f"[{section}] files = {pattern!r} is the name of a file in {raw_dir}, and as a pattern it fits "
+                f"{[path.name for path in fitting[:5]]}; write [*] for a star, [?] for a question mark and [[] for a "
+                "bracket that belong to a name"
+            )
+        fitting = [named]
+    files = [path for path in fitting if path.is_file()]
+    return files or sorted(path for folder in fitting for path in folder.rglob("*") if path.is_file())
+
+
+def _is_hidden(path: pathlib.PurePath, pattern: str) -> bool:
+    asked = [part for part in pathlib.PurePath(pattern).parts if part[0] in "._"]
+    return any(
+        part[0] in "._" and not any(part == name or fnmatch.fnmatchcase(part, name) for name in asked)
+        for part in path.parts
+    )
 
 
 class Reader:
@@ -60,42 +82,43 @@ class Reader:
         self.engine = engine
         self.files = files
         self.description = description
+        style = description.csv
+        self._style = raw_files.TextStyle(style.separator, style.columns, style.quote, style.escape)
 
     def events(self, skipped: dict[str, int]) -> ir.Table:
         """Reads user_id, item_id, time_s, order and the features of the event."""
         log = self.description.history
-        columns = {log.user: "string", log.item: "string"} | ({log.event: "string"} if log.event else {})
-        rows = self._complete(
-            self._read("history", columns, log.feature, log), "history", ("user_id", "item_id", "time_s"), skipped
-        )
+        columns = {"raw:event": _of(log.event, "string")} if log.event else {}
+        rows = self._complete(self._read("history", columns), "history", ("user_id", "item_id", "time_us"), skipped)
         if log.event_types:
-            counts = rows.filter(rows["raw:" + log.event].isin(log.event_types))
+            counts = rows.filter(rows["raw:event"].isin(log.event_types))
             others = int(rows.count().execute()) - int(counts.count().execute())
             if not counts.count().execute():
-                found = sorted(str(value) for value in rows["raw:" + log.event].topk(10).execute().iloc[:, 0])
+                found = sorted(str(value) for value in rows["raw:event"].topk(10).execute().iloc[:, 0])
                 raise ValueError(
                     f"[history] event_types {list(log.event_types)} fit no row; column {log.event!r} holds {found}"
                 )
             _count(skipped, "history rows of other event types", others)
             rows = counts
-        return rows.select("user_id", "item_id", "time_s", "order", *[feature.label for feature in log.feature])
+        rows = self._once(rows, "history", skipped)
+        return _timed(rows).select("user_id", "item_id", "time_s", "order", *_labels(log.feature))
 
     def exposures(self, skipped: dict[str, int]) -> ir.Table:
         """Reads user_id, item_id, time_s, order, the tasks and the features of the exposure."""
         log = self.description.exposure
-        columns = {log.user: "string", log.item: "string"} | {task.column: "float64" for task in log.task}
+        columns = {f"raw:task:{task.label}": _of(task.column, "label") for task in log.task}
         if log.request:
-            columns[log.request] = "string"
-        rows = self._complete(
-            self._read("exposure", columns, log.feature, log), "exposure", ("user_id", "item_id", "time_s"), skipped
-        )
-        rows = rows.mutate(**{task.label: rows["raw:" + task.column] for task in log.task})
+            columns["raw:request"] = _of(log.request, "string")
+        rows = self._complete(self._read("exposure", columns), "exposure", ("user_id", "item_id", "time_us"), skipped)
+        rows = self._once(rows, "exposure", skipped)
+        rows = rows.mutate(**{task.label: rows[f"raw:task:{task.label}"] for task in log.task})
         if log.request:  # all rows of a request must see the same history
-            together = ibis.window(group_by=["user_id", "raw:" + log.request])
-            shown_s = ibis.ifelse(rows["raw:" + log.request].isnull(), rows.time_s, rows.time_s.min().over(together))
-            rows = rows.mutate(time_s=shown_s)
-        names = [task.label for task in log.task] + [feature.label for feature in log.feature]
-        return self.engine.materialise("raw_exposures", rows.select("user_id", "item_id", "time_s", "order", *names))
+            together = ibis.window(group_by=["user_id", "raw:request"])
+            shown_us = ibis.ifelse(rows["raw:request"].isnull(), rows.time_us, rows.time_us.min().over(together))
+            rows = rows.mutate(time_us=shown_us)
+        names = [task.label for task in log.task] + _labels(log.feature)
+        rows = _timed(rows).select("user_id", "item_id", "time_s", "order", *names)
+        return self.engine.materialise("raw_exposures", rows)
 
     def items(self, skipped: dict[str, int]) -> ir.Table | None:
         """Reads item_id and the item features; returns None where nothing is described."""
@@ -103,96 +126,106 @@ class Reader:
         if part is None:
             return None
         if part.files:
-            rows = self._complete(
-                self._read("items", {part.item: "string"}, part.feature), "items", ("item_id",), skipped
-            )
+            rows = self._complete(self._read("items", {}), "items", ("item_id",), skipped)
             return self._unique(rows, "items", "item_id", part.feature)
-        log = self.description.history
-        rows = self._read("history", {log.user: "string", log.item: "string"}, part.feature, log).filter(
-            lambda t: t.item_id.notnull()
-        )
-        latest_first = ibis.window(group_by="item_id", order_by=[rows.time_s.desc(), rows.order.desc()])
-        latest = rows.mutate(place=ibis.row_number().over(latest_first)).filter(lambda t: t.place == 0)
-        return self.engine.materialise(
-            "items_of_log", latest.select("item_id", *[feature.label for feature in part.feature])
-        )
+        rows = self._read("history", {}, part.feature).filter(lambda t: t.item_id.notnull())
+        place = ibis.row_number().over(ibis.window(group_by="item_id", order_by=[rows.time_us, rows["order"]]))
+        rows = self.engine.materialise("attributes_of_log", rows.mutate(place=place))
+        latest = {name: rows[name].argmax(rows.place, where=rows[name].notnull()) for name in _labels(part.feature)}
+        return self.engine.materialise("items_of_log", rows.group_by("item_id").agg(**latest))
 
     def users(self, skipped: dict[str, int]) -> ir.Table:
         """Reads user_id and the user features."""
         part = self.description.users
-        rows = self._complete(self._read("users", {part.user: "string"}, part.feature), "users", ("user_id",), skipped)
+        rows = self._complete(self._read("users", {}), "users", ("user_id",), skipped)
         return self._unique(rows, "users", "user_id", part.feature)
 
-    def _read(self, section: str, columns: dict[str, str], features, log=None) -> ir.Table:
-        """Reads all files of a section.
+    def _read(self, section: str, columns: dict[str, Kind], features=None) -> ir.Table:
+        """Reads all files of a section: `columns`, features by label, `order`, and as it has them user_id, item_id and
+        time_us.
 
-        Columns: `raw:<column>`, features by label, user_id, item_id, order, and time_s of a log.
+        Files without rows are named, and left out.
         """
         part = getattr(self.description, section)
-        tables = []
+        kinds = columns | {f.label: _feature_kind(f) for f in (part.feature if features is None else features)}
+        for name, role in (("user_id", "user"), ("item_id", "item")):
+            if hasattr(part, role):
+                kinds[name] = _of(getattr(part, role), "string")
+        if hasattr(part, "time"):
+            kind = raw_values.time_kind(part.time_unit, self.description.split.time_zone)
+            kinds["time_us"] = dataclasses.replace(kind, column=part.time)
+        tables, notes, start = [], {name: Notes() for name in kinds}, 0
         paths = [path for name, path in self.files.items() if name.startswith(section + "/")]
-        for number, path in enumerate(paths):
-            table = self._read_file(path, columns, features, log)
-            order = table[raw_files.FILE_ORDER] + ibis.literal(number * FILE_STRIDE, type="int64")
-            keys = {"order": order.cast("int64")}
-            if hasattr(part, "user"):
-                keys["user_id"] = table["raw:" + part.user]
-            if hasattr(part, "item"):
-                keys["item_id"] = table["raw:" + part.item]
-            tables.append(table.mutate(**keys).drop(raw_files.FILE_ORDER))
-        return tables[0].union(*tables[1:]) if len(tables) > 1 else tables[0]
-
-    def _read_file(self, path: pathlib.Path, columns: dict[str, str], features, log) -> ir.Table:
-        kinds = dict(columns)
-        for feature in features:
-            kinds[feature.column] = self._raw_kind(path, feature)
-        if log is not None:
-            kinds[log.time] = "string" if log.time_unit == "iso" else "int64"
-        raw = self._open(path, kinds)
-        if log is not None and hasattr(log, "task"):
-            for task in log.task:
-                raw_files.require_one_of(path, raw, task.column, (0.0, 1.0))
-        values = {"raw:" + name: raw[name] for name in columns}
-        values |= {feature.label: _feature_value(raw[feature.column], feature) for feature in features}
-        if log is not None:
-            values["time_s"] = self._time_s(path, raw, log)
-        return raw.select(raw_files.FILE_ORDER, **values)
-
-    def _open(self, path: pathlib.Path, kinds: dict[str, str]) -> ir.Table:
-        if json_lines.is_json_lines(path):
-            return json_lines.read_columns(self.engine, path, kinds)[0]
-        style = self.description.csv
-        header = None if style.header else list(style.columns)
-        return raw_files.read_columns(self.engine, path, kinds, separator=style.separator, header=header)
-
-    def _raw_kind(self, path: pathlib.Path, feature: log_description.FeatureColumn) -> str:
-        """Decides the type in the file: a bag is a list column, or a string with a separator."""
-        if feature.kind != "bag":
-            return "float64" if feature.kind == "numerical" else "string"
-        if feature.separator:
-            return "string"
-        if path.suffix != ".parquet" and not json_lines.is_json_lines(path):
+        for path in paths:
+            found = self._read_file(path, kinds, part.partition_columns)
+            if found.num_rows:
+                place = found.table[raw_files.FILE_ORDER] + ibis.literal(start, type="int64")
+                tables.append(found.table.mutate(order=place.cast("int64")).drop(raw_files.FILE_ORDER))
+                start += found.end
+            else:
+                progress.warn(f"[{section}]: {path} has no rows")
+            for name in kinds:
+                notes[name].add(found.notes[name])
+        if not tables:
             raise ValueError(
-                f"{path}, column {feature.column!r}: a bag in a text file needs a `separator` in the schema"
+                f"[{section}] files = {part.files!r}: the {len(paths)} files have no rows, such as {paths[0]}, which "
+                f"is empty or has only a header; it should hold the columns {[kind.column for kind in kinds.values()]}"
             )
-        return "array<string>"
+        rows = tables[0].union(*tables[1:]) if len(tables) > 1 else tables[0]
+        return self._one_spelling(section, rows, kinds, notes)
 
-    def _time_s(self, path: pathlib.Path, raw: ir.Table, log) -> ir.Value:
-        """Computes epoch seconds; ValueError for text that is no ISO time, or numbers of another unit."""
-        if log.time_unit != "iso":
-            seconds = raw[log.time] // _UNITS_PER_SECOND[log.time_unit]
-            wrong = raw.filter((seconds < 0) | (seconds >= _LAST_SECOND))
-            expected = f"an epoch time in {log.time_unit} before the year 10000"
-            raw_files.require_none(path, wrong, log.time, expected, "correct `time_unit` in the schema, or the values")
-            return seconds.cast("int64")
-        text = raw[log.time]
-        local = _utc_of_local(self.description.split.time_zone, text.try_cast("timestamp"))
-        moment = ibis.ifelse(text.re_search(_HAS_OFFSET), text.try_cast("timestamp('UTC')"), local)
-        wrong = raw.filter(text.notnull() & moment.isnull())
-        raw_files.require_none(
-            path, wrong, log.time, "an ISO time such as 2024-05-01T13:30:00+02:00", "correct `time_unit`"
+    def _read_file(self, path: pathlib.Path, kinds: dict[str, Kind], asked: tuple[str, ...]) -> raw_files.RawFile:
+        constants, null_words = self._partitions(path, asked), self.description.csv.null_words
+        if not path.stat().st_size:
+            return raw_files.store(self.engine, path, iter(()), kinds)
+        if json_lines.is_json_lines(path):
+            return json_lines.read(self.engine, path, kinds, constants=constants, null_words=null_words)[0]
+        return raw_files.read(
+            self.engine,
+            path,
+            kinds,
+            style=self._style,
+            constants=constants,
+            null_words=null_words,
+            decimal=self.description.csv.decimal,
         )
-        return moment.epoch_seconds().cast("int64")
+
+    def _partitions(self, path: pathlib.Path, asked: tuple[str, ...]) -> dict[str, str | None]:
+        """Reads the folders named key=value between --raw_dir and the file; a file's own column goes first."""
+        name = next(name for name, known in self.files.items() if known == path)
+        pairs = [part.partition("=") for part in pathlib.PurePath(name).parts[1:-1] if "=" in part]
+        found = {key: None if value == _NO_PARTITION else urllib.parse.unquote(value) for key, _, value in pairs}
+        missing = [column for column in asked if column not in found]
+        if missing:
+            raise ValueError(
+                f"{path} lies in no folder {missing[0]}=VALUE, which `partition_columns` names; below --raw_dir it "
+                f"lies in {name.partition('/')[2]!r}: correct `partition_columns`, or --raw_dir"
+            )
+        return found
+
+    def _one_spelling(self, section: str, rows: ir.Table, kinds: dict[str, Kind], notes: dict[str, Notes]) -> ir.Table:
+        """Spells 101.0 as 101 in columns of whole numbers only, and warns of what looks wrong with the values."""
+        for name, kind in kinds.items():
+            seen, where = notes[name], f"[{section}] column {kind.column!r}"
+            for word, count in seen.missing.items():
+                progress.warn(f"{where}: {count:,} values {word!r} are read as missing (`null_words` in [csv])")
+            if seen.num_far_times:
+                progress.warn(f"{where}: {seen.num_far_times:,} times lie before 1990 or after 2100")
+            if name in ("user_id", "item_id"):
+                for word, count in seen.suspects.items():
+                    progress.warn(
+                        f"{where}: {count:,} values {word!r} are taken as an id; add it to `null_words` in [csv] if it "
+                        "stands for a missing value"
+                    )
+                if seen.num_rounded:
+                    progress.warn(f"{where}: {seen.num_rounded:,} values such as 1.2e+18 have lost digits in a float")
+            if seen.num_point_zero and seen.num_whole + seen.num_point_zero == seen.num_values:
+                if kind.convert is KINDS["string"].convert:
+                    progress.warn(
+                        f"{where}: whole numbers such as 101.0 are spelled 101 ({seen.num_point_zero:,} values)"
+                    )
+                    rows = rows.mutate(**{name: rows[name].re_replace(r"\.0+$", "")})
+        return rows
 
     def _complete(self, rows: ir.Table, section: str, needed: tuple[str, ...], skipped: dict[str, int]) -> ir.Table:
         """Stores the rows that have every key, and counts the others."""
@@ -203,6 +236,17 @@ class Reader:
         if not rows.count().execute():
             raise ValueError(f"[{section}]: every row lacks one of {needed}; check the columns that the schema names")
         return rows
+
+    def _once(self, rows: ir.Table, section: str, skipped: dict[str, int]) -> ir.Table:
+        """Keeps the first of equal rows, as a log that is delivered at least once repeats them; counts the others."""
+        if getattr(self.description, section).keep_copies:
+            return rows
+        values = [name for name in rows.columns if name != "order"]
+        num_rows, num_different = int(rows.count().execute()), int(rows.select(*values).distinct().count().execute())
+        if num_rows == num_different:
+            return rows
+        _count(skipped, f"{section} rows that repeat another (`keep_copies` keeps them)", num_rows - num_different)
+        return self.engine.materialise(f"{section}_once", rows.group_by(values).agg(order=rows["order"].min()))
 
     def _unique(self, rows: ir.Table, section: str, key: str, features) -> ir.Table:
         """Keeps one row per key: equal rows count once, differing ones are an error."""
@@ -217,11 +261,26 @@ class Reader:
         return kept
 
 
-def _feature_value(column: ir.Value, feature: log_description.FeatureColumn) -> ir.Value:
-    if feature.kind == "bag" and feature.separator:
-        parts = string_split(column, feature.separator).map(lambda part: part.strip())
-        return parts.filter(lambda part: part.length() > 0)
-    return column
+def _of(column: str, kind: str) -> Kind:
+    return dataclasses.replace(KINDS[kind], column=column)
+
+
+def _labels(features) -> list[str]:
+    return [feature.label for feature in features]
+
+
+def _feature_kind(feature: log_description.FeatureColumn) -> Kind:
+    if feature.kind == "bag":
+        kind = raw_values.bag_kind(feature.separator) if feature.separator else KINDS["array<string>"]
+        return dataclasses.replace(kind, column=feature.column)
+    return _of(feature.column, "float64" if feature.kind == "numerical" else "string")
+
+
+def _timed(rows: ir.Table) -> ir.Table:
+    """Cuts times to seconds; what is cut off goes first in `order`."""
+    part_us = (rows.time_us % 1_000_000).cast("int64")
+    order = part_us * ibis.literal(2 * ROWS, type="int64") + rows["order"]
+    return rows.mutate(time_s=(rows.time_us // 1_000_000).cast("int64"), order=order.cast("int64"))
 
 
 def _count(skipped: dict[str, int], reason: str, num: int) -> None:

@@ -48,7 +48,7 @@ from data_pipeline.options import BuildOptions, option
 from data_pipeline.sources import described_files, log_description
 
 TOKEN_PLACES = ("history", "candidate")
-EXPOSURE_ORDER = 1 << 52  # an exposure that became an event comes after logged events of the same second
+EXPOSURE_ORDER = described_files.ROWS  # an exposure that became an event comes after logged events of that moment
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=explain.STRICT)

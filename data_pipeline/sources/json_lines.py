@@ -7,6 +7,7 @@ error.
 """
 
 import ast
+import collections.abc
 import json
 import pathlib
 
@@ -20,7 +21,8 @@ from data_pipeline.engine import Engine
 MAX_LITERAL_CHARS = 200_000  # a product page; untuned. Bounds what ast.literal_eval may be asked to parse
 MAX_BAD_SHARE = 0.01
 LINES_AT_ONCE = 100_000  # lines that Python holds; untuned
-_SEPARATOR = "\x1f"  # JSON text cannot contain it unescaped, so that a line is one field
+# JSON text cannot contain this separator unescaped, so that a line is one field.
+_LINES = raw_files.TextStyle(separator="\x1f", columns=("line",), quote="", keeps_blank_lines=True)
 
 
 @ibis.udf.scalar.builtin
@@ -52,7 +54,7 @@ def is_json_lines(path: pathlib.Path) -> bool:
 def read_columns(
     engine: Engine,
     path: pathlib.Path,
-    columns: dict[str, str],
+    columns: collections.abc.Mapping[str, str],
     *,
     is_loose: bool = False,
     optional: tuple[str, ...] = (),
@@ -64,29 +66,40 @@ def read_columns(
     JSON objects nor, with `is_loose`, Python dict literals; without `is_loose` such a line is a ValueError.
     """
     raw_files.require_file(path, f"JSON lines with the keys {list(columns)}")
-    lines = _read_lines(engine, path)
-    lines, num_bad = _repair(engine, path, lines, is_loose)
-    values = {name: _value(lines.line, name, kind) for name, kind in columns.items()}
-    raw = engine.store(lines.select(raw_files.FILE_ORDER, **values))
-    _check_keys(path, raw, lines, [name for name in columns if name not in optional])
-    typed = raw.mutate(**{name: _typed(raw, name, kind) for name, kind in columns.items()})
-    for name, kind in columns.items():
-        if kind in ("int64", "float64"):
-            bad = raw.filter(raw[name].notnull() & _typed(raw, name, kind).isnull())
-            raw_files.require_none(path, bad, name, kind, "correct the values or leave those lines out")
-    return typed, num_bad
+    found, num_bad = read(engine, path, columns, is_loose=is_loose, optional=optional)
+    if not found.num_rows:
+        raise ValueError(f"{path} has only blank lines; it should hold one JSON object per line: fetch it again")
+    return found.table, num_bad
 
 
-def _read_lines(engine: Engine, path: pathlib.Path) -> ir.Table:
-    """Reads (file_order, line) of the lines that are not blank; file_order counts blank lines too."""
-    try:
-        source = engine.backend.read_text(path, ["line"], separator=_SEPARATOR, has_header=False, quote="")
-        lines = engine.store(engine.backend.number_rows(source, raw_files.FILE_ORDER))
-    except engine.read_errors as error:
-        raise ValueError(
-            f"{path} cannot be read as lines of UTF-8 text ({error}); is it whole? fetch it again"
-        ) from error
-    return lines.filter(lines.line.strip().length() > 0)
+def read(
+    engine: Engine,
+    path: pathlib.Path,
+    columns: collections.abc.Mapping[str, str | raw_files.Kind],
+    *,
+    is_loose: bool = False,
+    optional: tuple[str, ...] = (),
+    constants: dict[str, str | None] | None = None,
+    null_words: tuple[str, ...] = (),
+) -> tuple[raw_files.RawFile, int]:
+    """Reads as `read_columns` does; a file may be without rows. `constants`, `null_words`: as of `raw_files.read`."""
+    lines = raw_files.read(engine, path, {"line": "line"}, style=_LINES).table
+    lines, num_bad = _repair(engine, path, lines.filter(lines.line.notnull()), is_loose)
+    keys = _first_keys(lines)
+    constants = {name: value for name, value in (constants or {}).items() if name not in keys}
+    kinds = {kind.column: kind for kind in raw_files.kinds_of(columns).values() if kind.column not in constants}
+    raw = engine.store(
+        lines.select(raw_files.FILE_ORDER, **{name: _value(lines.line, name, kind) for name, kind in kinds.items()})
+    )
+    if keys:
+        _check_keys(path, raw, keys, [name for name in kinds if name not in optional])
+    batches = engine.batches(raw.order_by(raw_files.FILE_ORDER), LINES_AT_ONCE)
+    return raw_files.store(engine, path, batches, columns, constants=constants, null_words=null_words), num_bad
+
+
+def _first_keys(lines: ir.Table) -> list[str]:
+    first = lines.order_by(raw_files.FILE_ORDER).limit(1).line.execute()
+    return list(json.loads(first.iloc[0])) if len(first) else []
 
 
 def _repair(engine: Engine, path: pathlib.Path, lines: ir.Table, is_loose: bool) -> tuple[ir.Table, int]:
@@ -96,8 +109,6 @@ def _repair(engine: Engine, path: pathlib.Path, lines: ir.Table, is_loose: bool)
     marked = engine.store(lines.mutate(is_object=is_object))
     others = marked.filter(~marked.is_object)
     num_lines, num_others = int(marked.count().execute()), int(others.count().execute())
-    if num_lines == 0:
-        raise ValueError(f"{path} has only blank lines; it should hold one JSON object per line: fetch it again")
     if not is_loose:
         raw_files.require_none(path, others, "line", "one JSON object per line", "correct or remove the line")
     if num_others == 0:
@@ -138,12 +149,12 @@ def _literal_to_json(text: str) -> str | None:
         return None
 
 
-def _value(line: ir.Value, name: str, kind: str) -> ir.Value:
+def _value(line: ir.Value, name: str, kind: raw_files.Kind) -> ir.Value:
     """Extracts the key `name` of the JSON text as a string, or as array<string>."""
     if '"' in name:
         raise ValueError(f"the key {name!r} has a quotation mark; rename it in the file")
     path = f'$."{name}"'
-    if kind != "array<string>":
+    if not kind.is_list:
         return json_extract_string(line, path)
     single = ibis.array([json_extract_string(line, path)])
     is_list = json_type(line, path) == "ARRAY"
@@ -154,24 +165,8 @@ def _value(line: ir.Value, name: str, kind: str) -> ir.Value:
     )
 
 
-def _typed(raw: ir.Table, name: str, kind: str) -> ir.Value:
-    if kind == "array<string>":
-        return raw[name]
-    text = raw[name].strip().nullif("")
-    if kind == "int64":
-        return raw_files.whole_number(text)
-    return text if kind == "string" else text.try_cast(kind)
-
-
-def _check_keys(path: pathlib.Path, raw: ir.Table, lines: ir.Table, needed: list[str]) -> None:
-    present = (
-        raw.agg([raw[name].notnull().any().fill_null(False).name(name) for name in needed]).execute().iloc[0]
-        if needed
-        else {}
-    )
-    missing = [name for name in needed if not bool(present[name])]
+def _check_keys(path: pathlib.Path, raw: ir.Table, keys: list[str], needed: list[str]) -> None:
+    present = raw.agg([raw[name].notnull().any().fill_null(False).name(name) for name in needed] or [raw.count()])
+    missing = [name for name, is_there in present.execute().iloc[0].items() if not bool(is_there)]
     if missing:
-        first = lines.order_by(raw_files.FILE_ORDER).limit(1).line.execute().iloc[0]
-        raise ValueError(
-            f"{path}: no line has the key {missing[0]!r}; the keys of the first line are {list(json.loads(first))}"
-        )
+        raise ValueError(f"{path}: no line has the key {missing[0]!r}; the keys of the first line are {keys}")

@@ -16,12 +16,13 @@ import zoneinfo
 import pydantic
 import pydantic.dataclasses
 
-from data_pipeline import explain
+from data_pipeline import explain, raw_values
 from data_pipeline.options import Count, Negatives
 from gpsd_dist import schema
 
 SECTIONS = ("history", "exposure", "items", "users")
-TimeUnit = typing.Literal["s", "ms", "us", "iso"]
+TimeUnit = typing.Literal["s", "ms", "us", "ns", "iso"]
+MAX_NAME_BYTES = 100  # a vocabulary's file is named after its feature
 RESERVED_NAMES = (
     # These are columns of the pipeline itself,
     *("item", "item_id", "user_id", "time_s", "order", "position", "split", "num_before", "num_events", "rank"),
@@ -80,6 +81,10 @@ class HistoryLog:
     event_types: tuple[str, ...] = ()
     """Types that count; empty = all. Rows of other types are counted as skipped."""
     feature: tuple[FeatureColumn, ...] = ()
+    partition_columns: tuple[str, ...] = ()
+    """Columns that are names of folders: country=FR/part-0.parquet."""
+    keep_copies: bool = False
+    """Rows that are equal in every column read count as often as they are there, not once."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=explain.STRICT)
@@ -100,6 +105,8 @@ class ExposureLog:
     extends_history: str = ""
     """Name of the task whose label 1 makes the exposure an event of later histories."""
     feature: tuple[FeatureColumn, ...] = ()
+    partition_columns: tuple[str, ...] = ()
+    keep_copies: bool = False
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=explain.STRICT)
@@ -110,6 +117,7 @@ class ItemsFile:
     files: str = ""
     """Empty: the attributes are columns of the history log; the latest value counts."""
     feature: tuple[FeatureColumn, ...] = ()
+    partition_columns: tuple[str, ...] = ()
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=explain.STRICT)
@@ -119,6 +127,7 @@ class UsersFile:
     files: str
     user: str
     feature: tuple[FeatureColumn, ...]
+    partition_columns: tuple[str, ...] = ()
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=explain.STRICT)
@@ -129,6 +138,13 @@ class CsvStyle:
     header: bool = True
     columns: tuple[str, ...] = ()
     """Names in order, where there is no header."""
+    quote: str | None = None
+    """Default: a double quote; quotes that seem to join rows are refused until it is stated. "": no quotes."""
+    escape: str = ""
+    """Letter before a quote inside of quotes, as Spark, Hive and MySQL write; default: such a quote is doubled."""
+    null_words: tuple[str, ...] = raw_values.MISSING_WORDS
+    """Texts that stand for a missing value, in files of every kind."""
+    decimal: typing.Literal[".", ","] = "."
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=explain.STRICT)
@@ -249,6 +265,10 @@ def _rules(d: LogDescription) -> list[str]:
         problems.append("[items] without `files` takes the attributes from the history log, and there is no [history]")
     if d.csv.header == bool(d.csv.columns):
         problems.append("[csv] needs `columns` exactly where `header = false`")
+    for key, lengths in (("separator", (1, 2)), ("quote", (0, 1)), ("escape", (0, 1))):
+        value = getattr(d.csv, key)
+        if value is not None and len(value.encode()) not in lengths:
+            problems.append(f"'csv.{key}' is {value!r}, expected {lengths[0]} or {lengths[1]} plain letters")
     return problems
 
 
@@ -269,13 +289,27 @@ def _check_names(d: LogDescription) -> list[str]:
     parts = [getattr(d, section) for section in SECTIONS]
     names = [feature.label for part in parts if part is not None for feature in part.feature]
     names += [task.name for task in d.tasks()] if d.exposure is not None else []
-    twice = sorted({name for name in names if names.count(name) > 1})
-    problems = [f"the name {name!r} is used twice; give one of them another `name`" for name in twice]
+    lower = [name.casefold() for name in names]  # engines do not tell Cat from cat
+    twice = sorted({name for name in names if lower.count(name.casefold()) > 1})
+    problems = []
+    if twice:
+        problems.append(
+            f"the names {twice} are the same, or differ in case only; give all but one of them another `name`"
+        )
     taken = sorted(
-        {name for name in names if name in RESERVED_NAMES or not name.isidentifier() or name.startswith("_")}
+        {
+            name
+            for name in names
+            if name.casefold() in RESERVED_NAMES
+            or not name.isidentifier()
+            or name.startswith("_")
+            or len(name.encode()) > MAX_NAME_BYTES
+        }
     )
-    rule = f"letters, digits and inner underscores, and none of {', '.join(RESERVED_NAMES)}"
-    return problems + [f"the name {name!r} cannot be used; give it a `name` of {rule}" for name in taken]
+    rule = f"letters, digits and inner underscores, at most {MAX_NAME_BYTES} bytes, and in any case none of "
+    rule += ", ".join(RESERVED_NAMES)
+    shown = [name if len(name) <= MAX_NAME_BYTES else f"{name[:40]}..." for name in taken]
+    return problems + [f"the name {name!r} cannot be used; give it a `name` of {rule}" for name in shown]
 
 
 def _check_exposure(d: LogDescription) -> list[str]:

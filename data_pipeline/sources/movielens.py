@@ -51,7 +51,8 @@ def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) 
     if path.suffix == ".csv":
         names, raw = list(RATINGS_CSV), raw_files.read_columns(engine, path, RATINGS_CSV)
     else:
-        names, raw = list(RATINGS), raw_files.read_columns(engine, path, RATINGS, separator="::", header=list(RATINGS))
+        style = raw_files.TextStyle(separator="::", columns=tuple(RATINGS))
+        names, raw = list(RATINGS), raw_files.read_columns(engine, path, RATINGS, style=style)
     raw_files.require_values(path, raw, tuple(names))
     user, movie, _, time = (raw[name] for name in names)
     events = raw.select(user_id=user, item_id=movie, time_s=time, order=raw[raw_files.FILE_ORDER])

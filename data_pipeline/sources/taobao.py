@@ -49,7 +49,7 @@ def find_files(options: BuildOptions) -> dict[str, pathlib.Path]:
 def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) -> canonical.Log:
     """Takes every row of a chosen kind inside the nine days as an event."""
     path = files["behaviours"]
-    rows = raw_files.read_columns(engine, path, COLUMNS, header=list(COLUMNS))
+    rows = raw_files.read_columns(engine, path, COLUMNS, style=raw_files.TextStyle(columns=tuple(COLUMNS)))
     raw_files.require_values(path, rows, tuple(COLUMNS))
     raw_files.require_one_of(path, rows, "behaviour", BEHAVIOURS)
     chosen = rows.behaviour.isin(options.own.behaviours.split(","))

@@ -186,7 +186,7 @@ CHANGES = {
     "wrong time": (
         "events/2.csv",
         EVENTS_2.replace("1704124000000", "soon"),
-        ["2.csv", "'ts'", "row 2", "'soon'", "int64"],
+        ["2.csv", "'ts'", "row 2", "'soon'", "epoch time in ms"],
     ),
     "wrong unit": (
         "events/2.csv",

@@ -26,7 +26,7 @@ WRONG = [
     (HISTORY + 'feature = [{ column = "c", kind = "text" }]\n', "expected one of"),
     (HISTORY + 'feature = [{ column = "c", place = "context" }]\n', "only for [[exposure.feature]]"),
     (HISTORY + 'feature = [{ column = "c", separator = "|" }]\n', "only a bag has one"),
-    (HISTORY + 'feature = [{ column = "c" }, { column = "d", name = "c" }]\n', "'c' is used twice"),
+    (HISTORY + 'feature = [{ column = "c" }, { column = "d", name = "c" }]\n', "the names ['c'] are the same"),
     (HISTORY + 'feature = [{ column = "position" }]\n', "'position' cannot be used"),
     (HISTORY + '[items]\nfeature = [{ column = "place" }]\n', "'place' cannot be used"),
     (HISTORY + '[items]\nfeature = [{ column = "count", kind = "numerical" }]\n', "'count' cannot be used"),

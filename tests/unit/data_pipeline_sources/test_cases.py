@@ -1,0 +1,274 @@
+"""Raw logs that a build once read wrongly: each is read rightly now, or refused with its reason."""
+
+import pathlib
+
+import pyarrow as pa
+import pytest
+
+from data_pipeline import build
+from gpsd_dist import schema
+from tests.assets.cases import logs
+from tests.unit.data_pipeline_sources.conftest import Prepared
+
+RIGHT = (30, 210)
+"""Rows and history tokens of pretrain in the plain log."""
+ITEMS_LIST = [pa.large_list(pa.large_string()), pa.list_(pa.string(), 2), pa.list_(pa.string_view()), pa.string()]
+
+
+@pytest.fixture
+def make(tmp_path, capsys):
+    """make(writer, *arguments) writes that log and builds it: (status, Prepared or None, what was printed)."""
+
+    def run(writer, *arguments, options=()) -> tuple[int, Prepared | None, str]:
+        raw, out = writer(tmp_path / "raw", *arguments), tmp_path / "out"
+        status = build.main(["--source", "generic", "--raw_dir", str(raw), "--out_dir", str(out), *options])
+        printed = capsys.readouterr()
+        return status, Prepared(out) if status == 0 else None, printed.out + printed.err
+
+    return run
+
+
+def size_of(data: Prepared, split: str = "pretrain") -> tuple[int, int]:
+    found = data.manifest.split(split)
+    return found.num_rows, found.num_history_tokens
+
+
+def refused(made: tuple[int, Prepared | None, str], *words: str) -> None:
+    """The build ended with one line, status 2, that has these words."""
+    status, _, printed = made
+    assert status == 2
+    message = printed[printed.index("error: ") :]
+    assert message.count("\n") == 1 and len(message) < 1000
+    for word in words:
+        assert word in message
+
+
+READ_WHOLE = {
+    "brackets in a name": (logs.names_that_are_patterns,),
+    "star in a name": (logs.star_in_a_name,),
+    "folder named like a column, CSV": (logs.folder_named_like_a_column, "csv"),
+    "folder named like a column, Parquet": (logs.folder_named_like_a_column, "parquet"),
+    "hidden copies": (logs.hidden_copies,),
+    "mixed line ends": (logs.mixed_line_ends,),
+    "column without a name": (logs.column_without_a_name,),
+    "an empty shard": (logs.empty_shards,),
+    "quotes are letters": (logs.quotes_in_tabs, 'quote = ""\n'),
+    "backslashes": (logs.backslashes, "escape = '\\'"),
+    "lines in values": (logs.line_ends_in_values,),
+}
+
+
+@pytest.mark.parametrize("name", READ_WHOLE)
+def test_every_row_is_read_once(make, name):
+    status, data, _ = make(*READ_WHOLE[name])
+    assert status == 0 and size_of(data) == RIGHT
+    assert {user for (user,) in data.rows("pretrain")} == {str(user) for user in range(101, 131)}
+    counted = {entry["path"]: entry["rows"] for entry in data.manifest.sources if "rows" in entry}
+    assert sum(counted.values()) == 240
+
+
+def test_hidden_files_and_empty_shards_are_named(make, tmp_path):
+    _, data, printed = make(logs.hidden_copies)
+    assert ".ipynb_checkpoints/log-checkpoint.csv" in printed and "_tmp/log.csv" in printed
+    assert data.manifest.options["warnings"]
+    status, _, printed = make(lambda folder: logs.empty_shards(tmp_path / "empty", True))
+    assert status == 2 and "part-7.parquet" in printed and "no rows" in printed
+
+
+def test_a_name_that_is_also_a_pattern_is_refused(make):
+    def writer(folder: pathlib.Path) -> pathlib.Path:
+        files = {"log*.csv": logs.lines(logs.events()), "log2.csv": logs.lines(logs.events())}
+        return logs.write(folder, logs.HISTORY.replace("log.csv", "log*.csv"), files)
+
+    refused(make(writer), "'log*.csv'", "log2.csv", "[*]")
+
+
+def test_odd_folders_above_the_raw_files_mean_nothing(make, tmp_path):
+    odd = tmp_path / "user_id=alice" / "a'b [x] * ? {1} $é"
+    status, data, _ = make(lambda folder: logs.write(odd, logs.HISTORY, {"log.csv": logs.lines(logs.events())}))
+    assert status == 0 and size_of(data) == RIGHT
+
+
+def test_an_output_folder_with_an_odd_name(tmp_path):
+    raw = logs.every_event_twice(tmp_path / "raw")
+    out = tmp_path / "item_id=7" / "o'ut [1]*? é"
+    assert build.main(["--source", "generic", "--raw_dir", str(raw), "--out_dir", str(out)]) == 0
+    assert schema.read_manifest(out).split("pretrain").num_rows == 30
+
+
+@pytest.mark.parametrize("keys", ["", 'partition_columns = ["country"]\n'])
+def test_folders_are_columns_where_the_schema_asks(make, keys):
+    def writer(folder: pathlib.Path) -> pathlib.Path:
+        logs.partitions(folder)
+        path = folder / "schema.toml"
+        path.write_text(path.read_text() + keys)
+        return folder
+
+    status, data, _ = make(writer)
+    assert status == 0 and size_of(data) == RIGHT
+    rows = data.rows("pretrain")
+    assert set(rows["101",]["history.country"]) == {"FR"} and set(rows["130",]["history.country"]) == {"D/E"}
+
+
+def test_a_folder_that_is_missing_is_named(make):
+    refused(make(logs.partitions, "region"), "no column 'region'", "country=")
+
+
+def test_ids_have_one_spelling_in_all_shards(make):
+    status, data, _ = make(logs.integer_and_float_shards)
+    assert status == 0 and data.manifest.split("pretrain").num_rows == 30
+    assert set(data.words["item"].values()) <= {"PAD", "UNKNOWN"} | {str(item) for item in range(1000, 1020)}
+
+
+def test_ids_that_lost_digits_are_refused(make):
+    refused(make(logs.rounded_ids), "'user_id'", "data row 0", "exactly")
+
+
+def test_ids_of_an_items_file_in_another_spelling(make):
+    status, data, printed = make(logs.items_file, "{}.0")
+    assert status == 0 and "101.0 are spelled 101" in printed
+    assert set(data.words["cat"].values()) == {"PAD", "UNKNOWN", "c0", "c1", "c2"}
+
+
+def test_seconds_that_are_called_milliseconds(make):
+    refused(make(logs.seconds_as_ms), "log.csv", "'ts'", "data row 0", 'time_unit = "s"')
+
+
+def test_mixed_units_are_found(make):
+    refused(make(logs.seconds_as_ms, 4), "'ts'", "data row 0", "(60 such rows)", 'time_unit = "s"')
+
+
+@pytest.mark.parametrize("suffix", [" UTC", "Z", "+00:00", " GMT", " Etc/UTC", ".000Z"])
+def test_a_zone_in_the_text_is_obeyed(make, suffix):
+    status, data, _ = make(logs.text_times, suffix)
+    times = [row["history.time_s"][0] for row in data.rows("pretrain").values()]
+    assert status == 0 and min(times) == logs.events()[0][2]
+
+
+def test_text_without_a_zone_is_local(make):
+    _, data, _ = make(logs.text_times, "")
+    assert min(row["history.time_s"][0] for row in data.rows("pretrain").values()) == logs.events()[0][2] - 3600
+
+
+def test_an_unknown_zone_is_refused(make):
+    refused(make(logs.text_times, " PST"), "'ts'", "PST", "zone")
+
+
+@pytest.mark.parametrize("unit", ["ms", "s", "us"])
+def test_parts_of_a_second_order_events(make, unit):
+    status, data, _ = make(logs.parts_of_a_second, unit)
+    assert status == 0
+    assert data.rows("pretrain")["u3",]["history.item"] == [f"i{30 + step}" for step in range(7)]
+
+
+def test_native_times_need_no_unit(make):
+    def writer(folder: pathlib.Path) -> pathlib.Path:
+        moments = pa.array([ts * 1000 for _, _, ts in logs.events()], pa.timestamp("ms"))
+        schema = logs.HISTORY.replace("log.csv", "log.parquet")
+        return logs.write(folder, schema, {"log.parquet": logs.table(logs.events(), ts=moments)})
+
+    status, data, _ = make(writer)
+    times = [row["history.time_s"][0] for row in data.rows("pretrain").values()]
+    assert status == 0 and min(times) == logs.events()[0][2]
+
+
+@pytest.mark.parametrize("word", ["1e308", "18446744073709551615", "-5", "soon"])
+def test_a_time_that_is_none(make, word):
+    refused(make(logs.time_too_large, word), "log.csv", "'ts'", "data row 240", word)
+
+
+def test_a_forgotten_unit_of_text(make):
+    refused(make(logs.time_too_large, "2024-05-01 10:00:00"), "data row 240", 'time_unit = "iso"')
+
+
+def test_quotes_that_join_rows_are_refused(make):
+    refused(make(logs.quotes_in_tabs), "log.tsv, line 5", "line 42", 'quote = ""')
+
+
+def test_backslashes_are_named(make):
+    refused(make(logs.backslashes), "log.csv, line 5", "escape")
+
+
+def test_values_behind_backslashes(make):
+    _, data, printed = make(logs.backslashes, "escape = '\\'")
+    titles = data.rows("pretrain")["101",]["history.title"]
+    assert titles[3:6] == ['24" screen, used', "plain", "C:\\"]
+    assert "1 values '\\\\N' are read as missing" in printed
+
+
+def test_line_ends_in_values_are_counted(make):
+    _, data, printed = make(logs.line_ends_in_values)
+    assert data.rows("pretrain")["101",]["history.title"][0] == 'two\nlines, "quoted"'
+    assert "27 rows hold a line end inside of quotes" in printed
+
+
+@pytest.mark.parametrize("word", ["nan", "NULL", "\\N"])
+def test_missing_users_are_left_out(make, word):
+    status, data, printed = make(logs.word_for_missing_users, word)
+    assert status == 0 and size_of(data)[0] == 30
+    assert data.manifest.skipped["history rows without user_id"] == 48
+    assert f"48 values {word!r} are read as missing" in printed
+
+
+def test_words_for_missing_values_can_be_chosen(make):
+    _, data, printed = make(logs.word_for_missing_users, "None")
+    assert ("None",) in data.rows("pretrain") and "48 values 'None' are taken as an id" in printed
+    _, data, _ = make(logs.word_for_missing_users, "None", '[csv]\nnull_words = ["None"]\n')
+    assert ("None",) not in data.rows("pretrain")
+
+
+def test_rows_that_repeat_another_count_once(make):
+    status, data, printed = make(logs.every_event_twice)
+    assert status == 0 and size_of(data) == RIGHT
+    assert data.manifest.skipped["history rows that repeat another (`keep_copies` keeps them)"] == 240
+    assert size_of(make(logs.every_event_twice, "keep_copies = true\n")[1]) == (30, 450)
+
+
+def test_the_latest_attribute_that_is_there_counts(make):
+    _, data, _ = make(logs.attributes_end)
+    items = data.path / "items.parquet"
+    import pyarrow.parquet as pq
+
+    found = pq.read_table(items).to_pydict()
+    raw = {data.words["item"][index]: data.words["cat"][cat] for index, cat in zip(found["index"], found["cat"])}
+    assert raw == {str(item): f"c{item % 3}" for item in range(1000, 1020) if str(item) in raw} and len(raw) >= 19
+
+
+@pytest.mark.parametrize("kind", ITEMS_LIST, ids=str)
+def test_every_kind_of_list_is_a_bag(make, kind):
+    status, data, _ = make(logs.lists_of, kind)
+    assert status == 0 and set(data.words["tags"].values()) == {"PAD", "UNKNOWN"} | {f"t{n}" for n in range(5)}
+
+
+def test_columns_that_differ_in_case(make):
+    status, data, _ = make(logs.columns_that_differ_in_case, ("shop", "kind"))
+    assert status == 0
+    row = data.rows("pretrain")["101",]
+    assert {word[0] for word in row["history.shop"]} == {"a"} and {word[0] for word in row["history.kind"]} == {"b"}
+
+
+@pytest.mark.parametrize("names", [("Cat", "cat"), ("Rank", "cat"), ("Item", "cat"), ("ORDER", "cat"), ("a" * 300, "b")])
+def test_names_are_checked_without_regard_to_case(make, names):
+    refused(make(logs.columns_that_differ_in_case, names), "schema.toml", names[0][:40], "`name`")
+
+
+def test_nan_is_missing(make):
+    status, data, printed = make(logs.number_column, "NaN")
+    assert status == 0 and "35 values 'NaN' are read as missing" in printed
+    assert data.rows("pretrain")["101",]["history.price"][:2] == [0.0, 4.5]
+
+
+@pytest.mark.parametrize(("word", "advice"), [("inf", "finite"), ("-Infinity", "finite"), ("1e999", "finite"), ("x", "")])
+def test_numbers_that_are_none(make, word, advice):
+    refused(make(logs.number_column, word), "log.txt", "'price'", "data row 0", word, advice)
+
+
+def test_decimal_commas(make):
+    refused(make(logs.number_column, '"4,5"'), "'price'", "'4,5'", 'decimal = ","')
+    _, data, _ = make(logs.number_column, '"4,5"', '[csv]\ndecimal = ","\n')
+    assert data.rows("pretrain")["101",]["history.price"][0] == 4.5
+
+
+@pytest.mark.parametrize(("kind", "word"), [("flipped", "CRC"), ("cut", "gzip"), ("long", "longer than 2 MB")])
+def test_broken_archives(make, kind, word):
+    refused(make(logs.broken_archive, kind), "log.csv.gz", word)
