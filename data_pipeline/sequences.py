@@ -159,19 +159,30 @@ def _default(spec: canonical.FeatureSpec) -> ir.Value:
     return ibis.array([unknown]) if spec.is_bag else unknown
 
 
-def user_sequences(encoder: Encoder, events: ir.Table, items: ir.Table) -> ir.Table:
-    """Collects each user's `sequence`: an array of structs (rank, <history features>, time_s) in rank order."""
+def user_sequences(encoder: Encoder, events: ir.Table, items: ir.Table, limit: int) -> ir.Table:
+    """Collects each user's events in blocks of `limit`: user_id, block, and `sequence`, an array of structs (rank,
+    <history features>, time_s) in rank order.
+
+    Block b holds the events of its own ranks and of those of the block before, so that the last `limit` events before
+    any rank lie in one block. A request would otherwise be joined with all events of its user: for a user with n rows,
+    n * n of them.
+    """
     names = [spec.name for spec in encoder.log.specs_in("history")]
     encoded = encoder.engine.materialise(
         f"events_encoded{encoder.suffix}",
-        encoder.attach(events, items, "history").select("user_id", "rank", "time_s", *[f"_{name}" for name in names]),
+        encoder.attach(events, items, "history").select(
+            "user_id", "rank", "num_events", "time_s", *[f"_{name}" for name in names]
+        ),
     )
+    own = encoded.mutate(block=(encoded["rank"] // limit).cast("int64"))
+    again = own.filter(own.num_events > (own.block + 1) * limit).mutate(block=lambda t: t.block + 1)
+    encoded = own.union(again)
     # `rank` comes first and is unique per user, so sorting the structs sorts by it. An ordered collect is not portable.
     token = ibis.struct(
         {"rank": encoded["rank"]} | {name: encoded[f"_{name}"] for name in names} | {"time_s": encoded.time_s}
     )
     return encoder.engine.materialise(
-        f"sequences{encoder.suffix}", encoded.group_by("user_id").agg(sequence=token.collect().sort())
+        f"sequences{encoder.suffix}", encoded.group_by("user_id", "block").agg(sequence=token.collect().sort())
     )
 
 
@@ -209,7 +220,7 @@ def rows_in_buckets(
                 lengths=_in_bucket(rows.lengths, number, rows.num_buckets),
                 candidates=_in_bucket(rows.candidates, number, rows.num_buckets),
             )
-        histories = user_sequences(part, here.events, items)
+        histories = user_sequences(part, here.events, items, max_history_length)
         made = {
             "rows_pretrain": pretrain_rows(part, here.lengths, histories, max_history_length),
             "rows_requests": request_rows(part, here.candidates, items, users, histories, max_history_length),
@@ -232,8 +243,7 @@ def _in_bucket(table: ir.Table, number: int, num_buckets: int) -> ir.Table:
 def pretrain_rows(encoder: Encoder, lengths: ir.Table, sequences: ir.Table, max_history_length: int) -> ir.Table:
     """Makes the rows of `pretrain` for users with at least 2 events in it, with a column `shuffle_key`."""
     long_enough = lengths.filter(lengths.num_events >= 2)
-    joined = long_enough.inner_join(sequences, "user_id")
-    rows = _with_history(encoder.log, joined, joined.num_events, max_history_length)
+    rows = _with_history(encoder.log, long_enough, sequences, "num_events", max_history_length)
     return rows.mutate(shuffle_key=rows.user_id.concat(":pretrain").hexdigest("md5"))
 
 
@@ -258,8 +268,8 @@ def request_rows(
     shown = encoder.engine.materialise(f"candidates_encoded{encoder.suffix}", shown)
     token = ibis.struct({"position": shown.position} | {name: shown[name] for name in columns})
     requests = shown.group_by(list(splits.REQUEST_KEY)).agg(shown=token.collect().sort())
-    joined = requests.left_join(sequences, "user_id").drop("user_id_right")
-    rows = _with_history(log, joined, joined.num_before, max_history_length, kept=("split", "num_before", "shown"))
+    kept = ("split", "num_before", "shown")
+    rows = _with_history(log, requests, sequences, "num_before", max_history_length, kept)
     rows = rows.mutate(
         request_time_s=rows.shown[0]["time_s"],
         **{f"candidate.{name}": _field(rows.shown, name) for name in names},
@@ -273,11 +283,21 @@ def request_rows(
 
 
 def _with_history(
-    log: canonical.Log, rows: ir.Table, until: ir.IntegerValue, limit: int, kept: tuple[str, ...] = ()
+    log: canonical.Log, rows: ir.Table, sequences: ir.Table, until: str, limit: int, kept: tuple[str, ...] = ()
 ) -> ir.Table:
-    """Adds the history columns: the last `limit` of the first `until` events of `rows.sequence`."""
-    length = ibis.least(until, ibis.literal(limit, type="int64"))
-    sliced = rows.select("user_id", *kept, _length=length, _window=rows.sequence[until - length : until])
+    """Adds the history columns: the last `limit` of the user's first events, as many as the column `until` says."""
+    zero, size = ibis.literal(0, type="int64"), ibis.literal(limit, type="int64")
+    block = (ibis.greatest(rows[until] - 1, zero) // size).cast("int64")
+    rows = rows.select("user_id", *kept, _until=rows[until], _block=block)
+    joined = rows.left_join(sequences, [rows.user_id == sequences.user_id, rows["_block"] == sequences.block])
+    length = ibis.least(rows["_until"], size)
+    end = rows["_until"] - ibis.greatest(rows["_block"] - 1, zero) * size
+    sliced = joined.select(
+        rows.user_id,
+        *[rows[name] for name in kept],
+        _length=length,
+        _window=sequences.sequence[end - length : end],
+    )
     columns = {
         f"history.{spec.name}": _field_or_empty(sliced["_window"], spec.name) for spec in log.specs_in("history")
     }
