@@ -6,6 +6,7 @@ python -m data_pipeline.build --source generic --raw_dir RAW --append_to DAY1 --
 """
 
 import dataclasses
+import pathlib
 import shlex
 import sys
 import time
@@ -21,15 +22,18 @@ from data_pipeline import (
     previous,
     progress,
     sequences,
+    shares,
     sources,
     validate,
     vocab,
     write,
 )
 from data_pipeline.options import BuildOptions
-from data_pipeline.plan import Job
+from data_pipeline.plan import Job, Plan
 from gpsd_dist import schema
 
+WARNINGS = "warnings"
+"""Option of the manifest: what was printed as a warning."""
 MODES = {"build": fresh, "append": append, "holdout": holdout}
 
 
@@ -56,35 +60,49 @@ def build(options: BuildOptions, command: str) -> None:
     # this package's code: an equal one means that there is nothing to do.
     found = mode.find_previous(options)
     options = sources.complete(source, options if found is None else previous.as_built(options, found))
-    files = source.find_files(options)
-    prints = fingerprint.describe(files, mode.fingerprinted(options), options.source)
-    if not options.force and mode.is_current(options, found, prints["fingerprint"]):
-        progress.say(f"{options.out_dir} is up to date: same raw files, options and pipeline code; nothing to do")
-        return
-    progress.say(f"{options.mode} {options.source}: {options.raw_dir} -> {options.out_dir}")
-    # All is written aside and moved at the end, so that a build that fails leaves the data set of before as it was.
-    with write.staged(options.out_dir, mode.ONLY) as aside, engine.scratch(options, options.out_dir.parent) as running:
-        log = canonical.checked(source.read(running, files, options))
-        plan = mode.plan(running, log, Job(options, found, prints, command))
-        write.link(plan.linked_files, options.append_to, aside)
-        # Vocabularies come before rows, because rows hold their indices; a table without one holds 64-bit ids.
-        tables = vocab.write_all(running, plan.vocabularies, aside)
-        manifest = dataclasses.replace(plan.manifest, tables=tables)
-        words = {name: entry.words for name, entry in plan.vocabularies.items() if entry.words is not None}
-        encoder = sequences.Encoder(running, plan.rows.log, words)
-        # The log is encoded with one set of vocabularies for all splits; a split is a selection of these rows.
-        items = encoder.items()
-        rows_of = sequences.rows_in_buckets(encoder, plan.rows, items, manifest.max_history_length)
-        written = {
-            name: write.write_split(running, rows_of(name), manifest, name, aside / folder, options)
-            for name, folder in plan.splits.items()
-        }
-        if mode.ONLY is None:
-            write.write_items(running, sequences.item_rows(encoder, items), encoder.log, aside, options)
-        schema.write_manifest(plan.finish(manifest, written, aside), aside)
-        validate.check(aside, mode.ONLY)  # reads the files again: what was written counts, not what was meant
+    with progress.warnings() as warnings:
+        files = source.find_files(options)
+        prints = fingerprint.describe(files, mode.fingerprinted(options), options.source)
+        if not options.force and mode.is_current(options, found, prints["fingerprint"]):
+            progress.say(f"{options.out_dir} is up to date: same raw files, options and pipeline code; nothing to do")
+            return
+        progress.say(f"{options.mode} {options.source}: {options.raw_dir} -> {options.out_dir}")
+        # All is written aside and moved at the end, so that a build that fails leaves the data set of before.
+        with write.staged(options.out_dir, mode.ONLY) as aside:
+            with engine.scratch(options, options.out_dir.parent) as running:
+                log = canonical.checked(source.read(running, files, options))
+                prints["sources"] = fingerprint.with_rows(prints["sources"], running.rows_of)
+                plan = mode.plan(running, log, Job(options, found, prints, command))
+                write.link(plan.linked_files, options.append_to, aside)
+                manifest = _write(running, plan, aside, options)
+            shares.check(aside, manifest, written=tuple(plan.splits), is_allowed=options.allow_empty)
+            if mode.ONLY is None:
+                manifest = dataclasses.replace(manifest, options=manifest.options | {WARNINGS: list(warnings)})
+            schema.write_manifest(manifest, aside)
+            validate.check(aside, mode.ONLY)  # reads the files again: what was written counts, not what was meant
     report(schema.read_manifest(options.out_dir))
+    for warning in warnings:
+        progress.say(f"  warning: {warning}")
     progress.say(f"done in {time.monotonic() - started:.1f} s: {options.out_dir / schema.MANIFEST_NAME}")
+
+
+def _write(running: engine.Engine, plan: Plan, aside: pathlib.Path, options: BuildOptions) -> schema.Manifest:
+    """Writes vocabularies, splits and items; returns the manifest of all."""
+    # Vocabularies come before rows, because rows hold their indices; a table without one holds 64-bit ids.
+    tables = vocab.write_all(running, plan.vocabularies, aside)
+    manifest = dataclasses.replace(plan.manifest, tables=tables)
+    words = {name: entry.words for name, entry in plan.vocabularies.items() if entry.words is not None}
+    encoder = sequences.Encoder(running, plan.rows.log, words)
+    # The log is encoded with one set of vocabularies for all splits; a split is a selection of these rows.
+    items = encoder.items()
+    rows_of = sequences.rows_in_buckets(encoder, plan.rows, items, manifest.max_history_length)
+    written = {
+        name: write.write_split(running, rows_of(name), manifest, name, aside / folder, options)
+        for name, folder in plan.splits.items()
+    }
+    if MODES[options.mode].ONLY is None:
+        write.write_items(running, sequences.item_rows(encoder, items), encoder.log, aside, options)
+    return plan.finish(manifest, written, aside)
 
 
 def report(manifest: schema.Manifest) -> None:

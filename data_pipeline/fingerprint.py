@@ -42,6 +42,11 @@ def describe(files: dict[str, pathlib.Path], options: dict, source: str) -> dict
     }
 
 
+def with_rows(entries: tuple[dict, ...], rows_of: dict[str, int]) -> tuple[dict, ...]:
+    """Returns the entries of `describe`'s "sources" with the number of rows that were read of each file."""
+    return tuple(entry | ({"rows": rows_of[entry["path"]]} if entry["path"] in rows_of else {}) for entry in entries)
+
+
 def _code_sha256() -> str:
     """Hashes every module of this package: whoever changes a transformation need not remember to raise a version."""
     package = pathlib.Path(__file__).parent

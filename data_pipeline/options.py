@@ -80,6 +80,9 @@ class BuildOptions:
         0, "of users, worked on one after the other; 0: by the number of events", is_recorded=False
     )
     force: bool = option(False, "build even if nothing changed", is_recorded=False)
+    allow_empty: bool = option(
+        False, "build even if a split, its labels or its histories are empty, or if no id joins", is_recorded=False
+    )
     own: typing.Any = option(None, is_recorded=False, is_flag=False)
     """Holds the source's own options: an instance of its module's `Options`, or None where it has none."""
     given: frozenset[str] = option(frozenset(), is_recorded=False, is_flag=False)

@@ -42,7 +42,7 @@ import ibis
 import ibis.expr.types as ir
 import pydantic.dataclasses
 
-from data_pipeline import canonical, explain
+from data_pipeline import canonical, explain, shares
 from data_pipeline.engine import Engine
 from data_pipeline.options import BuildOptions, option
 from data_pipeline.sources import described_files, log_description
@@ -91,6 +91,8 @@ def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) 
     exposures = None if description.exposure is None else reader.exposures(skipped)
     events = _events(engine, reader, description, exposures, skipped)
     items = reader.items(skipped)
+    users = None if description.users is None else reader.users(skipped)
+    _check_joins(description, options.allow_empty, events, exposures, items, users)
     split, items = _split(description, options, exposures), _or_ids(engine, items, events, exposures)
     return canonical.Log(
         events=events,
@@ -99,10 +101,35 @@ def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) 
         split=split,
         order_words=_order_words(description),
         exposures=exposures,
-        users=None if description.users is None else reader.users(skipped),
+        users=users,
         tasks=description.tasks(),
         skipped=skipped,
     )
+
+
+def _check_joins(
+    description: log_description.LogDescription,
+    is_allowed: bool,
+    events: ir.Table,
+    exposures: ir.Table | None,
+    items: ir.Table | None,
+    users: ir.Table | None,
+) -> None:
+    """Counts the ids of the logs that the other sections have. ValueError if it is none."""
+
+    def check(key: str, logs: list[ir.Table], other: ir.Table, words: str) -> None:
+        ids = [log.select(key) for log in logs]
+        every = (ids[0].union(*ids[1:]) if len(ids) > 1 else ids[0]).distinct()
+        joined = every.semi_join(other.select(key).distinct(), key)
+        shares.check_join(words, int(joined.count().execute()), int(every.count().execute()), is_allowed)
+
+    logs = [events] if exposures is None else [events, exposures]
+    if items is not None and description.items.files:
+        check("item_id", logs, items, "items of the log are in [items]")
+    if users is not None:
+        check("user_id", logs, users, "users of the log are in [users]")
+    if exposures is not None and description.history is not None:
+        check("user_id", [exposures], events, "users of [exposure] are in [history]")
 
 
 def _events(
@@ -117,6 +144,8 @@ def _events(
     if exposures is None or not description.exposure.extends_history:
         return events
     clicked = exposures.filter(exposures[description.exposure.extends_history] == 1)
+    if events is not None:
+        clicked = _not_in_history(clicked, events, skipped)
     columns = {"user_id": clicked.user_id, "item_id": clicked.item_id, "time_s": clicked.time_s}
     columns["order"] = clicked.order + EXPOSURE_ORDER
     if events is None:
@@ -126,6 +155,16 @@ def _events(
     return engine.materialise(
         "history_and_clicks", events.union(clicked.select(*[v.name(k) for k, v in columns.items()]))
     )
+
+
+def _not_in_history(clicked: ir.Table, events: ir.Table, skipped: dict[str, int]) -> ir.Table:
+    """Leaves out clicks that [history] has too: the same user, item and second."""
+    keys = ["user_id", "item_id", "time_s"]
+    others = clicked.anti_join(events.select(keys).distinct(), keys)
+    num_both = int(clicked.count().execute()) - int(others.count().execute())
+    if num_both:
+        skipped["exposures that extend the history and are in [history] already (they count once)"] = num_both
+    return others
 
 
 def _or_ids(engine: Engine, items: ir.Table | None, events: ir.Table, exposures: ir.Table | None) -> ir.Table:

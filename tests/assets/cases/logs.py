@@ -84,7 +84,9 @@ def integer_and_float_shards(folder: pathlib.Path) -> pathlib.Path:
     """A null made floats of one day's ids; a user has both days."""
     ids = [float(user) for user, _, _ in events()[::2]]
     floats = table(events()[::2], user_id=[None, *ids[1:]], item_id=[float(item) for _, item, _ in events()[::2]])
-    return write(folder, HISTORY.replace("log.csv", "*.parquet"), {"1.parquet": table(events()[1::2]), "2.parquet": floats})
+    return write(
+        folder, HISTORY.replace("log.csv", "*.parquet"), {"1.parquet": table(events()[1::2]), "2.parquet": floats}
+    )
 
 
 def rounded_ids(folder: pathlib.Path) -> pathlib.Path:
@@ -110,7 +112,7 @@ def text_times(folder: pathlib.Path, suffix: str) -> pathlib.Path:
     import datetime
 
     def word(moment: int) -> str:
-        return datetime.datetime.fromtimestamp(moment, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S") + suffix
+        return datetime.datetime.fromtimestamp(moment, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S") + suffix
 
     schema = HISTORY + 'time_unit = "iso"\n[split]\ntime_zone = "Europe/Paris"\n'
     return write(folder, schema, {"log.csv": lines([(u, i, word(t)) for u, i, t in events()])})
@@ -239,3 +241,31 @@ def broken_archive(folder: pathlib.Path, kind: str) -> pathlib.Path:
         "long": gzip.compress(b"a" * 100_000_000, compresslevel=9),
     }
     return write(folder, schema, {"log.csv.gz": content[kind]})
+
+
+def exposures(folder: pathlib.Path, labels: str, keys: str = "", files: dict | None = None) -> pathlib.Path:
+    """A log of impressions alone. `labels`: "one class" (no click in valid), "no buys", "click words"."""
+    rows, draw = [], random.Random(7)
+    for user in range(72):
+        for step in range(8):
+            is_valid = 5 <= step < 7
+            click = int(draw.random() < 0.4 and not (labels == "one class" and is_valid))
+            buy = "" if labels == "no buys" else int(click and draw.random() < 0.5)
+            word = str(bool(click)).lower() if labels == "click words" else click
+            rows.append((f"u{user}", f"i{draw.randrange(40)}", 1_700_000_000 + step * 5000 + user, word, buy))
+    schema = '[exposure]\nfiles = "shown.csv"\nuser = "user_id"\nitem = "item_id"\ntime = "ts"\n'
+    schema += 'task = [{ column = "click" }, { column = "buy", given = "click" }]\nextends_history = "click"\n'
+    schema += keys + "[split]\nvalid_fraction = 0.25\ntest_fraction = 0.125\n"
+    content = {"shown.csv": lines(rows, "user_id,item_id,ts,click,buy")}
+    return write(folder, schema, content | (files or {}))
+
+
+def clicks_in_both_logs(folder: pathlib.Path) -> pathlib.Path:
+    """Every click is in the history log too, at the same second."""
+    exposures(folder, "", "")
+    shown = (folder / "shown.csv").read_text().splitlines()[1:]
+    clicks = [line.split(",")[:3] for line in shown if line.split(",")[3] == "1"]
+    path = folder / "schema.toml"
+    path.write_text(HISTORY + path.read_text())
+    (folder / "log.csv").write_text(lines([*clicks, *[(f"u{n}", "i1", 1_600_000_000) for n in range(72)]]))
+    return folder

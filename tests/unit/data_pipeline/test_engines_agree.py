@@ -67,8 +67,8 @@ CASES = [
     ("synthetic", make_synthetic, ("--min_count", 2)),
     ("generic", make_generic, ()),
     ("movielens", make_movielens, ("--num_negatives", 1, "--negatives", "popularity")),
-    ("taobao", make_taobao, ("--num_negatives", 2, "--num_buckets", 2)),
-    ("amazon_reviews", make_amazon_reviews, ("--all_categories",)),
+    ("taobao", make_taobao, ("--num_negatives", 2, "--num_buckets", 2, "--allow_empty")),
+    ("amazon_reviews", make_amazon_reviews, ("--all_categories", "--allow_empty")),
     ("amazon_grocery", make_grocery, ("--valid_fraction", 0.25)),
     ("kuairand_pure", make_kuairand, ()),
 ]

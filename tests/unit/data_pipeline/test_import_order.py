@@ -10,7 +10,17 @@ ORDER = (
     # what a plan is made of and how it is written
     *("validate", "validate_rows", "write", "sequences", "negatives", "unbounded", "splits", "vocab"),
     # raw files to a canonical log
-    *("command_line", "sources", "raw_files", "raw_values", "text_files", "canonical", "synthesize", "synthetic_log"),
+    *(
+        "command_line",
+        "sources",
+        "shares",
+        "raw_files",
+        "raw_values",
+        "text_files",
+        "canonical",
+        "synthesize",
+        "synthetic_log",
+    ),
     # the ground
     *("engine", "duckdb_engine", "spark_engine", "spark_json"),
     *("options", "explain", "fingerprint", "hashing", "progress"),

@@ -218,7 +218,7 @@ def test_words_for_missing_values_can_be_chosen(make):
 
 
 def test_rows_that_repeat_another_count_once(make):
-    status, data, printed = make(logs.every_event_twice)
+    status, data, _ = make(logs.every_event_twice)
     assert status == 0 and size_of(data) == RIGHT
     assert data.manifest.skipped["history rows that repeat another (`keep_copies` keeps them)"] == 240
     assert size_of(make(logs.every_event_twice, "keep_copies = true\n")[1]) == (30, 450)
@@ -247,7 +247,9 @@ def test_columns_that_differ_in_case(make):
     assert {word[0] for word in row["history.shop"]} == {"a"} and {word[0] for word in row["history.kind"]} == {"b"}
 
 
-@pytest.mark.parametrize("names", [("Cat", "cat"), ("Rank", "cat"), ("Item", "cat"), ("ORDER", "cat"), ("a" * 300, "b")])
+@pytest.mark.parametrize(
+    "names", [("Cat", "cat"), ("Rank", "cat"), ("Item", "cat"), ("ORDER", "cat"), ("a" * 300, "b")]
+)
 def test_names_are_checked_without_regard_to_case(make, names):
     refused(make(logs.columns_that_differ_in_case, names), "schema.toml", names[0][:40], "`name`")
 
@@ -258,7 +260,9 @@ def test_nan_is_missing(make):
     assert data.rows("pretrain")["101",]["history.price"][:2] == [0.0, 4.5]
 
 
-@pytest.mark.parametrize(("word", "advice"), [("inf", "finite"), ("-Infinity", "finite"), ("1e999", "finite"), ("x", "")])
+@pytest.mark.parametrize(
+    ("word", "advice"), [("inf", "finite"), ("-Infinity", "finite"), ("1e999", "finite"), ("x", "")]
+)
 def test_numbers_that_are_none(make, word, advice):
     refused(make(logs.number_column, word), "log.txt", "'price'", "data row 0", word, advice)
 
@@ -272,3 +276,46 @@ def test_decimal_commas(make):
 @pytest.mark.parametrize(("kind", "word"), [("flipped", "CRC"), ("cut", "gzip"), ("long", "longer than 2 MB")])
 def test_broken_archives(make, kind, word):
     refused(make(logs.broken_archive, kind), "log.csv.gz", word)
+
+
+def test_items_that_never_join_are_refused(make):
+    made = make(logs.items_file, "0000{}")
+    refused(made, "0 of 20 items of the log are in [items]", "leading zeros", "--allow_empty")
+    status, data, printed = make(logs.items_file, "0000{}", options=["--allow_empty"])
+    assert status == 0 and size_of(data) == RIGHT and "warning: 0 of 20 items" in printed
+
+
+def test_a_task_without_labels_is_refused(make):
+    refused(make(logs.exposures, "no buys"), "task 'buy' has 0 observed labels in train")
+
+
+def test_a_split_with_one_class_is_named(make):
+    status, data, _ = make(logs.exposures, "one class")
+    assert status == 0
+    (warning,) = [text for text in data.manifest.options["warnings"] if "'click'" in text]
+    assert "split 'valid'" in warning and ", 0 positive" in warning and "AUC is not defined" in warning
+
+
+def test_words_are_labels(make):
+    _, words, _ = make(logs.exposures, "click words")
+    found = {key: row["label.click"] for key, row in words.rows("test").items()}
+    _, numbers, _ = make(logs.exposures, "")
+    assert found == {key: row["label.click"] for key, row in numbers.rows("test").items()}
+
+
+def test_a_click_in_both_logs_counts_once(make):
+    status, data, _ = make(logs.clicks_in_both_logs)
+    assert status == 0
+    reason = "exposures that extend the history and are in [history] already (they count once)"
+    assert data.manifest.skipped[reason] > 100
+    for row in data.rows("pretrain").values():
+        events = list(zip(row["history.item"], row["history.time_s"]))
+        assert len(events) == len(set(events))
+
+
+def test_a_split_without_rows_is_refused(make):
+    def writer(folder: pathlib.Path) -> pathlib.Path:
+        return logs.write(folder, logs.HISTORY, {"log.csv": logs.lines(logs.events()[:16])})
+
+    refused(make(writer), "split 'test' has no rows", "--allow_empty")
+    assert make(writer, options=["--allow_empty"])[0] == 0
