@@ -5,11 +5,15 @@ python -m data_pipeline.build --source kuairand_pure --raw_dir RAW_WITH_A_LATER_
 python -m data_pipeline.build --source generic --raw_dir RAW --append_to DAY1 --out_dir DAY2
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import shlex
+import signal
 import sys
+import threading
 import time
+import typing
 
 from data_pipeline import (
     append,
@@ -32,58 +36,100 @@ from data_pipeline.options import BuildOptions
 from data_pipeline.plan import Job, Plan
 from gpsd_dist import schema
 
+FINISHED, FAILED, MISTAKE, NO_FILE_ACCESS, STOPPED, INTERRUPTED = 0, 1, 2, 74, 75, 130
 WARNINGS = "warnings"
 """Option of the manifest: what was printed as a warning."""
 MODES = {"build": fresh, "append": append, "holdout": holdout}
 
 
+class Stopped(BaseException):
+    """SIGTERM asked the build to stop."""
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status. A user's mistake prints one line and gives 2."""
+    """Runs the command line; returns the exit status (those of a training run), with one line for what went wrong."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        options = command_line.parse(argv, __doc__)
-        build(options, "python -m data_pipeline.build " + shlex.join(argv))
+        with _stopping():
+            build(command_line.parse(argv, __doc__), "python -m data_pipeline.build " + shlex.join(argv))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return _ended(str(error), MISTAKE)
+    except OSError as error:
+        return _ended(f"a file could not be read or written: {error}", NO_FILE_ACCESS)
+    except engine.EngineFailed as error:
+        return _ended(str(error), NO_FILE_ACCESS if "No space left" in str(error) else FAILED)
+    except Stopped:
+        return _ended("stopped by SIGTERM; no data set was changed", STOPPED)
+    except KeyboardInterrupt:
+        return _ended("stopped by Ctrl-C; no data set was changed", INTERRUPTED)
+    return FINISHED
+
+
+def _ended(message: str, status: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+@contextlib.contextmanager
+def _stopping() -> typing.Iterator[None]:
+    """Turns SIGTERM into `Stopped`, so that what is half done is removed as for every other error."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+
+    def stop(number: int, frame: typing.Any) -> None:
+        raise Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def build(options: BuildOptions, command: str) -> None:
     """Plans a data set (or what is added to one), writes it, checks it and moves it into place.
 
-    ValueError for every problem of the input.
+    ValueError for every problem of the input, OSError for files that cannot be written.
     """
-    started = time.monotonic()
+    # What a link points to is replaced, not the link; and scratch data lie beside it.
+    options = dataclasses.replace(options, out_dir=options.out_dir.resolve())
+    with progress.warnings() as warnings, write.locked(options.out_dir):
+        started = time.monotonic()
+        if _build(options, command, warnings):
+            report(schema.read_manifest(options.out_dir))
+            for warning in warnings:
+                progress.say(f"  warning: {warning}")
+            progress.say(f"done in {time.monotonic() - started:.1f} s: {options.out_dir / schema.MANIFEST_NAME}")
+
+
+def _build(options: BuildOptions, command: str, warnings: list[str]) -> bool:
+    """Does the work of `build`; returns False if there was nothing to do."""
     source, mode = sources.load(options.source), MODES[options.mode]
     # Everything that can be refused without opening the log comes first. The fingerprint is over raw files, options and
     # this package's code: an equal one means that there is nothing to do.
     found = mode.find_previous(options)
     options = sources.complete(source, options if found is None else previous.as_built(options, found))
-    with progress.warnings() as warnings:
-        files = source.find_files(options)
-        prints = fingerprint.describe(files, mode.fingerprinted(options), options.source)
-        if not options.force and mode.is_current(options, found, prints["fingerprint"]):
-            progress.say(f"{options.out_dir} is up to date: same raw files, options and pipeline code; nothing to do")
-            return
-        progress.say(f"{options.mode} {options.source}: {options.raw_dir} -> {options.out_dir}")
-        # All is written aside and moved at the end, so that a build that fails leaves the data set of before.
-        with write.staged(options.out_dir, mode.ONLY) as aside:
-            with engine.scratch(options, options.out_dir.parent) as running:
-                log = canonical.checked(source.read(running, files, options))
-                prints["sources"] = fingerprint.with_rows(prints["sources"], running.rows_of)
-                plan = mode.plan(running, log, Job(options, found, prints, command))
-                write.link(plan.linked_files, options.append_to, aside)
-                manifest = _write(running, plan, aside, options)
-            shares.check(aside, manifest, written=tuple(plan.splits), is_allowed=options.allow_empty)
-            if mode.ONLY is None:
-                manifest = dataclasses.replace(manifest, options=manifest.options | {WARNINGS: list(warnings)})
-            schema.write_manifest(manifest, aside)
-            validate.check(aside, mode.ONLY)  # reads the files again: what was written counts, not what was meant
-    report(schema.read_manifest(options.out_dir))
-    for warning in warnings:
-        progress.say(f"  warning: {warning}")
-    progress.say(f"done in {time.monotonic() - started:.1f} s: {options.out_dir / schema.MANIFEST_NAME}")
+    files = source.find_files(options)
+    prints = fingerprint.describe(files, mode.fingerprinted(options), options.source)
+    if not options.force and mode.is_current(options, found, prints["fingerprint"]):
+        progress.say(f"{options.out_dir} is up to date: same raw files, options and pipeline code; nothing to do")
+        return False
+    progress.say(f"{options.mode} {options.source}: {options.raw_dir} -> {options.out_dir}")
+    # All is written aside and moved at the end, so that a build that fails leaves the data set of before as it was.
+    with write.staged(options.out_dir, mode.ONLY) as aside:
+        with engine.scratch(options, aside) as running:
+            log = canonical.checked(source.read(running, files, options))
+            prints["sources"] = fingerprint.with_rows(prints["sources"], running.rows_of)
+            plan = mode.plan(running, log, Job(options, found, prints, command))
+            write.link(plan.linked_files, options.append_to, aside)
+            manifest = _write(running, plan, aside, options)
+        shares.check(aside, manifest, written=tuple(plan.splits), is_allowed=options.allow_empty)
+        if mode.ONLY is None:
+            manifest = dataclasses.replace(manifest, options=manifest.options | {WARNINGS: list(warnings)})
+        schema.write_manifest(manifest, aside)
+        validate.check(aside, mode.ONLY)  # reads the files again: what was written counts, not what was meant
+    return True
 
 
 def _write(running: engine.Engine, plan: Plan, aside: pathlib.Path, options: BuildOptions) -> schema.Manifest:

@@ -15,6 +15,8 @@ _SETUP = "CREATE MACRO json_extract_strings(line, path) AS json_extract_string(l
 class DuckDB:
     """Does what the pipeline asks of an engine beyond Ibis expressions; `spark_engine.Spark` has the same methods."""
 
+    errors = (duckdb.Error,)
+
     def __init__(self, scratch_dir: pathlib.Path, memory_limit: str, threads: int | None):
         config: dict[str, typing.Any] = {"memory_limit": memory_limit, "temp_directory": str(scratch_dir / "spill")}
         if threads is not None:

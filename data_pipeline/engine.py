@@ -21,6 +21,10 @@ from data_pipeline.options import BuildOptions, EngineName
 DEFAULT_MASTER = "local[*]"
 
 
+class EngineFailed(RuntimeError):
+    """The engine could not finish a query."""
+
+
 class Engine:
     """Holds one Ibis connection. Tables that are used more than once are materialised in its scratch folder."""
 
@@ -128,6 +132,12 @@ def scratch(options: BuildOptions, parent: pathlib.Path) -> typing.Iterator[Engi
         )
         try:
             yield engine
+        except engine.backend.errors as error:
+            text = (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
+            raise EngineFailed(
+                f"--engine {options.engine} failed: {text}; if it ran out of memory or of disk, see --memory_limit, "
+                "--num_buckets and the space beside --out_dir"
+            ) from error
         finally:
             engine.close()
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 
 import ibis
@@ -54,10 +55,17 @@ def plan(running: engine.Engine, log: canonical.Log, job: Job) -> Plan:
     return Plan(
         rows=sequences.Rows(log, events, no_pretraining, cut.candidates, num_buckets),
         vocabularies=vocabularies,
-        splits={NAME: NAME},
+        splits={NAME: _free_folder(manifest)},
         manifest=manifest,
         finish=functools.partial(_finish, job=job, skipped={**log.skipped, **cut.skipped}),
     )
+
+
+def _free_folder(manifest: schema.Manifest) -> str:
+    """Names a folder that the data set does not have: the holdout of before stays whole until the manifest changes."""
+    taken = {file.split("/")[0] for split in manifest.splits for file in split.files}
+    names = (NAME if number == 1 else f"{NAME}-{number}" for number in itertools.count(1))
+    return next(name for name in names if name not in taken)
 
 
 def _finish(

@@ -72,6 +72,8 @@ class SparkBackend(Backend):
 class Spark:
     """Has the methods of `duckdb_engine.DuckDB` on a Spark session, which ends with `close`."""
 
+    errors = ERRORS
+
     def __init__(self, scratch_dir: pathlib.Path, memory_limit: str, master: str, settings: dict[str, str]):
         """Starts Spark; ValueError if it cannot start.
 
