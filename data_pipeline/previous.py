@@ -34,7 +34,7 @@ def read(folder: pathlib.Path, options: BuildOptions) -> Previous:
 def as_built(options: BuildOptions, previous: Previous) -> BuildOptions:
     """Returns the recorded options of the previous build: later rows cannot be cut or encoded in another way.
 
-    ValueError for a manifest whose options cannot be.
+    ValueError for a typed option that had another value then, and for a manifest whose options cannot be.
     """
     found, path = previous.manifest.options, previous.folder / schema.MANIFEST_NAME
     built_from = found.get("raw_dir")
@@ -50,10 +50,15 @@ def as_built(options: BuildOptions, previous: Previous) -> BuildOptions:
     elif isinstance(known.get("schema"), str):
         known["schema"] = pathlib.Path(known["schema"])  # the manifest has it as text
     try:
-        return dataclasses.replace(options.settled(known), built_from_dir=pathlib.Path(built_from))
+        settled = dataclasses.replace(options.settled(known), built_from_dir=pathlib.Path(built_from))
     except pydantic.ValidationError as error:
         wrong = [f"options.{w.key} is {reprlib.repr(w.given)}, expected {w.expected}" for w in explain.problems(error)]
         raise ValueError(f"{path}: {'; '.join(wrong)}; build the data set again") from error
+    then, now = settled.recorded(), options.recorded()
+    other = [f"--{n} {now[n]} (then: {then[n]})" for n in sorted(options.given & set(known)) if then[n] != now[n]]
+    if other:
+        raise ValueError(f"{previous.folder} was built with other options: {', '.join(other)}; leave them out")
+    return settled
 
 
 def check_same_contract(log: canonical.Log, previous: Previous) -> None:

@@ -172,6 +172,9 @@ def test_what_cannot_be_appended_is_an_error(days, tmp_path, grocery, grocery_ra
     assert "its splits are not cut by time (rule Given)" in capsys.readouterr().err
     assert build(later, tmp_path / "out", *out, "--split", "holdout") == 2
     assert "leave --split out" in capsys.readouterr().err
+    assert build(later, tmp_path / "out", *out, "--min_count", 3, "--seed", 0, "--compression", "lz4") == 2
+    error = capsys.readouterr().err
+    assert "with other options: --compression lz4 (then: zstd), --min_count 3 (then: 2); leave them out" in error
     assert not (tmp_path / "out").exists()
 
 
