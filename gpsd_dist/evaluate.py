@@ -5,7 +5,8 @@
 
 A finetuned run gives {"<task>": {"auc", "gauc", "gauc_user_day", "log_loss", "ne", ...}}; a pretrained one
 {"next_item": {"hr@10", "ndcg@10", "mrr", ...}}: exact ranks, or with --rank_cut 2500 those of HSTU's authors, which
-changes the MRR alone. Also runs under torchrun, with the same result.
+changes the MRR alone. --min_item_count 5 adds the AUC on candidates with five pretraining events or more. Also runs
+under torchrun, with the same result.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import rich.console
 import rich.table
 
 from gpsd_dist.assembly import assemble, looked_up_tables, meta_model
+from gpsd_dist.baselines.frequent_items import frequent_item_metrics
 from gpsd_dist.baselines.registry import NAMES, NEXT_ITEM, evaluate_baseline
 from gpsd_dist.checkpoint import loading, manager, storage
 from gpsd_dist.checkpoint.state import read_run
@@ -121,6 +123,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         f"{NEXT_ITEM}: events that do not compete, as a model with this option sees them (default: all stored)"
     )
     parser.add_argument("--max_history_length", type=int, help=history_help)
+    count_help = "also give the AUC on candidates with at least this many events in split pretrain (k-core data: k)"
+    parser.add_argument("--min_item_count", type=int, help=count_help)
     parser.add_argument("--metrics_out", type=pathlib.Path, help="JSON file to write")
     scores_help = "Parquet file to write: task, user_hash, label and score of every candidate"
     parser.add_argument("--scores_out", type=pathlib.Path, help=scores_help)
@@ -131,15 +135,17 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--rank_cut {args.rank_cut} must be at least 1, and goes with --checkpoint or {NEXT_ITEM}")
     if args.max_history_length is not None and (args.baseline != NEXT_ITEM or args.max_history_length < 1):
         parser.error(f"--max_history_length {args.max_history_length} must be at least 1, and goes with {NEXT_ITEM}")
-    if args.scores_out and args.baseline == NEXT_ITEM:
-        parser.error(f"--scores_out: {NEXT_ITEM} ranks items and scores no candidates; leave it out")
+    if args.min_item_count is not None and args.min_item_count < 1:
+        parser.error(f"--min_item_count {args.min_item_count} must be at least 1")
+    if (args.scores_out or args.min_item_count) and args.baseline == NEXT_ITEM:
+        parser.error(f"{NEXT_ITEM} ranks items and scores no candidates: leave out --scores_out and --min_item_count")
     return args
 
 
 def main(argv: list[str]) -> int:
     """Returns 0, or 2 for a mistake in the options or the data."""
     args = _parse(argv)
-    keep: dict[str, Predictions] | None = {} if args.scores_out else None
+    keep: dict[str, Predictions] | None = {} if args.scores_out or args.min_item_count else None
     try:
         if args.baseline:
             longest = args.max_history_length
@@ -158,6 +164,10 @@ def main(argv: list[str]) -> int:
 
 
 def _report(metrics: Metrics, args: argparse.Namespace, keep: dict[str, Predictions] | None) -> int:
+    if args.min_item_count and keep is not None:
+        data_dir = args.data or read_run(manager.find(args.checkpoint, args.which)).run_config["data_dir"]
+        added = frequent_item_metrics(keep, data_dir, args.min_item_count)
+        metrics = {task: values | added[task] for task, values in metrics.items()}
     _print(metrics)
     write_results(metrics, args.metrics_out, keep, args.scores_out)
     return 0

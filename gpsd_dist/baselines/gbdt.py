@@ -73,7 +73,7 @@ def score_gbdt(
         booster = _boost(final, options, booster.num_trees())
     features_NF, _ = gbdt_features.matrix(scored, counted=final)
     logit_N = booster.predict(features_NF, raw_score=True, num_threads=num_threads)
-    return rows.predictions("logit", np.asarray(logit_N), scored.label_N, scored.user_hash_N, scored.time_s_N)
+    return rows.predictions("logit", np.asarray(logit_N), scored.rows())
 
 
 def _cut_by_time(examples: Examples, task: str) -> tuple[Examples, Examples]:

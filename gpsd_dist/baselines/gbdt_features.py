@@ -56,9 +56,14 @@ class Examples:
     label_N: np.ndarray  # uint8, 0 or 1
     user_hash_N: np.ndarray  # int64
     time_s_N: np.ndarray  # int64, of the request
+    item_N: np.ndarray  # int64, table index
     columns: dict[str, np.ndarray]  # feature -> float32 [N]; NaN for missing
     keys: dict[str, Elements]  # get a label rate: the user, features of a large vocabulary, bags
     categories: frozenset[str]  # those of `columns` that hold an index
+
+    def rows(self) -> rows.Rows:
+        """Returns who and what is scored, without features."""
+        return rows.Rows(self.label_N, self.user_hash_N, self.time_s_N, self.item_N, {})
 
     def select(self, is_used_N: np.ndarray) -> "Examples":
         return dataclasses.replace(
@@ -66,6 +71,7 @@ class Examples:
             label_N=self.label_N[is_used_N],
             user_hash_N=self.user_hash_N[is_used_N],
             time_s_N=self.time_s_N[is_used_N],
+            item_N=self.item_N[is_used_N],
             columns={name: column_N[is_used_N] for name, column_N in self.columns.items()},
             keys={name: elements.select(is_used_N) for name, elements in self.keys.items()},
         )
@@ -108,6 +114,7 @@ def concatenated(parts: list[Examples]) -> Examples:
         np.concatenate([part.label_N for part in parts]),
         np.concatenate([part.user_hash_N for part in parts]),
         np.concatenate([part.time_s_N for part in parts]),
+        np.concatenate([part.item_N for part in parts]),
         {name: np.concatenate([part.columns[name] for part in parts]) for name in columns},
         {
             name: Elements(
@@ -177,10 +184,12 @@ class _Batch:
     def examples(self, label_N: np.ndarray) -> Examples:
         """Returns all candidates, used or not; a label that was not observed is 0."""
         user_hash_N = self.batch["user_hash"].to_numpy(zero_copy_only=False)[self.row_N]
+        item = f"candidate.{self.manifest.item_feature}"
         return Examples(
             (label_N == 1).astype(np.uint8),
             user_hash_N,
             self.batch["request_time_s"].to_numpy(zero_copy_only=False)[self.row_N],
+            rows.per_candidate(self.batch[item], item, self.num_candidates_B),
             {name: column_N.astype(np.float32) for name, column_N in self.columns.items()},
             {rows.USER_KEY: Elements(user_hash_N, np.ones(len(user_hash_N), np.int64))} | self.keys,
             frozenset(self.categories),

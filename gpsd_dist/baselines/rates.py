@@ -54,7 +54,7 @@ def score_rates(
         place_N = np.searchsorted(key_K, scored.keys[key]).clip(max=len(key_K) - 1)
         is_seen_N = key_K[place_N] == scored.keys[key]
         logit_N += np.where(is_seen_N, logit(rate_K[place_N]) - logit(global_rate), 0.0)
-    return predictions("logit", logit_N, scored.label_N, scored.user_hash_N, scored.time_s_N)
+    return predictions("logit", logit_N, scored)
 
 
 def score_popularity(data_dir: str | os.PathLike, manifest: schema.Manifest, split: str, task: str) -> Predictions:
@@ -69,8 +69,7 @@ def score_popularity(data_dir: str | os.PathLike, manifest: schema.Manifest, spl
         train = read_rows(data_dir, manifest, "train", manifest.tasks[0].name, (item_key,))
         counts_V += np.bincount(train.keys[item_key][train.label_N == 1], minlength=len(counts_V))
     scored = read_rows(data_dir, manifest, split, task, (item_key,))
-    score_N = np.log1p(counts_V[scored.keys[item_key]])
-    return predictions("score", score_N, scored.label_N, scored.user_hash_N, scored.time_s_N)
+    return predictions("score", np.log1p(counts_V[scored.keys[item_key]]), scored)
 
 
 def _default_keys(manifest: schema.Manifest) -> tuple[str, ...]:

@@ -29,15 +29,14 @@ class Rows:
     label_N: np.ndarray  # uint8, 0 or 1
     user_hash_N: np.ndarray  # int64
     time_s_N: np.ndarray  # int64, of the request
+    item_N: np.ndarray  # int64, table index
     keys: dict[str, np.ndarray]  # column name (or "user") -> int64 [N]
 
 
-def predictions(
-    kind: str, score_N: np.ndarray, label_N: np.ndarray, user_hash_N: np.ndarray, time_s_N: np.ndarray
-) -> Predictions:
-    """Makes Predictions with one score per candidate, its label, user and time of the request."""
-    made = Predictions(kind)
-    made.add(score_N, label_N, user_hash_N, time_s_N=time_s_N)
+def predictions(kind: str, score_N: np.ndarray, scored: Rows) -> Predictions:
+    """Makes Predictions with one score per candidate."""
+    made = Predictions(kind, with_items=True)
+    made.add(score_N, scored.label_N, scored.user_hash_N, None, scored.time_s_N, scored.item_N)
     return made
 
 
@@ -129,20 +128,20 @@ def read_rows(
     data_dir: str | os.PathLike, manifest: schema.Manifest, split: str, task_name: str, keys: tuple[str, ...]
 ) -> Rows:
     """Reads every candidate of a split that counts for the task, with the values of `keys`."""
-    key_columns = [key for key in keys if key != USER_KEY]
+    own = ["user_hash", "request_time_s", f"candidate.{manifest.item_feature}"]
+    columns = list(dict.fromkeys([*own, *(key for key in keys if key != USER_KEY)]))
     parts = []
-    scalars = ("user_hash", "request_time_s")
-    columns = task_columns(manifest, task_name, [*key_columns, "request_time_s"])
-    for batch in read_batches(data_dir, manifest, split, columns):
+    for batch in read_batches(data_dir, manifest, split, task_columns(manifest, task_name, columns)):
         label_N, is_used_N = used_candidates(batch, manifest, task_name)
         num_candidates_B = candidates_per_row(batch, task_name)
-        values = [per_candidate(batch[name], name, num_candidates_B) for name in (*scalars, *key_columns)]
+        values = [per_candidate(batch[name], name, num_candidates_B) for name in columns]
         parts.append([column[is_used_N] for column in (label_N, *values)])
     if not parts:
         raise ValueError(f"split {split!r} of {data_dir} has no rows")
-    label_N, user_hash_N, time_s_N, *values = (np.concatenate(column) for column in zip(*parts))
-    by_key = dict(zip(key_columns, values)) | {USER_KEY: user_hash_N}
-    return Rows(label_N.astype(np.uint8), user_hash_N, time_s_N, {key: by_key[key] for key in keys})
+    label_N, *values = (np.concatenate(column) for column in zip(*parts))
+    user_hash_N, time_s_N, item_N = values[: len(own)]
+    by_key = dict(zip(columns, values)) | {USER_KEY: user_hash_N}
+    return Rows(label_N.astype(np.uint8), user_hash_N, time_s_N, item_N, {key: by_key[key] for key in keys})
 
 
 def find_task(manifest: schema.Manifest, name: str) -> schema.Task:

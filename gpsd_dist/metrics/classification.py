@@ -24,33 +24,38 @@ _MESSAGE_ROWS = 1 << 24  # rows per message when gathering; keeps one message be
 class Predictions:
     """Collects scores and labels of one task on this rank, on the CPU: 17 bytes per row.
 
-    A row is its score (float32), label (uint8), user_hash (int64) and the UTC day of its request (int32).
+    A row is its score (float32), label (uint8), user_hash (int64) and the UTC day of its request (int32). With items,
+    8 bytes more hold the table index of its candidate.
     """
 
-    def __init__(self, kind: str = "logit"):
+    def __init__(self, kind: str = "logit", *, with_items: bool = False):
         """Takes scores of one `kind`: "logit", "probability", or "score" (good for ranking metrics only)."""
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} is not one of {KINDS}")
-        self.kind = kind
-        self._chunks = [tuple(np.empty(0, dtype) for dtype in (np.float32, np.uint8, np.int64, np.int32))]
+        self.kind, self.with_items = kind, with_items
+        dtypes = (np.float32, np.uint8, np.int64, np.int32, *([np.int64] if with_items else []))
+        self._chunks = [tuple(np.empty(0, dtype) for dtype in dtypes)]
 
     def __len__(self) -> int:
         return sum(len(columns[0]) for columns in self._chunks)
 
-    def add(self, score_N, label_N, user_hash_N, is_observed_N=None, time_s_N=None) -> None:
+    def add(self, score_N, label_N, user_hash_N, is_observed_N=None, time_s_N=None, item_N=None) -> None:
         """Appends N rows, tensors or arrays: score, label 0 or 1, int64 hash of the user. Copies to the CPU (GPU sync).
 
         `is_observed_N`: bool [N], None means all; rows that are not observed are left out and may hold anything.
         `time_s_N`: int64 epoch seconds of the requests; None, or a negative time, means unknown. Requests of unknown
         time share one day, so without any time `gauc_user_day` is `gauc`.
+        `item_N`: table indices int64, needed and read only with items.
         ValueError for lengths that differ, labels other than 0 and 1, scores not finite, probabilities not in [0, 1].
         """
         score_N, label_N, user_hash_N = _array(score_N, np.float32), _array(label_N), _array(user_hash_N, np.int64)
         time_s_N = np.full(score_N.shape, -1) if time_s_N is None else _array(time_s_N, np.int64)
-        columns = (score_N, label_N, user_hash_N, _day(time_s_N))
+        items = [_array(item_N, np.int64)] if self.with_items else []
+        columns: tuple[np.ndarray, ...] = (score_N, label_N, user_hash_N, _day(time_s_N), *items)
         if score_N.ndim != 1 or any(column.shape != score_N.shape for column in columns):
             shapes = [column.shape for column in columns]
-            raise ValueError(f"expected score, label, user_hash and time as vectors of one length, got shapes {shapes}")
+            names = "score, label, user_hash, time and item"
+            raise ValueError(f"expected {names} as vectors of one length, got shapes {shapes}")
         if is_observed_N is not None:
             is_observed_N = _array(is_observed_N, np.bool_)
             if is_observed_N.shape != score_N.shape:
@@ -75,14 +80,31 @@ class Predictions:
             raise ValueError(f"{found} are not {what}, the first is {score_N[is_bad][0]!r}")
 
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """Returns score float32 [N], label uint8, user_hash int64 and day int32 of this rank in the order of `add`."""
+        """Returns this rank's rows in the order of `add`: score float32 [N], label uint8, user_hash int64, day int32.
+
+        With items their table indices follow.
+        """
         if len(self._chunks) > 1:
             self._chunks = [tuple(map(np.concatenate, zip(*self._chunks)))]
         return self._chunks[0]
 
+    def items(self) -> np.ndarray:
+        """Returns the table index of each candidate, int64 [N]. ValueError if they were not collected."""
+        if not self.with_items:
+            raise ValueError(
+                "these predictions were collected without items; make them by Predictions(with_items=True)"
+            )
+        return self.arrays()[4]
+
+    def select(self, is_kept_N: np.ndarray) -> "Predictions":
+        """Returns the rows where bool [N], in the order of `arrays`, is true."""
+        selected = Predictions(self.kind, with_items=self.with_items)
+        selected._chunks = [tuple(column[is_kept_N] for column in self.arrays())]
+        return selected
+
     def metrics(self) -> dict[str, float | int]:
         """Computes the metrics of this rank's rows only; `gather_metrics` covers all ranks."""
-        score_N, label_N, user_hash_N, day_N = self.arrays()
+        score_N, label_N, user_hash_N, day_N = self.arrays()[:4]
         return classification_metrics(score_N, label_N, user_hash_N, self.kind, day_N)
 
     def gather(self) -> "Predictions":
@@ -100,7 +122,7 @@ class Predictions:
         if len(set(kinds)) > 1:
             raise ValueError(f"ranks hold different kinds of scores: {[KINDS[kind] for kind in kinds]}")
 
-        gathered = Predictions(self.kind)
+        gathered = Predictions(self.kind, with_items=self.with_items)
         columns = self.arrays()
         if dist.get_rank() == 0:
             gathered._chunks.append(columns)

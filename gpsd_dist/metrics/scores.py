@@ -14,12 +14,12 @@ from gpsd_dist.metrics.classification import Predictions
 
 SCHEMA = pa.schema(
     [("task", pa.dictionary(pa.int32(), pa.string())), ("user_hash", pa.int64()), ("label", pa.uint8())]
-    + [("score", pa.float32())]
+    + [("score", pa.float32()), ("day", pa.int32())]
 )
 """One row per candidate and task that was scored, in any order within a task. user_hash is that of the data, `score` a
-model's logit."""
+model's logit, `day` the UTC day of the request (-1: unknown)."""
 Columns = dict[str, np.ndarray]
-"""user_hash int64, label uint8, score float32, each [N]."""
+"""user_hash int64, label uint8, score float32, day int32, each [N]."""
 
 
 def scores_file(predictions: collections.abc.Mapping[str, Predictions]) -> bytes:
@@ -27,9 +27,9 @@ def scores_file(predictions: collections.abc.Mapping[str, Predictions]) -> bytes
     content = io.BytesIO()
     with pq.ParquetWriter(content, SCHEMA) as writer:
         for task, rows in predictions.items():
-            score_N, label_N, user_hash_N, *_ = rows.arrays()
+            score_N, label_N, user_hash_N, day_N = rows.arrays()[:4]
             task_N = pa.DictionaryArray.from_arrays(np.zeros(len(score_N), np.int32), [task])
-            writer.write_table(pa.table([task_N, user_hash_N, label_N, score_N], schema=SCHEMA))
+            writer.write_table(pa.table([task_N, user_hash_N, label_N, score_N, day_N], schema=SCHEMA))
     return content.getvalue()
 
 

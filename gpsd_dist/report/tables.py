@@ -8,11 +8,11 @@ import typing
 
 MISSING = "-"
 _COST: dict[str, typing.Callable[[float], float]] = {  # metric without its @k -> what the best value makes smallest
-    **dict.fromkeys(("auc", "gauc", "gauc_user_day", "mrr", "hr", "ndcg"), lambda value: -value),
+    **dict.fromkeys(("auc", "auc_item_count", "gauc", "gauc_user_day", "mrr", "hr", "ndcg"), lambda value: -value),
     **dict.fromkeys(("log_loss", "ne"), lambda value: value),
     "calibration": lambda value: abs(value - 1),
 }
-_COUNTS = ("rows", "gauc_users", "gauc_user_days", "unknown_targets")
+_COUNTS = ("rows", "gauc_users", "gauc_user_days", "unknown_targets", "rows_item_count")
 _NAMES_SHOWN = 6
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -57,7 +57,7 @@ def metric_text(name: str, value: float | None) -> str:
         return MISSING
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else f"{value}"
-    return f"{value:,.0f}" if name in _COUNTS else f"{value:.4f}"
+    return f"{value:,.0f}" if name.split("@")[0] in _COUNTS else f"{value:.4f}"
 
 
 def mean_cell(name: str, values: typing.Sequence[float | None], *, is_strong: bool = False) -> Cell:

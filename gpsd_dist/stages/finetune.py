@@ -90,7 +90,7 @@ class Finetune:
                 f"--rank_cut belongs to next-item ranking; this run scores {[task.name for task in self.tasks]}"
             )
         runtime = components.runtime
-        predictions = {task.name: Predictions() for task in self.tasks}
+        predictions = {task.name: Predictions(with_items=keep is not None) for task in self.tasks}
         for (host_batch,) in batches:
             runtime.watchdog.alive()
             # `assign` and not `train`: scoring must not admit ids, or a second pass would see other tables.
@@ -139,7 +139,8 @@ def add_predictions(
         label_C = batch.labels[task.name]
         if task.given is not None:
             label_C = losses.conditional_label(label_C, batch.labels[task.given])
-        predictions[task.name].add(logits[task.name].detach(), label_C, user_C, ~label_C.isnan(), time_s_C)
+        logit_C, is_observed_C = logits[task.name].detach(), ~label_C.isnan()
+        predictions[task.name].add(logit_C, label_C, user_C, is_observed_C, time_s_C, batch.candidate_item_C)
 
 
 def _history_position(batch: Batch) -> torch.Tensor:

@@ -78,7 +78,9 @@ class Pretrain:
     ) -> Metrics:
         """Ranks all items at the end of each history: task "next_item" -> HR@K, NDCG@K, MRR, rows. Collective."""
         if keep is not None:
-            raise ValueError("a pretrained run ranks items and scores no candidates: leave out --scores_out")
+            raise ValueError(
+                "a pretrained run ranks items and scores no candidates: leave out --scores_out and --min_item_count"
+            )
         return {"next_item": rank_next_items(components, self.manifest, batches, rank_cut)}
 
     def default_metric(self, metrics: Metrics) -> str:

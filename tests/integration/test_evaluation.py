@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gpsd_dist.baselines.frequent_items import frequent_item_metrics
 from gpsd_dist.baselines.registry import evaluate_baseline
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.data.loaders import evaluation_loader
@@ -86,10 +87,26 @@ def test_kept_scores_are_those_of_the_metrics(scored, one_rank, tmp_path, what):
     found = read_scores(path)
     assert set(found) == set(metrics) == {"click", "buy"}
     for task, columns in found.items():
-        again = classification_metrics(columns["score"], columns["label"], columns["user_hash"])
+        again = classification_metrics(columns["score"], columns["label"], columns["user_hash"], day_N=columns["day"])
         assert again == pytest.approx(metrics[task], abs=0, nan_ok=True)
     labels = _labels(data, "valid")["click"]
     assert sorted(found["click"]["label"]) == sorted(label for label in labels if label is not None)
+
+
+def test_models_and_baselines_count_items_on_the_same_rows(scored, one_rank):
+    data, found = str(scored["root"] / "data"), []
+    for name in ("rates", "gbdt", "finetune"):
+        keep = {}
+        if name == "finetune":
+            evaluate_checkpoint(scored["root"] / name, data, "valid", one_rank, keep=keep)
+        else:
+            evaluate_baseline(name, data, "valid", keep=keep)
+        rows = {task: sorted(zip(*made.arrays()[1:])) for task, made in keep.items()}
+        counted = {task: values["rows_item_count@2"] for task, values in frequent_item_metrics(keep, data, 2).items()}
+        found.append((rows, counted))
+    rows, counted = found[0]
+    assert all(other == found[0] for other in found)
+    assert 0 < counted["click"] < len(rows["click"])
 
 
 def test_scores_that_are_not_there(scored, one_rank, tmp_path):

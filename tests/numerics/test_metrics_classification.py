@@ -63,14 +63,16 @@ def _rank_metrics(rank, world_size):
     predictions = {}
     for task, seed in (("click", 0), ("long_view", 1)):
         share = slice(bounds[rank], bounds[rank + 1])
-        predictions[task] = classification.Predictions()
+        predictions[task] = classification.Predictions(with_items=task == "click")
         columns = (column[share] for column in _rows(seed=seed))
-        predictions[task].add(*columns, time_s_N=_days()[share] * classification.SECONDS_PER_DAY + 17)
+        time_s_N = _days()[share] * classification.SECONDS_PER_DAY + 17
+        predictions[task].add(*columns, time_s_N=time_s_N, item_N=np.arange(3000)[share])
     if rank % 2:  # a rank that met the tasks in another order must not mix them up
         predictions = dict(reversed(predictions.items()))
     keep = {}
     metrics = classification.gather_metrics(predictions, keep)
     assert {task: rows.metrics() for task, rows in keep.items()} == (metrics if rank == 0 else {})
+    assert rank != 0 or sorted(keep["click"].items()) == list(range(3000))
     return metrics
 
 

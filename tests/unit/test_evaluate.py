@@ -38,3 +38,17 @@ def test_a_shorter_history_is_for_the_baseline_that_has_one(options, capsys):
     with pytest.raises(SystemExit) as caught:
         evaluate.main(options)
     assert caught.value.code == 2 and "goes with next_item_popularity" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--baseline", "rates", "--data", "d", "--min_item_count", "0"], "must be at least 1"),
+        (["--baseline", "next_item_popularity", "--data", "d", "--min_item_count", "5"], "scores no candidates"),
+    ],
+    ids=str,
+)
+def test_item_counts_are_for_scores(options, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main(options)
+    assert caught.value.code == 2 and message in capsys.readouterr().err

@@ -9,7 +9,9 @@ import pytest
 
 from gpsd_dist import schema
 from gpsd_dist.baselines import rates
+from gpsd_dist.baselines.frequent_items import frequent_item_metrics
 from gpsd_dist.baselines.registry import evaluate_baseline
+from gpsd_dist.metrics.classification import Predictions
 
 _HISTORY = {"pretrain": [[2, 2, 3], [4], []]}
 _ROWS = {  # user_hash, items, tabs, click, buy (given click; None: not observed)
@@ -76,7 +78,8 @@ def _log_odds(rate):
 def test_rates_are_smoothed_log_odds_summed_over_keys(data_dir, monkeypatch):
     monkeypatch.setattr(rates, "PSEUDO_COUNTS", 4)
     manifest = schema.read_manifest(data_dir)
-    score_N, label_N, user_N, day_N = rates.score_rates(data_dir, manifest, "test", "click").arrays()
+    fitted = rates.score_rates(data_dir, manifest, "test", "click")
+    score_N, label_N, user_N, day_N, item_N = fitted.arrays()
     prior = 3 / 6  # six observed candidates in train and valid, three clicks
     item_2, item_3 = (2 + 2) / (2 + 4), (1 + 2) / (2 + 4)
     user_7, tab_2 = (1 + 2) / (3 + 4), (2 + 2) / (4 + 4)
@@ -87,17 +90,17 @@ def test_rates_are_smoothed_log_odds_summed_over_keys(data_dir, monkeypatch):
     ]
     assert score_N == pytest.approx(expected, abs=1e-6)
     assert label_N.tolist() == [1, 0, 0] and user_N.tolist() == [7, 7, 8]
-    assert day_N.tolist() == [1, 1, 1]
+    assert day_N.tolist() == [1, 1, 1] and item_N.tolist() == [2, 9, 3]
 
 
 def test_conditional_task_uses_rows_that_meet_the_condition(data_dir, monkeypatch):
     monkeypatch.setattr(rates, "PSEUDO_COUNTS", 4)
     manifest = schema.read_manifest(data_dir)
     fitted = rates.score_rates(data_dir, manifest, "test", "buy", keys=("user",))
-    (score,), (label,), (user,), (day,) = fitted.arrays()
+    (score,), (label,), (user,), (day,), (item,) = fitted.arrays()
     prior = 2 / 3  # clicked candidates of train and valid: three, two bought
     assert score == pytest.approx(_log_odds((1 + 4 * prior) / (1 + 4)), abs=1e-6)
-    assert (label, user, day) == (1, 7, 1)
+    assert (label, user, day, item) == (1, 7, 1, 2)
 
 
 def test_context_column_is_repeated_for_each_candidate(data_dir):
@@ -135,6 +138,29 @@ def test_popularity_counts_histories_and_positives_of_train(data_dir):
     predictions = rates.score_popularity(data_dir, manifest, "test", "click")
     assert np.expm1(predictions.arrays()[0]) == pytest.approx([4, 0, 1], abs=1e-5)
     assert predictions.kind == "score"
+
+
+@pytest.mark.parametrize(("least", "auc", "rows"), [(1, 1.0, 2), (2, np.nan, 1), (3, np.nan, 0)])
+def test_frequent_items_are_those_of_the_pretraining_histories(data_dir, least, auc, rows):
+    keep = {}
+    evaluate_baseline("popularity", data_dir, "test", ["click"], keep=keep)
+    found = frequent_item_metrics(keep, data_dir, least)  # items 2, 9 and 3 of test have 2, 0 and 1 events
+    expected = {f"auc_item_count@{least}": auc, f"rows_item_count@{least}": rows}
+    assert found == {"click": pytest.approx(expected, nan_ok=True)}
+
+
+def test_items_are_not_counted_without_pretraining_histories_or_items(data_dir):
+    keep = {}
+    evaluate_baseline("popularity", data_dir, "test", ["click"], keep=keep)
+    manifest = schema.read_manifest(data_dir)
+    unbounded = dataclasses.replace(manifest, unbounded={"item": "hashed"})
+    splits = tuple(split for split in manifest.splits if split.name != "pretrain")
+    for other, message in ((unbounded, "hashed ids"), (dataclasses.replace(manifest, splits=splits), "has only")):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=message):
+            patch.setattr(schema, "read_manifest", lambda _, other=other: other)
+            frequent_item_metrics(keep, data_dir, 5)
+    with pytest.raises(ValueError, match="without items"):
+        frequent_item_metrics({"click": Predictions()}, data_dir, 5)
 
 
 def test_evaluate_returns_the_metrics_of_every_task(data_dir):
