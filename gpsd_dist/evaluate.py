@@ -123,6 +123,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         f"{NEXT_ITEM}: events that do not compete, as a model with this option sees them (default: all stored)"
     )
     parser.add_argument("--max_history_length", type=int, help=history_help)
+    window_help = f"{NEXT_ITEM}: count events of this many days before the request (default: all of split pretrain)"
+    parser.add_argument("--window_days", type=float, help=window_help)
     count_help = "also give the AUC on candidates with at least this many events in split pretrain (k-core data: k)"
     parser.add_argument("--min_item_count", type=int, help=count_help)
     parser.add_argument("--metrics_out", type=pathlib.Path, help="JSON file to write")
@@ -135,6 +137,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--rank_cut {args.rank_cut} must be at least 1, and goes with --checkpoint or {NEXT_ITEM}")
     if args.max_history_length is not None and (args.baseline != NEXT_ITEM or args.max_history_length < 1):
         parser.error(f"--max_history_length {args.max_history_length} must be at least 1, and goes with {NEXT_ITEM}")
+    if args.window_days is not None and (args.baseline != NEXT_ITEM or not args.window_days > 0):
+        parser.error(f"--window_days {args.window_days} must be above 0, and goes with {NEXT_ITEM}")
     if args.min_item_count is not None and args.min_item_count < 1:
         parser.error(f"--min_item_count {args.min_item_count} must be at least 1")
     if (args.scores_out or args.min_item_count) and args.baseline == NEXT_ITEM:
@@ -148,9 +152,14 @@ def main(argv: list[str]) -> int:
     keep: dict[str, Predictions] | None = {} if args.scores_out or args.min_item_count else None
     try:
         if args.baseline:
-            longest = args.max_history_length
             metrics = evaluate_baseline(
-                args.baseline, args.data, args.split, rank_cut=args.rank_cut, max_history_length=longest, keep=keep
+                args.baseline,
+                args.data,
+                args.split,
+                rank_cut=args.rank_cut,
+                max_history_length=args.max_history_length,
+                window_days=args.window_days,
+                keep=keep,
             )
             return _report(metrics, args, keep)
         with process_group(_TIMEOUT_S) as runtime:

@@ -29,13 +29,14 @@ def evaluate_baseline(
     *,
     rank_cut: int | None = None,
     max_history_length: int | None = None,
+    window_days: float | None = None,
     keep: dict[str, Predictions] | None = None,
 ) -> dict[str, dict[str, float | int]]:
     """Computes metrics per task (all tasks by default) of the baseline `name`, one of NAMES, on one split.
 
     The keys are a model's: those of `metrics.classification.classification_metrics`, or for NEXT_ITEM, which alone
-    reads `rank_cut` and `max_history_length`, {"next_item": hr@K, ndcg@K, mrr}. `keep` gets the scores of each task,
-    but for NEXT_ITEM. ValueError for an unknown name, split or task.
+    reads `rank_cut`, `max_history_length` and `window_days`, {"next_item": hr@K, ndcg@K, mrr}. `keep` gets the
+    scores of each task, but for NEXT_ITEM. ValueError for an unknown name, split or task.
     """
     if name not in NAMES:
         raise ValueError(f"there is no baseline {name!r}; choose one of {sorted(NAMES)}")
@@ -43,7 +44,8 @@ def evaluate_baseline(
     if not manifest.tasks:
         raise ValueError(f"{data_dir} has no task, so there is nothing to score")
     if name == NEXT_ITEM:
-        return {"next_item": rank_by_popularity(data_dir, manifest, split, rank_cut, max_history_length)}
+        options = (rank_cut, max_history_length, window_days)
+        return {"next_item": rank_by_popularity(data_dir, manifest, split, *options)}
     tasks = [task.name for task in manifest.tasks] if tasks is None else tasks
     predictions = {task: BASELINES[name](data_dir, manifest, split, task) for task in tasks}
     if keep is not None:

@@ -31,10 +31,13 @@ def test_metrics_of_a_crashed_write_are_those_of_before(tmp_path, monkeypatch):
         ["--checkpoint", "a", "--max_history_length", "9"],
         ["--baseline", "rates", "--data", "d", "--max_history_length", "9"],
         ["--baseline", "next_item_popularity", "--data", "d", "--max_history_length", "0"],
+        ["--checkpoint", "a", "--window_days", "3"],
+        ["--baseline", "next_item_popularity", "--data", "d", "--window_days", "0"],
+        ["--baseline", "next_item_popularity", "--data", "d", "--window_days", "nan"],
     ],
     ids=str,
 )
-def test_a_shorter_history_is_for_the_baseline_that_has_one(options, capsys):
+def test_history_and_window_are_for_the_baseline_that_has_them(options, capsys):
     with pytest.raises(SystemExit) as caught:
         evaluate.main(options)
     assert caught.value.code == 2 and "goes with next_item_popularity" in capsys.readouterr().err
