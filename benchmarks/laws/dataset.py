@@ -35,6 +35,7 @@ user = "user"
 item = "item"
 time = "ts"
 request = "user"
+keep_copies = true # a request may show an item twice
 task = [{tasks}]
 {exposure_features}
 [split]
