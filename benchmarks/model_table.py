@@ -8,7 +8,9 @@ r"""Makes the table of models x strategies of a data set by the ordinary command
 A model is a leaf of configs/model. For each model and strategy: one run of the first seed per dense learning rate; the
 rate with the best value on `valid` and the length of that run are kept; then REFIT_OF trains on train + valid with
 every seed, and `test` is scored once with each. ST takes tables from --tables_from, FT all weights from --tower_from; a
-model that cannot be pretrained has no FT row. Finished runs are kept: the same command goes on, `--print_only` prints.
+model that cannot be pretrained has no FT row. `--rates default` leaves the rate to the files. --baselines puts floors
+and boosted trees above the models; the models' rows, refits, are to be compared with `gbdt_refit`. Finished runs are
+kept: the same command goes on, `--print_only` prints.
 A folder whose run has other options - another rate may have won since - ends the command with status 2.
 """
 
@@ -26,7 +28,8 @@ from gpsd_dist.config.model import MODELS
 from gpsd_dist.scaling.ladder import Training
 from gpsd_dist.scaling.runs import differences, execute, is_trained, parameters_of, read_result, replace_file
 
-METRICS = ("auc", "gauc", "log_loss")
+METRICS = ("auc", "gauc", "gauc_user_day", "log_loss")
+DEFAULT_RATE = "default"
 WALL_NAME = "wall_s.json"
 
 
@@ -55,7 +58,8 @@ class Row:
     def _training(self, seed: int, rate: str, folder: pathlib.Path, *more: str) -> Training:
         files = (*self.args.gin_file, f"configs/model/{self.model}.gin")
         options = [f"--gin.{text}" for text in self.args.gin]
-        options += [f"--gin.STRATEGY={self.strategy}", f"--gin.SEED={seed}", f"--gin.DENSE_LR={rate}"]
+        options += [f"--gin.STRATEGY={self.strategy}", f"--gin.SEED={seed}"]
+        options += [] if rate == DEFAULT_RATE else [f"--gin.DENSE_LR={rate}"]
         if self.strategy != "NT":
             template = self.args.tower_from if self.strategy.startswith("FT") else self.args.tables_from
             options.append(f"--gin.INIT_CHECKPOINT={template.format(seed=seed, model=self.model)}")
@@ -114,11 +118,26 @@ def run(row: Row) -> None:
     for seed in row.args.seeds:
         training = row.refit(rate, seed)
         train(training)
-        result = training.folder / "test.json"
-        if read_result(result) is None:
-            source = ("--checkpoint", str(training.folder), "--data", training.run.data_dir)
-            command = ("-m", "gpsd_dist.evaluate", *source, "--split", "test", "--metrics_out", str(result))
-            execute(command, lambda line: print(line, flush=True))
+        source = ("--checkpoint", str(training.folder), "--data", training.run.data_dir)
+        score(training.folder / "test.json", row.args.min_item_count, *source)
+
+
+def score(result: pathlib.Path, min_item_count: int | None, *source: str) -> None:
+    """Scores `test` with a run or a baseline, if that has not been done."""
+    if read_result(result) is None:
+        counted = () if min_item_count is None else ("--min_item_count", str(min_item_count))
+        command = ("-m", "gpsd_dist.evaluate", *source, *counted, "--split", "test", "--metrics_out", str(result))
+        execute(command, lambda line: print(line, flush=True))
+
+
+def baseline_results(rows: list[Row], args: argparse.Namespace) -> dict[str, pathlib.Path]:
+    """Names the files of the baselines; scores what is missing, unless only a table is asked for."""
+    files = {name: args.out_dir / "baselines" / name / "test.json" for name in args.baselines}
+    if not args.print_only and rows:
+        data_dir = rows[0].tuning(args.rates[0]).run.data_dir
+        for name, file in files.items():
+            score(file, args.min_item_count, "--baseline", name, "--data", data_dir)
+    return files
 
 
 def best_rate(row: Row) -> str:
@@ -126,10 +145,15 @@ def best_rate(row: Row) -> str:
     return max(row.args.rates, key=lambda rate: valid_value(row.tuning(rate)))
 
 
-def table(rows: list[Row]) -> list[str]:
+def table(rows: list[Row], baselines: dict[str, pathlib.Path], min_item_count: int | None) -> list[str]:
     """Writes Markdown, one line per row and task; mean and (min - max) over seeds. Unfinished rows are left out."""
-    heads = ("model", "strategy", "task", "rate", "valid", "seeds", *METRICS, "dense parameters", "s per refit")
+    metrics = METRICS if min_item_count is None else (*METRICS, f"auc_item_count@{min_item_count}")
+    heads = ("model", "strategy", "task", "rate", "valid", "seeds", *metrics, "dense parameters", "s per refit")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, file in baselines.items():
+        for task, found in (read_result(file) or {}).items():
+            cells = [_cell([found.get(metric)]) for metric in metrics]
+            lines.append("| " + " | ".join([name, "", task, "", "", "", *cells, "", ""]) + " |")
     for row in rows:
         if not all(is_finished(row.tuning(rate)) for rate in row.args.rates):
             continue
@@ -138,7 +162,7 @@ def table(rows: list[Row]) -> list[str]:
         found = [refit.folder for refit in refits if is_finished(refit)]
         results = {folder: result for folder in found if (result := read_result(folder / "test.json")) is not None}
         for task in next(iter(results.values()), {}):
-            cells = [_cell([result[task][metric] for result in results.values()]) for metric in METRICS]
+            cells = [_cell([result[task].get(metric) for result in results.values()]) for metric in metrics]
             size = parameters_of(next(iter(results)))["dense_parameters"]
             seconds = [json.loads((folder / WALL_NAME).read_text()) for folder in results]
             valid = manager.read_state(manager.find(row.tuning(rate).folder)).metrics[f"{task}/auc"]
@@ -147,7 +171,11 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _cell(values: list[float]) -> str:
+def _cell(found: list[float | None]) -> str:
+    """Writes mean and range; nothing if a seed has no value, because means over different seeds do not compare."""
+    values = [value for value in found if value is not None]
+    if len(values) < len(found):
+        return ""
     if len(values) == 1:
         return f"{values[0]:.4f}"
     return f"{statistics.mean(values):.4f} ({min(values):.4f} - {max(values):.4f})"
@@ -163,6 +191,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", default=[0], type=lambda text: [int(part) for part in text.split(",")])
     parser.add_argument("--tables_from", default="", help="pretraining for ST, ST_SF; may hold {seed} and {model}")
     parser.add_argument("--tower_from", default="", help="pretraining for FT, FT_SF; may hold {seed} and {model}")
+    parser.add_argument("--baselines", default=[], type=lambda text: text.split(","), help="floors and trees")
+    parser.add_argument("--min_item_count", type=int, help="also show the AUC on candidates with so many events")
     parser.add_argument("--out_dir", type=pathlib.Path, required=True)
     parser.add_argument("--print_only", action="store_true", help="train nothing")
     return parser.parse_args(argv)
@@ -176,7 +206,7 @@ def main(argv: list[str]) -> int:
         if not args.print_only:
             for row in rows:
                 run(row)
-        print("\n".join(table(rows)))
+        print("\n".join(table(rows, baseline_results(rows, args), args.min_item_count)))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

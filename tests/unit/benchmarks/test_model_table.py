@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import pytest
 
@@ -67,7 +68,41 @@ def test_a_row_is_the_rate_that_valid_chose(tmp_path, capsys):
     finish(row.tuning("5e-3"), {"best_value": 0.66})
     finish(row.refit("5e-3", 0), {"best_value": 0.0}, auc=0.71, gauc=0.7, log_loss=0.5)
     assert model_table.main(arguments(tmp_path, *options)) == 0
-    assert "| din | NT | click | 5e-3 | 0.6600 | 1 | 0.7100 | 0.7000 | 0.5000 | 7 | 2 |" in capsys.readouterr().out
+    assert "| din | NT | click | 5e-3 | 0.6600 | 1 | 0.7100 | 0.7000 |  | 0.5000 | 7 | 2 |" in capsys.readouterr().out
+
+
+def test_floors_stand_above_models_with_the_same_metrics(tmp_path, capsys):
+    options = ("--strategies", "NT", "--rates", "default", "--baselines", "rates,gbdt_refit", "--min_item_count", "5")
+    (row,) = rows(tmp_path, *options)
+    assert not any("DENSE_LR" in part for part in row.tuning("default").command)
+    finish(row.tuning("default"), {"best_value": 0.64})
+    scores = {"auc": 0.71, "gauc": 0.7, "gauc_user_day": 0.69, "log_loss": 0.5, "auc_item_count@5": 0.74}
+    finish(row.refit("default", 0), {"best_value": 0.0}, **scores)
+    file = tmp_path / "baselines" / "gbdt_refit" / "test.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"click": scores | {"auc": 0.75}}))
+    assert model_table.main(arguments(tmp_path, *options, "--print_only")) == 0
+    *_, trees, model = capsys.readouterr().out.splitlines()  # rates were not scored, and --print_only scores nothing
+    assert trees == "| gbdt_refit |  | click |  |  |  | 0.7500 | 0.7000 | 0.6900 | 0.5000 | 0.7400 |  |  |"
+    assert model.startswith("| din | NT | click | default | 0.6400 | 1 | 0.7100 | 0.7000 | 0.6900 | 0.5000 | 0.7400 |")
+
+
+def test_baselines_are_scored_once_with_the_options_of_the_models(tmp_path, monkeypatch):
+    commands = []
+
+    def execute(command, say):
+        commands.append(command)
+        file = pathlib.Path(command[-1])
+        file.parent.mkdir(parents=True)
+        file.write_text('{"click": {"auc": 0.7}}')
+
+    monkeypatch.setattr(model_table, "execute", execute)
+    args = model_table._parse(arguments(tmp_path, "--baselines", "rates", "--min_item_count", "5"))
+    for _ in range(2):
+        assert list(model_table.baseline_results(model_table.rows_of(args), args)) == ["rates"]
+    (command,) = commands
+    expected = "--baseline rates --data data/grocery --min_item_count 5 --split test"
+    assert expected in " ".join(command)
 
 
 def test_runs_of_other_options_are_not_shown_as_these(tmp_path, capsys):
