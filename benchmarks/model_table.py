@@ -16,6 +16,7 @@ A folder whose run has other options - another rate may have won since - ends th
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import statistics
@@ -23,10 +24,11 @@ import sys
 import time
 
 from gpsd_dist.checkpoint import manager
+from gpsd_dist.commands import execute
 from gpsd_dist.config.gin_cli import load_run_config
 from gpsd_dist.config.model import MODELS
 from gpsd_dist.scaling.ladder import Training
-from gpsd_dist.scaling.runs import differences, execute, is_trained, parameters_of, read_result, replace_file
+from gpsd_dist.scaling.runs import differences, is_trained, parameters_of, read_result, replace_file
 
 METRICS = ("auc", "gauc", "gauc_user_day", "log_loss")
 DEFAULT_RATE = "default"
@@ -99,7 +101,7 @@ def train(training: Training) -> None:
     if is_finished(training):
         return
     start_s = time.monotonic()
-    execute(training.command, lambda line: print(line, flush=True))
+    execute(training.command, say=functools.partial(print, flush=True))
     path = training.folder / WALL_NAME
     before = json.loads(path.read_text()) if path.is_file() else 0.0
     replace_file(path, json.dumps(round(before + time.monotonic() - start_s, 1)).encode())
@@ -127,7 +129,7 @@ def score(result: pathlib.Path, min_item_count: int | None, *source: str) -> Non
     if read_result(result) is None:
         counted = () if min_item_count is None else ("--min_item_count", str(min_item_count))
         command = ("-m", "gpsd_dist.evaluate", *source, *counted, "--split", "test", "--metrics_out", str(result))
-        execute(command, lambda line: print(line, flush=True))
+        execute(command, say=functools.partial(print, flush=True))
 
 
 def baseline_results(rows: list[Row], args: argparse.Namespace) -> dict[str, pathlib.Path]:
@@ -151,8 +153,8 @@ def table(rows: list[Row], baselines: dict[str, pathlib.Path], min_item_count: i
     heads = ("model", "strategy", "task", "rate", "valid", "seeds", *metrics, "dense parameters", "s per refit")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, file in baselines.items():
-        for task, found in (read_result(file) or {}).items():
-            cells = [_cell([found.get(metric)]) for metric in metrics]
+        for task, values in (read_result(file) or {}).items():
+            cells = [_cell([values.get(metric)]) for metric in metrics]
             lines.append("| " + " | ".join([name, "", task, "", "", "", *cells, "", ""]) + " |")
     for row in rows:
         if not all(is_finished(row.tuning(rate)) for rate in row.args.rates):
