@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gpsd_dist import schema
+from gpsd_dist.data import parquet_footer
 
 MAX_OPEN_FILES = 32
 DEFAULT_CACHE_BYTES = 256 * 2**20
@@ -55,8 +56,10 @@ class RowGroup(typing.NamedTuple):
     num_rows: int
     num_history_tokens: int
     """A row without history counts as 1."""
-    stored_bytes: tuple[int, ...]
-    """Compressed size of each of its columns in the file."""
+    chunks: tuple[parquet_footer.Chunk, ...]
+    """Sizes of each of its columns in the file."""
+    footer_sha256: bytes
+    """Hash of the file's footer: a file that is replaced during the run has another one."""
 
 
 class ParquetSplit:
@@ -112,7 +115,8 @@ class ParquetSplit:
         practically never for a data set whose values differ. Equal values that another version of Arrow wrote may
         have another one.
         """
-        return _short_hash(repr([group.stored_bytes for group in self.groups]))
+        stored_bytes = [tuple(chunk.stored_bytes for chunk in group.chunks) for group in self.groups]
+        return _short_hash(repr(stored_bytes))
 
     def read_group(self, group: int) -> pa.Table:
         """Reads the columns of one row group, from the cache if it is there.
@@ -199,12 +203,10 @@ class ParquetSplit:
         path, index, num_rows = self.groups[group].path, self.groups[group].number, self.groups[group].num_rows
         try:
             # Not memory-mapped: the speed is the same and a file that shrinks is an error, not a SIGBUS.
-            file = self._file(path)
+            file = self._file(self.groups[group])
             table = file.read_row_group(index, columns=wanted.names, use_threads=False)
             table = table.select(wanted.names).replace_schema_metadata(None)
-            _check_num_values(table, file, index)
-            if _stored_bytes(file.metadata, index) != self.groups[group].stored_bytes:  # opened anew since
-                raise OSError("its columns have other sizes than at the start")
+            _check_num_values(table, file.schema_arrow.names, self.groups[group].chunks)
             if table.schema != wanted:  # other names or nullability of list elements
                 table = table.cast(wanted)
         except _UNREADABLE as error:
@@ -216,11 +218,15 @@ class ParquetSplit:
             raise ValueError(f"{path}: row group {index} has {table.num_rows} rows, at the start it had {num_rows}")
         return table
 
-    def _file(self, path: pathlib.Path) -> pq.ParquetFile:
+    def _file(self, group: RowGroup) -> pq.ParquetFile:
+        path = group.path
         if path not in self._open:
             if len(self._open) >= MAX_OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
             self._open[path] = pq.ParquetFile(path, page_checksum_verification=True)
+            if _sha256(parquet_footer.read_bytes(path)) != group.footer_sha256:
+                self._open.pop(path).close()
+                raise OSError("its footer is not that of the start")
         self._open.move_to_end(path)
         return self._open[path]
 
@@ -240,7 +246,11 @@ def _read_footer(
         with pq.ParquetFile(path) as file:
             found, metadata = file.schema_arrow, file.metadata
             rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-            tokens, stored = _history_tokens(metadata, history), [_stored_bytes(metadata, n) for n in range(len(rows))]
+            footer = parquet_footer.read_bytes(path)
+            chunks = parquet_footer.chunks(footer)
+            if [len(group) for group in chunks] != [metadata.num_columns] * len(rows):
+                raise OSError("a row group has other columns than the schema")
+            tokens = _history_tokens(metadata, chunks, history)
     except _UNREADABLE as error:
         return [], [f"{path} is truncated or not a Parquet file ({error}); copy it again or build the data set again"]
     problems = []
@@ -256,42 +266,42 @@ def _read_footer(
                 f"{path}: column {field.name!r} has type {found.field(field.name).type}, expected {field.type}; "
                 "build the data set again"
             )
-    starts = np.cumsum([0, *rows])
+    starts, sha256 = np.cumsum([0, *rows]), _sha256(footer)
     groups = [
-        RowGroup(path, number, int(starts[number]), num, tokens[number], stored[number])
+        RowGroup(path, number, int(starts[number]), num, tokens[number], chunks[number], sha256)
         for number, num in enumerate(rows)
         if num
     ]
     return groups, problems
 
 
-def _stored_bytes(metadata: pq.FileMetaData, number: int) -> tuple[int, ...]:
-    """Lists the compressed size of every column of a row group."""
-    group = metadata.row_group(number)
-    return tuple(group.column(index).total_compressed_size for index in range(group.num_columns))
-
-
 def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _sha256(text.encode()).hex()[:16]
 
 
-def _history_tokens(metadata: pq.FileMetaData, history: str) -> list[int]:
+def _sha256(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def _history_tokens(
+    metadata: pq.FileMetaData, chunks: list[tuple[parquet_footer.Chunk, ...]], history: str
+) -> list[int]:
     """Counts values of every row group, undecoded; an empty list is one to Parquet. Rows where the column is not."""
     columns = range(metadata.num_columns)
     leaf = [i for i in columns if metadata.schema.column(i).path.startswith(f"{history}.")]
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    return [group.column(leaf[0]).num_values if leaf else group.num_rows for group in groups]
+    if leaf:
+        return [group[leaf[0]].num_values for group in chunks]
+    return [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
 
 
-def _check_num_values(table: pa.Table, file: pq.ParquetFile, group: int) -> None:
+def _check_num_values(table: pa.Table, names: list[str], chunks: tuple[parquet_footer.Chunk, ...]) -> None:
     """Raises OSError if a column holds another number of values than the footer says.
 
     The checksum of a page leaves out the header of the page, and a number of values that is too small there silently
     cuts off the end of a list.
     """
-    metadata, names = file.metadata.row_group(group), file.schema_arrow.names
     for name in table.column_names:
-        expected = metadata.column(names.index(name)).num_values  # a column is one leaf here
+        expected = chunks[names.index(name)].num_values  # a column is one leaf here
         found = sum(_num_values(chunk) for chunk in table[name].chunks)
         if found != expected:
             raise OSError(f"column {name!r} has {found} values, the footer says {expected}")

@@ -3,7 +3,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpsd_dist.data import parquet_dataset
+from gpsd_dist.data import parquet_dataset, parquet_footer
 from gpsd_dist.data.parquet_dataset import ParquetSplit
 from tests.unit.data.parquet_files import FILES, NUM_ROWS, make_table, write_split
 
@@ -117,9 +117,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_an_error(tmp_path):
     write_split(tmp_path / "b", lengths=lengths[::-1] * 2)
     first_file(tmp_path / "b", manifest).replace(first_file(tmp_path / "a", manifest))
     split.close()
-    with pytest.raises(
-        ValueError, match=r"row group 0 cannot be decoded \(its columns have other sizes than at the start"
-    ):
+    with pytest.raises(ValueError, match=r"row group 0 cannot be decoded \(its footer is not that of the start"):
         split.read_group(0)
 
 
@@ -161,6 +159,26 @@ def test_a_flipped_bit_anywhere_in_a_file_is_an_error_or_changes_nothing(tmp_pat
             num_refused += 1
             assert str(path) in str(error)
     assert num_refused > len(positions) / 4  # names of the writer, statistics and the like may say anything
+
+
+def test_a_footer_that_would_end_the_process_is_an_error(tmp_path):
+    """A wrong size of a histogram: Arrow's `RowGroupMetaData.column` aborts, and `read_row_group` raises."""
+    manifest = write_split(tmp_path, ((7, 5),))
+    path = first_file(tmp_path, manifest)
+    content, footer = path.read_bytes(), parquet_footer.read_bytes(path)
+    for bit in range(8 * content.index(footer), 8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        try:
+            pq.ParquetFile(pa.BufferReader(damaged)).read_row_group(0)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            if "histogram size mismatch" in str(error):
+                break
+    else:
+        pytest.fail("Arrow writes no histograms any more: parquet_footer may go")
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"row group 0 cannot be decoded .*histogram size mismatch"):
+        _read_all(tmp_path, manifest)
 
 
 def test_a_page_header_that_cuts_a_list_off_is_an_error(tmp_path):
