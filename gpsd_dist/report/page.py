@@ -10,7 +10,7 @@ from gpsd_dist.report import curves, dataset, results, setup
 from gpsd_dist.report.families import Family, group, seed_text
 from gpsd_dist.report.figures import has_shapes, style_color, style_dash
 from gpsd_dist.report.run_folder import Run, find_runs, read_runs
-from gpsd_dist.report.tables import time_text
+from gpsd_dist.report.tables import Table, time_text
 
 _OPEN_UP_TO = 6  # entries; a longer list starts folded
 
@@ -24,7 +24,16 @@ class Report:
     num_problems: int
 
 
-def make_report(places: typing.Sequence[pathlib.Path]) -> Report:
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Holds what somebody who compared the runs says about them; it stands at the top of the page."""
+
+    verdicts: tuple[str, ...]
+    tables: tuple[Table, ...]
+    hints: tuple[str, ...]
+
+
+def make_report(places: typing.Sequence[pathlib.Path], summary: Summary | None = None) -> Report:
     """Reports on every run in and below `places`; equal files give equal bytes. ValueError where `find_runs` raises."""
     folders, problems = find_runs(places)
     runs = read_runs(folders)
@@ -34,6 +43,7 @@ def make_report(places: typing.Sequence[pathlib.Path]) -> Report:
     contexts = [_family_context(family) for family in families]
     html = _template().render(
         title=f"Run {runs[0].label}" if len(runs) == 1 else f"Report on {len(runs)} runs",
+        summary=summary,
         runs=runs,
         run_span=_span(runs),
         problems=problems,

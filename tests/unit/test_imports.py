@@ -15,8 +15,9 @@ ROOMS = (
     # commands
     *(
         "train",
-        "evaluate",
         "quickstart",
+        "fit",
+        "evaluate",
         "launcher",
         "run_description",
         "run_outcome",

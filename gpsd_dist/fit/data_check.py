@@ -1,0 +1,132 @@
+"""Looks at a prepared data set before anything is trained: what is in it, and what cannot be fitted, in plain words."""
+
+import collections.abc
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+
+from gpsd_dist import schema
+from gpsd_dist.baselines.rows import read_rows
+
+MIN_PER_CLASS = 10
+"""Positives and negatives of the first task that each split needs: below, an AUC is noise (untuned)."""
+SPLITS = ("train", "valid", "test")
+_RAW_ENDINGS = (".csv", ".tsv", ".txt", ".dat", ".json", ".jsonl", ".ndjson", ".parquet", ".gz")
+_BUILD = "python -m data_pipeline.build --source generic --raw_dir RAW --schema RAW/schema.toml --out_dir"
+_SAME_DATA = ("features", "tables", "tasks", "splits")
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitFacts:
+    """Counts one split, for its first task: candidates whose label is known."""
+
+    candidates: int
+    positives: int
+    users: int
+    history: float  # events per request
+    unknown: float  # share of candidates whose item training never saw
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """Holds what is known about a data set before training."""
+
+    manifest: schema.Manifest
+    splits: dict[str, SplitFacts]
+    can_pretrain: bool
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks; the first one decides."""
+        return tuple(task.name for task in self.manifest.tasks)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the data set, wherever its folder is."""
+        parts = {name: value for name, value in dataclasses.asdict(self.manifest).items() if name in _SAME_DATA}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def lines(self) -> collections.abc.Iterator[str]:
+        """Yields one line per split, for a person."""
+        pretrain = {split.name: split for split in self.manifest.splits}.get("pretrain")
+        if pretrain is not None and self.can_pretrain:
+            yield f"pretrain: {pretrain.num_rows:,} histories with {pretrain.num_history_tokens:,} events"
+        for name, split in self.splits.items():
+            share = f"{split.positives / split.candidates:.1%}"
+            yield (
+                f"{name}: {split.candidates:,} candidates, {share} with {self.tasks[0]}, of {split.users:,} users; "
+                f"{split.history:.1f} events of history each"
+            )
+
+
+def look(data_dir: pathlib.Path) -> Facts:
+    """Reads manifest and labels. ValueError says what is missing, in the words of whoever has a log, and what to do."""
+    manifest = _read_manifest(data_dir)
+    rows = {split.name: split.num_rows for split in manifest.splits}
+    if not manifest.tasks or not rows.get("train"):
+        raise ValueError(
+            f"{data_dir} has histories, but nothing that was shown with a label (no task, or no row in `train`): there "
+            "are no clicks to predict. Describe the log of what was shown in the section [exposure] of the schema, "
+            "with a task; pretraining alone needs none: python -m gpsd_dist.train --gin_file configs/stage/pretrain.gin"
+        )
+    missing = [name for name in SPLITS if not rows.get(name)]
+    if missing:
+        raise ValueError(
+            f"{data_dir} has no rows in {' and '.join(missing)}: `valid` chooses the model and `test` judges it. Set "
+            "valid_from and test_from in the section [split] of the schema (or valid_fraction, test_fraction), and "
+            f"build again: {_BUILD} {data_dir}"
+        )
+    splits = {name: _count(data_dir, manifest, name) for name in SPLITS}
+    _check_classes(data_dir, manifest.tasks[0].name, splits)
+    return Facts(manifest, splits, rows.get("pretrain", 0) > 0)
+
+
+def _read_manifest(data_dir: pathlib.Path) -> schema.Manifest:
+    if not data_dir.is_dir():
+        what = "is a file" if data_dir.exists() else "does not exist"
+        raise ValueError(
+            f"--data {data_dir} {what}; it is the folder that was built from your log: {_BUILD} {data_dir}"
+        )
+    names = sorted(path.name for path in data_dir.iterdir())
+    raw = [name for name in names if name.endswith(_RAW_ENDINGS)]
+    if schema.MANIFEST_NAME not in names:
+        if raw:
+            found = (
+                f"holds raw files ({', '.join(raw[:3])}) and no {schema.MANIFEST_NAME}: describe their columns in a "
+            )
+            advice = f"TOML file (data_pipeline/sources/README.md) and build: {_BUILD} DATA; then --data DATA"
+            raise ValueError(f"--data {data_dir} {found}{advice.replace('RAW', str(data_dir))}")
+        what = "is empty" if not names else f"holds no {schema.MANIFEST_NAME}"
+        raise ValueError(f"--data {data_dir} {what}: build it from your log first: {_BUILD} {data_dir}")
+    return schema.read_manifest(data_dir)
+
+
+def _count(data_dir: pathlib.Path, manifest: schema.Manifest, name: str) -> SplitFacts:
+    item = f"candidate.{manifest.item_feature}"
+    rows, split = read_rows(data_dir, manifest, name, manifest.tasks[0].name, (item,)), manifest.split(name)
+    return SplitFacts(
+        candidates=len(rows.label_N),
+        positives=int(rows.label_N.sum()),
+        users=len(np.unique(rows.user_hash_N)),
+        history=split.num_history_tokens / split.num_rows,
+        unknown=float((rows.keys[item] == schema.UNKNOWN_INDEX).mean()) if len(rows.label_N) else 0.0,
+    )
+
+
+def _check_classes(data_dir: pathlib.Path, task: str, splits: dict[str, SplitFacts]) -> None:
+    for name, split in splits.items():
+        negatives = split.candidates - split.positives
+        counts = f"{split.positives:,} of {split.candidates:,} candidates of `{name}` in {data_dir} have {task} = 1"
+        if min(split.positives, negatives) == 0:
+            raise ValueError(
+                f"{counts}: with one class alone nothing can be told apart. Does the log hold what was shown and not "
+                f"clicked, too? If it does, move the borders of the splits (section [split]) and build again"
+            )
+        if min(split.positives, negatives) < MIN_PER_CLASS:
+            raise ValueError(
+                f"{counts}: too few rows, at least {MIN_PER_CLASS} of each class are needed, and hundreds to tell "
+                "models apart. Take a longer log, or move the borders of the splits, and build again"
+            )

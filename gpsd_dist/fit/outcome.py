@@ -1,0 +1,134 @@
+"""Turns the entries of a fit into tables, a verdict, hints, and the files that hold them."""
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import typing
+
+import rich.box
+import rich.console
+import rich.table
+
+from gpsd_dist.commands import Command, shell
+from gpsd_dist.fit.data_check import Facts
+from gpsd_dist.fit.steps import Runner, write_json
+from gpsd_dist.fit.verdict import Entry, Judged, hints, judge, strongest_floor, verdict
+from gpsd_dist.metrics.recorder import json_safe
+from gpsd_dist.report.page import Summary, make_report
+from gpsd_dist.report.tables import MISSING, Cell, Row, Table, metric_text, number_cell
+
+COLUMNS = ("", "valid AUC", "test AUC", "GAUC", "log loss")
+CAPTION = (
+    "+- is half of a 95 % interval over the users of test; another seed of the training is not covered. The choice was "
+    "made on valid; test was scored after it. Where the chosen model was trained again on train + valid (refit), so "
+    "were the trees."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Holds what a fit found."""
+
+    verdicts: dict[str, str]  # by task; the first is the one that counts
+    hints: list[str]
+    tables: list[Table]  # one per task
+    rows: list[dict[str, typing.Any]]  # of summary.json: one per trained model and task
+    floors: list[dict[str, typing.Any]]
+    refit: list[dict[str, typing.Any]]
+    chosen: str
+    commands: list[tuple[str, Command]]
+
+
+def make(entries: list[Entry], chosen: Entry | None, facts: Facts, runner: Runner, args: argparse.Namespace) -> Outcome:
+    """Judges all entries for every task."""
+    verdicts, tables, rows = {}, [], []
+    advice: list[str] = []
+    for task in facts.tasks:
+        judged = judge(entries, task)
+        best = next((one for one in judged if one.entry is chosen), None)
+        verdicts[task] = verdict(task, best, judged, facts)
+        tables.append(_table(task, judged, best))
+        rows += [_row(one, task) for one in judged if task in one.entry.test]
+        if task == facts.tasks[0]:
+            advice = list(hints(task, best, judged, facts, runner.cut))
+    rows = sorted(rows, key=lambda row: [entry.label for entry in entries].index(row["label"]))
+    by_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in ("model", "floor", "refit")}
+    label = chosen.label if chosen is not None else ""
+    parts = by_kind["model"], by_kind["floor"], by_kind["refit"]
+    return Outcome(verdicts, advice, tables, *parts, label, runner.commands)
+
+
+def _row(one: Judged, task: str) -> dict[str, typing.Any]:
+    """Makes a line of summary.json: the metrics of `evaluate` on test, and what tells the entry from others."""
+    entry = one.entry
+    head = {"strategy": entry.strategy or entry.label, "task": task, "split": "test", "label": entry.label}
+    width = one.auc.half_width if one.auc is not None else math.nan
+    more = {"model": entry.model, "kind": entry.kind, "valid_auc": entry.valid_auc.get(task), "auc_half_width": width}
+    return head | entry.test[task] | more
+
+
+def _table(task: str, judged: list[Judged], best: Judged | None) -> Table:
+    floor = strongest_floor(judged)
+    against = f"- {floor.entry.label}" if floor is not None else ""
+    lines = [(one, Row(tuple(_cells(one, task, floor, one is best)))) for one in judged]
+    kinds = (("floor",), ("model", "refit"))
+    groups = tuple(tuple(row for one, row in lines if one.entry.kind in kind) for kind in kinds)
+    columns = (*COLUMNS[:3], against, *COLUMNS[3:])
+    return Table((Cell(columns[0]), *map(number_cell, columns[1:])), groups, caption=f"{task}. {CAPTION}")
+
+
+def _cells(one: Judged, task: str, floor: Judged | None, is_best: bool) -> list[Cell]:
+    test, cells = one.entry.test.get(task, {}), [Cell(one.entry.label, is_strong=is_best)]
+    valid = one.entry.valid_auc.get(task)
+    cells.append(number_cell(MISSING if valid is None else f"{valid:.4f}"))
+    auc = MISSING if one.auc is None else f"{one.auc.auc:.4f} +- {one.auc.half_width:.3f}"
+    cells.append(number_cell(auc, is_strong=is_best))
+    difference = MISSING
+    if one.auc is not None and floor is not None and floor.auc is not None and one is not floor:
+        difference = "{:+.4f} +- {:.3f}".format(*one.auc.minus(floor.auc))
+    cells.append(number_cell(difference))
+    return [*cells, *(number_cell(metric_text(name, test.get(name))) for name in ("gauc", "log_loss"))]
+
+
+def show(made: Outcome, out_dir: pathlib.Path) -> None:
+    """Prints tables, verdict and hints, and writes summary.json, commands.sh and report.html into `out_dir`."""
+    console = rich.console.Console()
+    console = console if console.is_terminal else rich.console.Console(width=100)
+    for table in made.tables:
+        console.print(_as_text(table))
+    console.print(CAPTION, markup=False, highlight=False)
+    for verdict_of_task in made.verdicts.values():
+        console.print(verdict_of_task, style="bold", markup=False, highlight=False)
+    for hint in made.hints:
+        console.print(f"- {hint}", markup=False, highlight=False)
+    first = next(iter(made.verdicts.values()), "")
+    parts = {"rows": made.rows, "floors": made.floors, "refit": made.refit, "chosen": made.chosen}
+    written = {"verdict": first, "verdicts": made.verdicts, "next": made.hints}
+    write_json(out_dir / "summary.json", json_safe(parts | written))
+    (out_dir / "commands.sh").write_text(_script(made.commands))
+    words = Summary(tuple(made.verdicts.values()), tuple(made.tables), tuple(made.hints))
+    files = ["summary.json", "commands.sh"]
+    if made.rows:
+        report = make_report([out_dir], words)
+        (out_dir / "report.html").write_text(report.html, encoding="utf-8")
+        files.append("report.html")
+    console.print(f"in {out_dir}: {', '.join(files)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _as_text(table: Table) -> rich.table.Table:
+    shown = rich.table.Table(title=table.caption.split(".")[0], box=rich.box.SIMPLE_HEAD)
+    for column in table.columns:
+        shown.add_column(column.text, justify="right" if column.is_number else "left", no_wrap=True)
+    for group in table.groups:
+        for row in group:
+            shown.add_row(*(cell.text for cell in row.cells), style="bold" if row.cells[0].is_strong else "")
+        shown.add_section()
+    return shown
+
+
+def _script(commands: list[tuple[str, Command]]) -> str:
+    lines = ["# Every step of this fit as one would type it, in the root of the repository."]
+    for title, command in commands:
+        lines += ["", f"# {title}", shell(command)]
+    return "\n".join(lines) + "\n"

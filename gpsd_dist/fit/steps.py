@@ -1,0 +1,220 @@
+"""Runs the steps of a fit: a finished one is kept, an interrupted training goes on, a budget ends trainings early."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import pathlib
+import time
+import typing
+
+import torch
+
+from gpsd_dist.baselines.registry import evaluate_baseline
+from gpsd_dist.checkpoint import manager
+from gpsd_dist.checkpoint.state import read_run
+from gpsd_dist.commands import Command, OutOfTime, execute, python_command
+from gpsd_dist.distributed.runtime import Runtime, process_group
+from gpsd_dist.evaluate import evaluate_checkpoint, write_results
+from gpsd_dist.fit.data_check import Facts
+from gpsd_dist.fit.display import Display
+from gpsd_dist.metrics.classification import Predictions
+from gpsd_dist.scaling.ladder import Training
+from gpsd_dist.scaling.runs import is_trained, read_result
+from gpsd_dist.stages.stage import Metrics
+
+MIN_TRAINING_S = 20.0  # a training that would get less is left out: starting takes a good part of it
+SCORING_S = 15.0  # what scoring a split, or a floor, is reckoned with before its time is known (untuned)
+FLOOR_NAMES = {"popularity": "popularity", "rates": "smoothed rates", "gbdt": "boosted trees"}
+_TIMEOUT_S = 600
+_WEIGHTS = {"pretrain": 2.0, "finetune": 1.0}
+
+
+class Budget:
+    """Shares what is left of a time budget among the trainings that are left."""
+
+    def __init__(self, minutes: float | None):
+        self._end_s = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self.weights_left: list[float] = []
+        self.short_steps_left = 0
+
+    def deadline_s(self) -> float | None:
+        """Returns the moment at which the next training has to stop; None if it should not even start."""
+        share = self.weights_left.pop(0)
+        if math.isinf(self._end_s):
+            return math.inf
+        now_s = time.monotonic()
+        left_s = self._end_s - now_s - SCORING_S * self.short_steps_left
+        mine_s = left_s * share / (share + sum(self.weights_left))
+        return now_s + mine_s if mine_s >= MIN_TRAINING_S else None
+
+
+class Runner:
+    """Runs steps by the ordinary commands, or by the functions that those call."""
+
+    def __init__(self, data_dir: pathlib.Path, out_dir: pathlib.Path, facts: Facts, display: Display, budget: Budget):
+        self.data_dir, self.out_dir, self.facts = data_dir, out_dir, facts
+        self.display, self.budget = display, budget
+        self.commands: list[tuple[str, Command]] = []
+        """Title and command of every step so far, as one would type it."""
+        self.cut: list[str] = []
+        """Folders of trainings that the budget ended."""
+        self._scoring = contextlib.ExitStack()
+        self._runtime: Runtime | None = None
+
+    def train(self, title: str, training: Training) -> bool:
+        """Trains to the end, or as long as the budget allows. Returns whether there is a result."""
+        with self.display.step(title) as step:
+            deadline_s = self.budget.deadline_s()
+            step.is_kept = is_trained(training)
+            if not step.is_kept and deadline_s is None:
+                step.remark = "left out, the budget is spent"
+                return False
+            if not step.is_kept:
+                try:
+                    execute(training.command, on_line=self.display.on_line, deadline_s=deadline_s or math.inf)
+                except OutOfTime:
+                    if not checkpoints_of(training):
+                        step.remark = "left out, the budget ended before its first step"
+                        return False
+                    self._finish_early(training)
+            self.commands.append((title, _with_its_end(training)))
+            step.remark = self._remark(training)
+            return True
+
+    def _finish_early(self, training: Training) -> None:
+        """Lets a training that was stopped do one more step, at whose end it validates and counts as finished."""
+        step = read_run(manager.find(training.folder, "last")).step
+        execute((*training.command, f"--gin.TrainConfig.max_steps={step + 1}"), on_line=self.display.on_line)
+
+    def _remark(self, training: Training) -> str:
+        """Says how far a training went, and its best validation."""
+        last = read_run(manager.find(training.folder, "last"))
+        words = [f"{last.step:,} steps"]
+        if _cut_at(training):
+            words = [f"stopped by the budget at step {last.step:,}"]
+            self.cut.append(str(training.folder))
+        metrics, names = best_valid(training), ("next_item/mrr", f"{self.facts.tasks[0]}/auc")
+        for name in (name for name in names if metrics.get(name) is not None):
+            words.append(f"best valid {name} {metrics[name]:.4f} at step {last.progress['best_step']:,}")
+        return ", ".join(words)
+
+    def score(self, title: str, training: Training, split: str) -> Metrics:
+        """Scores a split with a finished training, and keeps the scores."""
+        metrics_out, scores_out = training.folder / f"{split}.json", scores_path(training.folder, split)
+        options = ("--checkpoint", str(training.folder), "--data", str(self.data_dir), "--split", split)
+        files = ("--metrics_out", str(metrics_out), "--scores_out", str(scores_out))
+        command = python_command(1, "gpsd_dist.evaluate", *options, *files)
+        self.commands.append((title, command))
+        with self.display.step(title) as step:
+            known = read_result(metrics_out) if scores_out.is_file() else None
+            step.is_kept = known is not None
+            if known is None:
+                keep: dict[str, Predictions] = {}
+                runtime = self._process_of_one()
+                made = evaluate_checkpoint(training.folder, str(self.data_dir), split, runtime, keep=keep)
+                write_results(made, metrics_out, keep, scores_out)
+                known = read_result(metrics_out)  # with None for NaN, as the file has it
+            step.remark = _aucs(known or {}, self.facts.tasks)
+        self.budget.short_steps_left -= 1
+        return known or {}
+
+    def floor(self, name: str, split: str) -> Metrics:
+        """Scores a split without a model; a task for which that cannot be done is left out, and said."""
+        title, folder = f"{FLOOR_NAMES[name.removesuffix('_refit')]} on {split}", self.out_dir / "floors" / name
+        metrics_out, scores_out = folder / f"{split}.json", scores_path(folder, split)
+        options = ("--baseline", name, "--data", str(self.data_dir), "--split", split)
+        files = ("--metrics_out", str(metrics_out), "--scores_out", str(scores_out))
+        self.commands.append((title, python_command(1, "gpsd_dist.evaluate", *options, *files)))
+        with self.display.step(title) as step:
+            known = read_result(metrics_out) if scores_out.is_file() else None
+            step.is_kept = known is not None
+            if known is None:
+                keep: dict[str, Predictions] = {}
+                made = [self._floor_of_task(name, split, task, keep) for task in self.facts.tasks]
+                if keep:
+                    write_results({k: v for part in made for k, v in part.items()}, metrics_out, keep, scores_out)
+                    known = read_result(metrics_out)
+            step.remark = _aucs(known or {}, self.facts.tasks)
+        self.budget.short_steps_left -= 1
+        return known or {}
+
+    def _process_of_one(self) -> Runtime:
+        """Makes this process a group of one that scores models: starting another one takes longer than most scoring."""
+        if self._runtime is None:
+            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # as a child has, for the same bits
+            self._runtime = self._scoring.enter_context(process_group(_TIMEOUT_S))
+            logging.getLogger("gpsd_dist").setLevel(logging.WARNING)  # the display says what is scored
+        return self._runtime
+
+    def close(self) -> None:
+        """Leaves the group of one, if there is one."""
+        self._scoring.close()
+
+    def _floor_of_task(self, name: str, split: str, task: str, keep: dict[str, Predictions]) -> Metrics:
+        try:
+            return evaluate_baseline(name, self.data_dir, split, [task], keep=keep)
+        except ImportError as error:
+            self.display.say(f"    left out: {error}; pip install lightgbm")
+        except ValueError as error:
+            self.display.say(f"    left out for {task}: {error}")
+        return {}
+
+
+def scores_path(folder: pathlib.Path, split: str) -> pathlib.Path:
+    """Gives the file that holds the scores of a split beside the metrics in `folder`."""
+    return folder / f"{split}_scores.parquet"
+
+
+def plan_budget(budget: Budget, pretrainings: int, contestants: int, num_refits: int) -> None:
+    """Tells the budget what lies ahead."""
+    budget.weights_left = [_WEIGHTS["pretrain"]] * pretrainings + [_WEIGHTS["finetune"]] * (contestants + num_refits)
+    budget.short_steps_left = 2 * len(FLOOR_NAMES) + contestants + num_refits
+
+
+def checkpoints_of(training: Training) -> list[pathlib.Path]:
+    """Lists what a training has saved."""
+    return list((training.folder / "checkpoints").glob("step_*"))
+
+
+def best_valid(training: Training) -> dict[str, typing.Any]:
+    """Reads "task/metric" -> value of a training's best validation."""
+    return read_run(manager.find(training.folder)).metrics
+
+
+def _cut_at(training: Training) -> int:
+    """Returns the step at which the budget ended a training; 0 if it did not."""
+    max_steps = read_run(manager.find(training.folder, "last")).run_config["train"]["max_steps"]
+    return max_steps if max_steps != training.run.train.max_steps else 0
+
+
+def _with_its_end(training: Training) -> Command:
+    """Gives the command of a finished training: with its last step, if the budget ended it."""
+    cut_at = _cut_at(training)
+    return (*training.command, f"--gin.TrainConfig.max_steps={cut_at}") if cut_at else training.command
+
+
+def _aucs(metrics: Metrics, tasks: tuple[str, ...]) -> str:
+    known = {task: metrics[task].get("auc") for task in tasks if task in metrics}
+    return ", ".join(f"{task} AUC {'-' if auc is None else f'{auc:.4f}'}" for task, auc in known.items())
+
+
+def write_json(path: pathlib.Path, content: typing.Any) -> None:
+    """Writes a JSON file; a reader sees the old one or the new one."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.replace(path)
+
+
+def read_json(path: pathlib.Path) -> dict[str, typing.Any]:
+    """Reads a JSON object; empty if the file is missing. ValueError if it is none."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is broken ({error}): delete it") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no object: delete it")
+    return content

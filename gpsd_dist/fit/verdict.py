@@ -1,0 +1,134 @@
+"""Judges a fit: differences with intervals, one sentence, and what to try next. Reads scores, runs nothing."""
+
+import collections.abc
+import dataclasses
+import math
+import typing
+
+from gpsd_dist.fit.data_check import Facts
+from gpsd_dist.metrics.auc_interval import AucByUser, auc_by_user
+from gpsd_dist.metrics.scores import Columns
+
+ENOUGH_UNKNOWN = 0.2  # share of test candidates of unknown items from which on attributes are advised (untuned)
+SHORT_HISTORY = 3.0  # events, below which a sequence model has little to read (untuned)
+FEW_EVENTS = 5.0  # of pretraining per item, below which its row is hardly trained (untuned)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Holds one line of the table."""
+
+    label: str
+    kind: str
+    """floor | model | refit"""
+    valid_auc: dict[str, float | None]  # by task
+    test: dict[str, dict[str, typing.Any]]  # task -> metrics
+    scores: dict[str, Columns]  # of test, by task
+    strategy: str = ""
+    model: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Holds the AUC of an entry on test by user; None where it is not defined."""
+
+    entry: Entry
+    auc: AucByUser | None
+
+
+def judge(entries: collections.abc.Iterable[Entry], task: str) -> list[Judged]:
+    """Computes every entry's AUC on test with the influence of each user."""
+    judged = []
+    for entry in entries:
+        rows = entry.scores.get(task)
+        try:
+            auc = None if rows is None else auc_by_user(rows["score"], rows["label"], rows["user_hash"])
+        except ValueError:  # one class alone: the table says so by its missing number
+            auc = None
+        judged.append(Judged(entry, auc))
+    return judged
+
+
+def strongest_floor(judged: collections.abc.Iterable[Judged]) -> Judged | None:
+    """Finds the floor with the largest AUC on test: the one that is hardest to beat."""
+    floors = [one for one in judged if one.entry.kind == "floor" and one.auc is not None]
+    return max(floors, key=lambda one: one.auc.auc, default=None)
+
+
+def verdict(task: str, best: Judged | None, judged: collections.abc.Sequence[Judged], facts: Facts) -> str:
+    """Says in one sentence whether the chosen model is better than what needs no model."""
+    floor = strongest_floor(judged)
+    if best is None or best.auc is None:
+        return "No model was trained, so there is nothing to judge: give a larger --budget_minutes."
+    if floor is None or floor.auc is None:
+        return f"{best.entry.label} has a {task} AUC of {_with_width(best.auc)} on test; no floor could be computed."
+    difference, half_width = best.auc.minus(floor.auc)
+    names = best.entry.label.removesuffix(" refit"), floor.entry.label
+    values = f"{task} AUC on test {best.auc.auc:.4f} against {floor.auc.auc:.4f}"
+    if math.isnan(half_width) or abs(difference) <= half_width:
+        differ = f"differ by {_signed(difference, half_width)}"
+        return f"Cannot tell: {names[0]} and {names[1]} {differ}, which may be chance ({values})."
+    if difference > 0:
+        return f"{names[0]} is {_signed(difference, half_width, sign=False)} above {names[1]} ({values})."
+    others = [one for one in judged if one.entry.kind == "model" and one.auc is not None]
+    nothing = all(one.auc.auc < floor.auc.auc for one in others)
+    who = f"Nothing here beats {names[1]}" if nothing else f"What valid chose does not beat {names[1]}"
+    below = f"{names[0]} is {_signed(-difference, half_width, sign=False)} below"
+    return f"{who}: {below} ({values}); look at {_suspect(facts)}."
+
+
+def _signed(difference: float, half_width: float, *, sign: bool = True) -> str:
+    digits = 3 if half_width >= 0.002 else 4
+    return f"{difference:{'+' if sign else ''}.{digits}f} +- {half_width:.{digits}f}"
+
+
+def _with_width(auc: AucByUser) -> str:
+    return _signed(auc.auc, auc.half_width, sign=False)
+
+
+def _suspect(facts: Facts) -> str:
+    """Names the most likely reason why a sequence model is no better than counting."""
+    train, test = facts.splits["train"], facts.splits["test"]
+    if train.history < SHORT_HISTORY:
+        return f"the histories ({train.history:.1f} events on average: little to learn a taste from)"
+    if test.unknown > ENOUGH_UNKNOWN:
+        return f"the items ({test.unknown:.0%} of the test candidates are new): give them attributes, section [items]"
+    if train.positives < 1000:
+        return f"the amount of data ({train.positives:,} positives to train on)"
+    return "the curves in the report, and at what the histories hold"
+
+
+def hints(
+    task: str,
+    best: Judged | None,
+    judged: collections.abc.Sequence[Judged],
+    facts: Facts,
+    cut: collections.abc.Sequence[str],
+) -> collections.abc.Iterator[str]:
+    """Yields what to try next, the most promising first. `cut`: trainings that a budget ended."""
+    floor, train, test = strongest_floor(judged), facts.splits["train"], facts.splits["test"]
+    if cut:
+        yield f"--budget_minutes ended {', '.join(cut)} early: delete those folders and run again without it"
+    if best is not None and best.auc is not None and floor is not None and floor.auc is not None:
+        difference, half_width = best.auc.minus(floor.auc)
+        if abs(difference) <= half_width and abs(difference) > 1e-4:
+            times = (half_width / abs(difference)) ** 2
+            wanted = f"{times:.0f} times as many users" if times < 100 else "far more users"
+            yield f"a difference as small as this one takes {wanted} in test (now {test.users:,}) to be seen"
+    by_strategy = {one.entry.strategy: one for one in judged if one.entry.kind == "model" and one.auc is not None}
+    if best is not None and "NT" in by_strategy and best.entry.strategy not in ("NT", ""):
+        difference, half_width = by_strategy[best.entry.strategy].auc.minus(by_strategy["NT"].auc)
+        gain = f"what pretraining gives: {best.entry.strategy} - NT = {_signed(difference, half_width)}"
+        yield gain + ("" if abs(difference) > half_width else ", within chance")
+    if train.history < SHORT_HISTORY:
+        yield f"histories have {train.history:.1f} events on average: does [history] hold all behaviour?"
+    if test.unknown > ENOUGH_UNKNOWN:
+        yield f"{test.unknown:.0%} of the test candidates are items that training never saw: add attributes in [items]"
+    items = facts.manifest.table(facts.manifest.feature(facts.manifest.item_feature).table).num_rows
+    events = sum(split.num_history_tokens for split in facts.manifest.splits if split.name == "pretrain")
+    if facts.can_pretrain and events / items < FEW_EVENTS:
+        yield f"pretraining has {events / items:.1f} events per item: a longer log, or min_count, gives better rows"
+    if not [f for f in facts.manifest.features_in("candidate") if f.name != facts.manifest.item_feature]:
+        yield "the log describes candidates by their id alone: attributes (category, brand, price) usually help"
+    yield "another --seed with another --out shows how much of a difference is luck of the training"
+    yield "other models: --models l4h64a4,hstu,din (finished ones are kept)"

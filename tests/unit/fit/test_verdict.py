@@ -1,0 +1,94 @@
+"""One sentence: above, below, or cannot tell; and what to try next."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from gpsd_dist import schema
+from gpsd_dist.fit.data_check import Facts, SplitFacts
+from gpsd_dist.fit.verdict import Entry, hints, judge, verdict
+from tests.helpers.synthetic import make_manifest
+
+USERS, ROWS = 400, 8
+
+
+def entry(label: str, kind: str, signal: float, seed: int = 0, strategy: str = "") -> Entry:
+    """Scores of normal noise, shifted for positives; every entry has the same users and labels."""
+    random = np.random.default_rng(7)
+    label_N = (random.random(USERS * ROWS) < 0.3).astype(np.uint8)
+    noise_N = np.random.default_rng((8, seed)).normal(size=len(label_N))
+    score_N = (noise_N + signal * label_N).astype(np.float32)
+    columns = {"score": score_N, "label": label_N, "user_hash": np.repeat(np.arange(USERS), ROWS)}
+    return Entry(label, kind, {"click": 0.5}, {"click": {"auc": 0.5}}, {"click": columns}, strategy)
+
+
+def facts(**changes) -> Facts:
+    manifest = dataclasses.replace(
+        make_manifest(), splits=(schema.Split("pretrain", ("pretrain/x",), 9, 90_000, 0, None, None),)
+    )
+    one = dataclasses.replace(SplitFacts(10_000, 3000, 900, 20.0, 0.01), **changes)
+    return Facts(manifest, dict.fromkeys(("train", "valid", "test"), one), can_pretrain=True)
+
+
+def sentence(*entries: Entry, best: int = -1, **changes) -> str:
+    judged = judge(entries, "click")
+    return verdict("click", judged[best], judged, facts(**changes))
+
+
+FLOORS = (entry("popularity", "floor", 0.2, 1), entry("boosted trees", "floor", 0.8, 2))
+
+
+def test_a_model_that_is_better_is_said_to_be_above_the_strongest_floor():
+    said = sentence(*FLOORS, entry("FT_SF", "model", 1.6, 3))
+    assert said.startswith("FT_SF is 0.1") and " above boosted trees (click AUC on test 0.8" in said
+    assert " +- 0.0" in said and said.endswith(").")
+
+
+def test_a_refit_is_called_by_what_was_refitted():
+    assert sentence(*FLOORS, entry("NT", "model", 0.5, 4), entry("FT_SF refit", "refit", 1.6, 3)).startswith(
+        "FT_SF is "
+    )
+
+
+def test_inside_the_interval_it_cannot_tell():
+    said = sentence(*FLOORS, entry("FT_SF", "model", 0.8, 3))
+    assert said.startswith("Cannot tell: FT_SF and boosted trees differ by ") and "may be chance" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "look_at"),
+    [
+        ({"history": 1.5}, "look at the histories (1.5 events on average"),
+        ({"unknown": 0.4}, "look at the items (40% of the test candidates are new)"),
+        ({"positives": 200}, "look at the amount of data (200 positives to train on)"),
+        ({}, "look at the curves in the report"),
+    ],
+)
+def test_below_a_floor_it_says_what_to_look_at(changes, look_at):
+    said = sentence(*FLOORS, entry("NT", "model", 0.1, 3), **changes)
+    assert said.startswith("Nothing here beats boosted trees: NT is 0.1") and " below (" in said and look_at in said
+
+
+def test_a_model_that_valid_did_not_choose_may_be_above_the_floor():
+    said = sentence(*FLOORS, entry("ST_SF", "model", 1.6, 5), entry("NT", "model", 0.1, 3))
+    assert said.startswith("What valid chose does not beat boosted trees: NT is ")
+
+
+def test_nothing_to_judge():
+    assert "No model was trained" in verdict("click", None, judge(FLOORS, "click"), facts())
+    one_class = entry("FT_SF", "model", 1.0)
+    one_class.scores["click"]["label"][:] = 1
+    (judged,) = judge([one_class], "click")
+    assert judged.auc is None and "No model" in verdict("click", judged, [judged], facts())
+    assert "no floor could be computed" in sentence(entry("FT_SF", "model", 1.0))
+
+
+def test_hints_name_what_these_data_show():
+    entries = (*FLOORS, entry("NT", "model", 0.4, 4, "NT"), entry("FT_SF", "model", 0.84, 3, "FT_SF"))
+    judged = judge(entries, "click")
+    found = "\n".join(hints("click", judged[-1], judged, facts(history=1.0, unknown=0.5), ["runs/nt"]))
+    expected = ("ended runs/nt early", "as many users in test (now 900)", "FT_SF - NT = +0.1", "1.0 events on average")
+    for words in (*expected, "50% of the test candidates", "another --seed", "--models"):
+        assert words in found
+    assert "events per item" not in found  # 90,000 events of 200 items
