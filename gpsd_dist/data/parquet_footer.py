@@ -20,7 +20,7 @@ class Chunk(typing.NamedTuple):
     """Holds the sizes of one column of one row group."""
 
     num_values: int
-    """As Parquet counts: an empty or missing list is one value."""
+    """Counts as Parquet does: an empty or missing list is one value."""
     stored_bytes: int
     """Compressed size."""
 
