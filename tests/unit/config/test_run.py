@@ -254,6 +254,23 @@ def test_pretraining_takes_neither_strategy_nor_checkpoint(strategy, init_checkp
             make_run(**options)
 
 
+@pytest.mark.parametrize("strategy", config.STRATEGIES)
+def test_frozen_rows_need_a_strategy_that_freezes(strategy):
+    options = {"stage": "finetune", "strategy": strategy, "tables": TablesConfig(frozen_dtype="fp16")}
+    options["init_checkpoint"] = "" if strategy == "NT" else "runs/p"
+    if strategy.endswith("SF"):
+        assert make_run(**options).tables.frozen_value_bytes == 2
+    else:
+        with pytest.raises(ValueError, match=f"frozen_dtype fp16 with stage finetune, strategy {strategy}: nothing is"):
+            make_run(**options)
+
+
+def test_pretraining_is_not_refitted():
+    assert make_run(stage="finetune", refit_of="runs/a").training_split == "train+valid"
+    with pytest.raises(ValueError, match="REFIT_OF='runs/a': pretraining does not train on `train`"):
+        make_run(refit_of="runs/a")
+
+
 def full_run():
     """A value other than the default in every field, but for those that do not go with others: see `graphs_run`."""
     return RunConfig(
