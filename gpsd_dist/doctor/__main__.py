@@ -31,7 +31,7 @@ COMPATIBLE_MINOR_VERSIONS = {"2.11": "1.6", "2.13": "1.8"}
 FBGEMM_BUILDS = {"cuda": "fbgemm-gpu", "cpu": "fbgemm-gpu-cpu"}
 DEPENDENCIES = (
     *("torch", "torchrec", *FBGEMM_BUILDS.values(), "numpy", "pyarrow", "ibis-framework", "duckdb", "gin-config"),
-    *("lightgbm", "tensorboard", "fsspec", "psutil", "rich", "scipy", "matplotlib"),
+    *("pydantic", "lightgbm", "tensorboard", "fsspec", "psutil", "rich", "scipy", "jinja2", "matplotlib"),
 )
 
 

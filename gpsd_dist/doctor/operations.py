@@ -7,6 +7,7 @@ import importlib.util
 import io
 import pathlib
 import tempfile
+import typing
 from collections.abc import Callable
 
 
@@ -77,6 +78,19 @@ def gin_parse() -> str:
     return "parsed one binding"
 
 
+def pydantic_dataclass() -> str:
+    """Checks one option with pydantic's compiled core."""
+    import pydantic
+
+    model = pydantic.create_model("Model", width=(typing.Annotated[int, pydantic.Field(ge=1)], ...))
+    assert model(width=64).width == 64, "a right value was changed"
+    try:
+        model(width=0)
+    except pydantic.ValidationError:
+        return "one option checked"
+    raise AssertionError("a wrong value was accepted")
+
+
 def lightgbm_tree() -> str:
     """Fits one boosted tree."""
     import lightgbm
@@ -126,6 +140,7 @@ OPERATIONS: dict[str, tuple[str, Callable[[], str]]] = {  # name in the report -
     "pyarrow op": ("pyarrow", pyarrow_parquet),
     "ibis op": ("ibis-framework duckdb", ibis_duckdb),
     "gin op": ("gin-config", gin_parse),
+    "pydantic op": ("pydantic pydantic-core", pydantic_dataclass),
     "lightgbm op": ("lightgbm", lightgbm_tree),
     "tensorboard op": ("tensorboard", tensorboard_writer),
     "gloo": ("torch", gloo_group),

@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -112,6 +114,12 @@ def test_version_is_compared_with_the_pin_without_build_label():
 def test_pins_are_read_from_the_lock_of_the_flavor():
     assert doctor.pinned_versions("cpu")["fbgemm-gpu-cpu"] == doctor.pinned_versions("cuda")["fbgemm-gpu"]
     assert doctor.pinned_versions("cpu").keys() >= set(doctor.DEPENDENCIES) - {"fbgemm-gpu"}
+
+
+def test_every_dependency_of_the_package_is_checked():
+    text = (REPO_ROOT / "pyproject.toml").read_text()
+    needed = {re.split(r"[\[><=]", one)[0] for one in tomllib.loads(text)["project"]["dependencies"]}
+    assert needed <= set(doctor.DEPENDENCIES)
 
 
 def test_torchrun_that_is_not_on_path_gets_the_export(monkeypatch, tmp_path):
