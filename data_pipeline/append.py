@@ -81,7 +81,7 @@ def plan(running: engine.Engine, log: canonical.Log, job: Job) -> Plan:
     parent = job.previous
     old = bounds_of(parent)
     previous.check_same_contract(log, parent)
-    _check_old_exposures(log, parent, old)
+    late = _count_late_exposures(log, parent, old)
     log = _moved_on(log, old)
     num_buckets = splits.num_buckets(log, job.options.num_buckets)
     events = splits.number_events(running, log, num_buckets)
@@ -94,7 +94,7 @@ def plan(running: engine.Engine, log: canonical.Log, job: Job) -> Plan:
     manifest = dataclasses.replace(
         parent.manifest,
         split_rule=f"{cut.words}; order of events: {log.order_words}",
-        skipped={**log.skipped, **cut.skipped},
+        skipped={**log.skipped, **cut.skipped, **late},
     )
     return Plan(
         rows=sequences.Rows(log, events.filter(events.user_id.isin(users.user_id)), lengths, day, num_buckets),
@@ -106,15 +106,14 @@ def plan(running: engine.Engine, log: canonical.Log, job: Job) -> Plan:
     )
 
 
-def _check_old_exposures(log: canonical.Log, parent: Previous, old: Bounds) -> None:
-    """Raises ValueError unless the log holds the exposures that the parent was made of, and later ones."""
-    num_old, num_later = previous.exposures_around(log, old.test_until)
-    if not num_later:
+def _count_late_exposures(log: canonical.Log, parent: Previous, old: Bounds) -> dict[str, int]:
+    """Counts late exposures. ValueError unless the log holds what the parent was made of, and later ones."""
+    if not previous.exposures_around(log, old.test_until)[1]:
         raise ValueError(
             f"no exposure lies at or after {old.test_until} (epoch s), the end of the test period of {parent.folder}; "
             "--append_to needs a later log"
         )
-    previous.check_old_exposures(num_old, parent, old.test_until)
+    return previous.count_late_exposures(log, parent, old.test_until)
 
 
 def _moved_on(log: canonical.Log, old: Bounds) -> canonical.Log:

@@ -40,8 +40,9 @@ def plan(running: engine.Engine, log: canonical.Log, job: Job) -> Plan:
     manifest = job.previous.manifest
     previous.check_same_contract(log, job.previous)
     until_s = log.split.test_until_s if isinstance(log.split, canonical.TimeBoundaries) else None
+    late = {}
     if until_s is not None:  # otherwise `cut` says why there is no holdout
-        previous.check_old_exposures(previous.exposures_around(log, until_s)[0], job.previous, until_s)
+        late = previous.count_late_exposures(log, job.previous, until_s)
     vocabularies = {
         table.name: vocab.Vocabulary(
             None if table.name in manifest.unbounded else previous.read_vocabulary(running, table, job.previous), table
@@ -57,7 +58,7 @@ def plan(running: engine.Engine, log: canonical.Log, job: Job) -> Plan:
         vocabularies=vocabularies,
         splits={NAME: _free_folder(manifest)},
         manifest=manifest,
-        finish=functools.partial(_finish, job=job, skipped={**log.skipped, **cut.skipped}),
+        finish=functools.partial(_finish, job=job, skipped={**log.skipped, **cut.skipped, **late}),
     )
 
 

@@ -41,9 +41,7 @@ def find(raw_dir: pathlib.Path, section: str, pattern: str) -> dict[str, pathlib
             f"[{section}] files = {pattern!r}: no such file in {raw_dir}, which holds {found}; correct the pattern"
         )
     for path in paths:
-        ending = [suffix for suffix in path.suffixes if suffix != ".gz"][-1:]
-        is_table = ending and (ending[0] in _TEXT_ENDINGS or path.suffix == ".parquet")
-        if not is_table and not json_lines.is_json_lines(path):
+        if not _is_table(path):
             raise ValueError(
                 f"{path}: the ending is none of {_TEXT_ENDINGS}, .json, .jsonl, .ndjson, .parquet; rename the file, or "
                 f"correct [{section}] files = {pattern!r}"
@@ -63,7 +61,19 @@ def _fitting(raw_dir: pathlib.Path, section: str, pattern: str) -> list[pathlib.
             )
         fitting = [named]
     files = [path for path in fitting if path.is_file()]
-    return files or sorted(path for folder in fitting for path in folder.rglob("*") if path.is_file())
+    if files or not fitting:
+        return files
+    below = sorted(path for folder in fitting for path in folder.rglob("*") if path.is_file())
+    others = [str(path.relative_to(raw_dir)) for path in below if not _is_table(path) and path.name[0] not in "._"]
+    if others:
+        progress.warn(f"[{section}]: {len(others)} files of other kinds are left out: {', '.join(others[:5])}")
+    return [path for path in below if _is_table(path)]
+
+
+def _is_table(path: pathlib.PurePath) -> bool:
+    ending = [suffix for suffix in path.suffixes if suffix != ".gz"][-1:]
+    is_text = bool(ending) and ending[0] in _TEXT_ENDINGS
+    return is_text or path.suffix == ".parquet" or json_lines.is_json_lines(path)
 
 
 def _is_hidden(path: pathlib.PurePath, pattern: str) -> bool:

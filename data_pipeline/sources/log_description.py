@@ -26,7 +26,8 @@ MAX_NAME_BYTES = 100  # a vocabulary's file is named after its feature
 RESERVED_NAMES = (
     # These are columns of the pipeline itself,
     *("item", "item_id", "user_id", "time_s", "order", "position", "split", "num_before", "num_events", "rank"),
-    *("known_s", "sequence", "shuffle_key", "request_time_s", "history_length", "user_hash"),
+    *("known_s", "sequence", "shuffle_key", "request_time_s", "history_length", "user_hash", "time_us", "latest_s"),
+    *("bucket", "block", "file_order"),
     # of vocabularies, of items.parquet, and of the choice of the latest attributes.
     *("count", "index", "place"),
 )

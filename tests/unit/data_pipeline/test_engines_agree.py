@@ -15,6 +15,7 @@ import pytest
 
 from data_pipeline import append, holdout, synthesize, synthetic_log, validate
 from gpsd_dist import schema
+from tests.assets.cases import logs
 from tests.helpers.parquet_rows import rows_sha256
 from tests.unit.data_pipeline import test_append, test_holdout
 from tests.unit.data_pipeline.conftest import DAY_S, make_grocery, make_kuairand, run, write_log
@@ -74,6 +75,27 @@ CASES = [
 ]
 
 
+LOGS = {
+    "names that are patterns": (logs.names_that_are_patterns,),
+    "folder named like a column": (logs.folder_named_like_a_column, "parquet"),
+    "folders are columns": (logs.partitions,),
+    "integer and float shards": (logs.integer_and_float_shards,),
+    "ids that end in .0": (logs.items_file, "{}.0"),
+    "zones in the text": (logs.text_times, " UTC"),
+    "parts of a second": (logs.parts_of_a_second, "ms"),
+    "backslashes": (logs.backslashes, "escape = '\\'"),
+    "line ends in values": (logs.line_ends_in_values,),
+    "missing users": (logs.word_for_missing_users, "nan"),
+    "every event twice": (logs.every_event_twice,),
+    "attributes end": (logs.attributes_end,),
+    "lists": (logs.lists_of, pa.large_list(pa.large_string())),
+    "columns that differ in case": (logs.columns_that_differ_in_case, ("shop", "kind")),
+    "missing numbers": (logs.number_column, "NaN"),
+    "clicks in both logs": (logs.clicks_in_both_logs,),
+}
+"""Logs that were read wrongly once, `tests/assets/cases/logs.py`."""
+
+
 def content_of(out_dir: pathlib.Path) -> dict[str, str]:
     """{relative path of every Parquet file: hash of its types and rows in order}."""
     return {str(path.relative_to(out_dir)): rows_sha256(path) for path in sorted(out_dir.rglob("*.parquet"))}
@@ -96,12 +118,7 @@ def check_same(spark: pathlib.Path, duckdb: pathlib.Path) -> None:
     assert content_of(spark) == content_of(duckdb)
 
 
-@needs_spark
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(("source", "make", "options"), CASES, ids=[case[0] for case in CASES])
-def test_spark_and_duckdb_write_the_same_rows(tmp_path, source, make, options):
-    make(tmp_path / "raw")
+def check_engines_agree(tmp_path: pathlib.Path, source: str, options: tuple) -> None:
     common = ("--source", source, "--raw_dir", tmp_path / "raw", *options)
     assert run(*common, "--out_dir", tmp_path / "duckdb") == 0
     assert run(*common, "--out_dir", tmp_path / "spark", *SPARK) == 0
@@ -136,3 +153,22 @@ def test_spark_and_duckdb_write_the_same_holdout(tmp_path, kuairand):
         assert test_holdout.add(tmp_path / name, later, "--num_buckets", 2, *options) == 0
     check_same(tmp_path / "spark", tmp_path / "duckdb")
     assert manifest_of(tmp_path / "spark").split(holdout.NAME).num_rows == 3
+
+
+@needs_spark
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("source", "make", "options"), CASES, ids=[case[0] for case in CASES])
+def test_spark_and_duckdb_write_the_same_rows(tmp_path, source, make, options):
+    make(tmp_path / "raw")
+    check_engines_agree(tmp_path, source, options)
+
+
+@needs_spark
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", LOGS)
+def test_spark_reads_odd_logs_as_duckdb_does(tmp_path, name):
+    write, *arguments = LOGS[name]
+    write(tmp_path / "raw", *arguments)
+    check_engines_agree(tmp_path, "generic", ())

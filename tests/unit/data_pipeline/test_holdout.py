@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from data_pipeline import validate
+from data_pipeline import previous, validate
 from gpsd_dist import schema
 from tests.unit.data_pipeline.conftest import DAY_S, log_row, rows_of, run, words_of, write_log
 
@@ -70,6 +70,26 @@ def test_holdout_from_a_folder_that_holds_all_files(built, kuairand_raw):
     write_log(kuairand_raw / "log_may01.csv", LATER)
     assert add(out, kuairand_raw, "--force") == 0
     assert rows_of(out, "holdout") == alone
+
+
+def test_rows_of_another_day_at_the_end_of_a_file_are_counted(built, capsys):
+    """A file cut by its own `date` holds rows that lie before midnight by time_ms."""
+    out, later = built
+    many = [log_row(20 + n % 9, 10 + n % 5, 6 * DAY_S + 7 * n) for n in range(250)]
+    late = [log_row(1, 12, 6 * DAY_S - 3, click=1), log_row(2, 12, 6 * DAY_S - 2)]
+    write_log(later / "log_may01.csv", [*late, *LATER, *many])
+    assert add(out, later) == 0
+    manifest = schema.read_manifest(out)
+    assert manifest.skipped[f"holdout: {previous.LATE}"] == 2
+    assert manifest.split("holdout").num_candidates == len(LATER) + len(many)
+    items = words_of(out, "item")
+    histories = {row["user_id"]: [items[i] for i in row["history.item"]] for row in rows_of(out, "holdout")}
+    assert "12" in histories["1"][-2:]  # the late click is history
+    late += [log_row(1, 13, 6 * DAY_S - 4), log_row(2, 13, 6 * DAY_S - 4)]
+    write_log(later / "log_may01.csv", [*late, *LATER, *many])
+    capsys.readouterr()
+    assert add(out, later) == 2
+    assert "may come late" in capsys.readouterr().err
 
 
 def test_holdout_does_not_depend_on_the_number_of_buckets(built):
