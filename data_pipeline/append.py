@@ -1,10 +1,11 @@
-"""Plans the next day of a data set: rows of the day, vocabularies that only grow, splits that move on.
+"""Plans how the next day of a log is added to a data set: new rows, larger vocabularies, and splits one period later.
 
     python -m data_pipeline.build --source S --raw_dir RAW --append_to DAY1 --out_dir DAY2     # DAY2 may be DAY1
 
 The exposures after the old test period are the new `test`; the old `test` becomes `valid`, and the old `valid` joins
-`train`. So no row is trained on that lies after one it is scored on, and yesterday's model meets today's log first.
-Rows that were written stay as they are (hard links). An id that enters a vocabulary now is unknown in older rows.
+`train`. So training rows still lie before the rows that are scored, and yesterday's model is scored on today's log
+before it is trained on it. Part files that were written are kept as they are (hard links), so an id that enters a
+vocabulary now is unknown (1) in older rows.
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ def find_previous(options: BuildOptions) -> Previous:
 
 
 def fingerprinted(options: BuildOptions) -> dict:
-    """Returns the options that decide whether there is anything to do: all others are those of the parent."""
+    """Returns what enters the fingerprint of the step. Other options are those of the parent, so they cannot differ."""
     return {"append": True}
 
 
@@ -117,8 +118,8 @@ def _count_late_exposures(log: canonical.Log, parent: Previous, old: Bounds) -> 
 
 
 def _moved_on(log: canonical.Log, old: Bounds) -> canonical.Log:
-    """Cuts the log one step later: the old test period is `valid`, and everything after it `test`."""
-    assert isinstance(log.split, canonical.TimeBoundaries)  # the parent has boundaries, and is of the same source
+    """Moves the splits by one period: the old test period becomes `valid`, and all that follows `test`."""
+    assert isinstance(log.split, canonical.TimeBoundaries)  # the parent was cut by time, and its source is the same
     words = f"appended: train < {old.test_from} <= valid < {old.test_until} <= test (epoch s)"
     rule = dataclasses.replace(
         log.split, valid_from_s=old.test_from, test_from_s=old.test_until, test_until_s=None, words=words
@@ -127,7 +128,7 @@ def _moved_on(log: canonical.Log, old: Bounds) -> canonical.Log:
 
 
 def _new_lengths(log: canonical.Log, events: ir.Table, cut: splits.Cut, old: Bounds) -> ir.Table:
-    """Selects from `Cut.pretrain` the users who have events in the period that training just gained."""
+    """Selects users who get a new pretraining row: they have events in the old `valid` period, now part of `train`."""
     if log.split.pretrain_until_s is not None:
         return cut.pretrain.filter(ibis.literal(False))  # the source ends pretraining at a fixed time
     gained = events.filter((events.known_s >= old.valid_from) & (events.known_s < old.test_from))

@@ -8,8 +8,8 @@ from data_pipeline import options, sources
 def parse(argv: list[str], description: str | None = None) -> options.BuildOptions:
     """Parses the options of the pipeline and of the chosen source.
 
-    An unknown option or a word that is no value of its type ends the process with status 2, as argparse does. One
-    ValueError names every value out of range.
+    An unknown option, or a value of the wrong type, ends the process with status 2 (argparse). Values out of range come
+    together in one ValueError.
     """
     parser = argparse.ArgumentParser(
         prog="python -m data_pipeline.build",

@@ -76,7 +76,7 @@ def write(engine: Engine, vocab: ir.Table, path: pathlib.Path) -> tuple[int, str
 
 
 def write_all(engine: Engine, vocabularies: dict[str, Vocabulary], root: pathlib.Path) -> tuple[schema.Table, ...]:
-    """Writes the new ones of the vocabularies to `root`; returns all tables as the manifest describes them."""
+    """Writes the vocabularies that are new to `root`; returns all tables as the manifest describes them."""
     return tuple(
         table or schema.Table(name, *write(engine, words, root / "vocab" / f"{name}.parquet"))
         for name, (words, table) in vocabularies.items()
@@ -108,14 +108,14 @@ def read(engine: Engine, name: str, path: pathlib.Path) -> ir.Table:
 def encode(table: ir.Table, columns: dict[str, tuple[str, ir.Table]]) -> ir.Table:
     """Adds int64 columns of indices; unknown or null becomes 1. `columns`: new column -> (string column, vocabulary).
 
-    All lookups are one chain of joins: nested one by one, a table with 30 columns is too deep a query for the SQL
-    generator.
+    All columns are joined in one query. A subquery for each would nest 30 deep for a table with 30 columns, which Ibis'
+    SQL generator cannot write.
     """
     lookups = {
         into: words.select(**{f"_id_{into}": words.raw_id, f"_index_{into}": words["index"]})
         for into, (_, words) in columns.items()
     }
-    table = table.view()  # Ibis would extend the chain of a table that is a join itself
+    table = table.view()  # if `table` is a join itself, Ibis would append these joins to its chain
     joined = table
     for into, (column, _) in columns.items():
         joined = joined.left_join(lookups[into], table[column] == lookups[into][f"_id_{into}"])
@@ -125,10 +125,10 @@ def encode(table: ir.Table, columns: dict[str, tuple[str, ir.Table]]) -> ir.Tabl
 
 
 def encode_bag(table: ir.Table, key: str, column: str, words: ir.Table | None) -> ir.Table:
-    """Encodes the array<string> column `column` to (_key, _bag): indices, ascending; equal ones (two unknown ids) stay.
+    """Encodes the array<string> column `column` to rows (_key, _bag), where a bag holds indices in ascending order.
 
-    Without a vocabulary (`words` None): 64-bit ids. Rows of `table` (whose column `key` is unique) with a missing or
-    empty bag are left out.
+    Equal indices stay, such as those of two unknown ids. Without a vocabulary (`words` None) a bag holds 64-bit ids.
+    `key` must be unique in `table`; its rows with a missing or empty bag have no row in the result.
     """
     members = table.select(_key=table[key], _raw=table[column].unnest())
     if words is None:

@@ -26,8 +26,8 @@ def assemble(run: RunConfig, manifest: Manifest, runtime: Runtime) -> Components
     tables = Tables(sharded, run.frozen_tables, run.tables, torch.device("meta"))
     placed = shard_tables(tables, run.tables, run.sparse, runtime, run.seed, run.execution)
     stage = make_stage(run, manifest)
-    # Seeded after the tables, whose rows have seeds of their own: so the dense weights are the same on every rank and
-    # for every number of ranks.
+    # Seeded here, whatever the tables have drawn, so that the dense weights are the same on every rank and for every
+    # number of ranks. Rows of tables have seeds of their own.
     torch.manual_seed(run.seed)
     model = stage.model(sharded)
     _check_has_tower(run, model)
@@ -68,7 +68,7 @@ def _id_remapper(
 ) -> IdRemapper:
     managed = [name for name in names if manifest.unbounded.get(name) == "managed"]
     maps = {name: ManagedCollisionMap(manifest.table(name).num_rows, run.ids, device) for name in managed}
-    # Without a reset a map never changes: a row of a frozen table must not pass to another id, which would read the
-    # embedding of the one before.
+    # A frozen table gets no RowReset, and its map then never changes. If a row passed to another id, that id would read
+    # the embedding of the previous one, which no training could correct.
     resets = {name: RowReset(placed, name, run.tables, run.seed) for name in managed if name not in run.frozen_tables}
     return IdRemapper(manifest, maps, resets)

@@ -17,9 +17,10 @@ from gpsd_dist.data.hashing import hashed_rows
 from gpsd_dist.data.parquet_dataset import BadValue
 from gpsd_dist.schema import Feature, Manifest
 
-_MAX_DEVIATIONS = 5.0  # a numerical feature is standardised and cut here: one outlier must not drown a token (untuned)
+# A numerical feature is standardised and cut here, so that an outlier does not outweigh the other features of a token.
+_MAX_DEVIATIONS = 5.0  # untuned
 Values: typing.TypeAlias = np.ndarray | tuple[np.ndarray, np.ndarray]
-"""One value per token: [tokens]. A bag: (values, offsets [tokens + 1])."""
+"""A feature's values, one per token: [tokens]. If it is a bag: (values, offsets [tokens + 1])."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +30,14 @@ class ColumnReader:
     manifest: Manifest
     rows: pa.Table
     order: np.ndarray
-    """int64 [B]: the caller's number of each row, for error messages."""
+    """int64 [B]: place of each row in the batch as it was read, before requests were sorted; for error messages."""
 
     def lengths(self, name: str) -> np.ndarray:
         """Returns the number of entries in each row's list: int64 [B]."""
         return np.diff(_offsets_of(one_chunk(self.rows[name])))
 
     def last_entries(self, name: str, keep: np.ndarray) -> np.ndarray | None:
-        """Returns the positions of the last `keep[i]` entries of every row's list, in order; None if those are all."""
+        """Returns the positions of the last `keep[i]` entries of row i's list, for all rows; None if nothing is cut."""
         offsets = _offsets_of(one_chunk(self.rows[name]))
         return None if np.array_equal(np.diff(offsets), keep) else ranges(offsets[1:] - keep, keep)
 
@@ -50,7 +51,7 @@ class ColumnReader:
         column = one_chunk(self.rows[name])
         offsets = _offsets_of(column)
         self._check_lengths(name, offsets, self.integers("history_length") if lengths is None else lengths)
-        values = column.flatten()  # respects the offset of a sliced array
+        values = column.flatten()  # unlike `column.values`, only those of these rows if the array is a slice
         if feature.is_bag:
             ends = _offsets_of(values)
             array = self._checked(name, feature, values.flatten(), ends[offsets])
@@ -102,8 +103,9 @@ class ColumnReader:
         wrong = np.flatnonzero(np.diff(offsets) != expected)
         if len(wrong):
             row = int(wrong[0])
+            kind = name.split(".")[0]
             found = f"{offsets[row + 1] - offsets[row]} entries, expected {expected[row]}"
-            raise BadValue(name, int(self.order[row]), f"{found} (lists of a place must be aligned)")
+            raise BadValue(name, int(self.order[row]), f"{found} like the other {kind} columns of this row")
 
     def _checked(self, name: str, feature: Feature, values: pa.Array, offsets: np.ndarray) -> np.ndarray:
         array = values.to_numpy(zero_copy_only=False)

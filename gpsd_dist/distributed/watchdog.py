@@ -15,10 +15,12 @@ import typing
 from gpsd_dist.distributed import exit_codes, parent_watch
 
 FIRST_STEP_FACTOR = 4  # the first step compiles, tunes and fills caches; untuned
-_BACKSTOP_FACTOR = 2  # times the timeout: when a thread holds the interpreter lock, ours cannot run, but a C timer can
+# After this many timeouts a timer in C ends the process: our thread cannot, while another holds the interpreter lock.
+_BACKSTOP_FACTOR = 2
 _POLLS_PER_TIMEOUT = 20
 _LONGEST_POLL_S = 1.0  # a rank notices within this time that its launcher has died
-_LAST_WORDS_S = 2.0  # the launcher kills all ranks when one ends; this gives the others time to print their own message
+# Waited before it ends, because the launcher then kills the other ranks, which may have a message of their own.
+_LAST_WORDS_S = 2.0
 
 
 class Watchdog:
@@ -32,9 +34,9 @@ class Watchdog:
         clock: typing.Callable[[], float] = time.monotonic,
         end: typing.Callable[[str], None] | None = None,
     ):
-        """Takes the launcher that restarts this process, or None, and `end`, which receives the message of a hang.
+        """Takes the pid of the torchrun that restarts this process, if there is one, and what to do about a hang.
 
-        By default `end` prints the message with the stacks of all threads, and ends the process.
+        `end` is called with the message. By default it prints that and the stacks of all threads, and ends the process.
         """
         self._rank, self._clock, self._end = rank, clock, end or _end_process
         self._launcher_pid = launcher_pid
@@ -116,7 +118,7 @@ class Watchdog:
                 on_orphaned = None
             if timeout_s:
                 allowed_s = timeout_s * (FIRST_STEP_FACTOR if self._step <= self._first_step + 1 else 1)
-                if launcher_pid is not None:  # A C thread needs no interpreter lock. Every poll restarts its timer.
+                if launcher_pid is not None:  # Every poll starts the timer in C anew, so it fires only if polls stop.
                     faulthandler.dump_traceback_later(_BACKSTOP_FACTOR * allowed_s, exit=True)
                 if self._num_waiting and not self._num_writing:
                     self.alive()

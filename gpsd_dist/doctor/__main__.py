@@ -71,7 +71,7 @@ def run_checks() -> list[Check]:
 
 
 def installed_versions() -> dict[str, str]:
-    """Maps each installed one of DEPENDENCIES to its version."""
+    """Maps those of DEPENDENCIES that are installed to their versions."""
     versions = {}
     for name in DEPENDENCIES:
         try:
@@ -92,7 +92,7 @@ def pinned_versions(flavor: str) -> dict[str, str]:
 def install_command(flavor: str) -> str:
     """Returns the command that installs the pinned requirements into the environment of this interpreter."""
     if sys.prefix != sys.base_prefix:
-        # The set-up script looks at every package again only if its stamp is gone.
+        # The set-up script does nothing in an environment that has its stamp (a copy of the lock): remove that first.
         return f"rm -f {sys.prefix}/.installed-lock && .ci/setup_venv.sh {sys.prefix} {flavor}"
     return f"make setup FLAVOR={flavor}, then use .venv/bin/python instead of {sys.executable}"
 
@@ -158,14 +158,14 @@ def _minor(version: str) -> str:
 
 
 def check_operation(name: str, distribution: str, operation: Callable[[], str], reinstall: str) -> Check:
-    """Runs one operation and reports any exception as a failed check."""
+    """Runs one operation; an exception becomes a failed check."""
     try:
         return Check(name, OK, operation())
     except ModuleNotFoundError as error:
         return Check(name, FAILED, f"{error}", reinstall)
     except Exception as error:
         detail = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-        # pip leaves an installed package alone, however broken, if its version is the wanted one.
+        # Uninstalled first, because pip keeps a package whose version is right even if its files are broken.
         fix = f"{sys.executable} -m pip uninstall -y {distribution} && {reinstall}"
         if name == "gloo":
             fix = "export GLOO_SOCKET_IFNAME=lo (one machine), or the interface that `ip route` names for other nodes"

@@ -23,9 +23,9 @@ NEXT_BEHAVIOUR = "next_behaviour"  # the auxiliary loss, in metrics beside the t
 class Finetune:
     """Minimises the cross entropy of each task over the candidates whose label is observed.
 
-    A task given another one (conversion given click) is trained where that label is 1; with ESMM, through the product
-    of both probabilities, over all candidates. With `next_behaviour_weight` the histories' states also predict the
-    next behaviour.
+    A task may be conditional: conversion given click. It is trained on the candidates where the other label is 1 (the
+    clicked ones); with ESMM on all candidates, through the product of both probabilities. With `next_behaviour_weight`
+    the states of the history also predict the next behaviour.
     """
 
     with_candidates: typing.ClassVar[bool] = True
@@ -112,14 +112,14 @@ class Finetune:
 
     def _loss(self, task: Task, logits: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
         label_C = self._label(task, batch)
-        # A model of conversions trained on clicked candidates alone would be asked about all of them: ESMM trains the
-        # product where every candidate has a label (sample selection bias).
+        # Trained on clicked candidates alone, a model of conversions would have to score candidates of a kind that it
+        # never saw (sample selection bias). So ESMM trains the product, for which every candidate has a label.
         if self.config.esmm and task.given is not None:
             return losses.product_cross_entropy(logits[task.given], logits[task.name], label_C)
         return losses.binary_cross_entropy(logits[task.name], label_C)
 
     def _label(self, task: Task, batch: Batch) -> torch.Tensor:
-        """Gives the label that the loss of the task compares: float32 [C], NaN where it does not count."""
+        """Returns the target of the task's loss: float32 [C], NaN for candidates that are left out of it."""
         label_C = batch.labels[task.name]
         if task.given is None:
             return label_C
@@ -130,7 +130,7 @@ class Finetune:
 def add_predictions(
     predictions: dict[str, Predictions], tasks: tuple[Task, ...], logits: dict[str, torch.Tensor], batch: Batch
 ) -> None:
-    """Adds the scores of a batch; a task given another one is scored where that label is 1."""
+    """Adds the scores of a batch. A conditional task is scored on the candidates where the other label is 1."""
     # The user goes along with each score, because GAUC is a mean of the AUCs of users, who may sit on several ranks.
     # The time of the request goes along for the GAUC within a user's day.
     request_C = batch.packing.request_C

@@ -2,10 +2,10 @@
 
     linear(x / rms(x) * gain) = (x / rms(x)) @ (weight * gain)^T
 
-The gain then costs one product with a weight instead of one with all tokens, forward and backward. With fewer tokens
-than outputs of the layer, it stays with the tokens. The rest of the norm has a backward of its own that passes over the
-tokens four times; autograd through torch's unfused CPU norm does about twelve times. CUDA has a fused kernel and
-compilers fuse by themselves, so there the plain formula is used.
+The gain is then multiplied into the weight [O, D] instead of into all tokens [S, D], forward and backward; if there are
+fewer tokens than outputs (S < O), it is multiplied into the tokens. The division by the root mean square has its own
+backward, which passes over the tokens four times; autograd through torch's norm on CPU, which is not fused, makes about
+twelve passes. On CUDA torch has a fused kernel, and compilers fuse by themselves: both get the plain formula.
 
 Shape letters: S tokens, D width in, O width out.
 """
@@ -24,7 +24,10 @@ def normed_linear(x_SD: torch.Tensor, norm: nn.RMSNorm, linear: nn.Linear) -> to
 
 
 def folded(x_SD: torch.Tensor, norm: nn.RMSNorm, linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns input [S, D] and weight [O, D] whose product is linear(norm(x)); the shorter one has the gain."""
+    """Returns an input [S, D] and a weight [O, D] whose product is linear(norm(x)).
+
+    The gain is multiplied into the one with fewer rows.
+    """
     unit_SD = _UnitRms.apply(x_SD, norm.eps)
     if len(x_SD) < linear.out_features:
         return unit_SD * norm.weight, linear.weight
@@ -40,7 +43,7 @@ def normed(x_SD: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
 
 
 class _UnitRms(torch.autograd.Function):
-    """Computes x / sqrt(mean(x^2) + eps). For backward it keeps its output and a number per token, not its input."""
+    """Computes x / sqrt(mean(x^2) + eps). Its backward needs the output and one number per token, but not the input."""
 
     @staticmethod
     def forward(ctx, x_SD, eps):

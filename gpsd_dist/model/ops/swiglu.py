@@ -2,9 +2,9 @@
 
     hidden = silu(gate) * up;  d hidden / d gate = hidden + sigmoid(gate) (up - hidden);  d hidden / d up = silu(gate)
 
-The forward overwrites gate and up by both derivatives while they are in the cache. The backward then needs two products
-per hidden value and no exponential, and 3 F values per token are kept instead of 4 F. CUDA, compilers and half
-precision take the plain formula.
+The forward stores both derivatives in the memory of gate and up, block by block, while a block is in the cache. The
+backward then takes two products per hidden value and no exponential, and 3 F values per token are kept instead of 4 F.
+On CUDA, in compiled code and in half precision the plain formula is used.
 
 Shape letters: S tokens, D width, F hidden width, s tokens of a block.
 """
@@ -30,7 +30,7 @@ def swiglu(x_SD: torch.Tensor, norm: nn.RMSNorm, gate_up: nn.Linear, down: nn.Li
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Works in blocks of tokens. They change no bit, because only elementwise operations are cut."""
+    """Works in blocks of tokens. The size of a block changes no bit, because only elementwise operations are split."""
 
     @staticmethod
     def forward(ctx, unit_SD, gate_up_weight, down_weight, keeps_slopes):
