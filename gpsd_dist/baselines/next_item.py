@@ -108,6 +108,8 @@ def _read_events(data_dir: str | os.PathLike, manifest: schema.Manifest) -> _Eve
     """Reads histories and positives of all splits; an event in several of them (user, item, time) counts once."""
     name, parts, num_untimed = manifest.item_feature, [], 0
     for split in manifest.splits:
+        if not split.num_rows:  # `valid` of data that were built with --no_valid
+            continue
         columns = [f"history.{name}", "history.time_s", "user_hash"]
         for batch in read_batches(data_dir, manifest, split.name, columns):
             time_s = pc.list_flatten(batch["history.time_s"])

@@ -40,6 +40,7 @@ def make(folder, history, candidate, label, times=None):
         table = table.append_column("history_length", pa.array(lengths[name], pa.int32()))
         pq.write_table(table, folder / f"{name}.parquet")
         splits.append(schema.Split(name, (f"{name}.parquet",), len(table), 0, 0, None, None))
+    splits.append(schema.Split("valid", (), 0, 0, 0, None, None))  # as --no_valid leaves it
     feature = schema.Feature("item", ("history", "candidate"), table="item")
     manifest = schema.Manifest(
         source="test",
