@@ -18,6 +18,7 @@ from gpsd_dist import schema
 
 HR_CUTS = (1, 10, 50, 100, 200, 500, 1000)
 NDCG_CUTS = (1, 10, 50, 100, 200)
+MEAN_KEYS = (*(f"hr@{cut}" for cut in HR_CUTS), *(f"ndcg@{cut}" for cut in NDCG_CUTS), "mrr")
 RANK_CUT = 2500  # protocol of HSTU (arXiv:2402.17152): they score the top 2500, and a target outside counts as 2501st
 CHUNK_SCORES = 1 << 23  # scores per chunk: 64 MiB of float64
 
@@ -167,6 +168,5 @@ class RankingSums:
         1 / (cut + 1) to `mrr`.
         """
         *sums, unknown, rows = self._sums.tolist()
-        names = [f"hr@{cut}" for cut in HR_CUTS] + [f"ndcg@{cut}" for cut in NDCG_CUTS] + ["mrr"]
-        means = {name: value / rows if rows else math.nan for name, value in zip(names, sums)}
+        means = {name: value / rows if rows else math.nan for name, value in zip(MEAN_KEYS, sums)}
         return means | {"rows": int(rows), "unknown_targets": int(unknown)}

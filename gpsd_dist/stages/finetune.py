@@ -11,11 +11,11 @@ from torch import nn
 from gpsd_dist.batch.batch import Batch
 from gpsd_dist.config import FinetuneConfig, RunConfig
 from gpsd_dist.config.model import MODELS, models_with
-from gpsd_dist.metrics.classification import Predictions, gather_metrics
+from gpsd_dist.metrics.classification import METRIC_KEYS, Predictions, gather_metrics
 from gpsd_dist.model.gpsd import RankingModel
 from gpsd_dist.schema import Manifest, Table, Task
 from gpsd_dist.stages import losses
-from gpsd_dist.stages.stage import Components, Metrics
+from gpsd_dist.stages.stage import Components, Metrics, check_best_metric
 
 NEXT_BEHAVIOUR = "next_behaviour"  # the auxiliary loss, in metrics beside the tasks: so no task may have this name
 
@@ -39,6 +39,7 @@ class Finetune:
                 f"next_behaviour_weight {self.config.next_behaviour_weight}: model {run.model.name!r} has no history "
                 f"states to supervise, only {able} have; leave the option out"
             )
+        check_best_metric(run, [f"{task.name}/{key}" for task in self.tasks for key in METRIC_KEYS])
         self.loss_weights = {task.name: self.config.task_weights.get(task.name, 1.0) for task in self.tasks}
         if self._has_auxiliary:
             self.loss_weights[NEXT_BEHAVIOUR] = self.config.next_behaviour_weight

@@ -12,11 +12,12 @@ from torch import nn
 from gpsd_dist.batch.batch import Batch
 from gpsd_dist.config import RunConfig
 from gpsd_dist.metrics.classification import Predictions
+from gpsd_dist.metrics.ranking import MEAN_KEYS
 from gpsd_dist.model.gpsd import NextItemModel
 from gpsd_dist.schema import Manifest, Table
 from gpsd_dist.stages import losses
 from gpsd_dist.stages.item_ranking import rank_next_items
-from gpsd_dist.stages.stage import Components, Metrics
+from gpsd_dist.stages.stage import Components, Metrics, check_best_metric
 
 
 class Pretrain:
@@ -28,6 +29,7 @@ class Pretrain:
 
     def __init__(self, run: RunConfig, manifest: Manifest):
         self.run, self.config, self.manifest = run, run.pretrain, manifest
+        check_best_metric(run, [f"next_item/{key}" for key in MEAN_KEYS])
         auxiliary = {f"next_{name}": self.config.auxiliary_weight for name in self.config.auxiliary}
         self.loss_weights = {"next_item": 1.0} | auxiliary
 

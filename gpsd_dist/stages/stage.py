@@ -22,6 +22,7 @@ from gpsd_dist.parameter_names import DENSE, IDS, TABLE
 from gpsd_dist.schema import Manifest, Table
 from gpsd_dist.tables.id_remapping import IdRemapper
 from gpsd_dist.tables.sharding import ShardedTables
+from gpsd_dist.validation import did_you_mean
 
 Metrics = dict[str, dict[str, float | int]]
 """Task -> metric -> value."""
@@ -94,6 +95,14 @@ class Components:
         ids = self.ids.state()
         named = {TABLE: self.tables.weights(), DENSE: dict(self.model.state_dict())}
         return named | ({IDS: ids} if ids else {})
+
+
+def check_best_metric(run: RunConfig, known: list[str]) -> None:
+    """Raises ValueError if TrainConfig.best_metric is none of the `task/metric` that validations of the stage give."""
+    # Found here and not by the first validation, which may come after hours of training.
+    name = run.train.best_metric
+    if name and name not in known:
+        raise ValueError(f"TrainConfig.best_metric {name!r} is not one of {known}{did_you_mean(name, known)}")
 
 
 def evaluate_split(

@@ -118,8 +118,12 @@ def test_undefined_metric_is_never_the_best_for_good(data_dir, tmp_path, one_ran
 
 def test_best_metric_can_be_chosen(data_dir, tmp_path, one_rank):
     _train(data_dir, tmp_path, one_rank, train={"best_metric": "buy/gauc", "max_steps": 2, "eval_per_epoch": 6})
-    with pytest.raises(ValueError, match=r"TrainConfig\.best_metric 'gauc' is not one of .*buy/gauc"):
-        _train(data_dir, tmp_path / "b", one_rank, train={"best_metric": "gauc", "max_steps": 2, "eval_per_epoch": 6})
+    wrong = tiny_run("finetune", data_dir, tmp_path / "b", train={"best_metric": "buy/guac"})
+    with pytest.raises(ValueError, match=r"best_metric 'buy/guac' is not one of .*; did you mean 'buy/gauc'"):
+        Trainer(wrong, one_rank)  # before a step is trained
+    wrong = tiny_run("pretrain", data_dir, tmp_path / "b", train={"best_metric": "next_item/hr@11"})
+    with pytest.raises(ValueError, match=r"next_item/hr@11' is not one of .*did you mean 'next_item/hr@1"):
+        Trainer(wrong, one_rank)
 
 
 def test_saves_at_the_interval_and_keeps_best_and_last(data_dir, tmp_path, one_rank):
