@@ -99,9 +99,9 @@ def show(made: Outcome, out_dir: pathlib.Path) -> None:
         console.print(_as_text(table))
     console.print(CAPTION, markup=False, highlight=False)
     for verdict_of_task in made.verdicts.values():
-        console.print(verdict_of_task, style="bold", markup=False, highlight=False)
+        console.print(verdict_of_task, style="bold", markup=False, highlight=False, soft_wrap=True)
     for hint in made.hints:
-        console.print(f"- {hint}", markup=False, highlight=False)
+        console.print(f"- {hint}", markup=False, highlight=False, soft_wrap=True)
     first = next(iter(made.verdicts.values()), "")
     parts = {"rows": made.rows, "floors": made.floors, "refit": made.refit, "chosen": made.chosen}
     written = {"verdict": first, "verdicts": made.verdicts, "next": made.hints}

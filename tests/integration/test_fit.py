@@ -1,0 +1,157 @@
+"""The real `python -m gpsd_dist.fit`: stopped in the middle, gone on, kept, refused for other data."""
+
+import json
+import logging
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from gpsd_dist import commands
+from gpsd_dist.checkpoint import manager
+from gpsd_dist.config import run_config_from_dict
+from gpsd_dist.fit import __main__ as fit
+from gpsd_dist.fit.display import Display
+from gpsd_dist.metrics.auc_interval import auc_by_user
+from gpsd_dist.metrics.scores import read_scores
+from tests.helpers.commands import TINY_GIN, environment
+from tests.integration.tiny_data import write_tiny_data
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TIMEOUT_S = 500
+pytestmark = pytest.mark.timeout(TIMEOUT_S)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fit")
+    write_tiny_data(folder / "data", rows={"train": 60, "valid": 40, "test": 40})
+    (folder / "tiny.gin").write_text(TINY_GIN + "EPOCHS = 2\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+    """A fit that scores in this process sets the log up; other tests of it need theirs."""
+    logger = logging.getLogger("gpsd_dist")
+    before = logger.handlers, logger.level, logger.propagate
+    yield
+    logger.handlers, logger.level, logger.propagate = before
+
+
+def options(root, *more: str) -> list[str]:
+    files = ["--gin_file", "configs/stage/finetune.gin", "--gin_file", str(root / "tiny.gin")]
+    files += ["--pretrain_gin_file", "configs/stage/pretrain.gin", "--pretrain_gin_file", str(root / "tiny.gin")]
+    strategies = ["--strategies", "NT,ST_SF", "--nproc", "1"]
+    return ["--data", str(root / "data"), "--out", str(root / "run"), *strategies, *files, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(root):
+    """Asked to stop while it pretrains, and run again; returns the two results."""
+    command = [sys.executable, "-m", "gpsd_dist.fit", *options(root)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as child:
+        log = root / "run/pretrain/metrics.jsonl"
+        while child.poll() is None and not (log.is_file() and log.read_text()):
+            time.sleep(0.05)
+        child.send_signal(signal.SIGTERM)
+        _, stopped = child.communicate(timeout=TIMEOUT_S)
+    assert child.returncode == 130, stopped
+    again = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert again.returncode == 0, again.stderr
+    return stopped, again
+
+
+def test_a_stopped_fit_goes_on(finished):
+    stopped, again = finished
+    assert stopped.splitlines()[-1] == "stopped; what was trained is saved, and the same command goes on from there"
+    assert "smoothed rates on valid: kept; click AUC 0." in again.stderr
+    assert "[5/13] NT: " in again.stderr and "chosen on valid: " in again.stderr
+
+
+def test_the_result_is_complete(finished, root):
+    run, summary = root / "run", json.loads((root / "run/summary.json").read_text())
+    rows = {(row["strategy"], row["task"]): row for row in summary["rows"]}
+    assert list(rows) == [("NT", "click"), ("NT", "buy"), ("ST_SF", "click"), ("ST_SF", "buy")]
+    for (strategy, task), row in rows.items():
+        assert (
+            row["split"] == "test"
+            and row["auc"] == json.loads((run / strategy.lower() / "test.json").read_text())[task]["auc"]
+        )
+    best = max(("NT", "ST_SF"), key=lambda name: rows[name, "click"]["valid_auc"])
+    assert summary["chosen"] == f"{best} refit" and json.loads((run / "fit.json").read_text())["chosen"] == best.lower()
+    assert {row["label"] for row in summary["floors"]} == {"popularity", "smoothed rates", "boosted trees"}
+    (refit,) = (row for row in summary["refit"] if row["task"] == "click")
+    columns = read_scores(run / f"{best.lower()}_refit/test_scores.parquet")["click"]
+    judged = auc_by_user(columns["score"], columns["label"], columns["user_hash"])
+    assert (judged.auc, judged.half_width) == pytest.approx((refit["auc"], refit["auc_half_width"]), abs=1e-12)
+    page = (run / "report.html").read_text()
+    assert summary["verdict"] in page and "What to try next" in page
+    assert f"\n{summary['verdict']}\n" in finished[1].stdout
+
+
+def test_every_step_can_be_typed(finished, root):
+    lines = (root / "run/commands.sh").read_text().splitlines()
+    typed = [line for line in lines if line.startswith("python ")]
+    assert len(typed) == 13 and lines[2] == "# popularity on valid"
+    kinds = [line.split()[2] for line in typed]
+    assert kinds.count("gpsd_dist.train") == 4 and kinds.count("gpsd_dist.evaluate") == 9
+    saved = json.loads((root / "run/st_sf/run_config.json").read_text())
+    assert run_config_from_dict(saved).init_checkpoint == str(root / "run/pretrain")
+
+
+def test_a_finished_fit_is_only_shown_again(finished, root, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (root / "run").rglob("checkpoints/**/*")}
+    assert fit.main(options(root)) == 0
+    shown = capsys.readouterr()
+    assert shown.err.count(": kept") == 13 and json.loads((root / "run/summary.json").read_text())["verdict"]
+    assert before == {path: path.stat().st_mtime_ns for path in (root / "run").rglob("checkpoints/**/*")}
+
+
+def test_a_folder_of_other_data_or_options_is_refused(finished, root, tmp_path, capsys):
+    write_tiny_data(tmp_path / "other", seed=1, rows={"train": 61, "valid": 40, "test": 40})
+    assert fit.main([*options(root), "--data", str(tmp_path / "other")]) == 2
+    error = capsys.readouterr().err
+    assert f"{root / 'run'} belongs to other data ({root / 'data'}" in error and "use another --out" in error
+    assert fit.main([*options(root), "--gin.EPOCHS=3"]) == 2
+    assert "was made with other options (overrides [] there, ['--gin.EPOCHS=3'] now)" in capsys.readouterr().err
+
+
+def test_a_failing_training_is_named_with_its_reason(root, tmp_path, capsys):
+    wrong = ["--gin.FinetuneConfig.task_weights={'no_task': 1.0}", "--out", str(tmp_path), "--strategies", "NT"]
+    assert fit.main([*options(root), *wrong]) == 2
+    error = capsys.readouterr().err
+    assert "error: FinetuneConfig.task_weights names ['no_task']" in error and "the same command goes on" in error
+    assert "FinetuneConfig.task_weights names" in (tmp_path / "logs/NT.log").read_text()
+
+
+def test_a_budget_ends_a_training_with_a_validation(root, tmp_path, monkeypatch, capsys):
+    """Its time is up after some steps: it does one more, validates, is scored, and counts as finished."""
+    started = threading.Event()
+
+    def on_line(display, line, real=Display.on_line):
+        real(display, line)
+        if "step 3/" in line:
+            started.set()
+
+    def wait(child, deadline_s):
+        if deadline_s < float("inf"):
+            started.wait(TIMEOUT_S / 2)
+            child.terminate()
+        return child.wait(), deadline_s < float("inf")
+
+    monkeypatch.setattr(commands, "_wait", wait)
+    monkeypatch.setattr(Display, "on_line", on_line)
+    more = ["--gin.EPOCHS=20000", "--gin.PATIENCE=0", "--budget_minutes", "30", "--strategies", "NT", "--no_refit"]
+    assert fit.main([*options(root), *more, "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    last = manager.read_state(manager.find(tmp_path / "nt", "last"))
+    assert f"stopped by the budget at step {last.step}" in shown.err
+    assert last.progress["is_finished"] and last.run_config["train"]["max_steps"] == last.step < 1000
+    assert "click/auc" in last.metrics
+    assert f"--gin.TrainConfig.max_steps={last.step}" in (tmp_path / "commands.sh").read_text()
+    assert "--budget_minutes ended" in shown.out
