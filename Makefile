@@ -8,6 +8,10 @@ BENCH_FLAGS ?= --suite cpu
 EXPERIMENTS_FLAGS ?=
 FAULTS ?=
 KERNEL ?= default
+# Torch takes its own kernels if it does not know the name: the tests would pass without having tested anything.
+ifeq ($(filter default avx2 avx512,$(KERNEL)),)
+$(error KERNEL=$(KERNEL) is none of default, avx2, avx512)
+endif
 
 BIN := $(abspath $(VENV))/bin
 # torchrun and the linters are looked up on PATH by the programs they are called from.

@@ -250,6 +250,14 @@ def test_target_does_its_own_setup_in_the_chosen_environment(target, tmp_path):
     assert all(f"{tmp_path}/v/bin/" in line for line in planned[1:])
 
 
+def test_a_misspelt_kernel_is_refused():
+    command = ["make", "--dry-run", "test-kernels"]
+    for kernel, status in (("avx2", 0), ("avx513", 2), ("", 2)):
+        done = subprocess.run([*command, f"KERNEL={kernel}"], cwd=REPO_ROOT, capture_output=True, text=True, timeout=30)
+        assert done.returncode == status
+        assert not status or f"KERNEL={kernel} is none of default, avx2, avx512" in done.stderr
+
+
 def test_help_lists_every_target():
     phony = re.search(r"^\.PHONY: (.*)$", (REPO_ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
     listed = re.findall(r"^  ([a-z-]+) +\S", make("help"), re.MULTILINE)
