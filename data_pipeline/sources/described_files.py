@@ -70,7 +70,7 @@ def _fitting(raw_dir: pathlib.Path, section: str, pattern: str) -> list[pathlib.
     return [path for path in below if _is_table(path)]
 
 
-def _is_table(path: pathlib.PurePath) -> bool:
+def _is_table(path: pathlib.Path) -> bool:
     ending = [suffix for suffix in path.suffixes if suffix != ".gz"][-1:]
     is_text = bool(ending) and ending[0] in _TEXT_ENDINGS
     return is_text or path.suffix == ".parquet" or json_lines.is_json_lines(path)
