@@ -144,7 +144,8 @@ def area_under_curve(score: np.ndarray, label: np.ndarray) -> float | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line: one option per field of `synthetic_log.SyntheticConfig`. Status 2: sizes do not fit."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    summary = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m data_pipeline.synthesize", description=summary, allow_abbrev=False)
     parser.add_argument("--out_dir", required=True, type=pathlib.Path)
     for field in dataclasses.fields(synthetic_log.SyntheticConfig):
         parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=f"default {field.default}")

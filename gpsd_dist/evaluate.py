@@ -109,7 +109,7 @@ def _print(metrics: Metrics) -> None:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.evaluate", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawTextHelpFormatter
     scorer = parser.add_mutually_exclusive_group(required=True)
     scorer.add_argument("--checkpoint", help="run folder, or one checkpoint in it; or the URL of one")

@@ -36,7 +36,8 @@ SMALL = Size(
 
 def main(argv: list[str]) -> int:
     """Returns 0, or the exit status of the first command that failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.quickstart", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out_dir", type=pathlib.Path, default=pathlib.Path("runs/quickstart"))
     parser.add_argument("--small", action="store_true", help="a tenth of the data, a tiny model: does it run at all?")
     parser.add_argument("--nproc", type=int, default=2, help="training processes (default 2)")

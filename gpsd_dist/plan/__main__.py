@@ -227,7 +227,7 @@ def as_dict(scenario: Scenario, found: Estimate, options: list[Suggestion]) -> d
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.plan", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawTextHelpFormatter
     parser.add_argument("--world_size", type=int, required=True, help="ranks (GPUs) of the cluster")
     parser.add_argument(

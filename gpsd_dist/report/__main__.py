@@ -14,7 +14,7 @@ from gpsd_dist.report.page import make_report
 
 def main(argv: list[str]) -> int:
     """Returns 0, or 2 if a folder holds no run or the page cannot be written."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.report", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=pathlib.Path, help="run folder, or one above")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("report.html"), help="default: report.html")

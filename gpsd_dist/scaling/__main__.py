@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Parses the command line; adds `overrides` and `pretrain_overrides`, as `--gin.X=Y` of either stage."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.scaling", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out_dir", type=pathlib.Path, required=True)
     ladder = parser.add_argument_group("ladder")

@@ -1,5 +1,6 @@
 """What documentation points to exists: files behind links, sections, tests that a page calls its evidence."""
 
+import ast
 import pathlib
 import re
 import subprocess
@@ -82,3 +83,18 @@ def test_raw_data_have_no_folder_of_one_machine():
     paths = [path for folder in folders for path in (REPO_ROOT / folder).rglob("*") if path.suffix in TEXT]
     assert len(paths) > 200
     assert [path.relative_to(REPO_ROOT).as_posix() for path in paths if RAW_DATA_FOLDER in path.read_text()] == []
+
+
+def test_usage_names_the_command_that_was_typed():
+    """Without `prog`, the --help of a package would begin with `usage: __main__.py`, which nobody can type."""
+    wrong = []
+    for path in [*(REPO_ROOT / "gpsd_dist").rglob("*.py"), *(REPO_ROOT / "data_pipeline").rglob("*.py")]:
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        for call in calls:
+            if ast.unparse(call.func) == "argparse.ArgumentParser":
+                texts = {key.arg: ast.unparse(key.value).strip("'") for key in call.keywords}
+                package = ".".join(path.relative_to(REPO_ROOT).with_suffix("").parts).removesuffix(".__main__")
+                owners = {"data_pipeline.command_line": "data_pipeline.build"}
+                if "usage" not in texts and texts.get("prog") != f"python -m {owners.get(package, package)}":
+                    wrong.append(package)
+    assert not wrong
