@@ -113,7 +113,7 @@ class Trainer:
                         self.validate(is_last)
                     elif is_last:
                         self._finish_unvalidated()
-                    elif must_stop or self._save_is_due():
+                    elif must_stop or self.step % self.save_interval_steps == 0:
                         self.save({})
                     if self.early_stopping.is_finished or must_stop:
                         break
@@ -221,6 +221,7 @@ class Trainer:
             epochs = epochs_to_best(dataclasses.asdict(run), dataclasses.asdict(self.manifest))
             self.total_steps = min(self.total_steps, max(1, round(epochs * steps_per_epoch)))
         self.eval_interval_steps = max(1, steps_per_epoch // run.train.eval_per_epoch)
+        self.save_interval_steps = run.train.save_interval_steps or self.total_steps
         self.warmup_steps = int(run.train.warmup_fraction * self.schedule_steps)
 
     def batches(self) -> typing.Iterator[Parts]:
@@ -243,10 +244,6 @@ class Trainer:
 
     def _validation_is_due(self, is_last: bool) -> bool:
         return self.validates and (is_last or self.step % self.eval_interval_steps == 0)
-
-    def _save_is_due(self) -> bool:
-        interval = self.run.train.save_interval_steps
-        return interval > 0 and self.step % interval == 0
 
     def _finish_unvalidated(self) -> None:
         """Saves the last step as the result: `valid` was trained on, or has no rows. Collective."""

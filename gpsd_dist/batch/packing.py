@@ -116,6 +116,12 @@ class Packing:
         return len(self.history_offsets) - 1
 
     @property
+    def request_T(self) -> torch.Tensor:
+        """Names the request of each history token: int64 [T]. The host knows their number, so there is no GPU sync."""
+        request_B = torch.arange(self.num_requests, device=self.history_offsets.device)
+        return torch.repeat_interleave(request_B, self.history_offsets.diff(), output_size=self.num_history_tokens)
+
+    @property
     def num_pairs(self) -> int:
         """Counts the pairs of a candidate and a token of its own history."""
         return self.candidate_key_count - self.num_candidates

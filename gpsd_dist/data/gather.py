@@ -27,16 +27,12 @@ def one_chunk(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _take(column: pa.ChunkedArray, rows: pa.Array) -> pa.Array:
-    if not _holds_numbers(column.type) or any(chunk.null_count or chunk.values.null_count for chunk in column.chunks):
+    entry = column.type.value_type if pa.types.is_list(column.type) else None
+    holds_numbers = entry is not None and (pa.types.is_integer(entry) or pa.types.is_floating(entry))
+    if not holds_numbers or any(chunk.null_count or chunk.values.null_count for chunk in column.chunks):
         return one_chunk(column.take(rows))
     texts = pa.chunked_array([_to_bytes(chunk) for chunk in column.chunks], pa.large_binary())
     return _to_list(one_chunk(texts.take(rows)), column.type)
-
-
-def _holds_numbers(list_type: pa.DataType) -> bool:
-    if not pa.types.is_list(list_type):
-        return False
-    return pa.types.is_integer(list_type.value_type) or pa.types.is_floating(list_type.value_type)
 
 
 def _to_bytes(array: pa.ListArray) -> pa.LargeBinaryArray:

@@ -27,17 +27,15 @@ def training_loader(
         num_parts=run.train.micro_batches,
         token_multiple=run.execution.token_multiple,
     )
-    is_pinned = runtime.device.type == "cuda"
 
-    def make_batch(rows, key):
-        parts = collate(rows, key)
-        return pinned(parts) if is_pinned else parts
+    def make_pinned(rows, key):
+        return pinned(collate(rows, key))
 
     return Loader(
         run.data_dir,
         manifest,
         run.training_split,
-        make_batch=make_batch,
+        make_batch=make_pinned if runtime.device.type == "cuda" else collate,
         columns=collate.columns(),
         rank=runtime.rank,
         world_size=runtime.world_size,

@@ -43,7 +43,7 @@ class Backbone(nn.Module):
         """Runs a batch with its `embeddings` (table -> [U, E]): states [S, D], or of candidates [C, out_width]."""
         x, padded = self._tokens(embeddings, batch), batch.padded
         if padded is None:
-            return self.tower(x, batch.packing, candidates_only, _times(batch))
+            return self.tower(x, batch.packing, candidates_only, Times(batch.history_time_s_T, batch.request_time_s_B))
         # Only the tower meets the padding: embedder and heads run on real tokens, so no loss or gradient sees it.
         call = self.call_padded or self.tower
         return padded.take(call(padded.fill(x), padded.packing, candidates_only), candidates_only)
@@ -51,15 +51,12 @@ class Backbone(nn.Module):
     def with_history(self, embeddings: dict[str, torch.Tensor], batch: Batch) -> tuple[torch.Tensor, "HistoryStates"]:
         """Gives the candidates' states [C, out_width], and those of histories (towers that `supervises_history`)."""
         x_SFD = self._tokens(embeddings, batch)
-        state_C, state_TN = self.tower(x_SFD, batch.packing, True, _times(batch), with_history=True)
+        times = Times(batch.history_time_s_T, batch.request_time_s_B)
+        state_C, state_TN = self.tower(x_SFD, batch.packing, True, times, with_history=True)
         return state_C, HistoryStates(state_TN, x_SFD[: batch.packing.num_history_tokens].flatten(1))
 
     def _tokens(self, embeddings: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
         return self.dropout(self.project_in(self.embedder(embeddings, batch)))
-
-
-def _times(batch: Batch) -> Times:
-    return Times(batch.history_time_s_T, batch.request_time_s_B)
 
 
 class HistoryStates(typing.NamedTuple):

@@ -52,16 +52,10 @@ def pool(value_TN: torch.Tensor, weight_P: torch.Tensor, pairs: Pairs) -> torch.
     )
 
 
-def request_of_tokens(packing: Packing) -> torch.Tensor:
-    """Returns the request of each history token, int64 [T]."""
-    request_B = torch.arange(packing.num_requests, device=packing.history_offsets.device)
-    return torch.repeat_interleave(request_B, packing.history_offsets.diff(), output_size=packing.num_history_tokens)
-
-
 def sum_histories(x_TN: torch.Tensor, packing: Packing) -> torch.Tensor:
     """Sums each request's history: [T, ...] -> [B, ...], zero for an empty one."""
     zero_BN = x_TN.new_zeros(packing.num_requests, *x_TN.shape[1:])
-    return zero_BN.index_add(0, request_of_tokens(packing), x_TN)
+    return zero_BN.index_add(0, packing.request_T, x_TN)
 
 
 def join(

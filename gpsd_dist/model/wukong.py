@@ -13,7 +13,7 @@ from torch import nn
 
 from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig
-from gpsd_dist.model.pairs import request_of_tokens, split_tokens
+from gpsd_dist.model.pairs import split_tokens
 from gpsd_dist.model.transformer import init_linear
 
 _FM_RANK, _FM_FIELDS, _LINEAR_FIELDS = 24, 16, 16  # official settings
@@ -114,7 +114,7 @@ class Wukong(nn.Module):
 
 def _slots(history_TFD: torch.Tensor, packing: Packing) -> list[torch.Tensor]:
     """Fills the slots of each length bucket [n, W F, D]: latest event first, zero behind the earliest."""
-    request_T = request_of_tokens(packing)
+    request_T = packing.request_T
     last_T = packing.history_offsets[1:][request_T] - 1
     recency_T = last_T - torch.arange(packing.num_history_tokens, device=last_T.device)
     slots, first_request, first_token = [], 0, 0

@@ -10,7 +10,6 @@ of gpsd_dist/plan/. Exit status: 0 fits, 3 does not fit, 2 for a mistake in the 
 
 import argparse
 import dataclasses
-import itertools
 import json
 import logging
 import math
@@ -30,7 +29,7 @@ from gpsd_dist.plan.estimate import RESERVE, Estimate, Scenario, estimate
 from gpsd_dist.plan.suggestions import Suggestion, suggestions
 from gpsd_dist.plan.workload import data_shape, with_assumptions, with_table_rows
 from gpsd_dist.preflight import check_options_against_data
-from gpsd_dist.tables.sharding import Cluster, Shard
+from gpsd_dist.tables.sharding import Cluster, readable
 
 FITS, MISTAKE, DOES_NOT_FIT = 0, 2, 3
 _GIB, _MIB = 2**30, 2**20
@@ -110,7 +109,7 @@ def _print(scenario: Scenario, found: Estimate, options: list[Suggestion]) -> No
         f"{cluster.world_size} ranks of {cluster.memory_bytes / _GIB:g} GiB on {machines} machines",
         soft_wrap=True,
     )
-    for line in (*_layout_lines(found.layout.shards), *filter(None, [found.saved])):
+    for line in (*readable(found.layout.shards, run.tables).splitlines(), *filter(None, [found.saved])):
         console.print(line, soft_wrap=True)
     unique = ", ".join(f"{rows:,.0f} rows of {table}" for table, rows in step.unique_rows.items())
     console.print(
@@ -131,22 +130,6 @@ def _print(scenario: Scenario, found: Estimate, options: list[Suggestion]) -> No
     for warning in _warnings(scenario, found):
         console.print(f"note: {warning}", markup=False, soft_wrap=True)
     _print_verdict(console, found, options)
-
-
-def _layout_lines(shards: tuple[Shard, ...]) -> list[str]:
-    """Describes each table in one line; joins neighbouring ranks that hold pieces of one size."""
-    lines = []
-    for (table, is_frozen, kind), pieces in itertools.groupby(shards, lambda s: (s.table, s.is_frozen, s.sharding)):
-        groups: list[tuple[str, list[int]]] = []
-        for piece in pieces:
-            size = f"{piece.rows:,} x {piece.columns}"
-            if groups and groups[-1][0] == size and piece.rank == groups[-1][1][-1] + 1:
-                groups[-1][1].append(piece.rank)
-            else:
-                groups.append((size, [piece.rank]))
-        places = (f"{size} on rank {r[0]}" if len(r) == 1 else f"{size} on ranks {r[0]}-{r[-1]}" for size, r in groups)
-        lines.append(f"table {table}: {'frozen' if is_frozen else 'trainable'}, {kind}: {'; '.join(places)}")
-    return lines
 
 
 def _memory_table(found: Estimate) -> rich.table.Table:
@@ -215,7 +198,7 @@ def as_dict(scenario: Scenario, found: Estimate, options: list[Suggestion]) -> d
         "fits": found.fits,
         "usable_bytes": found.usable_bytes,
         "refusal": found.layout.refusal,
-        "layout": [*found.layout.text.splitlines(), *filter(None, [found.saved])],
+        "layout": [*readable(found.layout.shards, scenario.run.tables).splitlines(), *filter(None, [found.saved])],
         "cluster": dataclasses.asdict(scenario.cluster),
         "assumed": [*scenario.shape.notes, *_warnings(scenario, found)],
         "step_of_a_rank": dataclasses.asdict(found.training),

@@ -16,7 +16,7 @@ from gpsd_dist.plan.workload import DataShape, Workload, training_requests, work
 from gpsd_dist.schema import Manifest
 from gpsd_dist.tables.collections import Tables
 from gpsd_dist.tables.managed_collision import map_bytes
-from gpsd_dist.tables.sharding import Cluster, Shard, plan_tables, readable, shards_of, table_names
+from gpsd_dist.tables.sharding import Cluster, Shard, plan_tables, shards_of, table_names
 
 RESERVE = 0.15  # kept free for CUDA context, NCCL, fragmentation; TorchRec's planner does the same
 _UNLIMITED_BYTES = 1 << 60
@@ -36,7 +36,6 @@ class Scenario:
 class Layout:
     """Says which rank holds which piece of which table."""
 
-    text: str  # one readable line per table
     shards: tuple[Shard, ...]
     refusal: str  # the error of TorchRec's planner; empty if it accepts the tables
 
@@ -111,7 +110,7 @@ def plan_layout(scenario: Scenario) -> Layout:
         tables = Tables(sharded, run.frozen_tables, run.tables, meta)
         unlimited = dataclasses.replace(cluster, memory_bytes=_UNLIMITED_BYTES)
         plan = plan_tables(tables, run.tables, run.sparse, unlimited)
-    return Layout(readable(plan, run.tables), shards_of(plan, names, run.tables.frozen_value_bytes), refusal)
+    return Layout(shards_of(plan, names, run.tables.frozen_value_bytes), refusal)
 
 
 def model_size(run: RunConfig, manifest: Manifest) -> ModelSize:

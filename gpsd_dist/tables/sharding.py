@@ -1,6 +1,7 @@
 """Plans and shards the tables with TorchRec. No other module knows how a table is laid out over ranks."""
 
 import dataclasses
+import itertools
 import logging
 import math
 import typing
@@ -130,7 +131,7 @@ def shard_tables(
     )
     factor = _lr_factor(config, optimizer)
     shards = shards_of(plan, names, config.frozen_value_bytes)
-    sharded = ShardedTables(module, readable(plan, config), shards, names, config.embedding_dim, factor)
+    sharded = ShardedTables(module, readable(shards, config), shards, names, config.embedding_dim, factor)
     for name, weight in sharded.weights().items():
         _initialise(weight, name, config, seed)
     return sharded
@@ -243,15 +244,19 @@ def _optimizer_arguments(optimizer: OptimizerConfig) -> dict[str, typing.Any]:
     return arguments
 
 
-def readable(plan: ShardingPlan, config: TablesConfig) -> str:
-    """Writes the plan as text, one line per table: kind, layout, and rows x columns on each rank."""
+def readable(shards: tuple[Shard, ...], config: TablesConfig) -> str:
+    """Describes each table in one line; joins neighbouring ranks that hold pieces of one size."""
     lines = []
-    for path, parameters in plan.plan.items():
-        for name, sharding in parameters.items():
-            fate = "frozen" if path.endswith("frozen") else "trainable"
-            shards = [f"{'x'.join(map(str, s.shard_sizes))} on {s.placement}" for s in sharding.sharding_spec.shards]
-            layout = f"{sharding.sharding_type}, {sharding.compute_kernel}: {'; '.join(shards)}"
-            lines.append(f"table {name}: {fate}, {layout}")
+    for (table, is_frozen, kind), pieces in itertools.groupby(shards, lambda s: (s.table, s.is_frozen, s.sharding)):
+        groups: list[tuple[str, list[int]]] = []
+        for piece in pieces:
+            size = f"{piece.rows:,} x {piece.columns}"
+            if groups and groups[-1][0] == size and piece.rank == groups[-1][1][-1] + 1:
+                groups[-1][1].append(piece.rank)
+            else:
+                groups.append((size, [piece.rank]))
+        places = (f"{size} on rank {r[0]}" if len(r) == 1 else f"{size} on ranks {r[0]}-{r[-1]}" for size, r in groups)
+        lines.append(f"table {table}: {'frozen' if is_frozen else 'trainable'}, {kind}: {'; '.join(places)}")
     if config.stored_dim != config.embedding_dim:
         lines.append(f"rows are {config.embedding_dim} wide and stored as {config.stored_dim}, padded with zeros")
     return "\n".join(lines)

@@ -25,11 +25,7 @@ log = logging.getLogger(__name__)
 
 def event_times(history_T: torch.Tensor, request_B: torch.Tensor, packing: Packing) -> EventTimes:
     """Derives the times of queries and keys; int64 seconds with -1 for unknown. No GPU sync."""
-    request_T = torch.repeat_interleave(
-        torch.arange(packing.num_requests, device=history_T.device),
-        packing.history_offsets.diff(),
-        output_size=packing.num_history_tokens,
-    )
+    request_T = packing.request_T
     is_last_T = packing.position_S[: packing.num_history_tokens] + 1 == packing.history_offsets.diff()[request_T]
     next_T = torch.where(is_last_T, request_B[request_T], history_T.roll(-1))
     candidate_C = request_B[packing.request_C]

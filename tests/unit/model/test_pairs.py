@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from gpsd_dist.batch.packing import Packing
 from gpsd_dist.model.dien import time_major
-from gpsd_dist.model.pairs import pair_up, pool, request_of_tokens, softmax, split_tokens, sum_histories
+from gpsd_dist.model.pairs import pair_up, pool, softmax, split_tokens, sum_histories
 
 REQUESTS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 4)), max_size=12)
 
@@ -26,7 +26,7 @@ def test_pairs_are_every_candidate_with_every_token_of_its_history(requests):
     pairs = pair_up(packing)
     assert list(zip(pairs.candidate_P.tolist(), pairs.token_P.tolist())) == expected
     assert pairs.offsets.diff().tolist() == [lengths[r] for r in owners]
-    assert request_of_tokens(packing).tolist() == [r for r, length in enumerate(lengths) for _ in range(length)]
+    assert packing.request_T.tolist() == [r for r, length in enumerate(lengths) for _ in range(length)]
 
 
 def example():

@@ -53,7 +53,7 @@ def test_frozen_tables_have_no_state_and_send_no_gradients():
     assert found.memory.tables.tolist() == trained.memory.tables.tolist()
     assert found.traffic.gradients.total.sum() < trained.traffic.gradients.total.sum()
     assert found.traffic.rows.total.sum() == trained.traffic.rows.total.sum()
-    assert "table item: frozen" in found.layout.text
+    assert {shard.table for shard in found.layout.shards if shard.is_frozen} == {"item"}
 
 
 def test_planner_and_memory_decide():
