@@ -47,8 +47,8 @@ class Recorder:
         """
         self._rank, self._device = rank, torch.device(device)
         self._reductions: dict[str, str] = {}
-        self._windows: dict[str, tuple[typing.Any, typing.Any]] = {}
-        """Name -> (value, count) since the last log step; tensors stay on their device."""
+        self._windows: dict[str, tuple[typing.Any, float]] = {}
+        """Name -> (value, how often it was recorded) since the last log step; tensors stay on their device."""
         self._progress = progress if rank == 0 else None
         self._jsonl = self._tensorboard = None
         if rank == 0:
@@ -59,7 +59,7 @@ class Recorder:
             self._jsonl = open(output_dir / JSONL_NAME, "a", encoding="ascii")  # noqa: SIM115  see close
             self._tensorboard = torch.utils.tensorboard.SummaryWriter(output_dir, purge_step=keep_step + 1)
 
-    def record(self, name: str, value: float | torch.Tensor, *, reduce: str = "mean", count=None) -> None:
+    def record(self, name: str, value: float | torch.Tensor, *, reduce: str = "mean") -> None:
         """Adds one value to `name`. Not collective, no GPU sync.
 
         Args:
@@ -67,8 +67,6 @@ class Recorder:
             value: number, or tensor with one element (detached here, stays on its device until the log step).
             reduce: over the steps since the last log step and over ranks: "mean", "sum", "max", or "last" (of rank 0).
                 A name keeps its reduction.
-            count: for "mean" only: `value` is a sum over `count` things, and the result is the sum of the values over
-                the sum of the counts. NaN if all counts are 0.
 
         ValueError for a bad name, an unknown reduction or one that changed, a tensor of several elements.
         """
@@ -77,9 +75,7 @@ class Recorder:
             raise ValueError(f"metric {name!r} with reduce={reduce!r}: {expected}")
         if self._reductions.setdefault(name, reduce) != reduce:
             raise ValueError(f"metric {name!r} was recorded with reduce={self._reductions[name]!r}, now {reduce!r}")
-        if count is not None and reduce != "mean":
-            raise ValueError(f"metric {name!r}: a count belongs to reduce='mean', not to {reduce!r}")
-        value, count = _scalar(name, value), _scalar(name, 1 if count is None else count)
+        value, count = _scalar(name, value), 1.0
         if name in self._windows and reduce != "last":
             before, count_before = self._windows[name]
             value, count = _max(before, value) if reduce == "max" else before + value, count_before + count

@@ -22,8 +22,8 @@ def test_reductions_over_steps(tmp_path):
         recorded.record("a/sum", torch.tensor(value), reduce="sum")
         recorded.record("a/max", torch.tensor([value], dtype=torch.bfloat16), reduce="max")
         recorded.record("a/last", value, reduce="last")
-        recorded.record("train/loss", torch.tensor(value, requires_grad=True), count=torch.tensor(2))
-    expected = {"a/mean": 3.0, "a/sum": 9.0, "a/max": 5.0, "a/last": 3.0, "train/loss": 1.5}
+        recorded.record("train/loss", torch.tensor(value, requires_grad=True))
+    expected = {"a/mean": 3.0, "a/sum": 9.0, "a/max": 5.0, "a/last": 3.0, "train/loss": 3.0}
     assert recorded.log(3, 0.25) == expected
     recorded.record("a/sum", 4, reduce="sum")  # a new window
     assert recorded.log(6, 0.5) == {"a/sum": 4.0}
@@ -45,7 +45,7 @@ def test_recorded_tensor_may_be_reused_by_the_caller(tmp_path):
 def test_nan_is_null_in_json_and_nan_in_the_result(tmp_path):
     recorded = recorder.Recorder(tmp_path, 0)
     recorded.record("valid/click/auc", math.nan, reduce="last")
-    recorded.record("train/loss", 0.0, count=0)
+    recorded.record("train/loss", math.nan)
     for value in (math.nan, 1.0):
         recorded.record("train/grad_norm", value, reduce="max")
     metrics = recorded.log(1, 0)
@@ -66,7 +66,6 @@ def test_json_safe_reaches_nested_values():
         ({"name": "a/b", "value": 1.0, "reduce": "median"}, "expected a path like train/loss and one of"),
         ({"name": "a/first", "value": 1.0, "reduce": "sum"}, "recorded with reduce='mean', now 'sum'"),
         ({"name": "a/b", "value": torch.ones(2)}, r"shape \(2,\)"),
-        ({"name": "a/b", "value": 1.0, "reduce": "sum", "count": 2}, "a count belongs to"),
     ],
 )
 def test_bad_records_raise(tmp_path, arguments, message):
