@@ -40,12 +40,12 @@ class BatchPlan:
     pieces: list[tuple[_Window, int, int]]
     """(window, from, to)"""
     order: row_order.EpochOrder
-    empty: pa.Table
+    schema: pa.Schema
 
     def to_table(self) -> pa.Table:
         """Joins the rows to one table, one chunk per column; zero rows if this rank has none in this step."""
         slices = [window.table.slice(start, end - start) for window, start, end in self.pieces]
-        return pa.concat_tables(slices).combine_chunks() if slices else self.empty
+        return pa.concat_tables(slices).combine_chunks() if slices else self.schema.empty_table()
 
     def locate(self, row_in_batch: int) -> tuple[int, int]:
         """Returns (row group, row in it) of a row of the batch."""
@@ -59,63 +59,56 @@ class BatchPlan:
         raise IndexError(f"the batch has no row {row_in_batch} more")
 
 
+@dataclasses.dataclass(eq=False)
 class EpochReader:
     """Plans the batches of one rank in step order; decodes windows when they are first needed.
 
     Holds one window per data shard of the rank, and the row group that the window ends in. Runs in one thread.
     """
 
-    def __init__(
-        self,
-        split: ParquetSplit,
-        order: row_order.EpochOrder,
-        shards: range,
-        num_steps: int,
-        by_tokens: bool,
-        longest: int | None = None,
-    ):
-        """Opens no file yet. `longest`: tokens of a history that count at most, with `by_tokens`."""
-        self._split = split
-        self._order = order
-        self._shards = shards
-        self._num_steps = num_steps
-        self._by_tokens = by_tokens
-        self._longest = longest
+    split: ParquetSplit
+    order: row_order.EpochOrder
+    shards: range
+    num_steps: int
+    by_tokens: bool
+    longest: int | None = None
+    """Tokens of a history that count at most, with `by_tokens`."""
+
+    def __post_init__(self) -> None:
         self._cuts: dict[int, np.ndarray] = {}
         self._held: dict[int, _Window] = {}
-        self._empty = pa.Table.from_arrays([pa.array([], field.type) for field in split.schema], schema=split.schema)
 
     def plan(self, key: BatchKey) -> BatchPlan:
         """Decodes what batch `key` needs. ValueError: a file cannot be decoded."""
         pieces = []
-        for shard in self._shards:
+        for shard in self.shards:
             position, end = self._cut(shard, key.step), self._cut(shard, key.step + 1)
             while position < end:
-                window = self._window(shard, self._order.window_at(shard, position))
+                window = self._window(shard, self.order.window_at(shard, position))
                 stop = min(end, window.end)
                 pieces.append((window, position - window.start, stop - window.start))
                 position = stop
-        return BatchPlan(key, pieces, self._order, self._empty)
+        return BatchPlan(key, pieces, self.order, self.split.schema)
 
     def _cut(self, shard: int, step: int) -> int:
         """Returns the shard-relative position of the first row of batch `step`."""
-        if not self._by_tokens:
-            return row_order.cut_by_rows(self._order, shard, step, self._num_steps)
+        if not self.by_tokens:
+            return row_order.cut_by_rows(self.order, shard, step, self.num_steps)
         if shard not in self._cuts:
-            self._cuts[shard] = row_order.cuts_by_weight(self._weights(shard), self._num_steps)
+            self._cuts[shard] = row_order.cuts_by_weight(self._weights(shard), self.num_steps)
         return int(self._cuts[shard][step])
 
     def _weights(self, shard: int) -> np.ndarray:
         """Lists history lengths, cut to 1 ... `longest`, in the order the rows are used: int32 [rows of the shard]."""
-        first = self._order.shard_start(shard)
-        slices = self._order.group_slices(first, first + self._order.shard_rows(shard))
-        lengths = [self._split.read_history_length(group)[start : start + num] for group, start, num in slices]
-        weight_R = np.clip(np.concatenate([np.zeros(0, np.int32), *lengths]), 1, self._longest)
+        first = self.order.shard_start(shard)
+        slices = self.order.group_slices(first, first + self.order.shard_rows(shard))
+        lengths = [self.split.read_history_length(group)[start : start + num] for group, start, num in slices]
+        weight_R = np.clip(np.concatenate([np.zeros(0, np.int32), *lengths]), 1, self.longest)
         position = 0
         while position < len(weight_R):
-            number = self._order.window_at(shard, position)
-            start, position = self._order.window_range(shard, number)
-            order = self._order.window_order(shard, number)
+            number = self.order.window_at(shard, position)
+            start, position = self.order.window_range(shard, number)
+            order = self.order.window_order(shard, number)
             if order is not None:
                 weight_R[start:position] = weight_R[start:position][order]
         return weight_R
@@ -127,12 +120,12 @@ class EpochReader:
         return held
 
     def _load(self, shard: int, number: int, previous: _Window | None) -> _Window:
-        start, end = self._order.window_range(shard, number)
-        sequence_start = self._order.shard_start(shard) + start
+        start, end = self.order.window_range(shard, number)
+        sequence_start = self.order.shard_start(shard) + start
         kept = dict([previous.last_group]) if previous else {}
         parts = []
-        for group, first_row, num in self._order.group_slices(sequence_start, sequence_start + end - start):
-            decoded = kept[group] if group in kept else self._split.read_group(group)
+        for group, first_row, num in self.order.group_slices(sequence_start, sequence_start + end - start):
+            decoded = kept[group] if group in kept else self.split.read_group(group)
             parts.append(decoded.slice(first_row, num))
-        order = self._order.window_order(shard, number)
+        order = self.order.window_order(shard, number)
         return _Window(number, start, end, gather(parts, order), order, sequence_start, (group, decoded))
