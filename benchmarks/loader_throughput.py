@@ -108,7 +108,7 @@ def _loader(folder: pathlib.Path, manifest: schema.Manifest, cache_bytes: int, i
     collate = Collate(manifest, ("item", "category"), 400, with_candidates=False)
 
     def make_batch(rows: pa.Table, key: BatchKey) -> int:
-        return sum(part.num_requests for part in collate(rows, key)) if is_collated else rows.num_rows
+        return sum(part.packing.num_requests for part in collate(rows, key)) if is_collated else rows.num_rows
 
     return Loader(
         folder,

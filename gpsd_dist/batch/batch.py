@@ -94,11 +94,6 @@ class Batch:
     raw_ids: dict[str, RawIds] = dataclasses.field(default_factory=dict)
     """Managed table -> its entries in `lookup`. Empty once rows are assigned."""
 
-    @property
-    def num_requests(self) -> int:
-        """Counts the requests of the batch (B)."""
-        return self.packing.num_requests
-
     def to(self, device: torch.device) -> "Batch":
         """Copies everything the device needs; asynchronous if the tensors are pinned."""
         return to_device(self, device)

@@ -60,7 +60,7 @@ class EpochOrder:
         """Lists the sequence position behind each group in reading order: int64 [G]."""
         return np.cumsum(self.group_rows_G[self.group_G])
 
-    @property
+    @functools.cached_property
     def num_rows(self) -> int:
         """Counts the rows of the split (N)."""
         return int(self._group_end_G[-1])

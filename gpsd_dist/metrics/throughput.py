@@ -43,7 +43,7 @@ class Throughput:
     def restart(self) -> None:
         """Empties the window, so that a pause since the last step enters no rate."""
         self._marks.clear()
-        self._mark()
+        self.step(0, 0)
 
     @contextlib.contextmanager
     def data_wait(self) -> typing.Iterator[None]:
@@ -56,9 +56,6 @@ class Throughput:
         """Counts a finished step with its real (not padded) examples and tokens on this rank."""
         self._examples += num_examples_local
         self._tokens += num_tokens_local
-        self._mark()
-
-    def _mark(self) -> None:
         self._marks.append((self._clock(), self._examples, self._tokens, self._waited_s))
 
     def rates(self) -> dict[str, float]:

@@ -64,13 +64,11 @@ class RotaryPositions(nn.Module):
         return Rotation(turn, turn.conj().resolve_conj())
 
 
-def rotate(qkv_S3HK: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Rotates interleaved pairs of channels (the layout of the official weights) of queries and keys: [S, 3, H, K]."""
-    return _Rotate.apply(qkv_S3HK, *rotation)
+class Rotate(torch.autograd.Function):
+    """Rotates interleaved pairs of channels (the layout of the official weights) of queries and keys: [S, 3, H, K].
 
-
-class _Rotate(torch.autograd.Function):
-    """Rotates, and turns the gradient back by conjugates that are made once per batch and not once per layer."""
+    Turns the gradient back by conjugates that are made once per batch and not once per layer.
+    """
 
     @staticmethod
     def forward(ctx, x_S3HK, turn, back):
@@ -111,7 +109,7 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """Maps states [S, D] to [S, D], or to [C, D] if only the candidates' outputs are wanted."""
         qkv_S3HK = normed_linear(x_SD, self.attention_norm, self.qkv).unflatten(-1, (3, self.heads, -1))
-        attended_SD = attend(rotate(qkv_S3HK, rotation), packing, candidates_only)
+        attended_SD = attend(Rotate.apply(qkv_S3HK, *rotation), packing, candidates_only)
         # Everything behind the attention works token by token, so histories can be dropped here.
         if candidates_only:
             x_SD = x_SD[packing.num_history_tokens :]

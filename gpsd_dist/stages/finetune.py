@@ -99,7 +99,7 @@ class Finetune:
             # Ranks may run out of rows at different batches. Those still have to join the lookup, and under FSDP2 the
             # forward, because the other ranks wait for them there.
             embeddings = components.tables(batch.lookup)
-            if batch.num_requests or components.forward_is_collective:
+            if batch.packing.num_requests or components.forward_is_collective:
                 add_predictions(predictions, self.tasks, components.model(embeddings, batch), batch)
         return gather_metrics(predictions, keep)
 

@@ -59,7 +59,7 @@ def rank_next_items(
 
 def _last_states(components: Components, embeddings: dict[str, torch.Tensor], batch: Batch, width: int) -> torch.Tensor:
     """Gives the unit state [B, E] at the last history token; zeros (ranks its target last) for an empty history."""
-    query_BE = torch.zeros(batch.num_requests, width, device=batch.history_item_T.device)
+    query_BE = torch.zeros(batch.packing.num_requests, width, device=batch.history_item_T.device)
     if len(batch.history_item_T) or components.forward_is_collective:
         offsets = batch.packing.history_offsets
         has_history = offsets.diff() > 0

@@ -77,7 +77,7 @@ def _read(root: pathlib.Path) -> int:
         )
         with contextlib.closing(loader):
             for (batch,) in loader:
-                total += batch.num_requests
+                total += batch.packing.num_requests
     return total
 
 

@@ -133,7 +133,7 @@ def _score(rank: int, world_size: int, runs) -> list[tuple[dict, list[int]]]:
         trainer = Trainer(run, runtime)
         metrics = evaluate_split(run, trainer.manifest, trainer.components, "valid")
         loader = evaluation_loader(run, trainer.manifest, trainer.components.lookup_names, "valid", runtime)
-        found.append((metrics, [batch.num_requests for (batch,) in loader]))
+        found.append((metrics, [batch.packing.num_requests for (batch,) in loader]))
     return found
 
 

@@ -11,7 +11,7 @@ import torch
 from gpsd_dist.batch import packing as packing_module
 from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig
-from gpsd_dist.model.transformer import RotaryPositions, Transformer, rotate
+from gpsd_dist.model.transformer import RotaryPositions, Rotate, Transformer
 from tests.helpers import reference
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -109,7 +109,7 @@ def test_past_changes_every_later_token(tower):
 def test_attention_depends_on_distance_alone():
     """Rotary scores of equal content at equal distances agree wherever the pair stands."""
     qkv = torch.randn(1, 3, 1, 8, generator=torch.Generator().manual_seed(0)).expand(20, 3, 1, 8).contiguous()
-    rotated = rotate(qkv, RotaryPositions(8, heads=1)(torch.arange(20)))
+    rotated = Rotate.apply(qkv, *RotaryPositions(8, heads=1)(torch.arange(20)))
     score = rotated[:, 0, 0] @ rotated[:, 1, 0].T
     for distance in (0, 1, 5):
         diagonal = score.diagonal(-distance)
@@ -122,7 +122,7 @@ def test_rotation_is_the_official_layout():
     x = torch.randn(6, 3, 4, 8, generator=torch.Generator().manual_seed(0))
     position = torch.tensor([0, 1, 2, 0, 7, 50])
     expected = reference.rotary(x[:, :2].double().flatten(1, 2)[None], position[None])[0].unflatten(1, (2, 4))
-    rotated = rotate(x, RotaryPositions(8, heads=4)(position))
+    rotated = Rotate.apply(x, *RotaryPositions(8, heads=4)(position))
     torch.testing.assert_close(rotated[:, :2].double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(rotated[:, 2], x[:, 2])
 

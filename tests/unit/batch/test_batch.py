@@ -139,5 +139,5 @@ def test_every_field_of_a_batch_occurs_in_these_tests():
 
 
 def test_number_of_requests_is_that_of_the_packing():
-    assert make_batch("train").num_requests == 12
+    assert make_batch("train").packing.num_requests == 12
     assert Packing.from_lengths(np.zeros(0, np.int64), np.zeros(0, np.int64)).num_requests == 0

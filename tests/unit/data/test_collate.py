@@ -197,7 +197,7 @@ def test_parts_cover_every_row_once_and_are_alike(num_parts):
     batches = make_collate(num_parts=num_parts)(table, KEY)
     rows = [row for batch in batches for row in batch.source_row_B.tolist()]
     assert sorted(rows) == list(range(30))
-    sizes = [batch.num_requests for batch in batches]
+    sizes = [batch.packing.num_requests for batch in batches]
     assert max(sizes) - min(sizes) <= 1
     tokens = [batch.packing.num_history_tokens for batch in batches]
     assert max(tokens) - min(tokens) <= 3  # dealt round by length: the parts differ by one truncated history at most
@@ -328,7 +328,7 @@ def test_no_rows_give_an_empty_batch_that_the_pretraining_model_takes(chunked, n
             {name: pa.chunked_array([], field.type) for name, field in zip(empty.column_names, empty.schema)}
         )
     batch = collate_next(empty, negatives_per=negatives_per).to(torch.device("cpu"))
-    assert batch.num_requests == 0 and len(batch.next_item.token_M) == 0
+    assert batch.packing.num_requests == 0 and len(batch.next_item.token_M) == 0
     tables, model = models(with_candidates=False)
     outputs = model(tables(batch.lookup), batch)
     assert outputs.hidden_TE.shape == (0, 8)
@@ -369,7 +369,7 @@ def test_reading_makes_no_noise():
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert collate_one().num_requests and collate_next().num_requests
+            assert collate_one().packing.num_requests and collate_next().packing.num_requests
     finally:
         torch.set_warn_always(was_always)
 
