@@ -30,7 +30,6 @@ from gpsd_dist.data.run_manifest import read_run_manifest
 from gpsd_dist.distributed.runtime import Runtime, process_group
 from gpsd_dist.metrics.classification import Predictions
 from gpsd_dist.metrics.ranking import RANK_CUT
-from gpsd_dist.metrics.recorder import json_safe
 from gpsd_dist.metrics.scores import scores_file
 from gpsd_dist.parameter_names import dense_weight, table_weight
 from gpsd_dist.schema import Manifest
@@ -189,14 +188,11 @@ def write_results(
     scores_out: pathlib.Path | None,
 ) -> None:
     """Writes the files of --scores_out and --metrics_out, each whole or not at all; the metrics last."""
-    files: list[tuple[pathlib.Path, bytes]] = []
     if scores_out is not None and keep is not None:
-        files.append((scores_out, scores_file(keep)))
+        scores_out.parent.mkdir(parents=True, exist_ok=True)
+        storage.write(scores_out, scores_file(keep))
     if metrics_out is not None:
-        files.append((metrics_out, (json.dumps(json_safe(metrics), indent=1) + "\n").encode()))
-    for path, content in files:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        storage.write(path, content)
+        storage.write_json(metrics_out, metrics)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import reprlib
 import typing
 
@@ -114,6 +115,15 @@ def flattened(nested: collections.abc.Mapping[str, typing.Any], prefix: str = ""
         is_group = isinstance(value, dict) and bool(value)
         found |= flattened(value, f"{prefix}{name}.") if is_group else {prefix + name: value}
     return found
+
+
+def json_safe(value: typing.Any) -> typing.Any:
+    """Replaces NaN and infinities by None, which JSON cannot express otherwise, inside dicts and lists."""
+    if isinstance(value, dict):
+        return {key: json_safe(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def unknown(config: type, raw: collections.abc.Mapping[str, typing.Any]) -> list[str]:

@@ -16,6 +16,7 @@ import typing
 import fsspec
 
 from gpsd_dist.schema import nests_deeper
+from gpsd_dist.validation import json_safe
 
 _PROBE_NAME = ".probe"
 MAX_NAME_LENGTH = 255
@@ -193,6 +194,12 @@ def write(path: Location, content: bytes) -> None:
         os.fsync(file.fileno())
     aside.replace(path)
     sync_folder(path.parent)
+
+
+def write_json(path: pathlib.Path, content: typing.Any) -> None:
+    """Writes a JSON file like `write`, and its folder if that is missing. NaN and infinities become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, (json.dumps(json_safe(content), indent=1) + "\n").encode())
 
 
 def check_writable(folder: Location) -> None:

@@ -26,13 +26,14 @@ import typing
 
 import torch
 
+from gpsd_dist.checkpoint import storage
 from gpsd_dist.commands import Stopped, shell
 from gpsd_dist.distributed import exit_codes
 from gpsd_dist.fit import outcome
 from gpsd_dist.fit.data_check import Facts, look
 from gpsd_dist.fit.display import Display
 from gpsd_dist.fit.plan import DEFAULT_MODEL, Contestant, Plan, make_plan
-from gpsd_dist.fit.steps import FLOOR_NAMES, Budget, Runner, best_valid, plan_budget, read_json, scores_path, write_json
+from gpsd_dist.fit.steps import FLOOR_NAMES, Budget, Runner, best_valid, plan_budget, scores_path
 from gpsd_dist.fit.verdict import Entry
 from gpsd_dist.metrics.scores import read_scores
 
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> outcome.Outcome:
 def _state(args: argparse.Namespace, facts: Facts) -> dict[str, typing.Any]:
     """Reads what an earlier call left in RUN. ValueError if it was about other data, or other options."""
     path = args.out / STATE_NAME
-    state = read_json(path)
+    state = storage.read_json(path) if path.is_file() else {}
     options = {
         name: [str(v) for v in value] if isinstance(value := getattr(args, name), list) else value for name in _IDENTITY
     }
@@ -131,8 +132,7 @@ def _state(args: argparse.Namespace, facts: Facts) -> dict[str, typing.Any]:
             raise ValueError(f"{args.out} was made with other options ({'; '.join(changed)}): use another --out")
         return state
     state = {"data": facts.fingerprint, "data_dir": str(args.data), "options": options, "chosen": ""}
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(path, state)
+    storage.write_json(path, state)
     return state
 
 
@@ -203,7 +203,7 @@ def _note_choice(args: argparse.Namespace, state: dict[str, typing.Any], chosen:
         runner.display.say(f"note: {before} was chosen before, and test has been seen since; now it is {folder}")
     runner.display.say(f"chosen on valid: {chosen.label}")
     state["chosen"] = folder
-    write_json(args.out / STATE_NAME, state)
+    storage.write_json(args.out / STATE_NAME, state)
 
 
 if __name__ == "__main__":

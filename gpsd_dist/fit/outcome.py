@@ -10,11 +10,11 @@ import rich.box
 import rich.console
 import rich.table
 
+from gpsd_dist.checkpoint import storage
 from gpsd_dist.commands import Command, shell
 from gpsd_dist.fit.data_check import Facts
-from gpsd_dist.fit.steps import Runner, write_json
+from gpsd_dist.fit.steps import Runner
 from gpsd_dist.fit.verdict import Entry, Judged, hints, judge, strongest_floor, verdict
-from gpsd_dist.metrics.recorder import json_safe
 from gpsd_dist.report.page import Summary, make_report
 from gpsd_dist.report.tables import MISSING, Cell, Row, Table, metric_text, number_cell
 
@@ -105,7 +105,7 @@ def show(made: Outcome, out_dir: pathlib.Path) -> None:
     first = next(iter(made.verdicts.values()), "")
     parts = {"rows": made.rows, "floors": made.floors, "refit": made.refit, "chosen": made.chosen}
     written = {"verdict": first, "verdicts": made.verdicts, "next": made.hints}
-    write_json(out_dir / "summary.json", json_safe(parts | written))
+    storage.write_json(out_dir / "summary.json", parts | written)
     (out_dir / "commands.sh").write_text(_script(made.commands))
     words = Summary(tuple(made.verdicts.values()), tuple(made.tables), tuple(made.hints))
     files = ["summary.json", "commands.sh"]

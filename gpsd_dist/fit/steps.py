@@ -1,7 +1,6 @@
 """Runs the steps of a fit: a finished one is kept, an interrupted training goes on, a budget ends trainings early."""
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -198,23 +197,3 @@ def _with_its_end(training: Training) -> Command:
 def _aucs(metrics: Metrics, tasks: tuple[str, ...]) -> str:
     known = {task: metrics[task].get("auc") for task in tasks if task in metrics}
     return ", ".join(f"{task} AUC {'-' if auc is None else f'{auc:.4f}'}" for task, auc in known.items())
-
-
-def write_json(path: pathlib.Path, content: typing.Any) -> None:
-    """Writes a JSON file; a reader sees the old one or the new one."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    aside.replace(path)
-
-
-def read_json(path: pathlib.Path) -> dict[str, typing.Any]:
-    """Reads a JSON object; empty if the file is missing. ValueError if it is none."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is broken ({error}): delete it") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no object: delete it")
-    return content

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.utils.tensorboard
 
 from gpsd_dist.metrics.progress_bar import ProgressBar
+from gpsd_dist.validation import json_safe
 
 REDUCTIONS = ("mean", "sum", "max", "last")
 JSONL_NAME = "metrics.jsonl"
@@ -166,15 +167,6 @@ def truncate_jsonl(path: pathlib.Path, last_step: int) -> None:
     aside = path.with_name(path.name + ".tmp")
     aside.write_text("".join(kept), encoding="utf-8")
     aside.replace(path)
-
-
-def json_safe(value: typing.Any) -> typing.Any:
-    """Replaces NaN and infinities by None, which JSON cannot express otherwise, inside dicts and lists."""
-    if isinstance(value, dict):
-        return {key: json_safe(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_safe(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _scalar(name: str, value):

@@ -17,7 +17,6 @@ import argparse
 import collections.abc
 import dataclasses
 import functools
-import json
 import pathlib
 import statistics
 import subprocess
@@ -27,10 +26,9 @@ import typing
 import rich.console
 import rich.table
 
-from gpsd_dist.checkpoint import integrity
+from gpsd_dist.checkpoint import integrity, storage
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.commands import Stopped, execute, shell
-from gpsd_dist.metrics.recorder import json_safe
 from gpsd_dist.scaling import epochs, figures, runs
 from gpsd_dist.scaling.fit import LAWS, MIN_SIZES, fit_law
 from gpsd_dist.scaling.ladder import plan
@@ -116,7 +114,7 @@ def _ladder(args: argparse.Namespace) -> int:
         "notes": notes,
         "commands": [shell(command) for trial in trials for command in trial.commands],
     }
-    runs.replace_file(path, (json.dumps(json_safe(summary), indent=1) + "\n").encode())
+    storage.write_json(path, summary)
     title = f"{args.strategy}, {trials[0].finetuning.run.data_dir}, {args.split}"
     drawn = figures.save(figures.scaling_figure(points, fits, title), args.out_dir, name)
     _print(points, fits, notes, title)
@@ -188,7 +186,7 @@ def _epochs(args: argparse.Namespace) -> int:
         ends = [epochs.epoch_ends(run) for run in curves]  # all of them, before anything is scored
         curves = [_with_test(run, run_ends, args.out_dir) for run, run_ends in zip(curves, ends, strict=True)]
     path = args.out_dir / "epochs.json"
-    runs.replace_file(path, (json.dumps(json_safe(epochs.as_json(curves)), indent=1) + "\n").encode())
+    storage.write_json(path, epochs.as_json(curves))
     drawn = figures.save(epochs.epochs_figure(curves), args.out_dir, "epochs")
     print("written: " + ", ".join(map(str, (path, *drawn))))
     return 0

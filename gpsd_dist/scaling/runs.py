@@ -151,7 +151,7 @@ def parameters_of(folder: pathlib.Path) -> dict[str, int]:
     path = folder / PARAMETERS_NAME
     if not path.is_file():
         counts = count_parameters(loading.saved_sizes(manager.find(folder)))
-        replace_file(path, (json.dumps(counts, indent=1) + "\n").encode())
+        storage.write_json(path, counts)
     return json.loads(path.read_text())
 
 

@@ -46,13 +46,3 @@ def test_trees_without_lightgbm_are_left_out_and_said(tmp_path, monkeypatch, cap
     assert "pip install lightgbm" in capsys.readouterr().err
     assert set(runner.floor("rates", "valid")) == {"click", "buy"}
     assert [title for title, _ in runner.commands] == ["boosted trees on valid", "smoothed rates on valid"]
-
-
-def test_a_broken_state_is_named(tmp_path):
-    (tmp_path / "fit.json").write_text("{")
-    with pytest.raises(ValueError, match=r"fit\.json is broken"):
-        steps.read_json(tmp_path / "fit.json")
-    (tmp_path / "fit.json").write_text("[]")
-    with pytest.raises(ValueError, match="holds no object"):
-        steps.read_json(tmp_path / "fit.json")
-    assert steps.read_json(tmp_path / "missing.json") == {}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing import event_accumulator
 
+from gpsd_dist import validation
 from gpsd_dist.metrics import progress_bar, recorder
 
 
@@ -56,7 +57,7 @@ def test_nan_is_null_in_json_and_nan_in_the_result(tmp_path):
 
 def test_json_safe_reaches_nested_values():
     nested = {"a": [1, math.inf, {"b": math.nan}], "c": "NaN"}
-    assert recorder.json_safe(nested) == {"a": [1, None, {"b": None}], "c": "NaN"}
+    assert validation.json_safe(nested) == {"a": [1, None, {"b": None}], "c": "NaN"}
 
 
 @pytest.mark.parametrize(
