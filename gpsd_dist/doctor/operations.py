@@ -83,7 +83,7 @@ def pydantic_dataclass() -> str:
     import pydantic
 
     model = pydantic.create_model("Model", width=(typing.Annotated[int, pydantic.Field(ge=1)], ...))
-    assert model(width=64).width == 64, "a right value was changed"
+    assert model(width=64).model_dump() == {"width": 64}, "a right value was changed"
     try:
         model(width=0)
     except pydantic.ValidationError:
