@@ -66,8 +66,7 @@ def load_run_config(argv: list[str]) -> ParsedRun:
             run = gin.get_configurable("gpsd_dist.RunConfig")()
     except (ValueError, AttributeError, SyntaxError, NameError, TypeError, RuntimeError, OSError) as error:
         raise ValueError(_explain(error)) from error
-    _check_overrides_are_read(bindings)
-    _check_overrides_matter(bindings, run)
+    _check_overrides(bindings, run)
     _check_files_are_read(scanned)
     return ParsedRun(run, gin.config_str())
 
@@ -227,40 +226,31 @@ def _explain(error: BaseException) -> str:
     return text
 
 
-def _check_overrides_are_read(bindings: list[str]) -> None:
-    """Refuses overrides that nothing reads, since gin silently accepts a misspelt macro or scope.
+def _check_overrides(bindings: list[str], run: config.RunConfig) -> None:
+    """Refuses an override that nothing reads, or that changes nothing that this run's model and stage compute with.
 
-    One without a scope must reach a reader whose own scope does not set the field.
+    gin silently accepts a misspelt macro or scope. One without a scope must reach a reader whose own scope does not set
+    the field. Files are shared by models and stages, so what they set may go unread; so may the default.
     """
     read = {(match["scope"], match["leaf"]) for match in _BINDING.finditer(gin.operative_config_str())}
     set_in_scope = {(match["scope"], match["leaf"]) for match in _BINDING.finditer(gin.config_str()) if match["scope"]}
+    unread, macros, problems = _without_effect(run), _readers_of_macros(), []
     for binding in bindings:
         match = _BINDING.match(binding)
         assert match is not None, binding
-        readers = {entry for entry in read if entry[1] == match["leaf"]}
-        reached = readers & {(match["scope"], match["leaf"])} if match["scope"] else readers - set_in_scope
-        if not reached:
+        scope, leaf = match["scope"], match["leaf"]
+        readers = {entry for entry in read if entry[1] == leaf}
+        if not (readers & {(scope, leaf)} if scope else readers - set_in_scope):
             known = sorted({f"{scope}/{leaf}" if scope else leaf for scope, leaf in read})
             near = did_you_mean(binding.split(" = ", 1)[0], known)
             raise ValueError(
                 f"override `{binding}` changed nothing: no such macro, scope or field is read{near}; there are {known}"
             )
-
-
-def _check_overrides_matter(bindings: list[str], run: config.RunConfig) -> None:
-    """Refuses an override that changes nothing that the model and the stage of this run compute with.
-
-    Files are shared by models and stages, so what they set may go unread; so may the default.
-    """
-    unread = _without_effect(run)
-    macros = _readers_of_macros()
-    problems = []
-    for binding in bindings:
-        match = _BINDING.match(binding)
-        assert match is not None, binding
-        reached = {match["leaf"]} if "." in match["leaf"] else macros.get(match["leaf"], set())
-        if reached and reached <= set(unread):
-            problems.append(f"override `{binding}` has no effect: {' '.join(unread[leaf] for leaf in sorted(reached))}")
+        fields = {leaf} if "." in leaf else macros.get(leaf, set())
+        if fields and fields <= set(unread):
+            problems.append(
+                f"override `{binding}` has no effect: {' '.join(unread[field] for field in sorted(fields))}"
+            )
     if problems:
         raise ValueError(f"{'; '.join(problems)}; leave it out, or set another ModelConfig.name or STAGE")
 
