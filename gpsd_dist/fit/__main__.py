@@ -93,6 +93,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> outcome.Outcome:
     """Does everything that is not done yet, prints and writes the outcome. Raises what `main` explains."""
+    if "RANK" in os.environ:
+        raise ValueError("fit starts the processes of its trainings itself (--nproc): leave out torchrun")
     facts = look(args.data)
     plan = make_plan(args, facts.can_pretrain)
     state = _state(args, facts)

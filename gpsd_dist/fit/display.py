@@ -78,7 +78,7 @@ class Display:
 
     def last_words(self) -> str:
         """Gives the errors among the last lines of the command of the present step, or all of them."""
-        errors = [line for line in self._tail if line.startswith("error:")]
+        errors = [line.removeprefix("error: ") for line in self._tail if line.startswith("error: ")]
         return "\n".join(dict.fromkeys(errors or self._tail))
 
 

@@ -121,11 +121,17 @@ def test_a_folder_of_other_data_or_options_is_refused(finished, root, tmp_path, 
     assert "was made with other options (overrides [] there, ['--gin.EPOCHS=3'] now)" in capsys.readouterr().err
 
 
+def test_fit_is_not_started_by_torchrun(root, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    assert fit.main(options(root)) == 2 and "leave out torchrun" in capsys.readouterr().err
+
+
 def test_a_failing_training_is_named_with_its_reason(root, tmp_path, capsys):
     wrong = ["--gin.FinetuneConfig.task_weights={'no_task': 1.0}", "--out", str(tmp_path), "--strategies", "NT"]
     assert fit.main([*options(root), *wrong]) == 2
     error = capsys.readouterr().err
-    assert "error: FinetuneConfig.task_weights names ['no_task']" in error and "the same command goes on" in error
+    assert error.splitlines()[-4].startswith("error: FinetuneConfig.task_weights names ['no_task']")
+    assert "the same command goes on" in error
     assert "FinetuneConfig.task_weights names" in (tmp_path / "logs/NT.log").read_text()
 
 

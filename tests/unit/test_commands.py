@@ -1,0 +1,45 @@
+"""Children whose lines are read and whose time may end; that SIGTERM reaches them: scaling/test_runs.py."""
+
+import subprocess
+import time
+
+import pytest
+
+from gpsd_dist.commands import OutOfTime, execute, python_command, shell
+
+WAITS = (
+    "import signal, sys, time\n"
+    "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit({status})))\n"
+    "print('ready', flush=True)\n"
+    "time.sleep(60)\n"
+)
+
+
+def test_every_line_of_both_streams_is_read():
+    lines, said = [], []
+    code = "import sys; print('out'); print('err', file=sys.stderr); sys.stdout.write('no end')"
+    execute(("-c", code), on_line=lines.append, say=said.append)
+    assert sorted(lines) == ["err", "no end", "out"] and said[0].startswith("$ python -c ")
+
+
+def test_a_child_whose_time_is_up_may_save():
+    lines = []
+    with pytest.raises(OutOfTime, match="its time was up during: python -c"):
+        execute(("-c", WAITS.format(status=75)), on_line=lines.append, deadline_s=time.monotonic() + 2)
+    assert lines in (["ready", "saved"], [])  # none, where two seconds do not start Python
+
+
+def test_a_child_that_finishes_in_time_has_no_deadline():
+    execute(("-c", "pass"), deadline_s=time.monotonic() + 60)
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        execute(("-c", "raise SystemExit(3)"), deadline_s=time.monotonic() + 60)
+    assert caught.value.returncode == 3
+
+
+def test_commands_can_be_typed():
+    assert shell(python_command(1, "gpsd_dist.train", "--gin.OUTPUT_DIR=my runs")) == (
+        "python -m gpsd_dist.train '--gin.OUTPUT_DIR=my runs'"
+    )
+    assert python_command(2, "m", "a") == (
+        *("-m", "gpsd_dist.launcher", "--nproc_per_node", "2", "--standalone", "-m", "m", "a"),
+    )
