@@ -98,3 +98,16 @@ def test_usage_names_the_command_that_was_typed():
                 if "usage" not in texts and texts.get("prog") != f"python -m {owners.get(package, package)}":
                     wrong.append(package)
     assert not wrong
+
+
+def test_names_in_contributing_stand_in_the_files_beside_them():
+    """It sent whoever adds a sampler to `config/run.py`, where there was no NEGATIVES_PER."""
+    wrong, num_checked = [], 0
+    for item in re.findall(r"^(?:\d+\.|-) (.*(?:\n  +.*)*)", (REPO_ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE):
+        named = re.findall(r"`([^`]+)`", item)
+        texts = [(REPO_ROOT / name).read_text() for name in named if (REPO_ROOT / name).is_file()]
+        for word in [name for name in named if texts and re.fullmatch(r"[A-Za-z_]\w+", name)]:
+            num_checked += 1
+            if not any(re.search(rf"\b{word}\b", text) for text in texts):
+                wrong.append(word)
+    assert not wrong and num_checked > 10
