@@ -7,9 +7,12 @@ import typing
 
 import pydantic
 
-from gpsd_dist.validation import AtLeast0, AtLeast1, NotNegative, checked, one_of
+from gpsd_dist.validation import AtLeast0, AtLeast1, NotNegative, OrAuto, checked, one_of
 
-_EVERY_MODEL = frozenset({"name", "width", "dropout", "init_std", "context_dim", "compile", "revision"})
+_EVERY_MODEL = frozenset(
+    {"name", "width", "dropout", "init_std", "parametrization", "context_dim", "compile", "revision"}
+)
+PARAMETRIZATIONS = ("official", "by_width")
 _SIZES = {"layers": "L", "width": "H", "heads": "A"}  # letters of the paper
 _PROJECTION_EPS = {1: 1e-5, 2: 1e-6}
 _REBUILT = ("deepfm", "dmin", "wukong")  # in revision 2
@@ -89,11 +92,11 @@ class ModelConfig:
     width: AtLeast1 = 64
     """D"""
     heads: AtLeast1 = 4
-    dropout: typing.Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
-    """On token embeddings, and on what attention and feed-forward add; off in evaluation. The paper uses none."""
+    dropout: typing.Annotated[float, pydantic.Field(ge=0, lt=1), OrAuto] = 0.0
+    """On token embeddings, and on what attention and feed-forward add; off in evaluation. The paper uses none; 'auto':
+    `config.from_data`."""
     init_std: NotNegative = 0.02
-    """Standard deviation of initial linear weights (official settings). 0: 1 / sqrt(fan-in), which learns in half the
-    steps at width 64, but generalised worse from the few labels of Grocery (docs/results.md)."""
+    """Standard deviation of initial linear weights of the tower (official settings); 0: 1 / sqrt(fan-in)."""
     context_dim: AtLeast1 = 16
     """Width of the embedding of a context or candidate-only feature with a small table."""
     compile: bool = False
@@ -111,6 +114,21 @@ class ModelConfig:
     revision: typing.Annotated[int, pydantic.Field(ge=1, le=2)] = 2
     """Form of the model. 2: the official one. 1: that of runs up to commit 14e4532, where the norms of projections
     (WIDTH other than EMBEDDING_DIM) have eps 1e-5 instead of 1e-6. A run that goes on from weights keeps theirs."""
+    parametrization: typing.Annotated[str, one_of(PARAMETRIZATIONS)] = "official"
+    """Sizes of what a model starts from. official: one `init_std` for all linear weights | by_width: signals of a size
+    that narrow models learn from (docs/learning.md). Ranking MLPs, activation units and embeddings of the context
+    start from 1 / sqrt(fan-in); half of the attention heads of the Transformer and of HSTU look for like tokens; towers
+    without norms (deepfm, din, dien, dmin, wukong) multiply their tokens by sqrt(EMBEDDING_DIM)."""
+
+    @property
+    def starts_by_width(self) -> bool:
+        """Says whether `parametrization` is "by_width"."""
+        return self.parametrization == "by_width"
+
+    @property
+    def head_init_std(self) -> float:
+        """Gives the standard deviation of what decides, behind the tower or within it; 0: 1 / sqrt(fan-in)."""
+        return 0.0 if self.starts_by_width else self.init_std
 
     @property
     def projection_eps(self) -> float:

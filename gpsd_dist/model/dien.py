@@ -81,7 +81,7 @@ class DIEN(nn.Module):
         width, channels = config.width, num_fields * config.width
         self.out_width, self.mlp_widths = 4 * channels, (2 * width, width)
         self.extractor = nn.GRU(channels, channels)
-        self.attention = ActivationUnit(channels, (4 * width, 2 * width), config.init_std)
+        self.attention = ActivationUnit(channels, (4 * width, 2 * width), config.head_init_std)
         self.evolution = AttentionalGRU(channels)
 
     def forward(

@@ -75,7 +75,7 @@ class DIN(nn.Module):
         super().__init__()
         width, channels = config.width, num_fields * config.width
         self.out_width, self.mlp_widths = 2 * channels, (2 * width, width)
-        self.attention = ActivationUnit(channels, (max(width // 2, 1), max(width // 4, 1)), config.init_std)
+        self.attention = ActivationUnit(channels, (max(width // 2, 1), max(width // 4, 1)), config.head_init_std)
 
     def forward(self, x_SFD: torch.Tensor, packing: Packing, candidates_only: bool = False, times=None) -> torch.Tensor:
         """Maps token vectors [S, F, D] -> [C, 2 N]."""

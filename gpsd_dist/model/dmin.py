@@ -62,7 +62,7 @@ class DMIN(nn.Module):
             if isinstance(module, nn.Linear):
                 init_linear(module, config.init_std)
         widths = (4 * width, 2 * width)
-        self.attentions = nn.ModuleList(ActivationUnit(channels, widths, config.init_std) for _ in range(heads))
+        self.attentions = nn.ModuleList(ActivationUnit(channels, widths, config.head_init_std) for _ in range(heads))
 
     def forward(
         self,

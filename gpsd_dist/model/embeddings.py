@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gpsd_dist.batch.batch import Bag, Batch, Column
-from gpsd_dist.config import TablesConfig
+from gpsd_dist.config import ModelConfig, TablesConfig
 from gpsd_dist.parameter_names import module_key
 from gpsd_dist.schema import Feature, Manifest, Table
 
@@ -100,8 +100,9 @@ def _token_features(manifest: Manifest, place: str) -> tuple[Feature, ...]:
 class ContextEmbedder(nn.Module):
     """Gives the ranking heads what the hidden state lacks: features of the request and of the candidate alone."""
 
-    def __init__(self, manifest: Manifest, config: TablesConfig, context_dim: int, sharded: tuple[Table, ...]):
+    def __init__(self, manifest: Manifest, tables: TablesConfig, model: ModelConfig, sharded: tuple[Table, ...]):
         super().__init__()
+        context_dim = model.context_dim
         self.request_features = manifest.features_in("context")
         self.candidate_features = tuple(f for f in manifest.features_in("candidate") if "history" not in f.places)
         features = (*self.request_features, *self.candidate_features)
@@ -115,12 +116,12 @@ class ContextEmbedder(nn.Module):
             }
         )
         for embedding in self.small.values():
-            nn.init.normal_(embedding.weight, std=config.init_std)
+            nn.init.normal_(embedding.weight, std=context_dim**-0.5 if model.starts_by_width else tables.init_std)
         self.numerical_scale = nn.ParameterDict(
             {module_key(f.name): torch.ones(1) for f in features if f.kind == "numerical"}
         )
         widths = [
-            1 if f.kind == "numerical" else context_dim if module_key(f.name) in self.small else config.embedding_dim
+            1 if f.kind == "numerical" else context_dim if module_key(f.name) in self.small else tables.embedding_dim
             for f in features
         ]
         self.width = sum(widths)

@@ -33,6 +33,9 @@ class Backbone(nn.Module):
         self.embedder = TokenEmbedder(manifest, tables, sharded, tower.reads_fields, tower.has_segments)
         eps = model.projection_eps
         self.project_in = Projection(tables.embedding_dim, model.width, model.init_std, norm_first=True, eps=eps)
+        # Where no norm follows, rows of 0.02 would leave a product of two of them at 4e-4. SASRec and HSTU scale alike.
+        scales = tower.reads_fields and model.starts_by_width
+        self.token_scale = tables.embedding_dim**0.5 if scales else 1.0
         # A tower that adds positions or times to its input drops out the sum, as its paper does: not twice.
         self.dropout = nn.Dropout(0.0 if tower.drops_inputs else model.dropout)
         self.tower = tower(model, self.embedder.num_fields)
@@ -56,7 +59,7 @@ class Backbone(nn.Module):
         return state_C, HistoryStates(state_TN, x_SFD[: batch.packing.num_history_tokens].flatten(1))
 
     def _tokens(self, embeddings: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
-        return self.dropout(self.project_in(self.embedder(embeddings, batch)))
+        return self.dropout(self.project_in(self.embedder(embeddings, batch)) * self.token_scale)
 
 
 class HistoryStates(typing.NamedTuple):
@@ -127,10 +130,10 @@ class RankingModel(nn.Module):
     ):
         super().__init__()
         self.backbone = Backbone(manifest, tables, model, sharded)
-        self.context = ContextEmbedder(manifest, tables, model.context_dim, sharded)
+        self.context = ContextEmbedder(manifest, tables, model, sharded)
         tower = self.backbone.tower
         in_width = tower.out_width + self.context.width
-        self.heads = RankingHeads(tasks, in_width, tower.mlp_widths, model.init_std, tower.direct_width)
+        self.heads = RankingHeads(tasks, in_width, tower.mlp_widths, model.head_init_std, tower.direct_width)
 
     def forward(self, embeddings: dict[str, torch.Tensor], batch: Batch, with_history: bool = False):
         """Returns task -> logits float32 [C]; `with_history`: (those logits, HistoryStates)."""

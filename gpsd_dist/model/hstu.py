@@ -15,7 +15,7 @@ from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig
 from gpsd_dist.model.learned_positions import LearnedPositions
 from gpsd_dist.model.ops import hstu_attention, hstu_bias
-from gpsd_dist.model.transformer import init_linear
+from gpsd_dist.model.transformer import init_linear, start_matching
 
 _NORM_EPS = 1e-6
 _BIAS_STD = 0.02
@@ -77,6 +77,9 @@ class HSTU(nn.Module):
         )
         for block in self.blocks:
             init_linear(block.uvqk, config.init_std)
+            if config.starts_by_width:
+                _, _, query, key = block.uvqk.weight.detach().chunk(4)
+                start_matching(query, key, config.heads)
             nn.init.xavier_uniform_(block.out.weight)
             nn.init.zeros_(block.out.bias)
 

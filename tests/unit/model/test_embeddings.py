@@ -6,7 +6,7 @@ from torch import nn
 
 from gpsd_dist import schema
 from gpsd_dist.batch.batch import Bag
-from gpsd_dist.config import TablesConfig
+from gpsd_dist.config import ModelConfig, TablesConfig
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.parquet_dataset import BatchKey
 from gpsd_dist.model.embeddings import ContextEmbedder, TokenEmbedder, embed
@@ -161,7 +161,7 @@ def test_bag_is_the_mean_and_empty_bags_are_zero():
 def test_context_is_the_concatenation_of_its_features(lookup):
     batch, table = make_batch(lookup)
     tables = fill_(Tables(sharded(lookup), (), config(), CPU))
-    embedder = fill_(ContextEmbedder(MANIFEST, config(), CONTEXT_WIDTH, sharded(lookup)))
+    embedder = fill_(ContextEmbedder(MANIFEST, config(), ModelConfig(context_dim=CONTEXT_WIDTH), sharded(lookup)))
     got = embedder(tables(batch.lookup), batch)
     wide = WIDTH if "tag" in lookup else CONTEXT_WIDTH  # a shared table keeps its own width
     assert (
@@ -190,7 +190,7 @@ def test_context_is_the_concatenation_of_its_features(lookup):
 def test_context_without_features_has_no_width():
     features = tuple(f for f in MANIFEST.features if "history" in f.places)
     manifest = dataclasses.replace(MANIFEST, features=features)
-    assert ContextEmbedder(manifest, config(), CONTEXT_WIDTH, sharded(("item",))).width == 0
+    assert ContextEmbedder(manifest, config(), ModelConfig(context_dim=CONTEXT_WIDTH), sharded(("item",))).width == 0
 
 
 @pytest.mark.parametrize("kept", ["candidate", "context"])
@@ -199,7 +199,7 @@ def test_context_of_one_place_alone(kept):
     manifest = dataclasses.replace(MANIFEST, features=features)
     batch, _ = make_batch(("item",))
     tables = fill_(Tables(sharded(("item",)), (), config(), CPU))
-    embedder = ContextEmbedder(manifest, config(), CONTEXT_WIDTH, sharded(("item",)))
+    embedder = ContextEmbedder(manifest, config(), ModelConfig(context_dim=CONTEXT_WIDTH), sharded(("item",)))
     assert embedder(tables(batch.lookup), batch).shape == (batch.packing.num_candidates, embedder.width)
 
 
