@@ -10,10 +10,11 @@ import typing
 from gpsd_dist.assembly import assemble
 from gpsd_dist.checkpoint.loading import fill_tensors
 from gpsd_dist.checkpoint.manager import Checkpoints, RunState, newest_intact
-from gpsd_dist.checkpoint.resume import check_resumable, epochs_to_best, in_saved_revision
+from gpsd_dist.checkpoint.resume import check_resumable, epochs_to_best, in_saved_revision, saved_numbers
 from gpsd_dist.checkpoint.state import read_run, read_state
 from gpsd_dist.checkpoint.transfer import transfer
 from gpsd_dist.config import RunConfig
+from gpsd_dist.config.from_data import resolve
 from gpsd_dist.data.loaders import evaluation_loader, training_loader
 from gpsd_dist.data.run_manifest import read_run_manifest
 from gpsd_dist.distributed.runtime import Runtime
@@ -46,6 +47,10 @@ class Trainer:
         # All ranks verify the files together and agree on one checkpoint: a rank that alone found a damaged file would
         # otherwise start from another step than the rest.
         self.start = newest_intact(self.checkpoints.folder)
+        # A resumed run goes on with the numbers that it began with, though the data may have grown since.
+        run, chosen = resolve(run, self.manifest, saved_numbers(run, self.start))
+        if chosen:
+            log.info("%s", chosen)
         self.run = run = in_saved_revision(run, self.start)
         self.components = assemble(run, self.manifest, runtime)
         stage, names = self.components.stage, self.components.lookup_names

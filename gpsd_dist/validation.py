@@ -17,6 +17,9 @@ NotNegative = typing.Annotated[float, pydantic.Field(ge=0)]
 Names = typing.Annotated[  # JSON has no tuples, and older gin files have lists too
     tuple[str, ...], pydantic.BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 ]
+AUTO: typing.Any = "auto"
+"""Stands in an option until `config.from_data.resolve` puts a number in its place, before anything computes with it."""
+OrAuto = pydantic.WrapValidator(lambda value, check: value if value == AUTO else check(value))
 MAY_CHANGE = {"may_change_on_resume": True}
 """Metadata of an option that a resumed run may set anew, because no trained number depends on it."""
 _SIGNS = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
@@ -92,6 +95,8 @@ def checked(
 def _problem(config: type, given: dict[str, typing.Any], error: typing.Any) -> str:
     """Words one of pydantic's errors: the option, what was given, what is expected."""
     name, *inner = error["loc"]
+    if isinstance(name, int):  # an argument that was given by its place
+        name = dataclasses.fields(config)[name].name  # type: ignore[arg-type]
     where = str(name) + "".join(f"[{key!r}]" for key in inner)
     kind, context = error["type"], error.get("ctx", {})
     if kind == "missing":

@@ -40,6 +40,16 @@ def check_resumable(
         )
 
 
+def saved_numbers(run: RunConfig, start: Location | None) -> dict[str, typing.Any] | None:
+    """Reads the options of the run that this one resumes (from its own checkpoint `start`) or refits; None: of neither.
+
+    Collective if there is a process group.
+    """
+    if start is None and not run.refit_of:
+        return None
+    return read_run(start if start is not None else manager.find_together(run.refit_of)).run_config
+
+
 def in_saved_revision(run: RunConfig, start: Location | None) -> RunConfig:
     """Takes over the revision of the model that the run goes on with, so that its weights compute what they did.
 

@@ -6,7 +6,7 @@ import typing
 
 import pydantic
 
-from gpsd_dist.validation import MAY_CHANGE, AtLeast0, AtLeast1, Names, NotNegative, checked, one_of
+from gpsd_dist.validation import AUTO, MAY_CHANGE, AtLeast0, AtLeast1, Names, NotNegative, OrAuto, checked, one_of
 
 NEGATIVES_PER = ("group", "request", "position")
 SPARSE_OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam", "lamb")
@@ -18,7 +18,7 @@ _Positive = typing.Annotated[float, pydantic.Field(gt=0)]
 
 def _one_batch_size(data: "DataConfig") -> collections.abc.Iterator[str]:
     """A batch is cut by requests or by history tokens: with both or neither its size is not defined."""
-    if (data.global_batch_rows > 0) == (data.global_batch_tokens > 0):
+    if data.global_batch_rows != AUTO and (data.global_batch_rows > 0) == (data.global_batch_tokens > 0):
         given = f"global_batch_rows={data.global_batch_rows}, global_batch_tokens={data.global_batch_tokens}"
         yield f"{given}: set exactly one of them above 0"
 
@@ -29,8 +29,8 @@ class DataConfig:
 
     max_history_length: AtLeast1 = 50
     """Most recent history tokens that the model sees. 50 on Amazon, 200 on Taobao (official settings)."""
-    global_batch_rows: int = 512
-    """Requests per optimizer step over all ranks; 0 if `global_batch_tokens` is used."""
+    global_batch_rows: typing.Annotated[int, OrAuto] = 512
+    """Requests per optimizer step over all ranks; 0 if `global_batch_tokens` is used; 'auto': `config.from_data`."""
     global_batch_tokens: int = 0
     """History tokens per optimizer step over all ranks; 0 if `global_batch_rows` is used."""
     eval_batch_rows_per_rank: AtLeast1 = dataclasses.field(default=1024, metadata=MAY_CHANGE)
@@ -88,7 +88,8 @@ class OptimizerConfig:
 
     name: typing.Annotated[str, one_of(("adamw", *SPARSE_OPTIMIZERS))]
     """dense: adamw. sparse: one of SPARSE_OPTIMIZERS (the Adam family and LAMB need CUDA)."""
-    peak_lr: NotNegative
+    peak_lr: typing.Annotated[NotNegative, OrAuto]
+    """'auto' (dense): `config.from_data`."""
     beta1: float = 0.9
     beta2: float = 0.98
     eps: NotNegative = 1e-8
@@ -99,12 +100,12 @@ class OptimizerConfig:
 class TrainConfig:
     """Sets the length of the loop, its pauses, what it keeps and how long it waits."""
 
-    epochs: AtLeast1 = 10
-    """Passes over the training split; also the length of the cosine."""
+    epochs: typing.Annotated[AtLeast1, OrAuto] = 10
+    """Passes over the training split; also the length of the cosine; 'auto': `config.from_data`."""
     max_steps: AtLeast0 = dataclasses.field(default=0, metadata=MAY_CHANGE)
     """Stop after this many optimizer steps (0: no limit). The schedule still follows `epochs`."""
-    warmup_fraction: _Below1 = 0.1
-    """Part of all steps with rising learning rate."""
+    warmup_fraction: typing.Annotated[_Below1, OrAuto] = 0.1
+    """Part of all steps with rising learning rate; 'auto': a tenth, but at most 500 steps."""
     final_lr_fraction: _UpTo1 = 0.1
     """Learning rate at the end of the cosine, as a part of the peak (official settings); 1: a constant rate."""
     clip_norm: NotNegative = 1.0

@@ -22,6 +22,7 @@ import rich.console
 import rich.table
 
 from gpsd_dist.config import RunConfig
+from gpsd_dist.config.from_data import resolve
 from gpsd_dist.config.gin_cli import load_run_config
 from gpsd_dist.data.run_manifest import read_run_manifest
 from gpsd_dist.distributed.runtime import quiet_libraries
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> int:
 def _scenario(run: RunConfig, args: argparse.Namespace) -> Scenario:
     table_rows = _sizes(args.table_rows)
     measured = read_run_manifest(run)
+    run, _ = resolve(run, measured)
     check_options_against_data(run, measured)
     shape = data_shape(run, measured, run.training_split)
     if args.mean_history is not None and not 1 <= args.mean_history <= run.data.max_history_length:

@@ -48,7 +48,7 @@ def test_every_combination_builds_a_run(stage, data, model):
 def test_every_other_model_builds_on_every_data_set(leaf, data, strategy):
     init = [] if strategy == "NT" else ["--gin.INIT_CHECKPOINT=runs/p"]
     files = ("configs/stage/finetune.gin", f"configs/data/{data}", f"configs/model/{leaf}")
-    run = load(files, OUT, f"--gin.STRATEGY={strategy}", *init).run
+    run = load(files, OUT, f"--gin.STRATEGY={strategy}", "--gin.DROPOUT=0.1", *init).run
     assert run.strategy == strategy and leaf.startswith(run.model.name)
     manifest, tables = make_manifest(), dataclasses.replace(run.tables, transfer=("item",))
     with torch.device("meta"):
@@ -163,7 +163,11 @@ def test_overrides_without_effect_are_errors(name):
         ("din", "HEADS=2", "model 'din' does not read it"),
         ("din", "ModelConfig.max_positions=99", "`ModelConfig.max_positions = 99` has no effect: model 'din'"),
         ("din", "ModelConfig.time_bias=False", "model 'din' does not read it"),
-        ("dmin", "LAYERS=1", "reads ['compile', 'context_dim', 'dropout', 'heads', 'init_std', 'revision', 'width']"),
+        (
+            "dmin",
+            "LAYERS=1",
+            "reads ['compile', 'context_dim', 'dropout', 'heads', 'init_std', 'parametrization', 'revision', 'width']",
+        ),
         ("wukong", "HEADS=2", "model 'wukong' does not read it"),
         ("l4h64a4", "ModelConfig.max_positions=99", "model 'transformer' does not read it"),
         ("sasrec_ml1m", "ModelConfig.head_width=8", "model 'sasrec' does not read it"),
@@ -331,7 +335,7 @@ def test_a_comment_about_includes_is_no_include(tmp_path, text):
 def test_a_first_file_that_includes_a_stage_is_an_experiment(tmp_path):
     text = "include 'configs/stage/finetune.gin'\ninclude 'configs/data/kuairand.gin'\nEPOCHS = 2\n"
     run = load([write(tmp_path, text)], OUT).run
-    assert (run.stage, run.train.epochs, run.train.patience, run.data_dir) == ("finetune", 2, 3, "data/kuairand")
+    assert (run.stage, run.train.epochs, run.train.patience, run.data_dir) == ("finetune", 2, 6, "data/kuairand")
 
 
 @pytest.mark.parametrize("text", ["WIDTH = \n", "WIDTH 32\n", "include 'configs/nothing.gin'\n", "NoConfig.x = 1\n"])

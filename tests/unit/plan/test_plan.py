@@ -22,7 +22,10 @@ def options(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     write_dataset(folder, seed=1, num_rows=50)
     files = ("stage/finetune", "data/synthetic", "model/l1h32a4")
-    return [f"--gin_file=configs/{name}.gin" for name in files] + [f"--gin.DATA_DIR={folder}"]
+    return [f"--gin_file=configs/{name}.gin" for name in files] + [
+        "--gin.GLOBAL_BATCH_ROWS=512",
+        f"--gin.DATA_DIR={folder}",
+    ]
 
 
 def _folder(options) -> str:

@@ -1,0 +1,117 @@
+"""Chooses the options that a user leaves to the data: batch, epochs, warm-up, dropout and the rate of the dense part.
+
+A stranger's log may have a thousand requests or a billion. A batch of 512 makes four steps of an epoch of the first,
+and ten epochs take weeks of the second; the rules below aim at a number of steps instead. docs/learning.md has the runs
+that they were chosen by.
+"""
+
+import dataclasses
+import math
+import typing
+
+from gpsd_dist.config.model import MODELS
+from gpsd_dist.config.run import RunConfig
+from gpsd_dist.schema import Manifest
+from gpsd_dist.validation import AUTO
+
+_OPTIONS = (
+    ("data", "global_batch_rows"),
+    ("train", "epochs"),
+    ("train", "warmup_fraction"),
+    ("model", "dropout"),
+    ("dense", "peak_lr"),
+)
+_MAX_WARMUP_STEPS = 500  # official settings
+_RATE_WIDTH = 64  # up to this width the peak rate is _RATE; above, it falls as 1 / width (arXiv:2203.03466, Adam)
+_RATE, _MIN_RATE = 3e-3, 5e-4
+_DROPOUT_PER_DOUBLING = 0.05
+_BLOCK_SQUARES = 12  # parameters of a Transformer block over the square of its width
+_Numbers = dict[str, dict[str, typing.Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Aim:
+    """Says how long a stage trains: at least this many steps, within bounds of batch and epochs."""
+
+    batch_rows: tuple[int, int]
+    steps_per_epoch: int
+    """Of the smallest batch that is large enough; the batch is the power of two below rows / this."""
+    steps: int
+    epochs: tuple[int, int]
+    max_dropout: float
+
+
+_AIMS = {
+    "pretrain": _Aim(batch_rows=(64, 512), steps_per_epoch=64, steps=1500, epochs=(10, 15), max_dropout=0.2),
+    "finetune": _Aim(batch_rows=(64, 512), steps_per_epoch=32, steps=500, epochs=(3, 16), max_dropout=0.2),
+}
+
+
+def left_to_data(run: RunConfig) -> list[tuple[str, str]]:
+    """Lists the options (part, name) that are 'auto'."""
+    return [(part, name) for part, name in _OPTIONS if getattr(getattr(run, part), name) == AUTO]
+
+
+def resolve(run: RunConfig, manifest: Manifest, saved: _Numbers | None = None) -> tuple[RunConfig, str]:
+    """Puts a number in the place of every 'auto', and says which in one line (empty if there was none).
+
+    `saved`: options of the run that this one resumes or repeats, as plain dicts. Its numbers are taken, so that a log
+    that has grown since does not change the run under way.
+    """
+    left = left_to_data(run)
+    if not left:
+        return run, ""
+    numbers = saved if saved is not None else _choose(run, manifest)
+    for part in {part for part, _ in left}:
+        values = {name: numbers[part][name] for other, name in left if other == part}
+        run = dataclasses.replace(run, **{part: dataclasses.replace(getattr(run, part), **values)})
+    origin = "of the run before" if saved is not None else "chosen from the data"
+    named = ", ".join(f"{name} {getattr(getattr(run, part), name):g}" for part, name in left)
+    return run, f"{origin}: {named}"
+
+
+def _choose(run: RunConfig, manifest: Manifest) -> _Numbers:
+    """Chooses all options of `_OPTIONS` for a run, those that are given included: the others may follow from them."""
+    # A refit reads `valid` too, but its numbers are those of the run that it repeats.
+    split = manifest.split("pretrain" if run.stage == "pretrain" else "train")
+    aim = _aim(run)
+    per_epoch = split.num_rows
+    batch = run.data.global_batch_rows
+    if run.data.global_batch_tokens:
+        batch, per_batch, per_epoch = 0, run.data.global_batch_tokens, split.num_history_tokens
+    elif batch == AUTO:
+        batch = per_batch = _within(aim.batch_rows, 2 ** (max(1, per_epoch // aim.steps_per_epoch).bit_length() - 1))
+    else:
+        per_batch = batch
+    steps = max(1, -(-per_epoch // per_batch))
+    epochs = run.train.epochs if run.train.epochs != AUTO else _within(aim.epochs, -(-aim.steps // steps))
+    warmup = min(0.1, _MAX_WARMUP_STEPS / (steps * epochs))
+    rate = max(_MIN_RATE, _RATE * min(1.0, _RATE_WIDTH / run.model.width))
+    return {
+        "data": {"global_batch_rows": batch},
+        "train": {"epochs": epochs, "warmup_fraction": warmup},
+        "model": {"dropout": _dropout(run, manifest)},
+        "dense": {"peak_lr": rate},
+    }
+
+
+def _aim(run: RunConfig) -> _Aim:
+    return _AIMS["pretrain" if run.stage == "pretrain" else "finetune"]
+
+
+def _dropout(run: RunConfig, manifest: Manifest) -> float:
+    """Drops more, the more parameters there are for each example: nothing below one of each."""
+    layers = run.model.layers if "layers" in MODELS[run.model.name].reads else 1
+    num_parameters = _BLOCK_SQUARES * layers * run.model.width**2
+    if run.stage == "pretrain":
+        # Each token is an example, and the tables are trained by nothing else.
+        num_examples = manifest.split("pretrain").num_history_tokens
+        num_parameters += run.tables.embedding_dim * sum(table.num_rows for table in manifest.tables)
+    else:
+        num_examples = manifest.split("train").num_candidates
+    doublings = math.log2(num_parameters / max(1, num_examples))
+    return round(min(_aim(run).max_dropout, max(0.0, _DROPOUT_PER_DOUBLING * doublings)), 1)
+
+
+def _within(bounds: tuple[int, int], value: int) -> int:
+    return max(bounds[0], min(bounds[1], value))

@@ -1,0 +1,102 @@
+"""Options that are left to the data: which numbers follow from a manifest, and whose number wins."""
+
+import dataclasses
+
+import pytest
+
+from gpsd_dist.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from gpsd_dist.config.from_data import left_to_data, resolve
+from gpsd_dist.schema import Manifest, Split
+from gpsd_dist.validation import AUTO
+from tests.helpers.synthetic import make_manifest
+
+
+def manifest_of(rows: int, candidates_per_row: int = 10, tokens_per_row: int = 10) -> Manifest:
+    splits = tuple(
+        Split(
+            name, (), rows, rows * tokens_per_row, rows * (0 if name == "pretrain" else candidates_per_row), None, None
+        )
+        for name in ("pretrain", "train", "valid", "test")
+    )
+    return dataclasses.replace(make_manifest(), splits=splits)
+
+
+def run_of(stage: str = "finetune", model: ModelConfig | None = None, **changes) -> RunConfig:
+    """A run that leaves everything open that can be."""
+    run = RunConfig(
+        stage=stage,
+        data_dir="data",
+        output_dir="runs/a",
+        data=DataConfig(global_batch_rows=AUTO),
+        model=model or ModelConfig(layers=1, width=32, dropout=AUTO),
+        dense=OptimizerConfig("adamw", AUTO),
+        train=TrainConfig(epochs=AUTO, warmup_fraction=AUTO),
+    )
+    return dataclasses.replace(run, **changes)
+
+
+def steps(run: RunConfig, rows: int) -> int:
+    return -(-rows // run.data.global_batch_rows) * run.train.epochs
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("rows", [1, 40, 2_019, 33_676, 10**6, 10**9])
+def test_every_size_gets_numbers_that_are_valid(stage, rows):
+    run, line = resolve(run_of(stage), manifest_of(rows))
+    assert left_to_data(run) == []
+    assert line.startswith("chosen from the data: global_batch_rows ") and "dropout" in line
+    assert 64 <= run.data.global_batch_rows <= 512
+    assert 0 <= run.model.dropout <= 0.2
+    assert 0 < run.train.warmup_fraction <= 0.1
+    assert run.train.warmup_fraction * steps(run, rows) <= 500 + 1e-6
+    dataclasses.replace(run.train), dataclasses.replace(run.model)  # the options' own rules hold
+
+
+def test_small_logs_get_hundreds_of_steps_and_large_ones_few_epochs():
+    """2,019 requests in batches of 512 were four steps of an epoch."""
+    small, large = (resolve(run_of(), manifest_of(rows))[0] for rows in (2_019, 10**7))
+    assert (small.data.global_batch_rows, small.train.epochs, steps(small, 2_019)) == (64, 16, 512)
+    assert (large.data.global_batch_rows, large.train.epochs) == (512, 3)
+
+
+def test_dropout_follows_parameters_per_example():
+    wide = ModelConfig(layers=4, width=64, dropout=AUTO)
+    rates = [resolve(run_of(model=wide), manifest_of(rows))[0].model.dropout for rows in (2_000, 20_000, 200_000)]
+    assert rates == [0.2, 0.0, 0.0]
+    narrow = ModelConfig("din", width=16, layers=9, dropout=AUTO)  # it has no layers
+    assert resolve(run_of(model=narrow), manifest_of(2_000))[0].model.dropout == 0
+
+
+def test_the_rate_falls_with_the_width():
+    rates = [
+        resolve(run_of(model=ModelConfig(width=width, heads=4)), manifest_of(100))[0].dense.peak_lr
+        for width in (32, 64, 128, 4096)
+    ]
+    assert rates == [3e-3, 3e-3, 1.5e-3, 5e-4]
+
+
+def test_a_given_value_wins_and_the_others_follow_from_it():
+    run, line = resolve(run_of(data=DataConfig(global_batch_rows=7)), manifest_of(2_019))
+    assert run.data.global_batch_rows == 7 and "global_batch_rows" not in line
+    assert run.train.epochs == 3  # 289 steps each
+    tokens, _ = resolve(run_of(data=DataConfig(global_batch_rows=AUTO, global_batch_tokens=640)), manifest_of(2_019))
+    assert (tokens.data.global_batch_rows, tokens.train.epochs) == (0, 16)
+
+
+def test_a_run_without_open_options_is_left_alone():
+    run, _ = resolve(run_of(), manifest_of(2_019))
+    assert resolve(run, manifest_of(10**6)) == (run, "")
+
+
+def test_the_numbers_of_a_saved_run_are_taken():
+    saved = dataclasses.asdict(resolve(run_of(), manifest_of(2_019))[0])
+    saved["train"]["epochs"] = 5
+    run, line = resolve(run_of(), manifest_of(10**6), saved)
+    assert (run.data.global_batch_rows, run.train.epochs) == (64, 5)
+    assert line.startswith("of the run before: ")
+
+
+@pytest.mark.parametrize("text", ["Auto", "automatic", -1, None])
+def test_other_words_are_no_numbers(text):
+    with pytest.raises(ValueError, match="TrainConfig: epochs"):
+        TrainConfig(epochs=text)
