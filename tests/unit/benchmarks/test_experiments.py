@@ -57,7 +57,7 @@ def written(folder, *entries):
 # ---- the shipped list -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gin_file", GIN_FILES)
+@pytest.mark.parametrize("gin_file", [file for file in GIN_FILES if "/official_" not in file])
 def test_every_experiment_file_has_an_expected_result(gin_file):
     assert [e.name for e in LISTED if e.gin_file == gin_file]
 
