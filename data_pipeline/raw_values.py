@@ -295,10 +295,18 @@ def _line(array: pa.Array, notes: Notes) -> Converted:
     return pc.if_else(pc.equal(pc.utf8_trim_whitespace(array), ""), _NO_TEXT, array), _nowhere(array)
 
 
+def _place(array: pa.Array, notes: Notes) -> Converted:
+    """Reads a number that orders events, as if it were seconds."""
+    found, is_bad = whole_number(array, notes)
+    is_bad = is_bad | _mask(pc.greater(found, 10**12)) | _mask(pc.less(found, 0))
+    return pc.multiply(pc.if_else(pa.array(is_bad), pa.scalar(0, pa.int64()), found), 1_000_000), is_bad
+
+
 KINDS = {
     "line": Kind(_line, pa.string(), "text"),
     "string": Kind(text, pa.string(), "text, or a number that a float holds exactly", "write long numbers as text"),
     "int64": Kind(whole_number, pa.int64(), "int64"),
+    "place": Kind(_place, pa.int64(), "a whole number of at most 12 digits that orders events"),
     "float64": Kind(number, pa.float64(), "float64, a finite number"),
     "label": Kind(label, pa.float64(), "one of 0, 1, true, false, or nothing"),
     "array<string>": Kind(

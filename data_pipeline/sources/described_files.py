@@ -15,6 +15,8 @@ from data_pipeline.sources import json_lines, log_description
 
 ROWS = 1 << 41
 """`order` = microsecond of the second * 2 * ROWS + place of the row in its section, which has fewer rows."""
+SAMPLE_ROWS = 200_000  # the first ones say what most values are like
+FAR = 100.0  # times the range of 98 % of the values: what lies farther out is warned of; untuned
 _TEXT_ENDINGS = (".csv", ".tsv", ".txt", ".dat")
 _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
@@ -161,7 +163,9 @@ class Reader:
         for name, role in (("user_id", "user"), ("item_id", "item")):
             if hasattr(part, role):
                 kinds[name] = _of(getattr(part, role), "string")
-        if hasattr(part, "time"):
+        if getattr(part, "time", "") and getattr(part, "order_only", False):
+            kinds["time_us"] = _of(part.time, "place")
+        elif hasattr(part, "time") and part.time:
             kind = raw_values.time_kind(part.time_unit, self.description.split.time_zone)
             kinds["time_us"] = dataclasses.replace(kind, column=part.time)
         tables, notes, start = [], {name: Notes() for name in kinds}, 0
@@ -182,6 +186,8 @@ class Reader:
                 f"is empty or has only a header; it should hold the columns {[kind.column for kind in kinds.values()]}"
             )
         rows = tables[0].union(*tables[1:]) if len(tables) > 1 else tables[0]
+        if hasattr(part, "time") and not part.time:  # then the order of the rows is all there is
+            rows = rows.mutate(time_us=ibis.literal(0, type="int64"))
         return self._one_spelling(section, rows, kinds, notes)
 
     def _read_file(self, path: pathlib.Path, kinds: dict[str, Kind], asked: tuple[str, ...]) -> raw_files.RawFile:
@@ -245,11 +251,40 @@ class Reader:
             rows = rows.filter(rows[name].notnull())
         if not rows.count().execute():
             raise ValueError(f"[{section}]: every row lacks one of {needed}; check the columns that the schema names")
+        for feature in getattr(self.description, section).feature:
+            if feature.kind == "numerical":
+                rows = self._clipped(rows, section, feature)
         return rows
+
+    def _clipped(self, rows: ir.Table, section: str, feature: log_description.FeatureColumn) -> ir.Table:
+        """Cuts a number off at its quantiles if the schema asks for it; else warns of values far from all others."""
+        column = rows[feature.label]
+        if feature.clip_quantile:
+            low, high = self._quantiles(rows, feature, feature.clip_quantile)
+            return rows.mutate(**{feature.label: column.clip(low, high)})
+        least, most = rows.agg(least=column.min(), most=column.max()).execute().iloc[0]
+        low, high = self._quantiles(rows.filter(rows["order"] < SAMPLE_ROWS), feature, 0.01)
+        if high > low and max(most - high, low - least) > FAR * (high - low):
+            progress.warn(
+                f"[{section}] column {feature.column!r} runs from {least:.6g} to {most:.6g}, but most of it from "
+                f"{low:.6g} to {high:.6g}: the few make all others look alike; `clip_quantile = 0.01` cuts them off"
+            )
+        return rows
+
+    def _quantiles(self, rows: ir.Table, feature: log_description.FeatureColumn, share: float) -> tuple[float, float]:
+        """Finds the values that have that share of all below and above them: values of the column, not means."""
+        known = rows.filter(rows[feature.label].notnull()).select(value=feature.label)
+        place = ibis.row_number().over(ibis.window(order_by=known.value))
+        count = int(known.count().execute())
+        places = (int(share * count), count - 1 - int(share * count))
+        numbered = known.mutate(place=place)
+        found = numbered.filter(numbered.place.isin(places)).value.execute()
+        return (float(found.min()), float(found.max())) if count else (0.0, 0.0)
 
     def _once(self, rows: ir.Table, section: str, skipped: dict[str, int]) -> ir.Table:
         """Keeps the first of equal rows, as a log that is delivered at least once repeats them; counts the others."""
-        if getattr(self.description, section).keep_copies:
+        part = getattr(self.description, section)
+        if part.keep_copies or not part.time:  # without a time, an item that comes back is no copy
             return rows
         values = [name for name in rows.columns if name != "order"]
         num_rows, num_different = int(rows.count().execute()), int(rows.select(*values).distinct().count().execute())

@@ -62,6 +62,7 @@ def complete(options: BuildOptions) -> BuildOptions:
     """Takes the values of the TOML file's [options] and [split] where the command line is silent."""
     description = log_description.read(_schema_path(options))
     defaults = dataclasses.asdict(description.options) | {"valid_fraction": description.split.valid_fraction}
+    del defaults["vocabulary"]  # of this source only: `read` sees to it
     return options.with_defaults(defaults)
 
 
@@ -103,6 +104,7 @@ def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) 
         exposures=exposures,
         users=users,
         tasks=description.tasks(),
+        all_items_known=description.options.vocabulary == "all_items",
         skipped=skipped,
     )
 
@@ -199,7 +201,7 @@ def _split(
     rule = description.split
     if exposures is None:
         if rule.rule == "leave_last_out":
-            return canonical.LeaveLastOut()
+            return canonical.LeaveLastOut(has_valid=not rule.no_valid)
         return canonical.LastItemByTime(train_quantile=1 - rule.test_fraction, valid_fraction=options.valid_fraction)
     if rule.valid_from:
         until_s = _epoch_s(rule.test_until, rule.time_zone) if rule.test_until else None
@@ -214,14 +216,17 @@ def _split(
             _time_at(exposures, 1 - rule.test_fraction),
         )
     if not bounds[0] < bounds[1] or (until_s is not None and until_s <= bounds[1]):
-        raise ValueError(f"[split]: the boundaries {words} do not ascend ({bounds}, {until_s} epoch s); correct them")
+        shown = [_in_words(bound, rule.time_zone) for bound in (*bounds, until_s) if bound is not None]
+        raise ValueError(f"[split]: the boundaries {words} do not ascend ({', '.join(shown)}); correct them")
     earliest, latest = (
         int(value) for value in exposures.agg(low=exposures.time_s.min(), high=exposures.time_s.max()).execute().iloc[0]
     )
     if not earliest < bounds[0] or not latest >= bounds[1]:
         raise ValueError(
-            f"[split]: the exposures run from {earliest} to {latest} (epoch s), so that train or test is empty with "
-            f"valid from {bounds[0]} and test from {bounds[1]}; correct the boundaries or exposure.time_unit"
+            f"[split]: the exposures run from {_in_words(earliest, rule.time_zone)} to "
+            f"{_in_words(latest, rule.time_zone)}, so that train or test is empty with valid from "
+            f"{_in_words(bounds[0], rule.time_zone)} and test from {_in_words(bounds[1], rule.time_zone)}; correct the "
+            "boundaries, or exposure.time_unit"
         )
     words = f"{words}, time zone {rule.time_zone}: {bounds} (epoch s)"
     return canonical.TimeBoundaries(valid_from_s=bounds[0], test_from_s=bounds[1], test_until_s=until_s, words=words)
@@ -231,6 +236,11 @@ def _epoch_s(text: str, time_zone: str) -> int:
     """Converts a checked date or ISO time to epoch seconds."""
     moment = datetime.datetime.fromisoformat(text)
     return math.floor((moment if moment.tzinfo else moment.replace(tzinfo=zoneinfo.ZoneInfo(time_zone))).timestamp())
+
+
+def _in_words(epoch_s: int, time_zone: str) -> str:
+    """Writes a time as a user does, in the zone of the schema."""
+    return datetime.datetime.fromtimestamp(epoch_s, zoneinfo.ZoneInfo(time_zone)).isoformat()
 
 
 def _time_at(exposures: ir.Table, fraction: float) -> int:

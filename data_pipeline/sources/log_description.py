@@ -44,6 +44,8 @@ class FeatureColumn:
     """A bag has several values per row."""
     separator: str = ""
     """Parts a bag in a string column; a list column needs none."""
+    clip_quantile: float = 0.0
+    """Cuts a number off at its lowest and highest values: 0.001 moves the 0.1 % at each end to the next one."""
     place: str = ""
     """Only in [exposure]: "candidate" (a value per row) or "context" (that of the first row with a history)."""
 
@@ -75,8 +77,10 @@ class HistoryLog:
     files: str
     user: str
     item: str
-    time: str
+    time: str = ""
     time_unit: TimeUnit = "s"
+    order_only: bool = False
+    """`time` is any whole number that orders a user's events, or missing: then the order of the rows counts."""
     event: str = ""
     """Column with the type of the event."""
     event_types: tuple[str, ...] = ()
@@ -153,6 +157,8 @@ class SplitRule:
     """Says how train, valid and test are cut, `[split]`."""
 
     rule: typing.Literal["", "time", "last_item_by_time", "leave_last_out"] = ""
+    no_valid: bool = False
+    """Only with leave_last_out: train up to the test event."""
     """Default: "time" with an exposure log, "last_item_by_time" without."""
     time_zone: str = "UTC"
     """Zone of ISO times and dates without an offset, and of the boundaries."""
@@ -176,6 +182,8 @@ class Options:
     num_negatives: Count = 1
     """Drawn per target, where there is no exposure log."""
     negatives: Negatives = "uniform"
+    vocabulary: typing.Literal["training", "all_items"] = "training"
+    """all_items: every item of [items] gets an index, whether or not it occurs in the training period."""
     hashed_features: str = ""
     """"NAME:ROWS,...": features without a vocabulary, docs/ids.md."""
     managed_features: str = ""
@@ -258,6 +266,12 @@ def _rules(d: LogDescription) -> list[str]:
         problems.append(
             "'split.rule' is 'time', which cuts [exposure]; without it use 'last_item_by_time' or 'leave_last_out'"
         )
+    if d.history is not None and not d.history.time and not d.history.order_only:
+        problems.append("'history.time' is missing; without times state `order_only = true`")
+    if d.history is not None and d.history.order_only and (d.exposure is not None or d.split.rule != "leave_last_out"):
+        problems.append("'history.order_only' needs `rule = \"leave_last_out\"` in [split], and no [exposure]")
+    if d.split.no_valid and d.split.rule != "leave_last_out":
+        problems.append("'split.no_valid' belongs to the rule 'leave_last_out'")
     if d.items is not None and bool(d.items.files) != bool(d.items.item):
         problems.append(
             "[items] needs both `files` and `item`, or neither (attributes in the columns of the history log)"
@@ -277,6 +291,9 @@ def _check_feature(section: str, where: str, feature: FeatureColumn) -> list[str
     problems = []
     if feature.separator and feature.kind != "bag":
         problems.append(f"'{where}.separator' is set, but kind is {feature.kind!r}; only a bag has one")
+    if feature.clip_quantile and (feature.kind != "numerical" or not 0 < feature.clip_quantile < 0.5):
+        given = feature.clip_quantile
+        problems.append(f"'{where}.clip_quantile' is {given}, expected a number in (0, 0.5), of kind 'numerical'")
     if feature.kind == "bag" and section != "items":
         problems.append(f"'{where}.kind' is 'bag'; only [[items.feature]] can be one")
     if section == "exposure" and feature.place not in ("candidate", "context"):

@@ -269,3 +269,20 @@ def clicks_in_both_logs(folder: pathlib.Path) -> pathlib.Path:
     path.write_text(HISTORY + path.read_text())
     (folder / "log.csv").write_text(lines([*clicks, *[(f"u{n}", "i1", 1_600_000_000) for n in range(72)]]))
     return folder
+
+
+def one_far_number(folder: pathlib.Path, keys: str = "") -> pathlib.Path:
+    """Prices of 1 ... 9, one of 1e9, and some that are missing."""
+    rows = [(*row, 1e9 if n == 100 else "" if n % 11 == 0 else 1 + n % 9) for n, row in enumerate(events())]
+    schema = HISTORY + f'feature = [{{ column = "price", kind = "numerical"{keys} }}]\n'
+    return write(folder, schema, {"log.csv": lines(rows, "user_id,item_id,ts,price")})
+
+
+def order_only(folder: pathlib.Path, has_time: bool) -> pathlib.Path:
+    """Sequence numbers in place of times, in rows from the last to the first; or no column at all, in order."""
+    schema = HISTORY + 'order_only = true\n[split]\nrule = "leave_last_out"\nno_valid = true\n'
+    if has_time:
+        rows = [(user, item, n % NUM_EVENTS) for n, (user, item, _) in enumerate(events())][::-1]
+        return write(folder, schema, {"log.csv": lines(rows)})
+    rows = [(user, item) for user, item, _ in events()]
+    return write(folder, schema.replace('time = "ts"\n', ""), {"log.csv": lines(rows, "user_id,item_id")})

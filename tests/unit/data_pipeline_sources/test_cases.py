@@ -319,3 +319,47 @@ def test_a_split_without_rows_is_refused(make):
 
     refused(make(writer), "split 'test' has no rows", "--allow_empty")
     assert make(writer, options=["--allow_empty"])[0] == 0
+
+
+def test_one_far_number_is_named_and_can_be_cut_off(make):
+    _, data, printed = make(logs.one_far_number)
+    assert "runs from 1 to 1e+09" in printed and "clip_quantile" in printed
+    assert any(1e9 in row["history.price"] for row in data.rows("pretrain").values())
+    _, data, printed = make(logs.one_far_number, ", clip_quantile = 0.01")
+    prices = {price for row in data.rows("pretrain").values() for price in row["history.price"]}
+    assert prices == {0.0, *map(float, range(1, 10))} and "runs from" not in printed
+    refused(make(logs.one_far_number, ", clip_quantile = 0.6"), "history.feature[0].clip_quantile", "0.6")
+
+
+@pytest.mark.parametrize("has_time", [True, False])
+def test_logs_that_know_the_order_only(make, has_time):
+    status, data, printed = make(logs.order_only, has_time)
+    assert status == 0 and "1990" not in printed
+    items = [str(item) for user, item, _ in logs.events() if user == 103]
+    assert data.rows("pretrain")["103",]["history.item"] == items[:-1]
+    (test,) = [row for (user, _), row in data.rows("test").items() if user == "103"]
+    assert test["candidate.item"][test["label.click"].index(1.0)] == items[-1]
+    assert data.manifest.split("valid").num_rows == 0
+
+
+def test_all_items_can_have_an_index(make):
+    def writer(folder: pathlib.Path) -> pathlib.Path:
+        logs.items_file(folder, "{}")
+        with (folder / "items.csv").open("a") as file:
+            file.write("never-seen,c9\n")
+        with (folder / "schema.toml").open("a") as file:
+            file.write('[options]\nvocabulary = "all_items"\n')
+        return folder
+
+    assert "never-seen" in make(writer)[1].words["item"].values()
+
+
+def test_dates_of_the_split_are_answered_in_dates(make):
+    def writer(folder: pathlib.Path) -> pathlib.Path:
+        logs.exposures(folder, "")
+        path = folder / "schema.toml"
+        split = '[split]\ntime_zone = "Asia/Tokyo"\nvalid_from = 2020-01-01\ntest_from = 2020-01-02\n'
+        path.write_text(path.read_text().partition("[split]")[0] + split)
+        return folder
+
+    refused(make(writer), "from 2023-11-15T07:13:20+09:00", "valid from 2020-01-01T00:00:00+09:00")
