@@ -10,9 +10,11 @@ import numpy as np
 
 from gpsd_dist import schema
 from gpsd_dist.baselines.rows import read_rows
+from gpsd_dist.metrics.auc_interval import half_width_of_counts
 
 MIN_PER_CLASS = 10
 """Positives and negatives of the first task that each split needs: below, an AUC is noise (untuned)."""
+TYPICAL_AUC, THIN = 0.65, 0.03  # half width of an interval at this AUC from which on a split is called thin (untuned)
 SPLITS = ("train", "valid", "test")
 _RAW_ENDINGS = (".csv", ".tsv", ".txt", ".dat", ".json", ".jsonl", ".ndjson", ".parquet", ".gz")
 _BUILD = "python -m data_pipeline.build --source generic --raw_dir RAW --schema RAW/schema.toml --out_dir"
@@ -50,7 +52,7 @@ class Facts:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def lines(self) -> collections.abc.Iterator[str]:
-        """Yields one line per split, for a person."""
+        """Yields one line per split, for a person, and a note where one is too thin to tell models apart."""
         pretrain = {split.name: split for split in self.manifest.splits}.get("pretrain")
         if pretrain is not None and self.can_pretrain:
             yield f"pretrain: {pretrain.num_rows:,} histories with {pretrain.num_history_tokens:,} events"
@@ -60,6 +62,14 @@ class Facts:
                 f"{name}: {split.candidates:,} candidates, {share} with {self.tasks[0]}, of {split.users:,} users; "
                 f"{split.history:.1f} events of history each"
             )
+        for name in ("valid", "test"):
+            split = self.splits[name]
+            half_width = half_width_of_counts(TYPICAL_AUC, split.positives, split.candidates - split.positives)
+            if half_width > THIN:
+                yield (
+                    f"note: {name} is thin. It knows an AUC to +- {half_width:.2f} only: smaller differences will end "
+                    "in `cannot tell`, whatever is trained; a longer period helps with the square root of its length"
+                )
 
 
 def look(data_dir: pathlib.Path) -> Facts:

@@ -44,6 +44,10 @@ def test_good_data_are_counted(data):
     assert (table.candidates, table.positives) == (len(labels), sum(labels)) and 0 < table.users <= 60
     lines = list(facts.lines())
     assert lines[0].startswith("pretrain: 60 histories with ") and "with click, of" in lines[2]
+    assert lines[4].startswith("note: valid is thin. It knows an AUC to +- 0.09 only") and len(lines) == 6
+    enough = dataclasses.replace(table, candidates=40_000, positives=10_000)
+    splits = facts.splits | {"valid": enough, "test": enough}
+    assert len(list(dataclasses.replace(facts, splits=splits).lines())) == 4
 
 
 def test_identity_is_that_of_the_content_and_not_of_the_folder(data, tmp_path):
