@@ -16,6 +16,7 @@ from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.commands import Stopped, execute
 from gpsd_dist.config import run_config_from_dict
+from gpsd_dist.config.from_data import left_to_data
 from gpsd_dist.data.run_manifest import read_run_manifest
 from gpsd_dist.parameter_names import TOWER, dense_weight, is_table, is_weight
 from gpsd_dist.scaling.ladder import Training, Trial
@@ -80,7 +81,8 @@ def differences(training: Training, saved: dict[str, typing.Any], moves: bool = 
 
     With `moves`, INIT_CHECKPOINT may differ, too: it is a folder of the ladder, which may have been moved as a whole.
     """
-    ignored = ("output_dir", "init_checkpoint") if moves else ("output_dir",)
+    ignored = {"output_dir", "init_checkpoint"} if moves else {"output_dir"}
+    ignored |= {f"{part}.{name}" for part, name in left_to_data(training.run)}  # its folder has the numbers chosen
     runs = (run_config_from_dict(saved), training.run)
     there, here = (flattened(json.loads(json.dumps(dataclasses.asdict(run)))) for run in runs)
     return [

@@ -17,6 +17,7 @@ from gpsd_dist.config import RunConfig
 from gpsd_dist.scaling import runs
 from gpsd_dist.scaling.ladder import Rung, Training, Trial
 from gpsd_dist.schema import read_manifest
+from gpsd_dist.validation import AUTO
 from tests.helpers.synthetic import write_dataset
 
 STATE = """
@@ -147,6 +148,15 @@ def test_options_of_an_older_version_are_completed_with_defaults(trial):
     saved = json.loads(json.dumps(dataclasses.asdict(training.run)))
     del saved["train"]["micro_batches"]
     assert runs.differences(training, saved) == []
+
+
+def test_numbers_that_a_run_chose_from_the_data_are_not_other_options(trial):
+    training = trial().finetuning
+    saved = json.loads(json.dumps(dataclasses.asdict(training.run)))
+    left = dataclasses.replace(training.run, model=dataclasses.replace(training.run.model, dropout=AUTO))
+    assert runs.differences(dataclasses.replace(training, run=left), saved) == []
+    saved["model"]["width"] = 32
+    assert runs.differences(dataclasses.replace(training, run=left), saved) == ["model.width: 32 there, 64 now"]
 
 
 def test_failing_command_and_missing_result_are_errors(trial):
