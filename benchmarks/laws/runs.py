@@ -25,6 +25,7 @@ from benchmarks.laws.dataset import LawData
 from benchmarks.laws.expression import unseen
 from gpsd_dist import evaluate, train
 from gpsd_dist.baselines.registry import evaluate_baseline
+from gpsd_dist.config.from_data import resolve
 from gpsd_dist.config.gin_cli import load_run_config
 from gpsd_dist.config.model import MODELS
 from gpsd_dist.schema import read_manifest
@@ -136,8 +137,13 @@ def _configuration(cell: Cell, made: LawData, folder: pathlib.Path, out_dir: pat
         runs = {"run": _finetune_argv(cell, made, folder, out_dir, settings)}
         if cell.strategy != "NT":
             runs["pretrain"] = _pretrain_argv(cell, made, out_dir, settings)
-        configuration |= {name: dataclasses.asdict(load_run_config(argv).run) for name, argv in runs.items()}
+        configuration |= {name: _resolved(argv, made) for name, argv in runs.items()}
     return json.loads(json.dumps(configuration))
+
+
+def _resolved(argv: list[str], made: LawData) -> dict:
+    """Lists all options of a run, with the numbers that follow from the data."""
+    return dataclasses.asdict(resolve(load_run_config(argv).run, read_manifest(made.data_dir))[0])
 
 
 def _trained(cell: Cell, made: LawData, folder: pathlib.Path, out_dir: pathlib.Path, settings: Settings):
@@ -157,7 +163,7 @@ def _pretrain(cell: Cell, made: LawData, out_dir: pathlib.Path, settings: Settin
     """Pretrains a tower on a law, once for all strategies and seeds; with other options or data anew."""
     folder, argv = _pretrain_folder(cell, out_dir), _pretrain_argv(cell, made, out_dir, settings)
     fingerprint = read_manifest(made.data_dir).options["fingerprint"]
-    wanted = json.loads(json.dumps([dataclasses.asdict(load_run_config(argv).run), fingerprint]))
+    wanted = json.loads(json.dumps([_resolved(argv, made), fingerprint]))
     record_file = folder / _RECORD
     if record_file.is_file() and json.loads(record_file.read_text()) == wanted:
         return
