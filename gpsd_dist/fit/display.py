@@ -22,7 +22,10 @@ class Display:
 
     def __init__(self, num_steps: int, log_dir: pathlib.Path):
         self.num_steps, self._log_dir = num_steps, log_dir
-        self._number, self._title = 0, ""
+        self._number, self._title, self._started_s = 0, "", 0.0
+        self.start_up_s = 0.0
+        """Longest time so far from the start of a training to its first logged step."""
+        self._is_starting = False
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL)
         self._log: typing.TextIO | None = None
         self._bar = rich.progress.Progress(
@@ -39,7 +42,9 @@ class Display:
         self._bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._bar.update(self._task, completed=self.num_steps, description="")
         self._bar.stop()
 
     def say(self, text: str) -> None:
@@ -53,6 +58,7 @@ class Display:
         self._title = f"[{self._number}/{self.num_steps}] {title}"
         self._bar.update(self._task, completed=self._number - 1, description=self._title)
         started_s, step = time.monotonic(), Step()
+        self._started_s, self._is_starting = started_s, True
         if self._bar.disable:
             self.say(f"{self._title} ...")
         self._tail.clear()
@@ -70,6 +76,9 @@ class Display:
         if self._log is not None:
             print(line, file=self._log, flush=True)
         if found := _STEP.search(line):
+            if self._is_starting:
+                self.start_up_s = max(self.start_up_s, time.monotonic() - self._started_s)
+                self._is_starting = False
             done, total = int(found[1]), max(int(found[2]), 1)
             text = f"{self._title}, step {done} of {total}  {found[3]}"
             self._bar.update(self._task, completed=self._number - 1 + min(done / total, 1), description=text)

@@ -1,6 +1,7 @@
 """Turns the entries of a fit into tables, a verdict, hints, and the files that hold them."""
 
 import argparse
+import collections.abc
 import dataclasses
 import math
 import pathlib
@@ -47,16 +48,23 @@ def make(entries: list[Entry], chosen: Entry | None, facts: Facts, runner: Runne
     for task in facts.tasks:
         judged = judge(entries, task)
         best = next((one for one in judged if one.entry is chosen), None)
-        verdicts[task] = verdict(task, best, judged, facts)
+        verdicts[task] = verdict(task, best, judged, facts, is_short=bool(runner.cut or runner.left_out))
         tables.append(_table(task, judged, best))
         rows += [_row(one, task) for one in judged if task in one.entry.test]
         if task == facts.tasks[0]:
-            advice = list(hints(task, best, judged, facts, runner.cut))
+            advice = [*_about_the_budget(runner), *hints(task, best, judged, facts)]
     rows = sorted(rows, key=lambda row: [entry.label for entry in entries].index(row["label"]))
     by_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in ("model", "floor", "refit")}
     label = chosen.label if chosen is not None else ""
     parts = by_kind["model"], by_kind["floor"], by_kind["refit"]
     return Outcome(verdicts, advice, tables, *parts, label, runner.commands)
+
+
+def _about_the_budget(runner: Runner) -> collections.abc.Iterator[str]:
+    if runner.cut:
+        yield f"--budget_minutes ended {', '.join(runner.cut)} early: delete those folders and run again without it"
+    if runner.left_out:
+        yield f"--budget_minutes left out {', '.join(runner.left_out)}: the same command goes on with them, given time"
 
 
 def _row(one: Judged, task: str) -> dict[str, typing.Any]:

@@ -23,7 +23,8 @@ from gpsd_dist.scaling.ladder import Training
 from gpsd_dist.scaling.runs import is_trained, read_result
 from gpsd_dist.stages.stage import Metrics
 
-MIN_TRAINING_S = 20.0  # a training that would get less is left out: starting takes a good part of it
+MIN_TRAINING_S = 20.0  # no training gets less, and none less than MIN_STARTS times what starting one took (untuned)
+MIN_STARTS = 4
 SCORING_S = 15.0  # what scoring a split, or a floor, is reckoned with before its time is known (untuned)
 FLOOR_NAMES = {"popularity": "popularity", "rates": "smoothed rates", "gbdt": "boosted trees"}
 _TIMEOUT_S = 600
@@ -38,15 +39,20 @@ class Budget:
         self.weights_left: list[float] = []
         self.short_steps_left = 0
 
-    def deadline_s(self) -> float | None:
-        """Returns the moment at which the next training has to stop; None if it should not even start."""
+    def deadline_s(self, start_up_s: float = 0.0) -> float | None:
+        """Returns the moment at which the next training has to stop; None if it should not even start.
+
+        Where the shares would be too small to train anything, the first ones get enough, and nothing is left for the
+        last. `start_up_s`: what starting a training has taken.
+        """
         share = self.weights_left.pop(0)
         if math.isinf(self._end_s):
             return math.inf
         now_s = time.monotonic()
         left_s = self._end_s - now_s - SCORING_S * self.short_steps_left
-        mine_s = left_s * share / (share + sum(self.weights_left))
-        return now_s + mine_s if mine_s >= MIN_TRAINING_S else None
+        least_s = max(MIN_TRAINING_S, MIN_STARTS * start_up_s)
+        mine_s = max(left_s * share / (share + sum(self.weights_left)), least_s)
+        return now_s + mine_s if left_s >= least_s else None
 
 
 class Runner:
@@ -59,16 +65,19 @@ class Runner:
         """Title and command of every step so far, as one would type it."""
         self.cut: list[str] = []
         """Folders of trainings that the budget ended."""
+        self.left_out: list[str] = []
+        """Titles of trainings that the budget left out."""
         self._scoring = contextlib.ExitStack()
         self._runtime: Runtime | None = None
 
     def train(self, title: str, training: Training) -> bool:
         """Trains to the end, or as long as the budget allows. Returns whether there is a result."""
         with self.display.step(title) as step:
-            deadline_s = self.budget.deadline_s()
+            deadline_s = self.budget.deadline_s(self.display.start_up_s)
             step.is_kept = is_trained(training)
             if not step.is_kept and deadline_s is None:
                 step.remark = "left out, the budget is spent"
+                self.left_out.append(title)
                 return False
             if not step.is_kept:
                 try:
@@ -76,6 +85,7 @@ class Runner:
                 except OutOfTime:
                     if not checkpoints_of(training):
                         step.remark = "left out, the budget ended before its first step"
+                        self.left_out.append(title)
                         return False
                     self._finish_early(training)
             self.commands.append((title, _with_its_end(training)))

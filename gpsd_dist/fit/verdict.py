@@ -55,8 +55,18 @@ def strongest_floor(judged: collections.abc.Iterable[Judged]) -> Judged | None:
     return max(floors, key=lambda one: one.auc.auc, default=None)
 
 
-def verdict(task: str, best: Judged | None, judged: collections.abc.Sequence[Judged], facts: Facts) -> str:
-    """Says in one sentence whether the chosen model is better than what needs no model."""
+def verdict(
+    task: str,
+    best: Judged | None,
+    judged: collections.abc.Sequence[Judged],
+    facts: Facts,
+    *,
+    is_short: bool = False,
+) -> str:
+    """Says in one sentence whether the chosen model is better than what needs no model.
+
+    `is_short`: a time budget ended trainings.
+    """
     floor = strongest_floor(judged)
     if best is None or best.auc is None:
         return "No model was trained, so there is nothing to judge: give a larger --budget_minutes."
@@ -74,7 +84,7 @@ def verdict(task: str, best: Judged | None, judged: collections.abc.Sequence[Jud
     nothing = all(one.auc.auc < floor.auc.auc for one in others)
     who = f"Nothing here beats {names[1]}" if nothing else f"What valid chose does not beat {names[1]}"
     below = f"{names[0]} is {_signed(-difference, half_width, sign=False)} below"
-    return f"{who}: {below} ({values}); look at {_suspect(facts)}."
+    return f"{who}: {below} ({values}); look at {_suspect(facts, is_short)}."
 
 
 def _signed(difference: float, half_width: float, *, sign: bool = True) -> str:
@@ -86,8 +96,10 @@ def _with_width(auc: AucByUser) -> str:
     return _signed(auc.auc, auc.half_width, sign=False)
 
 
-def _suspect(facts: Facts) -> str:
+def _suspect(facts: Facts, is_short: bool) -> str:
     """Names the most likely reason why a sequence model is no better than counting."""
+    if is_short:
+        return "the time that it got: --budget_minutes ended trainings early"
     train, test = facts.splits["train"], facts.splits["test"]
     if train.history < SHORT_HISTORY:
         return f"the histories ({train.history:.1f} events on average: little to learn a taste from)"
@@ -99,16 +111,10 @@ def _suspect(facts: Facts) -> str:
 
 
 def hints(
-    task: str,
-    best: Judged | None,
-    judged: collections.abc.Sequence[Judged],
-    facts: Facts,
-    cut: collections.abc.Sequence[str],
+    task: str, best: Judged | None, judged: collections.abc.Sequence[Judged], facts: Facts
 ) -> collections.abc.Iterator[str]:
-    """Yields what to try next, the most promising first. `cut`: trainings that a budget ended."""
+    """Yields what to try next, the most promising first."""
     floor, train, test = strongest_floor(judged), facts.splits["train"], facts.splits["test"]
-    if cut:
-        yield f"--budget_minutes ended {', '.join(cut)} early: delete those folders and run again without it"
     if best is not None and best.auc is not None and floor is not None and floor.auc is not None:
         difference, half_width = best.auc.minus(floor.auc)
         if abs(difference) <= half_width and abs(difference) > 1e-4:

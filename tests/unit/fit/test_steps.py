@@ -25,9 +25,11 @@ def test_a_budget_is_shared_by_weight_and_what_is_left_over_flows_on(clock):
     assert budget.deadline_s() == pytest.approx(1000 + (600 - short) * 2 / 5)
     clock[0] += 60  # took less
     assert budget.deadline_s() == pytest.approx(1060 + (540 - short) / 3)
-    clock[0] += 500
-    assert budget.deadline_s() is None  # 40 s are left, and nine short steps
-    assert len(budget.weights_left) == 1
+    clock[0] += 300
+    least = steps.MIN_STARTS * 20  # 105 s for two trainings, each of which takes 20 s to start: one gets enough
+    assert budget.deadline_s(start_up_s=20) == pytest.approx(1360 + least)
+    clock[0] += least
+    assert budget.deadline_s(start_up_s=20) is None and not budget.weights_left
 
 
 def test_without_a_budget_there_is_no_deadline():

@@ -70,6 +70,12 @@ def test_below_a_floor_it_says_what_to_look_at(changes, look_at):
     assert said.startswith("Nothing here beats boosted trees: NT is 0.1") and " below (" in said and look_at in said
 
 
+def test_a_budget_is_the_first_suspect():
+    judged = judge((*FLOORS, entry("NT", "model", 0.1, 3)), "click")
+    said = verdict("click", judged[-1], judged, facts(history=1.5), is_short=True)
+    assert said.endswith("look at the time that it got: --budget_minutes ended trainings early.")
+
+
 def test_a_model_that_valid_did_not_choose_may_be_above_the_floor():
     said = sentence(*FLOORS, entry("ST_SF", "model", 1.6, 5), entry("NT", "model", 0.1, 3))
     assert said.startswith("What valid chose does not beat boosted trees: NT is ")
@@ -87,8 +93,8 @@ def test_nothing_to_judge():
 def test_hints_name_what_these_data_show():
     entries = (*FLOORS, entry("NT", "model", 0.4, 4, "NT"), entry("FT_SF", "model", 0.84, 3, "FT_SF"))
     judged = judge(entries, "click")
-    found = "\n".join(hints("click", judged[-1], judged, facts(history=1.0, unknown=0.5), ["runs/nt"]))
-    expected = ("ended runs/nt early", "as many users in test (now 900)", "FT_SF - NT = +0.1", "1.0 events on average")
+    found = "\n".join(hints("click", judged[-1], judged, facts(history=1.0, unknown=0.5)))
+    expected = ("as many users in test (now 900)", "FT_SF - NT = +0.1", "1.0 events on average")
     for words in (*expected, "50% of the test candidates", "another --seed", "--models"):
         assert words in found
     assert "events per item" not in found  # 90,000 events of 200 items
