@@ -30,7 +30,7 @@ def check_resumable(
     if changed:
         raise ValueError(
             f"{checkpoint} belongs to a run with other options ({'; '.join(changed)}); "
-            "use another OUTPUT_DIR, or the same options"
+            "use another OUTPUT_DIR, or the same options: --gin_file config.gin of that run's folder has them all"
         )
     parts = [part for part in (_named_differences(part, manifest, state.manifest) for part in _SAME_DATA) if part]
     if parts:

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -450,3 +451,13 @@ def test_a_misspelt_scope_is_answered_with_options_that_have_their_default():
     with pytest.raises(ValueError, match=r"did you mean 'dense/OptimizerConfig.beta1'") as caught:
         load(PRETRAIN, OUT, "--gin.densee/OptimizerConfig.beta1=0.8")
     assert "'TrainConfig.patience'" in str(caught.value) and "'DataConfig.num_threads'" in str(caught.value)
+
+
+def test_a_config_gin_of_commit_14e4532_means_the_run_that_it_meant_then():
+    """It is how an old run goes on after defaults in configs/ have changed. The commit wrote both files."""
+    folder = pathlib.Path(__file__).resolve().parents[2] / "assets" / "gin_14e4532"
+    saved = json.loads((folder / "run_config.json").read_text())
+    run = json.loads(json.dumps(dataclasses.asdict(load([str(folder / "config.gin")]).run)))
+    younger = {"revision", "parametrization"}
+    run["model"] = {name: value for name, value in run["model"].items() if name not in younger}
+    assert run == saved

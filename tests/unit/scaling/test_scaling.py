@@ -1,4 +1,4 @@
-"""The command line; what it calls is tested in unit/scaling_law and integration/test_scaling.py."""
+"""The command line; what it calls is tested in the files beside it and in integration/test_scaling.py."""
 
 import json
 
