@@ -109,7 +109,9 @@ def _problem(config: type, given: dict[str, typing.Any], error: typing.Any) -> s
         (limit,) = context.values()
         return f"{where} {reprlib.repr(error['input'])} must be {_SIGNS[kind]} {limit:g}"
     hint = typing.get_type_hints(config)[name]
-    expected = "finite numbers" if kind == "finite_number" else getattr(hint, "__name__", hint)
+    expected = "finite numbers" if kind == "finite_number" else getattr(hint, "__name__", str(hint))
+    extras = getattr(typing.get_type_hints(config, include_extras=True)[name], "__metadata__", ())
+    expected += f" or {AUTO!r}" if OrAuto in extras else ""
     return f"{name} is {reprlib.repr(given[name])}, expected {expected}"
 
 

@@ -35,7 +35,7 @@ class _Aim:
 
     batch_rows: tuple[int, int]
     steps_per_epoch: int
-    """Of the smallest batch that is large enough; the batch is the power of two below rows / this."""
+    """Sets the batch: it is the largest power of two that leaves an epoch this many steps, within `batch_rows`."""
     steps: int
     epochs: tuple[int, int]
     max_dropout: float

@@ -16,7 +16,7 @@ from gpsd_dist.config.training import (
     PretrainConfig,
     TrainConfig,
 )
-from gpsd_dist.validation import MAY_CHANGE, AtLeast0, check_known, checked, one_of
+from gpsd_dist.validation import AUTO, MAY_CHANGE, AtLeast0, check_known, checked, one_of
 
 STRATEGIES = ("NT", "ST", "FT", "ST_SF", "FT_SF")  # arXiv:2506.03699, section 3.3
 _GONE = {"ModelConfig.head_hidden": "ranking MLPs have their own widths by model; 4 x width is still the usual one"}
@@ -89,6 +89,8 @@ def _optimizers_fit_their_part(run: "RunConfig") -> _Problems:
         yield f"dense optimizer {run.dense.name!r}: only adamw is built"
     if run.sparse.name not in SPARSE_OPTIMIZERS:
         yield f"sparse optimizer {run.sparse.name!r} is not one of {SPARSE_OPTIMIZERS}"
+    if run.sparse.peak_lr == AUTO:
+        yield f"sparse peak_lr {AUTO!r}: the rate of the tables is not chosen from the data; give a number"
 
 
 def _histories_fit_their_positions(run: "RunConfig") -> _Problems:
