@@ -69,6 +69,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--data_root", type=pathlib.Path, help="folder of the logs; default: OUT_DIR/data")
     for name, where in (("--set", "both stages"), ("--set_pretrain", "pretraining"), ("--set_finetune", "finetuning")):
         parser.add_argument(name, nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=f"gin, {where}")
+    parser.add_argument("--collect", action="store_true", help="run nothing; a table of all finished cells of OUT_DIR")
     parser.add_argument("--reduced", action="store_true", help=reduced.__doc__.splitlines()[0])
     return parser.parse_args(argv)
 
@@ -78,6 +79,9 @@ def main(argv: list[str]) -> int:
     out_dir = args.out_dir.resolve()
     out_dir.mkdir(parents=True, exist_ok=True)
     try:
+        if args.collect:
+            print(page.markdown(runs.finished(out_dir)))
+            return 0
         if args.reduced:
             args.num_users, cells = reduced.NUM_USERS, reduced.cells()
         else:

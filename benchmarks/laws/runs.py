@@ -23,11 +23,13 @@ import torch.distributed as dist
 from benchmarks.laws import dataset, mlp
 from benchmarks.laws.dataset import LawData
 from benchmarks.laws.expression import unseen
+from benchmarks.laws.generators import LAWS
 from gpsd_dist import evaluate, train
 from gpsd_dist.baselines.registry import evaluate_baseline
 from gpsd_dist.config.from_data import resolve
 from gpsd_dist.config.gin_cli import load_run_config
 from gpsd_dist.config.model import MODELS
+from gpsd_dist.distributed import exit_codes
 from gpsd_dist.schema import read_manifest
 
 BASELINES = ("explicit", "gbdt", "mlp")
@@ -113,6 +115,19 @@ def run_cell(cell: Cell, made: LawData, out_dir: pathlib.Path, settings: Setting
     record = {**dataclasses.asdict(cell), **record, "configuration": configuration}
     record_file.write_text(json.dumps(record, indent=1) + "\n")
     return record
+
+
+def finished(out_dir: pathlib.Path) -> list[dict]:
+    """Reads the records of all finished cells of a folder, in the order of a full table."""
+    records = [json.loads(path.read_text()) for path in out_dir.glob(f"runs/*/*/*/s*/{_RECORD}")]
+    places = [list(names) for names in (LAWS, (*BASELINES, *TOWERS), ("", "NT", "ST", "FT", "ST_SF", "FT_SF"))]
+
+    def place(record: dict) -> list:
+        names = [record[key] for key in ("law", "tower", "strategy")]
+        known = [order.index(name) if name in order else len(order) for name, order in zip(names, places)]
+        return [*known, names, record["seed"]]
+
+    return sorted((record for record in records if "failed" not in record), key=place)
 
 
 def _record(made: LawData, curve: list[list], best_valid: float, test_auc: float, cpu_s: float) -> dict:
@@ -219,5 +234,7 @@ def _command(main: collections.abc.Callable[[list[str]], int], argv: list[str], 
     logging.getLogger("gpsd_dist").handlers.clear()  # they write into the file that is closed now
     if dist.is_initialized():
         dist.destroy_process_group()  # a command that fails leaves that to the end of its process
+    if status in (exit_codes.STOPPED, exit_codes.INTERRUPTED):
+        raise SystemExit(status)  # the signal was meant for the whole table
     if status:
         raise ValueError(f"status {status}: {log_file.read_text().splitlines()[-1]}")

@@ -6,6 +6,7 @@ from benchmarks.laws import __main__ as command
 from benchmarks.laws import dataset, expression, generators, page, reduced, runs
 from benchmarks.laws.runs import Cell, Settings
 from gpsd_dist.config.model import MODELS
+from gpsd_dist.distributed import exit_codes
 
 FAST = Settings(finetune=("EPOCHS=1", "GLOBAL_BATCH_ROWS=64"))
 
@@ -64,8 +65,18 @@ def test_a_cell_that_fails_says_why_and_runs_again(tmp_path, capsys):
     assert "failed: status 2: error: TrainConfig.best_metric 'click/none'" in capsys.readouterr().out
     assert "| `interval` | deepfm NT | failed: status 2" in (tmp_path / "table.md").read_text()
     assert command.main([*options, "--set_finetune", "EPOCHS=1"]) == 0
+    assert command.main(["--collect", "--out_dir", str(tmp_path)]) == 0
+    assert "| `interval` | deepfm NT | 0." in capsys.readouterr().out
     assert command.main([*options, "--set", "NO_SUCH_NAME=1"]) == 2
     assert "NO_SUCH_NAME" in capsys.readouterr().err
+
+
+def test_a_signal_ends_the_table_and_not_one_cell(tmp_path, monkeypatch):
+    made = dataset.prepare("interval", tmp_path / "data", num_users=200)
+    monkeypatch.setattr(runs.train, "main", lambda argv: exit_codes.INTERRUPTED)
+    with pytest.raises(SystemExit, match="130"):
+        runs.run_cell(Cell("interval", "deepfm"), made, tmp_path, FAST)
+    assert runs.finished(tmp_path) == []
 
 
 def test_the_table_has_mean_spread_and_brackets_where_a_tower_cannot():
