@@ -23,7 +23,7 @@ SHELL_SCRIPTS := .ci/run $(wildcard .ci/*.sh launch/*.sh benchmarks/*.sh launch/
 
 help: ## list the targets
 	@echo "make TARGET [VENV=$(VENV)] [FLAVOR=cpu|cuda] [PYTHON=python3.11]"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-13s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-15s %s\n", $$1, $$2}'
 
 setup: ## install what a run needs, pinned, into $(VENV); nothing to do if it is there
 	@.ci/setup_venv.sh "$(VENV)" "$(FLAVOR)"
@@ -40,7 +40,7 @@ test: setup-dev ## the default test suite (PYTEST_FLAGS)
 test-all: setup-dev ## the default suite and what is marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not gpu and not multi_gpu"
 
-test-kernels: setup-dev ## numerics and equivalences with other CPU kernels (KERNEL=default|avx2|avx512)
+test-kernels: setup-dev ## numerics and equivalences with other CPU kernels (KERNEL=default, avx2, avx512)
 	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=$(KERNEL) $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/numerics tests/integration \
 		-m "equivalence and not slow and not gpu and not multi_gpu"
 
