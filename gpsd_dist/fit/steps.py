@@ -19,6 +19,7 @@ from gpsd_dist.evaluate import evaluate_checkpoint, write_results
 from gpsd_dist.fit.data_check import Facts
 from gpsd_dist.fit.display import Display
 from gpsd_dist.metrics.classification import Predictions
+from gpsd_dist.metrics.scores import read_scores
 from gpsd_dist.scaling.ladder import Training
 from gpsd_dist.scaling.runs import is_trained, read_result
 from gpsd_dist.stages.stage import Metrics
@@ -117,7 +118,7 @@ class Runner:
         command = python_command(1, "gpsd_dist.evaluate", *options, *files)
         self.commands.append((title, command))
         with self.display.step(title) as step:
-            known = read_result(metrics_out) if scores_out.is_file() else None
+            known = _known(metrics_out, scores_out)
             step.is_kept = known is not None
             if known is None:
                 keep: dict[str, Predictions] = {}
@@ -137,7 +138,7 @@ class Runner:
         files = ("--metrics_out", str(metrics_out), "--scores_out", str(scores_out))
         self.commands.append((title, python_command(1, "gpsd_dist.evaluate", *options, *files)))
         with self.display.step(title) as step:
-            known = read_result(metrics_out) if scores_out.is_file() else None
+            known = _known(metrics_out, scores_out)
             step.is_kept = known is not None
             if known is None:
                 keep: dict[str, Predictions] = {}
@@ -169,6 +170,15 @@ class Runner:
         except ValueError as error:
             self.display.say(f"    left out for {task}: {error}")
         return {}
+
+
+def _known(metrics_out: pathlib.Path, scores_out: pathlib.Path) -> Metrics | None:
+    """Reads the metrics of an earlier call; None if they, or the scores beside them, are missing or cannot be read."""
+    try:
+        read_scores(scores_out)
+    except ValueError:
+        return None
+    return read_result(metrics_out)
 
 
 def scores_path(folder: pathlib.Path, split: str) -> pathlib.Path:

@@ -106,9 +106,13 @@ def test_every_step_can_be_typed(finished, root):
 
 def test_a_finished_fit_is_only_shown_again(finished, root, capsys):
     before = {path: path.stat().st_mtime_ns for path in (root / "run").rglob("checkpoints/**/*")}
+    broken = root / "run/floors/rates/test_scores.parquet"
+    content = broken.read_bytes()
+    broken.write_bytes(content[:100])  # is made again
     assert fit.main(options(root)) == 0
     shown = capsys.readouterr()
-    assert shown.err.count(": kept") == 13 and json.loads((root / "run/summary.json").read_text())["verdict"]
+    assert shown.err.count(": kept") == 12 and broken.read_bytes() == content
+    assert json.loads((root / "run/summary.json").read_text())["verdict"]
     assert before == {path: path.stat().st_mtime_ns for path in (root / "run").rglob("checkpoints/**/*")}
 
 
