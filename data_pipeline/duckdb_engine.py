@@ -1,12 +1,15 @@
 """Runs the pipeline's queries by DuckDB: one process, all cores, spilling to disk beyond its memory limit."""
 
 import pathlib
+import tempfile
 import typing
 
 import duckdb
 import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
+
+from data_pipeline import progress
 
 # Ibis binds a built-in function to one result type, and this one returns two: so it needs a second name.
 _SETUP = "CREATE MACRO json_extract_strings(line, path) AS json_extract_string(line, path)"
@@ -18,6 +21,11 @@ class DuckDB:
     errors = (duckdb.Error,)
 
     def __init__(self, scratch_dir: pathlib.Path, memory_limit: str, threads: int | None):
+        # DuckDB takes a question mark in a path, links resolved, for the beginning of options.
+        self._aside = tempfile.TemporaryDirectory() if "?" in str(scratch_dir.resolve()) else None
+        if self._aside is not None:
+            progress.say(f"scratch data lie in {self._aside.name}, because DuckDB cannot work in {scratch_dir}")
+            scratch_dir = pathlib.Path(self._aside.name)
         config: dict[str, typing.Any] = {"memory_limit": memory_limit, "temp_directory": str(scratch_dir / "spill")}
         if threads is not None:
             config["threads"] = threads
@@ -67,3 +75,5 @@ class DuckDB:
     def close(self) -> None:
         """Closes the connection, so that the scratch folder can be removed."""
         self.con.disconnect()
+        if self._aside is not None:
+            self._aside.cleanup()

@@ -234,6 +234,8 @@ def check_names(path: pathlib.Path, found: list[str], needed: list[str]) -> None
             shown = [found[place] or f"(column {place + 1} has no name)" for place in range(len(found))]
             near = explain.did_you_mean(name, found) if any(found) else ""
             near = near if near.startswith("did") else "rename the column or use another file"
+            if len(found) == 1 and name in found[0]:
+                near = "state the `separator` in [csv]"
             raise ValueError(f"{path} has no column {name!r}; found columns {shown}, expected {needed}: {near}")
 
 

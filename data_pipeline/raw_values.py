@@ -23,6 +23,7 @@ SUSPECT_WORDS = ("NA", "N/A", "n/a", "None", "none", "undefined", "nil", "-", "?
 """Words that may mean a missing value, or may be one: they are taken as they are, and counted."""
 _CLOCK = r"(?:[Tt ](?P<clock>\d{2}:\d{2}(?::\d{2})?)(?:[.,](?P<fraction>\d{1,9}))?)?"
 _ISO = rf"^(?P<day>\d{{4}}-\d{{2}}-\d{{2}}){_CLOCK}\s*(?P<zone>[+-]\d{{2}}(?::?\d{{2}})?|[A-Za-z][A-Za-z0-9_+/-]*)?$"
+_ZONED = r"[T ].*([+-]\d{2}(:?\d{2})?|[A-Za-z])$|[A-Za-z]{3,}$"
 _NO_TEXT = pa.scalar(None, pa.string())
 
 Converted = tuple[pa.Array, np.ndarray]
@@ -44,6 +45,10 @@ class Notes:
     """Text values such as 101.0."""
     num_rounded: int = 0
     """Text values such as 1.23e+18, which lost digits in a float."""
+    num_zoned: int = 0
+    """Texts of times that name their zone."""
+    num_local: int = 0
+    """Texts of times that name none."""
     num_far_times: int = 0
     """Times before 1990 or after 2100 that no other unit explains."""
 
@@ -51,8 +56,9 @@ class Notes:
         """Adds what was seen of the same column in another file."""
         self.missing.update(other.missing)
         self.suspects.update(other.suspects)
-        for name in ("num_values", "num_whole", "num_point_zero", "num_rounded", "num_far_times"):
-            setattr(self, name, getattr(self, name) + int(getattr(other, name)))
+        for field in dataclasses.fields(self):
+            if field.type is int or field.type == "int":
+                setattr(self, field.name, getattr(self, field.name) + int(getattr(other, field.name)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +219,9 @@ def time_us(array: pa.Array, notes: Notes, unit: str, zone: str) -> Converted:
     else:
         given, _ = text(array, notes)
         found = _iso_us(given, zone)
+        is_zoned = _mask(pc.match_substring_regex(given, _ZONED))
+        notes.num_zoned += int(is_zoned.sum())
+        notes.num_local += int((_mask(found.is_valid()) & ~is_zoned).sum())
         is_bad = _mask(given.is_valid()) & ~_mask(found.is_valid())
     is_late = _mask(pc.greater(found, LATEST_S * 1_000_000))
     notes.num_far_times += int((is_late | _mask(pc.less(found, EARLIEST_S * 1_000_000))).sum())

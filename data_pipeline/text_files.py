@@ -236,7 +236,9 @@ def _lines(path: pathlib.Path, style: TextStyle) -> typing.Iterator[str]:
                 number += 1
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not UTF-8 text ({error}); convert the file to UTF-8") from error
+        is_gzip = number == 1 and line.startswith(b"\x1f\x8b")
+        fix = "it is compressed: let its name end with .gz" if is_gzip else "convert the file to UTF-8"
+        raise ValueError(f"{path}, line {number}: not UTF-8 text ({error}); {fix}") from error
     except _READ_ERRORS as error:
         raise ValueError(_unreadable(path, error)) from error
 

@@ -53,7 +53,9 @@ def find(raw_dir: pathlib.Path, section: str, pattern: str) -> dict[str, pathlib
 
 def _fitting(raw_dir: pathlib.Path, section: str, pattern: str) -> list[pathlib.Path]:
     """Lists the files of that name or pattern by name; those below it, where only folders fit."""
-    named, fitting = raw_dir / pattern, sorted(raw_dir.glob(pattern))
+    named, fitting = raw_dir / pattern, []
+    if pathlib.PurePath(pattern).parts:  # not of ".", which is the whole folder
+        fitting = sorted(path for path in raw_dir.glob(pattern) if path.suffix != ".toml" or path == named)
     if named.exists():
         if [path for path in fitting if path != named]:
             raise ValueError(
@@ -225,6 +227,11 @@ class Reader:
             seen, where = notes[name], f"[{section}] column {kind.column!r}"
             for word, count in seen.missing.items():
                 progress.warn(f"{where}: {count:,} values {word!r} are read as missing (`null_words` in [csv])")
+            if seen.num_zoned and seen.num_local:
+                progress.warn(
+                    f"{where}: {seen.num_local:,} times name no zone and are taken as "
+                    f"{self.description.split.time_zone}, {seen.num_zoned:,} others name one"
+                )
             if seen.num_far_times:
                 progress.warn(f"{where}: {seen.num_far_times:,} times lie before 1990 or after 2100")
             if name in ("user_id", "item_id"):

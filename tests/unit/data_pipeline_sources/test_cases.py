@@ -1,5 +1,6 @@
 """Raw logs that a build once read wrongly: each is read rightly now, or refused with its reason."""
 
+import gzip
 import pathlib
 
 import pyarrow as pa
@@ -363,3 +364,33 @@ def test_dates_of_the_split_are_answered_in_dates(make):
         return folder
 
     refused(make(writer), "from 2023-11-15T07:13:20+09:00", "valid from 2020-01-01T00:00:00+09:00")
+
+
+def test_files_of_another_kind_than_stated(make):
+    def writer(folder: pathlib.Path, content: str | bytes) -> pathlib.Path:
+        return logs.write(folder, logs.HISTORY, {"log.csv": content})
+
+    refused(make(writer, logs.lines(logs.events(), separator=";")), "user_id;item_id;ts", "`separator` in [csv]")
+    refused(make(writer, gzip.compress(logs.lines(logs.events()).encode())), "log.csv, line 1", "end with .gz")
+    refused(make(writer, logs.lines(logs.events()).encode("utf-16")), "log.csv, line 1", "UTF-8")
+    refused(make(writer, logs.lines(logs.events()) + "1,2\n"), "log.csv, line 242", "found 2 fields, expected 3")
+
+
+def test_times_with_and_without_a_zone_are_named(make):
+    def writer(folder: pathlib.Path) -> pathlib.Path:
+        logs.text_times(folder, "")
+        path = folder / "log.csv"
+        path.write_text(path.read_text().replace(":13\n", ":13Z\n"))
+        return folder
+
+    assert "times name no zone and are taken as Europe/Paris" in make(writer)[2]
+
+
+def test_a_folder_stands_for_its_files(make):
+    def writer(folder: pathlib.Path) -> pathlib.Path:
+        half = logs.events()[:120], logs.events()[120:]
+        files = {"log/a.csv": logs.lines(half[0]), "log/b/c.csv": logs.lines(half[1]), "log/notes.md": "x"}
+        return logs.write(folder, logs.HISTORY.replace("log.csv", "log"), files)
+
+    status, data, printed = make(writer)
+    assert status == 0 and size_of(data) == RIGHT and "log/notes.md" in printed
