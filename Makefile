@@ -19,7 +19,7 @@ export PATH := $(BIN):$(PATH)
 SHELL_SCRIPTS := .ci/run $(wildcard .ci/*.sh launch/*.sh benchmarks/*.sh launch/slurm/*.sbatch)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart test test-all test-kernels faults experiments check format doctor bench lock clean
+.PHONY: help setup setup-dev quickstart test test-all test-kernels faults experiments laws check format doctor bench lock clean
 
 help: ## list the targets
 	@echo "make TARGET [VENV=$(VENV)] [FLAVOR=cpu|cuda] [PYTHON=python3.11]"
@@ -49,6 +49,9 @@ faults: setup-dev ## break real training jobs in every way we know and count the
 
 experiments: setup ## rerun reported results and compare with what is expected (EXPERIMENTS_FLAGS)
 	$(BIN)/python -m benchmarks.experiments $(EXPERIMENTS_FLAGS)
+
+laws: setup ## which planted laws each model learns at the default options (LAWS_FLAGS)
+	$(BIN)/python -m benchmarks.laws $(LAWS_FLAGS)
 
 check: setup-dev ## lint, format, spelling, types, shell scripts, Dockerfile
 	$(BIN)/ruff check .

@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
+
 from benchmarks.laws import __main__ as command
 from benchmarks.laws import reduced
 
 
+@pytest.mark.slow
 def test_models_learn_planted_laws_at_the_default_options(tmp_path, capsys):
     assert command.main(["--reduced", "--out_dir", str(tmp_path)]) == 0, capsys.readouterr().out
     assert len(json.loads((tmp_path / "results.json").read_text())) == len(reduced.LEAST_SHARE)
