@@ -28,6 +28,7 @@ files = "part-*.parquet"
 user = "user"
 item = "item"
 time = "time_s"
+keep_copies = true
 
 [split]
 rule = "leave_last_out"

@@ -29,6 +29,7 @@ item = "item"
 time = "time_s"
 event = "event"
 feature = [{{ column = "event" }}]
+keep_copies = true
 
 [exposure]
 files = "exposures.parquet"
@@ -38,6 +39,7 @@ time = "time_s"
 request = "request"
 task = [{{ column = "click" }}, {{ column = "buy", given = "click" }}]
 feature = [{{ column = "slot", place = "candidate" }}, {{ column = "tab", place = "candidate" }}]
+keep_copies = true
 
 [items]
 files = "items.parquet"

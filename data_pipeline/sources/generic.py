@@ -42,7 +42,7 @@ import ibis
 import ibis.expr.types as ir
 import pydantic.dataclasses
 
-from data_pipeline import canonical, explain, shares
+from data_pipeline import canonical, explain, progress, shares
 from data_pipeline.engine import Engine
 from data_pipeline.options import BuildOptions, option
 from data_pipeline.sources import described_files, log_description
@@ -122,8 +122,10 @@ def _check_joins(
     def check(key: str, logs: list[ir.Table], other: ir.Table, words: str) -> None:
         ids = [log.select(key) for log in logs]
         every = (ids[0].union(*ids[1:]) if len(ids) > 1 else ids[0]).distinct()
-        joined = every.semi_join(other.select(key).distinct(), key)
-        shares.check_join(words, int(joined.count().execute()), int(every.count().execute()), is_allowed)
+        others = other.select(key).distinct()
+        joined, num_others = int(every.semi_join(others, key).count().execute()), int(others.count().execute())
+        shares.check_join(words, joined, int(every.count().execute()), is_allowed)
+        progress.say(f"  and {num_others - joined:,} of {num_others:,} there are in no log")
 
     logs = [events] if exposures is None else [events, exposures]
     if items is not None and description.items.files:
