@@ -4,6 +4,7 @@ Others decide what is measured and when a log step is due. Names are paths: trai
 valid/click/auc, perf/tokens_per_s.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -52,6 +53,7 @@ class Recorder:
         """Name -> (value, how often it was recorded) since the last log step; tensors stay on their device."""
         self._progress = progress if rank == 0 else None
         self._jsonl = self._tensorboard = None
+        self._has_failed = False
         if rank == 0:
             output_dir = self._folder = pathlib.Path(output_dir)
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -105,6 +107,7 @@ class Recorder:
                 self._tensorboard.add_scalar(name, value, entry["step"])
             self._tensorboard.flush()
         except OSError as error:  # For an open file, the system's message does not name the file.
+            self._has_failed = True
             raise OSError(f"metrics of step {entry['step']} were not written, {self._folder}: {error}") from error
 
     def _reduced(self, names: list[str]) -> dict[str, float]:
@@ -136,8 +139,10 @@ class Recorder:
     def close(self, *, is_finished: bool = False) -> None:
         """Closes the files and the progress bar; values that were not logged are lost. Not collective."""
         if self._rank == 0:
-            self._jsonl.close()
-            self._tensorboard.close()
+            for file in (self._jsonl, self._tensorboard):
+                # What could not be written fails here again, and would hide the error that says so.
+                with contextlib.suppress(*[OSError] * self._has_failed):
+                    file.close()
         if self._progress is not None:
             self._progress.close(is_finished=is_finished)
 

@@ -1,5 +1,6 @@
 """Recorder: reductions over steps, one history per curve, JSON without NaN, and what a person sees."""
 
+import contextlib
 import json
 import logging
 import math
@@ -33,6 +34,17 @@ def test_reductions_over_steps(tmp_path):
     assert first.pop("wall_time_s") > 1e9
     assert first == {"step": 3, "epoch": 0.25, **expected}
     assert list(second) == ["step", "epoch", "wall_time_s", "a/sum"]
+
+
+def test_a_full_disk_is_named_once_and_closing_does_not_hide_it(tmp_path):
+    (tmp_path / recorder.JSONL_NAME).symlink_to("/dev/full")
+    recorded = recorder.Recorder(tmp_path, 0)
+    recorded.record("train/loss", 1.0)
+    with (
+        pytest.raises(OSError, match=rf"metrics of step 7 were not written, {tmp_path}: .*No space left"),
+        contextlib.closing(recorded),
+    ):
+        recorded.log(7, 0.5)
 
 
 def test_recorded_tensor_may_be_reused_by_the_caller(tmp_path):
