@@ -52,7 +52,7 @@ def make(entries: list[Entry], chosen: Entry | None, facts: Facts, runner: Runne
         tables.append(_table(task, judged, best))
         rows += [_row(one, task) for one in judged if task in one.entry.test]
         if task == facts.tasks[0]:
-            advice = [*_about_the_budget(runner), *hints(task, best, judged, facts)]
+            advice = [*_about_the_time(runner), *hints(task, best, judged, facts)]
     rows = sorted(rows, key=lambda row: [entry.label for entry in entries].index(row["label"]))
     by_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in ("model", "floor", "refit")}
     label = chosen.label if chosen is not None else ""
@@ -60,11 +60,18 @@ def make(entries: list[Entry], chosen: Entry | None, facts: Facts, runner: Runne
     return Outcome(verdicts, advice, tables, *parts, label, runner.commands)
 
 
-def _about_the_budget(runner: Runner) -> collections.abc.Iterator[str]:
+def _about_the_time(runner: Runner) -> collections.abc.Iterator[str]:
+    """Yields hints about trainings that ended too early."""
     if runner.cut:
         yield f"--budget_minutes ended {', '.join(runner.cut)} early: delete those folders and run again without it"
     if runner.left_out:
         yield f"--budget_minutes left out {', '.join(runner.left_out)}: the same command goes on with them, given time"
+    for prefix, is_pretraining in (("--gin", False), ("--pretrain_gin", True)):
+        rising = [(name, state) for name, state in runner.rising if (name == "pretraining") == is_pretraining]
+        if rising:
+            epochs = 2 * max(state.run_config["train"]["epochs"] for _, state in rising)
+            names = ", ".join(dict.fromkeys(name for name, _ in rising))
+            yield f"{names}: the last validation was the best; try {prefix}.EPOCHS={epochs} with another --out"
 
 
 def _row(one: Judged, task: str) -> dict[str, typing.Any]:

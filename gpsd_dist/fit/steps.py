@@ -12,7 +12,7 @@ import torch
 
 from gpsd_dist.baselines.registry import evaluate_baseline
 from gpsd_dist.checkpoint import manager
-from gpsd_dist.checkpoint.state import read_run
+from gpsd_dist.checkpoint.state import RunState, read_run
 from gpsd_dist.commands import Command, OutOfTime, execute, python_command
 from gpsd_dist.distributed.runtime import Runtime, process_group
 from gpsd_dist.evaluate import evaluate_checkpoint, write_results
@@ -66,6 +66,8 @@ class Runner:
         """Title and command of every step so far, as one would type it."""
         self.cut: list[str] = []
         """Folders of trainings that the budget ended."""
+        self.rising: list[tuple[str, RunState]] = []
+        """Strategy and last state of trainings whose last validation was the best."""
         self.left_out: list[str] = []
         """Titles of trainings that the budget left out."""
         self._scoring = contextlib.ExitStack()
@@ -108,6 +110,9 @@ class Runner:
         metrics, names = best_valid(training), ("next_item/mrr", f"{self.facts.tasks[0]}/auc")
         for name in (name for name in names if metrics.get(name) is not None):
             words.append(f"best valid {name} {metrics[name]:.4f} at step {last.progress['best_step']:,}")
+            if last.progress["best_step"] == last.step and not _cut_at(training):
+                words.append("still rising")
+                self.rising.append((training.run.strategy if name != "next_item/mrr" else "pretraining", last))
         return ", ".join(words)
 
     def score(self, title: str, training: Training, split: str) -> Metrics:
