@@ -156,9 +156,10 @@ class Trainer:
         if math.isnan(flat[name]):
             log.warning(
                 "step %d: valid %s is not defined, so it can choose no checkpoint: valid has labels of one class only, "
-                "or none; build the data with a longer valid period, or set TrainConfig.best_metric to another of %s",
-                self.step, name, sorted(key for key, value in flat.items() if not math.isnan(value)),
-            )  # fmt: skip
+                "or none; build the data with a longer valid period",
+                self.step,
+                name,
+            )
         stopping.update(flat[name], self.step, in_warmup=self.step <= self.warmup_steps)
         stopping.is_finished = is_last or stopping.is_out_of_patience(self.run.train.patience)
         best = f"best {stopping.best_value:.5f} at step {stopping.best_step}"
