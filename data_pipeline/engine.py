@@ -19,6 +19,7 @@ from data_pipeline import duckdb_engine, progress
 from data_pipeline.options import BuildOptions, EngineName
 
 DEFAULT_MASTER = "local[*]"
+_NO_NEWS = "An error occurred while calling"  # begins the first line of every error that Spark's Java side raises
 
 
 class EngineFailed(RuntimeError):
@@ -133,7 +134,8 @@ def scratch(options: BuildOptions, parent: pathlib.Path) -> typing.Iterator[Engi
         try:
             yield engine
         except engine.backend.errors as error:
-            text = (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
+            lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith(_NO_NEWS)]
+            text = (lines or [type(error).__name__])[0].lstrip(": ")[:500]
             raise EngineFailed(
                 f"--engine {options.engine} failed: {text}; if it ran out of memory or of disk, see --memory_limit, "
                 "--num_buckets and the space beside --out_dir"
