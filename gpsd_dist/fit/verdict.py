@@ -119,13 +119,10 @@ def hints(
         difference, half_width = best.auc.minus(floor.auc)
         if abs(difference) <= half_width and abs(difference) > 1e-4:
             times = (half_width / abs(difference)) ** 2
-            wanted = f"{times:.0f} times as many users" if times < 100 else "far more users"
+            wanted = f"{times:.1f} times as many users" if times < 100 else "far more users"
             yield f"a difference as small as this one takes {wanted} in test (now {test.users:,}) to be seen"
-    by_strategy = {one.entry.strategy: one for one in judged if one.entry.kind == "model" and one.auc is not None}
-    if best is not None and "NT" in by_strategy and best.entry.strategy not in ("NT", ""):
-        difference, half_width = by_strategy[best.entry.strategy].auc.minus(by_strategy["NT"].auc)
-        gain = f"what pretraining gives: {best.entry.strategy} - NT = {_signed(difference, half_width)}"
-        yield gain + ("" if abs(difference) > half_width else ", within chance")
+    if best is not None:
+        yield from _transfer(best.entry.model, judged, task)
     if train.history < SHORT_HISTORY:
         yield f"histories have {train.history:.1f} events on average: does [history] hold all behaviour?"
     if test.unknown > ENOUGH_UNKNOWN:
@@ -138,3 +135,17 @@ def hints(
         yield "the log describes candidates by their id alone: attributes (category, brand, price) usually help"
     yield "another --seed with another --out shows how much of a difference is luck of the training"
     yield "other models: --models l4h64a4,hstu,din (finished ones are kept)"
+
+
+def _transfer(model: str, judged: collections.abc.Sequence[Judged], task: str) -> collections.abc.Iterator[str]:
+    """Yields what the best transfer of a model, by valid, gives over the same model from scratch."""
+    runs = [one for one in judged if one.entry.kind == "model" and one.entry.model == model and one.auc is not None]
+    scratch = next((one.auc for one in runs if one.entry.strategy == "NT"), None)
+    transferred = [one for one in runs if one.entry.strategy != "NT"]
+    if scratch is None or not transferred:
+        return
+    one = max(transferred, key=lambda one: one.entry.valid_auc.get(task) or 0.0)
+    if one.auc is not None:
+        difference, half_width = one.auc.minus(scratch)
+        gain = f"what pretraining gives: {one.entry.strategy} - NT = {_signed(difference, half_width)}"
+        yield gain + ("" if abs(difference) > half_width else ", within chance")
