@@ -8,6 +8,7 @@ import re
 import shlex
 
 from gpsd_dist.baselines.registry import NEXT_ITEM, evaluate_baseline
+from gpsd_dist.config.gin_cli import joined_values
 from gpsd_dist.metrics.auc_interval import half_width_of_counts
 from gpsd_dist.stages.stage import Metrics
 from gpsd_dist.trainer import Trainer
@@ -20,7 +21,7 @@ FLOORS = {"rates": "smoothed rates", "popularity": "popularity"}
 _REPO_ROOT = pathlib.Path(__file__).resolve().parents[1]
 _FINETUNE = "configs/stage/finetune.gin"
 _OF_THE_MODEL = re.compile(
-    r"--gin\.(LAYERS|WIDTH|HEADS|EMBEDDING_DIM|MAX_HISTORY_LENGTH|(Model|Tables|Ids)Config\.\w+)="
+    r"--gin\.(LAYERS|WIDTH|HEADS|EMBEDDING_DIM|MAX_HISTORY_LENGTH|TRANSFER_TABLES|(Model|Tables|Ids)Config\.\w+)="
 )
 
 
@@ -126,7 +127,8 @@ def next_command(trainer: Trainer, argv: list[str]) -> str:
     folder = shlex.quote(run.output_dir)
     if run.stage != "pretrain":
         return f"python -m gpsd_dist.evaluate --checkpoint {folder} --split test --metrics_out {folder}/test.json"
-    files = [argv[index + 1] for index, argument in enumerate(argv[:-1]) if argument == "--gin_file"]
+    argv = joined_values(argv)
+    files = [argument.removeprefix("--gin_file=") for argument in argv if argument.startswith("--gin_file=")]
     mine = pathlib.PurePath(files[0] if files else "-")
     mine = mine.with_name(mine.name.replace("pretrain", "finetune"))
     is_there = str(mine) not in files and any((root / mine).is_file() for root in (pathlib.Path(), _REPO_ROOT))

@@ -126,7 +126,10 @@ def _check_tower(run: RunConfig, state: manager.RunState, checkpoint: Location) 
             f"{run.strategy} copies the tower, but {checkpoint} is a {theirs['name']!r} and this run a "
             f"{run.model.name!r}; take the tables alone with STRATEGY ST or ST_SF"
         )
-    read = [name for name in _TOWER_OPTIONS if name in MODELS[run.model.name].reads]
+    traits = MODELS[run.model.name]
+    read = [name for name in _TOWER_OPTIONS if name in traits.reads]
+    if not traits.is_generative:  # by_width multiplies their tokens by sqrt(EMBEDDING_DIM); others only start by it
+        read.append("parametrization")
     saved = {name: theirs.get(name, getattr(ModelConfig, name)) for name in read}
     different = [
         f"{name} {value} there, {getattr(run.model, name)} here"

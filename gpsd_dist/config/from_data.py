@@ -11,7 +11,7 @@ import typing
 
 from gpsd_dist.config.model import MODELS
 from gpsd_dist.config.run import RunConfig
-from gpsd_dist.schema import Manifest
+from gpsd_dist.schema import Manifest, Split
 from gpsd_dist.validation import AUTO
 
 _OPTIONS = (
@@ -78,7 +78,7 @@ def _choose(run: RunConfig, manifest: Manifest) -> _Numbers:
     per_epoch = split.num_rows
     batch = run.data.global_batch_rows
     if run.data.global_batch_tokens:
-        batch, per_batch, per_epoch = 0, run.data.global_batch_tokens, split.num_history_tokens
+        batch, per_batch, per_epoch = 0, run.data.global_batch_tokens, _tokens_seen(run, split)
     elif batch == AUTO:
         batch = per_batch = _within(aim.batch_rows, 2 ** (max(1, per_epoch // aim.steps_per_epoch).bit_length() - 1))
     else:
@@ -105,12 +105,17 @@ def _dropout(run: RunConfig, manifest: Manifest) -> float:
     num_parameters = _BLOCK_SQUARES * layers * run.model.width**2
     if run.stage == "pretrain":
         # Each token is an example, and the tables are trained by nothing else.
-        num_examples = manifest.split("pretrain").num_history_tokens
+        num_examples = _tokens_seen(run, manifest.split("pretrain"))
         num_parameters += run.tables.embedding_dim * sum(table.num_rows for table in manifest.tables)
     else:
         num_examples = manifest.split("train").num_candidates
     doublings = math.log2(num_parameters / max(1, num_examples))
     return round(min(_aim(run).max_dropout, max(0.0, _DROPOUT_PER_DOUBLING * doublings)), 1)
+
+
+def _tokens_seen(run: RunConfig, split: Split) -> int:
+    """Bounds the history tokens that the model sees in an epoch: only its last ones, where histories are longer."""
+    return min(split.num_history_tokens, split.num_rows * run.data.max_history_length)
 
 
 def _within(bounds: tuple[int, int], value: int) -> int:

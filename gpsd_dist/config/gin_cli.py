@@ -46,7 +46,7 @@ def load_run_config(argv: list[str]) -> ParsedRun:
     parser.add_argument(
         "--gin_file", action="append", required=True, help="repeatable, later files win; the first may include"
     )
-    args, rest = parser.parse_known_args(_join_values(argv))
+    args, rest = parser.parse_known_args(joined_values(argv))
     unknown = [argument for argument in rest if not (argument.startswith("--gin.") and "=" in argument)]
     if unknown:
         parser.error(f"unknown arguments {unknown}; overrides look like --gin.OUTPUT_DIR=runs/a")
@@ -71,11 +71,11 @@ def load_run_config(argv: list[str]) -> ParsedRun:
     return ParsedRun(run, gin.config_str())
 
 
-def _join_values(argv: list[str]) -> list[str]:
-    """Accepts `--gin.X Y` beside `--gin.X=Y`."""
+def joined_values(argv: list[str]) -> list[str]:
+    """Turns `--gin.X Y` into `--gin.X=Y`, and `--gin_file F` into `--gin_file=F`."""
     joined: list[str] = []
     for argument in argv:
-        if joined and re.fullmatch(r"--gin\.[\w./]+", joined[-1]) and not argument.startswith("--"):
+        if joined and re.fullmatch(r"--gin(_file|\.[\w./]+)", joined[-1]) and not argument.startswith("--"):
             joined[-1] += "=" + argument
         else:
             joined.append(argument)

@@ -227,12 +227,14 @@ def test_other_tower_is_refused_by_full_transfer(trained, data_dir, tmp_path, on
         ({"name": "transformer", "layers": 2, "heads": 4}, {}, {"layers": 1}),
         ({"name": "hstu", "max_positions": 12}, {"heads": 1}, {"heads": 2}),
         ({"name": "hstu", "max_positions": 12}, {"time_bias": True}, {"time_bias": False}),
+        ({"name": "din"}, {"parametrization": "official"}, {"parametrization": "by_width"}),
     ],
     ids=str,
 )
 def test_other_tower_of_fitting_shapes_is_refused(data_dir, tmp_path, one_rank, model, there, here):
-    """Without the check it loads, and computes something else than what was pretrained."""
-    source = tiny_run("pretrain", data_dir, tmp_path / "source", model=model | there, train={"max_steps": 1})
+    """Without the check it loads, and computes something else than what was trained."""
+    stage = "finetune" if model["name"] == "din" else "pretrain"
+    source = tiny_run(stage, data_dir, tmp_path / "source", model=model | there, train={"max_steps": 1})
     Trainer(source, one_rank).train()
     run = _run(data_dir, tmp_path / "source", tmp_path / "run", "FT", model=model | there | here)
     ((name, value),) = here.items()

@@ -58,6 +58,8 @@ def test_next_command_of_a_finetuning_scores_it():
 def test_next_command_of_a_pretraining_finetunes_the_same_model(files, expected):
     argv = [part for file in files for part in ("--gin_file", file)] + ["--gin.WIDTH=32", "--gin.EPOCHS=2"]
     command = run_outcome.next_command(_trainer("pretrain"), argv)
+    same = [f"--gin_file={file}" for file in files] + ["--gin.WIDTH", "32", "--gin.EPOCHS", "2"]
+    assert run_outcome.next_command(_trainer("pretrain"), same) == command
     others = "".join(f" --gin_file {file}" for file in files[1:])
     assert command == (
         f"python -m gpsd_dist.train --gin_file {expected}{others} --gin.WIDTH=32 '--gin.DATA_DIR=data/my log' "

@@ -81,6 +81,9 @@ def test_a_given_value_wins_and_the_others_follow_from_it():
     assert run.train.epochs == 3  # 289 steps each
     tokens, _ = resolve(run_of(data=DataConfig(global_batch_rows=AUTO, global_batch_tokens=640)), manifest_of(2_019))
     assert (tokens.data.global_batch_rows, tokens.train.epochs) == (0, 16)
+    short = DataConfig(global_batch_rows=AUTO, global_batch_tokens=640, max_history_length=10)
+    long, _ = resolve(run_of(data=short), manifest_of(2_019, tokens_per_row=500))  # the model sees 10 of 500
+    assert long.train.epochs == 16
 
 
 def test_a_run_without_open_options_is_left_alone():
