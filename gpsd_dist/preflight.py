@@ -12,6 +12,7 @@ from gpsd_dist.config.model import MODELS, models_with
 from gpsd_dist.schema import Manifest
 from gpsd_dist.stages.registry import find
 from gpsd_dist.tables.collections import lookup_tables
+from gpsd_dist.validation import AUTO
 
 log = logging.getLogger(__name__)
 _Problems = collections.abc.Iterator[str]
@@ -50,7 +51,7 @@ def _managed_tables_are_whole(run: RunConfig, manifest: Manifest) -> _Problems:
 
 def _validation_has_rows(run: RunConfig, manifest: Manifest) -> _Problems:
     """Early stopping and a best checkpoint would wait for a validation that never comes."""
-    if manifest.split("valid").num_rows == 0 and (run.train.patience or run.train.best_metric):
+    if manifest.split("valid").num_rows == 0 and (run.train.patience not in (0, AUTO) or run.train.best_metric):
         given = f"patience {run.train.patience} and best_metric {run.train.best_metric!r}"
         yield f"{given} need a valid split, and that of {run.data_dir} has no rows: leave them out"
 

@@ -1,4 +1,4 @@
-"""Chooses the options that a user leaves to the data: batch, epochs, warm-up, dropout and the rate of the dense part.
+"""Chooses what a user leaves to the data: batch, epochs, warm-up, patience, dropout, rate of the dense part.
 
 A stranger's log may have a thousand requests or a billion. A batch of 512 makes four steps of an epoch of the first,
 and ten epochs take weeks of the second; the rules below aim at a number of steps instead. docs/learning.md has the runs
@@ -18,6 +18,7 @@ _OPTIONS = (
     ("data", "global_batch_rows"),
     ("train", "epochs"),
     ("train", "warmup_fraction"),
+    ("train", "patience"),
     ("model", "dropout"),
     ("dense", "peak_lr"),
 )
@@ -25,6 +26,7 @@ _MAX_WARMUP_STEPS = 500  # official settings
 _RATE_WIDTH = 64  # up to this width the peak rate is _RATE; above, it falls as 1 / width (arXiv:2203.03466, Adam)
 _RATE, _MIN_RATE = 3e-3, 5e-4
 _DROPOUT_PER_DOUBLING = 0.05
+_MIN_PATIENCE = 3
 _BLOCK_SQUARES = 12  # parameters of a Transformer block over the square of its width
 _Numbers = dict[str, dict[str, typing.Any]]
 
@@ -89,10 +91,20 @@ def _choose(run: RunConfig, manifest: Manifest) -> _Numbers:
     rate = max(_MIN_RATE, _RATE * min(1.0, _RATE_WIDTH / run.model.width))
     return {
         "data": {"global_batch_rows": batch},
-        "train": {"epochs": epochs, "warmup_fraction": warmup},
+        "train": {"epochs": epochs, "warmup_fraction": warmup, "patience": _patience(run, manifest, epochs)},
         "model": {"dropout": _dropout(run, manifest)},
         "dense": {"peak_lr": rate},
     }
+
+
+def _patience(run: RunConfig, manifest: Manifest, epochs: int) -> int:
+    """Waits for a third of the run: some laws, such as an order, show only after a long plateau at 0.5.
+
+    0 where nothing is validated.
+    """
+    if run.refit_of or manifest.split("valid").num_rows == 0:
+        return 0
+    return max(_MIN_PATIENCE, math.ceil(epochs * run.train.eval_per_epoch / 3))
 
 
 def _aim(run: RunConfig) -> _Aim:

@@ -118,8 +118,9 @@ class TrainConfig:
     """Validations per epoch, evenly spaced."""
     best_metric: str = ""
     """Metric of `valid` that chooses the best checkpoint (larger is better); empty: the first task's AUC, or MRR."""
-    patience: AtLeast0 = dataclasses.field(default=0, metadata=MAY_CHANGE)
-    """Stop after this many validations without a better one; 0 turns early stopping off."""
+    patience: typing.Annotated[AtLeast0, OrAuto] = dataclasses.field(default=0, metadata=MAY_CHANGE)
+    """Stop after this many validations without a better one; 0 turns early stopping off; 'auto': those of a
+    third of the run."""
     save_interval_steps: AtLeast0 = dataclasses.field(default=0, metadata=MAY_CHANGE)
     """Also save every this many steps; 0: only with a validation."""
     keep_last: AtLeast1 = dataclasses.field(default=2, metadata=MAY_CHANGE)

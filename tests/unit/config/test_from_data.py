@@ -30,7 +30,7 @@ def run_of(stage: str = "finetune", model: ModelConfig | None = None, **changes)
         data=DataConfig(global_batch_rows=AUTO),
         model=model or ModelConfig(layers=1, width=32, dropout=AUTO),
         dense=OptimizerConfig("adamw", AUTO),
-        train=TrainConfig(epochs=AUTO, warmup_fraction=AUTO),
+        train=TrainConfig(epochs=AUTO, warmup_fraction=AUTO, eval_per_epoch=2, patience=AUTO),
     )
     return dataclasses.replace(run, **changes)
 
@@ -57,6 +57,14 @@ def test_small_logs_get_hundreds_of_steps_and_large_ones_few_epochs():
     small, large = (resolve(run_of(), manifest_of(rows))[0] for rows in (2_019, 10**7))
     assert (small.data.global_batch_rows, small.train.epochs, steps(small, 2_019)) == (64, 16, 512)
     assert (large.data.global_batch_rows, large.train.epochs) == (512, 3)
+
+
+def test_patience_is_a_third_of_the_run_and_nothing_without_validation():
+    small, large = (resolve(run_of(), manifest_of(rows))[0] for rows in (2_019, 10**7))
+    assert (small.train.patience, large.train.patience) == (11, 3)
+    unvalidated = manifest_of(2_019)
+    splits = tuple(dataclasses.replace(s, num_rows=0) if s.name == "valid" else s for s in unvalidated.splits)
+    assert resolve(run_of(), dataclasses.replace(unvalidated, splits=splits))[0].train.patience == 0
 
 
 def test_dropout_follows_parameters_per_example():

@@ -336,7 +336,7 @@ def test_a_comment_about_includes_is_no_include(tmp_path, text):
 def test_a_first_file_that_includes_a_stage_is_an_experiment(tmp_path):
     text = "include 'configs/stage/finetune.gin'\ninclude 'configs/data/kuairand.gin'\nEPOCHS = 2\n"
     run = load([write(tmp_path, text)], OUT).run
-    assert (run.stage, run.train.epochs, run.train.patience, run.data_dir) == ("finetune", 2, 6, "data/kuairand")
+    assert (run.stage, run.train.epochs, run.train.patience, run.data_dir) == ("finetune", 2, "auto", "data/kuairand")
 
 
 @pytest.mark.parametrize("text", ["WIDTH = \n", "WIDTH 32\n", "include 'configs/nothing.gin'\n", "NoConfig.x = 1\n"])

@@ -397,7 +397,7 @@ def test_ways_to_run_that_do_not_go_together(execution, other, words):
 
 
 def test_a_misspelt_auto_is_told_of_auto_where_there_is_one():
-    with pytest.raises(ValueError, match=r"'atuo', expected int or 'auto'; patience is 'auto', expected int$"):
-        TrainConfig(epochs="atuo", patience="auto")
+    with pytest.raises(ValueError, match=r"'atuo', expected int or 'auto'; eval_per_epoch is 'auto', expected int$"):
+        TrainConfig(epochs="atuo", eval_per_epoch="auto")
     with pytest.raises(ValueError, match="sparse peak_lr 'auto': the rate of the tables is not chosen from the data"):
         make_run(sparse=OptimizerConfig("rowwise_adagrad", "auto"))
