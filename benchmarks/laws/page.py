@@ -48,14 +48,13 @@ def markdown(records: collections.abc.Sequence[dict]) -> str:
 
 
 def _shares(found: dict[Row, dict]) -> str:
-    """One line per model, one column per law; a share in brackets: the tower cannot express the law in full."""
-    laws, models = (list(dict.fromkeys(key)) for key in zip(*(((law), (t, s)) for law, t, s in found)))
-    table = [["model", *(f"`{law}`" for law in laws)], ["---", *("---:" for _ in laws)]]
+    """One line per law, one column per model; a share in brackets: the tower cannot express the law in full."""
+    laws, models = (list(dict.fromkeys(key)) for key in zip(*((law, (t, s)) for law, t, s in found)))
     ceilings = {law: s["ceiling"]["test"] for (law, _, _), s in found.items() if "ceiling" in s}
-    table.append(["*ceiling, test AUC*", *(f"*{ceilings[law]:.3f}*" if law in ceilings else "" for law in laws)])
-    for tower, strategy in models:
-        cells = [_share(found.get((law, tower, strategy))) for law in laws]
-        table.append([_name(tower, strategy), *cells])
+    table = [["law", "ceiling", *(_name(*model) for model in models)], ["---", *("---:" for _ in [0, *models])]]
+    for law in laws:
+        most = f"{ceilings[law]:.3f}" if law in ceilings else ""
+        table.append([f"`{law}`", most, *(_share(found.get((law, *model))) for model in models)])
     return _lines(table)
 
 

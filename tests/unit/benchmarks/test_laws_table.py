@@ -66,7 +66,7 @@ def test_a_cell_that_fails_says_why_and_runs_again(tmp_path, capsys):
     assert "| `interval` | deepfm NT | failed: status 2" in (tmp_path / "table.md").read_text()
     assert command.main([*options, "--set_finetune", "EPOCHS=1"]) == 0
     assert command.main(["--collect", "--out_dir", str(tmp_path)]) == 0
-    assert "| `interval` | deepfm NT | 0." in capsys.readouterr().out
+    assert "| law | ceiling | deepfm NT |" in capsys.readouterr().out
     assert command.main([*options, "--set", "NO_SUCH_NAME=1"]) == 2
     assert "NO_SUCH_NAME" in capsys.readouterr().err
 
@@ -83,8 +83,8 @@ def test_the_table_has_mean_spread_and_brackets_where_a_tower_cannot():
     records = [record(seed=n, share=s, why_not="it is blind") for n, s in enumerate((0.4, 0.5, 0.6))]
     records += [record(tower="gbdt", strategy="", share=0.9, steps_to_near=None), record(law="count", share=1.0)]
     text = page.markdown(records)
-    assert "| model | `order` | `count` |" in text
-    assert "| din NT | (0.50) | 1.00 |" in text and "| gbdt | 0.90 |  |" in text
+    assert "| law | ceiling | din NT | gbdt |" in text
+    assert "| `order` | 0.800 | (0.50) | 0.90 |" in text and "| `count` | 0.800 | 1.00 |  |" in text
     assert "- `order`: it is blind." in text
     assert "| `order` | din NT | 0.8000 | 0.6500 | 0.500 | 0.100 | 0.500 | 40 | 2.0 | 3 |" in text
     assert "| `order` | gbdt | 0.8000 | 0.7700 | 0.900 |  | 0.900 |  | 2.0 | 1 |" in text
