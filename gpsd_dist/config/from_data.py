@@ -27,6 +27,7 @@ _RATE_WIDTH = 64  # up to this width the peak rate is _RATE; above, it falls as 
 _RATE, _MIN_RATE = 3e-3, 5e-4
 _DROPOUT_PER_DOUBLING = 0.05
 _MIN_PATIENCE = 3
+_MIN_BATCH_ROWS = 16
 _BLOCK_SQUARES = 12  # parameters of a Transformer block over the square of its width
 _Numbers = dict[str, dict[str, typing.Any]]
 
@@ -38,14 +39,20 @@ class _Aim:
     batch_rows: tuple[int, int]
     steps_per_epoch: int
     """Sets the batch: it is the largest power of two that leaves an epoch this many steps, within `batch_rows`."""
+    least_steps: int
+    """A log too small for so many gets smaller batches than `batch_rows`, down to _MIN_BATCH_ROWS."""
     steps: int
     epochs: tuple[int, int]
     max_dropout: float
 
 
 _AIMS = {
-    "pretrain": _Aim(batch_rows=(64, 512), steps_per_epoch=64, steps=1500, epochs=(10, 15), max_dropout=0.2),
-    "finetune": _Aim(batch_rows=(64, 512), steps_per_epoch=32, steps=500, epochs=(3, 16), max_dropout=0.2),
+    "pretrain": _Aim(
+        batch_rows=(64, 512), steps_per_epoch=64, least_steps=0, steps=1500, epochs=(10, 15), max_dropout=0.2
+    ),
+    "finetune": _Aim(
+        batch_rows=(64, 512), steps_per_epoch=32, least_steps=400, steps=500, epochs=(3, 16), max_dropout=0.2
+    ),
 }
 
 
@@ -66,6 +73,8 @@ def resolve(run: RunConfig, manifest: Manifest, saved: _Numbers | None = None) -
     numbers = saved if saved is not None else _choose(run, manifest)
     for part in {part for part, _ in left}:
         values = {name: numbers[part][name] for other, name in left if other == part}
+        if run.data.global_batch_tokens and "global_batch_rows" in values:  # the run before may have gone by rows
+            values["global_batch_rows"] = 0
         run = dataclasses.replace(run, **{part: dataclasses.replace(getattr(run, part), **values)})
     origin = "of the run before" if saved is not None else "chosen from the data"
     named = ", ".join(f"{name} {getattr(getattr(run, part), name):g}" for part, name in left)
@@ -82,7 +91,7 @@ def _choose(run: RunConfig, manifest: Manifest) -> _Numbers:
     if run.data.global_batch_tokens:
         batch, per_batch, per_epoch = 0, run.data.global_batch_tokens, _tokens_seen(run, split)
     elif batch == AUTO:
-        batch = per_batch = _within(aim.batch_rows, 2 ** (max(1, per_epoch // aim.steps_per_epoch).bit_length() - 1))
+        batch = per_batch = _batch_rows(aim, per_epoch)
     else:
         per_batch = batch
     steps = max(1, -(-per_epoch // per_batch))
@@ -105,6 +114,13 @@ def _patience(run: RunConfig, manifest: Manifest, epochs: int) -> int:
     if run.refit_of or manifest.split("valid").num_rows == 0:
         return 0
     return max(_MIN_PATIENCE, math.ceil(epochs * run.train.eval_per_epoch / 3))
+
+
+def _batch_rows(aim: _Aim, rows: int) -> int:
+    batch = _within(aim.batch_rows, 2 ** (max(1, rows // aim.steps_per_epoch).bit_length() - 1))
+    while batch > _MIN_BATCH_ROWS and -(-rows // batch) * aim.epochs[1] < aim.least_steps:
+        batch //= 2
+    return batch
 
 
 def _aim(run: RunConfig) -> _Aim:

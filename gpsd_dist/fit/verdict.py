@@ -103,11 +103,19 @@ def _suspect(facts: Facts, is_short: bool) -> str:
     train, test = facts.splits["train"], facts.splits["test"]
     if train.history < SHORT_HISTORY:
         return f"the histories ({train.history:.1f} events on average: little to learn a taste from)"
-    if test.unknown > ENOUGH_UNKNOWN:
-        return f"the items ({test.unknown:.0%} of the test candidates are new): give them attributes, section [items]"
+    items = f"the items ({test.unknown:.0%} of the test candidates are new)"
+    if test.unknown > ENOUGH_UNKNOWN and not _attributes(facts):
+        return f"{items}: give them attributes, section [items]"
     if train.positives < 1000:
         return f"the amount of data ({train.positives:,} positives to train on)"
+    if test.unknown > ENOUGH_UNKNOWN:
+        return f"{items}: give them more attributes, section [items]"
     return "the curves in the report, and at what the histories hold"
+
+
+def _attributes(facts: Facts) -> list[str]:
+    """Names the features of candidates besides the item itself."""
+    return [f.name for f in facts.manifest.features_in("candidate") if f.name != facts.manifest.item_feature]
 
 
 def hints(
@@ -126,12 +134,13 @@ def hints(
     if train.history < SHORT_HISTORY:
         yield f"histories have {train.history:.1f} events on average: does [history] hold all behaviour?"
     if test.unknown > ENOUGH_UNKNOWN:
-        yield f"{test.unknown:.0%} of the test candidates are items that training never saw: add attributes in [items]"
+        add = "add more attributes" if _attributes(facts) else "add attributes"
+        yield f"{test.unknown:.0%} of the test candidates are items that training never saw: {add} in [items]"
     items = facts.manifest.table(facts.manifest.feature(facts.manifest.item_feature).table).num_rows
     events = sum(split.num_history_tokens for split in facts.manifest.splits if split.name == "pretrain")
     if facts.can_pretrain and events / items < FEW_EVENTS:
         yield f"pretraining has {events / items:.1f} events per item: a longer log, or min_count, gives better rows"
-    if not [f for f in facts.manifest.features_in("candidate") if f.name != facts.manifest.item_feature]:
+    if not _attributes(facts):
         yield "the log describes candidates by their id alone: attributes (category, brand, price) usually help"
     yield "another --seed with another --out shows how much of a difference is luck of the training"
     yield "other models: --models l4h64a4,hstu,din (finished ones are kept)"

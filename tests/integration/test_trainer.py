@@ -207,13 +207,13 @@ def test_index_outside_a_table_is_an_error_not_row_0(data_dir, tmp_path, one_ran
 
 
 def test_options_left_to_the_data_are_numbers_of_the_run_from_then_on(data_dir, tmp_path, one_rank):
-    """The first run was given its batch and epochs; resumed with 'auto', it goes on in them, and not in 64 and 16."""
+    """The first run was given its batch and epochs; resumed with 'auto', it goes on in them, and not in 16 and 16."""
     left = {
         "data": {"global_batch_rows": "auto"},
         "train": {"epochs": "auto", "warmup_fraction": "auto", "max_steps": 2},
     }
     chosen = Trainer(tiny_run("finetune", data_dir, tmp_path / "new", **left), one_rank)
-    assert (chosen.run.data.global_batch_rows, chosen.run.train.epochs) == (64, 16)
+    assert (chosen.run.data.global_batch_rows, chosen.run.train.epochs) == (16, 16)
     _train(data_dir, tmp_path / "run", one_rank, train={"max_steps": 1})
     resumed = _train(data_dir, tmp_path / "run", one_rank, **left)
     assert (resumed.run.data.global_batch_rows, resumed.run.train.epochs, resumed.step) == (GLOBAL_BATCH_ROWS, 3, 2)

@@ -45,7 +45,7 @@ def test_every_size_gets_numbers_that_are_valid(stage, rows):
     run, line = resolve(run_of(stage), manifest_of(rows))
     assert left_to_data(run) == []
     assert line.startswith("chosen from the data: global_batch_rows ") and "dropout" in line
-    assert 64 <= run.data.global_batch_rows <= 512
+    assert 16 <= run.data.global_batch_rows <= 512
     assert 0 <= run.model.dropout <= 0.2
     assert 0 < run.train.warmup_fraction <= 0.1
     assert run.train.warmup_fraction * steps(run, rows) <= 500 + 1e-6
@@ -65,6 +65,14 @@ def test_patience_is_a_third_of_the_run_and_nothing_without_validation():
     unvalidated = manifest_of(2_019)
     splits = tuple(dataclasses.replace(s, num_rows=0) if s.name == "valid" else s for s in unvalidated.splits)
     assert resolve(run_of(), dataclasses.replace(unvalidated, splits=splits))[0].train.patience == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch"), [(19, 16), (148, 16), (494, 16), (1_000, 32), (1_970, 64), (2_019, 64), (4_100, 128)]
+)
+def test_a_log_of_few_requests_gets_smaller_batches(rows, batch):
+    """494 requests in batches of 64 are 128 steps: DIN had a valid AUC of 0.74 of a planted match, 0.80 with 16."""
+    assert resolve(run_of(), manifest_of(rows))[0].data.global_batch_rows == batch
 
 
 def test_dropout_follows_parameters_per_example():
@@ -105,6 +113,8 @@ def test_the_numbers_of_a_saved_run_are_taken():
     run, line = resolve(run_of(), manifest_of(10**6), saved)
     assert (run.data.global_batch_rows, run.train.epochs) == (64, 5)
     assert line.startswith("of the run before: ")
+    by_tokens = run_of(data=DataConfig(global_batch_rows=AUTO, global_batch_tokens=640))
+    assert resolve(by_tokens, manifest_of(9), saved)[0].data.global_batch_rows == 0  # then refused, as another run
 
 
 @pytest.mark.parametrize("text", ["Auto", "automatic", -1, None])

@@ -61,6 +61,7 @@ def test_inside_the_interval_it_cannot_tell():
     [
         ({"history": 1.5}, "look at the histories (1.5 events on average"),
         ({"unknown": 0.4}, "look at the items (40% of the test candidates are new)"),
+        ({"unknown": 0.4, "positives": 200}, "look at the amount of data (200"),  # the items have attributes
         ({"positives": 200}, "look at the amount of data (200 positives to train on)"),
         ({}, "look at the curves in the report"),
     ],
