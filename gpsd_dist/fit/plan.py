@@ -5,7 +5,7 @@ import dataclasses
 import pathlib
 
 from gpsd_dist.commands import REPO_ROOT, python_command
-from gpsd_dist.config import STRATEGIES
+from gpsd_dist.config import STRATEGIES, RunConfig
 from gpsd_dist.config.gin_cli import load_run_config
 from gpsd_dist.config.model import MODELS
 from gpsd_dist.scaling.ladder import Training
@@ -61,6 +61,8 @@ def make_plan(args: argparse.Namespace, can_pretrain: bool) -> Plan:
                 start = (f"--gin.INIT_CHECKPOINT={pretrainings[source].folder}",)
             options, folder = (f"--gin.STRATEGY={strategy}", *start), strategy.lower()
             training = _training(args, model, "finetune", options, folder)
+            if strategy != "NT":
+                _check_transferable(pretrainings[source].run, training.run)
             refit = (*options, f"--gin.REFIT_OF={training.folder}")
             again = _training(args, model, "finetune", refit, f"{folder}_refit")
             label = f"{model} {strategy}" if len(models) > 1 else strategy
@@ -104,6 +106,19 @@ def _donor(args: argparse.Namespace, models: tuple[str, ...]) -> str:
         if MODELS[_training(args, model, "finetune", ("--gin.STRATEGY=NT",), "nt").run.model.name].is_generative:
             return model
     return DEFAULT_MODEL
+
+
+def _check_transferable(pretraining: RunConfig, run: RunConfig) -> None:
+    """Checks sizes that must be equal in both stages: train would refuse them too, but only after the pretraining."""
+    parts = [("EMBEDDING_DIM", pretraining.tables.embedding_dim, run.tables.embedding_dim)]
+    if run.transfers_tower:
+        for name in ("layers", "width", "heads"):
+            parts.append((name.upper(), getattr(pretraining.model, name), getattr(run.model, name)))
+    wrong = [
+        f"{name} is {there} in pretraining and {here} in finetuning" for name, there, here in parts if there != here
+    ]
+    if wrong:
+        raise ValueError(f"{run.strategy}: {'; '.join(wrong)}: give --gin.NAME=N and --pretrain_gin.NAME=N alike")
 
 
 def _training(args: argparse.Namespace, model: str, stage: str, options: tuple[str, ...], folder: str) -> Training:

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
 def _scenario(run: RunConfig, args: argparse.Namespace) -> Scenario:
     table_rows = _sizes(args.table_rows)
     measured = read_run_manifest(run)
-    run, _ = resolve(run, measured)
+    run, chosen = resolve(run, measured)
     check_options_against_data(run, measured)
     shape = data_shape(run, measured, run.training_split)
     if args.mean_history is not None and not 1 <= args.mean_history <= run.data.max_history_length:
@@ -71,6 +71,7 @@ def _scenario(run: RunConfig, args: argparse.Namespace) -> Scenario:
             "MAX_HISTORY_LENGTH or lower it"
         )
     shape = with_assumptions(shape, mean_history=args.mean_history, candidates=args.candidates, table_rows=table_rows)
+    shape = dataclasses.replace(shape, notes=(*shape.notes, *filter(None, [chosen])))
     cluster = Cluster(args.world_size, args.local_world_size, "cuda", round(args.hbm_gib * _GIB))
     return Scenario(run, with_table_rows(measured, table_rows), shape, cluster)
 

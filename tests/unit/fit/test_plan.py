@@ -84,6 +84,8 @@ def test_several_processes_run_under_the_launcher():
         (["--strategies", "NT,SF"], "--strategies: SF is not one of NT, ST, FT, ST_SF, FT_SF"),
         (["--gin.SEED=4"], "--gin.SEED=4: DATA_DIR, .* are set by fit .*; leave it out"),
         (["--pretrain_gin.OUTPUT_DIR=x"], "OUTPUT_DIR, .* are set by fit"),
+        (["--gin.EMBEDDING_DIM=32"], "ST_SF: EMBEDDING_DIM is 64 in pretraining and 32 in finetuning: give --gin.NAME"),
+        (["--gin.LAYERS=2"], "FT_SF: LAYERS is 4 in pretraining and 2 in finetuning"),
         (["--gin.EPOCHS=no"], "finetune with .*EPOCHS.*no"),
         (["--models", "din", "--strategies", "FT_SF"], "nothing is left to train: din has no generative pretraining"),
         (["--gin_file", "configs/stage/pretrain.gin"], "describes stage 'pretrain', expected 'finetune'"),
