@@ -72,7 +72,7 @@ def measure(
     """Trains `steps` steps of one model and returns the sizes of its weights."""
     with tempfile.TemporaryDirectory() as folder:
         argv = ["--gin_file", "configs/stage/finetune.gin", "--gin_file", f"configs/model/{model}.gin"]
-        fixed = (f"DATA_DIR={data_dir}", f"OUTPUT_DIR={folder}", f"TrainConfig.max_steps={steps}")
+        fixed = (f"DATA_DIR={data_dir}", f"OUTPUT_DIR={folder}", f"TrainConfig.max_steps={steps}", "PATIENCE=0")
         argv += [f"--gin.{option}" for option in (*fixed, "TrainConfig.async_checkpoints=False", *options)]
         trainer = Trainer(load_run_config(argv).run, runtime)
         trainer.load_weights()

@@ -2,7 +2,7 @@
 
 A stranger's log may have a thousand requests or a billion. A batch of 512 makes four steps of an epoch of the first,
 and ten epochs take weeks of the second; the rules below aim at a number of steps instead. docs/learning.md has the runs
-that they were chosen by.
+that they were chosen by. Pretraining has ten epochs or more of any log: give EPOCHS where that is too long.
 """
 
 import dataclasses

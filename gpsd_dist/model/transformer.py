@@ -38,6 +38,8 @@ def init_linear(linear: nn.Linear, std: float) -> None:
 def start_matching(query: torch.Tensor, key: torch.Tensor, heads: int) -> None:
     """Lets half of the heads begin by looking for tokens like their own, by one weight for queries and keys [H K, D].
 
+    A tower of one head has no other half: that head does.
+
     Weights of N(0, 0.02) make all logits of a narrow head equal, so that hundreds of steps pass before it tells tokens
     apart. With one weight for both, the logit of two like tokens is a squared length, and that of others near 0. The
     other heads start with equal logits, as a mean of the past.
