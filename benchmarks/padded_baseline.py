@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gpsd_dist.batch.packing import Packing
+from gpsd_dist.config import ModelConfig
 from gpsd_dist.model.transformer import Transformer
 from gpsd_dist.schema import NUM_RESERVED_ROWS, Manifest
 
@@ -204,7 +205,8 @@ class PaddedModel(nn.Module):
         self.item = nn.Embedding(manifest.table("item").num_rows, width, padding_idx=0)
         self.category = nn.Embedding(manifest.table("category").num_rows, width, padding_idx=0)
         self.segment = nn.Embedding(2, width)
-        self.tower = (Transformer if is_packed else PaddedTransformer)(layers, width, heads)
+        config = ModelConfig(layers=layers, width=width, heads=heads)
+        self.tower = Transformer(config, 1) if is_packed else PaddedTransformer(layers, width, heads)
         self.head = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, 1))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):

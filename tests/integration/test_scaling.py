@@ -75,7 +75,7 @@ def test_ladder_is_trained_once(tmp_path, data_dir, one_rank, capfd):
 
     assert scaling.main([*options, "--gin.DENSE_LR=0.5"]) == 2
     error = capfd.readouterr().err
-    assert "l1h16a2/s0/st_sf holds a run with other options: dense.peak_lr: 0.001 there, 0.5 now" in error
+    assert "l1h16a2/s0/st_sf holds a run with other options: dense.peak_lr: 0.003 there, 0.5 now" in error
     assert saved_at(out) == before
 
 
