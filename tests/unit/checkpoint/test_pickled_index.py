@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import enum
 import os
 import pathlib
 import pickle
@@ -45,6 +46,21 @@ def test_every_binary_protocol_is_read(saved, protocol):
     (saved / ".metadata").write_bytes(pickle.dumps(read, protocol))
     ours = index.read_index(saved)
     assert ours.state_dict_metadata == read.state_dict_metadata and ours.storage_data == read.storage_data
+
+
+class EarlyPickler(pickle.Pickler):
+    """Pickles a member of an enum as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def test_members_of_enums_in_the_form_of_early_3_11_are_read(saved):
+    read = pickle.loads((saved / ".metadata").read_bytes())
+    with (saved / ".metadata").open("wb") as file:
+        EarlyPickler(file).dump(read)
+    assert b"getattr" in (saved / ".metadata").read_bytes()
+    assert index.read_index(saved).state_dict_metadata == read.state_dict_metadata
 
 
 def test_what_dcp_itself_writes_is_read(tmp_path):
