@@ -55,10 +55,11 @@ class EarlyPickler(pickle.Pickler):
         return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
 
 
-def test_members_of_enums_in_the_form_of_early_3_11_are_read(saved):
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_members_of_enums_in_the_form_of_early_3_11_are_read(saved, protocol):
     read = pickle.loads((saved / ".metadata").read_bytes())
     with (saved / ".metadata").open("wb") as file:
-        EarlyPickler(file).dump(read)
+        EarlyPickler(file, protocol).dump(read)
     assert b"getattr" in (saved / ".metadata").read_bytes()
     assert index.read_index(saved).state_dict_metadata == read.state_dict_metadata
 

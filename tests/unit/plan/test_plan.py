@@ -140,7 +140,7 @@ def test_a_data_set_without_labels_is_refused_where_it_would_be_scored(options, 
 )
 def test_mistakes_are_explained(options, capsys, argv, message):
     status, text = _plan(capsys, *options, *SPACIOUS, *argv)
-    assert status == 2 and text.startswith("error: ") and re.search(message, text)
+    assert status == 2 and re.search("^error: ", text, re.MULTILINE) and re.search(message, text)
 
 
 @pytest.mark.parametrize(
