@@ -18,7 +18,7 @@ _NAMES = {
     *(f"{_METADATA}{name}" for name in ("ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta")),
     *(f"{_METADATA}{name}" for name in ("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")),
     *(_INFO, "torch.Size", "torch.serialization._get_layout"),
-    # Early Python 3.11 pickles a member of an enum as getattr(enum, name); nothing here calls it.
+    # Python 3.11.2 (Debian 12) pickles a member of an enum as getattr(enum, name); nothing here calls it.
     *("builtins.getattr", "__builtin__.getattr"),
     *(f"{module}.{name}Path" for module in ("pathlib", "pathlib._local") for name in ("", "Posix", "Windows")),
     *(f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)),

@@ -49,7 +49,7 @@ def test_every_binary_protocol_is_read(saved, protocol):
 
 
 class EarlyPickler(pickle.Pickler):
-    """Pickles a member of an enum as Python 3.11.0 to 3.11.3 do."""
+    """Pickles a member of an enum as Python 3.11.2 does."""
 
     def reducer_override(self, value):
         return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
