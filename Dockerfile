@@ -1,7 +1,26 @@
-# One image for training and data preparation. `make test` in a container adds what tests need.
+# One image for training and data preparation, and a small one for serving. `make test` in a container adds what tests need.
 #   docker build -t gpsd .                               CUDA (torch's wheels carry the CUDA libraries; the host needs a driver)
 #   docker build -t gpsd:cpu --build-arg FLAVOR=cpu .    CPU
+#   docker build -t gpsd:serve --target serve .          a server alone, CPU: no torchrec, no tools of training
 #   docker run --gpus all --shm-size 16g -v "$PWD/runs:/app/runs" gpsd launch/local.sh --gin_file ...
+FROM python:3.11-slim-bookworm AS serve
+ENV PATH=/opt/venv/bin:$PATH \
+    PIP_NO_CACHE_DIR=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+RUN useradd --create-home --uid 1000 gpsd \
+    && install --directory --owner=gpsd --group=gpsd /app /opt/venv
+USER 1000
+WORKDIR /app
+COPY --chown=gpsd:gpsd requirements-serve.txt ./
+COPY --chown=gpsd:gpsd .ci/setup_venv.sh .ci/
+RUN .ci/setup_venv.sh /opt/venv serve
+COPY --chown=gpsd:gpsd gpsd_dist gpsd_dist
+RUN python -m gpsd_dist.serve --help
+# The artefact is mounted read-only; a container has to listen on its own address, not on its loopback.
+ENTRYPOINT ["python", "-m", "gpsd_dist.serve"]
+CMD ["/artefact", "--host", "0.0.0.0"]
+
 FROM python:3.11-slim-bookworm
 
 ARG FLAVOR=cuda

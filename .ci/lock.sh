@@ -3,6 +3,7 @@
 #   requirements-cpu.txt   what a run needs, CPU          from requirements-cpu.in
 #   requirements.txt       what a run needs, CUDA         from requirements-cpu.in with the CUDA build of fbgemm
 #   requirements-dev.txt   what tests and checks add      from requirements-dev.in
+#   requirements-serve.txt what a server alone needs, CPU from requirements-serve.in
 # Pins that still fit are kept; delete a line of a lock (or pass --upgrade) to let it move.
 # Only metadata is resolved, so the CUDA wheels are not downloaded. Needs uv: on PATH, or UV=/path/to/uv.
 set -euo pipefail
@@ -37,4 +38,5 @@ cp "$cuda_dir/requirements.txt" requirements.txt
 # The running lock is a constraint (requirements-dev.in names it), and what it holds is left out: one list serves both builds.
 mapfile -t held < <(sed -n 's/^\([A-Za-z0-9_.-]*\)==.*/--no-emit-package=\1/p' requirements-cpu.txt)
 compile requirements-dev.in --override .ci/lock-overrides.txt "${held[@]}" --output-file requirements-dev.txt "$@"
-echo "lock: wrote requirements-cpu.txt, requirements.txt and requirements-dev.txt"
+compile requirements-serve.in --override .ci/lock-overrides.txt --output-file requirements-serve.txt "$@"
+echo "lock: wrote requirements-cpu.txt, requirements.txt, requirements-dev.txt and requirements-serve.txt"

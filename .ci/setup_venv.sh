@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# usage: .ci/setup_venv.sh VENV [cpu|cuda] [dev]
-# Makes VENV hold the pins of requirements-cpu.txt (or requirements.txt for cuda), with `dev` also those of
+# usage: .ci/setup_venv.sh VENV [cpu|cuda|serve] [dev]
+# Makes VENV hold the pins of requirements-cpu.txt (requirements.txt for cuda; requirements-serve.txt for serve, the
+# part of the CPU pins that a server needs), with `dev` also those of
 # requirements-dev.txt (tests and checks). Does nothing when it already does.
 # PYTHON=/path/to/python3.11 chooses the interpreter of a new VENV.
 #
@@ -74,7 +75,7 @@ is_installed() {
     [[ -x $venv/bin/python ]] && cmp -s "$1" "$(stamp_of "$1")"
 }
 
-[[ $# -ge 1 && $# -le 3 && $1 != -* ]] || die "usage: .ci/setup_venv.sh VENV [cpu|cuda] [dev]"
+[[ $# -ge 1 && $# -le 3 && $1 != -* ]] || die "usage: .ci/setup_venv.sh VENV [cpu|cuda|serve] [dev]"
 venv=$1
 flavor=${2:-cpu}
 [[ ${3:-dev} == dev ]] || die "the third argument is '$3'; only 'dev' is known"
@@ -82,7 +83,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 case $flavor in
 cpu) lock=$root/requirements-cpu.txt ;;
 cuda) lock=$root/requirements.txt ;;
-*) die "flavor '$flavor' is neither cpu nor cuda" ;;
+serve) lock=$root/requirements-serve.txt ;;
+*) die "flavor '$flavor' is none of cpu, cuda, serve" ;;
 esac
 
 locks=("$lock")
@@ -99,7 +101,7 @@ make_venv # which forgets the stamps if it has to build the environment anew
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
 for each in "${locks[@]}"; do
     ! is_installed "$each" || continue
-    [[ $(uname -s) != Linux || $each != */requirements-cpu.txt ]] || install_torch_cpu
+    [[ $(uname -s) != Linux || $each != */requirements-@(cpu|serve).txt ]] || install_torch_cpu
     "${pip[@]}" install --no-deps -r "$each"
     cp "$each" "$(stamp_of "$each")" # after its packages, so that an interrupted installation is repeated
     echo "setup: $venv holds $(basename "$each") after $((SECONDS - start_s)) s"

@@ -21,6 +21,7 @@ LOCKS = {
     "cpu": REPO_ROOT / "requirements-cpu.txt",
     "cuda": REPO_ROOT / "requirements.txt",
     "dev": REPO_ROOT / "requirements-dev.txt",
+    "serve": REPO_ROOT / "requirements-serve.txt",
 }
 
 
@@ -59,6 +60,13 @@ def test_lock_pins_every_direct_dependency():
 def test_dev_lock_adds_to_both_builds_and_moves_none_of_their_pins():
     """It is installed over a running lock with --no-deps: a shared name could only be a second opinion."""
     assert not pins("dev").keys() & (pins("cpu").keys() | pins("cuda").keys())
+
+
+def test_server_installs_a_part_of_the_cpu_lock_without_training():
+    assert direct("requirements-serve.in") <= pins("serve").keys() and pins("serve").items() <= pins("cpu").items()
+    assert not pins("serve").keys() & {"torchrec", "fbgemm-gpu-cpu", "ibis-framework", "tensorboard", "lightgbm"}
+    extras = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert direct_names(extras["serve"]) <= direct("requirements-serve.in")
 
 
 def test_users_install_nothing_that_only_tests_and_checks_need():
@@ -224,7 +232,7 @@ def test_setup_refuses_what_it_cannot_use(tmp_path):
     refused = run_setup(tmp_path)
     assert refused.returncode == 1 and "not a virtual environment" in refused.stderr
     assert (tmp_path / "precious").exists()
-    assert "neither cpu nor cuda" in run_setup(tmp_path / "v", "tpu").stderr
+    assert "none of cpu, cuda, serve" in run_setup(tmp_path / "v", "tpu").stderr
     assert "only 'dev' is known" in run_setup(tmp_path / "v", "cpu", "devel").stderr
     assert "PYTHON=/absent/python" in run_setup(tmp_path / "v", PYTHON="/absent/python").stderr
     assert "usage" in run_setup().stderr
@@ -358,9 +366,15 @@ def test_citation_names_the_version_of_the_package():
 # ---- Dockerfile -----------------------------------------------------------------------------------------------------
 
 
-def docker_steps() -> list[tuple[str, str]]:
-    """(instruction, rest) of every step of the Dockerfile, continuation lines joined."""
+STAGES = ("serve", "train")  # of the Dockerfile, in their order
+
+
+def docker_steps(stage: str | None = None) -> list[tuple[str, str]]:
+    """(instruction, rest) of every step of the Dockerfile or of one stage, continuation lines joined."""
     text = re.sub(r"^#.*\n", "", (REPO_ROOT / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    parts = [part for part in re.split(r"^(?=FROM )", text, flags=re.MULTILINE) if part.strip()]
+    assert len(parts) == len(STAGES)
+    text = text if stage is None else parts[STAGES.index(stage)]
     return [tuple(line.split(maxsplit=1)) for line in text.splitlines() if line.strip()]
 
 
@@ -368,21 +382,23 @@ def test_docker_copies_what_exists():
     sources = [
         word for step, rest in docker_steps() if step == "COPY" for word in rest.split()[:-1] if word[:2] != "--"
     ]
-    assert {"requirements.txt", "requirements-cpu.txt", ".ci/setup_venv.sh", "."} == set(sources)
+    locks = {"requirements.txt", "requirements-cpu.txt", "requirements-serve.txt"}
+    assert {*locks, ".ci/setup_venv.sh", "gpsd_dist", "."} == set(sources)
     assert all((REPO_ROOT / source).exists() for source in sources)
     ignored = (REPO_ROOT / ".dockerignore").read_text().split()
     assert not set(sources) & set(ignored) and ".venv" in ignored and ".git" in ignored
 
 
-def test_docker_run_steps_are_valid_shell_and_user_is_not_root():
-    steps = docker_steps()
+@pytest.mark.parametrize("stage", STAGES)
+def test_docker_run_steps_are_valid_shell_and_user_is_not_root(stage):
+    steps = docker_steps(stage)
     for step, rest in steps:
         if step == "RUN":
             subprocess.run(["sh", "-n", "-c", rest], check=True, timeout=30)
     users = [rest for step, rest in steps if step == "USER"]
     assert users == ["1000"]
     assert steps.index(("USER", "1000")) < max(index for index, (step, _) in enumerate(steps) if step == "RUN")
-    assert ("ARG", "FLAVOR=cuda") in steps
+    assert (("ARG", "FLAVOR=cuda") in steps) == (stage == "train")
 
 
 def test_dockerfile_is_lint_free():
@@ -394,14 +410,16 @@ def test_dockerfile_is_lint_free():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_docker_install_steps_run(tmp_path):
+@pytest.mark.parametrize("stage", STAGES)
+def test_docker_install_steps_run(stage, tmp_path):
     """The steps after the system packages, for the CPU flavor, in a copy that holds what COPY would bring."""
-    for name in ("requirements.txt", "requirements-cpu.txt", "gpsd_dist", ".ci"):
+    for name in (*(p.name for p in LOCKS.values()), "gpsd_dist", ".ci"):
         source = REPO_ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     venv = tmp_path / "venv"
     env = os.environ | {"VENV": str(venv), "FLAVOR": "cpu", "PATH": f"{venv}/bin:{os.environ['PATH']}"}
     env.pop("PYTHONPATH", None)
-    for step, rest in docker_steps():
-        if step == "RUN" and "apt-get" not in rest:
-            subprocess.run(["sh", "-c", rest], cwd=tmp_path, env=env, check=True, timeout=800)
+    for step, rest in docker_steps(stage):
+        if step == "RUN" and "useradd" not in rest:
+            command = rest.replace("/opt/venv", str(venv))
+            subprocess.run(["sh", "-c", command], cwd=tmp_path, env=env, check=True, timeout=800)
