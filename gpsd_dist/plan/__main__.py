@@ -21,6 +21,7 @@ import numpy as np
 import rich.console
 import rich.table
 
+from gpsd_dist.checkpoint.resume import saved_numbers
 from gpsd_dist.config import RunConfig
 from gpsd_dist.config.from_data import resolve
 from gpsd_dist.config.gin_cli import load_run_config
@@ -62,7 +63,8 @@ def main(argv: list[str]) -> int:
 def _scenario(run: RunConfig, args: argparse.Namespace) -> Scenario:
     table_rows = _sizes(args.table_rows)
     measured = read_run_manifest(run)
-    run, chosen = resolve(run, measured)
+    # A refit trains with the numbers of the run that it repeats, and not with those of the data as they are now.
+    run, chosen = resolve(run, measured, saved_numbers(run, None))
     check_options_against_data(run, measured)
     shape = data_shape(run, measured, run.training_split)
     if args.mean_history is not None and not 1 <= args.mean_history <= run.data.max_history_length:

@@ -8,8 +8,10 @@ import pytest
 
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.checkpoint.resume import epochs_done
+from gpsd_dist.plan import __main__ as plan
 from gpsd_dist.schema import read_manifest, write_manifest
 from gpsd_dist.trainer import Trainer
+from gpsd_dist.validation import AUTO
 from tests.integration.tiny_data import tiny_run
 
 EPOCHS = 3
@@ -43,6 +45,17 @@ def test_a_refit_reads_both_splits_and_stops_where_the_other_run_was_best(tuned,
     assert (state.step, state.metrics, result) == (trainer.total_steps, {}, manager.find(tmp_path, "last"))
     assert not [line for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if "valid/" in line]
     assert Trainer(refit(tuned, tmp_path, seed=5), one_rank).train() == {}  # finished: nothing is trained again
+
+
+def test_the_plan_of_a_refit_takes_the_numbers_of_the_run_that_it_repeats(tuned, tmp_path):
+    """The data alone would give batches of 16."""
+    open_options = {"data": dataclasses.replace(tuned.data, global_batch_rows=AUTO)}
+    open_options["train"] = dataclasses.replace(tuned.train, epochs=AUTO)
+    args, _ = plan._parse(["--world_size", "2", "--hbm_gib", "80"])
+    scenario = plan._scenario(refit(tuned, tmp_path, **open_options), args)
+    assert scenario.run == refit(tuned, tmp_path)
+    batch = tuned.data.global_batch_rows
+    assert scenario.shape.notes[-1] == f"of the run before: global_batch_rows {batch}, epochs {EPOCHS}" and batch != 16
 
 
 def test_a_refit_of_other_options_is_refused(tuned, tmp_path, one_rank):
