@@ -11,6 +11,7 @@ import typing
 
 from gpsd_dist.config.model import MODELS
 from gpsd_dist.config.run import RunConfig
+from gpsd_dist.config.training import DataConfig
 from gpsd_dist.schema import Manifest, Split
 from gpsd_dist.validation import AUTO
 
@@ -65,20 +66,33 @@ def resolve(run: RunConfig, manifest: Manifest, saved: _Numbers | None = None) -
     """Puts a number in the place of every 'auto', and says which in one line (empty if there was none).
 
     `saved`: options of the run that this one resumes or repeats, as plain dicts. Its numbers are taken, so that a log
-    that has grown since does not change the run under way.
+    that has grown since does not change the run under way. ValueError if one goes by requests and the other by tokens.
     """
+    if saved is not None:
+        _check_batched_alike(run.data, saved["data"])
     left = left_to_data(run)
     if not left:
         return run, ""
     numbers = saved if saved is not None else _choose(run, manifest)
     for part in {part for part, _ in left}:
         values = {name: numbers[part][name] for other, name in left if other == part}
-        if run.data.global_batch_tokens and "global_batch_rows" in values:  # the run before may have gone by rows
-            values["global_batch_rows"] = 0
         run = dataclasses.replace(run, **{part: dataclasses.replace(getattr(run, part), **values)})
     origin = "of the run before" if saved is not None else "chosen from the data"
     named = ", ".join(f"{name} {getattr(getattr(run, part), name):g}" for part, name in left)
     return run, f"{origin}: {named}"
+
+
+def _check_batched_alike(data: DataConfig, saved: dict[str, typing.Any]) -> None:
+    rows, tokens = saved["global_batch_rows"], saved["global_batch_tokens"]
+    if bool(tokens) == bool(data.global_batch_tokens):
+        return
+    given = f"{data.global_batch_tokens} history tokens" if data.global_batch_tokens else "requests"
+    before = f"{tokens} history tokens" if tokens else f"{rows} requests"
+    raise ValueError(
+        f"a batch is {given} now (DataConfig.global_batch_tokens {data.global_batch_tokens}), but {before} in the run "
+        f"that goes on or is refitted; give --gin.GLOBAL_BATCH_ROWS={rows} "
+        f"--gin.DataConfig.global_batch_tokens={tokens}, or begin a run of its own in another OUTPUT_DIR"
+    )
 
 
 def _choose(run: RunConfig, manifest: Manifest) -> _Numbers:

@@ -113,8 +113,28 @@ def test_the_numbers_of_a_saved_run_are_taken():
     run, line = resolve(run_of(), manifest_of(10**6), saved)
     assert (run.data.global_batch_rows, run.train.epochs) == (64, 5)
     assert line.startswith("of the run before: ")
-    by_tokens = run_of(data=DataConfig(global_batch_rows=AUTO, global_batch_tokens=640))
-    assert resolve(by_tokens, manifest_of(9), saved)[0].data.global_batch_rows == 0  # then refused, as another run
+
+
+@pytest.mark.parametrize(
+    ("rows", "before", "words"),
+    [
+        (AUTO, {"global_batch_rows": 0, "global_batch_tokens": 640}, ("a batch is requests now", "640 history tokens")),
+        (32, {"global_batch_rows": 0, "global_batch_tokens": 640}, ("GLOBAL_BATCH_ROWS=0", "global_batch_tokens=640,")),
+        (
+            AUTO,
+            {"global_batch_rows": 64},
+            ("a batch is 99 history tokens now", "64 requests in", "ROWS=64"),
+        ),
+        (0, {"global_batch_rows": 64}, ("a batch is 99 history tokens now", "another OUTPUT_DIR")),
+    ],
+)
+def test_a_run_by_tokens_does_not_go_on_by_requests(rows, before, words):
+    """Nor the other way: their batches are other ones. 'auto' would make both numbers 0."""
+    saved = dataclasses.asdict(run_of(data=DataConfig(**before)))
+    tokens = 0 if before.get("global_batch_tokens") else 99
+    with pytest.raises(ValueError, match="in the run that goes on or is refitted") as refused:
+        resolve(run_of(data=DataConfig(global_batch_rows=rows, global_batch_tokens=tokens)), manifest_of(9), saved)
+    assert all(word in str(refused.value) for word in words)
 
 
 @pytest.mark.parametrize("text", ["Auto", "automatic", -1, None])
