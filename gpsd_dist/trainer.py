@@ -114,7 +114,7 @@ class Trainer:
                     if is_last or self.step % self.run.train.log_interval_steps == 0:
                         self.metrics.log(self.step)
                     # Each case saves at most once: a validation saves with its scores, so `best` can point at the step.
-                    if self._validation_is_due(is_last):
+                    if self.validates and (is_last or self.step % self.eval_interval_steps == 0):
                         self.validate(is_last)
                     elif is_last:
                         self._finish_unvalidated()
@@ -247,9 +247,6 @@ class Trainer:
         interval = self.eval_interval_steps
         pause = self.step + interval - self.step % interval if self.validates else self.total_steps
         return min(pause, self.total_steps) - self.step
-
-    def _validation_is_due(self, is_last: bool) -> bool:
-        return self.validates and (is_last or self.step % self.eval_interval_steps == 0)
 
     def _finish_unvalidated(self) -> None:
         """Saves the last step as the result: `valid` was trained on, or has no rows. Collective."""

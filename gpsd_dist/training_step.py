@@ -93,9 +93,11 @@ class TrainingStep:
         for self.number, parts in enumerate(source, first_step):
             with self.profiler.range(profiling.STEP):
                 self.zero_grad()
-                # Managed ids get their rows here, because which id owns a row is known in its own step only: this very
-                # batch may admit and evict some.
-                parts = self.components.ids.train(to_device(parts, self.runtime.device))
+                parts = to_device(parts, self.runtime.device)
+                if parts[0].raw_ids:
+                    # Managed ids get their rows here, because which id owns a row is known in its own step only: this
+                    # very batch may admit and evict some.
+                    parts = self.components.ids.train(parts)
                 # All parts share one lookup, so the tables are exchanged once per step and not once per part.
                 with self.profiler.range(profiling.LOOKUP):
                     embeddings = self.components.tables(parts[0].lookup)

@@ -84,7 +84,9 @@ class EpochReader:
         for shard in self.shards:
             position, end = self._cut(shard, key.step), self._cut(shard, key.step + 1)
             while position < end:
-                window = self._window(shard, self.order.window_at(shard, position))
+                number, window = self.order.window_at(shard, position), self._held.get(shard)
+                if window is None or window.number != number:
+                    window = self._held[shard] = self._load(shard, number, window)
                 stop = min(end, window.end)
                 pieces.append((window, position - window.start, stop - window.start))
                 position = stop
@@ -112,12 +114,6 @@ class EpochReader:
             if order is not None:
                 weight_R[start:position] = weight_R[start:position][order]
         return weight_R
-
-    def _window(self, shard: int, number: int) -> _Window:
-        held = self._held.get(shard)
-        if held is None or held.number != number:
-            held = self._held[shard] = self._load(shard, number, held)
-        return held
 
     def _load(self, shard: int, number: int, previous: _Window | None) -> _Window:
         start, end = self.order.window_range(shard, number)

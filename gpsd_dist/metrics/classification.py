@@ -15,6 +15,21 @@ from gpsd_dist.distributed.collectives import on_main
 
 COUNT_KEYS = ("rows", "gauc_users", "gauc_user_days")
 METRIC_KEYS = ("auc", "gauc", "gauc_user_day", "log_loss", "ne", "calibration", *COUNT_KEYS, "label_rate")
+"""Keys of what `classification_metrics` returns:
+
+- `auc`: chance that a positive row scores above a negative one, a tie counts half (Mann-Whitney U). NaN without both
+  classes.
+- `gauc`: AUC within each user, averaged with the number of the user's rows (impressions) as weight, over the
+  `gauc_users` users that have both classes (Zhu et al., KDD'17, "Optimized Cost per Click", eq. 14). NaN if none.
+- `gauc_user_day`: the same within each user and UTC day, over `gauc_user_days` groups. A score that follows a user's
+  rate of clicks moves all rows of one day together. `gauc` compares rows across days, so that this counts, for or
+  against the score; `gauc_user_day` does not.
+- `log_loss`: mean cross entropy in nats; from logits without rounding, from probabilities clipped by PROBABILITY_CLIP.
+- `ne`: log_loss over the entropy of the label rate, below 1 is better than a constant (He et al., ADKDD'14, section 3);
+  NaN without both classes.
+- `calibration`: sum of probabilities over sum of labels; NaN without positives.
+- `rows`, `label_rate` (NaN without rows). For kind "score", log_loss, ne and calibration are NaN.
+"""
 KINDS = ("logit", "probability", "score")  # a score only orders rows: log_loss, ne and calibration are NaN
 PROBABILITY_CLIP = 1e-7  # about the distance from 1 to the next smaller float32; bounds one row's log loss to 16.1
 SECONDS_PER_DAY = 86_400
@@ -160,26 +175,20 @@ def classification_metrics(
     kind: str = "logit",
     day_N: np.ndarray | None = None,
 ) -> dict[str, float | int]:
-    """Computes the metrics of N rows in float64; the keys are METRIC_KEYS. `day_N` None: all rows are of one day.
-
-    - `auc`: chance that a positive row scores above a negative one, a tie counts half (Mann-Whitney U). NaN without
-      both classes.
-    - `gauc`: AUC within each user, averaged with the number of the user's rows (impressions) as weight, over the
-      `gauc_users` users that have both classes (Zhu et al., KDD'17, "Optimized Cost per Click", eq. 14). NaN if none.
-    - `gauc_user_day`: the same within each user and UTC day, over `gauc_user_days` groups. A score that follows a
-      user's rate of clicks moves all rows of one day together. `gauc` compares rows across days, so that this counts,
-      for or against the score; `gauc_user_day` does not.
-    - `log_loss`: mean cross entropy in nats; from logits without rounding, from probabilities clipped by
-      PROBABILITY_CLIP. `ne`: log_loss over the entropy of the label rate, below 1 is better than a constant (He et al.,
-      ADKDD'14, section 3); NaN without both classes. `calibration`: sum of probabilities over sum of labels; NaN
-      without positives. All three are NaN for kind "score".
-    - `rows`, `label_rate` (NaN without rows).
-    """
+    """Computes METRIC_KEYS of N rows in float64. `day_N` None: all rows are of one day."""
     score_N, label_N = np.asarray(score_N, np.float32), np.asarray(label_N)
     keys_N = np.sort(_sort_keys(score_N, label_N))
     sorted_label_N = (keys_N & np.uint64(1)).astype(np.int64)
     rows, positives = len(keys_N), int(sorted_label_N.sum())
-    label_rate = positives / rows if rows else float("nan")
+    auc, label_rate = math.nan, positives / rows if rows else math.nan
+    if 0 < positives < rows:
+        # Pairs are counted in integers: only the last division rounds. A tie counts half.
+        starts_G = _group_starts(keys_N >> np.uint64(1))
+        positive_G = np.add.reduceat(sorted_label_N, starts_G)
+        negative_G = np.add.reduceat(1 - sorted_label_N, starts_G)
+        below_G = np.cumsum(negative_G) - negative_G
+        twice_wins = int((positive_G * (2 * below_G + negative_G)).sum())
+        auc = twice_wins / (2 * positives * (rows - positives))
     log_loss, probability_sum = _log_loss_and_probability_sum(_scores(keys_N), sorted_label_N, kind)
     entropy = -sum(rate * math.log(rate) for rate in (label_rate, 1 - label_rate) if rate > 0)
     user_N = _numbered(np.asarray(user_hash_N, np.int64))
@@ -189,12 +198,12 @@ def classification_metrics(
         day_N = _numbered(np.asarray(day_N))
         by_day, gauc_user_days = _gauc(score_N, label_N, _numbered(user_N * (day_N.max() + 1) + day_N))
     return {
-        "auc": _auc(keys_N, sorted_label_N),
+        "auc": auc,
         "gauc": gauc,
         "gauc_user_day": by_day,
         "log_loss": log_loss,
-        "ne": log_loss / entropy if 0 < positives < rows else float("nan"),
-        "calibration": probability_sum / positives if positives else float("nan"),
+        "ne": log_loss / entropy if 0 < positives < rows else math.nan,
+        "calibration": probability_sum / positives if positives else math.nan,
         "rows": rows,
         "gauc_users": gauc_users,
         "gauc_user_days": gauc_user_days,
@@ -225,19 +234,6 @@ def _group_starts(keys_N: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.flatnonzero(keys_N[1:] != keys_N[:-1]) + 1])
 
 
-def _auc(keys_N: np.ndarray, label_N: np.ndarray) -> float:
-    """Computes the AUC of rows sorted by score. Pairs are counted in integers: only the last division rounds."""
-    positives = int(label_N.sum())
-    negatives = len(label_N) - positives
-    if not positives or not negatives:
-        return float("nan")
-    starts_G = _group_starts(keys_N >> np.uint64(1))
-    positive_G = np.add.reduceat(label_N, starts_G)
-    negative_G = np.add.reduceat(1 - label_N, starts_G)
-    below_G = np.cumsum(negative_G) - negative_G
-    return int((positive_G * (2 * below_G + negative_G)).sum()) / (2 * positives * negatives)
-
-
 def _day(time_s_N: np.ndarray) -> np.ndarray:
     """Returns the UTC day int32 [N] of epoch seconds; -1 for an unknown (negative) time."""
     return np.where(time_s_N < 0, -1, time_s_N // SECONDS_PER_DAY).astype(np.int32)
@@ -258,7 +254,7 @@ def _gauc(score_N: np.ndarray, label_N: np.ndarray, user_N: np.ndarray) -> tuple
     label_N = (keys_N & np.uint64(1)).astype(np.int64)
     starts_G = _group_starts(keys_N >> np.uint64(1))  # runs of equal (user, score)
     if not len(starts_G):
-        return float("nan"), 0
+        return math.nan, 0
     positive_G = np.add.reduceat(label_N, starts_G)
     negative_G = np.add.reduceat(1 - label_N, starts_G)
     starts_U = _group_starts(keys_N[starts_G] >> np.uint64(33))
@@ -270,7 +266,7 @@ def _gauc(score_N: np.ndarray, label_N: np.ndarray, user_N: np.ndarray) -> tuple
     twice_wins_U = np.add.reduceat(positive_G * (2 * below_G + negative_G), starts_U)
     has_both_U = (positive_U > 0) & (negative_U > 0)
     if not has_both_U.any():
-        return float("nan"), 0
+        return math.nan, 0
     auc_U = twice_wins_U[has_both_U] / (2 * positive_U * negative_U)[has_both_U]
     impressions_U = (positive_U + negative_U)[has_both_U]
     return float((auc_U * impressions_U).sum() / impressions_U.sum()), int(has_both_U.sum())
@@ -279,7 +275,7 @@ def _gauc(score_N: np.ndarray, label_N: np.ndarray, user_N: np.ndarray) -> tuple
 def _log_loss_and_probability_sum(score_N: np.ndarray, label_N: np.ndarray, kind: str) -> tuple[float, float]:
     """Computes mean cross entropy (nats) and sum of probabilities; both NaN for kind "score" or without rows."""
     if kind == "score" or not len(score_N):
-        return float("nan"), float("nan")
+        return math.nan, math.nan
     score_N = score_N.astype(np.float64)
     if kind == "logit":
         tail_N = np.exp(-np.abs(score_N))  # never overflows

@@ -78,7 +78,12 @@ class Recorder:
             raise ValueError(f"metric {name!r} with reduce={reduce!r}: {expected}")
         if self._reductions.setdefault(name, reduce) != reduce:
             raise ValueError(f"metric {name!r} was recorded with reduce={self._reductions[name]!r}, now {reduce!r}")
-        value, count = _scalar(name, value), 1.0
+        if isinstance(value, torch.Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"metric {name!r} got a tensor of shape {tuple(value.shape)}, expected one element")
+            # A copy, because the caller may reuse its buffer.
+            value = value.detach().reshape(()).to(torch.float64, copy=True)
+        count = 1.0
         if name in self._windows and reduce != "last":
             before, count_before = self._windows[name]
             value, count = _max(before, value) if reduce == "max" else before + value, count_before + count
@@ -172,15 +177,6 @@ def truncate_jsonl(path: pathlib.Path, last_step: int) -> None:
     aside = path.with_name(path.name + ".tmp")
     aside.write_text("".join(kept), encoding="utf-8")
     aside.replace(path)
-
-
-def _scalar(name: str, value):
-    """Converts to a Python float, or to a detached float64 tensor without dimensions on its own device."""
-    if not isinstance(value, torch.Tensor):
-        return float(value)
-    if value.numel() != 1:
-        raise ValueError(f"metric {name!r} got a tensor of shape {tuple(value.shape)}, expected one element")
-    return value.detach().reshape(()).to(torch.float64, copy=True)  # a copy, because the caller may reuse its buffer
 
 
 def _max(first, second):

@@ -135,17 +135,12 @@ def _mask_hits(logits_MN: torch.Tensor, target_M: torch.Tensor, negative_N: torc
     if logits_MN.is_cuda:
         logits_MN.masked_fill_(target_M[:, None] == negative_N, float("-inf"))
     else:
-        logits_MN[_accidental_hits(target_M, negative_N)] = float("-inf")
-
-
-def _accidental_hits(target_M: torch.Tensor, negative_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Finds the (position, negative) pairs that name one item, by sorting N ids instead of comparing M x N."""
-    sorted_N, order_N = negative_N.sort()
-    first = torch.searchsorted(sorted_N, target_M)
-    count = torch.searchsorted(sorted_N, target_M, right=True) - first
-    position = torch.repeat_interleave(count)
-    nth = torch.arange(len(position), device=position.device) - (count.cumsum(0) - count)[position]
-    return position, order_N[first[position] + nth]
+        sorted_N, order_N = negative_N.sort()
+        first = torch.searchsorted(sorted_N, target_M)
+        count = torch.searchsorted(sorted_N, target_M, right=True) - first
+        position = torch.repeat_interleave(count)
+        nth = torch.arange(len(position)) - (count.cumsum(0) - count)[position]
+        logits_MN[position, order_N[first[position] + nth]] = float("-inf")
 
 
 def full_softmax(

@@ -9,6 +9,7 @@ import socket
 import typing
 
 from gpsd_dist.distributed import exit_codes
+from gpsd_dist.metrics.profiling import BACKWARD
 from tests.faults import file_cases
 from tests.faults.jobs import SAVE_INTERVAL, Run, Workshop, finish, wait_until
 
@@ -79,7 +80,7 @@ def sigint(workshop: Workshop) -> int:
 
 def hung_worker(workshop: Workshop) -> int:
     """The watchdog of each rank says where it stands; torchrun starts all again."""
-    words = ("watchdog: rank 1", "Step 7, in 'dense backward'", "last collective begun: dense backward of step 7",
+    words = ("watchdog: rank 1", f"Step 7, in '{BACKWARD}'", f"last collective begun: {BACKWARD} of step 7",
              "watchdog: rank 0", "in faulty_backward", "status 124")  # fmt: skip
     return _recovers(workshop, "hung", SAVE_INTERVAL, "sleep", "backward", 7, *words, options=_HANG, seconds=100)
 

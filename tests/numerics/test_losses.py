@@ -212,10 +212,10 @@ def test_a_position_whose_negatives_all_hit_costs_nothing():
 )
 def test_accidental_hits_are_all_equal_pairs(target, negative):
     target_M, negative_N = (torch.tensor(ids, dtype=torch.int64) for ids in (target, negative))
-    position, nth = losses._accidental_hits(target_M, negative_N)
-    expected = {(m, n) for m, a in enumerate(target) for n, b in enumerate(negative) if a == b}
-    got = list(zip(position.tolist(), nth.tolist()))
-    assert len(got) == len(expected) and set(got) == expected
+    masked = torch.zeros(len(target), len(negative))
+    losses._mask_hits(masked, target_M, negative_N)
+    expected = [[-math.inf if a == b else 0.0 for b in negative] for a in target]
+    assert masked.tolist() == expected
 
 
 def test_full_softmax_equals_reference():

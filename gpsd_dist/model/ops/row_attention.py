@@ -10,21 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from gpsd_dist.batch.row_layout import AttentionRows, RowBlock
+from gpsd_dist.batch.row_layout import AttentionRows
 
 
 def in_rows(qkv_S3HK: torch.Tensor, rows: AttentionRows, num_skipped: int = 0, dropout: float = 0.0) -> torch.Tensor:
     """Computes the attention output [S - num_skipped, H * K] of the last tokens in packed order."""
-    qkv = _ToSlots.apply(qkv_S3HK, rows)
-    out = [_attend(qkv[3 * i : 3 * i + 3], block, dropout) for i, block in enumerate(rows.blocks)]
+    qkv, out = _ToSlots.apply(qkv_S3HK, rows), []
+    for index, block in enumerate(rows.blocks):
+        qkv_nHWK = qkv[3 * index : 3 * index + 3]
+        mask = None if block.mask is None else block.mask.to(qkv_S3HK.dtype)
+        out_nHWK = F.scaled_dot_product_attention(*qkv_nHWK, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        out.append(out_nHWK.transpose(1, 2).flatten(0, 1).flatten(1))
     return _FromSlots.apply(out[0] if len(out) == 1 else torch.cat(out), rows.slot_S[num_skipped:])
-
-
-def _attend(qkv: tuple[torch.Tensor, ...], block: RowBlock, dropout: float) -> torch.Tensor:
-    """Attends in one block: three times [n, H, W, K] -> [n W, H K]"""
-    mask = None if block.mask is None else block.mask.to(qkv[0].dtype)
-    out_nHWK = F.scaled_dot_product_attention(*qkv, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
-    return out_nHWK.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 class _ToSlots(torch.autograd.Function):
