@@ -8,10 +8,12 @@ import dataclasses
 import typing
 
 import torch
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from gpsd_dist.batch.packing import Bucket, Packing, Slots
 from gpsd_dist.batch.padding import PaddedPacking
+
+if typing.TYPE_CHECKING:  # serving makes batches too, whose rows come from mapped files: it must not need TorchRec
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Batch:
     # Packed: histories stand one after the other without padding, so a short history costs what it has, and no result
     # depends on the longest history of the batch.
 
-    lookup: KeyedJaggedTensor
+    lookup: "KeyedJaggedTensor"
     """One key per TorchRec table, stride `bags_per_table`: the U distinct table indices (or ids, see `raw_ids`) that
     this batch needs (int64)."""
     packing: Packing
@@ -141,9 +143,9 @@ def _map_tensors(
             # The tensor is kept too: were it freed, another one could get its id.
             done[id(value)] = value, fn(value)
         return done[id(value)][1]
-    if isinstance(value, KeyedJaggedTensor):
+    if hasattr(value, "length_per_key_or_none"):  # only a KeyedJaggedTensor has it
         # `length_per_key` goes along, or TorchRec would ask the GPU for it and make the host wait.
-        return KeyedJaggedTensor(
+        return type(value)(
             keys=value.keys(),
             values=_map_tensors(value.values(), fn, done),
             lengths=_map_tensors(value.lengths(), fn, done),
