@@ -12,8 +12,7 @@ import threading
 import time
 
 REPO_ROOT = pathlib.Path(__file__).resolve().parents[1]
-Command = tuple[str, ...]
-"""Arguments after `python`."""
+Command = tuple[str, ...]  # Arguments after `python`
 
 
 class Stopped(Exception):

@@ -23,8 +23,7 @@ from gpsd_dist.stages.stage import Components
 from gpsd_dist.tables.prefetch import SparseDistPipeline
 
 Parts: typing.TypeAlias = tuple[Batch, ...]
-Embeddings: typing.TypeAlias = dict[str, torch.Tensor]
-"""Table -> [U, E]"""
+Embeddings: typing.TypeAlias = dict[str, torch.Tensor]  # Table -> [U, E]
 
 
 class LossNotFinite(ValueError):
@@ -60,13 +59,11 @@ class TrainingStep:
         # The optimizer comes after `parallelize`: FSDP2 replaces the parameters by shards of them.
         self.parallel = parallelize(self.model, run, self.runtime)
         self.optimizer = dense_optimizer(self.model, run.dense)
-        self.number = 0
-        """Number of the step under way, from 0 over the whole run."""
+        self.number = 0  # Number of the step under way, from 0 over the whole run
         # Made once, because each copy of host values to a GPU makes the host wait.
         self._loss_weights_L = torch.tensor(list(components.stage.loss_weights.values()), device=self.runtime.device)
         self._lr_factor, self._last_good = lr_factor, last_good
-        self._done: StepResult | None = None
-        """Result of the step under way, or of the last one."""
+        self._done: StepResult | None = None  # Result of the step under way, or of the last one
         self._prefetch = None
         if run.execution.pipeline == "sparse_dist":
             looking_up = functools.partial(profiler.range, profiling.LOOKUP)

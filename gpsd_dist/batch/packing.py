@@ -23,20 +23,13 @@ MAX_MASKED_CANDIDATES = 8  # up to here one masked call over history and candida
 class Bucket:
     """Groups consecutive requests whose histories fit into W slots; only attention in the bucket sees padded slots."""
 
-    num_requests: int
-    """n"""
-    width: int
-    """W, the longest history in the bucket (tokens); may be 0."""
-    num_tokens: int
-    """t, history tokens of the bucket; consecutive in the batch."""
-    num_candidates: int
-    """c, candidates of the bucket; consecutive in the batch."""
-    max_candidates: int
-    """K, the largest number of candidates of a request in the bucket."""
-    history: "Slots | None"
-    """How t tokens fill n x W slots; None if every slot holds its token (t = n W)."""
-    candidate: "Slots | None"
-    """How c candidates fill n x K slots; None if every slot holds its candidate."""
+    num_requests: int  # n
+    width: int  # W, the longest history in the bucket (tokens); may be 0
+    num_tokens: int  # t, history tokens of the bucket; consecutive in the batch
+    num_candidates: int  # c, candidates of the bucket; consecutive in the batch
+    max_candidates: int  # K, the largest number of candidates of a request in the bucket
+    history: "Slots | None"  # How t tokens fill n x W slots; None if every slot holds its token (t = n W)
+    candidate: "Slots | None"  # How c candidates fill n x K slots; None if every slot holds its candidate
     candidate_mask: torch.Tensor | None
     """bool [n, 1, K, W + K]: keys of a candidate: its history and itself; None for no or many candidates."""
 
@@ -47,37 +40,29 @@ class Slots:
 
     entry: torch.Tensor
     """int64 [n * width]: the entry in each slot, counted from the bucket's first; any valid entry where padded."""
-    is_entry: torch.Tensor
-    """bool [n, width]: the slot is not padding."""
-    slot: torch.Tensor
-    """int64 [entries]: slot of each entry."""
+    is_entry: torch.Tensor  # bool [n, width]: the slot is not padding
+    slot: torch.Tensor  # int64 [entries]: slot of each entry
 
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
     """Holds offsets, positions and length buckets of one packed batch; requests are sorted by history length."""
 
-    history_offsets: torch.Tensor
-    """int64 [B + 1]"""
-    candidate_offsets: torch.Tensor
-    """int64 [B + 1]"""
+    history_offsets: torch.Tensor  # int64 [B + 1]
+    candidate_offsets: torch.Tensor  # int64 [B + 1]
     position_S: torch.Tensor
     """int64 [T + C]: 0, 1, ... inside a history; a candidate sits right after its history (position = its length)."""
-    request_C: torch.Tensor
-    """int64 [C]: request of each candidate."""
+    request_C: torch.Tensor  # int64 [C]: request of each candidate
     num_history_tokens: int
     num_candidates: int
     max_history_length: int
-    max_candidates: int
-    """The most candidates of a request."""
-    candidate_key_count: int
-    """Sum over candidates of history length + 1: keys that candidates attend to."""
+    max_candidates: int  # The most candidates of a request
+    candidate_key_count: int  # Sum over candidates of history length + 1: keys that candidates attend to
     buckets: tuple[Bucket, ...]
     """Consecutive, covering all requests. Always filled, even where only CUDA kernels run: that takes microseconds."""
     history_length_B: np.ndarray
     """int64 [B], ascending. Stays on the host: recurrent models need sizes there without asking the GPU."""
-    candidate_count_B: np.ndarray
-    """int64 [B]. Stays on the host."""
+    candidate_count_B: np.ndarray  # int64 [B]. Stays on the host.
 
     @classmethod
     def from_lengths(cls, history_length_B: np.ndarray, candidate_count_B: np.ndarray) -> "Packing":

@@ -20,12 +20,9 @@ _REQUEST_MULTIPLE = 64  # offsets are short: rounding them up costs nothing
 class PaddedPacking:
     """Holds the geometry of the padded batch, and where the real tokens are in it."""
 
-    packing: Packing
-    """Geometry of S' tokens; `max_history_length` and `max_candidates` are rounded up too."""
-    place_S: torch.Tensor
-    """int64 [S]: place of each real token."""
-    place_C: torch.Tensor
-    """int64 [C]: place of each real candidate among the C' candidates."""
+    packing: Packing  # Geometry of S' tokens; `max_history_length` and `max_candidates` are rounded up too
+    place_S: torch.Tensor  # int64 [S]: place of each real token
+    place_C: torch.Tensor  # int64 [C]: place of each real candidate among the C' candidates
 
     def fill(self, x_SD: torch.Tensor) -> torch.Tensor:
         """Spreads token vectors [S, D] over [S', D], zero where padded."""

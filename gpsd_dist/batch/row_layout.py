@@ -26,10 +26,8 @@ _MAX_MASK_ELEMENTS = (
 class RowBlock:
     """Groups rows that one attention call handles; consecutive in the slots."""
 
-    num_rows: int
-    """n"""
-    width: int
-    """W"""
+    num_rows: int  # n
+    width: int  # W
     mask: torch.Tensor | None
     """float32 [n, 1, W, W], 0 or -inf; None: causal, which is enough for one request with at most one candidate."""
 
@@ -39,10 +37,8 @@ class AttentionRows:
     """Says where every token stands."""
 
     blocks: tuple[RowBlock, ...]
-    entry_R: torch.Tensor
-    """int64: token in each slot; any token where the slot is padding."""
-    slot_S: torch.Tensor
-    """int64: slot of each token."""
+    entry_R: torch.Tensor  # int64: token in each slot; any token where the slot is padding
+    slot_S: torch.Tensor  # int64: slot of each token
 
 
 def plan_rows(history_length_B: np.ndarray, candidate_count_B: np.ndarray) -> AttentionRows | None:
@@ -91,8 +87,7 @@ class _Group(typing.NamedTuple):
     """Groups requests whose rows are alike."""
 
     requests: np.ndarray
-    start: np.ndarray
-    """First slot of each request, counted from the group's first."""
+    start: np.ndarray  # First slot of each request, counted from the group's first
     num_rows: int
     width: int
     needs_mask: bool

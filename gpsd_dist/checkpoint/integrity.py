@@ -40,8 +40,7 @@ class FileSum:
 class Checksums:
     """Content of `checksums.json`."""
 
-    time_s: float
-    """When the checkpoint was written, epoch seconds."""
+    time_s: float  # When the checkpoint was written, epoch seconds
     files: dict[str, FileSum]
 
     def to_json(self) -> bytes:

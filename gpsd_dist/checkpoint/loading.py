@@ -11,8 +11,7 @@ from gpsd_dist.checkpoint.integrity import DamagedCheckpoint
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.validation import flattened
 
-Tensors = dict[str, typing.Any]
-"""Nested dict of tensors and ShardedTensors that alias the live state."""
+Tensors = dict[str, typing.Any]  # Nested dict of tensors and ShardedTensors that alias the live state
 
 
 def load_tensors(checkpoint: Location, tensors: Tensors, grown: frozenset[str] = frozenset()) -> None:

@@ -49,8 +49,7 @@ class Checkpoints:
 
     def __init__(self, output_dir: str | pathlib.Path, runtime: Runtime, train: TrainConfig):
         self.folder = folder_of(output_dir, train)
-        self.stall_s = 0.0
-        """How long the last `save` kept its caller, in seconds."""
+        self.stall_s = 0.0  # How long the last `save` kept its caller, in seconds
         self._runtime, self._train = runtime, train
         self._group: dist.ProcessGroup | None = None
         self._copies: Tensors | None = None

@@ -43,8 +43,7 @@ def read_pickled(content: bytes) -> dict[str, typing.Any]:
 class StandIn:
     """Stands for an object of one class that the pickle imports, and keeps what it would be built from."""
 
-    name: typing.ClassVar[str] = ""
-    """module.name of the class"""
+    name: typing.ClassVar[str] = ""  # module.name of the class
     arguments: tuple[typing.Any, ...]
     state: typing.Any
 

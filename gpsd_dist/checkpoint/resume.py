@@ -13,8 +13,7 @@ from gpsd_dist.config import RunConfig, run_config_from_dict
 log = logging.getLogger(__name__)
 _SAME_DATA = ("features", "tables", "tasks", "splits")
 """Parts of the manifest that a run depends on; paths, commands and times of building may differ."""
-_OTHER_SPLITS = ("test", "holdout")
-"""Splits that a run never reads: a holdout may be added while it is paused."""
+_OTHER_SPLITS = ("test", "holdout")  # Splits that a run never reads: a holdout may be added while it is paused
 
 
 def check_resumable(

@@ -27,14 +27,10 @@ class OtherVersion(ValueError):
 class RunState:
     """Content of `run_state.json`."""
 
-    step: int
-    """Optimizer steps done."""
-    data_position: dict[str, typing.Any]
-    """`Loader.state_dict()`"""
-    progress: dict[str, typing.Any]
-    """`EarlyStopping`: best step and metric so far, validations without improvement."""
-    metrics: dict[str, float]
-    """Metrics of the validation at this step; empty if there was none."""
+    step: int  # Optimizer steps done
+    data_position: dict[str, typing.Any]  # `Loader.state_dict()`
+    progress: dict[str, typing.Any]  # `EarlyStopping`: best step and metric so far, validations without improvement
+    metrics: dict[str, float]  # Metrics of the validation at this step; empty if there was none
     run_config: dict[str, typing.Any]
     manifest: dict[str, typing.Any]
     world_size: int

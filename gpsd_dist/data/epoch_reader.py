@@ -20,16 +20,11 @@ class _Window:
 
     number: int
     start: int
-    end: int
-    """Shard-relative range [start, end)."""
-    table: pa.Table
-    """Rows in the order they are used."""
-    order: np.ndarray | None
-    """Place of each of them before the shuffle; None: they were not shuffled."""
-    sequence_start: int
-    """Position in the sequence of the epoch of the row that stood first."""
-    last_group: tuple[int, pa.Table]
-    """Decoded row group that the next window may begin in."""
+    end: int  # Shard-relative range [start, end)
+    table: pa.Table  # Rows in the order they are used
+    order: np.ndarray | None  # Place of each of them before the shuffle; None: they were not shuffled
+    sequence_start: int  # Position in the sequence of the epoch of the row that stood first
+    last_group: tuple[int, pa.Table]  # Decoded row group that the next window may begin in
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,8 +32,7 @@ class BatchPlan:
     """Lists the rows of one batch: slices of windows that are already decoded."""
 
     key: BatchKey
-    pieces: list[tuple[_Window, int, int]]
-    """(window, from, to)"""
+    pieces: list[tuple[_Window, int, int]]  # (window, from, to)
     order: row_order.EpochOrder
     schema: pa.Schema
 
@@ -71,8 +65,7 @@ class EpochReader:
     shards: range
     num_steps: int
     by_tokens: bool
-    longest: int | None = None
-    """Tokens of a history that count at most, with `by_tokens`."""
+    longest: int | None = None  # Tokens of a history that count at most, with `by_tokens`
 
     def __post_init__(self) -> None:
         self._cuts: dict[int, np.ndarray] = {}

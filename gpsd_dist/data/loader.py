@@ -116,10 +116,8 @@ class Loader(typing.Generic[T]):
             )
         mean_group_rows = self.num_rows / len(self._split.groups)
         self._window_rows = window_rows or min(round(WINDOW_ROW_GROUPS * mean_group_rows), MAX_WINDOW_ROWS)
-        self.epoch, self.step = 0, 0
-        """Place of the next batch."""
-        self.wait_s = 0.0
-        """Seconds that the consumer has waited for batches, cumulative."""
+        self.epoch, self.step = 0, 0  # Place of the next batch
+        self.wait_s = 0.0  # Seconds that the consumer has waited for batches, cumulative
         self._active: weakref.ref[typing.Generator[T, None, None]] | None = None
 
     def position_after(self, epoch: int, step: int) -> dict[str, int]:

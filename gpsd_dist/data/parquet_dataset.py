@@ -30,8 +30,7 @@ class BatchKey:
     """Names one batch of one rank; seeds whatever is drawn for it (negatives)."""
 
     epoch: int
-    step: int
-    """Batch of the epoch, from 0."""
+    step: int  # Batch of the epoch, from 0
     rank: int
 
 
@@ -49,17 +48,12 @@ class RowGroup(typing.NamedTuple):
     """Locates a row group."""
 
     path: pathlib.Path
-    number: int
-    """Number of the row group in its file, from 0."""
-    first_row: int
-    """Row in the file of its first row."""
+    number: int  # Number of the row group in its file, from 0
+    first_row: int  # Row in the file of its first row
     num_rows: int
-    num_history_tokens: int
-    """A row without history counts as 1."""
-    chunks: tuple[parquet_footer.Chunk, ...]
-    """Sizes of each of its columns in the file."""
-    footer_sha256: bytes
-    """Hash of the file's footer: a file that is replaced during the run has another one."""
+    num_history_tokens: int  # A row without history counts as 1
+    chunks: tuple[parquet_footer.Chunk, ...]  # Sizes of each of its columns in the file
+    footer_sha256: bytes  # Hash of the file's footer: a file that is replaced during the run has another one
 
 
 class ParquetSplit:

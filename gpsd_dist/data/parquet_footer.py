@@ -19,10 +19,8 @@ _SIZES = {_TRUE: 0, _FALSE: 0, _BYTE: 1, _DOUBLE: 8}  # bytes of a value; the ty
 class Chunk(typing.NamedTuple):
     """Holds the sizes of one column of one row group."""
 
-    num_values: int
-    """Counts as Parquet does: an empty or missing list is one value."""
-    stored_bytes: int
-    """Compressed size."""
+    num_values: int  # Counts as Parquet does: an empty or missing list is one value
+    stored_bytes: int  # Compressed size
 
 
 def read_bytes(path: pathlib.Path) -> bytes:

@@ -35,14 +35,12 @@ def random_order(num: int, seed: int, epoch: int, stream: int, block: int) -> np
 class EpochOrder:
     """Orders all rows of a split in one epoch."""
 
-    group_rows_G: np.ndarray
-    """int64 [G]: rows of every row group, in file order."""
+    group_rows_G: np.ndarray  # int64 [G]: rows of every row group, in file order
     epoch: int
     num_data_shards: int
     window_rows: int
     seed: int
-    shuffle: bool
-    """False: file order, V contiguous ranges."""
+    shuffle: bool  # False: file order, V contiguous ranges
     group_weight_G: np.ndarray | None = None
     """int64 [G]: weight of every row group in file order; shards get equal weight. None: equal rows."""
     row_weights: typing.Callable[[int], np.ndarray] | None = None

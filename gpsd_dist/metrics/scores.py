@@ -18,8 +18,7 @@ SCHEMA = pa.schema(
 )
 """One row per candidate and task that was scored, in any order within a task. user_hash is that of the data, `score` a
 model's logit, `day` the UTC day of the request (-1: unknown)."""
-Columns = dict[str, np.ndarray]
-"""user_hash int64, label uint8, score float32, day int32, each [N]."""
+Columns = dict[str, np.ndarray]  # user_hash int64, label uint8, score float32, day int32, each [N]
 
 
 def scores_file(predictions: collections.abc.Mapping[str, Predictions]) -> bytes:

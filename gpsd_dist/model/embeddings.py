@@ -124,8 +124,7 @@ class ContextEmbedder(nn.Module):
             1 if f.kind == "numerical" else context_dim if module_key(f.name) in self.small else tables.embedding_dim
             for f in features
         ]
-        self.width = sum(widths)
-        """Width of the output; 0 if the data set has no such feature."""
+        self.width = sum(widths)  # Width of the output; 0 if the data set has no such feature
 
     def forward(self, embeddings: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
         """Returns [C, self.width]; request features are repeated for the request's candidates."""

@@ -65,10 +65,8 @@ class Backbone(nn.Module):
 class HistoryStates(typing.NamedTuple):
     """Pairs what the next-behaviour loss compares."""
 
-    state_TN: torch.Tensor
-    """State after each history token, which knows that token and the ones before it."""
-    token_TN: torch.Tensor
-    """Vector of each history token: its features side by side."""
+    state_TN: torch.Tensor  # State after each history token, which knows that token and the ones before it
+    token_TN: torch.Tensor  # Vector of each history token: its features side by side
 
 
 class NextItemOutputs(typing.NamedTuple):

@@ -52,10 +52,8 @@ def start_matching(query: torch.Tensor, key: torch.Tensor, heads: int) -> None:
 class Rotation(typing.NamedTuple):
     """Holds a rotation for every pair of channels of queries, keys and (by 1: left alone) values, for all layers."""
 
-    turn: torch.Tensor
-    """complex64 [S, 3, H or 1, K / 2]"""
-    back: torch.Tensor
-    """Conjugate of `turn`, for the backward."""
+    turn: torch.Tensor  # complex64 [S, 3, H or 1, K / 2]
+    back: torch.Tensor  # Conjugate of `turn`, for the backward
 
 
 class RotaryPositions(nn.Module):

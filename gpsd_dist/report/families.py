@@ -44,8 +44,7 @@ class Family:
 
     title: str
     anchor: str
-    stage: str
-    """Empty if the configuration is lost."""
+    stage: str  # Empty if the configuration is lost
     configurations: tuple[Configuration, ...]
 
     @property

@@ -25,10 +25,8 @@ class _Items(typing.NamedTuple):
 
     first_row: int
     unit_RE: torch.Tensor
-    exists_R: torch.Tensor | None
-    """bool: rows that belong to an item; None: all that are not reserved."""
-    num_rows: int
-    """Rows of the whole table."""
+    exists_R: torch.Tensor | None  # bool: rows that belong to an item; None: all that are not reserved
+    num_rows: int  # Rows of the whole table
 
 
 def rank_next_items(

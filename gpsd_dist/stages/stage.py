@@ -24,8 +24,7 @@ from gpsd_dist.tables.id_remapping import IdRemapper
 from gpsd_dist.tables.sharding import ShardedTables
 from gpsd_dist.validation import did_you_mean
 
-Metrics = dict[str, dict[str, float | int]]
-"""Task -> metric -> value."""
+Metrics = dict[str, dict[str, float | int]]  # Task -> metric -> value
 
 
 class Stage(typing.Protocol):
@@ -34,8 +33,7 @@ class Stage(typing.Protocol):
     with_candidates: typing.ClassVar[bool]
     """Whether training reads candidates, context and labels; without, histories alone."""
 
-    loss_weights: dict[str, float]
-    """Name -> weight of each loss, in the order of L."""
+    loss_weights: dict[str, float]  # Name -> weight of each loss, in the order of L
     scored_losses: tuple[str, ...]
     """The losses that `evaluate` reports as `log_loss` of a task: their gap to training is logged."""
 
@@ -76,13 +74,10 @@ class Components:
     """Holds everything of a run that has weights, built and ready to be loaded into: `assembly.assemble`."""
 
     tables: ShardedTables
-    model: nn.Module
-    """The stage's dense model, on the device."""
+    model: nn.Module  # The stage's dense model, on the device
     stage: Stage
-    lookup_names: tuple[str, ...]
-    """Tables that a batch looks up."""
-    ids: IdRemapper
-    """Gives a batch rows for the ids of managed tables; every batch goes through it before its lookup."""
+    lookup_names: tuple[str, ...]  # Tables that a batch looks up
+    ids: IdRemapper  # Gives a batch rows for the ids of managed tables; every batch goes through it before its lookup
     runtime: Runtime
 
     @property

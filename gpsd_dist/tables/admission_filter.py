@@ -2,8 +2,7 @@
 
 import torch
 
-NO_ID = torch.iinfo(torch.int64).max
-"""Marks an empty slot; it sorts behind all ids."""
+NO_ID = torch.iinfo(torch.int64).max  # Marks an empty slot; it sorts behind all ids
 
 
 class AdmissionFilter:
