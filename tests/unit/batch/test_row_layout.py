@@ -78,3 +78,10 @@ def test_masks_that_would_not_fit_leave_it_to_the_buckets(monkeypatch):
     assert Packing.from_lengths(lengths, counts).rows is not None
     monkeypatch.setattr(row_layout, "_MAX_MASK_ELEMENTS", 100)
     assert Packing.from_lengths(lengths, counts).rows is None and row_geometry(2, 40, 20) is None
+
+
+def test_many_candidates_leave_it_to_the_buckets_whose_cost_is_linear():
+    at, above = (row_layout._MAX_ROW_CANDIDATES + more for more in (0, 1))
+    for count, has_rows in ((at, True), (above, False)):
+        assert (plan_rows(np.array([3, 40]), np.array([1, count])) is not None) == has_rows
+        assert (row_geometry(2, 40, count) is not None) == has_rows
