@@ -9,6 +9,7 @@ import contextlib
 import copy
 import hashlib
 import io
+import itertools
 import os
 import pathlib
 import typing
@@ -20,7 +21,12 @@ from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensorBase
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemBase, _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
@@ -152,6 +158,26 @@ class Reader(dcp.FileSystemReader):
     def read_metadata(self, *args: typing.Any, **kwargs: typing.Any) -> Metadata:
         """Returns the index. The arguments ask for one rank's own index, which we do not write."""
         return copy.copy(self.index)
+
+    def row_shards(self, name: str) -> collections.abc.Iterator[torch.Tensor]:
+        """Yields the saved shards of a tensor in the order of its rows, one in memory at a time. Not collective.
+
+        Shards of columns are joined. KeyError if no tensor has the name.
+        """
+        entry = self.index.state_dict_metadata[name]
+        assert isinstance(entry, TensorStorageMetadata)
+        chunks = sorted(entry.chunks, key=lambda chunk: tuple(chunk.offsets))
+        for _, columns in itertools.groupby(chunks, key=lambda chunk: tuple(chunk.offsets[:1])):
+            parts = [self._saved(name, chunk, entry.properties.dtype) for chunk in columns]
+            yield torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def _saved(self, name: str, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> torch.Tensor:
+        place = self.index.storage_data[MetadataIndex(name, chunk.offsets)]
+        with self.fs.create_stream(self.path / place.relative_path, "rb") as file:
+            tensor = torch.load(self._slice_file(file, place), map_location="cpu", weights_only=True)
+        if not isinstance(tensor, torch.Tensor) or tensor.shape != chunk.sizes or tensor.dtype != dtype:
+            raise ValueError(f"{place.relative_path} does not hold {name} as its index says: {chunk.sizes}, {dtype}")
+        return tensor
 
     def _slice_file(self, file: typing.Any, sinfo: _StorageInfo) -> typing.IO[bytes]:
         """Returns the bytes of one tensor, which torch.save wrote as a zip archive. ValueError if that is compressed.

@@ -29,6 +29,7 @@ ROOMS = (
     ),
     # one run
     *("trainer", "training_step", "assembly", "preflight", "stages", "baselines"),
+    "serving",
     # parts of a run
     *("checkpoint", "tables", "metrics", "data", "distributed", "model", "optim"),
     # the ground

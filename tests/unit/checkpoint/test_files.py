@@ -58,6 +58,15 @@ def test_files_are_hashed_as_written_and_tensors_come_back(folder):
     assert loading.saved_keys(folder) == ["dense.step", "dense.w", "table.item"]
 
 
+def test_a_tensor_is_read_shard_by_shard(folder):
+    _save(folder)
+    reader = files.Reader(folder)
+    for kind, part in TENSORS.items():
+        for name, value in part.items():
+            (found,) = reader.row_shards(f"{kind}.{name}")
+            assert torch.equal(found, value) and found.dtype == value.dtype
+
+
 class _DiskFullOnce:
     """A path whose file refuses one write; later ones succeed, as where another file has gone meanwhile."""
 
