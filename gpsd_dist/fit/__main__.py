@@ -33,8 +33,8 @@ from gpsd_dist.fit import outcome
 from gpsd_dist.fit.data_check import Facts, look
 from gpsd_dist.fit.display import Display
 from gpsd_dist.fit.plan import DEFAULT_MODEL, Contestant, Plan, make_plan
-from gpsd_dist.fit.steps import FLOOR_NAMES, Budget, Runner, best_valid, plan_budget, scores_path
-from gpsd_dist.fit.verdict import Entry
+from gpsd_dist.fit.steps import FLOOR_NAMES, REFITTED_FLOOR, Budget, Runner, best_valid, plan_budget, scores_path
+from gpsd_dist.fit.verdict import REFIT, Entry
 from gpsd_dist.metrics.scores import read_scores
 
 STATE_NAME = "fit.json"
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> outcome.Outcome:
     state = _state(args, facts)
     budget, num_refits = Budget(args.budget_minutes), int(not args.no_refit)
     plan_budget(budget, len(plan.pretrainings), len(plan.contestants), num_refits)
-    num_steps = 2 * len(FLOOR_NAMES) + len(plan.pretrainings) + 2 * (len(plan.contestants) + num_refits)
+    num_steps = budget.short_steps_left + len(plan.pretrainings) + len(plan.contestants) + num_refits
     with Display(num_steps, args.out / "logs") as display:
         for line in (*facts.lines(), *(f"note: {note}" for note in plan.notes)):
             display.say(line)
@@ -142,7 +142,7 @@ def _run_steps(
     args: argparse.Namespace, facts: Facts, plan: Plan, state: dict[str, typing.Any], runner: Runner
 ) -> tuple[list[Entry], Entry | None]:
     """Runs all steps in order. Returns the lines of the table, and the one that was chosen."""
-    on_valid = {name: runner.floor(name, "valid") for name in FLOOR_NAMES}
+    on_valid = {name: runner.floor(name, "valid") for name in FLOOR_NAMES if name != REFITTED_FLOOR}
     without = set()
     for training in plan.pretrainings:
         if not runner.train(f"pretrain {training.folder.parent.name}", training):
@@ -162,11 +162,12 @@ def _run_steps(
         refitted = runner.train(f"{chosen.label} again on train+valid", chosen.refit)
     entries = []
     for name, valid in on_valid.items():
-        fitted = "gbdt_refit" if name == "gbdt" and refitted else name
-        test = runner.floor(fitted, "test")
-        folder = args.out / "floors" / fitted
         on_valid_auc = {task: metrics.get("auc") for task, metrics in valid.items()}
+        test, folder = runner.floor(name, "test"), args.out / "floors" / name
         entries.append(_entry(FLOOR_NAMES[name], "floor", on_valid_auc, test, folder))
+    if refitted:
+        test, folder = runner.floor(REFITTED_FLOOR, "test"), args.out / "floors" / REFITTED_FLOOR
+        entries.append(_entry(FLOOR_NAMES[REFITTED_FLOOR], "floor_refit", {}, test, folder))
     best = None
     for one in trained:
         entry = _scored(one, runner, facts)
@@ -174,7 +175,7 @@ def _run_steps(
         best = entry if one is chosen else best
     if refitted and chosen is not None:
         test = runner.score(f"{chosen.label} refit on test", chosen.refit, "test")
-        best = _entry(f"{chosen.label} refit", "refit", {}, test, chosen.refit.folder)
+        best = _entry(chosen.label + REFIT, "refit", {}, test, chosen.refit.folder)
         best = dataclasses.replace(best, strategy=chosen.strategy, model=chosen.model)
         entries.append(best)
     return entries, best

@@ -18,6 +18,7 @@ from gpsd_dist.distributed.runtime import Runtime, process_group
 from gpsd_dist.evaluate import evaluate_checkpoint, write_results
 from gpsd_dist.fit.data_check import Facts
 from gpsd_dist.fit.display import Display
+from gpsd_dist.fit.verdict import REFIT
 from gpsd_dist.metrics.classification import Predictions
 from gpsd_dist.metrics.scores import read_scores
 from gpsd_dist.scaling.ladder import Training
@@ -27,7 +28,9 @@ from gpsd_dist.stages.stage import Metrics
 MIN_TRAINING_S = 20.0  # no training gets less, and none less than MIN_STARTS times what starting one took (untuned)
 MIN_STARTS = 4
 SCORING_S = 15.0  # what scoring a split, or a floor, is reckoned with before its time is known (untuned)
+REFITTED_FLOOR = "gbdt_refit"
 FLOOR_NAMES = {"popularity": "popularity", "rates": "smoothed rates", "gbdt": "boosted trees"}
+FLOOR_NAMES |= {REFITTED_FLOOR: f"boosted trees{REFIT}"}
 _TIMEOUT_S = 600
 _WEIGHTS = {"pretrain": 2.0, "finetune": 1.0}
 
@@ -194,7 +197,8 @@ def scores_path(folder: pathlib.Path, split: str) -> pathlib.Path:
 def plan_budget(budget: Budget, pretrainings: int, contestants: int, num_refits: int) -> None:
     """Tells the budget what lies ahead."""
     budget.weights_left = [_WEIGHTS["pretrain"]] * pretrainings + [_WEIGHTS["finetune"]] * (contestants + num_refits)
-    budget.short_steps_left = 2 * len(FLOOR_NAMES) + contestants + num_refits
+    floors = 2 * (len(FLOOR_NAMES) - 1) + num_refits
+    budget.short_steps_left = floors + contestants + num_refits
 
 
 def checkpoints_of(training: Training) -> list[pathlib.Path]:

@@ -11,6 +11,8 @@ from gpsd_dist.metrics.scores import Columns
 
 ENOUGH_UNKNOWN = 0.2  # share of test candidates of unknown items from which on attributes are advised (untuned)
 SHORT_HISTORY = 3.0  # events, below which a sequence model has little to read (untuned)
+REFIT = " refit"
+"""Ends the label of what was made again on train + valid."""
 FEW_EVENTS = 5.0  # of pretraining per item, below which its row is hardly trained (untuned)
 
 
@@ -20,7 +22,7 @@ class Entry:
 
     label: str
     kind: str
-    """floor | model | refit"""
+    """floor | floor_refit | model | refit; a refit was made on train + valid"""
     valid_auc: dict[str, float | None]  # by task
     test: dict[str, dict[str, typing.Any]]  # task -> metrics
     scores: dict[str, Columns]  # of test, by task
@@ -49,10 +51,16 @@ def judge(entries: collections.abc.Iterable[Entry], task: str) -> list[Judged]:
     return judged
 
 
-def strongest_floor(judged: collections.abc.Iterable[Judged]) -> Judged | None:
-    """Finds the floor with the largest AUC on test: the one that is hardest to beat."""
-    floors = [one for one in judged if one.entry.kind == "floor" and one.auc is not None]
-    return max(floors, key=lambda one: one.auc.auc, default=None)
+def strongest_floor(judged: collections.abc.Sequence[Judged], *, of_refit: bool = False) -> Judged | None:
+    """Finds the floor with the largest AUC on test, the one that is hardest to beat.
+
+    `of_refit`: for a refit, which saw `valid` too, as the refitted trees did: they stand for the trees then. Rates and
+    popularity have one form, which counts all that is before the split.
+    """
+    again = {one.entry.label.removesuffix(REFIT) for one in judged if one.entry.kind == "floor_refit"}
+    plain = [one for one in judged if one.entry.kind == "floor" and not (of_refit and one.entry.label in again)]
+    floors = plain + [one for one in judged if one.entry.kind == "floor_refit" and of_refit]
+    return max((one for one in floors if one.auc is not None), key=lambda one: one.auc.auc, default=None)
 
 
 def verdict(
@@ -67,21 +75,24 @@ def verdict(
 
     `is_short`: a time budget ended trainings.
     """
-    floor = strongest_floor(judged)
     if best is None or best.auc is None:
         return "No model was trained, so there is nothing to judge: give a larger --budget_minutes."
+    is_refit = best.entry.kind == "refit"
+    floor = strongest_floor(judged, of_refit=is_refit)
     if floor is None or floor.auc is None:
         return f"{best.entry.label} has a {task} AUC of {_with_width(best.auc)} on test; no floor could be computed."
     difference, half_width = best.auc.minus(floor.auc)
-    names = best.entry.label.removesuffix(" refit"), floor.entry.label
+    names = best.entry.label, floor.entry.label
     values = f"{task} AUC on test {best.auc.auc:.4f} against {floor.auc.auc:.4f}"
+    values += "; refit: trained again on train + valid" if is_refit else ""
     if math.isnan(half_width) or abs(difference) <= half_width:
         differ = f"differ by {_signed(difference, half_width)}"
         return f"Cannot tell: {names[0]} and {names[1]} {differ}, which may be chance ({values})."
     if difference > 0:
         return f"{names[0]} is {_signed(difference, half_width, sign=False)} above {names[1]} ({values})."
     others = [one for one in judged if one.entry.kind == "model" and one.auc is not None]
-    nothing = all(one.auc.auc < floor.auc.auc for one in others)
+    plain = strongest_floor(judged)
+    nothing = plain is None or all(one.auc.auc < plain.auc.auc for one in others)
     who = f"Nothing here beats {names[1]}" if nothing else f"What valid chose does not beat {names[1]}"
     below = f"{names[0]} is {_signed(-difference, half_width, sign=False)} below"
     return f"{who}: {below} ({values}); look at {_suspect(facts, is_short)}."
@@ -122,7 +133,8 @@ def hints(
     task: str, best: Judged | None, judged: collections.abc.Sequence[Judged], facts: Facts
 ) -> collections.abc.Iterator[str]:
     """Yields what to try next, the most promising first."""
-    floor, train, test = strongest_floor(judged), facts.splits["train"], facts.splits["test"]
+    floor = strongest_floor(judged, of_refit=best is not None and best.entry.kind == "refit")
+    train, test = facts.splits["train"], facts.splits["test"]
     if best is not None and best.auc is not None and floor is not None and floor.auc is not None:
         difference, half_width = best.auc.minus(floor.auc)
         if abs(difference) <= half_width and abs(difference) > 1e-4:

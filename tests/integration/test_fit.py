@@ -16,6 +16,7 @@ from gpsd_dist.checkpoint import manager
 from gpsd_dist.config import run_config_from_dict
 from gpsd_dist.fit import __main__ as fit
 from gpsd_dist.fit.display import Display
+from gpsd_dist.fit.steps import FLOOR_NAMES
 from gpsd_dist.metrics.auc_interval import auc_by_user
 from gpsd_dist.metrics.scores import read_scores
 from tests.helpers.commands import TINY_GIN, environment
@@ -70,7 +71,7 @@ def test_a_stopped_fit_goes_on(finished):
     stopped, again = finished
     assert stopped.splitlines()[-1] == "stopped; what was trained is saved, and the same command goes on from there"
     assert "smoothed rates on valid: kept; click AUC 0." in again.stderr
-    assert "[5/13] NT: " in again.stderr and "chosen on valid: " in again.stderr
+    assert "[5/14] NT: " in again.stderr and "chosen on valid: " in again.stderr
 
 
 def test_the_result_is_complete(finished, root):
@@ -84,11 +85,13 @@ def test_the_result_is_complete(finished, root):
         )
     best = max(("NT", "ST_SF"), key=lambda name: rows[name, "click"]["valid_auc"])
     assert summary["chosen"] == f"{best} refit" and json.loads((run / "fit.json").read_text())["chosen"] == best.lower()
-    assert {row["label"] for row in summary["floors"]} == {"popularity", "smoothed rates", "boosted trees"}
+    assert {row["label"] for row in summary["floors"]} == set(FLOOR_NAMES.values())
     (refit,) = (row for row in summary["refit"] if row["task"] == "click")
     columns = read_scores(run / f"{best.lower()}_refit/test_scores.parquet")["click"]
     judged = auc_by_user(columns["score"], columns["label"], columns["user_hash"])
     assert (judged.auc, judged.half_width) == pytest.approx((refit["auc"], refit["auc_half_width"]), abs=1e-12)
+    chosen, trees = summary["chosen"], ("boosted trees", "boosted trees refit")
+    assert chosen in summary["verdict"] and trees[0] not in summary["verdict"].replace(trees[1], "")
     page = (run / "report.html").read_text()
     assert summary["verdict"] in page and "What to try next" in page
     assert f"\n{summary['verdict']}\n" in finished[1].stdout
@@ -97,9 +100,9 @@ def test_the_result_is_complete(finished, root):
 def test_every_step_can_be_typed(finished, root):
     lines = (root / "run/commands.sh").read_text().splitlines()
     typed = [line for line in lines if line.startswith("python ")]
-    assert len(typed) == 13 and lines[2] == "# popularity on valid"
+    assert len(typed) == 14 and lines[2] == "# popularity on valid"
     kinds = [line.split()[2] for line in typed]
-    assert kinds.count("gpsd_dist.train") == 4 and kinds.count("gpsd_dist.evaluate") == 9
+    assert kinds.count("gpsd_dist.train") == 4 and kinds.count("gpsd_dist.evaluate") == 10
     saved = json.loads((root / "run/st_sf/run_config.json").read_text())
     assert run_config_from_dict(saved).init_checkpoint == str(root / "run/pretrain")
 
@@ -111,7 +114,7 @@ def test_a_finished_fit_is_only_shown_again(finished, root, capsys):
     broken.write_bytes(content[:100])  # is made again
     assert fit.main(options(root)) == 0
     shown = capsys.readouterr()
-    assert shown.err.count(": kept") == 12 and broken.read_bytes() == content
+    assert shown.err.count(": kept") == 13 and broken.read_bytes() == content
     assert json.loads((root / "run/summary.json").read_text())["verdict"]
     assert before == {path: path.stat().st_mtime_ns for path in (root / "run").rglob("checkpoints/**/*")}
 

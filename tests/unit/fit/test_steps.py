@@ -21,7 +21,7 @@ def clock(monkeypatch):
 def test_a_budget_is_shared_by_weight_and_what_is_left_over_flows_on(clock):
     budget = steps.Budget(10)
     steps.plan_budget(budget, 1, 2, 1)
-    short = 9 * steps.SCORING_S  # 6 floors, 3 scorings
+    short = 10 * steps.SCORING_S  # 7 floors, 3 scorings
     assert budget.deadline_s() == pytest.approx(1000 + (600 - short) * 2 / 5)
     clock[0] += 60  # took less
     assert budget.deadline_s() == pytest.approx(1060 + (540 - short) / 3)

@@ -45,10 +45,17 @@ def test_a_model_that_is_better_is_said_to_be_above_the_strongest_floor():
     assert " +- 0.0" in said and said.endswith(").")
 
 
-def test_a_refit_is_called_by_what_was_refitted():
-    assert sentence(*FLOORS, entry("NT", "model", 0.5, 4), entry("FT_SF refit", "refit", 1.6, 3)).startswith(
-        "FT_SF is "
-    )
+def test_a_refit_is_named_so_and_compared_with_refitted_trees_alone():
+    trees_again = entry("boosted trees refit", "floor_refit", 1.2, 6)
+    nt, refit = entry("NT", "model", 1.0, 4), entry("NT refit", "refit", 1.6, 3)
+    said = sentence(*FLOORS, trees_again, nt, refit)
+    assert said.startswith("NT refit is 0.0") and " above boosted trees refit (click AUC on test 0.8" in said
+    assert said.endswith("; refit: trained again on train + valid).")
+    assert " above boosted trees (" in sentence(*FLOORS, trees_again, nt)  # though the refitted ones are stronger
+    rates = entry("smoothed rates", "floor", 1.4, 5)  # have one form alone
+    assert " above smoothed rates (" in sentence(*FLOORS, rates, trees_again, nt, refit)
+    weak = sentence(*FLOORS, trees_again, nt, entry("NT refit", "refit", 0.9, 3))
+    assert weak.startswith("What valid chose does not beat boosted trees refit: NT refit is ")  # NT beats its trees
 
 
 def test_inside_the_interval_it_cannot_tell():
