@@ -154,6 +154,8 @@ class Log:
     """Every row of `items` gets an index of the item vocabulary, even if it never occurs in the training period."""
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
     """Counts the raw rows that `read` left out, by reason."""
+    sampling: tuple[str, ...] = ()
+    """Those of schema.SAMPLING that `exposures` has, as columns `sampling_weight` and `sampling_negative_rate`."""
 
     def specs_in(self, place: str) -> tuple[FeatureSpec, ...]:
         """Selects the specs of the features that occur in `place`, in manifest order."""
@@ -164,6 +166,7 @@ def checked(log: Log) -> Log:
     """Returns the log; ValueError if a table lacks a column that the specs and tasks need, or has another type."""
     needed = {"events": dict(EVENT_COLUMNS), "items": {"item_id": "string"}}
     needed["exposures"] = dict(EVENT_COLUMNS) | {task.name: "float64" for task in log.tasks}
+    needed["exposures"] |= {f"sampling_{name}": "float64" for name in log.sampling}
     needed["users"] = {"user_id": "string"}
     for spec in log.features:
         kind = "float64" if spec.kind == "numerical" else "array<string>" if spec.is_bag else "string"

@@ -89,6 +89,7 @@ def _manifest(
         | bounds,
         command=job.command,
         unbounded=unbounded_kinds,
+        sampling=log.sampling,
     )
 
 

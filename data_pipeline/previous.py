@@ -67,9 +67,10 @@ def as_built(options: BuildOptions, previous: Previous) -> BuildOptions:
 def check_same_contract(log: canonical.Log, previous: Previous) -> None:
     """Raises ValueError unless the log has the features and tasks of the previous data set."""
     unmeasured = tuple(dataclasses.replace(feature, mean=0.0, std=1.0) for feature in previous.manifest.features)
-    if tuple(spec.feature() for spec in log.features) != unmeasured or log.tasks != previous.manifest.tasks:
+    then = unmeasured, previous.manifest.tasks, previous.manifest.sampling
+    if (tuple(spec.feature() for spec in log.features), log.tasks, log.sampling) != then:
         raise ValueError(
-            f"{previous.folder} was built with other features or tasks than this version has; build it again first"
+            f"{previous.folder} was built with other features, tasks or weights than this version has; build it again"
         )
 
 

@@ -177,6 +177,14 @@ def label(array: pa.Array, notes: Notes) -> Converted:
     return found, is_bad | (_mask(found.is_valid()) & ~is_label)
 
 
+def weight(array: pa.Array, notes: Notes, at_most: float = np.inf) -> Converted:
+    """Reads how often a row counts, or with `at_most` 1 a share above 0. A missing one is bad: 1 were a guess."""
+    found, is_bad = number(array, notes)
+    values = pc.fill_null(found, np.nan).to_numpy()
+    is_good = (values >= 0) & (values < 3e38) if at_most == np.inf else (values > 0) & (values <= at_most)
+    return found, is_bad | ~is_good
+
+
 def bag(array: pa.Array, notes: Notes, separator: str = "") -> Converted:
     """Reads a list of texts: of a list column, of text parted by `separator`, or of JSON text where there is none."""
     is_bad = _nowhere(array)
@@ -318,6 +326,8 @@ KINDS = {
     "place": Kind(_place, pa.int64(), "a whole number of at most 12 digits that orders events"),
     "float64": Kind(number, pa.float64(), "float64, a finite number"),
     "label": Kind(label, pa.float64(), "one of 0, 1, true, false, or nothing"),
+    "weight": Kind(weight, pa.float64(), "a number of at least 0 in every row"),
+    "rate": Kind(functools.partial(weight, at_most=1.0), pa.float64(), "a number above 0, at most 1, in every row"),
     "array<string>": Kind(
         bag,
         pa.list_(pa.string()),

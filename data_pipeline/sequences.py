@@ -264,6 +264,7 @@ def request_rows(
     context_names = [spec.name for spec in log.specs_in("context") if spec.origin == "log"]
     columns = {name: shown[f"_{name}"] for name in dict.fromkeys([*names, *context_names])}
     columns |= {f"label_{task.name}": shown[task.name] for task in log.tasks} | {"time_s": shown.time_s}
+    columns |= {f"sampling_{name}": shown[f"sampling_{name}"] for name in log.sampling}
     shown = shown.select(*splits.REQUEST_KEY, "position", **columns)
     shown = encoder.engine.materialise(f"candidates_encoded{encoder.suffix}", shown)
     token = ibis.struct({"position": shown.position} | {name: shown[name] for name in columns})
@@ -275,6 +276,7 @@ def request_rows(
         **{f"candidate.{name}": _field(rows.shown, name) for name in names},
         **{f"context.{name}": rows.shown[0][name] for name in context_names},
         **{f"label.{task.name}": _field(rows.shown, f"label_{task.name}") for task in log.tasks},
+        **{f"sampling.{name}": _field(rows.shown, f"sampling_{name}") for name in log.sampling},
     ).drop("shown")
     if users is not None:
         rows = _with_user_features(log, rows, users)

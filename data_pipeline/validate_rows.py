@@ -55,6 +55,9 @@ class RowChecker:
         for task in self.manifest.tasks:
             if f"label.{task.name}" in columns:
                 self._check_labels(columns, task)
+        for name in self.manifest.sampling:
+            if f"sampling.{name}" in columns:
+                self._check_sampling(f"sampling.{name}", columns[f"sampling.{name}"])
 
     def _report(self, kind: str, column: str, is_bad, found: str | np.ndarray, expected: str) -> None:
         """Adds the first row where `is_bad` (bool per row) is true."""
@@ -89,7 +92,7 @@ class RowChecker:
             if name.startswith("history."):
                 found = _lengths(column)
                 self._report("length", name, found != length, found, "as many elements as history_length")
-            elif name.startswith(("candidate.", "label.")):
+            elif name.startswith(("candidate.", "label.", "sampling.")):
                 found = _lengths(column)
                 self._report("length", name, found != num_candidates, found, "as many elements as candidates")
         if num_candidates is not None:
@@ -128,6 +131,13 @@ class RowChecker:
         self._report_value(
             "index", name, is_outside, rows, numbers, f"an index 1 ... {size - 1} of table {feature.table!r}"
         )
+
+    def _check_sampling(self, name: str, column: pa.Array) -> None:
+        rows, values = _flatten(np.arange(len(column)), column)
+        values = values.to_numpy(zero_copy_only=False)  # null becomes NaN
+        is_rate = name.endswith("_rate")
+        is_good = (values > 0) & (values <= 1) if is_rate else (values >= 0) & np.isfinite(values)
+        self._report_value("sampling", name, ~is_good, rows, values, "above 0, at most 1" if is_rate else "at least 0")
 
     def _check_times(self, columns: dict[str, pa.Array]) -> None:
         name = "history.time_s"

@@ -50,11 +50,12 @@ def evaluate_checkpoint(
     *,
     rank_cut: int | None = None,
     keep: dict[str, Predictions] | None = None,
+    is_weighted: bool = False,
 ) -> Metrics:
     """Scores one split with a run folder's best (or last) checkpoint, or with a checkpoint folder; exact. Collective.
 
     `data_dir` None stands for the folder that the run was trained on; `rank_cut` and `keep` are those of
-    stages.stage.evaluate_split.
+    stages.stage.evaluate_split. `is_weighted`: as FinetuneConfig.weighted_metrics, whatever the run had.
     ValueError if the data set has other features, vocabularies or tasks than the run was trained with, or if nothing
     is ranked.
     """
@@ -65,6 +66,10 @@ def evaluate_checkpoint(
     manifest = read_run_manifest(run)
     _check_same_schema(manifest, state.manifest, folder, run.data_dir)
     manifest.split(split)
+    if is_weighted and "weight" not in manifest.sampling:
+        raise ValueError(f"--weighted: {run.data_dir} has no weights; name their column (`weight`) and build it again")
+    if is_weighted:
+        run = dataclasses.replace(run, finetune=dataclasses.replace(run.finetune, weighted_metrics=True))
     _check_size(run, manifest, folder)
     components = assemble(run, manifest, runtime)
     loading.load_tensors(folder, components.weights())
@@ -126,6 +131,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--window_days", type=float, help=window_help)
     count_help = "also give the AUC on candidates with at least this many events in split pretrain (k-core data: k)"
     parser.add_argument("--min_item_count", type=int, help=count_help)
+    weighted_help = "metrics count a candidate as often as its weight in the data says"
+    parser.add_argument("--weighted", action="store_true", help=weighted_help)
     parser.add_argument("--metrics_out", type=pathlib.Path, help="JSON file to write")
     scores_help = "Parquet file to write: task, user_hash, label and score of every candidate"
     parser.add_argument("--scores_out", type=pathlib.Path, help=scores_help)
@@ -138,6 +145,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--max_history_length {args.max_history_length} must be at least 1, and goes with {NEXT_ITEM}")
     if args.window_days is not None and (args.baseline != NEXT_ITEM or not args.window_days > 0):
         parser.error(f"--window_days {args.window_days} must be above 0, and goes with {NEXT_ITEM}")
+    if args.weighted and args.baseline:
+        parser.error("--weighted goes with --checkpoint: baselines count every row once")
     if args.min_item_count is not None and args.min_item_count < 1:
         parser.error(f"--min_item_count {args.min_item_count} must be at least 1")
     if (args.scores_out or args.min_item_count) and args.baseline == NEXT_ITEM:
@@ -163,7 +172,14 @@ def main(argv: list[str]) -> int:
             return _report(metrics, args, keep)
         with process_group(_TIMEOUT_S) as runtime:
             metrics = evaluate_checkpoint(
-                args.checkpoint, args.data, args.split, runtime, args.which, rank_cut=args.rank_cut, keep=keep
+                args.checkpoint,
+                args.data,
+                args.split,
+                runtime,
+                args.which,
+                rank_cut=args.rank_cut,
+                keep=keep,
+                is_weighted=args.weighted,
             )
         return _report(metrics, args, keep) if runtime.is_main else 0
     except (ValueError, OSError) as error:

@@ -32,6 +32,8 @@ MAX_HISTORY_LENGTH = 2**24  # untuned; the column is int32
 PLACES = ("history", "candidate", "context")
 KINDS = ("categorical", "numerical")
 ID_KINDS = ("hashed", "managed")
+SAMPLING = ("weight", "negative_rate")
+"""Columns of candidates that are no features: how much a row counts, and the share of negatives that the log kept."""
 ID_BITS = 60  # width of ids in tables without a vocabulary, taken from the md5 of the raw id
 MAX_ID = (1 << ID_BITS) - 1 + NUM_RESERVED_ROWS
 _MAX_SHOWN = 10  # problems in one message
@@ -126,6 +128,8 @@ class Manifest:
     unbounded: dict[str, str] = dataclasses.field(default_factory=dict)
     """Table -> "hashed" or "managed": its columns hold 64-bit ids (2 ... MAX_ID, 1 where the log has none) instead of
     row numbers, and the trainer finds the rows (docs/ids.md). Other tables have a vocabulary in `vocab/`."""
+    sampling: tuple[str, ...] = ()
+    """Those of SAMPLING that the data set has: columns `sampling.weight` and `sampling.negative_rate`."""
 
     def feature(self, name: str) -> Feature:
         """Finds a feature by name; ValueError lists the known ones."""
@@ -194,6 +198,7 @@ def arrow_schema(manifest: Manifest, split: str) -> pa.Schema:
     for place in ("candidate", "context"):
         fields += [pa.field(f"{place}.{f.name}", f.arrow_type(place)) for f in manifest.features_in(place)]
     fields += [pa.field(f"label.{task.name}", pa.list_(pa.float32())) for task in manifest.tasks]  # null: not observed
+    fields += [pa.field(f"sampling.{name}", pa.list_(pa.float32())) for name in manifest.sampling]
     return pa.schema(fields)
 
 
@@ -243,7 +248,8 @@ def manifest_from_dict(raw: typing.Any) -> Manifest:
     parts = {"features": Feature, "tables": Table, "tasks": Task, "splits": Split}
     try:
         made = {key: tuple(_from_dict(cls, entry) for entry in raw[key]) for key, cls in parts.items()}
-        manifest = _typed(Manifest(**raw | made | {"sources": tuple(raw.get("sources", ()))}))
+        lists = {key: tuple(raw.get(key, ())) for key in ("sources", "sampling")}
+        manifest = _typed(Manifest(**raw | made | lists))
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"it does not fit the schema: {type(error).__name__}: {error}") from error
     _check(manifest)
@@ -302,6 +308,8 @@ def _check(manifest: Manifest) -> None:
     for task in manifest.tasks:
         if task.given is not None and task.given not in names:
             problems.append(f"task {task.name!r} is given {task.given!r}, which is not a task")
+    if not set(manifest.sampling) <= set(SAMPLING) or len(set(manifest.sampling)) < len(manifest.sampling):
+        problems.append(f"sampling is {manifest.sampling}, expected some of {SAMPLING}, each once")
     item = [feature for feature in manifest.features if feature.name == manifest.item_feature]
     if not item or not {"history", "candidate"} <= set(item[0].places):
         problems.append(f"item feature {manifest.item_feature!r} must occur in history and candidate")

@@ -17,7 +17,7 @@ from gpsd_dist.distributed.collectives import all_sum
 from gpsd_dist.distributed.dense_parallel import clip_gradients, exchange_gradients, parallelize
 from gpsd_dist.distributed.runtime import seed_step
 from gpsd_dist.metrics import profiling
-from gpsd_dist.metrics.training_metrics import StepResult
+from gpsd_dist.metrics.training_metrics import StepResult, divisor
 from gpsd_dist.optim import dense_optimizer
 from gpsd_dist.stages.stage import Components
 from gpsd_dist.tables.prefetch import SparseDistPipeline
@@ -129,7 +129,7 @@ class TrainingStep:
             counts_L = all_sum(sum(self.components.stage.counts(batch) for batch in parts))
         # DDP and TorchRec both average gradients over ranks, so times world size gives the sum over the global count. A
         # count of zero has a loss sum of zero: clamped, it gives no gradient and no NaN.
-        scale_L = self._loss_weights_L * self.runtime.world_size / counts_L.clamp(min=1)
+        scale_L = self._loss_weights_L * self.runtime.world_size / divisor(counts_L)
         learning_rate = self.run.dense.peak_lr * self._lr_factor(self.number)
         self._done = done = StepResult(parts, self.number, torch.zeros_like(counts_L), counts_L, learning_rate)
         # Parts before the last must not run the tables' backward, or their rows would be updated once per part.
@@ -180,7 +180,7 @@ class TrainingStep:
         """
         done = self._done
         if done is not None and not torch.isfinite(done.loss_sums_L).all():
-            means = (done.loss_sums_L / done.counts_L.clamp(min=1)).tolist()
+            means = (done.loss_sums_L / divisor(done.counts_L)).tolist()
             found = dict(zip(self.components.stage.loss_weights, means, strict=True))
             raise LossNotFinite(
                 f"rank {self.runtime.rank}, step {done.number}: the loss is not finite ({found}); last good "

@@ -121,6 +121,12 @@ class Reader:
         """Reads user_id, item_id, time_s, order, the tasks and the features of the exposure."""
         log = self.description.exposure
         columns = {f"raw:task:{task.label}": _of(task.column, "label") for task in log.task}
+        sampling = {f"sampling_{name}": value for name, value in self.description.sampling().items()}
+        columns |= {
+            name: _of(value, "rate" if name.endswith("rate") else "weight")
+            for name, value in sampling.items()
+            if isinstance(value, str)
+        }
         if log.request:
             columns["raw:request"] = _of(log.request, "string")
         rows = self._complete(self._read("exposure", columns), "exposure", ("user_id", "item_id", "time_us"), skipped)
@@ -130,9 +136,27 @@ class Reader:
             together = ibis.window(group_by=["user_id", "raw:request"])
             shown_us = ibis.ifelse(rows["raw:request"].isnull(), rows.time_us, rows.time_us.min().over(together))
             rows = rows.mutate(time_us=shown_us)
-        names = [task.label for task in log.task] + _labels(log.feature)
+        fixed = {name: ibis.literal(value) for name, value in sampling.items() if not isinstance(value, str)}
+        rows = rows.mutate(**fixed) if fixed else rows
+        if "sampling_negative_rate" in columns:
+            self._check_rates(rows)
+        names = [task.label for task in log.task] + _labels(log.feature) + list(sampling)
         rows = _timed(rows).select("user_id", "item_id", "time_s", "order", *names)
         return self.engine.materialise("raw_exposures", rows)
+
+    def _check_rates(self, rows: ir.Table) -> None:
+        """Refuses rates that give the label away: 1 in every row with a positive label, less in other rows."""
+        log = self.description.exposure
+        rate = rows["sampling_negative_rate"]
+        for task in log.task:
+            positives = rows.filter(rows[task.label] == 1)
+            low = positives.agg(low=positives["sampling_negative_rate"].min()).execute().iloc[0, 0]
+            if low == 1 and rate.min().execute() < 1:
+                raise ValueError(
+                    f"[exposure] column {log.negative_sampling_rate!r} is 1 wherever {task.label!r} is 1, and less in "
+                    "other rows, so it would give the label away: a positive row needs the rate of a negative in its "
+                    "place"
+                )
 
     def items(self, skipped: dict[str, int]) -> ir.Table | None:
         """Reads item_id and the item features; returns None where nothing is described."""

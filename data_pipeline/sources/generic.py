@@ -106,6 +106,7 @@ def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) 
         tasks=description.tasks(),
         all_items_known=description.options.vocabulary == "all_items",
         skipped=skipped,
+        sampling=tuple(description.sampling()),
     )
 
 

@@ -27,7 +27,7 @@ RESERVED_NAMES = (
     # These are columns of the pipeline itself,
     *("item", "item_id", "user_id", "time_s", "order", "position", "split", "num_before", "num_events", "rank"),
     *("known_s", "sequence", "shuffle_key", "request_time_s", "history_length", "user_hash", "time_us", "latest_s"),
-    *("bucket", "block", "file_order"),
+    *("bucket", "block", "file_order", "sampling_weight", "sampling_negative_rate"),
     # of vocabularies, of items.parquet, and of the choice of the latest attributes.
     *("count", "index", "place"),
 )
@@ -112,6 +112,10 @@ class ExposureLog:
     feature: tuple[FeatureColumn, ...] = ()
     partition_columns: tuple[str, ...] = ()
     keep_copies: bool = False
+    weight: str = ""
+    """Column that says how often a row counts in the losses."""
+    negative_sampling_rate: float | str = ""
+    """Share of the negatives that the log kept: a number, or a column that has it for positives too."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=explain.STRICT)
@@ -206,6 +210,11 @@ class LogDescription:
         if self.exposure is None:
             return (schema.Task("click"),)
         return tuple(schema.Task(task.label, task.given or None) for task in self.exposure.task)
+
+    def sampling(self) -> dict[str, str | float]:
+        """Returns those of schema.SAMPLING that the exposures have: name -> column, or the value of all rows."""
+        given = ("", "") if self.exposure is None else (self.exposure.weight, self.exposure.negative_sampling_rate)
+        return {name: value for name, value in zip(schema.SAMPLING, given, strict=True) if value != ""}
 
 
 def read(path: str | pathlib.Path) -> LogDescription:
@@ -343,6 +352,15 @@ def _check_exposure(d: LogDescription) -> list[str]:
     if d.exposure.extends_history and d.exposure.extends_history not in names:
         problems.append(
             f"'exposure.extends_history' is {d.exposure.extends_history!r}, expected one of the tasks {names}"
+        )
+    rate = d.exposure.negative_sampling_rate
+    if not isinstance(rate, str) and not 0 < rate <= 1:
+        problems.append(f"'exposure.negative_sampling_rate' is {rate}, expected above 0, at most 1, or a column")
+    unconditional = [task.label for task in d.exposure.task if not task.given]
+    if rate != "" and len(unconditional) > 1:
+        problems.append(
+            f"'exposure.negative_sampling_rate' corrects one task and those that are `given` it, and {unconditional} "
+            "are given none; state `given`, or a `weight` column of 1 / rate for the sampled rows, 1 for others"
         )
     if d.split.rule not in ("", "time"):
         problems.append(f"'split.rule' is {d.split.rule!r}: with an [exposure] log the splits are cut by 'time'")

@@ -78,6 +78,8 @@ class Batch:
     """Feature -> [B]"""
     labels: dict[str, torch.Tensor]
     """Task -> float32 [C], NaN where not observed."""
+    sampling: dict[str, torch.Tensor]
+    """"weight" and "negative_rate", as far as the data set has them: float32 [C]."""
     history_item_T: torch.Tensor
     """int64 item-table indices."""
     candidate_item_C: torch.Tensor

@@ -77,6 +77,8 @@ class FinetuneConfig:
     esmm: bool = False
     """Train a task given another one on P(given) x P(task | given) over all candidates (arXiv:1804.07931)
     instead of on the candidates where the other label is 1."""
+    weighted_metrics: bool = False
+    """Metrics count a candidate as often as its weight says, as the losses do, where the data set has weights."""
     next_behaviour_weight: NotNegative = 0.0
     """dien, dmin: weight of the auxiliary loss of arXiv:1809.03672, which predicts each next history token from the
     state before it, against a random one of the batch. 0, as in the official variants: without."""

@@ -61,6 +61,7 @@ class Collate:
             for place in ("candidate", "context"):
                 names += [f"{place}.{feature.name}" for feature in self.manifest.features_in(place)]
             names += [f"label.{task.name}" for task in self.manifest.tasks]
+            names += [f"sampling.{name}" for name in self.manifest.sampling]
         return tuple(names)
 
     def __call__(self, rows: pa.Table, key: BatchKey) -> tuple[Batch, ...]:
@@ -110,7 +111,7 @@ class Collate:
         scalars = {"user_hash": reader.integers("user_hash"), "request_time_s": np.full(len(order), -1, np.int64)}
         for feature in self.manifest.features_in("history"):
             columns["history"][feature.name] = reader.jagged(f"history.{feature.name}", feature, kept=kept)
-        labels, counts = {}, np.zeros(len(order), np.int64)
+        labels, sampling, counts = {}, {}, np.zeros(len(order), np.int64)
         if self.with_candidates:
             counts = reader.lengths(f"candidate.{item}")
             for feature in self.manifest.features_in("candidate"):
@@ -118,11 +119,12 @@ class Collate:
             for feature in self.manifest.features_in("context"):
                 columns["context"][feature.name] = reader.flat(f"context.{feature.name}", feature)
             labels = {task.name: reader.labels(f"label.{task.name}", counts) for task in self.manifest.tasks}
+            sampling = {name: reader.sampling(f"sampling.{name}", counts) for name in self.manifest.sampling}
             scalars["request_time_s"] = reader.integers("request_time_s")
         packing = Packing.from_lengths(length, counts)
         item_T = _indices(columns["history"][item])
         target_M = _targets(packing, item_T) if self.negatives_per else np.zeros(0, np.int64)
-        return _MicroBatch(order, packing, columns, labels, scalars, reader.history_time_s(kept), target_M)
+        return _MicroBatch(order, packing, columns, labels, sampling, scalars, reader.history_time_s(kept), target_M)
 
     def _deduplicate(self, parts: list["_MicroBatch"]) -> tuple[KeyedJaggedTensor, dict[str, RawIds]]:
         """Collects the distinct indices of each table, and notes in the parts where their own stand among those."""
@@ -167,6 +169,7 @@ class Collate:
             candidate=columns["candidate"],
             context=columns["context"],
             labels={task: _tensor(label) for task, label in micro_batch.labels.items()},
+            sampling={name: _tensor(values) for name, values in micro_batch.sampling.items()},
             # Item indices stay beside their rows in the lookup: whether two items are the same (an accidental hit, an
             # item of the own history) is asked of indices, which are valid beyond this batch.
             history_item_T=_tensor(micro_batch.columns["history"][item]),
@@ -204,6 +207,7 @@ class _MicroBatch:
     columns: dict[str, dict]
     """place -> feature -> table indices or numbers (`Values`)"""
     labels: dict[str, np.ndarray]
+    sampling: dict[str, np.ndarray]
     scalars: dict[str, np.ndarray]
     """Columns that are no features: column -> int64 [B]"""
     history_time_s: np.ndarray

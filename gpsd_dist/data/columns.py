@@ -88,16 +88,29 @@ class ColumnReader:
 
     def labels(self, name: str, candidate_counts: np.ndarray) -> np.ndarray:
         """Reads the labels of a task: float32 [C], NaN where null. Anything but 0, 1 and null is an error."""
+        labels, offsets = self._of_candidates(name, candidate_counts)
+        values = labels.to_numpy(zero_copy_only=False).astype(np.float32)
+        is_bad = ~((values == 0) | (values == 1) | labels.is_null().to_numpy(zero_copy_only=False))
+        self._raise_if(is_bad, values, name, "a label must be 0, 1 or null (not observed)", offsets)
+        return values
+
+    def sampling(self, name: str, candidate_counts: np.ndarray) -> np.ndarray:
+        """Reads a weight or a rate: float32 [C]. A null is an error, as are negative weights and a rate of 0."""
+        column, offsets = self._of_candidates(name, candidate_counts)
+        values = column.to_numpy(zero_copy_only=False).astype(np.float32)
+        is_rate = name.endswith("_rate")
+        is_good = (values > 0) & (values <= 1) if is_rate else (values >= 0) & np.isfinite(values)
+        self._raise_if(~is_good, values, name, "above 0, at most 1" if is_rate else "a number of at least 0", offsets)
+        return values
+
+    def _of_candidates(self, name: str, candidate_counts: np.ndarray) -> tuple[pa.Array, np.ndarray]:
+        """Returns the flat values of a column with one entry per candidate, and their offsets into rows."""
         column = one_chunk(self.rows[name])
         offsets = _offsets_of(column)
         if not np.array_equal(np.diff(offsets), candidate_counts):
             row = int(np.flatnonzero(np.diff(offsets) != candidate_counts)[0])
             raise BadValue(name, int(self.order[row]), "has another number of entries than the row has candidates")
-        labels = column.flatten()
-        values = labels.to_numpy(zero_copy_only=False).astype(np.float32)
-        is_bad = ~((values == 0) | (values == 1) | labels.is_null().to_numpy(zero_copy_only=False))
-        self._raise_if(is_bad, values, name, "a label must be 0, 1 or null (not observed)", offsets)
-        return values
+        return column.flatten(), offsets
 
     def _check_lengths(self, name: str, offsets: np.ndarray, expected: np.ndarray) -> None:
         wrong = np.flatnonzero(np.diff(offsets) != expected)

@@ -40,36 +40,38 @@ class Predictions:
     """Collects scores and labels of one task on this rank, on the CPU: 17 bytes per row.
 
     A row is its score (float32), label (uint8), user_hash (int64) and the UTC day of its request (int32). With items,
-    8 bytes more hold the table index of its candidate.
+    8 bytes more hold the table index of its candidate. If rows have weights, 4 bytes more hold them (float32).
     """
 
-    def __init__(self, kind: str = "logit", *, with_items: bool = False):
+    def __init__(self, kind: str = "logit", *, with_items: bool = False, with_weights: bool = False):
         """Takes scores of one `kind`: "logit", "probability", or "score" (good for ranking metrics only)."""
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} is not one of {KINDS}")
-        self.kind, self.with_items = kind, with_items
-        dtypes = (np.float32, np.uint8, np.int64, np.int32, *([np.int64] if with_items else []))
+        self.kind, self.with_items, self.with_weights = kind, with_items, with_weights
+        dtypes = (np.float32, np.uint8, np.int64, np.int32, *[np.int64] * with_items, *[np.float32] * with_weights)
         self._chunks = [tuple(np.empty(0, dtype) for dtype in dtypes)]
 
     def __len__(self) -> int:
         return sum(len(columns[0]) for columns in self._chunks)
 
-    def add(self, score_N, label_N, user_hash_N, is_observed_N=None, time_s_N=None, item_N=None) -> None:
+    def add(self, score_N, label_N, user_hash_N, is_observed_N=None, time_s_N=None, item_N=None, weight_N=None):
         """Appends N rows, tensors or arrays: score, label 0 or 1, int64 hash of the user. Copies to the CPU (GPU sync).
 
         `is_observed_N`: bool [N], None means all; rows that are not observed are left out and may hold anything.
         `time_s_N`: int64 epoch seconds of the requests; None, or a negative time, means unknown. Requests of unknown
         time share one day, so without any time `gauc_user_day` is `gauc`.
         `item_N`: table indices int64, needed and read only with items.
+        `weight_N`: how often each row counts, float32 of at least 0; needed and read only with weights.
         ValueError for lengths that differ, labels other than 0 and 1, scores not finite, probabilities not in [0, 1].
         """
         score_N, label_N, user_hash_N = _array(score_N, np.float32), _array(label_N), _array(user_hash_N, np.int64)
         time_s_N = np.full(score_N.shape, -1) if time_s_N is None else _array(time_s_N, np.int64)
-        items = [_array(item_N, np.int64)] if self.with_items else []
-        columns: tuple[np.ndarray, ...] = (score_N, label_N, user_hash_N, _day(time_s_N), *items)
+        more = [_array(item_N, np.int64)] if self.with_items else []
+        more += [_array(weight_N, np.float32)] if self.with_weights else []
+        columns: tuple[np.ndarray, ...] = (score_N, label_N, user_hash_N, _day(time_s_N), *more)
         if score_N.ndim != 1 or any(column.shape != score_N.shape for column in columns):
             shapes = [column.shape for column in columns]
-            names = "score, label, user_hash, time and item"
+            names = "score, label, user_hash, time, item and weight"
             raise ValueError(f"expected {names} as vectors of one length, got shapes {shapes}")
         if is_observed_N is not None:
             is_observed_N = _array(is_observed_N, np.bool_)
@@ -97,7 +99,7 @@ class Predictions:
     def arrays(self) -> tuple[np.ndarray, ...]:
         """Returns this rank's rows in the order of `add`: score float32 [N], label uint8, user_hash int64, day int32.
 
-        With items their table indices follow.
+        With items their table indices follow, then the weights if rows have them.
         """
         if len(self._chunks) > 1:
             self._chunks = [tuple(map(np.concatenate, zip(*self._chunks)))]
@@ -113,14 +115,15 @@ class Predictions:
 
     def select(self, is_kept_N: np.ndarray) -> "Predictions":
         """Returns the rows where bool [N], in the order of `arrays`, is true."""
-        selected = Predictions(self.kind, with_items=self.with_items)
+        selected = Predictions(self.kind, with_items=self.with_items, with_weights=self.with_weights)
         selected._chunks = [tuple(column[is_kept_N] for column in self.arrays())]
         return selected
 
     def metrics(self) -> dict[str, float | int]:
         """Computes the metrics of this rank's rows only; `gather_metrics` covers all ranks."""
         score_N, label_N, user_hash_N, day_N = self.arrays()[:4]
-        return classification_metrics(score_N, label_N, user_hash_N, self.kind, day_N)
+        weight_N = self.arrays()[-1] if self.with_weights else None
+        return classification_metrics(score_N, label_N, user_hash_N, self.kind, day_N, weight_N)
 
     def gather(self) -> "Predictions":
         """Sends all rows to rank 0, which needs memory for them; other ranks get an empty object.
@@ -137,7 +140,7 @@ class Predictions:
         if len(set(kinds)) > 1:
             raise ValueError(f"ranks hold different kinds of scores: {[KINDS[kind] for kind in kinds]}")
 
-        gathered = Predictions(self.kind, with_items=self.with_items)
+        gathered = Predictions(self.kind, with_items=self.with_items, with_weights=self.with_weights)
         columns = self.arrays()
         if dist.get_rank() == 0:
             gathered._chunks.append(columns)
@@ -174,35 +177,40 @@ def classification_metrics(
     user_hash_N: np.ndarray,
     kind: str = "logit",
     day_N: np.ndarray | None = None,
+    weight_N: np.ndarray | None = None,
 ) -> dict[str, float | int]:
-    """Computes METRIC_KEYS of N rows in float64. `day_N` None: all rows are of one day."""
+    """Computes METRIC_KEYS of N rows in float64. `day_N` None: all rows are of one day.
+
+    With `weight_N` a row counts that often in every mean, sum and pair, but once in the counts (`rows`, `gauc_users`,
+    ...). Weights that are all 1 give the bits of none.
+    """
     score_N, label_N = np.asarray(score_N, np.float32), np.asarray(label_N)
-    keys_N = np.sort(_sort_keys(score_N, label_N))
-    sorted_label_N = (keys_N & np.uint64(1)).astype(np.int64)
-    rows, positives = len(keys_N), int(sorted_label_N.sum())
-    auc, label_rate = math.nan, positives / rows if rows else math.nan
-    if 0 < positives < rows:
-        # Pairs are counted in integers: only the last division rounds. A tie counts half.
+    weight_N = None if weight_N is None or (weight_N == 1).all() else np.asarray(weight_N, np.float64)
+    keys_N, positive_N, negative_N = _sorted_classes(_sort_keys(score_N, label_N), weight_N)
+    positives, negatives = positive_N.sum().item(), negative_N.sum().item()
+    rows, total = len(keys_N), positives + negatives
+    auc, label_rate = math.nan, positives / total if total else math.nan
+    if 0 < positives < total:
+        # Without weights pairs are counted in integers: only the last division rounds. A tie counts half.
         starts_G = _group_starts(keys_N >> np.uint64(1))
-        positive_G = np.add.reduceat(sorted_label_N, starts_G)
-        negative_G = np.add.reduceat(1 - sorted_label_N, starts_G)
+        positive_G, negative_G = np.add.reduceat(positive_N, starts_G), np.add.reduceat(negative_N, starts_G)
         below_G = np.cumsum(negative_G) - negative_G
-        twice_wins = int((positive_G * (2 * below_G + negative_G)).sum())
-        auc = twice_wins / (2 * positives * (rows - positives))
-    log_loss, probability_sum = _log_loss_and_probability_sum(_scores(keys_N), sorted_label_N, kind)
+        twice_wins = (positive_G * (2 * below_G + negative_G)).sum().item()
+        auc = twice_wins / (2 * positives * negatives)
+    log_loss, probability_sum = _log_loss_and_probability_sum(_scores(keys_N), positive_N, negative_N, kind)
     entropy = -sum(rate * math.log(rate) for rate in (label_rate, 1 - label_rate) if rate > 0)
     user_N = _numbered(np.asarray(user_hash_N, np.int64))
-    gauc, gauc_users = _gauc(score_N, label_N, user_N)
+    gauc, gauc_users = _gauc(score_N, label_N, user_N, weight_N)
     by_day, gauc_user_days = gauc, gauc_users
     if day_N is not None and len(user_N):
         day_N = _numbered(np.asarray(day_N))
-        by_day, gauc_user_days = _gauc(score_N, label_N, _numbered(user_N * (day_N.max() + 1) + day_N))
+        by_day, gauc_user_days = _gauc(score_N, label_N, _numbered(user_N * (day_N.max() + 1) + day_N), weight_N)
     return {
         "auc": auc,
         "gauc": gauc,
         "gauc_user_day": by_day,
         "log_loss": log_loss,
-        "ne": log_loss / entropy if 0 < positives < rows else math.nan,
+        "ne": log_loss / entropy if 0 < positives < total else math.nan,
         "calibration": probability_sum / positives if positives else math.nan,
         "rows": rows,
         "gauc_users": gauc_users,
@@ -219,6 +227,21 @@ def _sort_keys(score_N: np.ndarray, label_N: np.ndarray) -> np.ndarray:
     bits_N = (score_N + np.float32(0)).view(np.uint32)
     ordered_N = np.where(bits_N >> 31 == 1, ~bits_N, bits_N | np.uint32(1 << 31))
     return (ordered_N.astype(np.uint64) << np.uint64(1)) | label_N.astype(np.uint64)
+
+
+def _sorted_classes(keys_N: np.ndarray, weight_N: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sorts keys whose last bit is the label: (keys, weights of positives, weights of negatives), 0 in other rows.
+
+    Weights are int64 ones where there are none, so that sums of them are exact.
+    """
+    if weight_N is None:
+        keys_N = np.sort(keys_N)
+        label_N = (keys_N & np.uint64(1)).astype(np.int64)
+        return keys_N, label_N, 1 - label_N
+    order_N = np.lexsort((weight_N, keys_N))  # weights too, so that sums do not depend on the order of the rows
+    keys_N, weight_N = keys_N[order_N], weight_N[order_N]
+    label_N = (keys_N & np.uint64(1)).astype(np.int64)
+    return keys_N, label_N * weight_N, (1 - label_N) * weight_N
 
 
 def _scores(keys_N: np.ndarray) -> np.ndarray:
@@ -244,19 +267,20 @@ def _numbered(value_N: np.ndarray) -> np.ndarray:
     return np.unique(value_N, return_inverse=True)[1]
 
 
-def _gauc(score_N: np.ndarray, label_N: np.ndarray, user_N: np.ndarray) -> tuple[float, int]:
+def _gauc(
+    score_N: np.ndarray, label_N: np.ndarray, user_N: np.ndarray, weight_N: np.ndarray | None
+) -> tuple[float, int]:
     """Averages the AUCs of groups (users numbered from 0), weighted by impressions; also returns their number.
 
     Sorts (user, score, label) once.
     """
     assert not len(user_N) or user_N.max() < 1 << 31, "more than 2^31 users do not fit into the sort key"
-    keys_N = np.sort((user_N.astype(np.uint64) << np.uint64(33)) | _sort_keys(score_N, label_N))
-    label_N = (keys_N & np.uint64(1)).astype(np.int64)
+    keys_N = (user_N.astype(np.uint64) << np.uint64(33)) | _sort_keys(score_N, label_N)
+    keys_N, positive_N, negative_N = _sorted_classes(keys_N, weight_N)
     starts_G = _group_starts(keys_N >> np.uint64(1))  # runs of equal (user, score)
     if not len(starts_G):
         return math.nan, 0
-    positive_G = np.add.reduceat(label_N, starts_G)
-    negative_G = np.add.reduceat(1 - label_N, starts_G)
+    positive_G, negative_G = np.add.reduceat(positive_N, starts_G), np.add.reduceat(negative_N, starts_G)
     starts_U = _group_starts(keys_N[starts_G] >> np.uint64(33))
     positive_U = np.add.reduceat(positive_G, starts_U)
     negative_U = np.add.reduceat(negative_G, starts_U)
@@ -272,11 +296,14 @@ def _gauc(score_N: np.ndarray, label_N: np.ndarray, user_N: np.ndarray) -> tuple
     return float((auc_U * impressions_U).sum() / impressions_U.sum()), int(has_both_U.sum())
 
 
-def _log_loss_and_probability_sum(score_N: np.ndarray, label_N: np.ndarray, kind: str) -> tuple[float, float]:
-    """Computes mean cross entropy (nats) and sum of probabilities; both NaN for kind "score" or without rows."""
-    if kind == "score" or not len(score_N):
+def _log_loss_and_probability_sum(
+    score_N: np.ndarray, positive_N: np.ndarray, negative_N: np.ndarray, kind: str
+) -> tuple[float, float]:
+    """Computes mean cross entropy (nats) and sum of probabilities; both NaN for kind "score" or without weight."""
+    weight_N = positive_N + negative_N
+    if kind == "score" or not weight_N.sum():
         return math.nan, math.nan
-    score_N = score_N.astype(np.float64)
+    score_N, label_N = score_N.astype(np.float64), (positive_N > 0).astype(np.int64)
     if kind == "logit":
         tail_N = np.exp(-np.abs(score_N))  # never overflows
         loss_N = np.maximum(score_N, 0) + np.log1p(tail_N) - score_N * label_N
@@ -285,7 +312,9 @@ def _log_loss_and_probability_sum(score_N: np.ndarray, label_N: np.ndarray, kind
         probability_N = score_N
         clipped_N = np.clip(score_N, PROBABILITY_CLIP, 1 - PROBABILITY_CLIP)
         loss_N = -np.log(np.where(label_N == 1, clipped_N, 1 - clipped_N))
-    return float(loss_N.mean()), float(probability_N.sum())
+    if weight_N.dtype == np.int64:
+        return float(loss_N.mean()), float(probability_N.sum())
+    return float((loss_N * weight_N).sum() / weight_N.sum()), float((probability_N * weight_N).sum())
 
 
 def _array(values, dtype: type | None = None) -> np.ndarray:

@@ -32,6 +32,12 @@ class StepResult:
     """`IdRemapper.metrics`: how full managed tables are, how many ids have no row."""
 
 
+def divisor(count_L: torch.Tensor) -> torch.Tensor:
+    """Returns the counts, with 1 for a loss that nothing counts for: its sum is 0, and so is its mean."""
+    # Not clamped to 1: a count is a sum of sample weights, where there are some, and may be small.
+    return torch.where(count_L > 0, count_L, 1.0)
+
+
 class TrainingMetrics:
     """Collects the metrics of one training run; every rank has one, rank 0 writes and shows them."""
 
@@ -69,7 +75,7 @@ class TrainingMetrics:
         for index, (name, weight) in enumerate(self.loss_weights.items()):
             # Sums are of this rank, counts are global. The recorder averages over ranks, so multiplying by the world
             # size makes that average the global sum over the global count.
-            mean = done.loss_sums_L[index] * self.runtime.world_size / done.counts_L[index].clamp(min=1)
+            mean = done.loss_sums_L[index] * self.runtime.world_size / divisor(done.counts_L[index])
             self.recorder.record(f"train/{name}_loss", mean)
             total = total + weight * mean
         self.recorder.record("train/loss", total)
@@ -96,7 +102,7 @@ class TrainingMetrics:
         if self._since_validation is None or not self.scored_losses:
             return
         sums_L, counts_L = self._since_validation
-        means = dict(zip(self.loss_weights, all_sum(sums_L) / counts_L.clamp(min=1), strict=True))
+        means = dict(zip(self.loss_weights, all_sum(sums_L) / divisor(counts_L), strict=True))
         for name in self.scored_losses:
             self.recorder.record(f"gap/{name}_log_loss", metrics[name]["log_loss"] - means[name], reduce="last")
         self._since_validation = None

@@ -15,6 +15,7 @@ from gpsd_dist.metrics.classification import METRIC_KEYS, Predictions, gather_me
 from gpsd_dist.model.gpsd import RankingModel
 from gpsd_dist.schema import Manifest, Table, Task
 from gpsd_dist.stages import losses
+from gpsd_dist.stages.candidate_scores import add_predictions
 from gpsd_dist.stages.stage import Components, Metrics, check_best_metric
 
 NEXT_BEHAVIOUR = "next_behaviour"  # the auxiliary loss, in metrics beside the tasks: so no task may have this name
@@ -22,6 +23,9 @@ NEXT_BEHAVIOUR = "next_behaviour"  # the auxiliary loss, in metrics beside the t
 
 class Finetune:
     """Minimises the cross entropy of each task over the candidates whose label is observed.
+
+    Where the data set has sample weights, sums and counts are weighted. Where negatives were sampled, the loss sees
+    the logit of the sampled log, so that the model's own logit is that of the whole log.
 
     A task may be conditional: conversion given click. It is trained on the candidates where the other label is 1 (the
     clicked ones); with ESMM on all candidates, through the product of both probabilities. With `next_behaviour_weight`
@@ -46,6 +50,8 @@ class Finetune:
         # ESMM trains P(click and conversion), but the conditional task is scored on P(conversion given click): the gap
         # between the two losses would not be one of generalization.
         self.scored_losses = tuple(task.name for task in self.tasks if not (self.config.esmm and task.given))
+        if "negative_rate" in manifest.sampling or ("weight" in manifest.sampling and not self.config.weighted_metrics):
+            self.scored_losses = ()  # validation then weighs rows otherwise than training
 
     def model(self, sharded: tuple[Table, ...]) -> nn.Module:
         """Builds the tower, the embedding of the context, and an MLP head per task."""
@@ -55,7 +61,7 @@ class Finetune:
     def counts(self, batch: Batch) -> torch.Tensor:
         """Counts the observed labels of each task, and the history tokens that another one precedes: float32 [L]."""
         # Observed labels and not candidates: a label that the log does not have must not dilute the mean.
-        counts = [(~self._label(task, batch).isnan()).sum() for task in self.tasks]
+        counts = [losses.observed(self._label(task, batch), batch.sampling.get("weight")) for task in self.tasks]
         if self._has_auxiliary:
             counts.append((_history_position(batch) > 0).sum())
         return torch.stack(counts).float()
@@ -91,7 +97,8 @@ class Finetune:
                 f"--rank_cut belongs to next-item ranking; this run scores {[task.name for task in self.tasks]}"
             )
         runtime = components.runtime
-        predictions = {task.name: Predictions(with_items=keep is not None) for task in self.tasks}
+        weighted = self.config.weighted_metrics or "negative_rate" in self.manifest.sampling
+        predictions = {t.name: Predictions(with_items=keep is not None, with_weights=weighted) for t in self.tasks}
         for (host_batch,) in batches:
             runtime.watchdog.alive()
             # `assign` and not `train`: scoring must not admit ids, or a second pass would see other tables.
@@ -100,7 +107,8 @@ class Finetune:
             # forward, because the other ranks wait for them there.
             embeddings = components.tables(batch.lookup)
             if batch.packing.num_requests or components.forward_is_collective:
-                add_predictions(predictions, self.tasks, components.model(embeddings, batch), batch)
+                logits = components.model(embeddings, batch)
+                add_predictions(predictions, self.tasks, logits, batch, self.config.weighted_metrics)
         return gather_metrics(predictions, keep)
 
     def default_metric(self, metrics: Metrics) -> str:
@@ -112,12 +120,17 @@ class Finetune:
         return self.config.next_behaviour_weight > 0
 
     def _loss(self, task: Task, logits: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
-        label_C = self._label(task, batch)
+        label_C, weight_C = self._label(task, batch), batch.sampling.get("weight")
+        if "negative_rate" in batch.sampling:
+            # Rows without the first event were sampled. What is conditional on it is not: all of its rows were kept.
+            rate_C = batch.sampling["negative_rate"]
+            first = next(other.name for other in self.manifest.tasks if other.given is None)
+            logits = logits | ({first: losses.sampled_logit(logits[first], rate_C)} if first in logits else {})
         # Trained on clicked candidates alone, a model of conversions would have to score candidates of a kind that it
         # never saw (sample selection bias). So ESMM trains the product, for which every candidate has a label.
         if self.config.esmm and task.given is not None:
-            return losses.product_cross_entropy(logits[task.given], logits[task.name], label_C)
-        return losses.binary_cross_entropy(logits[task.name], label_C)
+            return losses.product_cross_entropy(logits[task.given], logits[task.name], label_C, weight_C)
+        return losses.binary_cross_entropy(logits[task.name], label_C, weight_C)
 
     def _label(self, task: Task, batch: Batch) -> torch.Tensor:
         """Returns the target of the task's loss: float32 [C], NaN for candidates that are left out of it."""
@@ -126,22 +139,6 @@ class Finetune:
             return label_C
         combine = losses.product_label if self.config.esmm else losses.conditional_label
         return combine(label_C, batch.labels[task.given])
-
-
-def add_predictions(
-    predictions: dict[str, Predictions], tasks: tuple[Task, ...], logits: dict[str, torch.Tensor], batch: Batch
-) -> None:
-    """Adds the scores of a batch. A conditional task is scored on the candidates where the other label is 1."""
-    # The user goes along with each score, because GAUC is a mean of the AUCs of users, who may sit on several ranks.
-    # The time of the request goes along for the GAUC within a user's day.
-    request_C = batch.packing.request_C
-    user_C, time_s_C = batch.user_hash_B[request_C], batch.request_time_s_B[request_C]
-    for task in tasks:
-        label_C = batch.labels[task.name]
-        if task.given is not None:
-            label_C = losses.conditional_label(label_C, batch.labels[task.given])
-        logit_C, is_observed_C = logits[task.name].detach(), ~label_C.isnan()
-        predictions[task.name].add(logit_C, label_C, user_C, is_observed_C, time_s_C, batch.candidate_item_C)
 
 
 def _history_position(batch: Batch) -> torch.Tensor:

@@ -174,9 +174,25 @@ def next_behaviour(
     return torch.where(is_predicted, yes + no, 0.0).sum()
 
 
-def binary_cross_entropy(logit_C: torch.Tensor, label_C: torch.Tensor) -> torch.Tensor:
-    """Sums the cross entropy over candidates with an observed label (not NaN): float32 []."""
-    return _masked_cross_entropy(F.logsigmoid(logit_C), F.logsigmoid(-logit_C), label_C)
+def binary_cross_entropy(
+    logit_C: torch.Tensor, label_C: torch.Tensor, weight_C: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sums weight x cross entropy over candidates with an observed label (not NaN): float32 []. None: weights of 1."""
+    return _masked_cross_entropy(F.logsigmoid(logit_C), F.logsigmoid(-logit_C), label_C, weight_C)
+
+
+def observed(label_C: torch.Tensor, weight_C: torch.Tensor | None = None) -> torch.Tensor:
+    """Counts the observed labels (not NaN), or sums their weights: []."""
+    is_observed = ~label_C.isnan()
+    return is_observed.sum() if weight_C is None else torch.where(is_observed, weight_C, 0.0).sum()
+
+
+def sampled_logit(logit_C: torch.Tensor, negative_rate_C: torch.Tensor) -> torch.Tensor:
+    """Turns a logit of the whole log into that of a log that kept the share `negative_rate_C` of its negatives.
+
+    Sampling divides the odds of a positive's label by the rate (He et al., ADKDD'14, section 6.3, inverted).
+    """
+    return logit_C - negative_rate_C.log()
 
 
 def conditional_label(label_C: torch.Tensor, given_C: torch.Tensor) -> torch.Tensor:
@@ -189,17 +205,21 @@ def product_label(label_C: torch.Tensor, given_C: torch.Tensor) -> torch.Tensor:
     return torch.where(given_C == 0, 0.0, torch.where(given_C == 1, label_C, torch.nan))
 
 
-def product_cross_entropy(given_logit_C: torch.Tensor, logit_C: torch.Tensor, label_C: torch.Tensor) -> torch.Tensor:
+def product_cross_entropy(
+    given_logit_C: torch.Tensor, logit_C: torch.Tensor, label_C: torch.Tensor, weight_C: torch.Tensor | None = None
+) -> torch.Tensor:
     """Sums ESMM's cross entropy of P(given) P(task | given) against the product label. arXiv:1804.07931, eq. 1, 3."""
     log_yes = F.logsigmoid(given_logit_C) + F.logsigmoid(logit_C)
     # 1 - ab = (1 - a) + a (1 - b), in logs: nothing cancels where ab is close to 1.
     log_no = torch.logaddexp(F.logsigmoid(-given_logit_C), F.logsigmoid(given_logit_C) + F.logsigmoid(-logit_C))
-    return _masked_cross_entropy(log_yes, log_no, label_C)
+    return _masked_cross_entropy(log_yes, log_no, label_C, weight_C)
 
 
-def _masked_cross_entropy(log_yes_C: torch.Tensor, log_no_C: torch.Tensor, label_C: torch.Tensor) -> torch.Tensor:
+def _masked_cross_entropy(
+    log_yes_C: torch.Tensor, log_no_C: torch.Tensor, label_C: torch.Tensor, weight_C: torch.Tensor | None
+) -> torch.Tensor:
     # Replaced and not only masked out: the gradient of NaN times zero is NaN.
     is_observed = ~label_C.isnan()
     label = torch.where(is_observed, label_C, 0.0)
     loss = -(label * log_yes_C + (1 - label) * log_no_C)
-    return torch.where(is_observed, loss, 0.0).sum()
+    return torch.where(is_observed, loss if weight_C is None else loss * weight_C, 0.0).sum()

@@ -74,6 +74,25 @@ def partitions(folder: pathlib.Path, feature: str = "country") -> pathlib.Path:
     return write(folder, schema, files)
 
 
+def shown(folder: pathlib.Path, keys: str, **columns) -> pathlib.Path:
+    """Exposures of the plain users, two in three clicked; `keys` go into [exposure], `columns` into its file."""
+    rows = [(user, 1000 + n % NUM_ITEMS, ts + 3 + n % 5, int(n % 3 > 0)) for n, (user, _, ts) in enumerate(events())]
+    names = ("user_id", "item_id", "ts", "click")
+    content = pa.table({name: [row[place] for row in rows] for place, name in enumerate(names)} | columns)
+    part = HISTORY.replace("history", "exposure").replace("log.csv", "shown.parquet")
+    part += 'extends_history = "click"\ntask = [{ column = "click" }]\n'
+    part = "".join(line + "\n" for line in part.splitlines() if line.split(" =")[0] not in keys)
+    return write(folder, part + keys, {"shown.parquet": content})
+
+
+def weighted(
+    folder: pathlib.Path, keys: str = 'weight = "w"\nnegative_sampling_rate = "r"\n', **columns
+) -> pathlib.Path:
+    """Exposures with sample weights and rates of sampling, by the row."""
+    given = {"w": [0.5 * (n % 4) for n in range(240)], "r": [(0.1, 0.25)[n % 2] for n in range(240)]}
+    return shown(folder, keys, **given | columns)
+
+
 def hidden_copies(folder: pathlib.Path) -> pathlib.Path:
     """A notebook keeps a copy of the log, and Spark its own mark."""
     copy = {".ipynb_checkpoints/log-checkpoint.csv": lines(events()), "_SUCCESS": "", "_tmp/log.csv": lines(events())}

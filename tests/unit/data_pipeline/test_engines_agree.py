@@ -92,6 +92,7 @@ LOGS = {
     "columns that differ in case": (logs.columns_that_differ_in_case, ("shop", "kind")),
     "missing numbers": (logs.number_column, "NaN"),
     "clicks in both logs": (logs.clicks_in_both_logs,),
+    "weights and rates": (logs.weighted,),
 }
 """Logs that were read wrongly once, `tests/assets/cases/logs.py`."""
 

@@ -1,8 +1,11 @@
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from tests.assets.cases import logs
 
 SCHEMA = """
 [history]
@@ -227,4 +230,49 @@ def test_bad_input_is_named(shop, read_log, name):
 
 def test_missing_schema_and_folder_are_named(read_log, tmp_path):
     with pytest.raises(ValueError, match=r"schema\.toml does not exist"):
+        read_log("generic")
+
+
+def _sampling(data, split="train"):
+    """(label, weight, rate) of every candidate, by time."""
+    rows = sorted(data.rows(split).values(), key=lambda row: row["request_time_s"])
+    columns = ("label.click", "sampling.weight", "sampling.negative_rate")
+    return [values for row in rows for values in zip(*(row[name] for name in columns))]
+
+
+def test_weights_and_rates_go_with_their_candidates(prepare, tmp_path):
+    w, rate = [1 + n / 1024 for n in range(240)], [(0.5, 0.25)[n % 2] for n in range(240)]
+    logs.weighted(tmp_path / "raw", w=w, r=rate)
+    data = prepare("generic")
+    assert data.manifest.sampling == ("weight", "negative_rate")
+    expected = {weight: (float(n % 3 > 0), rate[n]) for n, weight in enumerate(w)}
+    found = [entry for split in ("train", "valid", "test") for entry in _sampling(data, split)]
+    assert sorted(weight for _, weight, _ in found) == w
+    assert all(expected[weight] == (label, kept) for label, weight, kept in found)
+
+
+def test_a_rate_may_be_a_number(prepare, tmp_path):
+    logs.weighted(tmp_path / "raw", 'weight = "w"\nnegative_sampling_rate = 0.125\n')
+    assert {rate for _, _, rate in _sampling(prepare("generic"))} == {0.125}
+
+
+def test_rows_that_differ_in_weight_are_no_copies(prepare, tmp_path):
+    logs.weighted(tmp_path / "raw", user_id=["1"] * 240, item_id=["2"] * 240, ts=[10**9 + n // 2 for n in range(240)])
+    skipped = prepare("generic", "--allow_empty").manifest.skipped
+    assert not any("repeat" in reason for reason in skipped), skipped
+
+
+WRONG_SAMPLING = {
+    "negative weight": ("w", [-1.0] + [1.0] * 239, "'w', data row 0: found '-1.0'"),
+    "no weight": ("w", [1.0, None] + [1.0] * 238, "'w', data row 1: found 'None', expected a number of at least 0 in"),
+    "rate of 0": ("r", [0.0] + [1.0] * 239, "'r', data row 0: found '0.0', expected a number above 0, at most 1"),
+    "rate of the label": ("r", [0.1 if n % 3 == 0 else 1.0 for n in range(240)], "it would give the label away"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SAMPLING)
+def test_weights_and_rates_that_cannot_be_are_named(read_log, tmp_path, name):
+    column, values, words = WRONG_SAMPLING[name]
+    logs.weighted(tmp_path / "raw", **{column: values})
+    with pytest.raises(ValueError, match=re.escape(words)):
         read_log("generic")

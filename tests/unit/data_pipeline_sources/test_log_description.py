@@ -38,6 +38,11 @@ WRONG = [
     (HISTORY + EXPOSURE.replace("}]", ', given = "buy" }]'), "given 'buy'; other tasks: ['click']"),
     (HISTORY + EXPOSURE + 'extends_history = "buy"\n', "expected one of the tasks ['click']"),
     (HISTORY + EXPOSURE + '[split]\nrule = "leave_last_out"\n', "cut by 'time'"),
+    (HISTORY + EXPOSURE + "negative_sampling_rate = 0\n", "'exposure.negative_sampling_rate' is 0"),
+    (
+        HISTORY + EXPOSURE.replace("}]", '}, { column = "like" }]') + "negative_sampling_rate = 0.1\n",
+        "corrects one task and those that are `given` it, and ['click', 'like'] are given none",
+    ),
     (HISTORY + '[split]\nrule = "time"\n', "which cuts [exposure]"),
     (HISTORY + '[split]\nrule = "random"\n', "'split.rule' is 'random', expected one of"),
     (HISTORY + "[split]\nvalid_from = 2024-01-01\n", "only one of `valid_from` and `test_from`"),

@@ -32,7 +32,7 @@ class Fixed(nn.Module):
         return LOGITS
 
 
-BATCH = types.SimpleNamespace(labels=LABELS)
+BATCH = types.SimpleNamespace(labels=LABELS, sampling={})
 
 
 def finetune(tasks=MANIFEST.tasks, name="transformer", **options):

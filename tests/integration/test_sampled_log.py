@@ -1,0 +1,75 @@
+"""A log that kept a part of its negatives, from CSV to calibrated probabilities of the whole log."""
+
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+from data_pipeline import build
+from gpsd_dist.evaluate import evaluate_checkpoint
+from gpsd_dist.metrics.classification import Predictions
+from gpsd_dist.trainer import Trainer
+from tests.helpers.distributed import run_distributed
+from tests.integration.tiny_data import cpu_runtime, tiny_run
+
+RATES = {"feed": 0.1, "search": 0.5}
+SCHEMA = """
+[exposure]
+files = "shown.csv"
+user = "user"
+item = "item"
+time = "ts"
+extends_history = "click"
+task = [{ column = "click" }]
+feature = [{ column = "page", place = "candidate" }]
+negative_sampling_rate = "rate"
+"""
+pytestmark = pytest.mark.timeout(300)
+
+
+def write_log(folder: pathlib.Path, num_shown: int = 60_000) -> pathlib.Path:
+    """Draws clicks by item and page, 2 to 30 % of the exposures, and keeps negatives at the rate of their page."""
+    draw = np.random.default_rng(3)
+    item, user = draw.integers(20, size=num_shown), draw.integers(800, size=num_shown)
+    page = draw.choice(list(RATES), num_shown)
+    logit = -3.5 + 0.1 * item + 0.7 * (page == "search")
+    click = (draw.random(num_shown) < 1 / (1 + np.exp(-logit))).astype(int)
+    rate = np.array([RATES[name] for name in page])
+    kept = (click == 1) | (draw.random(num_shown) < rate)
+    ts = 1_700_000_000 + 7 * np.arange(num_shown)
+    columns = zip(*(values[kept] for values in (user, item, ts, click, page, rate)))
+    rows = [",".join(str(value) for value in row) for row in columns]
+    folder.mkdir()
+    (folder / "shown.csv").write_text("\n".join(["user,item,ts,click,page,rate", *rows]) + "\n")
+    (folder / "schema.toml").write_text(SCHEMA)
+    return folder
+
+
+def _train_and_score(rank: int, world_size: int, run) -> tuple[dict, list[np.ndarray]]:
+    """For `run_distributed`: metrics of test, and the columns of its scores."""
+    runtime, keep = cpu_runtime(rank, world_size), {}
+    Trainer(run, runtime).train()
+    metrics = evaluate_checkpoint(run.output_dir, None, "test", runtime, keep=keep)
+    rows: Predictions = keep["click"]
+    return metrics["click"], [np.array(column) for column in rows.arrays()]
+
+
+def test_probabilities_are_those_of_the_whole_log(tmp_path):
+    arguments = ["--source", "generic", "--raw_dir", str(write_log(tmp_path / "raw")), "--out_dir", str(tmp_path / "d")]
+    assert build.main(arguments) == 0
+    run = tiny_run(
+        "finetune",
+        tmp_path / "d",
+        tmp_path / "run",
+        data={"global_batch_rows": 128, "eval_batch_rows_per_rank": 512},
+        train={"epochs": 2, "log_interval_steps": 20},
+    )
+    [(metrics, (score, label, *_, weight))] = run_distributed(_train_and_score, 1, tmp_path, run, timeout_s=200)
+    probability = 1 / (1 + np.exp(-score.astype(float)))
+    assert set(weight[label == 1]) == {1.0} and {round(float(w)) for w in weight[label == 0]} == {2, 10}
+    # A kept row stands for `weight` rows; their number is known, the labels of a row and what was kept are drawn.
+    error = math.sqrt(((label - weight * probability) ** 2).sum()) / label.sum()
+    assert metrics["calibration"] == pytest.approx((weight * probability).sum() / label.sum(), rel=1e-6)
+    assert error < 0.06 and abs(metrics["calibration"] - 1) < 2 * error
+    assert 0.05 < metrics["label_rate"] < 0.2 < label.mean()
