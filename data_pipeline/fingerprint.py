@@ -4,7 +4,7 @@ import hashlib
 import json
 import pathlib
 
-from gpsd_dist import schema
+from gpsd_dist import features, schema
 
 CHUNK_BYTES = 1 << 22
 
@@ -51,4 +51,5 @@ def _code_sha256() -> str:
     """Hashes every module of this package: whoever changes a transformation need not remember to raise a version."""
     package = pathlib.Path(__file__).parent
     hashes = [(str(path.relative_to(package)), file_sha256(path)) for path in sorted(package.rglob("*.py"))]
+    hashes.append(("features.py", file_sha256(pathlib.Path(features.__file__))))
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()

@@ -19,6 +19,7 @@ from data_pipeline import explain, progress, raw_values
 from data_pipeline.engine import Engine
 from data_pipeline.raw_values import Kind, Notes
 from data_pipeline.text_files import TextFile, TextStyle
+from gpsd_dist import features
 
 FILE_ORDER = "file_order"
 CSV = TextStyle()
@@ -161,7 +162,7 @@ class _Converter:
     def _plain(self, batch: pa.RecordBatch, kind: Kind) -> pa.Array:
         name, given = kind.column, batch.column(batch.schema.names.index(kind.column))
         try:
-            given = raw_values.plain(given)
+            given = features.plain(given)
         except pa.ArrowInvalid as error:
             raise ValueError(f"{self.path}, column {name!r}: not UTF-8 text ({error}); write it as text") from error
         found_is_list = isinstance(given, _LISTS)

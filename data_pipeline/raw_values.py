@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gpsd_dist import features
+
 EARLIEST_S, LATEST_S = 631_152_000, 4_102_444_800  # 1990 and 2100: a time outside of them is hardly one
 END_OF_TIME_S = 253_402_300_800  # the year 10000
 PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
@@ -86,35 +88,19 @@ class Kind:
 
 
 def text(array: pa.Array, notes: Notes) -> Converted:
-    """Spells a value in one way, whatever its type: trimmed text, 101 for the float 101.0, true and false."""
-    if pa.types.is_floating(array.type):
-        return _text_of_floats(array)
-    if pa.types.is_boolean(array.type):
-        return pc.if_else(array, "true", "false"), _nowhere(array)
-    found = array.cast(pa.string())
-    if not pa.types.is_integer(array.type):
-        found = pc.utf8_trim_whitespace(found)
-        found = _without_words(pc.if_else(pc.equal(found, ""), _NO_TEXT, found), notes)
+    """Spells a value in one way, whatever its type (`features.spelled`), and counts what kinds of text there are."""
+    found, is_bad = features.spelled(array)
+    if pa.types.is_floating(array.type) or pa.types.is_boolean(array.type):
+        return found, is_bad
+    if pa.types.is_integer(array.type):
+        notes.num_whole += len(found) - found.null_count
+    else:
+        found = _without_words(found, notes)
         notes.num_whole += _mask(pc.match_substring_regex(found, r"^-?\d+$")).sum()
         notes.num_point_zero += _mask(pc.match_substring_regex(found, r"^-?\d+\.0+$")).sum()
         notes.num_rounded += _mask(pc.match_substring_regex(found, r"^-?\d(\.\d+)?[eE]\+?\d+$")).sum()
-    else:
-        notes.num_whole += len(found) - found.null_count
     notes.num_values += len(found) - found.null_count
-    return found, _nowhere(array)
-
-
-def _text_of_floats(array: pa.Array) -> Converted:
-    """Spells whole numbers without a point. A number too large to be exact in a float has lost digits: it is bad."""
-    limit = 2.0**53 if array.type == pa.float64() else 2.0**24
-    values = array.cast(pa.float64()).to_numpy(zero_copy_only=False)
-    known = ~np.isnan(values)
-    is_exact = np.abs(np.where(known, values, 0)) <= limit
-    is_whole = known & is_exact & (np.floor(values) == values)
-    whole = pa.array(np.where(is_whole, values, 0).astype(np.int64)).cast(pa.string())
-    other = pa.array(values).cast(pa.string())
-    found = pc.if_else(pa.array(is_whole), whole, pc.if_else(pa.array(known), other, _NO_TEXT))
-    return found, known & ~is_exact
+    return found, is_bad
 
 
 def _without_words(found: pa.Array, notes: Notes) -> pa.Array:
@@ -196,7 +182,7 @@ def bag(array: pa.Array, notes: Notes, separator: str = "") -> Converted:
             array = pa.array([_json_list(value) for value in given.to_pylist()], pa.list_(pa.string()))
             is_bad = _mask(given.is_valid()) & ~_mask(array.is_valid())
     rows = np.repeat(np.arange(len(array)), pc.fill_null(pc.list_value_length(array), 0).to_numpy())
-    members, is_bad_member = text(plain(pc.list_flatten(array)), notes)
+    members, is_bad_member = text(features.plain(pc.list_flatten(array)), notes)
     is_bad[rows[is_bad_member]] = True
     is_there = _mask(members.is_valid())
     offsets = np.concatenate([[0], np.cumsum(np.bincount(rows[is_there], minlength=len(array)))]).astype(np.int32)
@@ -356,21 +342,6 @@ def time_kind(unit: str, zone: str) -> Kind:
         "correct `time_unit`, or the values",
         unit=unit,
     )
-
-
-def plain(array: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """Returns the array without a dictionary or an extension, and every text as pa.string()."""
-    array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-    if isinstance(array, pa.ExtensionArray):
-        array = array.storage
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    kind = array.type
-    is_text = pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_decimal(kind)
-    is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
-    if pa.types.is_float16(kind):
-        return array.cast(pa.float32())
-    return array.cast(pa.string()) if is_text or is_bytes or pa.types.is_null(kind) else array
 
 
 def _cast_where_possible(array: pa.Array, kind: pa.DataType) -> pa.Array:

@@ -16,11 +16,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from gpsd_dist.batch.batch import Bag, Batch, NextItem, RawIds
 from gpsd_dist.batch.packing import Packing
 from gpsd_dist.batch.padding import pad_packing
-from gpsd_dist.data.columns import ColumnReader, Values
+from gpsd_dist.data.columns import ColumnReader
 from gpsd_dist.data.distinct import Wanted, deduplicate
 from gpsd_dist.data.gather import gather, one_chunk
 from gpsd_dist.data.negatives import Sampler, draw_limit, generator, group_offsets, uniform
 from gpsd_dist.data.parquet_dataset import BadValue, BatchKey
+from gpsd_dist.features import Values
 from gpsd_dist.schema import NUM_RESERVED_ROWS, Manifest
 
 

@@ -4,7 +4,6 @@ Works on whole columns, never row by row. Shape letters: B requests, T history t
 """
 
 import dataclasses
-import typing
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +14,8 @@ from gpsd_dist.batch.row_layout import ranges
 from gpsd_dist.data.gather import one_chunk
 from gpsd_dist.data.hashing import hashed_rows
 from gpsd_dist.data.parquet_dataset import BadValue
+from gpsd_dist.features import Values, standardise
 from gpsd_dist.schema import Feature, Manifest
-
-# A numerical feature is standardised and cut here, so that an outlier does not outweigh the other features of a token.
-_MAX_DEVIATIONS = 5.0  # untuned
-Values: typing.TypeAlias = np.ndarray | tuple[np.ndarray, np.ndarray]
-"""A feature's values, one per token: [tokens]. If it is a bag: (values, offsets [tokens + 1])."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +119,7 @@ class ColumnReader:
         array = values.to_numpy(zero_copy_only=False)
         if feature.kind == "numerical":
             self._raise_if(~np.isfinite(array), array, name, "a numerical feature must be finite and not null", offsets)
-            standard = (array - feature.mean) / feature.std
-            return np.clip(standard, -_MAX_DEVIATIONS, _MAX_DEVIATIONS).astype(np.float32)
+            return standardise(feature, array)
         limit = self.manifest.value_limit(feature.table)
         if values.null_count or (len(array) and not (array.min() >= 1 and array.max() < limit)):
             is_bad = np.isnan(array) if values.null_count else (array < 1) | (array >= limit)
