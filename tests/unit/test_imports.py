@@ -205,6 +205,7 @@ def test_ordinary_import_is_allowed(module, source):
         ("gpsd_dist.features", {"torch", "gin", "ibis", "pydantic"}),
         ("gpsd_dist.schema", {"torch", "gin", "ibis", "pydantic"}),
         ("gpsd_dist.parameter_names", {"torch"}),
+        ("gpsd_dist.serving.requests", {"torchrec", "gin", "ibis"}),
         ("gpsd_dist.report.__main__", {"torch", "gin", "ibis"}),
         ("data_pipeline.build", {"torch", "gin"}),
     ],

@@ -1,0 +1,42 @@
+"""Mapped files: vocabularies and items come back as written; collisions and damage are errors."""
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from gpsd_dist.serving.artefact import ArtefactError
+from gpsd_dist.serving.items import Items
+from gpsd_dist.serving.vocabulary import Vocabulary
+
+
+def test_rows_of_known_and_unknown_ids(tmp_path):
+    Vocabulary.write(tmp_path / "v", np.array([90, 5, 40]), np.array([2, 3, 4]))
+    vocabulary = Vocabulary.open(tmp_path / "v")
+    assert len(vocabulary) == 3
+    assert vocabulary.rows(np.array([5, 6, 90, 1, 40, 2**60])).tolist() == [3, 1, 2, 1, 4, 1]
+    Vocabulary.write(tmp_path / "empty", np.zeros(0, np.int64), np.zeros(0, np.int64))
+    assert Vocabulary.open(tmp_path / "empty").rows(np.array([5, 1])).tolist() == [1, 1]
+
+
+def test_two_raw_ids_with_one_id_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"rows \[2, 4\] have one id, 7"):
+        Vocabulary.write(tmp_path / "v", np.array([7, 3, 7]), np.array([2, 3, 4]))
+    with pytest.raises(ValueError, match="expected 2"):
+        Vocabulary.write(tmp_path / "v", np.array([7, 3]), np.array([1, 2]))
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    safetensors.numpy.save_file({"id": np.arange(9), "row": np.arange(9, dtype=np.int32)}, tmp_path / "whole")
+    whole = (tmp_path / "whole").read_bytes()
+    for number in range(len(whole)):
+        (tmp_path / "cut").write_bytes(whole[:number])
+        with pytest.raises(ArtefactError, match="export it again"):
+            Vocabulary.open(tmp_path / "cut")
+    with pytest.raises(ArtefactError, match="expected int64 'index'"):
+        Items.open(tmp_path / "whole")
+    safetensors.numpy.save_file({"id": np.arange(9), "row": np.arange(8, dtype=np.int32)}, tmp_path / "uneven")
+    with pytest.raises(ArtefactError, match="8"):
+        Vocabulary.open(tmp_path / "uneven")
+    safetensors.numpy.save_file({"index": np.arange(9), "price": np.arange(8.0)}, tmp_path / "uneven")
+    with pytest.raises(ArtefactError, match="expected"):
+        Items.open(tmp_path / "uneven")
