@@ -1,5 +1,9 @@
-"""Runs the ordinary commands as children: shown as they would be typed, and stopped as this process is stopped."""
+"""Runs the ordinary commands as children: shown as they would be typed, and stopped as this process is stopped.
 
+What the commands that do so (`quickstart`, `fit`, `scaling`) have in common is here too.
+"""
+
+import argparse
 import collections.abc
 import math
 import os
@@ -10,6 +14,8 @@ import subprocess
 import sys
 import threading
 import time
+
+from gpsd_dist.distributed import exit_codes
 
 REPO_ROOT = pathlib.Path(__file__).resolve().parents[1]
 Command = tuple[str, ...]  # Arguments after `python`
@@ -32,6 +38,37 @@ def python_command(num_processes: int, module: str, *arguments: str) -> Command:
 def shell(command: Command) -> str:
     """Quotes the command so that it can be typed."""
     return shlex.join(["python", *command])
+
+
+def exit_status(work: collections.abc.Callable[[], object]) -> int:
+    """Does `work`, which runs commands, and returns one of `exit_codes`, or the status of the command that failed.
+
+    What ended it goes to standard error, in words for a user.
+    """
+    try:
+        work()
+        return exit_codes.FINISHED
+    except subprocess.CalledProcessError as error:
+        command = shell(tuple(error.cmd[1:]))
+        status = error.returncode if error.returncode > 0 else exit_codes.FAILED
+        said = f"error: {error.output or ''}\nThis command failed with status {error.returncode}:\n  {command}\n"
+        said += "What is finished is kept: the same command goes on from there."
+    except (Stopped, KeyboardInterrupt) as error:
+        status = exit_codes.INTERRUPTED
+        said = f"{error}\nstopped; what was trained is saved, and the same command goes on from there".lstrip()
+    except (ValueError, OSError) as error:
+        status, said = exit_codes.MISTAKE, f"error: {error}"
+    sys.stderr.write(f"{said}\n")
+    return status
+
+
+def add_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]) -> None:
+    """Adds what argparse did not know: `overrides` and `pretrain_overrides`, as `--gin.X=Y` of either stage."""
+    unknown = [o for o in rest if not o.startswith(("--gin.", "--pretrain_gin.")) or "=" not in o]
+    if unknown:
+        parser.error(f"unknown arguments {unknown}; overrides look like --gin.EPOCHS=5 or --pretrain_gin.EPOCHS=5")
+    args.overrides = [o for o in rest if o.startswith("--gin.")]
+    args.pretrain_overrides = [o.replace("--pretrain_", "--", 1) for o in rest if o.startswith("--pretrain_gin.")]
 
 
 def execute(

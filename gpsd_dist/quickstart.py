@@ -9,12 +9,10 @@ import argparse
 import dataclasses
 import functools
 import pathlib
-import subprocess
 import sys
 import time
 
-from gpsd_dist.commands import Stopped, execute, shell
-from gpsd_dist.distributed import exit_codes
+from gpsd_dist.commands import execute, exit_status, shell
 from gpsd_dist.fit.__main__ import main as fit
 
 
@@ -43,14 +41,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--nproc", type=int, default=2, help="training processes (default 2)")
     args = parser.parse_args(argv)
     started_s, size = time.monotonic(), SMALL if args.small else FULL
-    try:
-        data = prepare(args.out_dir.absolute(), size)
-    except subprocess.CalledProcessError as error:
-        print(f"error: this command failed with status {error.returncode}:", file=sys.stderr)
-        print(f"  {shell(tuple(error.cmd[1:]))}", file=sys.stderr)
-        return error.returncode if error.returncode > 0 else exit_codes.FAILED
-    except (Stopped, KeyboardInterrupt):
-        return exit_codes.INTERRUPTED
+    raw, data = args.out_dir.absolute() / "raw", args.out_dir.absolute() / "data"
+    if status := exit_status(lambda: prepare(raw, data, size)):
+        return status
     options = ["--data", str(data), "--out", str(args.out_dir), "--nproc", str(args.nproc)]
     for stage, option in (("finetune", "--gin_file"), ("pretrain", "--pretrain_gin_file")):
         options += [option, f"configs/experiments/quickstart_{stage}.gin"]
@@ -63,14 +56,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def prepare(out_dir: pathlib.Path, size: Size) -> pathlib.Path:
-    """Writes and builds the synthetic log; returns the folder of the prepared data. CalledProcessError, Stopped."""
-    raw, data, say = out_dir / "raw", out_dir / "data", functools.partial(print, flush=True)
+def prepare(raw: pathlib.Path, data: pathlib.Path, size: Size) -> None:
+    """Writes the synthetic log to `raw`, and builds it in `data`. CalledProcessError, Stopped."""
+    say = functools.partial(print, flush=True)
     if not (raw / "schema.toml").is_file():
         execute(("-m", "data_pipeline.synthesize", "--out_dir", str(raw), *size.synthesize), say=say)
     build = ("-m", "data_pipeline.build", "--source", "synthetic", "--raw_dir", str(raw), "--out_dir", str(data))
     execute(build, say=say)
-    return data
 
 
 if __name__ == "__main__":

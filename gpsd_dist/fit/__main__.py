@@ -27,8 +27,7 @@ import typing
 import torch
 
 from gpsd_dist.checkpoint import storage
-from gpsd_dist.commands import Stopped, shell
-from gpsd_dist.distributed import exit_codes
+from gpsd_dist.commands import add_overrides, exit_status
 from gpsd_dist.fit import outcome
 from gpsd_dist.fit.data_check import Facts, look
 from gpsd_dist.fit.display import Display
@@ -44,23 +43,11 @@ _IDENTITY = ("gin_file", "overrides", "pretrain_gin_file", "pretrain_overrides",
 def main(argv: list[str]) -> int:
     """Returns 0; 2 for a mistake in options or data; 130 if stopped; else the status of the command that failed."""
     args = parse(argv)
-    try:
-        run(args)
-        return exit_codes.FINISHED
-    except subprocess.CalledProcessError as error:
-        print(f"error: {error.output or ''}\nThis command failed with status {error.returncode}:", file=sys.stderr)
-        print(f"  {shell(tuple(error.cmd[1:]))}\nWhat is finished is kept: the same command goes on.", file=sys.stderr)
-        return error.returncode if error.returncode > 0 else exit_codes.FAILED
-    except (Stopped, KeyboardInterrupt):
-        print("stopped; what was trained is saved, and the same command goes on from there", file=sys.stderr)
-        return exit_codes.INTERRUPTED
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return exit_codes.MISTAKE
+    return exit_status(lambda: run(args))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Parses the command line; adds `overrides` and `pretrain_overrides`, as `--gin.X=Y` of either stage."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(prog="python -m gpsd_dist.fit", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--data", type=pathlib.Path, required=True, help="folder that data_pipeline.build wrote")
@@ -78,11 +65,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--gin_file", action="append", default=[], help=files.format("finetune"))
     parser.add_argument("--pretrain_gin_file", action="append", default=[], help=files.format("pretrain"))
     args, rest = parser.parse_known_args(argv)
-    unknown = [o for o in rest if not o.startswith(("--gin.", "--pretrain_gin.")) or "=" not in o]
-    if unknown:
-        parser.error(f"unknown arguments {unknown}; overrides look like --gin.EPOCHS=5 or --pretrain_gin.EPOCHS=5")
-    args.overrides = [o for o in rest if o.startswith("--gin.")]
-    args.pretrain_overrides = [o.replace("--pretrain_", "--", 1) for o in rest if o.startswith("--pretrain_gin.")]
+    add_overrides(parser, args, rest)
     if args.nproc is None:
         args.nproc = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
     if args.nproc < 1 or (args.budget_minutes is not None and args.budget_minutes <= 0):

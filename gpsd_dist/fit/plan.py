@@ -4,11 +4,10 @@ import argparse
 import dataclasses
 import pathlib
 
-from gpsd_dist.commands import REPO_ROOT, python_command
+from gpsd_dist.commands import REPO_ROOT
 from gpsd_dist.config import STRATEGIES, RunConfig
-from gpsd_dist.config.gin_cli import load_run_config
 from gpsd_dist.config.model import MODELS
-from gpsd_dist.scaling.ladder import Training
+from gpsd_dist.scaling.ladder import Training, make_training
 from gpsd_dist.validation import did_you_mean
 
 DEFAULT_MODEL = "l4h64a4"
@@ -126,13 +125,6 @@ def _training(args: argparse.Namespace, model: str, stage: str, options: tuple[s
         (args.gin_file, args.overrides) if stage == "finetune" else (args.pretrain_gin_file, args.pretrain_overrides)
     )
     files = [*(given or [f"configs/stage/{stage}.gin"]), *([f"configs/model/{model}.gin"] if model else [])]
-    arguments = [part for file in files for part in ("--gin_file", str(file))]
-    arguments += [*overrides, f"--gin.DATA_DIR={args.data}", f"--gin.SEED={args.seed}", *options]
-    arguments += [f"--gin.OUTPUT_DIR={pathlib.Path(args.out, model, folder)}"]
-    try:
-        run = load_run_config(arguments).run
-    except ValueError as error:
-        raise ValueError(f"{stage} with {' '.join(arguments)}: {error}") from error
-    if run.stage != stage:
-        raise ValueError(f"{', '.join(map(str, files))} describes stage {run.stage!r}, expected {stage!r}")
-    return Training(run, python_command(args.nproc, "gpsd_dist.train", *arguments))
+    options = (*overrides, f"--gin.DATA_DIR={args.data}", f"--gin.SEED={args.seed}", *options)
+    options += (f"--gin.OUTPUT_DIR={pathlib.Path(args.out, model, folder)}",)
+    return make_training(stage, files, options, args.nproc)

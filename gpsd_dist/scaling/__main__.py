@@ -19,7 +19,6 @@ import dataclasses
 import functools
 import pathlib
 import statistics
-import subprocess
 import sys
 import typing
 
@@ -28,7 +27,7 @@ import rich.table
 
 from gpsd_dist.checkpoint import integrity, storage
 from gpsd_dist.checkpoint.storage import Location
-from gpsd_dist.commands import Stopped, execute, shell
+from gpsd_dist.commands import add_overrides, execute, exit_status, shell
 from gpsd_dist.scaling import epochs, figures, runs
 from gpsd_dist.scaling.fit import LAWS, MIN_SIZES, fit_law
 from gpsd_dist.scaling.ladder import plan
@@ -39,25 +38,11 @@ _LADDER_ONLY = ("gin_file", "ladder", "strategy", "pretrain_gin_file", "init_che
 
 def main(argv: list[str]) -> int:
     """Returns 0; 2 for a mistake in options or data; 130 if stopped; else the status of the command that failed."""
-    try:
-        args = _parse(argv)
-        return _epochs(args) if args.epochs_figure else _ladder(args)
-    except subprocess.CalledProcessError as error:
-        command = shell(tuple(error.cmd[1:]))
-        print(f"error: this command failed with status {error.returncode}:\n  {command}", file=sys.stderr, flush=True)
-        return error.returncode if error.returncode > 0 else 1
-    except (Stopped, KeyboardInterrupt) as error:
-        print(
-            f"stopped: {str(error) or 'interrupted'}; the same command goes on from there", file=sys.stderr, flush=True
-        )
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    args = _parse(argv)
+    return exit_status(lambda: _epochs(args) if args.epochs_figure else _ladder(args))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """Parses the command line; adds `overrides` and `pretrain_overrides`, as `--gin.X=Y` of either stage."""
     parser = argparse.ArgumentParser(prog="python -m gpsd_dist.scaling", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out_dir", type=pathlib.Path, required=True)
@@ -77,10 +62,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     test_help = "also score test with the kept checkpoint of every epoch (TrainConfig.keep_last)"
     curves.add_argument("--with_test_each_epoch", action="store_true", help=test_help)
     args, rest = parser.parse_known_args(argv)
-    unknown = [argument for argument in rest if not argument.startswith(("--gin.", "--pretrain_gin."))]
-    unknown += [argument for argument in rest if argument not in unknown and "=" not in argument]
-    if unknown:
-        parser.error(f"unknown arguments {unknown}; overrides look like --gin.EPOCHS=5 or --pretrain_gin.EPOCHS=5")
+    add_overrides(parser, args, rest)
     if args.epochs_figure and (rest or any(getattr(args, name) for name in _LADDER_ONLY)):
         parser.error("--epochs_figure reads finished runs: leave out the options of the ladder")
     if not args.epochs_figure and args.with_test_each_epoch:
@@ -90,12 +72,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"{', '.join(missing)} missing")
     args.out_dir, args.seeds, args.split = args.out_dir.resolve(), args.seeds or "0", args.split or "test"
     args.nproc_per_node = 1 if args.nproc_per_node is None else args.nproc_per_node
-    args.overrides = [o for o in rest if o.startswith("--gin.")]
-    args.pretrain_overrides = [o.replace("--pretrain_", "--", 1) for o in rest if o.startswith("--pretrain_gin.")]
     return args
 
 
-def _ladder(args: argparse.Namespace) -> int:
+def _ladder(args: argparse.Namespace) -> None:
     trials = plan(args)
     runs.check_unchanged(trials)
     name = f"scaling_{args.strategy.lower()}_{args.split}"
@@ -119,7 +99,6 @@ def _ladder(args: argparse.Namespace) -> int:
     drawn = figures.save(figures.scaling_figure(points, fits, title), args.out_dir, name)
     _print(points, fits, notes, title)
     print("written: " + ", ".join(map(str, (path, *drawn))))
-    return 0
 
 
 def fit_all(points: collections.abc.Sequence[dict[str, typing.Any]]) -> tuple[figures.Fits, list[str]]:
@@ -178,7 +157,7 @@ def _spread(values: list[float | None]) -> str:
     return mean if len(known) == 1 else f"{mean} ({min(known):.4f} - {max(known):.4f})"
 
 
-def _epochs(args: argparse.Namespace) -> int:
+def _epochs(args: argparse.Namespace) -> None:
     folders = list(dict.fromkeys(folder.resolve() for folder in args.epochs_figure))
     curves = [epochs.read_run(folder) for folder in folders]
     epochs.check_comparable(curves)
@@ -189,7 +168,6 @@ def _epochs(args: argparse.Namespace) -> int:
     storage.write_json(path, epochs.as_json(curves))
     drawn = figures.save(epochs.epochs_figure(curves), args.out_dir, "epochs")
     print("written: " + ", ".join(map(str, (path, *drawn))))
-    return 0
 
 
 def _with_test(curves: epochs.RunCurves, ends: list[tuple[float, Location]], out_dir: pathlib.Path):

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import pathlib
 import re
+import typing
 
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.checkpoint.state import read_run
@@ -114,11 +115,12 @@ def _trial(args: argparse.Namespace, rung: Rung, seed: int) -> Trial:
     if args.pretrain_gin_file:
         start = str(home / "pretrain")
         options = (*args.pretrain_overrides, *_rung_options(args, rung, seed), f"--gin.OUTPUT_DIR={start}")
-        pretraining = _training(args, "pretrain", args.pretrain_gin_file, options)
+        pretraining = make_training("pretrain", args.pretrain_gin_file, options, args.nproc_per_node)
     folder = home / args.strategy.lower()
     options = (*args.overrides, *_rung_options(args, rung, seed), f"--gin.STRATEGY={args.strategy}")
     options += (f"--gin.INIT_CHECKPOINT={start}",) if start else ()
-    finetuning = _training(args, "finetune", args.gin_file, (*options, f"--gin.OUTPUT_DIR={folder}"))
+    options += (f"--gin.OUTPUT_DIR={folder}",)
+    finetuning = make_training("finetune", args.gin_file, options, args.nproc_per_node)
     _check_same_data(pretraining, finetuning)
     result = folder / f"{args.split}.json"
     scored = ("--checkpoint", str(folder), "--data", finetuning.run.data_dir, "--split", args.split)
@@ -133,16 +135,17 @@ def _rung_options(args: argparse.Namespace, rung: Rung, seed: int) -> tuple[str,
     return tuple(f"--gin.{option}" for option in options)
 
 
-def _training(args: argparse.Namespace, stage: str, gin_files: list[str], options: tuple[str, ...]) -> Training:
-    arguments = (*(part for file in gin_files for part in ("--gin_file", file)), *options)
+def make_training(stage: str, gin_files: list[str], options: typing.Iterable[str], num_processes: int) -> Training:
+    """Makes the command of a run, and parses it. ValueError if it does not fit, or is about another stage."""
+    arguments = [*(part for file in gin_files for part in ("--gin_file", file)), *options]
     option = "--gin_file" if stage == "finetune" else "--pretrain_gin_file"
     try:
-        run = load_run_config(list(arguments)).run
+        run = load_run_config(arguments).run
     except ValueError as error:
-        raise ValueError(f"{option} {', '.join(gin_files)} with {' '.join(options)}: {error}") from error
+        raise ValueError(f"{stage} with {' '.join(arguments)}: {error}") from error
     if run.stage != stage:
         raise ValueError(f"{option} {', '.join(gin_files)} describes stage {run.stage!r}, expected {stage!r}")
-    return Training(run, python_command(args.nproc_per_node, "gpsd_dist.train", *arguments))
+    return Training(run, python_command(num_processes, "gpsd_dist.train", *arguments))
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ LADDER = ["--ladder", "l1h32a4", "--strategy", "NT", "--gin_file", "configs/expe
         (["--ladder", "l1h32a4"], "--strategy, --gin_file missing"),
         ([], "--ladder, --strategy, --gin_file missing"),
         ([*LADDER, "--gin.SEED"], "unknown arguments ['--gin.SEED']"),
-        ([*LADDER, "--gin.SEED", "1"], "unknown arguments ['1', '--gin.SEED']"),
+        ([*LADDER, "--gin.SEED", "1"], "unknown arguments ['--gin.SEED', '1']"),
         ([*LADDER, "--sed=1"], "unknown arguments ['--sed=1']"),
         ([*LADDER, "--with_test_each_epoch"], "belongs to --epochs_figure"),
         (["--epochs_figure", "a", "--seeds", "0"], "leave out the options of the ladder"),
