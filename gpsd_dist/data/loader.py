@@ -9,7 +9,6 @@ import concurrent.futures
 import itertools
 import logging
 import pathlib
-import time
 import typing
 import weakref
 
@@ -41,14 +40,9 @@ class Loader(typing.Generic[T]):
     Memory per rank: num_data_shards / world_size windows of at most `window_rows` rows (plus one row group each, plus
     those that the batches in flight still use), and up to `cache_bytes` of decoded row groups.
 
-    Args:
-        data_dir: folder of `manifest.json`.
-        manifest: what it says.
-        split: name of the split.
+    Args (data_dir to world_size say what is read, and who shares it):
         make_batch: turns one table (one chunk per column) into a batch, in a worker thread. May raise `BadValue`.
         columns: columns that `make_batch` needs; None means all.
-        rank: this rank.
-        world_size: ranks that share the split.
         num_data_shards: contiguous ranges the shuffled split is cut into, at least `world_size`, best a multiple
             of it. Part of the order. Without shuffling it is `world_size`.
         global_batch_rows: rows of a batch over all ranks, an upper bound.
@@ -56,15 +50,11 @@ class Loader(typing.Generic[T]):
             Shards have equal numbers of tokens up to two rows, and each takes its share of a batch up to one row.
         max_history_length: tokens of a history that count at most in `global_batch_tokens`; None: all.
         shuffle: False reads in file order, for evaluation.
-        seed: of the order.
         num_threads: threads that run `make_batch`; one more reads files.
         prefetch: finished batches that wait for the consumer.
-        window_rows: rows that are shuffled with each other inside a shard. Part of the order. None: those of 8 row
-            groups, at most `MAX_WINDOW_ROWS`.
-        cache_bytes: bound of decoded row groups that are kept for other shards and the next epoch.
+        window_rows: rows that are shuffled with each other inside a shard, a part of the order. None: see the code.
 
-    Raises:
-        ValueError: there are too few data shards or too many batches, or a file is wrong.
+    ValueError if there are too few data shards or too many batches, or a file is wrong.
     """
 
     def __init__(
@@ -117,7 +107,6 @@ class Loader(typing.Generic[T]):
         mean_group_rows = self.num_rows / len(self._split.groups)
         self._window_rows = window_rows or min(round(WINDOW_ROW_GROUPS * mean_group_rows), MAX_WINDOW_ROWS)
         self.epoch, self.step = 0, 0  # Place of the next batch
-        self.wait_s = 0.0  # Seconds that the consumer has waited for batches, cumulative
         self._active: weakref.ref[typing.Generator[T, None, None]] | None = None
 
     def position_after(self, epoch: int, step: int) -> dict[str, int]:
@@ -186,9 +175,7 @@ class Loader(typing.Generic[T]):
                 plans.extend(planner.submit(reader.plan, key) for key in itertools.islice(keys, ahead))
                 while plans and len(batches) < in_flight:
                     batches.append(makers.submit(self._make, plans.popleft()))
-                begin = time.perf_counter()
                 batch = batches.popleft().result()
-                self.wait_s += time.perf_counter() - begin
                 # Before the yield: a state saved in the body of the consumer's loop stands behind this batch.
                 self.epoch, self.step = self.position_after(epoch, step).values()
                 yield batch

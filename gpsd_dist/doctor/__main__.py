@@ -67,9 +67,6 @@ def run_checks() -> list[Check]:
     ]
 
 
-# ---- versions -------------------------------------------------------------------------------------------------------
-
-
 def installed_versions() -> dict[str, str]:
     """Maps those of DEPENDENCIES that are installed to their versions."""
     versions = {}
@@ -154,9 +151,6 @@ def _minor(version: str) -> str:
     return ".".join(version.split("+")[0].split(".")[:2])
 
 
-# ---- one operation per dependency -----------------------------------------------------------------------------------
-
-
 def check_operation(name: str, distribution: str, operation: Callable[[], str], reinstall: str) -> Check:
     """Runs one operation; an exception becomes a failed check."""
     try:
@@ -170,9 +164,6 @@ def check_operation(name: str, distribution: str, operation: Callable[[], str], 
         if name == "gloo":
             fix = "export GLOO_SOCKET_IFNAME=lo (one machine), or the interface that `ip route` names for other nodes"
         return Check(name, FAILED, detail, fix)
-
-
-# ---- machine --------------------------------------------------------------------------------------------------------
 
 
 def check_torchrun(reinstall: str) -> Check:
@@ -240,9 +231,6 @@ def check_writable(folder: pathlib.Path) -> Check:
     except OSError as error:
         fix = "cd to a folder of yours, or pass absolute paths: --gin.OUTPUT_DIR=/path --gin.DATA_DIR=/path"
         return Check("folder", FAILED, f"cannot write in {folder}: {error.strerror}", fix)
-
-
-# ---- report ---------------------------------------------------------------------------------------------------------
 
 
 def print_report(checks: list[Check]) -> None:

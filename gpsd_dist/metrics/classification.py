@@ -24,14 +24,13 @@ METRIC_KEYS = ("auc", "gauc", "gauc_user_day", "log_loss", "ne", "calibration", 
 - `gauc_user_day`: the same within each user and UTC day, over `gauc_user_days` groups. A score that follows a user's
   rate of clicks moves all rows of one day together. `gauc` compares rows across days, so that this counts, for or
   against the score; `gauc_user_day` does not.
-- `log_loss`: mean cross entropy in nats; from logits without rounding, from probabilities clipped by PROBABILITY_CLIP.
+- `log_loss`: mean cross entropy in nats, from logits without rounding.
 - `ne`: log_loss over the entropy of the label rate, below 1 is better than a constant (He et al., ADKDD'14, section 3);
   NaN without both classes.
 - `calibration`: sum of probabilities over sum of labels; NaN without positives.
 - `rows`, `label_rate` (NaN without rows). For kind "score", log_loss, ne and calibration are NaN.
 """
-KINDS = ("logit", "probability", "score")  # a score only orders rows: log_loss, ne and calibration are NaN
-PROBABILITY_CLIP = 1e-7  # about the distance from 1 to the next smaller float32; bounds one row's log loss to 16.1
+KINDS = ("logit", "score")  # a score only orders rows: log_loss, ne and calibration are NaN
 SECONDS_PER_DAY = 86_400
 _MESSAGE_ROWS = 1 << 24  # rows per message when gathering; keeps one message below 128 MiB
 
@@ -44,7 +43,7 @@ class Predictions:
     """
 
     def __init__(self, kind: str = "logit", *, with_items: bool = False, with_weights: bool = False):
-        """Takes scores of one `kind`: "logit", "probability", or "score" (good for ranking metrics only)."""
+        """Takes scores of one `kind`: "logit", or "score" (good for ranking metrics only)."""
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} is not one of {KINDS}")
         self.kind, self.with_items, self.with_weights = kind, with_items, with_weights
@@ -62,7 +61,7 @@ class Predictions:
         time share one day, so without any time `gauc_user_day` is `gauc`.
         `item_N`: table indices int64, needed and read only with items.
         `weight_N`: how often each row counts, float32 of at least 0; needed and read only with weights.
-        ValueError for lengths that differ, labels other than 0 and 1, scores not finite, probabilities not in [0, 1].
+        ValueError for lengths that differ, labels other than 0 and 1, scores not finite.
         """
         score_N, label_N, user_hash_N = _array(score_N, np.float32), _array(label_N), _array(user_hash_N, np.int64)
         time_s_N = np.full(score_N.shape, -1) if time_s_N is None else _array(time_s_N, np.int64)
@@ -89,12 +88,9 @@ class Predictions:
                 f"{is_bad.sum()} of {len(label_N)} labels are not 0 or 1, the first is {label_N[is_bad][0]!r}"
             )
         is_bad = ~np.isfinite(score_N)
-        if self.kind == "probability":
-            is_bad |= (score_N < 0) | (score_N > 1)
         if is_bad.any():
-            what = "in [0, 1]" if self.kind == "probability" else "finite"
             found = f"{is_bad.sum()} of {len(score_N)} scores ({self.kind})"
-            raise ValueError(f"{found} are not {what}, the first is {score_N[is_bad][0]!r}")
+            raise ValueError(f"{found} are not finite, the first is {score_N[is_bad][0]!r}")
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         """Returns this rank's rows in the order of `add`: score float32 [N], label uint8, user_hash int64, day int32.
@@ -304,14 +300,9 @@ def _log_loss_and_probability_sum(
     if kind == "score" or not weight_N.sum():
         return math.nan, math.nan
     score_N, label_N = score_N.astype(np.float64), (positive_N > 0).astype(np.int64)
-    if kind == "logit":
-        tail_N = np.exp(-np.abs(score_N))  # never overflows
-        loss_N = np.maximum(score_N, 0) + np.log1p(tail_N) - score_N * label_N
-        probability_N = np.where(score_N >= 0, 1.0, tail_N) / (1 + tail_N)
-    else:
-        probability_N = score_N
-        clipped_N = np.clip(score_N, PROBABILITY_CLIP, 1 - PROBABILITY_CLIP)
-        loss_N = -np.log(np.where(label_N == 1, clipped_N, 1 - clipped_N))
+    tail_N = np.exp(-np.abs(score_N))  # never overflows
+    loss_N = np.maximum(score_N, 0) + np.log1p(tail_N) - score_N * label_N
+    probability_N = np.where(score_N >= 0, 1.0, tail_N) / (1 + tail_N)
     if weight_N.dtype == np.int64:
         return float(loss_N.mean()), float(probability_N.sum())
     return float((loss_N * weight_N).sum() / weight_N.sum()), float((probability_N * weight_N).sum())

@@ -32,8 +32,6 @@ class Throughput:
 
     def __init__(self, window_steps: int = 50, clock: typing.Callable[[], float] = time.perf_counter):
         """Sets the window of the rates, in steps since the last pause; `clock` returns seconds."""
-        if window_steps < 1:
-            raise ValueError(f"window_steps is {window_steps}, expected at least 1")
         self._clock = clock
         self._marks = collections.deque(maxlen=window_steps + 1)  # (time, examples, tokens, waited) cumulated
         self._examples = self._tokens = 0

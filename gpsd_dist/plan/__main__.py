@@ -192,8 +192,7 @@ def _print_verdict(console: rich.console.Console, found: Estimate, options: list
         console.print("one option at a time would make the peak", soft_wrap=True)
     for option in options:
         verdict = f"{'fits' if option.fits else 'no':<4} {option.peak_bytes / _GIB:>10.2f} GiB"
-        how = option.flags if option.is_built else "(not built yet)"
-        console.print(f"  {verdict}  {option.name}  {how}", markup=False, soft_wrap=True)
+        console.print(f"  {verdict}  {option.name}  {option.flags}", markup=False, soft_wrap=True)
 
 
 def as_dict(scenario: Scenario, found: Estimate, options: list[Suggestion]) -> dict[str, typing.Any]:

@@ -1,4 +1,4 @@
-"""Suggests what would make a run fit: options that exist, with their flags, and techniques that are not built yet."""
+"""Suggests what would make a run fit: options, with their flags."""
 
 import dataclasses
 import typing
@@ -8,12 +8,10 @@ import numpy as np
 from gpsd_dist.config.model import MODELS
 from gpsd_dist.config.tables import FROZEN_DTYPES
 from gpsd_dist.plan.estimate import Estimate, Layout, Scenario, estimate
-from gpsd_dist.plan.memory import Memory
 from gpsd_dist.preflight import tables_kept_whole
 
 _MAX_RANKS = 1024
 _MIN_COLUMNS = 256  # TorchRec cuts columns into pieces of 128 at least
-_CACHED_PART = 0.2  # of a table's rows in HBM with UVM caching; TorchRec's default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,18 +19,17 @@ class Suggestion:
     """Holds the peak memory after one change, everything else unchanged."""
 
     name: str
-    flags: str  # to add to the command line; empty if it is not built yet
+    flags: str  # to add to the command line
     peak_bytes: float  # of the fullest rank
     fits: bool
-    is_built: bool
 
 
 def suggestions(scenario: Scenario, found: Estimate) -> list[Suggestion]:
-    """Lists every change that lowers the peak of the fullest rank, existing options first."""
-    built = [*_freezing(scenario), *_layouts(scenario), *_ranks(scenario), *_batches(scenario, found)]
-    built += _executions(scenario, found)
-    useful = [option for option in (*built, *_not_built(scenario, found)) if option.peak_bytes < _peak(found.memory)]
-    return sorted(useful, key=lambda option: (not option.is_built, not option.fits))
+    """Lists every change that lowers the peak of the fullest rank; those that fit come first."""
+    options = [*_freezing(scenario), *_layouts(scenario), *_ranks(scenario), *_batches(scenario, found)]
+    options += _executions(scenario, found)
+    useful = [option for option in options if option.peak_bytes < _peak(found)]
+    return sorted(useful, key=lambda option: not option.fits)
 
 
 def _freezing(scenario: Scenario) -> typing.Iterator[Suggestion]:
@@ -43,7 +40,7 @@ def _freezing(scenario: Scenario) -> typing.Iterator[Suggestion]:
         flags = f"--gin.STRATEGY={strategy}" + ("" if run.init_checkpoint else f" --gin.INIT_CHECKPOINT={source}")
         frozen = dataclasses.replace(run, strategy=strategy, init_checkpoint=source)
         scenario = dataclasses.replace(scenario, run=frozen)
-        yield _built("freeze the transferred tables", flags, scenario)
+        yield _option("freeze the transferred tables", flags, scenario)
         yield from _fewer_bytes(scenario, "freeze the transferred tables, kept in", f"{flags} ")
     elif run.freezes_tables:
         yield from _fewer_bytes(scenario, "frozen tables kept in", "")
@@ -54,7 +51,7 @@ def _fewer_bytes(scenario: Scenario, name: str, flags: str) -> typing.Iterator[S
     tables = scenario.run.tables
     for dtype in FROZEN_DTYPES[FROZEN_DTYPES.index(tables.frozen_dtype) + 1 :]:
         changed = _replaced(scenario, "tables", frozen_dtype=dtype)
-        yield _built(f"{name} {dtype}", f"{flags}--gin.TablesConfig.frozen_dtype={dtype}", changed)
+        yield _option(f"{name} {dtype}", f"{flags}--gin.TablesConfig.frozen_dtype={dtype}", changed)
 
 
 def _layouts(scenario: Scenario) -> typing.Iterator[Suggestion]:
@@ -62,7 +59,7 @@ def _layouts(scenario: Scenario) -> typing.Iterator[Suggestion]:
     run = scenario.run
     if run.sparse.name not in ("rowwise_adagrad", "sgd"):
         changed = _replaced(scenario, "sparse", name="rowwise_adagrad")
-        yield _built("row-wise Adagrad for the tables", "--gin.sparse/OptimizerConfig.name=rowwise_adagrad", changed)
+        yield _option("row-wise Adagrad for the tables", "--gin.sparse/OptimizerConfig.name=rowwise_adagrad", changed)
     whole = [table for table, sharding in run.tables.sharding.items() if sharding != "row_wise"]
     can_cut_columns = run.tables.embedding_dim >= _MIN_COLUMNS
     cuttable = sorted(set(whole) - tables_kept_whole(run, scenario.manifest)) if can_cut_columns else []
@@ -71,7 +68,7 @@ def _layouts(scenario: Scenario) -> typing.Iterator[Suggestion]:
             continue
         sharding = run.tables.sharding | dict.fromkeys(tables, kind)
         flags = f'"--gin.TablesConfig.sharding={sharding}"'
-        yield _built(f"{kind} tables {tables}", flags, _replaced(scenario, "tables", sharding=sharding))
+        yield _option(f"{kind} tables {tables}", flags, _replaced(scenario, "tables", sharding=sharding))
 
 
 def _ranks(scenario: Scenario) -> typing.Iterator[Suggestion]:
@@ -111,21 +108,10 @@ def _executions(scenario: Scenario, found: Estimate) -> typing.Iterator[Suggesti
     if MODELS[run.model.name].has_blocks and not run.execution.activation_checkpointing:
         changed = _replaced(scenario, "execution", activation_checkpointing=True)
         flags = "--gin.ExecutionConfig.activation_checkpointing=True"
-        yield _built("activation checkpointing of every layer", flags, changed, found.layout)
+        yield _option("activation checkpointing of every layer", flags, changed, found.layout)
     if scenario.cluster.world_size > 1 and run.execution.dense_parallel == "ddp" and not run.model.compile:
         changed = _replaced(scenario, "execution", dense_parallel="fsdp2")
-        yield _built("FSDP2 of the dense part", "--gin.ExecutionConfig.dense_parallel=fsdp2", changed, found.layout)
-
-
-def _not_built(scenario: Scenario, found: Estimate) -> typing.Iterator[Suggestion]:
-    """Estimates techniques that are not built, from the part of the memory that each would change."""
-    memory, trained = found.memory, np.zeros_like(found.memory.tables)
-    for shard in found.layout.shards:
-        trained[shard.rank] += 0 if shard.is_frozen else shard.rows * shard.columns * shard.value_bytes
-    if trained.any():
-        yield _other("trained tables in bf16", dataclasses.replace(memory, tables=memory.tables - trained / 2), found)
-    cached = dataclasses.replace(memory, tables=memory.tables * _CACHED_PART)
-    yield _other(f"UVM caching with {_CACHED_PART:.0%} of the rows in HBM, the rest in host memory", cached, found)
+        yield _option("FSDP2 of the dense part", "--gin.ExecutionConfig.dense_parallel=fsdp2", changed, found.layout)
 
 
 def _first_that_fits(
@@ -134,7 +120,7 @@ def _first_that_fits(
     """Yields the first of (name, flags, scenario) that fits, or else the last one."""
     suggestion = None
     for name, flags, changed in options:
-        suggestion = _built(name, flags, changed, layout)
+        suggestion = _option(name, flags, changed, layout)
         if suggestion.fits:
             break
     if suggestion is not None:
@@ -158,14 +144,10 @@ def _replaced(scenario: Scenario, part: str, **fields: typing.Any) -> Scenario:
     return dataclasses.replace(scenario, run=dataclasses.replace(scenario.run, **{part: new}))
 
 
-def _built(name: str, flags: str, changed: Scenario, layout: Layout | None = None) -> Suggestion:
+def _option(name: str, flags: str, changed: Scenario, layout: Layout | None = None) -> Suggestion:
     found = estimate(changed, layout)
-    return Suggestion(name, flags, _peak(found.memory), found.fits, is_built=True)
+    return Suggestion(name, flags, _peak(found), found.fits)
 
 
-def _other(name: str, changed: Memory, found: Estimate) -> Suggestion:
-    return Suggestion(name, "", _peak(changed), _peak(changed) <= found.usable_bytes, is_built=False)
-
-
-def _peak(memory: Memory) -> float:
-    return float(np.max(memory.peak))
+def _peak(found: Estimate) -> float:
+    return float(np.max(found.memory.peak))

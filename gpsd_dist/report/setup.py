@@ -22,10 +22,9 @@ def option_differences(family: Family) -> Table | None:
         return None
     rows = []
     for made in family.configurations:
-        flats = [flattened(run.config) for run in made.runs]
-        values = [list(dict.fromkeys(_option(flat, name) for flat in flats)) for name in names]
+        texts = _texts(made.runs)
         who = Cell(made.label, ", ".join(run.label for run in made.runs), style_index=made.style_index)
-        rows.append(Row((who, Cell(made.seeds), *(Cell("; ".join(found)) for found in values))))
+        rows.append(Row((who, Cell(made.seeds), *(Cell(texts.get(name, _ABSENT)) for name in names))))
     columns = (Cell("configuration"), Cell("seeds"), *map(Cell, names))
     return Table(columns, (tuple(rows),), caption=f"{family.title}: options that differ")
 
@@ -42,7 +41,7 @@ def family_differences(families: typing.Sequence[Family]) -> Table | None:
     """Makes a table of options that differ between families, one column per family."""
     if len(families) < 2:
         return None
-    values = [_options_of(family) for family in families]
+    values = [_texts(family.runs) for family in families]
     names = list(dict.fromkeys(name for found in values for name in found))
     names = [name for name in names if name not in PLACE_OPTIONS and name != "init_checkpoint"]
     names = [name for name in names if any(found.get(name) != values[0].get(name) for found in values)]
@@ -51,14 +50,13 @@ def family_differences(families: typing.Sequence[Family]) -> Table | None:
     return Table(columns, (rows,), caption="options that differ between the groups") if rows else None
 
 
-def _options_of(family: Family) -> dict[str, str]:
-    flats = [flattened(run.config) for run in family.runs]
-    names = dict.fromkeys(name for flat in flats for name in flat)
-    return {name: "; ".join(dict.fromkeys(_option(flat, name) for flat in flats)) for name in names}
-
-
-def _option(flat: dict[str, typing.Any], name: str) -> str:
-    return option_text(flat[name]) if name in flat else _ABSENT
+def _texts(runs: typing.Sequence[Run]) -> dict[str, str]:
+    """Maps each option to its values in these runs, each once."""
+    flats = [flattened(run.config) for run in runs]
+    texts: dict[str, dict[str, None]] = {name: {} for flat in flats for name in flat}
+    for name, found in texts.items():
+        found.update((option_text(flat[name]) if name in flat else _ABSENT, None) for flat in flats)
+    return {name: "; ".join(found) for name, found in texts.items()}
 
 
 def plans(families: typing.Sequence[Family]) -> list[tuple[str, str]]:

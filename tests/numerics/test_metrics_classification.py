@@ -44,14 +44,6 @@ def test_metrics_equal_scikit_learn(seed):
         assert result[count] == len(weights)
 
 
-def test_log_loss_of_probabilities_equals_scikit_learn():
-    score_N, label_N, user_N = _rows()
-    probability_N = (1 / (1 + np.exp(-score_N))).astype(np.float32)
-    result = classification.classification_metrics(probability_N, label_N, user_N, kind="probability")
-    expected = sklearn.metrics.log_loss(label_N, probability_N.astype(np.float64))
-    assert result["log_loss"] == pytest.approx(expected, rel=1e-13)
-
-
 def _days():
     return np.random.default_rng(9).integers(18_000, 18_004, 3000)
 

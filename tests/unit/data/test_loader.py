@@ -303,7 +303,6 @@ def test_order_is_kept_when_threads_finish_out_of_order(data):
 
     loader = make_loader(data, slow_even, num_threads=3)
     assert list(loader) == list(range(loader.steps_per_epoch))
-    assert loader.wait_s > 0
 
 
 def test_early_stop_ends_the_threads_and_the_next_pass_goes_on(data):

@@ -68,7 +68,7 @@ def test_log_loss_of_extreme_logits_is_finite_and_exact():
 
 def test_constant_base_rate_has_ne_and_calibration_one():
     label_N = np.uint8([1] * 30 + [0] * 70)
-    result = classification.classification_metrics(np.full(100, 0.3), label_N, np.arange(100), kind="probability")
+    result = classification.classification_metrics(np.full(100, np.log(0.3 / 0.7)), label_N, np.arange(100))
     assert result["ne"] == pytest.approx(1, abs=1e-7) and result["calibration"] == pytest.approx(1, abs=1e-7)
     assert result["auc"] == 0.5
 
@@ -144,7 +144,6 @@ def test_predictions_keep_a_copy():
         ("logit", [0.0, float("nan")], [0, 1], "1 of 2 scores .logit. are not finite"),
         ("logit", [0.0, 1.0], [0, 2], "1 of 2 labels are not 0 or 1"),
         ("logit", [0.0, 1.0], [0.0, float("nan")], "1 of 2 labels are not 0 or 1"),
-        ("probability", [0.5, 1.5], [0, 1], r"not in \[0, 1\]"),
         ("logit", [0.0], [0, 1], "one length"),
     ],
 )

@@ -134,7 +134,7 @@ def test_options_that_would_help_are_recomputed():
     options = {option.name: option for option in suggestions(scenario, found)}
     assert not found.fits
     frozen = options["freeze the transferred tables"]
-    assert frozen.flags == "--gin.STRATEGY=ST_SF --gin.INIT_CHECKPOINT=PRETRAINED_RUN" and frozen.is_built
+    assert frozen.flags == "--gin.STRATEGY=ST_SF --gin.INIT_CHECKPOINT=PRETRAINED_RUN"
     run = dataclasses.replace(scenario.run, strategy="ST_SF", init_checkpoint="x")
     again = estimate(dataclasses.replace(scenario, run=run))
     assert frozen.peak_bytes == again.memory.peak.max() and frozen.fits == again.fits
@@ -145,9 +145,6 @@ def test_options_that_would_help_are_recomputed():
     assert ranks.fits and ranks.flags == "--world_size 16"
     fp16 = options["freeze the transferred tables, kept in fp16"]
     assert fp16.flags == f"{frozen.flags} --gin.TablesConfig.frozen_dtype=fp16" and fp16.peak_bytes < frozen.peak_bytes
-    half = options["trained tables in bf16"]
-    assert not half.is_built and half.flags == ""
-    assert half.peak_bytes == pytest.approx(found.memory.peak.max() - found.memory.tables.max() / 2)
     assert all(option.peak_bytes < found.memory.peak.max() for option in options.values())
 
 
@@ -159,11 +156,9 @@ def test_frozen_tables_may_take_fewer_bytes():
     options = {option.name: option for option in suggestions(scenario, found)}
     for dtype, row_bytes in (("fp16", 128),):
         option, tables = options[f"frozen tables kept in {dtype}"], found.memory.tables.max()
-        assert option.is_built and option.flags == f"--gin.TablesConfig.frozen_dtype={dtype}"
+        assert option.flags == f"--gin.TablesConfig.frozen_dtype={dtype}"
         saved = tables * (1 - row_bytes / 256)
         assert option.peak_bytes == pytest.approx(found.memory.peak.max() - saved, abs=0.01 * tables)
-    half = options["trained tables in bf16"]  # of 1000 tags, the items are frozen
-    assert half.peak_bytes == pytest.approx(found.memory.peak.max() - 125 * 64 * 2)
 
 
 def test_batches_and_precision_help_where_activations_are_the_problem():
@@ -186,7 +181,7 @@ def test_batches_and_precision_help_where_activations_are_the_problem():
         [(key, value)] = flags.items()
         again = dataclasses.replace(run, execution=dataclasses.replace(run.execution, **flags))
         peak = estimate(dataclasses.replace(scenario, run=again)).memory.peak.max()
-        assert options[name].is_built and options[name].flags == f"--gin.ExecutionConfig.{key}={value}"
+        assert options[name].flags == f"--gin.ExecutionConfig.{key}={value}"
         assert options[name].peak_bytes == peak < found.memory.peak.max()
 
 
