@@ -15,6 +15,7 @@ import json
 import logging
 import pathlib
 import sys
+import typing
 
 import rich.console
 import rich.table
@@ -33,10 +34,10 @@ from gpsd_dist.metrics.ranking import RANK_CUT
 from gpsd_dist.metrics.scores import scores_file
 from gpsd_dist.parameter_names import dense_weight, table_weight
 from gpsd_dist.schema import Manifest
-from gpsd_dist.stages.stage import Metrics, evaluate_split
+from gpsd_dist.stages.stage import Components, Metrics, evaluate_split
 
 log = logging.getLogger(__name__)
-_TIMEOUT_S = 600
+TIMEOUT_S = 600
 _ANY_SPARSE = OptimizerConfig("rowwise_adagrad", 0.0)  # never steps; runs anywhere, a CUDA-only one would not
 _DESCRIBING_FIELDS = ("features", "tables", "tasks", "item_feature", "max_history_length")
 
@@ -59,6 +60,35 @@ def evaluate_checkpoint(
     ValueError if the data set has other features, vocabularies or tasks than the run was trained with, or if nothing
     is ranked.
     """
+    trained = load_trained(checkpoint, data_dir, split, runtime, which, is_weighted=is_weighted)
+    log.info("scoring %s of %s with %s (step %d)", split, trained.run.data_dir, trained.folder, trained.step)
+    return evaluate_split(trained.run, trained.manifest, trained.components, split, rank_cut, keep)
+
+
+class TrainedRun(typing.NamedTuple):
+    """Holds a checkpoint's model with its weights, ready to score a data set."""
+
+    run: RunConfig  # as it was trained, with the data set that is to be scored
+    manifest: Manifest
+    components: Components
+    folder: Location  # of the checkpoint
+    step: int
+
+
+def load_trained(
+    checkpoint: str | pathlib.Path,
+    data_dir: str | None,
+    split: str,
+    runtime: Runtime,
+    which: str = "best",
+    *,
+    is_weighted: bool = False,
+) -> TrainedRun:
+    """Loads a run's model to score `split` of a data set (None: the one it was trained on). Collective.
+
+    `is_weighted`: as in `evaluate_checkpoint`. ValueError if the data set has no such split, no such weights, or other
+    features, vocabularies or tasks than the run's.
+    """
     folder = manager.find_together(checkpoint, which)
     state = read_run(folder)
     run = run_config_from_dict(state.run_config)
@@ -73,8 +103,7 @@ def evaluate_checkpoint(
     _check_size(run, manifest, folder)
     components = assemble(run, manifest, runtime)
     loading.load_tensors(folder, components.weights())
-    log.info("scoring %s of %s with %s (step %d)", split, run.data_dir, folder, state.step)
-    return evaluate_split(run, manifest, components, split, rank_cut, keep)
+    return TrainedRun(run, manifest, components, folder, state.step)
 
 
 def _check_same_schema(manifest: Manifest, saved: dict, folder: Location, data_dir: str) -> None:
@@ -170,7 +199,7 @@ def main(argv: list[str]) -> int:
                 keep=keep,
             )
             return _report(metrics, args, keep)
-        with process_group(_TIMEOUT_S) as runtime:
+        with process_group(TIMEOUT_S) as runtime:
             metrics = evaluate_checkpoint(
                 args.checkpoint,
                 args.data,

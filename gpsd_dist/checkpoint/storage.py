@@ -188,9 +188,13 @@ def write(path: Location, content: bytes) -> None:
         path.write_bytes(content)
         return
     aside = path.with_name(f"{path.name}.tmp")
-    with open(aside, "wb") as file:
-        file.write(content)
-        file.flush()
+    aside.write_bytes(content)
+    publish(aside, path)
+
+
+def publish(aside: pathlib.Path, path: pathlib.Path) -> None:
+    """Gives a finished file its name, in the folder where it lies; both survive a loss of power."""
+    with open(aside, "rb") as file:
         os.fsync(file.fileno())
     aside.replace(path)
     sync_folder(path.parent)

@@ -96,20 +96,25 @@ class Finetune:
             raise ValueError(
                 f"--rank_cut belongs to next-item ranking; this run scores {[task.name for task in self.tasks]}"
             )
-        runtime = components.runtime
         weighted = self.config.weighted_metrics or "negative_rate" in self.manifest.sampling
         predictions = {t.name: Predictions(with_items=keep is not None, with_weights=weighted) for t in self.tasks}
         for (host_batch,) in batches:
-            runtime.watchdog.alive()
-            # `assign` and not `train`: scoring must not admit ids, or a second pass would see other tables.
-            (batch,) = components.ids.assign((host_batch.to(runtime.device),))
-            # Ranks may run out of rows at different batches. Those still have to join the lookup, and under FSDP2 the
-            # forward, because the other ranks wait for them there.
-            embeddings = components.tables(batch.lookup)
-            if batch.packing.num_requests or components.forward_is_collective:
-                logits = components.model(embeddings, batch)
+            components.runtime.watchdog.alive()
+            batch, logits = self.score(components, host_batch)
+            if logits:
                 add_predictions(predictions, self.tasks, logits, batch, self.config.weighted_metrics)
         return gather_metrics(predictions, keep)
+
+    def score(self, components: Components, host_batch: Batch) -> tuple[Batch, dict[str, torch.Tensor]]:
+        """Scores a batch: itself on the device, and task -> logits [C], empty without requests. Collective."""
+        # `assign` and not `train`: scoring must not admit ids, or a second pass would see other tables.
+        (batch,) = components.ids.assign((host_batch.to(components.runtime.device),))
+        # Ranks may run out of rows at different batches. Those still have to join the lookup, and under FSDP2 the
+        # forward, because the other ranks wait for them there.
+        embeddings = components.tables(batch.lookup)
+        if batch.packing.num_requests or components.forward_is_collective:
+            return batch, components.model(embeddings, batch)
+        return batch, {}
 
     def default_metric(self, metrics: Metrics) -> str:
         """Chooses the best checkpoint by the AUC of the first task."""

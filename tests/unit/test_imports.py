@@ -17,6 +17,7 @@ ROOMS = (
         "train",
         "quickstart",
         "fit",
+        "predict",
         "evaluate",
         "launcher",
         "run_description",
