@@ -52,8 +52,8 @@ def start_matching(query: torch.Tensor, key: torch.Tensor, heads: int) -> None:
 class Rotation(typing.NamedTuple):
     """Holds a rotation for every pair of channels of queries, keys and (by 1: left alone) values, for all layers."""
 
-    turn: torch.Tensor  # complex64 [S, 3, H or 1, K / 2]
-    back: torch.Tensor  # Conjugate of `turn`, for the backward
+    turn: torch.Tensor  # float32 [S, 3, H or 1, K / 2, 2]: cosine and sine
+    back: torch.Tensor  # The opposite rotation, for the backward
 
 
 class RotaryPositions(nn.Module):
@@ -67,19 +67,23 @@ class RotaryPositions(nn.Module):
         """Turns positions int64 [S] into rotations."""
         exponent = torch.arange(0, self.head_width, 2, device=position_S.device, dtype=torch.float32) / self.head_width
         angle = position_S[:, None].float() * _ROPE_THETA**-exponent
-        turn = torch.polar(torch.ones_like(angle), angle)
+        if position_S.is_cuda:  # complex numbers, here or below, end what a compiler fuses
+            turn = torch.stack((angle.cos(), angle.sin()), dim=-1)
+        else:
+            turn = torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
+        none = turn.new_tensor((1.0, 0.0)).expand_as(turn)
         # Values turn by 1, so that queries, keys and values stay one tensor: no split before, no copy after.
-        turn = torch.stack((turn, turn, torch.ones_like(turn)), dim=1)[:, :, None]
+        turn = torch.stack((turn, turn, none), dim=1)[:, :, None]
         # On a CPU one product without broadcasting takes half the time. On a GPU it would read H times the memory.
         if not position_S.is_cuda:
-            turn = turn.expand(-1, -1, self.heads, -1).contiguous()
-        return Rotation(turn, turn.conj().resolve_conj())
+            turn = turn.expand(-1, -1, self.heads, -1, -1).contiguous()
+        return Rotation(turn, turn * turn.new_tensor((1.0, -1.0)))
 
 
 class Rotate(torch.autograd.Function):
     """Rotates interleaved pairs of channels (the layout of the official weights) of queries and keys: [S, 3, H, K].
 
-    Turns the gradient back by conjugates that are made once per batch and not once per layer.
+    Turns the gradient back by opposite rotations that are made once per batch and not once per layer.
     """
 
     @staticmethod
@@ -96,8 +100,19 @@ class Rotate(torch.autograd.Function):
 def _turned(x_S3HK: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     # There is no complex bfloat16, and a rotation needs more digits than half precision has.
     wide = x_S3HK.float() if x_S3HK.dtype in (torch.bfloat16, torch.float16) else x_S3HK
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x_S3HK.dtype)
+    turned = turned_by_parts if x_S3HK.is_cuda else turned_as_complex
+    return turned(wide.unflatten(-1, (-1, 2)), turn).flatten(-2).to(x_S3HK.dtype)
+
+
+def turned_as_complex(pair: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """Rotates pairs [..., 2] by one complex product: on a CPU five to ten times as fast as by parts."""
+    return torch.view_as_real(torch.view_as_complex(pair) * torch.view_as_complex(turn.to(pair.dtype)))
+
+
+def turned_by_parts(pair: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """Rotates pairs [..., 2] in real numbers, which a compiler for a GPU fuses with what stands around them."""
+    (x, y), (cosine, sine) = pair.unbind(-1), turn.unbind(-1)
+    return torch.stack((x * cosine - y * sine, x * sine + y * cosine), dim=-1)
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from gpsd_dist.batch import packing as packing_module
 from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig
-from gpsd_dist.model.transformer import RotaryPositions, Rotate, Transformer
+from gpsd_dist.model.transformer import RotaryPositions, Rotate, Transformer, turned_as_complex, turned_by_parts
 from tests.helpers import reference
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -125,6 +125,17 @@ def test_rotation_is_the_official_layout():
     rotated = Rotate.apply(x, *RotaryPositions(8, heads=4)(position))
     torch.testing.assert_close(rotated[:, :2].double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(rotated[:, 2], x[:, 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_gpu_turns_pairs_as_a_cpu_does(dtype):
+    """In real numbers: two products and a sum per channel, each rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    pair = torch.randn(50, 3, 4, 8, 2, generator=generator, dtype=dtype)
+    turn, _ = RotaryPositions(16, heads=4)(torch.arange(50))
+    by_parts, as_complex = turned_by_parts(pair, turn), turned_as_complex(pair, turn)
+    assert by_parts.dtype == as_complex.dtype == dtype
+    torch.testing.assert_close(by_parts, as_complex, rtol=0, atol=3 * torch.finfo(dtype).eps * pair.abs().max().item())
 
 
 def test_dropout_is_off_in_evaluation_and_on_in_training():
