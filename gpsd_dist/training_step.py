@@ -41,14 +41,10 @@ class TrainingStep:
         lr_factor: typing.Callable[[int], float],
         last_good: typing.Callable[[], Location | None],
     ):
-        """Collective. Puts the model into training mode.
+        """Puts the model into training mode. Collective.
 
-        Args:
-            run: options.
-            components: what is trained.
-            profiler: names the phases of a step.
-            lr_factor: step from 0 -> what the peak learning rates are multiplied by.
-            last_good: the newest checkpoint, for an error message.
+        `lr_factor`: step from 0 -> what the peak learning rates are multiplied by. `last_good`: the newest checkpoint,
+        for an error message.
         """
         self.run, self.runtime, self.components, self.profiler = run, components.runtime, components, profiler
         if run.train.bf16 and self.runtime.device.type == "cuda":

@@ -161,9 +161,8 @@ class _Batch:
         """
         value_H, row_H, age_H = self._history(feature)
         code_H = row_H * num_table_rows + value_H
-        known_H = (value_H >= schema.NUM_RESERVED_ROWS)[
-            ::-1
-        ]  # latest first, because np.unique returns the first place of each code
+        # Latest first, because np.unique returns the first place of each code.
+        known_H = (value_H >= schema.NUM_RESERVED_ROWS)[::-1]
         code_K, first_K, count_K = np.unique(code_H[::-1][known_H], return_index=True, return_counts=True)
         age_K = age_H[::-1][known_H][first_K]
         elements = self._elements("candidate", feature)

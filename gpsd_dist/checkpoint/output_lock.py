@@ -24,9 +24,7 @@ _RETRY_S = 0.2
 
 @contextlib.contextmanager
 def held(
-    folder: str | os.PathLike[str],
-    wait_s: float = WAIT_S,
-    checkpoints: storage.Location | None = None,
+    folder: str | os.PathLike[str], wait_s: float = WAIT_S, checkpoints: storage.Location | None = None
 ) -> typing.Iterator[None]:
     """Makes `folder` and locks it for this job inside the block. Collective; rank 0 has the lock.
 

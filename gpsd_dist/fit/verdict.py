@@ -64,12 +64,7 @@ def strongest_floor(judged: collections.abc.Sequence[Judged], *, of_refit: bool 
 
 
 def verdict(
-    task: str,
-    best: Judged | None,
-    judged: collections.abc.Sequence[Judged],
-    facts: Facts,
-    *,
-    is_short: bool = False,
+    task: str, best: Judged | None, judged: collections.abc.Sequence[Judged], facts: Facts, *, is_short: bool = False
 ) -> str:
     """Says in one sentence whether the chosen model is better than what needs no model.
 

@@ -63,14 +63,9 @@ class Recorder:
             self._tensorboard = torch.utils.tensorboard.SummaryWriter(output_dir, purge_step=keep_step + 1)
 
     def record(self, name: str, value: float | torch.Tensor, *, reduce: str = "mean") -> None:
-        """Adds one value to `name`. Not collective, no GPU sync.
+        """Adds a number, or a tensor with one element, to `name`, a path of words. Not collective, no GPU sync.
 
-        Args:
-            name: path of words with at least one slash.
-            value: number, or tensor with one element (detached here, stays on its device until the log step).
-            reduce: over the steps since the last log step and over ranks: "mean", "sum", "max", or "last" (of rank 0).
-                A name keeps its reduction.
-
+        `reduce`: over the steps since the last log step and over ranks: "mean", "sum", "max", or "last" (of rank 0).
         ValueError for a bad name, an unknown reduction or one that changed, a tensor of several elements.
         """
         if not _NAME.fullmatch(name) or reduce not in REDUCTIONS:

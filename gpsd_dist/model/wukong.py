@@ -41,9 +41,7 @@ class Layer(nn.Module):
         nn.init.normal_(self.mixing, std=init_std or num_fields**-0.5)
         self.fm_norm = nn.LayerNorm(num_fields * _FM_RANK)
         self.fm = nn.Sequential(
-            nn.Linear(num_fields * _FM_RANK, _FM_HIDDEN),
-            nn.ReLU(),
-            nn.Linear(_FM_HIDDEN, _FM_FIELDS * width),
+            nn.Linear(num_fields * _FM_RANK, _FM_HIDDEN), nn.ReLU(), nn.Linear(_FM_HIDDEN, _FM_FIELDS * width)
         )
         self.norm = nn.LayerNorm(width)
         for module in self.fm:

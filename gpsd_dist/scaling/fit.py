@@ -77,11 +77,7 @@ class Fit:
         """Returns 95 % intervals of c, a and b, cut at their bounds."""
         c = self._interval(lambda b_G: (np.ones_like(b_G), np.zeros_like(b_G)))
         a = self._interval(lambda b_G: (np.zeros_like(b_G), self.x0**b_G))
-        return {
-            "c": (max(c[0], 0.0), min(c[1], self.law.c_max)),
-            "a": (max(a[0], 0.0), a[1]),
-            "b": self.b_interval,
-        }
+        return {"c": (max(c[0], 0.0), min(c[1], self.law.c_max)), "a": (max(a[0], 0.0), a[1]), "b": self.b_interval}
 
     def _interval(self, direction: typing.Callable) -> tuple[float, float]:
         """Finds the range of m_c c + m_e effect inside the slack; `direction` maps b [G] to (m_c [G], m_e [G]).

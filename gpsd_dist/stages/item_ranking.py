@@ -99,12 +99,7 @@ def _own_history(batch: Batch, request_P: torch.Tensor) -> Excluded:
 
 
 def _ranks_over_all(
-    query_PE: torch.Tensor,
-    target_P: torch.Tensor,
-    excluded: Excluded,
-    items: _Items,
-    rank: int,
-    rank_cut: int | None,
+    query_PE: torch.Tensor, target_P: torch.Tensor, excluded: Excluded, items: _Items, rank: int, rank_cut: int | None
 ) -> torch.Tensor:
     """Ranks [P] of this rank's targets: queries travel to every rank, counts of better items are summed back."""
     targets = all_gather_rows(target_P)

@@ -193,8 +193,7 @@ def _planner(
     # Constrain every table. A small one without constraint becomes data parallel, which our CPU path cannot train.
     constraints = {
         key: ParameterConstraints(
-            sharding_types=[config.sharding.get(name, "row_wise")],
-            compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+            sharding_types=[config.sharding.get(name, "row_wise")], compute_kernels=[EmbeddingComputeKernel.FUSED.value]
         )
         for key, name in names.items()
     }

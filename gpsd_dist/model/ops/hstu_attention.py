@@ -150,11 +150,7 @@ def _history_attends(history_3nHWK: torch.Tensor, bias: BiasWeights, pair: Bucke
 
 
 def _candidates_attend(
-    query_nHJK: torch.Tensor,
-    history_3nHWK: torch.Tensor,
-    bias: BiasWeights,
-    pair: BucketPairs | None,
-    bucket: Bucket,
+    query_nHJK: torch.Tensor, history_3nHWK: torch.Tensor, bias: BiasWeights, pair: BucketPairs | None, bucket: Bucket
 ) -> torch.Tensor:
     _, key, value = history_3nHWK.unbind(0)
     slot_W = torch.arange(bucket.width, device=key.device)
