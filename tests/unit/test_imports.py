@@ -18,6 +18,7 @@ ROOMS = (
         "quickstart",
         "fit",
         "predict",
+        "serve",
         "evaluate",
         "launcher",
         "run_description",
@@ -62,6 +63,8 @@ ALLOWED_LIBRARIES = {
 }
 FOR_THE_PIPELINE = ("gpsd_dist.schema.", "gpsd_dist.features.")
 GIN_USERS = ("gpsd_dist.config.gin_cli", "gpsd_dist.doctor.operations")
+HTTP_LIBRARIES = ("starlette", "uvicorn", "msgspec", "prometheus_client")
+HTTP_USERS = tuple(f"gpsd_dist.serving.{name}" for name in ("app", "messages", "metrics", "service"))
 TORCHREC_USERS = (
     "gpsd_dist.tables.",
     "gpsd_dist.distributed.",
@@ -117,6 +120,8 @@ def violations(module: str, source: str) -> list[str]:
             found.append(f"{module} imports gin; only gin_cli does")
         if top in ("torchrec", "fbgemm_gpu") and not module.startswith(TORCHREC_USERS):
             found.append(f"{module} imports {name}; TorchRec stays in {', '.join(TORCHREC_USERS)}")
+        if top in HTTP_LIBRARIES and module not in HTTP_USERS:
+            found.append(f"{module} imports {name}; HTTP stays in {', '.join(HTTP_USERS)}")
         is_library = top not in sys.stdlib_module_names and top != "gpsd_dist"
         if is_library and module in ALLOWED_LIBRARIES and top not in ALLOWED_LIBRARIES[module]:
             found.append(f"{module} imports {name}; allowed: {sorted(ALLOWED_LIBRARIES[module]) or 'nothing'}")
@@ -176,6 +181,8 @@ def test_a_ring_of_files_is_found():
         ("gpsd_dist.tables.sharding", "from gpsd_dist.checkpoint import manager"),
         ("gpsd_dist.trainer", "from gpsd_dist.train import main"),
         ("gpsd_dist.trainer", "from data_pipeline import build"),
+        ("gpsd_dist.serving.scorer", "import msgspec"),
+        ("gpsd_dist.serving.app", "from gpsd_dist.serve import main"),
         ("data_pipeline.build", "from gpsd_dist import config"),
         ("data_pipeline.sources.taobao", "from gpsd_dist.batch.batch import Batch"),
         ("data_pipeline.build", "import torch.nn"),

@@ -1,0 +1,1 @@
+"""Command: answers scoring requests over HTTP."""

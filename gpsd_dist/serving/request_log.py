@@ -1,0 +1,181 @@
+"""Keeps a sample of what was asked and answered, as Parquet: raw columns, version, counts, scores.
+
+`python -m gpsd_dist.predict --requests DIR` scores the files again. User ids are hashed with a key that stays in the
+folder, unless told otherwise; files older than the limit are deleted. A user is deleted by
+
+    python -m gpsd_dist.serving.request_log DIR --forget USER
+"""
+
+import argparse
+import hashlib
+import logging
+import os
+import pathlib
+import random
+import secrets
+import sys
+import threading
+import time
+import typing
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+log = logging.getLogger(__name__)
+_KEY_NAME = "user_id.key"
+_DAY_S = 86_400
+_FLUSH_REQUESTS = 1000  # requests in a file at most; untuned
+_FLUSH_S = 60
+_MAX_BUFFERED = 10 * _FLUSH_REQUESTS  # beyond this, requests are dropped and counted: the disk does not keep up
+
+
+def hashed_user(user_id: str, key: bytes) -> str:
+    """Returns a keyed hash of a user id."""
+    return hashlib.blake2b(user_id.encode(), key=key, digest_size=16).hexdigest()
+
+
+def read_key(folder: pathlib.Path) -> bytes:
+    """Reads the key of the folder, made on first use; only its owner can read it."""
+    path = folder / _KEY_NAME
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return bytes.fromhex(path.read_text())
+    with os.fdopen(descriptor, "w") as file:
+        key = secrets.token_bytes(32)
+        file.write(key.hex())
+    return key
+
+
+class RequestLog:
+    """Samples requests and writes them in a thread of its own; scoring never waits for the disk."""
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        sample: float,
+        keep_days: float,
+        hash_users: bool,
+        to_table: typing.Callable[[list[dict[str, typing.Any]]], pa.Table],
+        on_error: typing.Callable[[int], None],
+    ) -> None:
+        """`to_table` is `RequestReader.from_json`; `on_error` hears how many requests were lost.
+
+        OSError if the folder cannot be written.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.sample, self.keep_days, self.on_error = folder, sample, keep_days, on_error
+        self._to_table = to_table
+        self._key = read_key(folder) if hash_users else None
+        self._random = random.Random()
+        self._rows: list[tuple[dict[str, typing.Any], typing.Any, int]] = []  # request, answer, epoch seconds
+        self._wake, self._is_closed = threading.Condition(), False
+        self._thread = threading.Thread(target=self._run, name="request log", daemon=True)
+        self._thread.start()
+
+    def add(self, requests: list[dict[str, typing.Any]], answers: list[typing.Any]) -> None:
+        """Keeps a sample of a batch."""
+        now_s = int(time.time())
+        rows = [
+            (request, answer, now_s)
+            for request, answer in zip(requests, answers, strict=True)
+            if self._random.random() < self.sample
+        ]
+        with self._wake:
+            free = max(0, _MAX_BUFFERED - len(self._rows))
+            self._rows += rows[:free]
+            if len(self._rows) >= _FLUSH_REQUESTS:
+                self._wake.notify()
+        if len(rows) > free:
+            self.on_error(len(rows) - free)
+
+    def close(self) -> None:
+        """Writes what is left."""
+        with self._wake:
+            self._is_closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        is_closed = False
+        while not is_closed:
+            with self._wake:
+                self._wake.wait_for(lambda: self._is_closed or len(self._rows) >= _FLUSH_REQUESTS, timeout=_FLUSH_S)
+                rows, self._rows, is_closed = self._rows, [], self._is_closed
+            try:
+                self._write(rows)
+                self._delete_old()
+            except Exception as error:  # a full disk, a folder that is gone: scoring goes on
+                log.error("%d logged requests are lost: %s", len(rows), error)
+                self.on_error(len(rows))
+
+    def _write(self, rows: list[tuple[dict[str, typing.Any], typing.Any, int]]) -> None:
+        if not rows:
+            return
+        requests, answers, times_s = zip(*rows)
+        table = self._to_table(list(requests))
+        if self._key is not None and "user_id" in table.column_names:
+            users = [
+                None if user is None else hashed_user(str(user), self._key) for user in table["user_id"].to_pylist()
+            ]
+            table = table.set_column(table.column_names.index("user_id"), "user_id", pa.array(users, pa.string()))
+        added = {"logged_s": pa.array(times_s, pa.int64()), "version": pa.array([a.version for a in answers])}
+        added["unknown_ids"] = pa.array([answer.unknown_ids for answer in answers], pa.int64())
+        added["dropped_events"] = pa.array([answer.dropped_events for answer in answers], pa.int64())
+        for task in answers[0].tasks:
+            scores = [answer.tasks.get(task, {}).get("logit") for answer in answers]
+            added[f"score.{task}"] = pa.array(scores, pa.list_(pa.float32()))
+        for name, column in added.items():
+            table = table.append_column(name, column)
+        now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        target = self.folder / f"{now}-{os.getpid()}-{secrets.token_hex(4)}.parquet"
+        aside = target.with_suffix(".tmp")
+        pq.write_table(table, aside)
+        aside.replace(target)
+
+    def _delete_old(self) -> None:
+        oldest_s = time.time() - self.keep_days * _DAY_S
+        for path in self.folder.glob("*.parquet"):
+            if path.stat().st_mtime < oldest_s:
+                path.unlink(missing_ok=True)
+
+
+def forget(folder: pathlib.Path, user_id: str) -> int:
+    """Deletes every logged request of a user; returns how many there were."""
+    known = [user_id, hashed_user(user_id, read_key(folder))]
+    deleted = 0
+    for path in sorted(folder.glob("*.parquet")):
+        table = pq.read_table(path)
+        if "user_id" not in table.column_names:
+            continue
+        is_user = pc.fill_null(pc.is_in(table["user_id"], pa.array(known)), False)
+        count = pc.sum(is_user).as_py() or 0
+        if count:
+            deleted += count
+            aside = path.with_suffix(".tmp")
+            pq.write_table(table.filter(pc.invert(is_user)), aside)
+            aside.replace(path)
+    return deleted
+
+
+def main(argv: list[str]) -> int:
+    """Returns 0, or 2 if the folder cannot be read."""
+    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.serving.request_log", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("folder", type=pathlib.Path, help="folder of --log_requests")
+    parser.add_argument("--forget", required=True, metavar="USER", help="user id as it came in the requests")
+    args = parser.parse_args(argv)
+    try:
+        if not args.folder.is_dir():
+            raise ValueError(f"{args.folder} is no folder; give the one of --log_requests")
+        count = forget(args.folder, args.forget)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    sys.stdout.write(f"deleted {count} logged requests\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
