@@ -90,7 +90,7 @@ def look(data_dir: pathlib.Path) -> Facts:
             f"build again: {_BUILD} {data_dir}"
         )
     splits = {name: _count(data_dir, manifest, name) for name in SPLITS}
-    _check_classes(data_dir, manifest.tasks[0].name, splits)
+    _check_classes(data_dir, [task.name for task in manifest.tasks], splits)
     return Facts(manifest, splits, rows.get("pretrain", 0) > 0)
 
 
@@ -126,17 +126,20 @@ def _count(data_dir: pathlib.Path, manifest: schema.Manifest, name: str) -> Spli
     )
 
 
-def _check_classes(data_dir: pathlib.Path, task: str, splits: dict[str, SplitFacts]) -> None:
+def _check_classes(data_dir: pathlib.Path, tasks: list[str], splits: dict[str, SplitFacts]) -> None:
+    task, others = tasks[0], ", ".join(f"`{task}`" for task in tasks[1:])
+    other = f", or put another task first in the schema ({others}): the first one decides" if others else ""
     for name, split in splits.items():
         negatives = split.candidates - split.positives
         counts = f"{split.positives:,} of {split.candidates:,} candidates of `{name}` in {data_dir} have {task} = 1"
         if min(split.positives, negatives) == 0:
+            lacking = "" if negatives else " Does the log hold what was shown and not clicked, too?"
             raise ValueError(
-                f"{counts}: with one class alone nothing can be told apart. Does the log hold what was shown and not "
-                f"clicked, too? If it does, move the borders of the splits (section [split]) and build again"
+                f"{counts}: with one class alone nothing can be told apart.{lacking} Take a longer log, or move the "
+                f"borders of the splits (section [split]) and build again{other}"
             )
         if min(split.positives, negatives) < MIN_PER_CLASS:
             raise ValueError(
                 f"{counts}: too few rows, at least {MIN_PER_CLASS} of each class are needed, and hundreds to tell "
-                "models apart. Take a longer log, or move the borders of the splits, and build again"
+                f"models apart. Take a longer log, or move the borders of the splits, and build again{other}"
             )

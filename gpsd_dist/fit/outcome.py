@@ -95,7 +95,7 @@ def _table(task: str, judged: list[Judged], best: Judged | None) -> Table:
 def _cells(one: Judged, task: str, floor: Judged | None, is_best: bool) -> list[Cell]:
     test, cells = one.entry.test.get(task, {}), [Cell(one.entry.label, is_strong=is_best)]
     valid = one.entry.valid_auc.get(task)
-    cells.append(number_cell(MISSING if valid is None else f"{valid:.4f}"))
+    cells.append(number_cell(MISSING if valid is None or math.isnan(valid) else f"{valid:.4f}"))
     auc = MISSING if one.auc is None else f"{one.auc.auc:.4f} +- {one.auc.half_width:.3f}"
     cells.append(number_cell(auc, is_strong=is_best))
     difference = MISSING

@@ -140,7 +140,7 @@ class Runner:
 
     def floor(self, name: str, split: str) -> Metrics:
         """Scores a split without a model; a task for which that cannot be done is left out, and said."""
-        title, folder = f"{FLOOR_NAMES[name.removesuffix('_refit')]} on {split}", self.out_dir / "floors" / name
+        title, folder = f"{FLOOR_NAMES[name]} on {split}", self.out_dir / "floors" / name
         metrics_out, scores_out = folder / f"{split}.json", scores_path(folder, split)
         options = ("--baseline", name, "--data", str(self.data_dir), "--split", split)
         files = ("--metrics_out", str(metrics_out), "--scores_out", str(scores_out))

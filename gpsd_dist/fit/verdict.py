@@ -5,6 +5,8 @@ import dataclasses
 import math
 import typing
 
+import numpy as np
+
 from gpsd_dist.fit.data_check import Facts
 from gpsd_dist.metrics.auc_interval import AucByUser, auc_by_user
 from gpsd_dist.metrics.scores import Columns
@@ -70,8 +72,12 @@ def verdict(
 
     `is_short`: a time budget ended trainings.
     """
-    if best is None or best.auc is None:
+    if best is None:
         return "No model was trained, so there is nothing to judge: give a larger --budget_minutes."
+    if best.auc is None:
+        label_N = best.entry.scores[task]["label"] if task in best.entry.scores else np.zeros(0)
+        counts = f"{int(label_N.sum()):,} of {len(label_N):,} scored candidates of test have {task} = 1"
+        return f"{task} cannot be judged: {counts}, and an AUC needs both classes; a longer test period may hold them."
     is_refit = best.entry.kind == "refit"
     floor = strongest_floor(judged, of_refit=is_refit)
     if floor is None or floor.auc is None:

@@ -125,6 +125,8 @@ def test_labels_that_cannot_be_learnt_from(data, tmp_path, split, positives, wor
     schema.write_manifest(dataclasses.replace(manifest, splits=splits), tmp_path)
     with pytest.raises(ValueError) as caught:
         look(tmp_path)
+    assert "put another task first in the schema (`buy`): the first one decides" in str(caught.value)
+    assert ("what was shown and not clicked" in str(caught.value)) == (positives is None)
     count = sum(lengths) if positives is None else positives
     assert f"{count} of {sum(lengths)} candidates of `{split}` in {tmp_path} have click = 1: {words}" in str(
         caught.value

@@ -94,7 +94,12 @@ def test_nothing_to_judge():
     one_class = entry("FT_SF", "model", 1.0)
     one_class.scores["click"]["label"][:] = 1
     (judged,) = judge([one_class], "click")
-    assert judged.auc is None and "No model" in verdict("click", judged, [judged], facts())
+    assert judged.auc is None
+    said = verdict("click", judged, [judged], facts())
+    assert said.startswith(
+        "click cannot be judged: 3,200 of 3,200 scored candidates of test have click = 1, and an AUC"
+    )
+    assert "0 of 0 scored candidates of test have buy = 1" in verdict("buy", judged, [judged], facts())
     assert "no floor could be computed" in sentence(entry("FT_SF", "model", 1.0))
 
 
