@@ -20,10 +20,8 @@ if typing.TYPE_CHECKING:  # serving makes batches too, whose rows come from mapp
 class Bag:
     """Holds several rows per token: `rows[b]` for `offsets[i] <= b < offsets[i + 1]` belong to token i."""
 
-    rows: torch.Tensor
-    """int64 [sum of bag sizes]"""
-    offsets: torch.Tensor
-    """int64 [tokens + 1]"""
+    rows: torch.Tensor  # int64 [sum of bag sizes]
+    offsets: torch.Tensor  # int64 [tokens + 1]
 
 
 Column: typing.TypeAlias = torch.Tensor | Bag
@@ -35,28 +33,21 @@ for any other table they are table indices. Numerical: float32 [tokens]."""
 class RawIds:
     """Describes the entries of a managed table in `Batch.lookup`: ids until `tables.id_remapping` gives them rows."""
 
-    count_U: torch.Tensor
-    """int64: occurrences of each distinct id in this rank's batch."""
-    num_draws: int
-    """Entries that follow the ids: random numbers for negatives."""
+    count_U: torch.Tensor  # int64: occurrences of each distinct id in this rank's batch
+    num_draws: int  # Entries that follow the ids: random numbers for negatives
 
 
 @dataclasses.dataclass(frozen=True)
 class NextItem:
     """Says where and what to predict in pretraining: the item after every history token that has a successor."""
 
-    token_M: torch.Tensor
-    """int64: history token whose hidden state predicts."""
-    target_token_M: torch.Tensor
-    """int64: history token that is to be predicted (the next one of the same request)."""
-    item_M: torch.Tensor
-    """int64 item-table index of the target, to find accidental hits."""
+    token_M: torch.Tensor  # int64: history token whose hidden state predicts
+    target_token_M: torch.Tensor  # int64: history token that is to be predicted (the next one of the same request)
+    item_M: torch.Tensor  # int64 item-table index of the target, to find accidental hits
     group_offsets: tuple[int, ...] | None
     """G + 1 cuts of M: positions [cut g, cut g + 1) see the negatives of group g. None: G = M, each has its own."""
-    negative_item_GN: torch.Tensor
-    """int64 item-table indices, uniform over known items."""
-    negative_row_GN: torch.Tensor
-    """int64: their rows among the U unique rows of the item table."""
+    negative_item_GN: torch.Tensor  # int64 item-table indices, uniform over known items
+    negative_row_GN: torch.Tensor  # int64: their rows among the U unique rows of the item table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,31 +61,20 @@ class Batch:
     """One key per TorchRec table, stride `bags_per_table`: the U distinct table indices (or ids, see `raw_ids`) that
     this batch needs (int64)."""
     packing: Packing
-    history: dict[str, Column]
-    """Feature -> [T]"""
-    candidate: dict[str, Column]
-    """Feature -> [C]; empty in pretraining."""
-    context: dict[str, Column]
-    """Feature -> [B]"""
-    labels: dict[str, torch.Tensor]
-    """Task -> float32 [C], NaN where not observed."""
-    sampling: dict[str, torch.Tensor]
-    """"weight" and "negative_rate", as far as the data set has them: float32 [C]."""
-    history_item_T: torch.Tensor
-    """int64 item-table indices."""
+    history: dict[str, Column]  # Feature -> [T]
+    candidate: dict[str, Column]  # Feature -> [C]; empty in pretraining
+    context: dict[str, Column]  # Feature -> [B]
+    labels: dict[str, torch.Tensor]  # Task -> float32 [C], NaN where not observed
+    sampling: dict[str, torch.Tensor]  # "weight" and "negative_rate", as far as the data set has them: float32 [C]
+    history_item_T: torch.Tensor  # int64 item-table indices
     candidate_item_C: torch.Tensor
-    history_time_s_T: torch.Tensor
-    """int64, -1 where the log does not say."""
-    request_time_s_B: torch.Tensor
-    """int64, -1 in pretraining, which has no requests."""
+    history_time_s_T: torch.Tensor  # int64, -1 where the log does not say
+    request_time_s_B: torch.Tensor  # int64, -1 in pretraining, which has no requests
     user_hash_B: torch.Tensor
-    source_row_B: torch.Tensor
-    """int64: position of each request in the Arrow table that the batch was made of."""
+    source_row_B: torch.Tensor  # int64: position of each request in the Arrow table that the batch was made of
     next_item: NextItem | None = None
-    padded: PaddedPacking | None = None
-    """Geometry that the tower runs in, if not that of `packing`."""
-    epoch_and_step: tuple[int, int] = (0, 0)
-    """Epoch, and number of the batch in it."""
+    padded: PaddedPacking | None = None  # Geometry that the tower runs in, if not that of `packing`
+    epoch_and_step: tuple[int, int] = (0, 0)  # Epoch, and number of the batch in it
     raw_ids: dict[str, RawIds] = dataclasses.field(default_factory=dict)
     """Managed table -> its entries in `lookup`. Empty once rows are assigned."""
 

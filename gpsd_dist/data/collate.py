@@ -19,7 +19,7 @@ from gpsd_dist.batch.padding import pad_packing
 from gpsd_dist.data.columns import ColumnReader
 from gpsd_dist.data.distinct import Wanted, deduplicate
 from gpsd_dist.data.gather import gather, one_chunk
-from gpsd_dist.data.negatives import Sampler, draw_limit, generator, group_offsets, uniform
+from gpsd_dist.data.negatives import Sampler, draw_limit, group_offsets, uniform
 from gpsd_dist.data.parquet_dataset import BadValue, BatchKey
 from gpsd_dist.features import Values
 from gpsd_dist.schema import NUM_RESERVED_ROWS, Manifest
@@ -33,23 +33,16 @@ class Collate:
     """
 
     manifest: Manifest
-    lookup_tables: tuple[str, ...]
-    """Tables that live in TorchRec collections; the others are indexed directly."""
-    max_history_length: int
-    """Keeps this many most recent history tokens."""
-    with_candidates: bool
-    """False in pretraining: the rows' candidates and context are not read."""
+    lookup_tables: tuple[str, ...]  # Tables that live in TorchRec collections; the others are indexed directly
+    max_history_length: int  # Keeps this many most recent history tokens
+    with_candidates: bool  # False in pretraining: the rows' candidates and context are not read
     negatives_per: str | None = None
     """Draw negatives for next-item targets: a set for each "group", "request" or "position". None: no such targets."""
-    num_negative_groups: int = 1
-    """G where `negatives_per` is "group"."""
-    num_negatives: int = 0
-    """N per set."""
+    num_negative_groups: int = 1  # G where `negatives_per` is "group"
+    num_negatives: int = 0  # N per set
     seed: int = 0
-    num_parts: int = 1
-    """Rows are dealt round over this many batches by length, so that all cost about the same."""
-    token_multiple: int = 0
-    """Also plan a padded geometry with numbers of tokens that are multiples of this; 0: do not."""
+    num_parts: int = 1  # Rows are dealt round over this many batches by length, so that all cost about the same
+    token_multiple: int = 0  # Also plan a padded geometry with numbers of tokens that are multiples of this; 0: do not
     sampler: Sampler = uniform
 
     def columns(self) -> tuple[str, ...]:
@@ -67,7 +60,9 @@ class Collate:
 
     def __call__(self, rows: pa.Table, key: BatchKey) -> tuple[Batch, ...]:
         order, length = self._sort_by_length(rows)
-        random, limit = generator(self.seed, key), draw_limit(self.manifest)
+        # Draws are a function of (seed, epoch, step, rank), so a resumed run draws the same.
+        entropy = np.random.SeedSequence((self.seed, key.epoch, key.step, key.rank))
+        random, limit = np.random.Generator(np.random.Philox(entropy)), draw_limit(self.manifest)
         parts = []
         for part in range(self.num_parts):
             # Every num_parts-th request of the sorted ones: micro-batches of consecutive requests would differ in
@@ -163,6 +158,16 @@ class Collate:
             place: {name: _tensor(column) for name, column in features.items()}
             for place, features in micro_batch.rows.items()
         }
+        target_M, negative_GN, next_item = micro_batch.target_token_M, micro_batch.negative_item_GN, None
+        if negative_GN is not None and self.negatives_per is not None:
+            next_item = NextItem(
+                token_M=torch.from_numpy(target_M - 1),
+                target_token_M=torch.from_numpy(target_M),
+                item_M=torch.from_numpy(micro_batch.columns["history"][item][target_M]),
+                group_offsets=group_offsets(self.negatives_per, target_M, packing, len(negative_GN)),
+                negative_item_GN=torch.from_numpy(negative_GN),
+                negative_row_GN=torch.from_numpy(micro_batch.negative_row_GN),
+            )
         return Batch(
             lookup=lookup,
             packing=packing,
@@ -179,23 +184,10 @@ class Collate:
             request_time_s_B=_tensor(micro_batch.scalars["request_time_s"]),
             user_hash_B=_tensor(micro_batch.scalars["user_hash"]),
             source_row_B=torch.from_numpy(micro_batch.order),
-            next_item=self._next_item(micro_batch),
+            next_item=next_item,
             padded=padded,
             epoch_and_step=(key.epoch, key.step),
             raw_ids=raw_ids,
-        )
-
-    def _next_item(self, micro_batch: "_MicroBatch") -> NextItem | None:
-        if micro_batch.negative_item_GN is None or self.negatives_per is None:
-            return None
-        target_M, negative_GN = micro_batch.target_token_M, micro_batch.negative_item_GN
-        return NextItem(
-            token_M=torch.from_numpy(target_M - 1),
-            target_token_M=torch.from_numpy(target_M),
-            item_M=torch.from_numpy(micro_batch.columns["history"][self.manifest.item_feature][target_M]),
-            group_offsets=group_offsets(self.negatives_per, target_M, micro_batch.packing, len(negative_GN)),
-            negative_item_GN=torch.from_numpy(negative_GN),
-            negative_row_GN=torch.from_numpy(micro_batch.negative_row_GN),
         )
 
 
@@ -205,20 +197,16 @@ class _MicroBatch:
 
     order: np.ndarray
     packing: Packing
-    columns: dict[str, dict]
-    """place -> feature -> table indices or numbers (`Values`)"""
+    columns: dict[str, dict]  # place -> feature -> table indices or numbers (`Values`)
     labels: dict[str, np.ndarray]
     sampling: dict[str, np.ndarray]
-    scalars: dict[str, np.ndarray]
-    """Columns that are no features: column -> int64 [B]"""
+    scalars: dict[str, np.ndarray]  # Columns that are no features: column -> int64 [B]
     history_time_s: np.ndarray
-    target_token_M: np.ndarray
-    """History tokens that the ones before them predict."""
+    target_token_M: np.ndarray  # History tokens that the ones before them predict
     rows: dict[str, dict] = dataclasses.field(default_factory=dict)
     """`columns` with indices replaced by rows of the lookup."""
     negative_item_GN: np.ndarray | None = None
-    negative_row_GN: np.ndarray | None = None
-    """Rows of the negatives in the lookup."""
+    negative_row_GN: np.ndarray | None = None  # Rows of the negatives in the lookup
 
 
 def _targets(packing: Packing, item_T: np.ndarray) -> np.ndarray:

@@ -31,16 +31,13 @@ def _take(column: pa.ChunkedArray, rows: pa.Array) -> pa.Array:
     holds_numbers = entry is not None and (pa.types.is_integer(entry) or pa.types.is_floating(entry))
     if not holds_numbers or any(chunk.null_count or chunk.values.null_count for chunk in column.chunks):
         return one_chunk(column.take(rows))
-    texts = pa.chunked_array([_to_bytes(chunk) for chunk in column.chunks], pa.large_binary())
-    return _to_list(one_chunk(texts.take(rows)), column.type)
-
-
-def _to_bytes(array: pa.ListArray) -> pa.LargeBinaryArray:
-    """Views lists of numbers as strings of bytes, without a copy; large, because 2 GiB of entries are 16 GiB."""
-    width = array.type.value_type.bit_width // 8
-    offsets = (array.offsets.to_numpy().astype(np.int64) + array.values.offset) * width
-    buffers = [None, pa.py_buffer(offsets), array.values.buffers()[1]]
-    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(array), buffers)
+    width, texts = entry.bit_width // 8, []
+    for lists in column.chunks:
+        # Views lists of numbers as strings of bytes, without a copy; large, because 2 GiB of entries are 16 GiB.
+        offsets = (lists.offsets.to_numpy().astype(np.int64) + lists.values.offset) * width
+        buffers = [None, pa.py_buffer(offsets), lists.values.buffers()[1]]
+        texts.append(pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(lists), buffers))
+    return _to_list(one_chunk(pa.chunked_array(texts, pa.large_binary()).take(rows)), column.type)
 
 
 def _to_list(texts: pa.LargeBinaryArray, list_type: pa.ListType) -> pa.ListArray:

@@ -8,7 +8,6 @@ import typing
 import numpy as np
 
 from gpsd_dist.batch.packing import Packing
-from gpsd_dist.data.parquet_dataset import BatchKey
 from gpsd_dist.schema import NUM_RESERVED_ROWS, Manifest
 
 _MANAGED_DRAW_LIMIT = 1 << 62  # the step reduces these numbers modulo the occupied rows, so they must dwarf any table
@@ -20,11 +19,6 @@ subtracted from the logits in `stages/losses.py`."""
 def uniform(random: np.random.Generator, num_sets: int, num_negatives: int, limit: int) -> np.ndarray:
     """Draws every known item with the same probability, with replacement."""
     return random.integers(NUM_RESERVED_ROWS, limit, (num_sets, num_negatives))
-
-
-def generator(seed: int, key: BatchKey) -> np.random.Generator:
-    """Returns a generator whose numbers depend on (seed, epoch, step, rank) alone, so a resumed run draws the same."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, key.epoch, key.step, key.rank))))
 
 
 def draw_limit(manifest: Manifest) -> int:
