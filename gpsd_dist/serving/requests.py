@@ -9,6 +9,7 @@ Shape letters: B requests, E events as sent, T history tokens, C candidates, N v
 
 import collections
 import dataclasses
+import difflib
 import itertools
 import typing
 
@@ -70,10 +71,10 @@ class _Lists:
 class RequestReader:
     """Turns raw requests into tokens by the rules that the training data were built by.
 
-    - Visibility: an event at or after the time of its request is dropped. Where the data were not split by time, the
-      order decides, and an event may carry the time of the request.
-    - Order: by time, unknown times first (or at `history.latest_s`), equal times as they come. The last
-      `manifest.max_history_length` events are kept.
+    - Visibility: an event at or after the time of its request, in whole seconds, is dropped. Where the data were not
+      split by time, the order decides, and an event may carry the time of the request.
+    - Order: by time, fractions of a second included; unknown times first (or at `history.latest_s`), equal times as
+      they come. The last `manifest.max_history_length` events are kept.
     - A value that is missing or not known is the unknown row, 0.0, or the bag [1].
     """
 
@@ -173,7 +174,9 @@ class RequestReader:
         names = set(names)
         unknown = sorted(names - set(self.columns), key=str)
         if unknown:
-            raise RequestError(str(unknown[0])[:100], row, f"no such column; expected some of {list(self.columns)}")
+            name = str(unknown[0])[:100]
+            near = difflib.get_close_matches(name, self.columns, 1) or [f"some of {list(self.columns)}"]
+            raise RequestError(name, row, f"no such column; expected {near[0]}")
         absent = [name for name in self.columns if name not in names and name not in self._optional]
         if absent:
             raise RequestError(absent[0], row, "is missing; send null where a value is not known, or []")
@@ -182,14 +185,13 @@ class RequestReader:
         """Drops what the request may not see, orders the rest, keeps the latest."""
         length_B = np.diff(sent.offsets)
         owner_E = np.repeat(np.arange(len(length_B)), length_B)
-        time_E = reading.list_times(HISTORY_TIME, sent, _BEFORE_EVERYTHING_S)
+        time_E = reading.list_times(HISTORY_TIME, sent)
         known_E = time_E
         if LATEST in reading.requests.column_names:
-            latest_E = reading.list_times(LATEST, sent, _BEFORE_EVERYTHING_S)
-            known_E = np.where(time_E == _BEFORE_EVERYTHING_S, latest_E, time_E)
+            known_E = np.where(np.isneginf(time_E), reading.list_times(LATEST, sent), time_E)
         order_E = np.lexsort((known_E, owner_E))  # stable: equal times stay as they come
-        until_E = time_B[owner_E]
-        is_seen_E = (known_E < until_E) if self._is_cut_by_time else (known_E <= until_E)
+        known_s_E, until_E = np.floor(known_E), time_B[owner_E]
+        is_seen_E = (known_s_E < until_E) if self._is_cut_by_time else (known_s_E <= until_E)
         seen_E = order_E[is_seen_E[order_E]]
         seen_B = np.bincount(owner_E[seen_E], minlength=len(length_B))
         kept_B = np.minimum(seen_B, self.manifest.max_history_length)
@@ -197,8 +199,8 @@ class RequestReader:
         reading.counts["events after the request"] += int((~is_seen_E).sum())
         reading.counts["events over the limit"] += int((seen_B - kept_B).sum())
         reading.counts["events put in order"] += int((order_E != np.arange(len(order_E))).sum())
-        time_T = time_E[entry_T]
-        return _History(entry_T, kept_B, length_B - seen_B, np.where(time_T == _BEFORE_EVERYTHING_S, -1, time_T))
+        time_T = np.maximum(time_E[entry_T], -1)  # -1: unknown
+        return _History(entry_T, kept_B, length_B - seen_B, np.floor(time_T).astype(np.int64))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,11 +335,11 @@ class _Reading:
         lists = _Lists(name, column, np.arange(len(column) + 1))
         if column.null_count and not may_be_null:
             raise lists.error(int(np.argmax(column.is_null().to_numpy(zero_copy_only=False))), "is null")
-        return _seconds(lists, _BEFORE_EVERYTHING_S)
+        return np.maximum(np.floor(_times(lists)), _BEFORE_EVERYTHING_S).astype(np.int64)
 
-    def list_times(self, name: str, like: _Lists, default: int) -> np.ndarray:
-        """Reads one time per event: int64 [E] epoch seconds, `default` where null."""
-        return _seconds(self.lists(name, like=like), default)
+    def list_times(self, name: str, like: _Lists) -> np.ndarray:
+        """Reads one time per event: float64 [E] epoch seconds, which may have a fraction, -inf where null."""
+        return _times(self.lists(name, like=like))
 
     def ids(self, array: pa.Array, chosen: _Chosen) -> pa.StringArray:
         """Spells ids."""
@@ -364,8 +366,8 @@ class _Reading:
         return (values + 0.0).astype(np.float32)  # -0.0 + 0.0 is 0.0, as the data have it
 
 
-def _seconds(times: _Lists, default: int) -> np.ndarray:
-    """Reads whole epoch seconds; the fraction of a second is cut."""
+def _times(times: _Lists) -> np.ndarray:
+    """Reads epoch seconds: float64 [N], -inf where null. A double holds every microsecond below 10^9.9 s."""
     kind = times.values.type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
         raise times.error(0, f"found {kind}, expected epoch seconds, a number")
@@ -376,7 +378,7 @@ def _seconds(times: _Lists, default: int) -> np.ndarray:
         place = int(np.argmax(is_bad))
         given = f"found {values[place]}, expected epoch seconds, 0 .. {_END_S - 1}"
         raise times.error(place, f"{given}; milliseconds must be divided by 1,000")
-    return np.where(is_null, default, np.floor(values).astype(np.int64))  # below 10^12 a double holds every second
+    return np.where(is_null, -np.inf, values)
 
 
 def _bags(value_M: np.ndarray, owner_M: np.ndarray, num_bags: int) -> Values:
