@@ -18,7 +18,8 @@ import sys
 from gpsd_dist.serve.workers import BAD_OPTIONS, run_worker, run_workers
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parses the options; ends the program with status 2 for those that cannot be meant."""
     parser = argparse.ArgumentParser(prog="python -m gpsd_dist.serve", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
@@ -51,7 +52,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     """Returns 0 after SIGTERM or Ctrl-C, 1 if workers cannot start, 2 for a mistake in the options or the artefact."""
-    args = _parse(argv)
+    args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(message)s")
     try:
         with _bound(args.host, args.port) as listener:
