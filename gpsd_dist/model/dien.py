@@ -29,15 +29,17 @@ class TimeMajor(typing.NamedTuple):
     step_N: torch.Tensor  # int64 position of each entry in its row
 
 
-def time_major(length_R: np.ndarray, device: torch.device) -> TimeMajor:
-    """Builds the order from lengths on the host, which must ascend."""
-    steps = np.arange(max(length_R.max(initial=0), 1))
-    alive_L = len(length_R) - np.searchsorted(length_R, steps, side="right")
-    alive = torch.from_numpy(alive_L).to(device, non_blocking=True)
+def time_major(length_R: np.ndarray, on_device_R: torch.Tensor) -> TimeMajor:
+    """Builds the order from lengths, which must ascend and are wanted twice: on the host and on the device."""
+    # The host has to know the sizes of the steps. To copy them to a GPU would make it wait, so they are counted twice.
+    num_rows, num_steps = len(length_R), max(length_R.max(initial=0), 1)
+    alive_L = num_rows - np.searchsorted(length_R, np.arange(num_steps), side="right")
+    steps = torch.arange(num_steps, device=on_device_R.device)
+    alive = num_rows - torch.searchsorted(on_device_R, steps, right=True)
     num_entries = int(alive_L.sum())
     step_N = torch.repeat_interleave(alive, output_size=num_entries)
-    place_N = torch.arange(num_entries, device=device) - (alive.cumsum(0) - alive)[step_N]
-    return TimeMajor(alive_L, len(length_R) - 1 - place_N, step_N)
+    place_N = torch.arange(num_entries, device=alive.device) - (alive.cumsum(0) - alive)[step_N]
+    return TimeMajor(alive_L, num_rows - 1 - place_N, step_N)
 
 
 class AttentionalGRU(nn.Module):
@@ -104,7 +106,7 @@ class DIEN(nn.Module):
         """Extracts interests, once per request for all its candidates: [T, N] -> [T, N]"""
         if not packing.num_history_tokens:  # torch's GRU refuses empty batches, but DDP needs its weights in the graph.
             return self.extractor(history_TN.new_zeros(1, history_TN.shape[1]))[0][:0]
-        order = time_major(packing.history_length_B, history_TN.device)
+        order = time_major(packing.history_length_B, packing.history_offsets.diff())
         token_T = packing.history_offsets[order.row_N] + order.step_N
         packed = PackedSequence(history_TN.index_select(0, token_T), torch.from_numpy(order.alive_L))
         state = self.extractor(packed)[0].data
@@ -115,7 +117,7 @@ class DIEN(nn.Module):
         pairs = pair_up(packing)
         weight_P = softmax(self.attention(candidate_CN, state_TN, pairs), pairs)
         length_C = np.repeat(packing.history_length_B, packing.candidate_count_B)
-        order = time_major(length_C, candidate_CN.device)
+        order = time_major(length_C, packing.history_offsets.diff()[packing.request_C])
         pair_P = pairs.offsets[order.row_N] + order.step_N
         gates_P = self.evolution.of_input(state_TN).index_select(0, pairs.token_P[pair_P])
         return self.evolution(gates_P, weight_P[pair_P], order.alive_L, packing.num_candidates)

@@ -88,7 +88,7 @@ def test_splitting_needs_candidates_only():
 @given(lengths=st.lists(st.integers(0, 12), max_size=12))
 def test_time_major_has_every_entry_once_and_the_longest_rows_first(lengths):
     lengths = np.array(sorted(lengths), np.int64)
-    order = time_major(lengths, torch.device("cpu"))
+    order = time_major(lengths, torch.from_numpy(lengths))
     expected = [
         (row, step)
         for step in range(max(lengths, default=0))
