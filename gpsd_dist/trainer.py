@@ -107,8 +107,8 @@ class Trainer:
                     self.position = self.loader.position_after(*done.parts[0].epoch_and_step)
                     self.metrics.record_step(done)
                     self.profiler.after_step()
-                    # A signal reaches ranks at different moments, so they agree on the step to stop at: a rank that
-                    # ended alone would leave the others waiting in the next collective.
+                    # A signal reaches ranks at different moments, so they agree, one step later, on where to stop:
+                    # a rank that ended alone would leave the others waiting in the next collective.
                     is_last, must_stop = self.step >= self.total_steps, self.stops.agreed()
                     # Metrics stay on the device in between, because reading them makes the host wait for the GPU.
                     if is_last or self.step % self.run.train.log_interval_steps == 0:

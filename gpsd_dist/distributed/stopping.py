@@ -6,9 +6,9 @@ import types
 import typing
 
 import torch
+import torch.distributed as dist
 
 from gpsd_dist.distributed import exit_codes
-from gpsd_dist.distributed.collectives import all_sum
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # sent by a scheduler, by a lost terminal, by Ctrl-C
 _IMPATIENT_AFTER_S = 2.0  # one Ctrl-C reaches a rank twice within that time: from the terminal and through torchrun
@@ -25,13 +25,16 @@ class StopRequests:
         """STOPPED or INTERRUPTED once the ranks have agreed to stop; the same on all ranks."""
         self._asked: dict[int, float] = {}
         self._previous: dict[int, typing.Any] = {}
+        self._exchange: tuple[torch.Tensor, typing.Any] | None = None  # The last call's signals, and its exchange
 
     def __enter__(self) -> "StopRequests":
         heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self.note) for number in heeded}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._exchange is not None:
+            self._exchange[1].wait()  # its threads would outlive the process group
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -46,8 +49,18 @@ class StopRequests:
         self.note(signal.SIGTERM)
 
     def agreed(self) -> bool:
-        """Asks all ranks whether one has got a signal, so that all stop at one step. Collective on CPU: no GPU sync."""
-        asked = all_sum(torch.tensor([float(number in self._asked) for number in _SIGNALS]))
+        """Says whether a rank had got a signal when all called this the last time, so that all stop at one step.
+
+        Collective. The answer is one call late, because then no rank has to wait for it: the exchange, on the CPU, goes
+        on beside the step. A single rank is answered at once.
+        """
+        asked, previous = torch.tensor([float(number in self._asked) for number in _SIGNALS]), self._exchange
+        if dist.get_world_size() > 1:
+            self._exchange = asked, dist.all_reduce(asked, async_op=True)
+            if previous is None:
+                return False
+            asked, work = previous
+            work.wait()
         if asked[:-1].any():
             self.exit_code = exit_codes.STOPPED
         elif asked[-1]:

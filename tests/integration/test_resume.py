@@ -269,10 +269,10 @@ def test_copied_data_are_the_same_data(data_dir, tmp_path, one_rank, caplog):
 
 
 def test_ranks_agree_on_the_step_to_stop_at(resumed):
-    """Only rank 1 was asked to stop, during step 3; both saved that step and left."""
+    """Only rank 1 was asked to stop, during step 3; the other knew after step 4, which both saved before they left."""
     steps = [path.name for path in (resumed / "stopped/checkpoints").glob("step_*")]
-    assert steps == ["step_00000003"]
-    assert list(train_losses(resumed / "stopped")) == [1, 2, 3]
+    assert steps == ["step_00000004"]
+    assert list(train_losses(resumed / "stopped")) == [1, 2, 3, 4]
 
 
 def _train(run, runtime, caplog):
