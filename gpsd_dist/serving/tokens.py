@@ -31,7 +31,7 @@ class Tokens:
     dropped_events_B: np.ndarray
     """Events of a request that lie at or after its time, and are not read (int64)."""
     counts: dict[str, int]
-    """What was found in all requests together, such as "unknown item" or "events over the limit"."""
+    """Counts by reason over all requests together, such as "unknown item" or "events over the limit"."""
 
     def __len__(self) -> int:
         return len(self.history_length_B)

@@ -28,7 +28,8 @@ def make_batch(split):
         token_multiple=16,
     )
     [batch] = collate(make_rows(MANIFEST, split, seed=0, num_rows=12), BatchKey(0, 0, 0))
-    return batch
+    weights = {"weight": torch.ones(len(batch.candidate_item_C))}
+    return batch if is_pretraining else dataclasses.replace(batch, sampling=weights)
 
 
 def tensors(value, path="batch"):
