@@ -94,7 +94,7 @@ def load_trained(
     run = run_config_from_dict(state.run_config)
     run = dataclasses.replace(run, data_dir=data_dir or run.data_dir, sparse=_ANY_SPARSE)
     manifest = read_run_manifest(run)
-    _check_same_schema(manifest, state.manifest, folder, run.data_dir)
+    check_same_schema(manifest, state.manifest, folder, run.data_dir)
     manifest.split(split)
     if is_weighted and "weight" not in manifest.sampling:
         raise ValueError(f"--weighted: {run.data_dir} has no weights; name their column (`weight`) and build it again")
@@ -106,7 +106,8 @@ def load_trained(
     return TrainedRun(run, manifest, components, folder, state.step)
 
 
-def _check_same_schema(manifest: Manifest, saved: dict, folder: Location, data_dir: str) -> None:
+def check_same_schema(manifest: Manifest, saved: dict, folder: Location, data_dir: str) -> None:
+    """Raises ValueError if data have other features, vocabularies or tasks than a run was trained with."""
     current = json.loads(json.dumps(dataclasses.asdict(manifest)))
     different = [name for name in _DESCRIBING_FIELDS if current[name] != saved[name]]
     if different:

@@ -101,10 +101,6 @@ class Artefact:
         """Reads a JSON file of the version."""
         return read_json(self.path(name))
 
-    def blob_paths(self, table: str) -> list[pathlib.Path]:
-        """Returns the paths of a table's parts, in the order of its rows."""
-        return [self.root / BLOBS / name for name in self.description.tables[table]["blobs"]]
-
     def sums(self) -> dict[pathlib.Path, FileSum]:
         """Maps every file of the version, blobs included, to what it must be."""
         files = {

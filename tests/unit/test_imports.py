@@ -19,6 +19,7 @@ ROOMS = (
         "fit",
         "predict",
         "serve",
+        "export",
         "evaluate",
         "launcher",
         "run_description",

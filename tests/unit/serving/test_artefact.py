@@ -42,12 +42,17 @@ def root(tmp_path):
     return tmp_path / "ctr"
 
 
+def _blob(found: artefact.Artefact) -> pathlib.Path:
+    (name,) = found.description.tables["item"]["blobs"]
+    return found.root / "blobs" / name
+
+
 def test_a_version_is_read_as_written(root):
     found = open_version(root)
     found.check_hashes()
     assert found.read_json("model.json") == {"note": "first"}
     assert found.manifest == MANIFEST
-    assert [path.read_bytes() for path in found.blob_paths("item")] == [b"frozen" * 400]
+    assert _blob(found).read_bytes() == b"frozen" * 400
     assert open_version(found.folder).description == found.description
     with pytest.raises(ArtefactError, match=r"has no tower\.safetensors"):
         found.path("tower.safetensors")
@@ -101,7 +106,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_of_a_file_is_named(root, what, damage):
     found = open_version(root)
-    path = found.blob_paths("item")[0] if what == "blob" else found.folder / what
+    path = _blob(found) if what == "blob" else found.folder / what
     break_it, message = DAMAGES[damage]
     break_it(path)
     with pytest.raises(ArtefactError, match=message) as error:

@@ -1,0 +1,94 @@
+"""ENTRY: makes an artefact of a finetuned run: all that serving needs, as an immutable version (docs/serving.md).
+
+    python -m gpsd_dist.export --checkpoint runs/mine/st_sf --data data/mine --out artefacts/ctr
+    python -m gpsd_dist.export verify artefacts/ctr              # reads every file, replays the examples
+    python -m gpsd_dist.export use artefacts/ctr VERSION         # back to an older version
+
+`verify` ends with status 1 if the artefact is damaged, or scores its examples otherwise than when it was exported; it
+needs no TorchRec. An export that is refused (worse, or less exact than allowed) or has a mistake ends with status 2.
+"""
+
+import argparse
+import logging
+import sys
+
+from gpsd_dist.serving.artefact import ENGINES, ArtefactError, make_current
+from gpsd_dist.serving.examples import replay
+from gpsd_dist.serving.scorer import load
+from gpsd_dist.serving.tables import DTYPES
+
+
+def main(argv: list[str]) -> int:
+    """Returns 0, 1 for a damaged artefact, or 2 for a mistake or a refusal."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    try:
+        if argv[:1] == ["verify"]:
+            return _verify(argv[1:])
+        return _use(argv[1:]) if argv[:1] == ["use"] else _export(argv)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _verify(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.export verify", allow_abbrev=False)
+    parser.add_argument("artefact", help="folder of the artefact (its current version), or of a version")
+    args = parser.parse_args(argv)
+    try:
+        scorer = load(args.artefact, verify=False)
+        scorer.artefact.check_hashes()
+        difference = replay(scorer)
+    except ArtefactError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    sums = scorer.artefact.sums()
+    num_bytes = sum(entry.num_bytes for entry in sums.values())
+    examples = f"examples differ by {difference:.2g}, at most {scorer.artefact.description.tolerance:g} is allowed"
+    print(f"{scorer.version}: {len(sums)} files, {num_bytes:,} bytes, all as written; {examples}")
+    return 0
+
+
+def _use(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.export use", allow_abbrev=False)
+    parser.add_argument("artefact", help="folder of the artefact")
+    parser.add_argument("version", help="name of a folder in its versions/")
+    args = parser.parse_args(argv)
+    make_current(args.artefact, args.version)
+    print(f"{args.artefact} is now {args.version}")
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    # They need TorchRec, which `verify` must not.
+    from gpsd_dist.export.exporter import export, read_source
+    from gpsd_dist.export.source import Options
+
+    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.export", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--checkpoint", required=True, help="folder of a finetuned run, or one checkpoint in it")
+    parser.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run folder")
+    parser.add_argument("--data", required=True, help="prepared data: vocabularies, items, train and valid")
+    parser.add_argument("--out", required=True, help="folder of the artefact; versions are added to it")
+    parser.add_argument("--table_dtype", choices=DTYPES, default="fp32", help="of looked-up tables (default fp32)")
+    parser.add_argument("--engine", choices=ENGINES, default="eager", help="what computes the model (default eager)")
+    limit = Options.max_candidates
+    parser.add_argument("--max_candidates", type=int, default=limit, help=f"of a request (default {limit})")
+    loss_help = "export fp16 or int8 tables even if they change the AUC on valid by more than 1e-4 or 5e-4"
+    parser.add_argument("--accept_loss", action="store_true", help=loss_help)
+    replaces_help = "refuse a version that is worse than the current one on the newest day with labels in --data"
+    parser.add_argument("--replaces", choices=("current",), help=replaces_help)
+    parser.add_argument("--accept_worse", action="store_true", help="measure, but export it even if it is worse")
+    args = parser.parse_args(argv)
+    if args.max_candidates < 1:
+        parser.error(f"--max_candidates {args.max_candidates} must be at least 1")
+    if args.accept_worse and not args.replaces:
+        parser.error("--accept_worse goes with --replaces current")
+    options = Options(
+        args.table_dtype, args.engine, args.max_candidates, args.accept_loss, bool(args.replaces), args.accept_worse
+    )
+    export(read_source(args.checkpoint, args.data, args.which), args.out, options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

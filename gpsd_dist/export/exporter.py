@@ -1,0 +1,111 @@
+"""Writes a version of an artefact from a checkpoint of a finetuned run and the data that it was trained on."""
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import os
+import pathlib
+import typing
+
+from safetensors.torch import save_file
+
+from gpsd_dist.checkpoint import integrity, manager
+from gpsd_dist.checkpoint.files import Reader
+from gpsd_dist.checkpoint.state import read_run
+from gpsd_dist.config import run_config_from_dict
+from gpsd_dist.data.run_manifest import read_run_manifest
+from gpsd_dist.evaluate import check_same_schema
+from gpsd_dist.export import gates, weights
+from gpsd_dist.export.raw_requests import examples
+from gpsd_dist.export.source import Options, Source
+from gpsd_dist.export.vocabularies import write_vocabularies
+from gpsd_dist.serving.artefact import VERSIONS, drafting, make_current
+from gpsd_dist.serving.examples import EXPECTED_NAME, REQUESTS_NAME, tensors_of
+from gpsd_dist.serving.requests import Limits
+from gpsd_dist.serving.scorer import Scorer
+from gpsd_dist.stages.registry import find
+
+log = logging.getLogger(__name__)
+TOLERANCE = 1e-5
+DEFAULT = Options()
+_PACKAGES = ("torch", "numpy", "pyarrow", "safetensors")
+_NO_DATA = {"splits": (), "sources": (), "skipped": {}, "command": ""}
+_READ_BY_SERVING = ("split_rule",)
+"""Options of the build of the data that say how requests are read."""
+
+
+def read_source(checkpoint: str | os.PathLike[str], data_dir: str, which: str = "best") -> Source:
+    """Verifies a checkpoint and reads its options. ValueError if it is damaged, scores nothing, or has other data."""
+    folder = manager.find(checkpoint, which)
+    integrity.check(folder)
+    state = read_run(folder)
+    run = run_config_from_dict(state.run_config)
+    if not find(run.stage).with_candidates:
+        raise ValueError(f"{folder} is of stage {run.stage!r}, which scores no candidates; export a finetuned run")
+    run = dataclasses.replace(run, data_dir=data_dir)
+    manifest = read_run_manifest(run)
+    check_same_schema(manifest, state.manifest, folder, data_dir)
+    return Source(folder, state, run, manifest)
+
+
+def export(source: Source, out: str | os.PathLike[str], options: Options = DEFAULT) -> str:
+    """Writes a version and makes it current; returns its name.
+
+    ValueError if it loses more than allowed or is worse than the current one. OSError if another export is under way.
+    """
+    run, manifest, data_dir = source.run, source.manifest, pathlib.Path(source.run.data_dir)
+    reader = Reader(source.checkpoint)
+    with drafting(out) as draft:
+        weights.write_dense(draft, reader, run, manifest)
+        write_vocabularies(draft, data_dir, manifest, reader)
+        tables = weights.write_tables(draft, reader, run, manifest, options.table_dtype)
+        facts = _facts(source, options, tables)
+        scorer = Scorer(draft.preview(**facts))
+        gates.check_loss(source, scorer, draft, options)
+        if options.replaces_current:
+            gates.check_replaces(source, scorer, out, options)
+        requests = examples(data_dir, manifest, run.data.max_history_length, options.max_candidates)
+        tokens = scorer.reader(scorer.reader.from_json(requests))
+        save_file(tensors_of(tokens, scorer.score_tokens(tokens)), draft.folder / EXPECTED_NAME)
+        draft.write_json(REQUESTS_NAME, {"requests": requests})
+        version = draft.commit(**facts)
+        added = draft.new_blob_bytes
+    make_current(out, version)
+    log.info("%s/%s/%s, %s bytes of tables added", out, VERSIONS, version, f"{added:,}")
+    return version
+
+
+def _facts(source: Source, options: Options, tables: dict[str, dict[str, typing.Any]]) -> dict[str, typing.Any]:
+    run, manifest = source.run, source.manifest
+    served = dataclasses.replace(
+        manifest,
+        max_history_length=min(run.data.max_history_length, manifest.max_history_length),
+        options={name: value for name, value in manifest.options.items() if name in _READ_BY_SERVING},
+        **_NO_DATA,
+    )
+    facts = {
+        "source": _provenance(source),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "manifest": dataclasses.asdict(served),
+        "engine": options.engine,
+        "tolerance": TOLERANCE,
+        "limits": dataclasses.asdict(Limits(max_candidates=options.max_candidates)),
+        "tables": tables,
+    }
+    return json.loads(json.dumps(facts))
+
+
+def _provenance(source: Source) -> dict[str, typing.Any]:
+    """Says what a version was made of. Commit and versions of the training are there if its run folder is."""
+    folder = pathlib.Path(str(source.checkpoint))
+    described = folder.parents[1] / "environment.json"
+    training = json.loads(described.read_text()) if described.is_file() else {}
+    return {
+        "checkpoint": str(source.checkpoint),
+        "step": source.state.step,
+        "metrics": source.state.metrics,
+        "run": {"stage": source.run.stage, "strategy": source.run.strategy, "seed": source.run.seed},
+        "data": {"folder": source.run.data_dir, "source": source.manifest.source},
+        "training": {key: training.get(key) for key in ("commit", "versions", "device", "world_size")},
+    }

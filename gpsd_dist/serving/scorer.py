@@ -1,0 +1,195 @@
+"""Scores requests with a version of an artefact: raw ids in, logits and probabilities out, in one process.
+
+    from gpsd_dist.serving import load
+
+    scorer = load("artefacts/ctr")
+    [answer] = scorer.score([{"request_time_s": 1399161600, "history.item": ["8001"], "history.time_s": [1399100000],
+                              "candidate.item": ["17", "4"]}])
+    answer.tasks["click"]["probability"]           # one per candidate
+
+It runs the trained `RankingModel` itself, on a batch made here, so that what is served is what was evaluated. Needs
+neither torchrec nor a process group.
+
+Shape letters: B requests, C candidates.
+"""
+
+import collections.abc
+import dataclasses
+import os
+import pathlib
+import typing
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from gpsd_dist.config import ModelConfig, TablesConfig
+from gpsd_dist.model.gpsd import RankingModel
+from gpsd_dist.schema import Manifest
+from gpsd_dist.serving.artefact import BLOBS, Artefact, ArtefactError, open_version
+from gpsd_dist.serving.batches import pack
+from gpsd_dist.serving.examples import replay
+from gpsd_dist.serving.items import Items
+from gpsd_dist.serving.requests import Limits, RequestReader
+from gpsd_dist.serving.tables import MappedTable, read_tensors
+from gpsd_dist.serving.tokens import Tokens
+from gpsd_dist.serving.vocabulary import Vocabulary
+
+MODEL_NAME, TOWER_NAME, ITEMS_NAME = "model.json", "tower.safetensors", "items.safetensors"
+_REQUESTS_AT_ONCE = 64  # untuned: bounds the memory of `score`
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What is known about one request."""
+
+    version: str
+    tasks: dict[str, dict[str, list[float]]]
+    """Task -> "logit" and "probability", one per candidate in the order of the request. A conditional task (conversion
+    given click) also has "product": its probability times that of what it is given."""
+    unknown_ids: int
+    """Values of history, candidates and context that read the unknown row of their table."""
+    dropped_events: int
+    """Events at or after the time of the request, which the model must not see."""
+
+
+class Scorer:
+    """One version, loaded. Immutable; `score_tokens` may run in several threads."""
+
+    def __init__(self, artefact: Artefact):
+        self.artefact = artefact
+        self.version, self.manifest = artefact.version, artefact.manifest
+        self.metadata = dataclasses.asdict(artefact.description)
+        self.vocabularies = _vocabularies(artefact)
+        self.reader = _reader(artefact, self.vocabularies)
+        self.limits = self.reader.limits
+        options = artefact.read_json(MODEL_NAME)
+        self.model = _model(artefact, options)
+        self.tasks = tuple(task for task in self.manifest.tasks if task.name in options["tasks"])
+        self.tables = map_tables(artefact.root, artefact.description.tables)
+
+    def score(self, requests: collections.abc.Sequence[dict[str, typing.Any]] | pa.Table) -> list[Answer]:
+        """Scores raw requests, as decoded JSON or as an Arrow table of the same columns (`serving.requests`).
+
+        RequestError names the request and column that is wrong.
+        """
+        table = requests if isinstance(requests, pa.Table) else self.reader.from_json(requests)
+        answers: list[Answer] = []
+        for start in range(0, len(table), _REQUESTS_AT_ONCE):
+            tokens = self.reader(table.slice(start, _REQUESTS_AT_ONCE))
+            answers += self.answers(tokens, self.score_tokens(tokens))
+        return answers
+
+    def score_tokens(self, tokens: Tokens) -> dict[str, np.ndarray]:
+        """Computes task -> logits float32 [C] in the caller's order, in one pass over all requests."""
+        packed = pack(tokens, self.manifest, self.tables)
+        results = {task.name: np.empty(len(packed.candidate_C), np.float32) for task in self.tasks}
+        if len(packed.candidate_C):
+            with torch.inference_mode():
+                logits = self.model(packed.embeddings, packed.batch)
+            for name, result in results.items():
+                result[packed.candidate_C] = logits[name].numpy()
+        return results
+
+    def answers(self, tokens: Tokens, logits: collections.abc.Mapping[str, np.ndarray]) -> list[Answer]:
+        """Words the logits of `score_tokens`, one answer per request."""
+        probabilities = {name: 1 / (1 + np.exp(-logit_C.astype(np.float64))) for name, logit_C in logits.items()}
+        columns: dict[str, dict[str, np.ndarray]] = {}
+        for task in self.tasks:
+            columns[task.name] = {"logit": logits[task.name], "probability": probabilities[task.name]}
+            if task.given in probabilities:
+                columns[task.name]["product"] = _product(self.manifest, task.name, probabilities)
+        facts = zip(tokens.candidate_count_B, tokens.unknown_ids_B, tokens.dropped_events_B, strict=True)
+        stops = np.cumsum(tokens.candidate_count_B)
+        return [
+            Answer(
+                self.version,
+                {
+                    task: {kind: value_C[stop - count : stop].tolist() for kind, value_C in kinds.items()}
+                    for task, kinds in columns.items()
+                },
+                int(unknown),
+                int(dropped),
+            )
+            for stop, (count, unknown, dropped) in zip(stops, facts, strict=True)
+        ]
+
+
+def load(path: str | os.PathLike[str], *, verify: bool = True, threads: int | None = None) -> Scorer:
+    """Loads the current version of an artefact, or the version whose folder is given.
+
+    `verify`: compare the hash of every file, and replay the examples. `threads`: of torch, for this whole process.
+    ArtefactError says what is damaged, missing or different.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    artefact = open_version(path)
+    if verify:
+        artefact.check_hashes()
+    scorer = Scorer(artefact)
+    if verify:
+        replay(scorer)
+    return scorer
+
+
+def index_name(table: str) -> str:
+    """Names the file with the ids of a table in a version."""
+    return f"vocab/{table}.index.safetensors"
+
+
+def _product(manifest: Manifest, task: str, probabilities: dict[str, np.ndarray]) -> np.ndarray:
+    """Multiplies the probability of a task by that of what it is given, and of what that is given."""
+    given = next(entry.given for entry in manifest.tasks if entry.name == task)
+    own = probabilities[task]
+    return own if given not in probabilities else own * _product(manifest, given, probabilities)
+
+
+def map_tables(
+    root: pathlib.Path, entries: collections.abc.Mapping[str, dict[str, typing.Any]]
+) -> dict[str, MappedTable]:
+    """Maps the tables of a description, whose parts are blobs below `root`."""
+    return {
+        name: MappedTable(
+            name, [root / BLOBS / part for part in entry["blobs"]], entry["dtype"], entry["num_rows"], entry["width"]
+        )
+        for name, entry in entries.items()
+    }
+
+
+def _vocabularies(artefact: Artefact) -> dict[str, Vocabulary]:
+    """Opens the index of every table; hashed ones need none."""
+    manifest = artefact.manifest
+    names = [table.name for table in manifest.tables if manifest.unbounded.get(table.name) != "hashed"]
+    try:
+        return {name: Vocabulary.open(artefact.path(index_name(name))) for name in names}
+    except ArtefactError:
+        raise
+    except ValueError as error:
+        raise ArtefactError(str(error)) from error
+
+
+def _reader(artefact: Artefact, vocabularies: dict[str, Vocabulary]) -> RequestReader:
+    try:
+        limits = Limits(**artefact.description.limits)
+        return RequestReader(artefact.manifest, vocabularies, Items.open(artefact.path(ITEMS_NAME)), limits)
+    except (TypeError, ValueError) as error:
+        raise ArtefactError(f"{artefact.folder} cannot read requests: {error}") from error
+
+
+def _model(artefact: Artefact, options: dict[str, typing.Any]) -> RankingModel:
+    """Builds the dense model on its mapped weights. ArtefactError if the options describe another one."""
+    place = artefact.folder / MODEL_NAME
+    weights = read_tensors(artefact.path(TOWER_NAME))
+    try:
+        model, tables = ModelConfig(**options["model"]), TablesConfig(**options["tables"])
+        if model.layers > len(weights):
+            raise ValueError(f"{model.layers} layers, for {len(weights)} tensors")
+        tasks = tuple(task.name for task in artefact.manifest.tasks if task.name in options["tasks"])
+        looked_up = tuple(table for table in artefact.manifest.tables if table.name in artefact.description.tables)
+        # On "meta", options that describe a huge model take no memory before the sizes are compared.
+        with torch.device("meta"):
+            built = RankingModel(artefact.manifest, tables, model, looked_up, tasks)
+        built.load_state_dict(weights, strict=True, assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ArtefactError(f"{place} does not fit {TOWER_NAME}: {type(error).__name__}: {error}") from error
+    return built.eval().requires_grad_(False)

@@ -1,0 +1,174 @@
+"""Exported models score as `evaluate` does: every tower, every kind of feature and id, several tasks, frozen tables."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from gpsd_dist.assembly import assemble
+from gpsd_dist.checkpoint.loading import load_tensors
+from gpsd_dist.config import FinetuneConfig
+from gpsd_dist.config.ids import IdsConfig
+from gpsd_dist.config.model import MODELS
+from gpsd_dist.data.loaders import evaluation_loader
+from gpsd_dist.export.exporter import export, read_source
+from gpsd_dist.export.gates import managed
+from gpsd_dist.export.parquet_tokens import read_split
+from gpsd_dist.export.raw_requests import RawRequests
+from gpsd_dist.serving.artefact import open_version
+from gpsd_dist.serving.batches import taken
+from gpsd_dist.serving.scorer import load
+from tests.helpers import synthetic
+from tests.helpers.commands import environment
+from tests.integration.tiny_data import tiny_run, train_runs, write_tiny_data
+from tests.integration.unbounded_data import write_unbounded_data
+
+pytestmark = pytest.mark.timeout(420)
+TOLERANCE = 1e-5  # SERVING's goal
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """The tiny data with bags as the pipeline writes them: in order, and the unknown id instead of nothing."""
+    folder, original = tmp_path_factory.mktemp("data"), synthetic._bag
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic, "_bag", lambda *arguments: sorted(original(*arguments)) or [1])
+        write_tiny_data(folder)
+    return folder
+
+
+def evaluated(source, runtime) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """What `evaluate` computes for each batch of `valid`: task -> logits [C], and the order of its rows."""
+    components = assemble(source.run, source.manifest, runtime)
+    load_tensors(source.checkpoint, components.weights())
+    components.model.eval()
+    found = []
+    for (batch,) in evaluation_loader(source.run, source.manifest, components.lookup_names, "valid", runtime):
+        (batch,) = components.ids.assign((batch,))
+        with torch.no_grad():
+            found.append((components.model(components.tables(batch.lookup), batch), batch.source_row_B))
+    return found
+
+
+def largest_difference(source, artefact, runtime, rows=None) -> float:
+    """Of all logits of `valid`, in batches of four requests, and with each request alone."""
+    scorer, differences = load(artefact, verify=True), []
+    tokens = read_split(source.run, source.manifest, "valid", rows or {}, rows_at_once=4)
+    for (expected, _), labelled in zip(evaluated(source, runtime), tokens, strict=True):
+        together = scorer.score_tokens(labelled.tokens)
+        alone = [scorer.score_tokens(taken(labelled.tokens, np.array([i]))) for i in range(len(labelled.tokens))]
+        for task, logits in expected.items():
+            differences.append(np.abs(together[task] - logits.numpy()).max(initial=0))
+            joined = np.concatenate([part[task] for part in alone])
+            differences.append(np.abs(joined - logits.numpy()).max(initial=0))
+    assert len(differences) == 2 * 2 * 6  # tasks, ways, batches
+    return float(max(differences))
+
+
+def raw_difference(source, artefact, runtime) -> float:
+    """Of all logits of `valid` where rows are turned into raw requests, as JSON, and those are scored."""
+    scorer, differences = load(artefact), []
+    rows = pq.read_table(pathlib.Path(source.run.data_dir) / "valid/part-00000.parquet")
+    requests = RawRequests(pathlib.Path(source.run.data_dir), source.manifest)(rows).to_pylist()
+    answers = scorer.score(json.loads(json.dumps(requests)))
+    first = 0
+    for logits, order in evaluated(source, runtime):
+        for task, logit_C in logits.items():
+            found = np.concatenate([answers[first + i].tasks[task]["logit"] for i in order])
+            differences.append(np.abs(found - logit_C.numpy()).max(initial=0))
+        first += len(order)
+    assert first == len(requests)
+    return float(max(differences))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_tower_scores_as_evaluated(name, data_dir, tmp_path, one_rank):
+    run = tiny_run("finetune", data_dir, tmp_path / "run", model={"name": name}, train={"max_steps": 4})
+    train_runs(0, 1, [run])
+    source = read_source(tmp_path / "run", str(data_dir))
+    export(source, tmp_path / "artefact")
+    assert largest_difference(source, tmp_path / "artefact", one_rank) <= TOLERANCE
+    assert raw_difference(source, tmp_path / "artefact", one_rank) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["managed", "hashed"])
+def test_tables_without_a_vocabulary_are_scored_alike(kind, tmp_path, one_rank):
+    tables = {"item": (kind, 32), "tag": (kind, 14 if kind == "managed" else 25)}
+    write_unbounded_data(tmp_path / "data", tables)
+    ids = IdsConfig(admission_threshold=2, eviction="lfu")
+    train_runs(0, 1, [tiny_run("finetune", tmp_path / "data", tmp_path / "run", ids=ids, train={"max_steps": 6})])
+    source = read_source(tmp_path / "run", str(tmp_path / "data"))
+    export(source, tmp_path / "artefact")
+    rows = managed(load(tmp_path / "artefact"))
+    assert set(rows) == (set(tables) if kind == "managed" else set())
+    assert largest_difference(source, tmp_path / "artefact", one_rank, rows) <= TOLERANCE
+
+
+@pytest.mark.parametrize("frozen_dtype", ["fp32", "fp16"])
+def test_a_frozen_table_is_stored_once_and_esmm_gives_products(frozen_dtype, data_dir, tmp_path, one_rank):
+    pretrained = tiny_run("pretrain", data_dir, tmp_path / "pretrain", train={"max_steps": 4})
+    runs = [
+        tiny_run("finetune", data_dir, tmp_path / f"run{seed}", "ST_SF", tmp_path / "pretrain", seed=seed,
+                 finetune=FinetuneConfig(esmm=True), tables={"frozen_dtype": frozen_dtype}, train={"max_steps": 3})
+        for seed in (0, 1)
+    ]  # fmt: skip
+    train_runs(0, 1, [pretrained, *runs])
+    sources = [read_source(run.output_dir, str(data_dir)) for run in runs]
+    versions = [export(source, tmp_path / "artefact") for source in sources]
+    first, second = (load(tmp_path / "artefact/versions" / version) for version in versions)
+    assert first.tables["item"].dtype == frozen_dtype
+    entries = [scorer.metadata["tables"]["item"]["blobs"] for scorer in (first, second)]
+    assert entries[0] == entries[1] and len(entries[0]) == 1
+    assert len(list((tmp_path / "artefact/blobs").iterdir())) == 3  # the frozen table, and two of tags
+    assert largest_difference(sources[1], tmp_path / "artefact", one_rank) <= TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory, data_dir, one_rank):
+    folder = tmp_path_factory.mktemp("finetuned")
+    train_runs(0, 1, [tiny_run("finetune", data_dir, folder / f"s{seed}", seed=seed) for seed in (0, 1)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artefact(finetuned, data_dir):
+    export(read_source(finetuned / "s0", str(data_dir)), finetuned / "artefact")
+    return finetuned / "artefact"
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+    made = [sys.executable, "-W", "ignore", "-m", "gpsd_dist.export", *map(str, arguments)]
+    return subprocess.run(made, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_exports_verifies_and_finds_damage(finetuned, data_dir, tmp_path):
+    out = tmp_path / "ctr"
+    made = command("--checkpoint", finetuned / "s0", "--data", data_dir, "--out", out)
+    assert made.returncode == 0, made.stderr
+    checked = command("verify", out)
+    assert checked.returncode == 0 and "all as written; examples differ by" in checked.stdout, checked.stderr
+    code = (
+        "import sys; from gpsd_dist.export.__main__ import main; main(sys.argv[1:]); print('torchrec' in sys.modules)"
+    )
+    program = [sys.executable, "-c", code, "verify", out]
+    whole = subprocess.run(program, env=environment(), capture_output=True, text=True, timeout=120)
+    assert whole.stdout.splitlines()[-1] == "False", whole.stderr
+    path = open_version(out).folder / "tower.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 64
+    path.write_bytes(content)
+    damaged = command("verify", out)
+    assert damaged.returncode == 1 and "tower.safetensors is not what was written" in damaged.stderr
+    mistake = command("--checkpoint", tmp_path, "--data", data_dir, "--out", out)
+    assert mistake.returncode == 2 and "neither a run folder" in mistake.stderr
+
+
+def test_the_model_of_pretraining_is_refused(data_dir, tmp_path, one_rank):
+    train_runs(0, 1, [tiny_run("pretrain", data_dir, tmp_path / "run", train={"max_steps": 1})])
+    with pytest.raises(ValueError, match="stage 'pretrain', which scores no candidates"):
+        read_source(tmp_path / "run", str(data_dir))
