@@ -2,12 +2,14 @@
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
 import pathlib
 import typing
 
+import numpy as np
 from safetensors.torch import save_file
 
 from gpsd_dist.checkpoint import integrity, manager
@@ -17,18 +19,23 @@ from gpsd_dist.config import run_config_from_dict
 from gpsd_dist.data.run_manifest import read_run_manifest
 from gpsd_dist.evaluate import check_same_schema
 from gpsd_dist.export import gates, weights
+from gpsd_dist.export.parquet_tokens import read_split
 from gpsd_dist.export.raw_requests import examples
 from gpsd_dist.export.source import Options, Source
 from gpsd_dist.export.vocabularies import write_vocabularies
+from gpsd_dist.serving import drift
 from gpsd_dist.serving.artefact import VERSIONS, drafting, make_current
+from gpsd_dist.serving.drift import STATISTICS_NAME
 from gpsd_dist.serving.examples import EXPECTED_NAME, REQUESTS_NAME, tensors_of
 from gpsd_dist.serving.requests import Limits
 from gpsd_dist.serving.scorer import Scorer
+from gpsd_dist.serving.tokens import Tokens
 from gpsd_dist.stages.registry import find
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-5
 DEFAULT = Options()
+_STATISTICS_BATCHES = 8  # of 256 requests
 _PACKAGES = ("torch", "numpy", "pyarrow", "safetensors")
 _NO_DATA = {"splits": (), "sources": (), "skipped": {}, "command": ""}
 _READ_BY_SERVING = ("split_rule",)
@@ -61,7 +68,9 @@ def export(source: Source, out: str | os.PathLike[str], options: Options = DEFAU
         write_vocabularies(draft, data_dir, manifest, reader)
         tables = weights.write_tables(draft, reader, run, manifest, options.table_dtype)
         facts = _facts(source, options, tables)
+        draft.write_json(STATISTICS_NAME, {})  # until there is a scorer to measure with
         scorer = Scorer(draft.preview(**facts))
+        draft.write_json(STATISTICS_NAME, _statistics(source, scorer))
         gates.check_loss(source, scorer, draft, options)
         if options.replaces_current:
             gates.check_replaces(source, scorer, out, options)
@@ -94,6 +103,22 @@ def _facts(source: Source, options: Options, tables: dict[str, dict[str, typing.
         "tables": tables,
     }
     return json.loads(json.dumps(facts))
+
+
+def _statistics(source: Source, scorer: Scorer) -> dict[str, typing.Any]:
+    """Measures a sample of the training split."""
+    rows = read_split(source.run, source.manifest, "train", gates.managed(scorer), shuffle=True)
+    tokens = Tokens.concat([part.tokens for part in itertools.islice(rows, _STATISTICS_BATCHES)])
+    lists = {"history_length": tokens.history_length_B, "candidates": tokens.candidate_count_B}
+    for feature in (f for f in source.manifest.features if f.table is None):
+        lists[f"standardised {feature.name}"] = np.concatenate(
+            [tokens.columns[p][feature.name] for p in feature.places]
+        )
+    return {
+        "requests": len(tokens),
+        "means": drift.means(source.manifest, tokens, scorer.score_tokens(tokens)),
+        "quantiles": {name: drift.quantiles(values) for name, values in lists.items()},
+    }
 
 
 def _provenance(source: Source) -> dict[str, typing.Any]:

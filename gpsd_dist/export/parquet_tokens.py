@@ -58,9 +58,15 @@ class TokenReader(Collate):
 
 
 def read_split(
-    run: RunConfig, manifest: Manifest, split: str, managed: Rows, *, rows_at_once: int = 256
+    run: RunConfig,
+    manifest: Manifest,
+    split: str,
+    managed: Rows,
+    *,
+    rows_at_once: int = 256,
+    shuffle: bool = False,
 ) -> collections.abc.Iterator[Labelled]:
-    """Reads a split in file order."""
+    """Reads a split, in file order unless it is to be sampled."""
     reader = TokenReader(manifest, (), run.data.max_history_length, with_candidates=True)
 
     def make(rows: pa.Table, key: BatchKey) -> Labelled:
@@ -73,5 +79,5 @@ def read_split(
         make_batch=make,
         columns=reader.columns(),
         global_batch_rows=rows_at_once,
-        shuffle=False,
+        shuffle=shuffle,
     )

@@ -280,7 +280,8 @@ class Draft:
         """Bytes of tables that were not there before."""
 
     def write_json(self, name: str, content: typing.Any) -> None:
-        """Writes a JSON file; NaN and infinities become null."""
+        """Writes a JSON file, or writes it anew; NaN and infinities become null."""
+        (self.folder / name).unlink(missing_ok=True)
         _write(self.folder / name, _encoded(content))
 
     def add_blob(self, write: collections.abc.Callable[[pathlib.Path], None]) -> str:

@@ -26,8 +26,10 @@ import torch
 from gpsd_dist.config import ModelConfig, TablesConfig
 from gpsd_dist.model.gpsd import RankingModel
 from gpsd_dist.schema import Manifest
+from gpsd_dist.serving.answer import Answer as Answer
 from gpsd_dist.serving.artefact import BLOBS, Artefact, ArtefactError, open_version
 from gpsd_dist.serving.batches import pack
+from gpsd_dist.serving.drift import STATISTICS_NAME, reference
 from gpsd_dist.serving.examples import replay
 from gpsd_dist.serving.items import Items
 from gpsd_dist.serving.requests import Limits, RequestReader
@@ -39,20 +41,6 @@ MODEL_NAME, TOWER_NAME, ITEMS_NAME = "model.json", "tower.safetensors", "items.s
 _REQUESTS_AT_ONCE = 64  # untuned: bounds the memory of `score`
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What is known about one request."""
-
-    version: str
-    tasks: dict[str, dict[str, list[float]]]
-    """Task -> "logit" and "probability", one per candidate in the order of the request. A conditional task (conversion
-    given click) also has "product": its probability times that of what it is given."""
-    unknown_ids: int
-    """Values of history, candidates and context that read the unknown row of their table."""
-    dropped_events: int
-    """Events at or after the time of the request, which the model must not see."""
-
-
 class Scorer:
     """One version, loaded. Immutable; `score_tokens` may run in several threads."""
 
@@ -60,6 +48,8 @@ class Scorer:
         self.artefact = artefact
         self.version, self.manifest = artefact.version, artefact.manifest
         self.metadata = dataclasses.asdict(artefact.description)
+        self.reference = reference(artefact.read_json(STATISTICS_NAME))
+        """Means of the training split, by the names of `drift.means`."""
         self.vocabularies = _vocabularies(artefact)
         self.reader = _reader(artefact, self.vocabularies)
         self.limits = self.reader.limits

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -16,12 +17,15 @@ from gpsd_dist.config import FinetuneConfig
 from gpsd_dist.config.ids import IdsConfig
 from gpsd_dist.config.model import MODELS
 from gpsd_dist.data.loaders import evaluation_loader
+from gpsd_dist.export import gates
 from gpsd_dist.export.exporter import export, read_source
 from gpsd_dist.export.gates import managed
 from gpsd_dist.export.parquet_tokens import read_split
-from gpsd_dist.export.raw_requests import RawRequests
-from gpsd_dist.serving.artefact import open_version
+from gpsd_dist.export.raw_requests import RawRequests, read_requests
+from gpsd_dist.export.source import Options
+from gpsd_dist.serving.artefact import ArtefactError, open_version
 from gpsd_dist.serving.batches import taken
+from gpsd_dist.serving.examples import replay
 from gpsd_dist.serving.scorer import load
 from tests.helpers import synthetic
 from tests.helpers.commands import environment
@@ -172,3 +176,92 @@ def test_the_model_of_pretraining_is_refused(data_dir, tmp_path, one_rank):
     train_runs(0, 1, [tiny_run("pretrain", data_dir, tmp_path / "run", train={"max_steps": 1})])
     with pytest.raises(ValueError, match="stage 'pretrain', which scores no candidates"):
         read_source(tmp_path / "run", str(data_dir))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_smaller_tables_are_measured_and_refused_where_they_lose(finetuned, data_dir, tmp_path, monkeypatch, dtype):
+    source = read_source(finetuned / "s0", str(data_dir))
+    monkeypatch.setattr(gates, "MAX_LOSS", {"fp16": 1.0, "int8": 1.0})
+    export(source, tmp_path / "ctr", Options(dtype))
+    scorer, exact = load(tmp_path / "ctr"), load_exact(source, tmp_path)
+    assert {table.dtype for table in scorer.tables.values()} == {dtype}
+    assert len(list((tmp_path / "ctr/blobs").iterdir())) == 2  # those of the comparison are gone
+    tokens = next(read_split(source.run, source.manifest, "valid", {})).tokens
+    difference = np.abs(scorer.score_tokens(tokens)["click"] - exact.score_tokens(tokens)["click"]).max()
+    assert 0 < difference < 0.02
+    monkeypatch.setattr(gates, "MAX_LOSS", {"fp16": -1.0, "int8": -1.0})
+    with pytest.raises(ValueError, match=rf"{dtype} tables change the AUC on valid .*--accept_loss"):
+        export(source, tmp_path / "refused", Options(dtype))
+    assert not list((tmp_path / "refused/versions").iterdir())
+    export(source, tmp_path / "refused", Options(dtype, accept_loss=True))
+
+
+def load_exact(source, folder):
+    export(source, folder / "exact")
+    return load(folder / "exact")
+
+
+def test_a_worse_version_does_not_replace_the_current_one(finetuned, data_dir, tmp_path):
+    first, second = (read_source(finetuned / name, str(data_dir)) for name in ("s0", "s1"))
+    export(first, tmp_path / "ctr")
+    current = load(tmp_path / "ctr").version
+    second_folder = tmp_path / "other/versions" / export(second, tmp_path / "other")
+    scorers = load(tmp_path / "ctr"), load(second_folder)
+    rows = list(read_split(first.run, first.manifest, "test", {}))
+    scores = [gates.aucs(scorer, rows)["click"] for scorer in scorers]
+    worse, better = (second, first) if scores[1] < scores[0] else (first, second)
+    assert scores[0] != scores[1]
+    export(better, tmp_path / "ctr", Options(replaces_current=True))
+    with pytest.raises(ValueError, match=r"AUC of click on .*which stays: train anew, or export with --accept_worse"):
+        export(worse, tmp_path / "ctr", Options(replaces_current=True))
+    assert load(tmp_path / "ctr").version != current
+    best = load(tmp_path / "ctr").version
+    export(worse, tmp_path / "ctr", Options(replaces_current=True, accept_worse=True))
+    assert load(tmp_path / "ctr").version != best
+
+
+def test_the_current_version_reads_raw_requests_of_other_data(artefact, finetuned, data_dir):
+    """As when the vocabulary has grown since: by raw ids, not by rows."""
+    source, scorer = read_source(finetuned / "s0", str(data_dir)), load(artefact)
+    parts = [read_split(source.run, source.manifest, "test", {}),
+             read_requests(source.run, source.manifest, "test", scorer.reader)]  # fmt: skip
+    by_rows, by_ids = (gates.aucs(scorer, part) for part in parts)
+    assert by_rows == pytest.approx(by_ids, abs=0) and 0 < by_rows["click"] < 1
+
+
+def test_statistics_are_those_of_train(artefact, data_dir):
+    found = open_version(artefact).read_json("statistics.json")
+    table = pq.read_table(data_dir / "train/part-00000.parquet")
+    lengths = [min(length, 10) for length in table["history_length"].to_pylist()]
+    assert found["requests"] == 46 and found["means"]["history_length"] == pytest.approx(np.mean(lengths))
+    items = [i for name in ("history.item", "candidate.item") for row in table[name].to_pylist() for i in row[-10:]]
+    assert found["means"]["unknown item"] == pytest.approx(np.mean([item == 1 for item in items]))
+    assert found["quantiles"]["history_length"]["1.0"] == max(lengths)
+    assert load(artefact).reference == found["means"]
+    assert 0 < found["means"]["probability click"] < 1
+
+
+def test_products_of_conditional_tasks(artefact):
+    scorer = load(artefact)
+    requests = scorer.artefact.read_json("examples.json")["requests"]
+    assert len(requests) >= 30 and max(len(r["candidate.item"]) for r in requests) == scorer.limits.max_candidates
+    for answer in scorer.score(requests):
+        click, buy = answer.tasks["click"], answer.tasks["buy"]
+        assert "product" not in click
+        assert buy["product"] == pytest.approx(np.multiply(click["probability"], buy["probability"]))
+    unknown = [answer.unknown_ids for answer in scorer.score(requests)]
+    assert max(answer.dropped_events for answer in scorer.score(requests)) == 1 and max(unknown) > 1
+
+
+def test_other_examples_are_not_served(artefact, tmp_path):
+    shutil.copytree(artefact, tmp_path / "ctr")
+    scorer = load(tmp_path / "ctr")
+    with torch.no_grad():
+        weight = scorer.model.heads.mlps["click"][-1].bias
+        scorer.model.heads.mlps["click"][-1].bias = torch.nn.Parameter(weight + 1e-4)
+    with pytest.raises(ArtefactError, match=r"logits of task 'click' that differ by 0\.0001 here"):
+        replay(scorer)
+    scorer = load(tmp_path / "ctr")
+    object.__setattr__(scorer.reader.limits, "max_candidates", 5)
+    with pytest.raises(ArtefactError, match="not read any more: request"):
+        replay(scorer)
