@@ -71,13 +71,13 @@ class RotaryPositions(nn.Module):
             turn = torch.stack((angle.cos(), angle.sin()), dim=-1)
         else:
             turn = torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
-        none = turn.new_tensor((1.0, 0.0)).expand_as(turn)
+        none = torch.stack((torch.ones_like(angle), torch.zeros_like(angle)), dim=-1)
         # Values turn by 1, so that queries, keys and values stay one tensor: no split before, no copy after.
         turn = torch.stack((turn, turn, none), dim=1)[:, :, None]
         # On a CPU one product without broadcasting takes half the time. On a GPU it would read H times the memory.
         if not position_S.is_cuda:
             turn = turn.expand(-1, -1, self.heads, -1, -1).contiguous()
-        return Rotation(turn, turn * turn.new_tensor((1.0, -1.0)))
+        return Rotation(turn, torch.stack((turn[..., 0], -turn[..., 1]), dim=-1))
 
 
 class Rotate(torch.autograd.Function):

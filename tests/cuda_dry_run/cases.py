@@ -1,0 +1,50 @@
+"""Names what is run on fake CUDA tensors: label -> (stage, changes of the tiny run)."""
+
+BF16 = {"train": {"bf16": True}}
+CASES: dict[str, tuple[str, dict]] = {
+    "pretrain": ("pretrain", {}),
+    "pretrain/bf16": ("pretrain", BF16),
+    "pretrain/bf16/dropout": ("pretrain", BF16 | {"model": {"dropout": 0.1}}),
+    "pretrain/bf16/recompute": ("pretrain", BF16 | {"execution": {"activation_checkpointing": True}}),
+    "pretrain/bf16/padded": ("pretrain", BF16 | {"execution": {"token_multiple": 64}}),
+    "pretrain/bf16/position": ("pretrain", BF16 | {"pretrain": {"negatives_per": "position"}}),
+    "pretrain/bf16/request": ("pretrain", BF16 | {"pretrain": {"negatives_per": "request"}}),
+    "pretrain/bf16/projected": ("pretrain", BF16 | {"model": {"width": 32, "heads": 2}}),
+    "finetune": ("finetune", {}),
+    "finetune/bf16": ("finetune", BF16),
+    "finetune/bf16/parts": ("finetune", {"train": {"bf16": True, "micro_batches": 2}}),
+    "finetune/bf16/padded": ("finetune", BF16 | {"execution": {"token_multiple": 64}}),
+    "finetune/bf16/esmm": ("finetune", BF16 | {"finetune": {"esmm": True}}),
+    "finetune/bf16/no_clip": ("finetune", {"train": {"bf16": True, "clip_norm": 0.0}}),
+    "finetune/bf16/hstu_no_time": (
+        "finetune",
+        BF16 | {"model": {"name": "hstu", "max_positions": 11, "time_bias": False}},
+    ),
+    **{
+        f"{stage}{suffix}/{name}": (stage, change | {"model": {"name": name, "max_positions": 11}})
+        for name in ("hstu", "sasrec")
+        for stage in ("pretrain", "finetune")
+        for suffix, change in (("", {}), ("/bf16", BF16))
+    },
+    **{
+        f"finetune{suffix}/{name}": ("finetune", change | {"model": {"name": name}})
+        for name in ("deepfm", "din", "dien", "dmin", "wukong")
+        for suffix, change in (("", {}), ("/bf16", BF16))
+    },
+    **{
+        f"finetune/bf16/{name}/next_behaviour": (
+            "finetune",
+            BF16 | {"model": {"name": name}, "finetune": {"next_behaviour_weight": 0.1}},
+        )
+        for name in ("dien", "dmin")
+    },
+}
+
+PLANTS = ("item", "mask", "copy", "host_tensor")
+"""Faults that the dry run has to find: `dry_run.planted_<name>`."""
+
+
+def is_scored(label: str) -> bool:
+    """Whether the model of a case is scored, too; a batch that is scored has one part."""
+    stage, changes = CASES[label]
+    return stage == "finetune" and "micro_batches" not in changes.get("train", {})

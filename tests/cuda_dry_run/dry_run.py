@@ -1,0 +1,282 @@
+"""Runs training steps and scoring passes on *fake* CUDA tensors, with torch's CPU build: devices, dtypes, host waits.
+
+    python -m tests.cuda_dry_run.dry_run RESULTS.json [case ...]
+
+The step is the product's own `TrainingStep`. Replaced are the tables' rows (TorchRec), launches of Triton kernels,
+cuDNN's GRU and pinning. FakeTensorMode raises for operands on different devices and for what needs a number on the host
+(`.item()`, `bool(tensor)`, `nonzero`, boolean masks); `Watch` adds copies that wait, and counts products by dtype. What
+it cannot see: values, races, NCCL, FBGEMM's kernels.
+"""
+
+# ruff: noqa: E402, I001
+from tests.cuda_dry_run.load_shim import load_shim
+
+load_shim()
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+import tempfile
+import traceback
+import typing
+import unittest.mock
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpsd_dist.assembly import looked_up_tables
+from gpsd_dist.batch.batch import _map_tensors, pinned
+from gpsd_dist.config import RunConfig
+from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.metrics.profiling import StepProfiler
+from gpsd_dist.model.ops import hstu_attention, hstu_triton
+from gpsd_dist.schema import Manifest
+from gpsd_dist.stages.registry import make_stage
+from gpsd_dist.stages.stage import Components
+from gpsd_dist.tables.id_remapping import IdRemapper
+from gpsd_dist.training_step import TrainingStep
+from gpsd_dist.trainer import Trainer
+from tests.cuda_dry_run.cases import BF16, CASES, PLANTS, is_scored
+from tests.integration.tiny_data import tiny_run, write_tiny_data
+
+CUDA = torch.device("cuda", 0)
+_PINNED = "_is_pinned_by_dry_run"
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+_INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
+
+
+class Watch(TorchDispatchMode):
+    """Notes copies that make the host wait and indices left on the host; counts matrix products by dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: set[str] = set()
+        self.products: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func._overloadpacket.__name__
+        if name == "_to_copy":
+            self._copied(args[0], out, kwargs.get("non_blocking", False))
+        elif name == "copy_":
+            self._copied(args[1], args[0], (args[2:] or [kwargs.get("non_blocking", False)])[0])
+        elif name in _INDEXING:
+            if args[0].is_cuda and any(isinstance(i, torch.Tensor) and not i.is_cuda for i in args[1]):
+                self._note("index on the host")
+        elif name in _PRODUCTS and out.is_cuda:
+            dtype = str(out.dtype).removeprefix("torch.")
+            self.products[dtype] = self.products.get(dtype, 0) + 1
+        return out
+
+    def _copied(self, source: torch.Tensor, target: torch.Tensor, non_blocking: bool) -> None:
+        if source.device.type == target.device.type:
+            return
+        if source.is_cuda:
+            self._note(f"device to host, {tuple(source.shape)}")
+        elif not (non_blocking and getattr(source, _PINNED, False)):
+            self._note(f"host to device, {tuple(source.shape)}, " + ("not pinned" if non_blocking else "blocking"))
+
+    def _note(self, what: str) -> None:
+        self.waits.add(f"{what} at {place(traceback.extract_stack())}")
+
+
+def place(stack) -> str:
+    """The last lines of the product on a stack."""
+    frames = [frame for frame in stack if "/gpsd_dist/" in frame.filename or "planted" in frame.name]
+    return " <- ".join(f"{pathlib.Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames[-3:]))
+
+
+class FakeTables:
+    """Rows [U, E] on the device instead of TorchRec's."""
+
+    def __init__(self, width: int, frozen: tuple[str, ...]):
+        self.width, self.frozen = width, frozen
+
+    def __call__(self, lookup) -> dict[str, torch.Tensor]:
+        assert lookup.values().is_cuda, lookup.values().device
+        rows = {}
+        for name, size in zip(lookup.keys(), lookup.length_per_key(), strict=True):
+            row = torch.empty(size, self.width, device=CUDA, requires_grad=name not in self.frozen)
+            rows[name] = row * 1.0 if row.requires_grad else row
+        return rows
+
+    def set_learning_rate(self, lr: float) -> None:
+        """The tables' optimizer is not part of this."""
+
+
+class Launch:
+    """Stands for a Triton kernel: `kernel[grid](...)` checks what a launch would be given."""
+
+    def __init__(self, kernel, launched: set[str]):
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid):
+        assert all(isinstance(n, int) and n > 0 for n in grid) and all(n <= 65535 for n in grid[1:]), grid
+
+        def call(*args, **options):
+            names = [name for name in self.kernel.arg_names if name not in options]
+            assert len(names) == len(args), (names, len(args))
+            for name, value in zip(names, args, strict=True):
+                if isinstance(value, torch.Tensor):
+                    assert value.is_cuda and value.is_contiguous(), (name, value.device)
+            self.launched.add(self.kernel.__name__)
+
+        return call
+
+
+@contextlib.contextmanager
+def on_fake_cuda(launched: set[str]) -> typing.Iterator[None]:
+    """Replaces what would ask a driver, or a number of a tensor."""
+
+    def pin(tensor, *_):
+        copy = tensor.clone()
+        setattr(copy, _PINNED, True)
+        return copy
+
+    def gru(self, packed, *_):
+        # cuDNN reads the number of living sequences per step on the host, where it is; a fake tensor has no numbers.
+        if not isinstance(packed, torch.nn.utils.rnn.PackedSequence):
+            return packed.new_empty(len(packed), self.hidden_size) * sum(p.sum() for p in self.parameters()), None
+        assert not packed.batch_sizes.is_cuda and packed.data.is_cuda
+        gates = packed.data @ self.weight_ih_l0.t() + self.bias_ih_l0 + self.bias_hh_l0
+        out = gates[:, : self.hidden_size]
+        return packed._replace(data=out + (out @ self.weight_hh_l0.t())[:, : self.hidden_size]), None
+
+    patches = [
+        unittest.mock.patch.object(torch.Tensor, "pin_memory", pin),
+        unittest.mock.patch.object(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor),  # asks for a number
+        unittest.mock.patch.object(torch.nn.GRU, "forward", gru),
+        # Autocast switches itself off where there is no CUDA: a dry run of bf16 would be one of float32.
+        unittest.mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
+        unittest.mock.patch("torch.cuda.is_bf16_supported", lambda *_: True),
+        unittest.mock.patch.object(hstu_attention, "_has_triton", lambda: True),
+    ]
+    for name in ("_forward", "_backward_queries", "_backward_keys"):
+        patches.append(unittest.mock.patch.object(hstu_triton, name, Launch(getattr(hstu_triton, name), launched)))
+    with contextlib.ExitStack() as stack:
+        for entry in patches:
+            stack.enter_context(entry)
+        yield
+
+
+@dataclasses.dataclass
+class Result:
+    """What one case showed."""
+
+    error: str = ""
+    waits: list[str] = dataclasses.field(default_factory=list)
+    products: dict[str, int] = dataclasses.field(default_factory=dict)
+    without_gradient: list[str] = dataclasses.field(default_factory=list)
+    launched: list[str] = dataclasses.field(default_factory=list)
+
+
+def dry_run(run: RunConfig, manifest: Manifest, batches: list, frozen=(), plant=None, scores: bool = False) -> Result:
+    """Trains on `batches`, or scores them, on fake CUDA tensors. `plant(stage, batch)` is called before each loss."""
+    runtime, result, launched = Runtime(0, 1, 0, CUDA), Result(), set()
+    sharded = looked_up_tables(run, manifest)
+    # Without a shape_env, an output whose size depends on data raises instead of getting a symbolic size.
+    with FakeTensorMode() as mode, on_fake_cuda(launched):
+        stage = make_stage(run, manifest)
+        with CUDA:  # torch refuses to move a model of fake tensors
+            model = stage.model(sharded)
+        names = tuple(table.name for table in sharded)
+        tables = FakeTables(run.tables.embedding_dim, frozen)
+        components = Components(tables, model, stage, names, IdRemapper(manifest, {}, {}), runtime)
+        if plant is not None:
+            loss_sums = stage.loss_sums
+            stage.loss_sums = lambda model, rows, batch: loss_sums(model, rows, plant(batch))
+        step = TrainingStep(run, components, StepProfiler(run, runtime, model), lambda _: 1.0, lambda: None)
+        parts = [pinned(_map_tensors(batch, mode.from_tensor, {})) for batch in batches]
+        with Watch() as watch, warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*CUDA is not available.*")
+            if scores:
+                _score(run, components, parts)
+            else:
+                for done in step.run_steps(iter(parts), 0, len(parts)):
+                    assert done.loss_sums_L.is_cuda and done.counts_L.is_cuda
+                result.without_gradient = [name for name, p in model.named_parameters() if p.grad is None]
+        for name, parameter in model.named_parameters():
+            assert parameter.is_cuda and (parameter.grad is None or parameter.grad.is_cuda), name
+    result.waits, result.products, result.launched = sorted(watch.waits), watch.products, sorted(launched)
+    return result
+
+
+def _score(run: RunConfig, components: Components, parts: list) -> None:
+    """Scores as validation does, up to the copy of the scores to the host."""
+    components.model.eval()
+    for (batch,) in parts:
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=run.train.bf16):
+            _, logits = components.stage.score(components, batch)
+        assert all(value.is_cuda for value in logits.values())
+
+
+def planted_item(batch):
+    """Asks the device for a number."""
+    batch.history_time_s_T.sum().item()
+    return batch
+
+
+def planted_mask(batch):
+    """Selects by a mask, whose size the host has to wait for."""
+    batch.history_time_s_T[batch.history_time_s_T > 0].sum()
+    return batch
+
+
+def planted_copy(batch):
+    """Copies pageable memory to the device."""
+    torch.zeros(3).to(CUDA)
+    return batch
+
+
+def planted_host_tensor(batch):
+    """Leaves the requests of the candidates on the host."""
+    packing = dataclasses.replace(batch.packing, request_C=torch.zeros(batch.packing.num_candidates, dtype=torch.int64))
+    return dataclasses.replace(batch, packing=packing)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the named cases, or all; writes case -> Result as JSON."""
+    folder, results = pathlib.Path(tempfile.mkdtemp()), {}
+    manifest = write_tiny_data(folder / "data")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def go(label: str, stage: str, changes: dict, **options) -> None:
+        changes = {part: dict(fields) for part, fields in changes.items()}
+        changes["train"] = {"log_interval_steps": 1000} | changes.get("train", {})  # a step that logs may wait
+        run = tiny_run(stage, folder / "data", folder / label.replace("/", "_"), **changes)
+        loader = Trainer(run, Runtime(0, 1, 0, torch.device("cpu"))).loader
+        batches = [parts for parts, _ in zip(iter(loader), range(2), strict=False)]
+        loader.close()
+        try:
+            result = dry_run(run, manifest, batches, **options)
+        except Exception as error:
+            first_line = (str(error).splitlines() or [""])[0][:300]
+            where = place(traceback.extract_tb(error.__traceback__))
+            result = Result(error=f"{type(error).__name__}: {first_line} at {where}")
+        results[label] = dataclasses.asdict(result)
+
+    for label in argv[1:] or CASES:
+        go(label, *CASES[label])
+        if is_scored(label) and not argv[1:]:
+            go(f"{label} scored", *CASES[label], scores=True)
+    if not argv[1:]:
+        go("frozen", "finetune", BF16, frozen=("item", "tag"))
+        for name in PLANTS:
+            go(f"planted {name}", "finetune", BF16, plant=globals()[f"planted_{name}"])
+        autocast = torch.autocast
+        with unittest.mock.patch(
+            "torch.autocast", lambda device, dtype, enabled: autocast(device, dtype, enabled=False)
+        ):
+            go("planted no autocast", "finetune", BF16)
+    pathlib.Path(argv[0]).write_text(json.dumps(results, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,32 @@
+"""Loads the shim by which the CPU build of torch handles fake CUDA tensors. It has to be imported before torch.
+
+It is compiled once per version of torch and of its source, in some seconds by g++, into the user's cache folder.
+"""
+
+import ctypes
+import hashlib
+import importlib.metadata
+import os
+import pathlib
+import subprocess
+import sys
+import sysconfig
+import tempfile
+
+SOURCE = pathlib.Path(__file__).with_name("shim.cpp")
+
+
+def load_shim() -> None:
+    """Builds the shim if need be and loads it."""
+    assert "torch" not in sys.modules, "torch asks the hooks once, when it is imported"
+    version = f"{importlib.metadata.version('torch')} {sys.version} {SOURCE.read_text()}"
+    name = f"gpsd_fake_cuda_{hashlib.sha256(version.encode()).hexdigest()[:16]}_{os.getuid()}.so"
+    library = pathlib.Path(tempfile.gettempdir(), name)
+    if not library.is_file():
+        torch = pathlib.Path(sysconfig.get_paths()["purelib"], "torch")
+        aside = library.with_name(f"{name}.{os.getpid()}")
+        flags = ["-std=c++20", "-O1", "-fPIC", "-shared", f"-I{torch}/include", f"-L{torch}/lib"]
+        flags += [f"-Wl,-rpath,{torch}/lib"]
+        subprocess.run(["g++", *flags, SOURCE, "-o", aside, "-lc10", "-ltorch_cpu"], check=True)
+        aside.replace(library)
+    ctypes.CDLL(str(library))
