@@ -1,8 +1,10 @@
 """Sets up one process: process group, device, seeds, log format. No other module reads torchrun's variables."""
 
+import atexit
 import contextlib
 import dataclasses
 import datetime
+import gc
 import logging
 import os
 import typing
@@ -68,6 +70,9 @@ def process_group(timeout_s: int) -> typing.Iterator[Runtime]:
     watchdog = Watchdog(rank, launcher_pid)
     yield Runtime(rank, world_size, local_rank, device, int(os.environ.get("LOCAL_WORLD_SIZE", 0)), watchdog)
     dist.destroy_process_group()
+    # TorchRec holds the group in a cycle, and with it gloo's threads. One of them that lets go of the last collective
+    # only while the interpreter ends would abort the process, after its work was done. Now it is waited for.
+    atexit.register(gc.collect)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

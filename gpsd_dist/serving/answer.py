@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What is known about one request."""
+    """Holds what is known about one request."""
 
     version: str
     tasks: dict[str, dict[str, list[float]]]

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import torch
 
 from gpsd_dist.distributed.runtime import Runtime, seed_step
@@ -18,3 +21,35 @@ def test_random_numbers_are_a_function_of_seed_step_and_rank():
 
 def test_only_rank_0_is_main():
     assert [Runtime(rank, 2, rank, torch.device("cpu")).is_main for rank in (0, 1)] == [True, False]
+
+
+_LATE = """
+import datetime, threading, time
+import torch, torch.distributed as dist
+from gpsd_dist.distributed.runtime import process_group
+
+class Holder: ...
+
+def main():
+    with process_group(30):
+        holder, store, groups = Holder(), dist.HashStore(), {}
+        holder.itself, holder.groups = holder, groups  # a cycle, as in TorchRec
+
+        def join(rank):
+            groups[rank] = dist.ProcessGroupGloo(store, rank, 2, datetime.timedelta(seconds=30))
+
+        threads = [threading.Thread(target=join, args=(rank,)) for rank in (0, 1)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        holder.work = groups[0].allreduce([torch.ones(3)])
+        holder.future = holder.work.get_future().then(lambda _: time.sleep(1.0))  # in a thread of gloo
+        groups[1].allreduce([torch.ones(3)])
+
+main()
+"""
+
+
+def test_a_collective_that_ends_late_does_not_abort_the_process():
+    """On a busy machine a gloo thread may still hold the last collective when everything else is done."""
+    ended = subprocess.run([sys.executable, "-c", _LATE], capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr
