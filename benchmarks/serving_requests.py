@@ -14,10 +14,11 @@ def make_requests(scorer: typing.Any, history: int, candidates: int, count: int,
     """Draws `count` requests of `history` events and `candidates` candidates each.
 
     Ids of items come from the artefact's vocabulary (as many different rows as real traffic has, or more), or from its
-    examples where the table has none. Every other column repeats values of the examples.
+    examples where the table has none. Every other column that must be sent repeats values of the examples; attributes of
+    items, which the artefact has, are not sent.
     """
     rng = random.Random(seed)
-    examples = scorer.artefact.read_json(REQUESTS_NAME)["requests"]
+    examples = [_needed(scorer, example) for example in scorer.artefact.read_json(REQUESTS_NAME)["requests"]]
     items = _known_items(scorer, examples)
     request_time_s = max(example["request_time_s"] or 0 for example in examples)
     sizes = {"history": history, "candidate": candidates}
@@ -30,7 +31,9 @@ def make_requests(scorer: typing.Any, history: int, candidates: int, count: int,
                 request[column] = [_value(examples, column, rng) for _ in range(sizes[place])]
         for place, size in sizes.items():
             request[f"{place}.{scorer.manifest.item_feature}"] = [rng.choice(items) for _ in range(size)]
-        request["history.time_s"] = sorted(rng.randrange(request_time_s - 10**6, request_time_s) for _ in range(history))
+        request["history.time_s"] = sorted(
+            rng.randrange(request_time_s - 10**6, request_time_s) for _ in range(history)
+        )
         made.append(request)
     return made
 
@@ -38,6 +41,11 @@ def make_requests(scorer: typing.Any, history: int, candidates: int, count: int,
 def bodies(requests: list[dict]) -> list[bytes]:
     """Encodes one body per request."""
     return [json.dumps({"requests": [request]}).encode() for request in requests]
+
+
+def _needed(scorer: typing.Any, example: dict) -> dict:
+    attributes = {feature.name for feature in scorer.manifest.features if scorer.reader.is_attribute(feature)}
+    return {name: value for name, value in example.items() if name.partition(".")[2] not in attributes}
 
 
 def _value(examples: list[dict], column: str, rng: random.Random) -> typing.Any:

@@ -4,16 +4,12 @@ With several workers the values live in files of one folder (PROMETHEUS_MULTIPRO
 any worker answers for all of them.
 """
 
-import collections.abc
-import contextlib
 import os
-import time
 import typing
 
 import prometheus_client
 from prometheus_client import multiprocess
 
-PHASES = ("decode", "queue", "ids", "lookup", "history", "score", "encode")
 _PHASE_BUCKETS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0, 3.0)
 _TOKEN_BUCKETS = (10, 30, 100, 300, 1000, 2000, 5000, 20000)
 _MEMORY = 0.999  # of a mean over recent batches: it forgets half of what it knows after 700 of them; untuned
@@ -53,13 +49,6 @@ class Metrics:
         self, name: str, text: str, *labels: str, buckets: tuple[float, ...] = _PHASE_BUCKETS_S
     ) -> prometheus_client.Histogram:
         return prometheus_client.Histogram(f"gpsd_{name}", text, labels, registry=self.registry, buckets=buckets)
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> collections.abc.Iterator[None]:
-        """Measures what runs inside as one phase."""
-        started_s = time.perf_counter()
-        yield
-        self.observe(name, time.perf_counter() - started_s)
 
     def observe(self, phase: str, seconds: float) -> None:
         """Adds one measurement of a phase."""

@@ -17,6 +17,7 @@ import collections.abc
 import dataclasses
 import os
 import pathlib
+import time
 import typing
 
 import numpy as np
@@ -70,15 +71,25 @@ class Scorer:
             answers += self.answers(tokens, self.score_tokens(tokens))
         return answers
 
-    def score_tokens(self, tokens: Tokens) -> dict[str, np.ndarray]:
-        """Computes task -> logits float32 [C] in the caller's order, in one pass over all requests."""
+    def score_tokens(
+        self, tokens: Tokens, observe: collections.abc.Callable[[str, float], None] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Computes task -> logits float32 [C] in the caller's order, in one pass over all requests.
+
+        `observe` hears the seconds of the phases "lookup" and "score".
+        """
+        started_s = time.perf_counter()
         packed = pack(tokens, self.manifest, self.tables)
+        packed_s = time.perf_counter()
         results = {task.name: np.empty(len(packed.candidate_C), np.float32) for task in self.tasks}
         if len(packed.candidate_C):
             with torch.inference_mode():
                 logits = self.model(packed.embeddings, packed.batch)
             for name, result in results.items():
                 result[packed.candidate_C] = logits[name].numpy()
+        if observe is not None:
+            observe("lookup", packed_s - started_s)
+            observe("score", time.perf_counter() - packed_s)
         return results
 
     def answers(self, tokens: Tokens, logits: collections.abc.Mapping[str, np.ndarray]) -> list[Answer]:

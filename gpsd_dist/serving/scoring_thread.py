@@ -74,13 +74,12 @@ class ScoringThread(threading.Thread):
             log.exception("logging requests failed; scoring goes on")
 
     def _answers(self, requests: list[dict[str, typing.Any]]) -> list[typing.Any]:
-        scorer, observe, times_s = self.scorer(), self.observer.observe, [time.perf_counter()]
+        scorer, observe, started_s = self.scorer(), self.observer.observe, time.perf_counter()
         tokens = scorer.reader(scorer.reader.from_json(requests))
-        times_s.append(time.perf_counter())
-        observe("ids", times_s[-1] - times_s[-2])
-        logits = scorer.score_tokens(tokens)
-        times_s.append(time.perf_counter())
-        observe("score", times_s[-1] - times_s[-2])
+        observe("ids", time.perf_counter() - started_s)
+        logits = scorer.score_tokens(tokens, observe)
+        started_s = time.perf_counter()
         answers = scorer.answers(tokens, logits)
+        observe("answer", time.perf_counter() - started_s)
         self.observer.scored(tokens, answers)
         return answers

@@ -1,13 +1,12 @@
 """A scorer of the interface of `gpsd_dist.serving.scorer.Scorer` whose time and faults a test sets; no torch in it.
 
-As a program, a server with it: `python -m tests.helpers.fake_scorer DIR --port 0`. DIR holds `current.json`
-({"version": "v1"}) and `versions/v1.json`: {"offset", "us_per_token", "is_corrupt"}.
+A server with it: `python -m tests.helpers.fake_server DIR --port 0`. DIR holds `current.json` ({"version": "v1"}) and
+`versions/v1.json`: {"offset", "us_per_token", "is_corrupt"}.
 """
 
 import json
 import math
 import pathlib
-import sys
 import time
 import types
 
@@ -73,7 +72,8 @@ class FakeScorer:
         self.metadata = {"engine": "fake", "tables": "not shown"}
         self.statistics: dict = {}
 
-    def score_tokens(self, tokens) -> dict[str, np.ndarray]:
+    def score_tokens(self, tokens, observe=lambda phase, seconds: None) -> dict[str, np.ndarray]:
+        observe("lookup", 0.0)
         time.sleep(tokens.num_tokens * self.options.get("us_per_token", 0) / 1e6)
         if any("explode" in candidates for candidates in tokens.candidate):
             raise RuntimeError("a request that the model cannot bear")
@@ -100,11 +100,3 @@ def make_current(root: pathlib.Path, version: str) -> None:
     aside = root / "current.json.tmp"
     aside.write_text(json.dumps({"version": version}))
     aside.replace(root / "current.json")
-
-
-if __name__ == "__main__":
-    # In place of the module that imports torch, which takes 5 s of CPU.
-    sys.modules["gpsd_dist.serving.scorer"] = types.SimpleNamespace(load=FakeScorer)
-    from gpsd_dist.serve.__main__ import main
-
-    sys.exit(main(sys.argv[1:]))

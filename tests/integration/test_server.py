@@ -19,7 +19,7 @@ from benchmarks.open_loop import percentile_ms, poisson_times, send_at
 from tests.helpers.fake_scorer import MAX_CANDIDATES, make_current, write_version
 from tests.helpers.server_process import REPO_ROOT, serving
 
-FAKE = "tests.helpers.fake_scorer"
+FAKE = "tests.helpers.fake_server"
 
 
 def request(*candidates: str, history: int = 2, **columns: object) -> dict:
@@ -162,7 +162,7 @@ def test_metrics_count_statuses_phases_and_candidates(server):
     assert server.score(request("a", "b", history=7))[0] == 200
     assert server.metric('gpsd_http_requests_total{status="200"}') == before[0] + 1
     assert server.metric("gpsd_batch_tokens_sum") == before[1] + 9
-    for phase in ("decode", "queue", "ids", "score"):
+    for phase in ("decode", "queue", "ids", "lookup", "answer"):
         assert server.metric(f'gpsd_phase_seconds_count{{phase="{phase}"}}') > 0
     assert server.metric('gpsd_version{version="v1"}') == 1 and server.metric("gpsd_queue_tokens") == 0
 
