@@ -1,0 +1,175 @@
+"""A trained run, exported and served by the real process: scores of `evaluate`, hostile bodies, damage, versions."""
+
+import concurrent.futures
+import json
+import pathlib
+import random
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks.serving import copy_versions
+from benchmarks.serving_requests import make_requests
+from gpsd_dist.export.exporter import export, read_source
+from gpsd_dist.export.raw_requests import RawRequests
+from gpsd_dist.serving import load
+from gpsd_dist.serving.artefact import make_current, open_version
+from tests.helpers.server_process import serving
+from tests.integration.test_export import TOLERANCE, evaluated
+from tests.integration.tiny_data import tiny_run, train_runs
+
+pytestmark = pytest.mark.timeout(300)
+PATIENT = ("--deadline_ms", 60_000, "--reload_s", 0.05)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, data_dir, one_rank):
+    folder = tmp_path_factory.mktemp("run")
+    train_runs(0, 1, [tiny_run("finetune", data_dir, folder, train={"max_steps": 4})])
+    return read_source(folder, str(data_dir))
+
+
+@pytest.fixture(scope="module")
+def artefact(source, tmp_path_factory):
+    """Three versions of one model; the last is current."""
+    folder = tmp_path_factory.mktemp("artefacts")
+    export(source, folder / "one")
+    copy_versions(folder / "one", folder / "ctr", 3)
+    return folder / "ctr"
+
+
+@pytest.fixture(scope="module")
+def server(artefact, tmp_path_factory):
+    with serving(artefact, *PATIENT, folder=tmp_path_factory.mktemp("log")) as process:
+        yield process
+
+
+def valid_requests(source) -> list[dict]:
+    rows = pq.read_table(pathlib.Path(source.run.data_dir) / "valid/part-00000.parquet")
+    return json.loads(json.dumps(RawRequests(pathlib.Path(source.run.data_dir), source.manifest)(rows).to_pylist()))
+
+
+def test_served_scores_are_those_of_score_and_of_evaluate(server, source, artefact, one_rank):
+    requests, scorer = valid_requests(source), load(artefact)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # batched with one another, in any way
+        served = [answer["answers"][0] for _, answer in pool.map(server.score, requests)]
+    together = server.score(*requests)[1]["answers"]
+    alone = [scorer.score([request])[0] for request in requests]
+    for task in ("click", "buy"):
+        for answers in (served, together):
+            for answer, expected in zip(answers, alone, strict=True):
+                found, logits = answer["tasks"][task], expected.tasks[task]
+                np.testing.assert_allclose(found["logit"], logits["logit"], atol=TOLERANCE, rtol=0)
+                np.testing.assert_allclose(found["probability"], logits["probability"], atol=TOLERANCE, rtol=0)
+                assert (answer["unknown_ids"], answer["dropped_events"]) == (
+                    expected.unknown_ids,
+                    expected.dropped_events,
+                )
+    first = 0
+    for logits, row_B in evaluated(source, one_rank):
+        for task, expected_C in logits.items():
+            found_C = np.concatenate([served[first + row]["tasks"][task]["logit"] for row in row_B.tolist()])
+            np.testing.assert_allclose(found_C, expected_C.numpy(), atol=TOLERANCE, rtol=0)
+        first += len(row_B)
+    assert first == len(served)
+
+
+def test_one_request_alone_gets_the_bits_of_score(server, source, artefact):
+    scorer = load(artefact)
+    for request in valid_requests(source)[:5]:
+        _, answer = server.score(request)
+        assert answer["answers"][0]["tasks"] == json.loads(json.dumps(scorer.score([request])[0].tasks))
+
+
+def test_metadata_openapi_and_examples_agree_with_the_artefact(server, artefact):
+    opened = open_version(artefact)
+    _, model = server.get("/v2/models/ctr")
+    assert model["versions"] == [opened.version] and model["parameters"]["source"] == opened.description.source
+    examples = opened.read_json("examples.json")
+    columns = {name for request in examples["requests"] for name in request}
+    _, document = server.get("/openapi.json")
+    described = document["components"]["schemas"]["RawRequest"]["properties"]
+    assert columns <= described.keys() and columns <= {entry["name"] for entry in model["inputs"]}
+    status, _, body = server.ask("POST", "/v1/score", json.dumps(examples).encode())
+    assert status == 200 and len(json.loads(body)["answers"]) == len(examples["requests"])
+
+
+VALUES = (
+    None,
+    0,
+    -1,
+    2**63,
+    2**70,
+    1e308,
+    0.5,
+    True,
+    "",
+    "x",
+    "\u0000",
+    "\ud800",
+    "9" * 5000,
+    [],
+    [[]],
+    {},
+    [None],
+    {"a": 1},
+)
+
+
+def test_hostile_bodies_get_an_answer_that_says_why(server, source, artefact):
+    """Columns of every wrong kind, alone and beside good requests; nothing is an error of the server's own."""
+    rng = random.Random(3)
+    good = valid_requests(source)
+    seen = set()
+    for _ in range(400):
+        request = dict(rng.choice(good))
+        for _ in range(rng.randint(1, 2)):
+            column = rng.choice([*request, "history.nothing", "label.click"])
+            kind = rng.random()
+            if kind < 0.2:
+                request.pop(column, None)
+            elif kind < 0.6 or not isinstance(request.get(column), list):
+                request[column] = rng.choice(VALUES)
+            else:
+                request[column] = [*request[column], rng.choice(VALUES)][rng.randint(0, 1) :]
+        body = json.dumps({"requests": [request, rng.choice(good)][: rng.randint(1, 2)]}).encode()
+        status, _, answer = server.ask("POST", "/v1/score", body)
+        assert status in (200, 400, 422), (status, answer, body[:2000])
+        if status == 422:
+            assert json.loads(answer)["error"] and "column" in json.loads(answer), answer
+        seen.add(status)
+        if rng.random() < 0.2:  # cut anywhere
+            status, _, answer = server.ask("POST", "/v1/score", body[: rng.randrange(len(body))])
+            assert status == 400, answer
+    assert seen == {200, 422, 400}
+    assert server.score(good[0])[0] == 200
+
+
+def test_clock_backwards_unknown_items_and_new_attributes_are_served(server, artefact):
+    scorer = load(artefact, verify=False)
+    (request,) = make_requests(scorer, 6, 3, 1)
+    late = request | {"request_time_s": request["history.time_s"][0]}
+    _, answer = server.score(late, request | {"candidate.item": ["never seen"] * 3}, request)
+    assert [entry["dropped_events"] for entry in answer["answers"]] == [6, 0, 0]
+    assert answer["answers"][1]["unknown_ids"] >= 3
+    assert server.metric('gpsd_data_total{what="events after the request"}') >= 6
+
+
+def test_a_damaged_version_never_serves_and_the_next_good_one_does(server, artefact):
+    versions = sorted(path.name for path in (artefact / "versions").iterdir())
+    current = server.get("/v2/models/ctr")[1]["versions"][0]
+    bad, good = [version for version in versions if version != current][:2]
+    tower = artefact / "versions" / bad / "tower.safetensors"
+    content = tower.read_bytes()
+    tower.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    failed = server.metric('gpsd_reloads_total{outcome="failed"}')
+    make_current(artefact, bad)
+    server.wait_for(lambda: server.metric('gpsd_reloads_total{outcome="failed"}') == failed + 1)
+    assert server.get("/v2/models/ctr")[1]["versions"] == [current]
+    assert "tower.safetensors is not what was written" in server.log.read_text()
+    make_current(artefact, good)
+    server.wait_for(lambda: server.get("/v2/models/ctr")[1]["versions"] == [good])
+    make_current(artefact, current)
+    server.wait_for(lambda: server.get("/v2/models/ctr")[1]["versions"] == [current])
+    tower.write_bytes(content)
