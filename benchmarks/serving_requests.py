@@ -14,8 +14,8 @@ def make_requests(scorer: typing.Any, history: int, candidates: int, count: int,
     """Draws `count` requests of `history` events and `candidates` candidates each.
 
     Ids of items come from the artefact's vocabulary (as many different rows as real traffic has, or more), or from its
-    examples where the table has none. Every other column that must be sent repeats values of the examples; attributes of
-    items, which the artefact has, are not sent.
+    examples where the table has none. Every other column that must be sent repeats values of the examples. Attributes
+    of items are not sent: the artefact has them.
     """
     rng = random.Random(seed)
     examples = [_needed(scorer, example) for example in scorer.artefact.read_json(REQUESTS_NAME)["requests"]]

@@ -10,10 +10,12 @@ import typing
 import prometheus_client
 from prometheus_client import multiprocess
 
+from gpsd_dist.serving.drift import means
+
 _PHASE_BUCKETS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0, 3.0)
 _TOKEN_BUCKETS = (10, 30, 100, 300, 1000, 2000, 5000, 20000)
-_MEMORY = 0.999  # of a mean over recent batches: it forgets half of what it knows after 700 of them; untuned
-UNKNOWN_PREFIX = "unknown "  # of names in Tokens.counts
+_BATCHES_PER_MEAN = 8  # every eighth batch is looked at: it costs as much as 1 % of scoring it
+_MEMORY = 0.99  # of a mean over recent batches: it forgets half of what it knows after 70 of those; untuned
 
 
 class Metrics:
@@ -27,9 +29,7 @@ class Metrics:
         self._phases = histogram("phase_seconds", "Time of a batch (decode, queue: of a request)", "phase")
         self._batches = histogram("batch_tokens", "Tokens scored at once", buckets=_TOKEN_BUCKETS)
         self._scored = counter("scored", "Requests and candidates scored", "what")
-        self._counts = counter("data", "What the reader counted: events dropped, put in order, ...", "what")
-        self._unknown = counter("unknown_ids", "Ids of a feature that the artefact does not know", "feature")
-        self._ids = counter("ids", "Ids of a feature looked up", "feature")
+        self._counts = counter("data", "Counted in requests: unknown ids, events dropped or put in order", "what")
         self._reloads = counter("reloads", "Changes of version by outcome", "outcome")
         self._log_errors = counter("request_log_errors", "Logged requests that could not be written")
         self.queue_tokens = gauge("queue_tokens", "Tokens waiting", mode="livesum")
@@ -38,6 +38,7 @@ class Metrics:
         self._reference = gauge("reference", "The same on the training split (statistics.json)", "what", mode="livemax")
         self._means: dict[str, float] = {}
         self._served: str | None = None
+        self._num_batches = 0
 
     def _counter(self, name: str, text: str, *labels: str) -> prometheus_client.Counter:
         return prometheus_client.Counter(f"gpsd_{name}", text, labels, registry=self.registry)
@@ -58,23 +59,22 @@ class Metrics:
         """Counts an HTTP answer of `/v1/score`."""
         self._answers.labels(str(status)).inc()
 
-    def scored(self, tokens: typing.Any, answers: list[typing.Any]) -> None:
-        """Counts a batch: its `Tokens`, and one answer per request."""
+    def scored(self, scorer: typing.Any, tokens: typing.Any, logits: typing.Any) -> None:
+        """Counts a batch, and moves the recent means that drift is read from."""
         num_candidates = int(tokens.candidate_count_B.sum())
-        self._scored.labels("requests").inc(len(answers))
+        self._scored.labels("requests").inc(len(tokens.candidate_count_B))
         self._scored.labels("candidates").inc(num_candidates)
-        self._batches.observe(num_candidates + int(tokens.history_length_B.sum()))
+        self._batches.observe(tokens.num_tokens)
         for what, count in tokens.counts.items():
-            if not what.startswith(UNKNOWN_PREFIX):
-                self._counts.labels(what).inc(count)
+            self._counts.labels(what).inc(count)
+        self._num_batches += 1
+        if self._num_batches % _BATCHES_PER_MEAN == 1:
+            for what, value in means(scorer.manifest, tokens, logits).items():
+                mean = self._means.get(what, value)
+                self._means[what] = mean = _MEMORY * mean + (1 - _MEMORY) * value
+                self._recent.labels(what).set(mean)
 
-    def recent(self, what: str, value: float) -> None:
-        """Moves the mean over recent batches of a quantity that `reference` has for the training split."""
-        mean = self._means.get(what, value)
-        self._means[what] = mean = _MEMORY * mean + (1 - _MEMORY) * value
-        self._recent.labels(what).set(mean)
-
-    def serve(self, version: str, reference: dict[str, float], outcome: str | None = None) -> None:
+    def serve(self, version: str, reference: dict[str, float]) -> None:
         """Names the version that is served from now on, and what its training split looked like."""
         if self._served is not None:
             self._version.labels(self._served).set(0)
@@ -82,8 +82,6 @@ class Metrics:
         self._served = version
         for what, value in reference.items():
             self._reference.labels(what).set(value)
-        if outcome:
-            self.reloaded(outcome)
 
     def reloaded(self, outcome: str) -> None:
         """Counts an attempt to change the version."""

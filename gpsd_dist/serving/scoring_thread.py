@@ -23,8 +23,8 @@ class Observer(typing.Protocol):
     def observe(self, phase: str, seconds: float) -> None:
         """Takes the seconds of one phase of one batch."""
 
-    def scored(self, tokens: typing.Any, answers: list[typing.Any]) -> None:
-        """Takes the tokens and answers of a batch."""
+    def scored(self, scorer: typing.Any, tokens: typing.Any, logits: typing.Any) -> None:
+        """Takes a batch that was scored."""
 
 
 class ScoringThread(threading.Thread):
@@ -81,5 +81,5 @@ class ScoringThread(threading.Thread):
         started_s = time.perf_counter()
         answers = scorer.answers(tokens, logits)
         observe("answer", time.perf_counter() - started_s)
-        self.observer.scored(tokens, answers)
+        self.observer.scored(scorer, tokens, logits)
         return answers

@@ -43,7 +43,7 @@ class Service:
         self.args, self.name = args, args.name or args.artefact.absolute().name
         self.metrics = Metrics()
         self.versions = Versions(args.artefact, functools.partial(load, threads=1), self._changed, one_at_a_time)
-        self.metrics.serve(self.version, {})
+        self.metrics.serve(self.version, self.versions.scorer().reference)
         self.queue = TokenQueue(args.queue_tokens, args.batch_tokens)
         self.log: RequestLog | None = None
         keep: typing.Callable[..., None] = lambda requests, answers: None  # noqa: E731
@@ -106,7 +106,7 @@ class Service:
 
     def _changed(self, outcome: str, scorer: typing.Any) -> None:
         self.metrics.reloaded(outcome)
-        self.metrics.serve(scorer.version, {})
+        self.metrics.serve(scorer.version, scorer.reference)
 
 
 class _Server(uvicorn.Server):

@@ -55,7 +55,11 @@ class FakeReader:
             candidate=candidate,
             history_length_B=np.array([len(h) for h in history]),
             candidate_count_B=np.array([len(c) for c in candidate]),
-            columns={},
+            columns={
+                "history": {"item": np.full(sum(map(len, history)), 2)},
+                "candidate": {"item": np.full(sum(map(len, candidate)), 2)},
+                "context": {"hour": np.zeros(len(history), np.float32)},
+            },
             counts={"unknown item": 0},
             num_tokens=sum(map(len, history)) + sum(map(len, candidate)),
         )
@@ -70,7 +74,7 @@ class FakeScorer:
             raise ValueError(f"{self.version} is damaged")
         self.manifest, self.reader, self.tasks = MANIFEST, FakeReader(), MANIFEST.tasks
         self.metadata = {"engine": "fake", "tables": "not shown"}
-        self.statistics: dict = {}
+        self.reference = {"candidates": 2.0}
 
     def score_tokens(self, tokens, observe=lambda phase, seconds: None) -> dict[str, np.ndarray]:
         observe("lookup", 0.0)

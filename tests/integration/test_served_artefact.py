@@ -16,10 +16,11 @@ from gpsd_dist.export.raw_requests import RawRequests
 from gpsd_dist.serving import load
 from gpsd_dist.serving.artefact import make_current, open_version
 from tests.helpers.server_process import serving
-from tests.integration.test_export import TOLERANCE, evaluated
+from tests.integration.test_export import TOLERANCE, data_dir, evaluated
 from tests.integration.tiny_data import tiny_run, train_runs
 
 pytestmark = pytest.mark.timeout(300)
+__all__ = ["data_dir"]  # a fixture: tiny data whose items have the attributes of items.parquet
 PATIENT = ("--deadline_ms", 60_000, "--reload_s", 0.05)
 
 

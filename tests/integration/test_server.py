@@ -164,6 +164,8 @@ def test_metrics_count_statuses_phases_and_candidates(server):
     assert server.metric("gpsd_batch_tokens_sum") == before[1] + 9
     for phase in ("decode", "queue", "ids", "lookup", "answer"):
         assert server.metric(f'gpsd_phase_seconds_count{{phase="{phase}"}}') > 0
+    assert server.metric('gpsd_reference{what="candidates"}') == 2
+    assert server.metric('gpsd_recent{what="history_length"}') > 0
     assert server.metric('gpsd_version{version="v1"}') == 1 and server.metric("gpsd_queue_tokens") == 0
 
 
