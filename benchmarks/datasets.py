@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from gpsd_dist import data_versions
 from gpsd_dist.schema import Feature, Manifest, Split, Table, Task, arrow_schema, read_manifest, write_manifest
 
 CANDIDATES_PER_ROW = {"pretrain": 0, "discriminative": 1, "discriminative_k2": 2}
@@ -103,7 +104,8 @@ def prepare(kind: str, data: str, data_root: pathlib.Path, out_dir: pathlib.Path
     """Writes the rows of benchmark `kind` on `data` below `out_dir`."""
     source, split = SOURCES[data], "train" if CANDIDATES_PER_ROW[kind] else "pretrain"
     prepared = None if source.prepared is None else data_root / source.prepared
-    if prepared is not None and (prepared / "manifest.json").is_file():
+    if prepared is not None and (data_versions.current(prepared) / "manifest.json").is_file():
+        prepared = data_versions.current(prepared)
         rows, num_rows = _read_prepared(prepared, split, source.category)
         note = f"prepared data {data}"
     else:

@@ -38,6 +38,7 @@ from benchmarks.expected import (
     ordered,
     read_experiments,
 )
+from gpsd_dist import data_versions
 from gpsd_dist.config.gin_cli import load_run_config
 from gpsd_dist.schema import read_manifest
 
@@ -132,7 +133,7 @@ def _configuration(experiment: Experiment, out_dir: pathlib.Path) -> dict:
     run = load_run_config(train_arguments(experiment, out_dir)).run
     configuration = {
         "run": dataclasses.asdict(run),
-        "data": read_manifest(run.data_dir).options["fingerprint"],
+        "data": read_manifest(data_versions.current(run.data_dir)).options["fingerprint"],
         "split": experiment.split,
         "needs": {name: earlier_record(out_dir / name) for name in experiment.dependencies()},
     }

@@ -69,7 +69,7 @@ def measure(words: list[str], work_dir: pathlib.Path, deadline: float) -> dict:
             cpu_s = sum(sum(member.cpu_times()[:2]) for member in family)
         except psutil.NoSuchProcess:
             break
-        scratch = next(work_dir.glob(".pipeline-scratch-*"), work_dir / "none")
+        scratch = next(work_dir.glob("out/versions/.building/.pipeline-scratch-*"), work_dir / "none")
         sizes = {"peak_rss_bytes": found, "peak_spill_bytes": size_of(scratch / "spill")}
         sizes["peak_stored_bytes"] = size_of(scratch) - sizes["peak_spill_bytes"]
         peak = {name: max(peak[name], size) for name, size in sizes.items()}

@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 
+from gpsd_dist import data_versions
 from gpsd_dist.data import row_order
 from gpsd_dist.data.epoch_reader import EpochReader
 from gpsd_dist.data.loader import DEFAULT_NUM_DATA_SHARDS, MAX_WINDOW_ROWS, WINDOW_ROW_GROUPS
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     for name in args.names.split(","):
         folder, split_name = name.split("/")
-        folder = args.data_root / folder
+        folder = data_versions.opened(args.data_root / folder)
         split = ParquetSplit(folder, read_manifest(folder), split_name, ["history_length"])
         for global_tokens, world_size in CASES:
             found = []

@@ -21,9 +21,9 @@ from data_pipeline import canonical, engine, fresh, holdout, previous, progress,
 from data_pipeline.options import BuildOptions
 from data_pipeline.plan import Job, Plan
 from data_pipeline.previous import Previous
-from gpsd_dist import schema
+from gpsd_dist import data_versions, schema
 
-ONLY = None  # the whole folder is replaced
+ONLY = None  # the version has all splits
 CHAIN = "chain"
 """Option of the manifest: one entry per append, with the parent's manifest hash, raw files, tables and command."""
 
@@ -50,12 +50,13 @@ def fingerprinted(options: BuildOptions) -> dict:
 
 def is_current(options: BuildOptions, parent: Previous, fingerprint: str) -> bool:
     """Tells whether the data set in --out_dir already ends with this step."""
-    if not (options.out_dir / schema.MANIFEST_NAME).is_file():
+    folder = data_versions.current(options.out_dir)
+    if not (folder / schema.MANIFEST_NAME).is_file():
         return False
-    chain = schema.read_manifest(options.out_dir).options.get(CHAIN, [])
+    chain = schema.read_manifest(folder).options.get(CHAIN, [])
     if not chain or chain[-1].get("fingerprint") != fingerprint:
         return False
-    is_in_place = options.out_dir.resolve() == parent.folder.resolve()
+    is_in_place = folder.resolve() == parent.folder.resolve()
     return is_in_place or chain[-1].get("parent_manifest_sha256") == parent.manifest_sha256
 
 

@@ -25,6 +25,7 @@ from data_pipeline import (
     holdout,
     previous,
     progress,
+    publish,
     sequences,
     shares,
     sources,
@@ -34,7 +35,7 @@ from data_pipeline import (
 )
 from data_pipeline.options import BuildOptions
 from data_pipeline.plan import Job, Plan
-from gpsd_dist import schema
+from gpsd_dist import data_versions, schema
 
 FINISHED, FAILED, MISTAKE, NO_FILE_ACCESS, STOPPED, INTERRUPTED = 0, 1, 2, 74, 75, 130
 WARNINGS = "warnings"
@@ -88,19 +89,20 @@ def _stopping() -> typing.Iterator[None]:
 
 
 def build(options: BuildOptions, command: str) -> None:
-    """Plans a data set (or what is added to one), writes it, checks it and moves it into place.
+    """Plans a data set (or what is added to one), writes it, checks it and makes it the current version of `out_dir`.
 
     ValueError for every problem of the input, OSError for files that cannot be written.
     """
-    # What a link points to is replaced, not the link; and scratch data lie beside it.
+    # What a link points to gets the version, and is locked, whatever it is called.
     options = dataclasses.replace(options, out_dir=options.out_dir.resolve())
-    with progress.warnings() as warnings, write.locked(options.out_dir):
+    with progress.warnings() as warnings, publish.locked(options.out_dir):
         started = time.monotonic()
         if _build(options, command, warnings):
-            report(schema.read_manifest(options.out_dir))
+            folder = data_versions.current(options.out_dir)
+            report(schema.read_manifest(folder))
             for warning in warnings:
                 progress.say(f"  warning: {warning}")
-            progress.say(f"done in {time.monotonic() - started:.1f} s: {options.out_dir / schema.MANIFEST_NAME}")
+            progress.say(f"done in {time.monotonic() - started:.1f} s: {folder / schema.MANIFEST_NAME}")
 
 
 def _build(options: BuildOptions, command: str, warnings: list[str]) -> bool:
@@ -116,13 +118,14 @@ def _build(options: BuildOptions, command: str, warnings: list[str]) -> bool:
         progress.say(f"{options.out_dir} is up to date: same raw files, options and pipeline code; nothing to do")
         return False
     progress.say(f"{options.mode} {options.source}: {options.raw_dir} -> {options.out_dir}")
-    # All is written aside and moved at the end, so that a build that fails leaves the data set of before as it was.
-    with write.staged(options.out_dir, mode.ONLY) as aside:
+    # All is written aside and published at the end, so that a build that fails changes nothing.
+    with publish.version(options.out_dir, options.keep_versions) as aside:
         with engine.scratch(options, aside) as running:
             log = canonical.checked(source.read(running, files, options))
             prints["sources"] = fingerprint.with_rows(prints["sources"], running.rows_of)
             plan = mode.plan(running, log, Job(options, found, prints, command))
-            write.link(plan.linked_files, options.append_to, aside)
+            if found is not None:
+                publish.link(plan.linked_files, found.folder, aside)
             manifest = _write(running, plan, aside, options)
         shares.check(aside, manifest, written=tuple(plan.splits), is_allowed=options.allow_empty)
         if mode.ONLY is None:

@@ -6,16 +6,16 @@ import pathlib
 from data_pipeline import canonical, engine, negatives, progress, sequences, splits, unbounded, vocab, write
 from data_pipeline.options import BuildOptions
 from data_pipeline.plan import Job, Plan
-from gpsd_dist import schema
+from gpsd_dist import data_versions, schema
 
-ONLY = None  # the whole folder is replaced
+ONLY = None  # all splits are made anew
 SPLITS = ("pretrain", "train", "valid", "test")
 BOUNDARIES = "boundaries_s"
 """Option of the manifest: [valid_from, test_from, test_until] in epoch s, for a later append."""
 
 
 def find_previous(options: BuildOptions) -> None:
-    """Finds no data set to add to: whatever lies in --out_dir is replaced."""
+    """Finds no data set to add to: the version is made of the log alone."""
 
 
 def fingerprinted(options: BuildOptions) -> dict:
@@ -24,15 +24,16 @@ def fingerprinted(options: BuildOptions) -> dict:
 
 
 def is_current(options: BuildOptions, previous: None, fingerprint: str) -> bool:
-    """Tells whether --out_dir holds all files of a data set with that fingerprint."""
-    if not (options.out_dir / schema.MANIFEST_NAME).is_file():
-        return False
+    """Tells whether the current version in --out_dir has all files of a data set with that fingerprint."""
     try:
-        found = schema.read_manifest(options.out_dir)
+        folder = data_versions.current(options.out_dir)
+        if not (folder / schema.MANIFEST_NAME).is_file():
+            return False
+        found = schema.read_manifest(folder)
     except (ValueError, OSError) as error:
         progress.say(f"building again: {error}")
         return False
-    is_complete = all((options.out_dir / file).is_file() for split in found.splits for file in split.files)
+    is_complete = all((folder / file).is_file() for split in found.splits for file in split.files)
     return is_complete and found.options.get("fingerprint") == fingerprint
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import pathlib
 
 import ibis
@@ -14,7 +13,7 @@ from data_pipeline.previous import Previous
 from gpsd_dist import schema
 
 NAME = "holdout"
-ONLY = NAME  # --out_dir stays, and gains or replaces this split
+ONLY = NAME  # the other splits are those of the version before
 PREFIX = "holdout: "
 """Begins the reasons for skipped rows of this split, beside those of the data set."""
 
@@ -56,17 +55,20 @@ def plan(running: engine.Engine, log: canonical.Log, job: Job) -> Plan:
     return Plan(
         rows=sequences.Rows(log, events, no_pretraining, cut.candidates, num_buckets),
         vocabularies=vocabularies,
-        splits={NAME: _free_folder(manifest)},
+        splits={NAME: NAME},
         manifest=manifest,
         finish=functools.partial(_finish, job=job, skipped={**log.skipped, **cut.skipped, **late}),
+        linked_files=_unchanged_files(job.previous),
     )
 
 
-def _free_folder(manifest: schema.Manifest) -> str:
-    """Names a folder that the data set does not have: the holdout of before stays whole until the manifest changes."""
-    taken = {file.split("/")[0] for split in manifest.splits for file in split.files}
-    names = (NAME if number == 1 else f"{NAME}-{number}" for number in itertools.count(1))
-    return next(name for name in names if name not in taken)
+def _unchanged_files(found: Previous) -> tuple[str, ...]:
+    """Names all files of the data set that stay: vocabularies, items, and all splits but a holdout of before."""
+    words = [
+        f"vocab/{table.name}.parquet" for table in found.manifest.tables if table.name not in found.manifest.unbounded
+    ]
+    files = [file for split in found.manifest.splits if split.name != NAME for file in split.files]
+    return (*words, "items.parquet", *files)
 
 
 def _finish(

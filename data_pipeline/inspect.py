@@ -20,7 +20,7 @@ import rich.table
 import rich.text
 
 from data_pipeline import build, measures
-from gpsd_dist import schema
+from gpsd_dist import data_versions, schema
 
 LEAK_AUC = 0.95
 ORDERS_A_DAY = 0.15  # mean AUC inside of a user's day that far from 0.5; untuned
@@ -248,13 +248,14 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         with tempfile.TemporaryDirectory() as aside:
-            root = options.folder
+            root = data_versions.opened(options.folder)
             if not (root / schema.MANIFEST_NAME).is_file() and (options.schema or (root / "schema.toml").is_file()):
                 root = pathlib.Path(aside) / "data"
                 command = ["--source", "generic", "--raw_dir", str(options.folder), "--out_dir", str(root)]
                 command += ["--schema", str(options.schema)] if options.schema else []
                 if status := build.main([*command, "--allow_empty"]):
                     return status
+                root = data_versions.current(root)
             sections, verdict = page(root)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

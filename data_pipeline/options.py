@@ -80,6 +80,9 @@ class BuildOptions:
         0, "of users, worked on one after the other; 0: by the number of events", is_recorded=False
     )
     force: bool = option(False, "build even if nothing changed", is_recorded=False)
+    keep_versions: Count = option(
+        2, "newest versions that stay in --out_dir; one that is being read stays too", is_recorded=False
+    )
     allow_empty: bool = option(
         False, "build even if a split, its labels or its histories are empty, or if no id joins", is_recorded=False
     )

@@ -9,7 +9,7 @@ import pydantic
 
 from data_pipeline import canonical, engine, explain, fingerprint, vocab
 from data_pipeline.options import BuildOptions
-from gpsd_dist import schema
+from gpsd_dist import data_versions, schema
 
 MAX_LATE_SHARE = 0.01  # 192 of 91,989 exposures (0.2 %) of KuaiRand's files of May are of Apr 30 by time_ms
 LATE = "exposures that came late: before the end of the data set's test period, and not in it"
@@ -26,6 +26,7 @@ class Previous:
 
 def read(folder: pathlib.Path, options: BuildOptions) -> Previous:
     """Reads the data set in `folder`. ValueError if it is of another source, or if no later log is named."""
+    folder = data_versions.current(folder) if folder.resolve() == options.out_dir else data_versions.opened(folder)
     manifest = schema.read_manifest(folder)
     if options.raw_dir is None:
         raise ValueError("--raw_dir is missing; it is the folder with the later log")

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline import validate_rows, vocab
-from gpsd_dist import schema
+from gpsd_dist import data_versions, schema
 
 EXACT_TIME_RULE = (
     "TimeBoundaries"  # the only rule that cuts by time alone; the others break ties of equal times by order
@@ -25,11 +25,11 @@ USER_RULES = ("LastItemByTime", "Given")  # a user lies in one of train, valid, 
 
 
 def check(root: pathlib.Path, only: str | None = None) -> schema.Manifest:
-    """Checks the data set in `root`; ValueError lists the first offender of every kind of problem.
+    """Checks the data set in `root`, its current version; ValueError lists the first offender of every kind of problem.
 
     `only`: a split that lies there without the rest of its data set.
     """
-    root = pathlib.Path(root)
+    root = data_versions.current(root)
     manifest = schema.read_manifest(root)
     problems = validate_rows.Problems()
     if only is not None:

@@ -1,13 +1,8 @@
-"""Writes Parquet part files with the types of the contract and page checksums; moves finished folders into place."""
+"""Writes Parquet part files with the types of the contract and page checksums."""
 
-import contextlib
 import dataclasses
-import fcntl
 import math
-import os
 import pathlib
-import re
-import shutil
 import typing
 
 import ibis.expr.types as ir
@@ -21,136 +16,6 @@ from data_pipeline.options import BuildOptions
 from gpsd_dist import schema
 
 ORDER_COLUMNS = ("shuffle_key", "split")
-
-
-@contextlib.contextmanager
-def locked(out_dir: pathlib.Path) -> typing.Iterator[None]:
-    """Holds `out_dir` for one build, and first puts right what a build that died left there.
-
-    ValueError if another build holds it, if nothing can be written there, or if it holds something that is no data set:
-    it would be lost.
-    """
-    if out_dir.is_mount():
-        raise ValueError(
-            f"--out_dir {out_dir} is the root of a mounted volume, which cannot be replaced as a whole; name a folder "
-            f"in it, such as {out_dir / 'data'}"
-        )
-    path = out_dir.parent / f".{out_dir.name}.lock"
-    try:
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        raise ValueError(
-            f"--out_dir {out_dir}: nothing can be written in {out_dir.parent} ({error.strerror}); choose another folder"
-        ) from error
-    try:
-        _take(lock, path, out_dir)
-        try:
-            _put_right(out_dir)
-            _check_target(out_dir)
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-    finally:
-        os.close(lock)
-
-
-def _take(lock: int, path: pathlib.Path, out_dir: pathlib.Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_current = path.exists() and os.path.samestat(path.stat(), os.fstat(lock))
-    except BlockingIOError:
-        is_current = False
-    if not is_current:  # or the build that held it has just removed it
-        raise ValueError(f"another build is at work on {out_dir} (it holds {path}); wait for its end")
-
-
-def _put_right(out_dir: pathlib.Path) -> None:
-    """Moves a data set back that a dead build had moved away, and removes what dead builds left.
-
-    Whoever holds the lock knows that no other build lives, whatever its process id was.
-    """
-    pattern = re.compile(rf"\.{re.escape(out_dir.name)}\.(building|old)-\d+")
-    for path in sorted(out_dir.parent.iterdir()):
-        found = pattern.fullmatch(path.name)
-        if found and found[1] == "old" and not out_dir.exists():
-            path.rename(out_dir)
-            progress.warn(f"{out_dir} was moved away by a build that died, and is moved back from {path.name}")
-        elif found:
-            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            shutil.rmtree(path, ignore_errors=True)
-            progress.say(f"removed {path}, {size / 1e6:.1f} MB that a build left when it died")
-
-
-def _check_target(out_dir: pathlib.Path) -> None:
-    if out_dir.exists() and (
-        not out_dir.is_dir() or (any(out_dir.iterdir()) and not (out_dir / schema.MANIFEST_NAME).is_file())
-    ):
-        raise ValueError(
-            f"--out_dir {out_dir} exists and is not a data set (no {schema.MANIFEST_NAME}); choose another or remove it"
-        )
-
-
-@contextlib.contextmanager
-def staged(out_dir: pathlib.Path, only: str | None) -> typing.Iterator[pathlib.Path]:
-    """Gives a folder beside `out_dir` that replaces it when the block ends well, and is removed otherwise.
-
-    `only`: the folders of this split are added to `out_dir`, and the manifest, which names them, is replaced; the rest
-    of `out_dir` stays.
-    """
-    aside = out_dir.parent / f".{out_dir.name}.building-{os.getpid()}"
-    aside.mkdir()
-    try:
-        yield aside
-        _sync(aside)
-        if only is None:
-            replace_folder(aside, out_dir)
-        else:
-            _add_folders(aside, out_dir, only)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _add_folders(aside: pathlib.Path, out_dir: pathlib.Path, only: str) -> None:
-    """Moves new folders in, then the manifest, which makes them known at once; then removes those of before."""
-    for folder in [path for path in aside.iterdir() if path.is_dir()]:
-        shutil.rmtree(out_dir / folder.name, ignore_errors=True)  # of a build that died: no manifest names it
-        folder.rename(out_dir / folder.name)
-    (aside / schema.MANIFEST_NAME).replace(out_dir / schema.MANIFEST_NAME)
-    named = {file.split("/")[0] for split in schema.read_manifest(out_dir).splits for file in split.files}
-    for folder in out_dir.glob(f"{only}*"):
-        if folder.is_dir() and folder.name not in named:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(folder: pathlib.Path) -> None:
-    """Waits until all files are on disk, so that a rename never shows what a power cut can empty."""
-    for path in [*folder.rglob("*"), folder]:
-        number = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
-
-
-def link(files: tuple[str, ...], from_dir: pathlib.Path, root: pathlib.Path) -> None:
-    """Puts part files of another data set into `root` under the same names: hard links, or copies without these."""
-    for name in files:
-        target = root / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(from_dir / name, target)
-        except OSError:
-            shutil.copy2(from_dir / name, target)
-
-
-def replace_folder(new: pathlib.Path, target: pathlib.Path) -> None:
-    """Renames `new` to `target`; what was there is removed only after the new one is in place."""
-    old = target.parent / f".{target.name}.old-{os.getpid()}"
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_split(

@@ -14,6 +14,7 @@ import torch
 
 from data_pipeline import build, synthesize
 from data_pipeline.synthetic_log import SyntheticConfig
+from gpsd_dist import data_versions
 from gpsd_dist.config import DataConfig, ModelConfig, PretrainConfig, RunConfig, TablesConfig
 from gpsd_dist.data.loaders import training_loader
 from gpsd_dist.distributed.runtime import Runtime
@@ -25,20 +26,20 @@ ONE_PROCESS = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("c
 
 
 def make_data(folder: pathlib.Path) -> pathlib.Path:
-    """Writes the log of a shop whose customers have tastes, and prepares it: Parquet files and `manifest.json`."""
+    """Writes the log of a shop whose customers have tastes, and prepares it; returns the folder of that version."""
     raw, data = folder / "raw", folder / "data"
     synthesize.write(SyntheticConfig(num_users=600, num_items=1600, requests_per_day=150), raw)
     status = build.main(["--source", "synthetic", "--raw_dir", str(raw), "--out_dir", str(data)])
     if status:
         raise SystemExit(status)  # the command has said why
-    return data
+    return data_versions.current(data)
 
 
-def options(folder: pathlib.Path) -> RunConfig:
+def options(folder: pathlib.Path, data: pathlib.Path) -> RunConfig:
     """The options that gin would build from files and the command line. What is not named keeps its default."""
     return RunConfig(
         stage="pretrain",
-        data_dir=str(folder / "data"),
+        data_dir=str(data),
         output_dir=str(folder / "run"),
         data=DataConfig(global_batch_rows=64),
         tables=TablesConfig(embedding_dim=32),
@@ -49,8 +50,8 @@ def options(folder: pathlib.Path) -> RunConfig:
 
 def train(folder: pathlib.Path, num_steps: int) -> list[float]:
     """Returns the next-item loss of every step."""
-    manifest = read_manifest(make_data(folder))
-    run = options(folder)
+    data = make_data(folder)
+    manifest, run = read_manifest(data), options(folder, data)
     stage = make_stage(run, manifest)  # the model, its losses and how it would be judged
     torch.manual_seed(run.seed)
 

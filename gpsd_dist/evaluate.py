@@ -20,14 +20,15 @@ import typing
 import rich.console
 import rich.table
 
+from gpsd_dist import data_versions
 from gpsd_dist.assembly import assemble, looked_up_tables, meta_model
 from gpsd_dist.baselines.frequent_items import frequent_item_metrics
 from gpsd_dist.baselines.registry import NAMES, NEXT_ITEM, evaluate_baseline
 from gpsd_dist.checkpoint import loading, manager, storage
-from gpsd_dist.checkpoint.state import read_run
+from gpsd_dist.checkpoint.state import RunState, read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import OptimizerConfig, RunConfig, run_config_from_dict
-from gpsd_dist.data.run_manifest import read_run_manifest
+from gpsd_dist.data.run_manifest import read_run_manifest, with_data_version
 from gpsd_dist.distributed.runtime import Runtime, process_group
 from gpsd_dist.metrics.classification import Predictions
 from gpsd_dist.metrics.ranking import RANK_CUT
@@ -52,17 +53,20 @@ def evaluate_checkpoint(
     rank_cut: int | None = None,
     keep: dict[str, Predictions] | None = None,
     is_weighted: bool = False,
+    min_item_count: int | None = None,
 ) -> Metrics:
     """Scores one split with a run folder's best (or last) checkpoint, or with a checkpoint folder; exact. Collective.
 
-    `data_dir` None stands for the folder that the run was trained on; `rank_cut` and `keep` are those of
+    `data_dir` None stands for the data that the run was trained on; `rank_cut` and `keep` are those of
     stages.stage.evaluate_split. `is_weighted`: as FinetuneConfig.weighted_metrics, whatever the run had.
+    `min_item_count` needs `keep`, and adds `frequent_item_metrics` on rank 0.
     ValueError if the data set has other features, vocabularies or tasks than the run was trained with, or if nothing
     is ranked.
     """
     trained = load_trained(checkpoint, data_dir, split, runtime, which, is_weighted=is_weighted)
     log.info("scoring %s of %s with %s (step %d)", split, trained.run.data_dir, trained.folder, trained.step)
-    return evaluate_split(trained.run, trained.manifest, trained.components, split, rank_cut, keep)
+    metrics = evaluate_split(trained.run, trained.manifest, trained.components, split, rank_cut, keep)
+    return _with_frequent_items(metrics, trained.run.data_dir, keep, min_item_count) if runtime.is_main else metrics
 
 
 class TrainedRun(typing.NamedTuple):
@@ -91,8 +95,11 @@ def load_trained(
     """
     folder = manager.find_together(checkpoint, which)
     state = read_run(folder)
-    run = run_config_from_dict(state.run_config)
-    run = dataclasses.replace(run, data_dir=data_dir or run.data_dir, sparse=_ANY_SPARSE)
+    run = dataclasses.replace(run_config_from_dict(state.run_config), sparse=_ANY_SPARSE)
+    if data_dir:
+        run = with_data_version(dataclasses.replace(run, data_dir=str(data_dir)))
+    else:  # the version of the run, unless the split came later
+        run = with_data_version(run, version_for(state, folder, split))
     manifest = read_run_manifest(run)
     check_same_schema(manifest, state.manifest, folder, run.data_dir)
     manifest.split(split)
@@ -106,10 +113,32 @@ def load_trained(
     return TrainedRun(run, manifest, components, folder, state.step)
 
 
+def _with_frequent_items(
+    metrics: Metrics, data_dir: str, keep: dict[str, Predictions] | None, min_item_count: int | None
+) -> Metrics:
+    if not min_item_count or keep is None:
+        return metrics
+    added = frequent_item_metrics(keep, data_dir, min_item_count)
+    return {task: values | added[task] for task, values in metrics.items()}
+
+
+def version_for(state: RunState, checkpoint: Location, split: str = "") -> data_versions.Wanted:
+    """Describes a version that a run can score: that of the run, or a later one with its vocabularies that has `split`."""
+    return data_versions.Wanted(
+        lambda manifest: not _differences(manifest, state.manifest) and bool(not split or manifest.split(split)),
+        data_versions.name_of(state.run_config["data_dir"]),
+        f"has the vocabularies that {checkpoint} was trained with{f', and a split {split!r}' if split else ''}",
+    )
+
+
+def _differences(manifest: Manifest, saved: dict) -> list[str]:
+    current = json.loads(json.dumps(dataclasses.asdict(manifest)))
+    return [name for name in _DESCRIBING_FIELDS if current[name] != saved[name]]
+
+
 def check_same_schema(manifest: Manifest, saved: dict, folder: Location, data_dir: str) -> None:
     """Raises ValueError if data have other features, vocabularies or tasks than a run was trained with."""
-    current = json.loads(json.dumps(dataclasses.asdict(manifest)))
-    different = [name for name in _DESCRIBING_FIELDS if current[name] != saved[name]]
+    different = _differences(manifest, saved)
     if different:
         raise ValueError(
             f"{data_dir} differs from what {folder} was trained on in {different}; score it on data that was built "
@@ -190,16 +219,17 @@ def main(argv: list[str]) -> int:
     keep: dict[str, Predictions] | None = {} if args.scores_out or args.min_item_count else None
     try:
         if args.baseline:
+            data_dir = str(data_versions.opened(args.data))
             metrics = evaluate_baseline(
                 args.baseline,
-                args.data,
+                data_dir,
                 args.split,
                 rank_cut=args.rank_cut,
                 max_history_length=args.max_history_length,
                 window_days=args.window_days,
                 keep=keep,
             )
-            return _report(metrics, args, keep)
+            return _report(_with_frequent_items(metrics, data_dir, keep, args.min_item_count), args, keep)
         with process_group(TIMEOUT_S) as runtime:
             metrics = evaluate_checkpoint(
                 args.checkpoint,
@@ -210,6 +240,7 @@ def main(argv: list[str]) -> int:
                 rank_cut=args.rank_cut,
                 keep=keep,
                 is_weighted=args.weighted,
+                min_item_count=args.min_item_count,
             )
         return _report(metrics, args, keep) if runtime.is_main else 0
     except (ValueError, OSError) as error:
@@ -218,10 +249,6 @@ def main(argv: list[str]) -> int:
 
 
 def _report(metrics: Metrics, args: argparse.Namespace, keep: dict[str, Predictions] | None) -> int:
-    if args.min_item_count and keep is not None:
-        data_dir = args.data or read_run(manager.find(args.checkpoint, args.which)).run_config["data_dir"]
-        added = frequent_item_metrics(keep, data_dir, args.min_item_count)
-        metrics = {task: values | added[task] for task, values in metrics.items()}
     _print(metrics)
     write_results(metrics, args.metrics_out, keep, args.scores_out)
     return 0

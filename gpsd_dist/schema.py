@@ -1,6 +1,6 @@
 """Defines the data contract that `data_pipeline` writes and `gpsd_dist` reads: Parquet columns and `manifest.json`.
 
-    out_dir/
+    out_dir/versions/<name>/            one version; `data_versions` finds it
       manifest.json                     this file's `Manifest`
       pretrain/part-00000.parquet       history columns only
       train/ valid/ test/ [holdout/]    history + candidate + label + context columns
@@ -214,6 +214,8 @@ def read_manifest(data_dir: str | pathlib.Path) -> Manifest:
     """Reads and checks `manifest.json`; every problem is a ValueError that names the file and what to do."""
     path = pathlib.Path(data_dir) / MANIFEST_NAME
     if not path.is_file():
+        if (path.parent / "versions").is_dir():
+            raise ValueError(f"{data_dir} has versions of a data set, read one: gpsd_dist.data_versions.opened(folder)")
         raise ValueError(
             f"{path} does not exist; prepare the data first: python -m data_pipeline.build --out_dir {data_dir} ..."
         )

@@ -10,7 +10,13 @@ import typing
 from gpsd_dist.assembly import assemble
 from gpsd_dist.checkpoint.loading import fill_tensors
 from gpsd_dist.checkpoint.manager import Checkpoints, RunState, newest_intact
-from gpsd_dist.checkpoint.resume import check_resumable, epochs_to_best, in_saved_revision, saved_numbers
+from gpsd_dist.checkpoint.resume import (
+    check_resumable,
+    epochs_to_best,
+    in_data_version,
+    in_saved_revision,
+    saved_numbers,
+)
 from gpsd_dist.checkpoint.state import read_run, read_state
 from gpsd_dist.checkpoint.transfer import transfer
 from gpsd_dist.config import RunConfig
@@ -40,13 +46,15 @@ class Trainer:
         Raises ValueError or OSError for what does not fit or cannot be read; nothing has been written then.
         """
         self.runtime = runtime
-        self.manifest = read_run_manifest(run)
-        # Options that cannot fit the data are refused before tables are allocated, which may take minutes.
-        check_options_against_data(run, self.manifest)
         self.checkpoints = Checkpoints(run.output_dir, runtime, run.train)
         # All ranks verify the files together and agree on one checkpoint: a rank that alone found a damaged file would
         # otherwise start from another step than the rest.
         self.start = newest_intact(self.checkpoints.folder)
+        # A build may publish another version meanwhile, even between two ranks. A resumed run goes on with its own.
+        run = in_data_version(run, self.start)
+        self.manifest = read_run_manifest(run)
+        # Options that cannot fit the data are refused before tables are allocated, which may take minutes.
+        check_options_against_data(run, self.manifest)
         # A resumed run goes on with the numbers that it began with, though the data may have grown since.
         run, chosen = resolve(run, self.manifest, saved_numbers(run, self.start))
         if chosen:

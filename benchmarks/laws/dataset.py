@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.laws.generators import DAY_S, NUM_HISTORY_DAYS, NUM_TRAIN_DAYS, START_S, Log, Users, draw, draw_labels
 from data_pipeline import build
-from gpsd_dist import schema
+from gpsd_dist import data_versions, schema
 from gpsd_dist.baselines import rows
 from gpsd_dist.metrics.classification import classification_metrics
 
@@ -62,7 +62,8 @@ class LawData:
 
     @property
     def data_dir(self) -> pathlib.Path:
-        return self.folder / "data"
+        """Returns the folder of the current version."""
+        return data_versions.current(self.folder / "data")
 
     @property
     def aside(self) -> pathlib.Path:
@@ -112,7 +113,7 @@ def prepare(
         parts |= {f"label.{task}": label_UK for task, label_UK in labels.items()}
         # Written last: a folder that has it has everything before it.
         np.savez_compressed(made.aside, size=size, explicit=log.explicit_UK, **parts)
-    argv = ["--source", "generic", "--raw_dir", str(made.raw_dir), "--out_dir", str(made.data_dir)]
+    argv = ["--source", "generic", "--raw_dir", str(made.raw_dir), "--out_dir", str(made.folder / "data")]
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         status = build.main(argv)

@@ -3,9 +3,8 @@
 import collections.abc
 import functools
 import os
-import pathlib
 
-from gpsd_dist import schema
+from gpsd_dist import data_versions, schema
 from gpsd_dist.baselines.gbdt import score_gbdt
 from gpsd_dist.baselines.next_item import rank_by_popularity
 from gpsd_dist.baselines.rates import score_popularity, score_rates
@@ -40,7 +39,8 @@ def evaluate_baseline(
     """
     if name not in NAMES:
         raise ValueError(f"there is no baseline {name!r}; choose one of {sorted(NAMES)}")
-    manifest = schema.read_manifest(pathlib.Path(data_dir))
+    data_dir = data_versions.opened(data_dir)
+    manifest = schema.read_manifest(data_dir)
     if not manifest.tasks:
         raise ValueError(f"{data_dir} has no task, so there is nothing to score")
     if name == NEXT_ITEM:

@@ -5,10 +5,12 @@ import json
 import logging
 import typing
 
+from gpsd_dist import data_versions
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.checkpoint.state import RunState, read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import RunConfig, run_config_from_dict
+from gpsd_dist.data.run_manifest import with_data_version
 
 log = logging.getLogger(__name__)
 _SAME_DATA = ("features", "tables", "tasks", "splits")
@@ -31,12 +33,39 @@ def check_resumable(
             f"{checkpoint} belongs to a run with other options ({'; '.join(changed)}); "
             "use another OUTPUT_DIR, or the same options: --gin_file config.gin of that run's folder has them all"
         )
-    parts = [part for part in (_named_differences(part, manifest, state.manifest) for part in _SAME_DATA) if part]
+    parts = _other_data(manifest, state)
     if parts:
         raise ValueError(
             f"{checkpoint} was trained on other data: {'; '.join(parts)} differ from those of the data now (built "
             "anew, or another DATA_DIR); use the data of that run, or another OUTPUT_DIR"
         )
+
+
+def in_data_version(run: RunConfig, start: Location | None) -> RunConfig:
+    """Returns the run with the folder of one version of its data as `data_dir`. Collective.
+
+    It is the version that the run goes on with: that of its own checkpoint `start`, or of the run it refits. Others
+    begin with the current one. ValueError if the version is gone.
+    """
+    if start is None and not run.refit_of:
+        return with_data_version(run)
+    origin = start if start is not None else manager.find_together(run.refit_of)
+    return with_data_version(run, version_of(read_run(origin), origin))
+
+
+def version_of(state: RunState, checkpoint: Location) -> data_versions.Wanted:
+    """Describes the version of its data set that a run began with, as its checkpoint says."""
+    first = data_versions.name_of(state.run_config["data_dir"])
+    return data_versions.Wanted(
+        lambda manifest: not _other_data(_plain(dataclasses.asdict(manifest)), state),
+        first,
+        f"has the data that {checkpoint} was trained on (version {first})",
+    )
+
+
+def _other_data(manifest: dict[str, typing.Any], state: RunState) -> list[str]:
+    """Names the parts of the manifest that differ from the checkpoint's, with their entries."""
+    return [part for part in (_named_differences(part, manifest, state.manifest) for part in _SAME_DATA) if part]
 
 
 def saved_numbers(run: RunConfig, start: Location | None) -> dict[str, typing.Any] | None:

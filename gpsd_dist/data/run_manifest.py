@@ -2,14 +2,27 @@
 
 import dataclasses
 
+from gpsd_dist import data_versions
 from gpsd_dist.config import RunConfig
 from gpsd_dist.config.ids import IdsConfig
+from gpsd_dist.distributed.collectives import on_main
 from gpsd_dist.schema import Manifest, Table, read_manifest, unbounded_fingerprint
 
 
 def read_run_manifest(run: RunConfig) -> Manifest:
     """Reads the manifest of `run.data_dir` with the options `run.ids`. ValueError if one of the two is wrong."""
     return with_id_options(read_manifest(run.data_dir), run.ids)
+
+
+def with_data_version(run: RunConfig, wanted: data_versions.Wanted | None = None) -> RunConfig:
+    """Returns the run with the folder of one version as `data_dir`: that which rank 0 finds and marks. Collective.
+
+    The manifest that `wanted.fits` gets is the one that the run sees. ValueError if no version fits.
+    """
+    if wanted is not None:
+        fits = wanted.fits
+        wanted = dataclasses.replace(wanted, fits=lambda manifest: fits(with_id_options(manifest, run.ids)))
+    return dataclasses.replace(run, data_dir=on_main(lambda: str(data_versions.opened(run.data_dir, wanted))))
 
 
 def with_id_options(manifest: Manifest, config: IdsConfig) -> Manifest:

@@ -16,8 +16,8 @@ from gpsd_dist.checkpoint import integrity, manager
 from gpsd_dist.checkpoint.files import Reader
 from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.config import run_config_from_dict
-from gpsd_dist.data.run_manifest import read_run_manifest
-from gpsd_dist.evaluate import check_same_schema
+from gpsd_dist.data.run_manifest import read_run_manifest, with_data_version
+from gpsd_dist.evaluate import check_same_schema, version_for
 from gpsd_dist.export import gates, weights
 from gpsd_dist.export.parquet_tokens import read_split
 from gpsd_dist.export.raw_requests import examples
@@ -50,9 +50,9 @@ def read_source(checkpoint: str | os.PathLike[str], data_dir: str, which: str = 
     run = run_config_from_dict(state.run_config)
     if not find(run.stage).with_candidates:
         raise ValueError(f"{folder} is of stage {run.stage!r}, which scores no candidates; export a finetuned run")
-    run = dataclasses.replace(run, data_dir=data_dir)
+    run = with_data_version(dataclasses.replace(run, data_dir=data_dir), version_for(state, folder))
     manifest = read_run_manifest(run)
-    check_same_schema(manifest, state.manifest, folder, data_dir)
+    check_same_schema(manifest, state.manifest, folder, run.data_dir)
     return Source(folder, state, run, manifest)
 
 

@@ -26,10 +26,11 @@ import typing
 
 import torch
 
+from gpsd_dist import data_versions
 from gpsd_dist.checkpoint import storage
 from gpsd_dist.commands import add_overrides, exit_status
 from gpsd_dist.fit import outcome
-from gpsd_dist.fit.data_check import Facts, look
+from gpsd_dist.fit.data_check import Facts, fingerprint, look
 from gpsd_dist.fit.display import Display
 from gpsd_dist.fit.plan import DEFAULT_MODEL, Contestant, Plan, make_plan
 from gpsd_dist.fit.steps import FLOOR_NAMES, REFITTED_FLOOR, Budget, Runner, best_valid, plan_budget, scores_path
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> outcome.Outcome:
     """Does everything that is not done yet, prints and writes the outcome. Raises what `main` explains."""
     if "RANK" in os.environ:
         raise ValueError("fit starts the processes of its trainings itself (--nproc): leave out torchrun")
+    args.data = _version(args)
     facts = look(args.data)
     plan = make_plan(args, facts.can_pretrain)
     state = _state(args, facts)
@@ -96,6 +98,17 @@ def run(args: argparse.Namespace) -> outcome.Outcome:
     made = outcome.make(entries, chosen, facts, runner, args)
     outcome.show(made, args.out)
     return made
+
+
+def _version(args: argparse.Namespace) -> pathlib.Path:
+    """Finds the version of the data that all steps read: that of an earlier call, else the current one."""
+    path = args.out / STATE_NAME
+    if not path.is_file():
+        return data_versions.opened(args.data)
+    begun = storage.read_json(path)
+    first, words = data_versions.name_of(str(begun.get("data_dir"))), f"has the data that {args.out} was begun with"
+    wanted = data_versions.Wanted(lambda manifest: fingerprint(manifest) == begun.get("data"), first, words)
+    return data_versions.opened(args.data, wanted)
 
 
 def _state(args: argparse.Namespace, facts: Facts) -> dict[str, typing.Any]:

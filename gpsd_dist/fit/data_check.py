@@ -8,7 +8,7 @@ import pathlib
 
 import numpy as np
 
-from gpsd_dist import schema
+from gpsd_dist import data_versions, schema
 from gpsd_dist.baselines.rows import read_rows
 from gpsd_dist.metrics.auc_interval import half_width_of_counts
 
@@ -48,8 +48,7 @@ class Facts:
     @property
     def fingerprint(self) -> str:
         """Identity of the data set, wherever its folder is."""
-        parts = {name: value for name, value in dataclasses.asdict(self.manifest).items() if name in _SAME_DATA}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return fingerprint(self.manifest)
 
     def lines(self) -> collections.abc.Iterator[str]:
         """Yields one line per split, for a person, and a note where one is too thin to tell models apart."""
@@ -72,9 +71,16 @@ class Facts:
                 )
 
 
+def fingerprint(manifest: schema.Manifest) -> str:
+    """Hashes what makes two data sets the same one, wherever their folders are."""
+    parts = {name: value for name, value in dataclasses.asdict(manifest).items() if name in _SAME_DATA}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
 def look(data_dir: pathlib.Path) -> Facts:
     """Reads manifest and labels. ValueError says what is missing, in the words of whoever has a log, and what to do."""
-    manifest = _read_manifest(data_dir)
+    _check_folder(data_dir)
+    manifest = schema.read_manifest(data_dir)
     rows = {split.name: split.num_rows for split in manifest.splits}
     if not manifest.tasks or not rows.get("train"):
         raise ValueError(
@@ -94,7 +100,7 @@ def look(data_dir: pathlib.Path) -> Facts:
     return Facts(manifest, splits, rows.get("pretrain", 0) > 0)
 
 
-def _read_manifest(data_dir: pathlib.Path) -> schema.Manifest:
+def _check_folder(data_dir: pathlib.Path) -> None:
     if not data_dir.is_dir():
         what = "is a file" if data_dir.exists() else "does not exist"
         raise ValueError(
@@ -102,7 +108,7 @@ def _read_manifest(data_dir: pathlib.Path) -> schema.Manifest:
         )
     names = sorted(path.name for path in data_dir.iterdir())
     raw = [name for name in names if name.endswith(_RAW_ENDINGS)]
-    if schema.MANIFEST_NAME not in names:
+    if not {schema.MANIFEST_NAME, data_versions.CURRENT_NAME} & set(names):
         if raw:
             found = (
                 f"holds raw files ({', '.join(raw[:3])}) and no {schema.MANIFEST_NAME}: describe their columns in a "
@@ -111,7 +117,6 @@ def _read_manifest(data_dir: pathlib.Path) -> schema.Manifest:
             raise ValueError(f"--data {data_dir} {found}{advice.replace('RAW', str(data_dir))}")
         what = "is empty" if not names else f"holds no {schema.MANIFEST_NAME}"
         raise ValueError(f"--data {data_dir} {what}: build it from your log first: {_BUILD} {data_dir}")
-    return schema.read_manifest(data_dir)
 
 
 def _count(data_dir: pathlib.Path, manifest: schema.Manifest, name: str) -> SplitFacts:

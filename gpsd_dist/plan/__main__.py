@@ -25,7 +25,7 @@ from gpsd_dist.checkpoint.resume import saved_numbers
 from gpsd_dist.config import RunConfig
 from gpsd_dist.config.from_data import resolve
 from gpsd_dist.config.gin_cli import load_run_config
-from gpsd_dist.data.run_manifest import read_run_manifest
+from gpsd_dist.data.run_manifest import read_run_manifest, with_data_version
 from gpsd_dist.distributed.runtime import quiet_libraries
 from gpsd_dist.plan.estimate import RESERVE, Estimate, Scenario, estimate
 from gpsd_dist.plan.suggestions import Suggestion, suggestions
@@ -62,6 +62,7 @@ def main(argv: list[str]) -> int:
 
 def _scenario(run: RunConfig, args: argparse.Namespace) -> Scenario:
     table_rows = _sizes(args.table_rows)
+    run = with_data_version(run)
     measured = read_run_manifest(run)
     # A refit trains with the numbers of the run that it repeats, and not with those of the data as they are now.
     run, chosen = resolve(run, measured, saved_numbers(run, None))

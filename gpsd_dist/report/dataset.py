@@ -7,7 +7,7 @@ import os
 import pathlib
 import typing
 
-from gpsd_dist import schema
+from gpsd_dist import data_versions, schema
 from gpsd_dist.report.run_folder import Run
 from gpsd_dist.report.tables import (
     MISSING,
@@ -77,7 +77,7 @@ def _start_s(run: Run) -> float:
 def _read(data_dir: str) -> tuple[Manifest | None, str]:
     """Reads the folder's manifest; None and the reason if it cannot be read."""
     try:
-        return schema.read_manifest(data_dir), ""
+        return schema.read_manifest(data_versions.current(data_dir)), ""
     except (ValueError, OSError) as error:
         is_gone = not os.path.isdir(data_dir)
         return None, f"the folder {data_dir} is not here (seen from {pathlib.Path.cwd()})" if is_gone else str(error)

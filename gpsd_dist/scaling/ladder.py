@@ -7,10 +7,13 @@ import re
 import typing
 
 from gpsd_dist.checkpoint import manager
+from gpsd_dist.checkpoint.resume import version_of
 from gpsd_dist.checkpoint.state import read_run
+from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.commands import Command, python_command
 from gpsd_dist.config import STRATEGIES, RunConfig
 from gpsd_dist.config.gin_cli import load_run_config
+from gpsd_dist.data.run_manifest import with_data_version
 from gpsd_dist.schema import read_manifest
 
 _RUNG = re.compile(r"l(\d+)h(\d+)a(\d+)")
@@ -101,23 +104,45 @@ def plan(args: argparse.Namespace) -> list[Trial]:
     Folders: OUT_DIR/<rung>/s<seed>/{pretrain,<strategy>}, so `benchmarks.collect OUT_DIR/<rung>` reads them too.
     """
     _check(args)
-    trials = [_trial(args, rung, seed) for rung in parse_ladder(args.ladder) for seed in parse_seeds(args.seeds)]
-    read_manifest(trials[0].finetuning.run.data_dir).split(args.split)  # fails now, not after hours of training
+    cells = [(rung, seed) for rung in parse_ladder(args.ladder) for seed in parse_seeds(args.seeds)]
+    first = _trial(args, *cells[0])
+    data_dir = _version(first)
+    read_manifest(data_dir).split(args.split)  # fails now, not after hours of training
+    one_version = () if data_dir == first.finetuning.run.data_dir else (f"--gin.DATA_DIR={data_dir}",)
+    trials = [_trial(args, rung, seed, one_version) for rung, seed in cells]
     if args.init_checkpoint:
         _check_init_checkpoint(args, trials)
     return trials
 
 
-def _trial(args: argparse.Namespace, rung: Rung, seed: int) -> Trial:
-    home = args.out_dir / rung.name / f"s{seed}"
+def _version(trial: Trial) -> str:
+    """Finds the version of the data that all trials read: that of an earlier call, else the current one."""
+    for training in filter(None, (trial.pretraining, trial.finetuning)):
+        if (training.folder / "run_config.json").is_file() and (
+            checkpoint := checkpoint_in(training.folder)
+        ) is not None:
+            return with_data_version(training.run, version_of(read_run(checkpoint), checkpoint)).data_dir
+    return with_data_version(trial.finetuning.run).data_dir
+
+
+def checkpoint_in(folder: pathlib.Path) -> Location | None:
+    """Returns the last checkpoint of a run, None where there is none."""
+    try:
+        return manager.find(folder, "last")
+    except ValueError:
+        return None
+
+
+def _trial(args: argparse.Namespace, rung: Rung, seed: int, one_version: tuple[str, ...] = ()) -> Trial:
+    home, of_rung = args.out_dir / rung.name / f"s{seed}", (*_rung_options(args, rung, seed), *one_version)
     pretraining = None
     start = args.init_checkpoint
     if args.pretrain_gin_file:
         start = str(home / "pretrain")
-        options = (*args.pretrain_overrides, *_rung_options(args, rung, seed), f"--gin.OUTPUT_DIR={start}")
+        options = (*args.pretrain_overrides, *of_rung, f"--gin.OUTPUT_DIR={start}")
         pretraining = make_training("pretrain", args.pretrain_gin_file, options, args.nproc_per_node)
     folder = home / args.strategy.lower()
-    options = (*args.overrides, *_rung_options(args, rung, seed), f"--gin.STRATEGY={args.strategy}")
+    options = (*args.overrides, *of_rung, f"--gin.STRATEGY={args.strategy}")
     options += (f"--gin.INIT_CHECKPOINT={start}",) if start else ()
     options += (f"--gin.OUTPUT_DIR={folder}",)
     finetuning = make_training("finetune", args.gin_file, options, args.nproc_per_node)

@@ -10,16 +10,16 @@ import json
 import pathlib
 import typing
 
+from gpsd_dist import data_versions
 from gpsd_dist.checkpoint import loading, manager, storage
-from gpsd_dist.checkpoint.resume import check_resumable
+from gpsd_dist.checkpoint.resume import check_resumable, version_of
 from gpsd_dist.checkpoint.state import read_run
-from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.commands import Stopped, execute
 from gpsd_dist.config import run_config_from_dict
 from gpsd_dist.config.from_data import left_to_data
-from gpsd_dist.data.run_manifest import read_run_manifest
+from gpsd_dist.data.run_manifest import read_run_manifest, with_data_version
 from gpsd_dist.parameter_names import TOWER, dense_weight, is_table, is_weight
-from gpsd_dist.scaling.ladder import Training, Trial
+from gpsd_dist.scaling.ladder import Training, Trial, checkpoint_in
 from gpsd_dist.validation import flattened
 
 PARAMETERS_NAME = "parameters.json"
@@ -69,10 +69,11 @@ def _check_training(training: Training, trial: Trial, is_needed: bool) -> None:
             f"{training.folder} holds a run with other options: {'; '.join(changes)}; "
             "use the same options, another --out_dir, or delete that folder"
         )
-    checkpoint = _checkpoint(training.folder)
+    checkpoint = checkpoint_in(training.folder)
     if checkpoint is not None:  # the data may have been built anew since
         state = read_run(checkpoint)
-        manifest = dataclasses.asdict(read_run_manifest(training.run))
+        run = with_data_version(training.run, version_of(state, checkpoint))
+        manifest = dataclasses.asdict(read_run_manifest(run))
         check_resumable(state.run_config, manifest, state, training.folder)
 
 
@@ -84,6 +85,8 @@ def differences(training: Training, saved: dict[str, typing.Any], moves: bool = 
     ignored = {"output_dir", "init_checkpoint"} if moves else {"output_dir"}
     ignored |= {f"{part}.{name}" for part, name in left_to_data(training.run)}  # its folder has the numbers chosen
     runs = (run_config_from_dict(saved), training.run)
+    if len({data_versions.root_of(run.data_dir) for run in runs}) == 1:  # whether the version fits is said elsewhere
+        ignored.add("data_dir")
     there, here = (flattened(json.loads(json.dumps(dataclasses.asdict(run)))) for run in runs)
     return [
         f"{name}: {there.get(name)!r} there, {here.get(name)!r} now"
@@ -92,16 +95,9 @@ def differences(training: Training, saved: dict[str, typing.Any], moves: bool = 
     ]
 
 
-def _checkpoint(folder: pathlib.Path) -> Location | None:
-    try:
-        return manager.find(folder, "last")
-    except ValueError:
-        return None
-
-
 def is_trained(training: Training) -> bool:
     """Whether the run has trained to its end."""
-    checkpoint = _checkpoint(training.folder)
+    checkpoint = checkpoint_in(training.folder)
     return checkpoint is not None and bool(read_run(checkpoint).progress["is_finished"])
 
 

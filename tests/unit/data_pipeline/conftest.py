@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline import build
-from gpsd_dist import schema
+from gpsd_dist import data_versions, schema
 
 RAW = pathlib.Path(os.environ.get("GPSD_RAW", pathlib.Path(__file__).resolve().parents[4] / "shared" / "data"))
 APR_25_S = 1650816000  # midnight UTC+8
@@ -28,8 +28,14 @@ def run(*arguments) -> int:
     return build.main([str(argument) for argument in arguments])
 
 
+def manifest_of(out_dir: pathlib.Path) -> schema.Manifest:
+    """Manifest of the current version."""
+    return schema.read_manifest(data_versions.current(out_dir))
+
+
 def rows_of(out_dir: pathlib.Path, split: str) -> list[dict]:
     """Rows of a split, ordered by user and history length."""
+    out_dir = data_versions.current(out_dir)
     manifest = schema.read_manifest(out_dir)
     rows = [row for file in manifest.split(split).files for row in pq.read_table(out_dir / file).to_pylist()]
     return sorted(rows, key=lambda row: (row["user_id"], row["history_length"]))
@@ -37,7 +43,7 @@ def rows_of(out_dir: pathlib.Path, split: str) -> list[dict]:
 
 def words_of(out_dir: pathlib.Path, table: str) -> dict[int, str]:
     """{index: raw id}, with PAD and UNK for the reserved ones."""
-    vocab = pq.read_table(out_dir / "vocab" / f"{table}.parquet").to_pydict()
+    vocab = pq.read_table(data_versions.current(out_dir) / "vocab" / f"{table}.parquet").to_pydict()
     return {0: "PAD", 1: "UNK"} | dict(zip(vocab["index"], vocab["raw_id"]))
 
 
@@ -89,7 +95,7 @@ def grocery(tmp_path_factory) -> pathlib.Path:
         )
         == 0
     )
-    return out
+    return data_versions.current(out)
 
 
 def log_row(user: int, video: int, time_s: float, click: int = 0, long_view: int = 0, tab: int = 1) -> dict:
@@ -168,4 +174,4 @@ def kuairand(tmp_path_factory) -> pathlib.Path:
     root = tmp_path_factory.mktemp("kuairand")
     out = root / "out"
     assert run("--source", "kuairand_pure", "--raw_dir", make_kuairand(root / "raw"), "--out_dir", out) == 0
-    return out
+    return data_versions.current(out)

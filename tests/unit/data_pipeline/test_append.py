@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline import fingerprint, synthesize, synthetic_log, validate
-from gpsd_dist import schema
+from gpsd_dist import data_versions
 from tests.helpers.parquet_rows import rows_sha256
-from tests.unit.data_pipeline.conftest import DAY_S, log_row, run, words_of, write_log
+from tests.unit.data_pipeline.conftest import DAY_S, log_row, manifest_of, run, words_of, write_log
 from tests.unit.data_pipeline_sources.conftest import Prepared
 
 CONFIG = synthetic_log.SyntheticConfig(
@@ -45,7 +45,7 @@ def days(tmp_path_factory):
     assert build(raws[0], root / "day1") == 0
     assert build(raws[1], root / "day2", "--append_to", root / "day1") == 0
     assert build(raws[2], root / "day3", "--append_to", root / "day2", "--num_buckets", 2) == 0
-    bounds = schema.read_manifest(root / "day2").options["boundaries_s"]
+    bounds = manifest_of(root / "day2").options["boundaries_s"]
     path = root / "again.toml"
     old = [datetime.datetime.fromtimestamp(s, datetime.UTC).date().isoformat() for s in CONFIG.boundaries_s[1:3]]
     new = [datetime.datetime.fromtimestamp(s, datetime.UTC).isoformat() for s in bounds[:2]]
@@ -58,10 +58,15 @@ def days(tmp_path_factory):
     return root
 
 
+def files_of(days, name: str) -> pathlib.Path:
+    """Folder with the files of a data set: its only version."""
+    return data_versions.current(days / name)
+
+
 def test_old_ids_keep_their_index_and_new_ones_follow(days):
     grown = 0
     for earlier, later in (("day1", "day2"), ("day2", "day3")):
-        for table in schema.read_manifest(days / earlier).tables:
+        for table in manifest_of(days / earlier).tables:
             before, after = words_of(days / earlier, table.name), words_of(days / later, table.name)
             assert {index: after[index] for index in before} == before
             grown += len(after) - len(before)
@@ -70,10 +75,10 @@ def test_old_ids_keep_their_index_and_new_ones_follow(days):
 
 def test_vocabularies_are_those_of_a_full_build_as_sets_with_counts(days):
     """Also the rule of min_count 2: an id may have one occurrence on each of two days."""
-    for table in schema.read_manifest(days / "again2").tables:
+    for table in manifest_of(days / "again2").tables:
         pairs = []
         for name in ("day2", "again2"):
-            words = pq.read_table(days / name / "vocab" / f"{table.name}.parquet").to_pydict()
+            words = pq.read_table(files_of(days, name) / "vocab" / f"{table.name}.parquet").to_pydict()
             pairs.append(dict(zip(words["raw_id"], words["count"])))
         assert pairs[0] == pairs[1], table.name
 
@@ -84,9 +89,9 @@ def test_the_day_and_its_pretraining_rows_equal_a_full_build(days):
     assert len(appended.rows("test")) > 15
     new = appended.manifest.split("pretrain").files[-1]
     assert new.startswith("appended-0001")
-    rows = {row["user_id"] for row in pq.read_table(days / "day2" / new).to_pylist()}
+    rows = {row["user_id"] for row in pq.read_table(files_of(days, "day2") / new).to_pylist()}
     assert 5 < len(rows) < CONFIG.num_users
-    histories = {row["user_id"]: row["history.item"] for row in pq.read_table(days / "day2" / new).to_pylist()}
+    histories = {row["user_id"]: row["history.item"] for row in pq.read_table(files_of(days, "day2") / new).to_pylist()}
     words = appended.words["item"]
     for user in rows:
         assert [words[index] for index in histories[user]] == again.rows("pretrain")[user,]["history.item"]
@@ -126,7 +131,7 @@ def test_the_chain_names_every_parent(days):
     chain = manifests[2].options["chain"]
     assert len(chain) == 2 and "chain" not in manifests[0].options
     for number, step in enumerate(chain):
-        parent = days / f"day{number + 1}" / "manifest.json"
+        parent = files_of(days, f"day{number + 1}") / "manifest.json"
         assert step["parent_manifest_sha256"] == fingerprint.file_sha256(parent)
         assert step["tables"] == [
             {"name": t.name, "num_rows": t.num_rows, "fingerprint": t.fingerprint} for t in manifests[number].tables
@@ -138,19 +143,20 @@ def test_the_chain_names_every_parent(days):
 
 
 def test_splits_move_on_and_old_files_are_the_same(days):
-    one, two = (schema.read_manifest(days / f"day{n}") for n in (1, 2))
+    one, two = (manifest_of(days / f"day{n}") for n in (1, 2))
     assert two.split("train").files == one.split("train").files + one.split("valid").files
     assert two.split("valid").files == one.split("test").files
     for split in one.splits:
         for file in split.files:
-            assert (days / "day1" / file).samefile(days / "day2" / file)
+            assert (files_of(days, "day1") / file).samefile(files_of(days, "day2") / file)
 
 
 def test_in_place_and_again_is_a_noop(days, tmp_path, capsys):
     assert build(days / "raw1", tmp_path / "out") == 0
     assert build(days / "raw2", tmp_path / "out", "--append_to", tmp_path / "out") == 0
-    for path in sorted((days / "day2").rglob("*.parquet")):
-        assert rows_sha256(tmp_path / "out" / path.relative_to(days / "day2")) == rows_sha256(path)
+    expected = files_of(days, "day2")
+    for path in sorted(expected.rglob("*.parquet")):
+        assert rows_sha256(files_of(tmp_path, "out") / path.relative_to(expected)) == rows_sha256(path)
     capsys.readouterr()
     assert build(days / "raw2", tmp_path / "out", "--append_to", tmp_path / "out") == 0
     assert "nothing to do" in capsys.readouterr().out
@@ -187,7 +193,7 @@ def test_a_holdout_needs_the_whole_log(days, tmp_path, capsys):
     out, later = tmp_path / "out", cut_log(days / "whole", tmp_path / "later", FIRST_DAY_UNTIL_S + DAY_S)
     assert build(days / "raw1", out, "--schema", schema_file) == 0
     assert build(later, out, "--schema", schema_file, "--split", "holdout") == 0
-    assert schema.read_manifest(out).split("holdout").num_rows > 0
+    assert manifest_of(out).split("holdout").num_rows > 0
     table = pq.read_table(later / "exposures.parquet")
     pq.write_table(table.slice(40), later / "exposures.parquet")
     assert build(later, out, "--schema", schema_file, "--split", "holdout") == 2
@@ -212,7 +218,7 @@ def test_a_holdout_needs_the_whole_log(days, tmp_path, capsys):
 def test_options_of_the_parent_that_cannot_be(days, tmp_path, capsys, name, value, words):
     parent = tmp_path / "day1"
     parent.mkdir()
-    document = json.loads((days / "day1" / "manifest.json").read_text())
+    document = json.loads((files_of(days, "day1") / "manifest.json").read_text())
     document["options"][name] = value
     (parent / "manifest.json").write_text(json.dumps(document))
     assert build(days / "raw2", tmp_path / "out", "--append_to", parent) == 2
@@ -226,7 +232,7 @@ def test_a_source_that_finds_older_files_where_the_parent_was_built_from(kuairan
     later = tmp_path / "later"
     later.mkdir()
     write_log(later / "log_may01.csv", [log_row(1, 14, 6 * DAY_S, click=1), log_row(9, 10, 6 * DAY_S + 5)])
-    before, parent = words_of(tmp_path / "out", "item"), schema.read_manifest(tmp_path / "out")
+    before, parent = words_of(tmp_path / "out", "item"), manifest_of(tmp_path / "out")
     assert run(*common, "--raw_dir", later, "--append_to", tmp_path / "out") == 0
     manifest = validate.check(tmp_path / "out")
     old = {split.name: split.num_rows for split in parent.splits}

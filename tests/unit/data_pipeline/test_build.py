@@ -6,9 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline import build
-from gpsd_dist import schema
+from gpsd_dist import data_versions, schema
 from tests.helpers.parquet_rows import rows_sha256
-from tests.unit.data_pipeline.conftest import rows_of, run
+from tests.unit.data_pipeline.conftest import manifest_of, rows_of, run
 
 
 def build_grocery(raw, out, *options) -> int:
@@ -26,28 +26,29 @@ def test_files_have_exactly_the_types_of_the_contract(grocery, kuairand):
 def test_rerun_is_a_noop_until_a_source_or_an_option_changes(grocery_raw, tmp_path, capsys):
     out = tmp_path / "out"
     assert build_grocery(grocery_raw, out) == 0
-    before = (out / "manifest.json").stat().st_mtime_ns
+    before = (out / "current.json").stat().st_mtime_ns
     assert build_grocery(grocery_raw, out) == 0
     assert "is up to date" in capsys.readouterr().out
-    assert (out / "manifest.json").stat().st_mtime_ns == before
+    assert (out / "current.json").stat().st_mtime_ns == before
     assert build_grocery(grocery_raw, out, "--max_history_length", 3) == 0
-    assert schema.read_manifest(out).max_history_length == 3
+    assert manifest_of(out).max_history_length == 3
     path = grocery_raw / "interactions.csv"
     path.write_text(path.read_text().replace("a,1,k1,10\n", "a,3,k1,9\na,1,k1,10\n"))
     assert build_grocery(grocery_raw, out, "--max_history_length", 3) == 0
     assert next(row for row in rows_of(out, "train") if row["user_id"] == "a")["history_length"] == 3
-    (out / "train" / "part-00000.parquet").unlink()
+    (data_versions.current(out) / "train" / "part-00000.parquet").unlink()
     assert build_grocery(grocery_raw, out, "--max_history_length", 3) == 0
-    assert (out / "train" / "part-00000.parquet").is_file()
+    assert (data_versions.current(out) / "train" / "part-00000.parquet").is_file()
 
 
 def test_rows_do_not_depend_on_threads_or_on_how_files_are_cut(grocery_raw, tmp_path):
     assert build_grocery(grocery_raw, tmp_path / "a", "--threads", 1) == 0
     assert build_grocery(grocery_raw, tmp_path / "b", "--threads", 2, "--row_group_rows", 1, "--file_rows", 2) == 0
-    files = schema.read_manifest(tmp_path / "b").split("train").files
+    files = manifest_of(tmp_path / "b").split("train").files
     assert len(files) == 2
-    one = pq.read_table(tmp_path / "a" / "train" / "part-00000.parquet")
-    assert pa.concat_tables([pq.read_table(tmp_path / "b" / file) for file in files]).equals(one)
+    a, b = (data_versions.current(tmp_path / name) for name in "ab")
+    one = pq.read_table(a / "train" / "part-00000.parquet")
+    assert pa.concat_tables([pq.read_table(b / file) for file in files]).equals(one)
 
 
 def test_rows_do_not_depend_on_the_number_of_buckets(kuairand_raw, kuairand, tmp_path):
@@ -56,7 +57,7 @@ def test_rows_do_not_depend_on_the_number_of_buckets(kuairand_raw, kuairand, tmp
     files = [path.relative_to(kuairand) for path in sorted(kuairand.rglob("*.parquet"))]
     assert len(files) > 20
     for file in files:
-        assert rows_sha256(tmp_path / "out" / file) == rows_sha256(kuairand / file), file
+        assert rows_sha256(data_versions.current(tmp_path / "out") / file) == rows_sha256(kuairand / file), file
 
 
 def test_manifest_names_sources_command_and_rule(grocery):
@@ -74,7 +75,7 @@ def test_a_failed_build_leaves_the_old_data_set_and_no_debris(grocery_raw, tmp_p
     path = grocery_raw / "interactions.csv"
     path.write_text(path.read_text().replace("k1,10", "k1,noon", 1))
     assert build_grocery(grocery_raw, out) == 2
-    assert schema.read_manifest(out).split("train").num_rows == 3
+    assert manifest_of(out).split("train").num_rows == 3
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "raw"]
 
 
@@ -144,7 +145,7 @@ def test_options_that_the_engine_refuses_are_errors(grocery_raw, tmp_path, capsy
 def test_a_manifest_of_another_version_is_built_again(grocery_raw, tmp_path):
     out = tmp_path / "out"
     assert build_grocery(grocery_raw, out) == 0
-    raw = json.loads((out / "manifest.json").read_text())
-    (out / "manifest.json").write_text(json.dumps(raw | {"schema_version": 0}))
+    path = data_versions.current(out) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 0}))
     assert build_grocery(grocery_raw, out) == 0
-    assert schema.read_manifest(out).schema_version == schema.SCHEMA_VERSION
+    assert manifest_of(out).schema_version == schema.SCHEMA_VERSION

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline import append, holdout, synthesize, synthetic_log, validate
-from gpsd_dist import schema
+from gpsd_dist import data_versions, schema
 from tests.assets.cases import logs
 from tests.helpers.parquet_rows import rows_sha256
 from tests.unit.data_pipeline import test_append, test_holdout
@@ -99,12 +99,13 @@ LOGS = {
 
 def content_of(out_dir: pathlib.Path) -> dict[str, str]:
     """{relative path of every Parquet file: hash of its types and rows in order}."""
-    return {str(path.relative_to(out_dir)): rows_sha256(path) for path in sorted(out_dir.rglob("*.parquet"))}
+    folder = data_versions.current(out_dir)
+    return {str(path.relative_to(folder)): rows_sha256(path) for path in sorted(folder.rglob("*.parquet"))}
 
 
 def manifest_of(out_dir: pathlib.Path) -> schema.Manifest:
     """The manifest without the command lines in it, which name the engine."""
-    manifest = schema.read_manifest(out_dir)
+    manifest = schema.read_manifest(data_versions.current(out_dir))
     options = dict(manifest.options)
     if append.CHAIN in options:
         options[append.CHAIN] = [step | {"command": ""} for step in options[append.CHAIN]]

@@ -3,7 +3,7 @@ import math
 import pyarrow.parquet as pq
 
 from gpsd_dist import schema
-from tests.unit.data_pipeline.conftest import real_data, rows_of, run, words_of
+from tests.unit.data_pipeline.conftest import manifest_of, real_data, rows_of, run, words_of
 
 
 def test_rows_are_the_fixed_samples_with_everything_before_the_last_item(grocery):
@@ -36,7 +36,7 @@ def test_pretraining_holds_everything_but_the_last_item_of_all_users(grocery):
     items = words_of(grocery, "item")
     found = {row["user_id"]: [items[index] for index in row["history.item"]] for row in rows_of(grocery, "pretrain")}
     assert found == {"a": ["1", "2"], "b": ["2", "1"], "c": ["1", "3"], "e": ["1", "2"]}  # d and f have one event left
-    assert schema.read_manifest(grocery).skipped == {"users without a pretrain row (fewer than 2 events in it)": 2}
+    assert manifest_of(grocery).skipped == {"users without a pretrain row (fewer than 2 events in it)": 2}
 
 
 def test_vocabulary_counts_training_items_and_orders_them_by_count_then_id(grocery):
@@ -71,7 +71,7 @@ def test_real_grocery_has_the_official_counts(tmp_path):
     out = tmp_path / "out"
     raw = real_data("amazon_grocery")
     assert run("--source", "amazon_grocery", "--raw_dir", raw, "--out_dir", out) == 0
-    manifest = schema.read_manifest(out)
+    manifest = manifest_of(out)
     num_valid = math.floor(0.15 * 10_318)
     counts = {split.name: split.num_rows for split in manifest.splits}
     assert counts == {"pretrain": 14_681, "train": 10_318 - num_valid, "valid": num_valid, "test": 4_363}

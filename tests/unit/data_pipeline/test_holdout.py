@@ -3,8 +3,8 @@ import shutil
 import pytest
 
 from data_pipeline import previous, validate
-from gpsd_dist import schema
-from tests.unit.data_pipeline.conftest import DAY_S, log_row, rows_of, run, words_of, write_log
+from gpsd_dist import data_versions
+from tests.unit.data_pipeline.conftest import DAY_S, log_row, manifest_of, rows_of, run, words_of, write_log
 
 LATER = [log_row(1, 11, 6 * DAY_S, click=1), log_row(1, 14, 6 * DAY_S + 9), log_row(9, 10, 6 * DAY_S + 5)]
 
@@ -26,9 +26,10 @@ def add(out, later, *options):
 
 def test_holdout_uses_the_old_vocabularies_and_all_earlier_events(built):
     out, later = built
-    before = {path: path.read_bytes() for path in out.rglob("*.parquet")}
+    before = {path.relative_to(out): path.read_bytes() for path in out.rglob("*.parquet")}
     assert add(out, later) == 0
-    assert {path: path.read_bytes() for path in before} == before
+    for folder in (out, data_versions.current(out)):  # the one of before, and that with the holdout
+        assert {path: (folder / path).read_bytes() for path in before} == before
     items = words_of(out, "item")
     found = [
         (
@@ -79,7 +80,7 @@ def test_rows_of_another_day_at_the_end_of_a_file_are_counted(built, capsys):
     late = [log_row(1, 12, 6 * DAY_S - 3, click=1), log_row(2, 12, 6 * DAY_S - 2)]
     write_log(later / "log_may01.csv", [*late, *LATER, *many])
     assert add(out, later) == 0
-    manifest = schema.read_manifest(out)
+    manifest = manifest_of(out)
     assert manifest.skipped[f"holdout: {previous.LATE}"] == 2
     assert manifest.split("holdout").num_candidates == len(LATER) + len(many)
     items = words_of(out, "item")
@@ -121,4 +122,4 @@ def test_holdout_errors(built, kuairand_raw, tmp_path, capsys):
     later = tmp_path / "later"
     assert add(out, later) == 2
     assert "the data set is incomplete" in capsys.readouterr().err
-    assert "holdout" not in [split.name for split in schema.read_manifest(out).splits]
+    assert "holdout" not in [split.name for split in manifest_of(out).splits]

@@ -8,7 +8,7 @@ ORDER = (
     # the command, and the three modes that plan what it writes
     *("inspect", "measures", "build", "append", "holdout", "fresh", "plan", "previous"),
     # what a plan is made of and how it is written
-    *("validate", "validate_rows", "write", "sequences", "negatives", "unbounded", "splits", "vocab"),
+    *("validate", "validate_rows", "publish", "write", "sequences", "negatives", "unbounded", "splits", "vocab"),
     # raw files to a canonical log
     *(
         "command_line",

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import inspect, measures
+from gpsd_dist import data_versions
 from tests.assets.cases import logs
 from tests.unit.data_pipeline.conftest import run
 
@@ -57,7 +58,7 @@ def built(tmp_path_factory) -> pathlib.Path:
 
 
 def test_suspects_are_named_and_others_are_not(built):
-    sections, verdict = inspect.page(built)
+    sections, verdict = inspect.page(data_versions.current(built))
     text = "\n".join(verdict)
     assert "candidate.leak alone has an AUC of 1.000" in text
     assert "candidate.price has outliers" in text and "1e+09" in text

@@ -1,4 +1,4 @@
-"""A build that is killed at any file operation leaves a data set, or what the next build makes one of."""
+"""A build that is killed at any file operation changes nothing that can be read; the next build works."""
 
 import os
 import pathlib
@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from data_pipeline import build, validate
+from gpsd_dist import data_versions
 from tests.assets.cases import logs
 from tests.unit.data_pipeline.conftest import run
 
@@ -31,7 +32,13 @@ def log_until(folder: pathlib.Path, num_days: int) -> pathlib.Path:
     return logs.write(folder, SCHEMA, {"shown.csv": logs.lines(rows, "user_id,item_id,ts,click")})
 
 
-SCENARIOS = {"replace": (5, ("--force",)), "append": (5, ("--append_to",)), "holdout": (5, ("--split", "holdout"))}
+SCENARIOS = {
+    "replace": ("--force",),
+    "append": ("--append_to",),
+    "holdout": ("--split", "holdout"),
+    "delete the old one": ("--force", "--keep_versions", "1"),
+    "delete one of before": ("--force", "--keep_versions", "1"),
+}
 
 
 def killed_at(number: int, below: pathlib.Path, arguments: list[str]) -> bool:
@@ -65,28 +72,38 @@ def first_builds(folder: pathlib.Path, scenario: str) -> tuple[pathlib.Path, lis
     target = folder / "place" / "out"
     common = ["--source", "generic", "--out_dir", str(target)]
     assert run(*common, "--raw_dir", log_until(folder / "early", 4)) == 0
-    num_days, options = SCENARIOS[scenario]
-    later = log_until(folder / "later", num_days)
+    options, later = SCENARIOS[scenario], log_until(folder / "later", 5)
     if scenario == "append":
         options = (*options, str(target))
     return target, [*common, "--raw_dir", str(later), *options]
 
 
+def content(folder: pathlib.Path) -> dict[pathlib.Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def check_kills(tmp_path: pathlib.Path, scenario: str, step: int) -> None:
     target, arguments = first_builds(tmp_path, scenario)
-    shutil.copytree(target, tmp_path / "before")
+    is_plain = scenario == "delete one of before"  # there were versions
+    name = "" if is_plain else data_versions.current(target).relative_to(target)
+    shutil.copytree(data_versions.current(target) if is_plain else target, tmp_path / "before")
+    before = content(tmp_path / "before" / name)
     number, num_killed = 1, 0
     while True:
-        shutil.rmtree(target.parent)
+        shutil.rmtree(target)
         shutil.copytree(tmp_path / "before", target)
         if not killed_at(number, target.parent, arguments):
             break
         num_killed += 1
-        if target.exists():  # whoever trains meanwhile reads the old or the new data set
-            validate.check(target)
-        assert run(*[word for word in arguments if word != "--force"]) in (0, 2)  # 2: it was appended already
+        validate.check(target)
+        is_old = data_versions.current(target) == target / name
+        if is_old or "--keep_versions" not in arguments:  # a reader that opened it before the build reads all of it
+            assert {path: (target / name / path).read_bytes() for path in before} == before
+        assert run(*[word for word in arguments if word != "--force"]) == 0
         validate.check(target)
         assert os.listdir(target.parent) == ["out"]
+        assert is_plain or set(os.listdir(target)) == {"current.json", "versions"}
+        assert not [left for left in os.listdir(target / "versions") if left.startswith(".")]
         number += step
     assert num_killed >= 10 // step
 

@@ -3,7 +3,17 @@ import math
 import pytest
 
 from gpsd_dist import schema
-from tests.unit.data_pipeline.conftest import APR_25_S, DAY_S, log_row, real_data, rows_of, run, words_of, write_log
+from tests.unit.data_pipeline.conftest import (
+    APR_25_S,
+    DAY_S,
+    log_row,
+    manifest_of,
+    real_data,
+    rows_of,
+    run,
+    words_of,
+    write_log,
+)
 
 
 def decoded(out, split):
@@ -98,7 +108,7 @@ def test_pretrain_rows_are_the_histories_with_at_least_two_events(kuairand):
     items = words_of(kuairand, "item")
     rows = [(row["user_id"], [items[index] for index in row["history.item"]]) for row in rows_of(kuairand, "pretrain")]
     assert rows == [("1", BASE)]
-    assert schema.read_manifest(kuairand).skipped["repeated log rows (same user, video and time_ms)"] == 1
+    assert manifest_of(kuairand).skipped["repeated log rows (same user, video and time_ms)"] == 1
 
 
 def test_rows_after_the_test_day_and_before_the_log_are_counted(kuairand_raw, tmp_path):
@@ -106,7 +116,7 @@ def test_rows_after_the_test_day_and_before_the_log_are_counted(kuairand_raw, tm
     write_log(kuairand_raw / "log_standard_more.csv", rows)
     out = tmp_path / "out"
     assert run("--source", "kuairand_pure", "--raw_dir", kuairand_raw, "--out_dir", out) == 0
-    skipped = schema.read_manifest(out).skipped
+    skipped = manifest_of(out).skipped
     assert skipped["exposures after the test period"] == 1
     assert skipped["log rows dated before 20220425 (the histories stand for them)"] == 1
 
@@ -131,7 +141,7 @@ def test_label_outside_0_and_1_is_an_error(kuairand_raw, tmp_path, capsys):
 def test_real_kuairand_has_the_known_counts(tmp_path):
     out = tmp_path / "out"
     assert run("--source", "kuairand_pure", "--raw_dir", real_data("kuairand_pure"), "--out_dir", out) == 0
-    manifest = schema.read_manifest(out)
+    manifest = manifest_of(out)
     counts = {split.name: split.num_candidates for split in manifest.splits}
     assert counts["train"] + counts["valid"] == 71_444
     assert counts["test"] == 20_361

@@ -6,9 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline import engine, sequences
-from gpsd_dist import schema
+from gpsd_dist import data_versions
 from tests.assets.cases import logs
-from tests.unit.data_pipeline.conftest import run
+from tests.unit.data_pipeline.conftest import manifest_of, run
 
 NUM_ROWS, LIMIT = 400, 7
 SCHEMA = (
@@ -31,10 +31,10 @@ def test_histories_are_the_last_clicks_before_the_request(crawler, tmp_path):
     rows, raw = crawler
     out = tmp_path / "out"
     assert run("--source", "generic", "--raw_dir", raw, "--out_dir", out, "--max_history_length", LIMIT) == 0
-    manifest, seen = schema.read_manifest(out), 0
+    manifest, seen = manifest_of(out), 0
     for split in ("train", "valid", "test"):
         for file in manifest.split(split).files:
-            for row in pq.read_table(out / file).to_pylist():
+            for row in pq.read_table(data_versions.current(out) / file).to_pylist():
                 moment = row["request_time_s"]
                 clicks = sorted(ts for user, _, ts, click in rows if user == row["user_id"] and click and ts < moment)
                 assert row["history.time_s"] == clicks[-LIMIT:]

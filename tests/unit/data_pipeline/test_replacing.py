@@ -1,8 +1,9 @@
-"""A data set is replaced as a whole or not at all: links, mounts, kills, stops, and what dead builds leave."""
+"""A version is added as a whole or not at all: links, mounts, stops, full disks, and which old versions stay."""
 
 import fcntl
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,25 +11,11 @@ import time
 
 import pytest
 
-from data_pipeline import build, write
-from gpsd_dist import schema
+from data_pipeline import build, publish
+from gpsd_dist import data_versions, schema
 from tests.assets.cases import logs
 from tests.unit.data_pipeline.conftest import run
 from tests.unit.test_imports import REPO_ROOT
-
-KILLED = """
-import os, pathlib, signal, sys
-sys.path.insert(0, {root!r})
-left, rename = [{number}], pathlib.Path.rename
-def counted(self, target):
-    left[0] -= 1
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return rename(self, target)
-pathlib.Path.rename = counted
-from data_pipeline import build
-sys.exit(build.main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture
@@ -36,14 +23,16 @@ def raw(tmp_path) -> pathlib.Path:
     return logs.every_event_twice(tmp_path / "raw")
 
 
+def plain(raw: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A data set of the time before there were versions."""
+    assert run(*arguments(raw, tmp_path / "new")) == 0
+    shutil.copytree(data_versions.current(tmp_path / "new"), tmp_path / "out")
+    shutil.rmtree(tmp_path / "new")
+    return tmp_path / "out"
+
+
 def arguments(raw: pathlib.Path, out: pathlib.Path) -> list[str]:
     return ["--source", "generic", "--raw_dir", str(raw), "--out_dir", str(out), "--force"]
-
-
-def kill_before_rename(number: int, raw: pathlib.Path, out: pathlib.Path) -> None:
-    code = KILLED.format(root=str(REPO_ROOT), number=number)
-    ended = subprocess.run([sys.executable, "-c", code, *arguments(raw, out)], capture_output=True, check=False)
-    assert ended.returncode == -signal.SIGKILL
 
 
 def test_the_folder_behind_a_link_is_replaced(raw, tmp_path):
@@ -52,33 +41,33 @@ def test_the_folder_behind_a_link_is_replaced(raw, tmp_path):
     (tmp_path / "small" / "mine").symlink_to("../big/mine")
     assert run(*arguments(raw, tmp_path / "small" / "mine")) == 0
     assert os.listdir(tmp_path / "small") == ["mine"] and (tmp_path / "small" / "mine").is_symlink()
-    assert os.listdir(tmp_path / "big") == ["mine"] and (tmp_path / "big" / "mine" / "manifest.json").is_file()
-
-
-def test_a_mounted_volume_is_refused_at_once(raw, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pathlib.Path, "is_mount", lambda self: True)
-    assert run(*arguments(raw, tmp_path / "out")) == 2
-    assert "mounted volume" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert os.listdir(tmp_path / "big") == ["mine"] and (tmp_path / "big" / "mine" / "current.json").is_file()
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_once(raw, tmp_path, monkeypatch, capsys):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(write.os, "open", refuse)
+    monkeypatch.setattr(publish.os, "open", refuse)
     assert run(*arguments(raw, tmp_path / "out")) == 2
-    assert "nothing can be written in" in capsys.readouterr().err
+    assert "nothing can be written there" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_killed_build_is_put_right_by_the_next(raw, tmp_path, capsys, number):
-    out = tmp_path / "out"
-    assert run(*arguments(raw, out)) == 0
-    kill_before_rename(number, raw, out)
-    capsys.readouterr()
-    assert run(*arguments(raw, out)[:-1]) == 0  # nothing changed: the data set of before is there, and is enough
+def test_a_mounted_volume_and_its_hidden_files_are_no_obstacle(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(pathlib.Path, "is_mount", lambda self: True)
+    (tmp_path / "out" / "lost+found").mkdir(parents=True)
+    (tmp_path / "out" / ".snapshot").touch()
+    assert run(*arguments(raw, tmp_path / "out")) == 0
+    assert set(os.listdir(tmp_path / "out")) == {".snapshot", "current.json", "lost+found", "versions"}
+    assert set(os.listdir(tmp_path)) == {"raw", "out"}
+
+
+def test_a_data_set_that_an_old_build_moved_away_is_moved_back(raw, tmp_path, capsys):
+    out = plain(raw, tmp_path)
+    out.rename(tmp_path / ".out.old-4711")
+    assert run(*arguments(raw, out)[:-1]) == 0
     printed = capsys.readouterr().out
-    assert ("moved back" in printed) == (number == 2) and "up to date" in printed and "removed" in printed
+    assert "moved back" in printed and "up to date" in printed
     assert sorted(os.listdir(tmp_path)) == ["out", "raw"]
 
 
@@ -88,7 +77,7 @@ def test_sigterm_leaves_nothing_behind(tmp_path):
     (tmp_path / "out").mkdir()
     command = [sys.executable, "-m", "data_pipeline.build", *arguments(raw, tmp_path / "out" / "data")]
     with subprocess.Popen(command, cwd=REPO_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while not list((tmp_path / "out").glob(".data.building-*")) and process.poll() is None:
+        while not list((tmp_path / "out").glob("data/versions/.building")) and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         _, error = process.communicate(timeout=120)
@@ -98,7 +87,8 @@ def test_sigterm_leaves_nothing_behind(tmp_path):
 
 
 def test_two_builds_of_one_folder_are_refused(raw, tmp_path, capsys):
-    lock = os.open(tmp_path / ".out.lock", os.O_RDWR | os.O_CREAT)
+    (tmp_path / "out").mkdir()
+    lock = os.open(tmp_path / "out" / publish.LOCK_NAME, os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_EX)
     assert run(*arguments(raw, tmp_path / "out")) == 2
     assert "another build is at work" in capsys.readouterr().err
@@ -122,3 +112,78 @@ def test_an_engine_out_of_memory_is_one_line(raw, tmp_path, capsys):
     assert run(*arguments(raw, tmp_path / "out"), "--memory_limit", "10MB") == build.FAILED
     error = capsys.readouterr().err
     assert "--memory_limit" in error and error.count("\n") == 1
+
+
+def versions(out: pathlib.Path) -> list[str]:
+    return sorted(path.name[:4] for path in (out / "versions").iterdir())
+
+
+def test_the_newest_versions_stay(raw, tmp_path, capsys):
+    out = tmp_path / "out"
+    for _ in range(3):
+        assert run(*arguments(raw, out)) == 0
+    assert versions(out) == ["0002", "0003"]
+    assert run(*arguments(raw, out), "--keep_versions", "1") == 0
+    assert versions(out) == ["0004"] and "version 0003-" in capsys.readouterr().out
+    assert run(*arguments(raw, out), "--keep_versions", "0") == 2
+
+
+def test_a_version_that_is_read_stays_until_its_reader_has_been_dead_for_a_day(raw, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(*arguments(raw, out)) == 0
+    code = "import sys; from gpsd_dist import data_versions as d; d.opened(sys.argv[1]); print('read', flush=True); "
+    code += "input(); import os; os._exit(1) if sys.argv[2] == 'dies' else None"
+    for ending in ("ends", "dies"):
+        command = [sys.executable, "-c", code, str(out), ending]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, cwd=REPO_ROOT, **pipes) as reader:
+            assert reader.stdout.readline() == "read\n"
+            read = data_versions.current(out)
+            assert run(*arguments(raw, out), "--keep_versions", "1") == 0
+            assert read.is_dir() and f"version {read.name} stays: in use by " in capsys.readouterr().out
+            reader.communicate("\n")
+        marks = list((out / "in_use").iterdir())
+        assert len(marks) == (ending == "dies")  # a process that is gone cannot remove it
+        assert run(*arguments(raw, out), "--keep_versions", "1") == 0
+        assert read.is_dir() == (ending == "dies")
+    old_s = time.time() - 1.01 * data_versions.DEAD_AFTER_S
+    os.utime(marks[0], (old_s, old_s))
+    assert run(*arguments(raw, out), "--keep_versions", "1") == 0
+    assert versions(out) == [data_versions.current(out).name[:4]] and not list((out / "in_use").iterdir())
+
+
+def test_a_data_set_of_before_stays_one_version_of_the_folder(raw, tmp_path, capsys):
+    out = plain(raw, tmp_path)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run(*arguments(raw, out)[:-1]) == 0 and "up to date" in capsys.readouterr().out
+    assert run(*arguments(raw, out)) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    assert data_versions.current(out).parent == out / "versions"
+    (out / "notes.txt").write_text("mine")
+    assert run(*arguments(raw, out)) == 0
+    assert set(os.listdir(out)) == {"current.json", "versions", "notes.txt"}
+
+
+def test_links_are_copies_where_a_file_system_has_none(raw, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    (tmp_path / "from" / "train").mkdir(parents=True)
+    (tmp_path / "from" / "train" / "a").write_text("rows")
+    monkeypatch.setattr(publish.os, "link", refuse)
+    publish.link(("train/a",), tmp_path / "from", tmp_path / "to")
+    assert (tmp_path / "to" / "train" / "a").read_text() == "rows"
+
+
+def test_a_failure_at_the_last_moment_changes_nothing(raw, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert run(*arguments(raw, out)) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(publish, "_replace", full)
+    assert run(*arguments(raw, out)) == build.NO_FILE_ACCESS
+    assert "No space left on device" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

@@ -8,12 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline import validate
-from gpsd_dist import schema
+from gpsd_dist import data_versions, schema
 from tests.unit.data_pipeline.conftest import (
     DAY_S,
     log_row,
     make_grocery,
     make_kuairand,
+    manifest_of,
     rows_of,
     run,
     words_of,
@@ -39,7 +40,7 @@ def unbounded(tmp_path_factory):
     root = tmp_path_factory.mktemp("unbounded")
     raw, out = make_kuairand(root / "raw"), root / "out"
     assert build(raw, out, *OPTIONS) == 0
-    return raw, out
+    return raw, data_versions.current(out)
 
 
 def assert_same(found, index, words) -> None:
@@ -57,7 +58,7 @@ def test_rows_are_those_of_the_vocabulary_with_ids_for_indices(unbounded, kuaira
     ids, indices = rows_of(unbounded[1], split), rows_of(kuairand, split)
     assert len(ids) == len(indices) > 0
     tags = words_of(kuairand, "tag")
-    manifest = schema.read_manifest(unbounded[1])
+    manifest = manifest_of(unbounded[1])
     tables = {f"{place}.{f.name}": f.table for f in manifest.features for place in f.places}
     for found, expected in zip(ids, indices, strict=True):
         for column, value in expected.items():
@@ -114,8 +115,8 @@ def test_negatives_are_drawn_as_with_a_vocabulary(tmp_path):
     common = ["--source", "generic", "--raw_dir", raw, "--valid_fraction", 0.25]
     assert run(*common, "--out_dir", tmp_path / "ids") == 0
     assert run(*common, "--out_dir", tmp_path / "indices", "--hashed_features", "category:5") == 0
-    assert schema.read_manifest(tmp_path / "ids").unbounded == {"item": "hashed", "category": "hashed"}
-    assert schema.read_manifest(tmp_path / "indices").unbounded == {"category": "hashed"}, "the command line goes first"
+    assert manifest_of(tmp_path / "ids").unbounded == {"item": "hashed", "category": "hashed"}
+    assert manifest_of(tmp_path / "indices").unbounded == {"category": "hashed"}, "the command line goes first"
     words = words_of(tmp_path / "indices", "item")
     for split in ("train", "test"):
         ids, indices = (rows_of(tmp_path / name, split) for name in ("ids", "indices"))

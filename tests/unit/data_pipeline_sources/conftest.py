@@ -6,14 +6,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline import build, command_line, engine, sources
-from gpsd_dist import schema
+from gpsd_dist import data_versions, schema
 
 
 class Prepared:
     """A prepared data set whose rows hold raw ids: PAD is index 0, UNKNOWN is index 1."""
 
     def __init__(self, path: pathlib.Path):
-        self.path = path
+        self.path = path = data_versions.current(path)
         self.manifest = schema.read_manifest(path)
         self.words = {}
         for table in self.manifest.tables:

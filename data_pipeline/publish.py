@@ -1,0 +1,232 @@
+"""Adds a version to a data folder (`gpsd_dist.data_versions` has its layout): nothing that a reader may read changes.
+
+A build holds `OUT/.build.lock`, writes into `OUT/versions/.building`, renames that folder to its name and then replaces
+`OUT/current.json`. A kill before the last of these steps leaves the version of before, and what lies around is removed
+by the next build: whoever has the lock knows that no other build lives, whatever its process id was. Old versions are
+deleted after that, unless they are among the newest or in use.
+"""
+
+import collections.abc
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import threading
+import typing
+
+from data_pipeline import progress
+from gpsd_dist import data_versions, schema
+from gpsd_dist.data_versions import CURRENT_NAME, IN_USE, NAME, ROOT, VERSIONS, folder_of, published
+
+LOCK_NAME = ".build.lock"
+BUILDING, REMOVING = ".building", ".removing-"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextlib.contextmanager
+def locked(out_dir: pathlib.Path) -> typing.Iterator[None]:
+    """Holds `out_dir` for one build, and first removes what a build that died left there.
+
+    ValueError if another build holds it, if nothing can be written there, or if it holds something that is no data set.
+    """
+    _check_target(out_dir)
+    path = out_dir / LOCK_NAME
+    try:
+        _move_back(out_dir)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise ValueError(
+            f"--out_dir {out_dir}: nothing can be written there ({error.strerror}); choose another folder"
+        ) from error
+    try:
+        _take(lock, path, out_dir)
+        try:
+            _remove_leftovers(out_dir)
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            for folder in (out_dir / VERSIONS, out_dir):  # a first build that failed leaves nothing
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+    finally:
+        os.close(lock)
+
+
+def _check_target(out_dir: pathlib.Path) -> None:
+    if not out_dir.exists():
+        return
+    names = [path.name for path in out_dir.iterdir() if not path.name.startswith(".")] if out_dir.is_dir() else ["."]
+    known = {schema.MANIFEST_NAME, CURRENT_NAME, VERSIONS}
+    if not known & set(names) and set(names) - {IN_USE, "lost+found"}:
+        raise ValueError(
+            f"--out_dir {out_dir} exists and is not a data set (no {CURRENT_NAME}, no {schema.MANIFEST_NAME}); choose "
+            "another or remove it"
+        )
+
+
+def _move_back(out_dir: pathlib.Path) -> None:
+    """Moves a data set back that a build of the time before there were versions had moved away when it died."""
+    for path in sorted(out_dir.parent.iterdir()) if out_dir.parent.is_dir() and not out_dir.exists() else ():
+        if path.name.startswith(f".{out_dir.name}.old-") and (path / schema.MANIFEST_NAME).is_file():
+            path.rename(out_dir)
+            progress.warn(f"{out_dir} was moved away by a build that died, and is moved back from {path.name}")
+            return
+
+
+def _take(lock: int, path: pathlib.Path, out_dir: pathlib.Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_current = path.exists() and os.path.samestat(path.stat(), os.fstat(lock))
+    except BlockingIOError:
+        is_current = False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        progress.warn(f"{path}: this file system has no locks ({error.strerror}); nothing stops a second build here")
+        is_current = True
+    if not is_current:  # or the build that held it has just removed it
+        raise ValueError(f"another build is at work on {out_dir} (it holds {path}); wait for its end")
+
+
+def _remove_leftovers(out_dir: pathlib.Path) -> None:
+    """Removes what builds left that died: half a version, one that was never published, one that was being deleted."""
+    now_s = _server_time_s(out_dir)
+    _, names = published(out_dir)
+    found = [out_dir / VERSIONS / BUILDING, *(out_dir / VERSIONS).glob(f"{REMOVING}*")]
+    found += [path for path in (out_dir / VERSIONS).glob("*") if NAME.fullmatch(path.name) and path.name not in names]
+    for path in found:
+        # A version that is in no list any more may have a reader: one that resumes a run which began with it.
+        if path.is_dir() and not data_versions.users(out_dir, path.name, now_s):
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            _delete(path)
+            progress.say(f"removed {path}, {size / 1e6:.1f} MB that a build left when it died")
+    if (out_dir / f"{REMOVING}{ROOT}").exists():
+        _delete_root(out_dir)
+
+
+def _server_time_s(out_dir: pathlib.Path) -> float:
+    """Tells the time by the clock of the machine that holds the files."""
+    os.utime(out_dir / LOCK_NAME)
+    return (out_dir / LOCK_NAME).stat().st_mtime
+
+
+@contextlib.contextmanager
+def version(out_dir: pathlib.Path, keep_versions: int) -> typing.Iterator[pathlib.Path]:
+    """Gives an empty folder that becomes the current version when the block ends well, and is removed otherwise.
+
+    The folder is on disk before anybody can see it, `manifest.json` in it included. Needs `locked`.
+    """
+    aside = out_dir / VERSIONS / BUILDING
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in [*aside.rglob("*"), aside]:
+            _sync(path)
+        with _undisturbed():
+            _publish(out_dir, aside, keep_versions)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> typing.Iterator[None]:
+    """Lets no SIGTERM or Ctrl-C end the build in its last moments, when it could not say any more what holds."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT) if is_main}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _publish(out_dir: pathlib.Path, aside: pathlib.Path, keep_versions: int) -> None:
+    _, names = published(out_dir)
+    if not names and (out_dir / schema.MANIFEST_NAME).is_file():
+        names = (ROOT,)
+    number = 1 + max([int(name.partition("-")[0]) for name in names if name != ROOT], default=0)
+    digest = hashlib.sha256((aside / schema.MANIFEST_NAME).read_bytes()).hexdigest()[:8]
+    target = out_dir / VERSIONS / f"{number:04d}-{digest}"
+    aside.rename(target)
+    _sync(target.parent)
+    names = (*names, target.name)
+    old = names[:-keep_versions]
+    now_s = _server_time_s(out_dir)
+    in_use = {name: found for name in old if (found := data_versions.users(out_dir, name, now_s))}
+    try:
+        kept = [name for name in names if name not in old or name in in_use]
+        _replace(out_dir / CURRENT_NAME, {"version": target.name, "published": kept})
+    except BaseException:
+        target.rename(aside)  # nobody has seen it; it is removed like every other failure
+        raise
+    for name, found in in_use.items():
+        progress.say(f"  version {name} stays: in use by {', '.join(found[:3])}")
+    for name in (name for name in old if name not in in_use):
+        with contextlib.suppress(OSError):  # the new version is safe; the next build tries again
+            if name == ROOT:
+                _delete_root(out_dir)
+            else:
+                _delete(folder_of(out_dir, name))
+            progress.say(f"  version {name} deleted: {keep_versions} stay (--keep_versions)")
+
+
+def _delete(folder: pathlib.Path) -> None:
+    """Deletes a version: it is gone at once for those who look for one, and its files follow."""
+    name = folder.name.removeprefix(REMOVING)
+    away = folder.with_name(f"{REMOVING}{name}")
+    if folder != away:
+        folder.rename(away)
+    shutil.rmtree(away)
+
+
+def _delete_root(out_dir: pathlib.Path) -> None:
+    """Deletes a data set of before there were versions: no reader finds it any more, then the files that it names."""
+    away = out_dir / f"{REMOVING}{ROOT}"
+    away.mkdir(exist_ok=True)
+    if (out_dir / schema.MANIFEST_NAME).is_file():
+        (out_dir / schema.MANIFEST_NAME).rename(away / schema.MANIFEST_NAME)
+    if (away / schema.MANIFEST_NAME).is_file():
+        manifest = schema.read_manifest(away)
+        named = {pathlib.PurePath(file).parts[0] for split in manifest.splits for file in split.files}
+        for name in (named | {"vocab"}) - {VERSIONS, IN_USE}:
+            shutil.rmtree(out_dir / name, ignore_errors=True)
+        (out_dir / "items.parquet").unlink(missing_ok=True)
+    shutil.rmtree(away)
+
+
+def _replace(path: pathlib.Path, content: dict[str, typing.Any]) -> None:
+    """Replaces a JSON file in one rename, and waits until the disk has it."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    _sync(aside)
+    aside.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: pathlib.Path) -> None:
+    """Waits until a file or folder is on disk, so that a rename never shows what a power cut can empty."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # some servers know no folders
+            raise
+    finally:
+        os.close(number)
+
+
+def link(files: collections.abc.Iterable[str], from_dir: pathlib.Path, root: pathlib.Path) -> None:
+    """Puts files of another version into `root` under the same names: hard links, or copies without these."""
+    for name in files:
+        target = root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(from_dir / name, target)
+        except OSError:
+            shutil.copy2(from_dir / name, target)
