@@ -1,6 +1,7 @@
 """Runs while their data are built again: each reads one version from its first step to its last."""
 
 import dataclasses
+import json
 import logging
 import pathlib
 import shutil
@@ -29,9 +30,7 @@ def root(data_dir, tmp_path):
 def make_current(root: pathlib.Path, name: str) -> None:
     """What the next build does."""
     path = root / data_versions.CURRENT_NAME
-    path.write_text(
-        path.read_text().replace(f'"version": "{data_versions.current(root).name}"', f'"version": "{name}"')
-    )
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": name}))
 
 
 def train(root: pathlib.Path, output: pathlib.Path, one_rank, max_steps: int) -> str:
@@ -48,9 +47,7 @@ def test_a_resumed_run_goes_on_with_its_version(root, tmp_path, one_rank):
     assert train(root, tmp_path / "run", one_rank, 4) == first
     assert train(root, tmp_path / "another", one_rank, 2) == second
     shutil.rmtree(root / "versions" / first)
-    with pytest.raises(
-        ValueError, match=rf"no version of {root} has the data that .*/run/.*step_00000004 was trained on"
-    ):
+    with pytest.raises(ValueError, match=rf"no version of {root} has the data that .*/step_00000004"):
         train(root, tmp_path / "run", one_rank, 6)
 
 

@@ -74,7 +74,7 @@ def test_a_data_set_of_before_is_one_of_the_versions(root):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "5", "[" * 9999, '{"version": "../../etc", "published": ["../../etc"]}', '{"version": ["0001-00000001"]}',
+    ["", "[]", "5", "[" * 9999, '{"version": "../etc", "published": ["../etc"]}', '{"version": ["0001-00000001"]}',
      '{"version": "0001-00000001", "published": []}', '{"version": "0001-00000001", "published": 3}', "\udcff"],
 )  # fmt: skip
 def test_a_broken_current_json_is_named(root, text):
