@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gpsd_dist import data_versions
+from gpsd_dist.data import data_versions
 from gpsd_dist.schema import Feature, Manifest, Split, Table, Task, arrow_schema, read_manifest, write_manifest
 
 CANDIDATES_PER_ROW = {"pretrain": 0, "discriminative": 1, "discriminative_k2": 2}

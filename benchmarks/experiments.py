@@ -38,8 +38,8 @@ from benchmarks.expected import (
     ordered,
     read_experiments,
 )
-from gpsd_dist import data_versions
 from gpsd_dist.config.gin_cli import load_run_config
+from gpsd_dist.data import data_versions
 from gpsd_dist.schema import read_manifest
 
 _REPO_ROOT = pathlib.Path(__file__).resolve().parents[1]

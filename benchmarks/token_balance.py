@@ -12,8 +12,7 @@ import sys
 
 import numpy as np
 
-from gpsd_dist import data_versions
-from gpsd_dist.data import row_order
+from gpsd_dist.data import data_versions, row_order
 from gpsd_dist.data.epoch_reader import EpochReader
 from gpsd_dist.data.loader import DEFAULT_NUM_DATA_SHARDS, MAX_WINDOW_ROWS, WINDOW_ROW_GROUPS
 from gpsd_dist.data.parquet_dataset import ParquetSplit

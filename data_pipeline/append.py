@@ -21,7 +21,8 @@ from data_pipeline import canonical, engine, fresh, holdout, previous, progress,
 from data_pipeline.options import BuildOptions
 from data_pipeline.plan import Job, Plan
 from data_pipeline.previous import Previous
-from gpsd_dist import data_versions, schema
+from gpsd_dist import schema
+from gpsd_dist.data import data_versions
 
 ONLY = None  # the version has all splits
 CHAIN = "chain"

@@ -35,7 +35,8 @@ from data_pipeline import (
 )
 from data_pipeline.options import BuildOptions
 from data_pipeline.plan import Job, Plan
-from gpsd_dist import data_versions, schema
+from gpsd_dist import schema
+from gpsd_dist.data import data_versions
 
 FINISHED, FAILED, MISTAKE, NO_FILE_ACCESS, STOPPED, INTERRUPTED = 0, 1, 2, 74, 75, 130
 WARNINGS = "warnings"

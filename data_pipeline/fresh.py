@@ -6,7 +6,8 @@ import pathlib
 from data_pipeline import canonical, engine, negatives, progress, sequences, splits, unbounded, vocab, write
 from data_pipeline.options import BuildOptions
 from data_pipeline.plan import Job, Plan
-from gpsd_dist import data_versions, schema
+from gpsd_dist import schema
+from gpsd_dist.data import data_versions
 
 ONLY = None  # all splits are made anew
 SPLITS = ("pretrain", "train", "valid", "test")

@@ -20,7 +20,8 @@ import rich.table
 import rich.text
 
 from data_pipeline import build, measures
-from gpsd_dist import data_versions, schema
+from gpsd_dist import schema
+from gpsd_dist.data import data_versions
 
 LEAK_AUC = 0.95
 ORDERS_A_DAY = 0.15  # mean AUC inside of a user's day that far from 0.5; untuned

@@ -9,7 +9,8 @@ import pydantic
 
 from data_pipeline import canonical, engine, explain, fingerprint, vocab
 from data_pipeline.options import BuildOptions
-from gpsd_dist import data_versions, schema
+from gpsd_dist import schema
+from gpsd_dist.data import data_versions
 
 MAX_LATE_SHARE = 0.01  # 192 of 91,989 exposures (0.2 %) of KuaiRand's files of May are of Apr 30 by time_ms
 LATE = "exposures that came late: before the end of the data set's test period, and not in it"

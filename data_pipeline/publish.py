@@ -1,4 +1,4 @@
-"""Adds a version to a data folder (`gpsd_dist.data_versions` has its layout): nothing that a reader may read changes.
+"""Adds a version to a data folder, whose layout `data_versions` describes: nothing that a reader may read changes.
 
 A build holds `OUT/.build.lock`, writes into `OUT/versions/.building`, renames that folder to its name and then replaces
 `OUT/current.json`. A kill before the last of these steps leaves the version of before, and what lies around is removed
@@ -20,8 +20,9 @@ import threading
 import typing
 
 from data_pipeline import progress
-from gpsd_dist import data_versions, schema
-from gpsd_dist.data_versions import CURRENT_NAME, IN_USE, NAME, ROOT, VERSIONS, folder_of, published
+from gpsd_dist import schema
+from gpsd_dist.data import data_versions
+from gpsd_dist.data.data_versions import CURRENT_NAME, IN_USE, NAME, ROOT, VERSIONS, folder_of, published
 
 LOCK_NAME = ".build.lock"
 BUILDING, REMOVING = ".building", ".removing-"

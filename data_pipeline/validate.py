@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline import validate_rows, vocab
-from gpsd_dist import data_versions, schema
+from gpsd_dist import schema
+from gpsd_dist.data import data_versions
 
 EXACT_TIME_RULE = (
     "TimeBoundaries"  # the only rule that cuts by time alone; the others break ties of equal times by order

@@ -14,8 +14,8 @@ import torch
 
 from data_pipeline import build, synthesize
 from data_pipeline.synthetic_log import SyntheticConfig
-from gpsd_dist import data_versions
 from gpsd_dist.config import DataConfig, ModelConfig, PretrainConfig, RunConfig, TablesConfig
+from gpsd_dist.data import data_versions
 from gpsd_dist.data.loaders import training_loader
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.schema import read_manifest

@@ -20,7 +20,6 @@ import typing
 import rich.console
 import rich.table
 
-from gpsd_dist import data_versions
 from gpsd_dist.assembly import assemble, looked_up_tables, meta_model
 from gpsd_dist.baselines.frequent_items import frequent_item_metrics
 from gpsd_dist.baselines.registry import NAMES, NEXT_ITEM, evaluate_baseline
@@ -28,6 +27,7 @@ from gpsd_dist.checkpoint import loading, manager, storage
 from gpsd_dist.checkpoint.state import RunState, read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import OptimizerConfig, RunConfig, run_config_from_dict
+from gpsd_dist.data import data_versions
 from gpsd_dist.data.run_manifest import read_run_manifest, with_data_version
 from gpsd_dist.distributed.runtime import Runtime, process_group
 from gpsd_dist.metrics.classification import Predictions

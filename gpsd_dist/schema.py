@@ -215,7 +215,7 @@ def read_manifest(data_dir: str | pathlib.Path) -> Manifest:
     path = pathlib.Path(data_dir) / MANIFEST_NAME
     if not path.is_file():
         if (path.parent / "versions").is_dir():
-            raise ValueError(f"{data_dir} has versions of a data set, read one: gpsd_dist.data_versions.opened(folder)")
+            raise ValueError(f"{data_dir} has versions of a data set, read that of data_versions.opened({data_dir})")
         raise ValueError(
             f"{path} does not exist; prepare the data first: python -m data_pipeline.build --out_dir {data_dir} ..."
         )

@@ -16,8 +16,9 @@ import numpy as np
 
 from benchmarks.laws.generators import DAY_S, NUM_HISTORY_DAYS, NUM_TRAIN_DAYS, START_S, Log, Users, draw, draw_labels
 from data_pipeline import build
-from gpsd_dist import data_versions, schema
+from gpsd_dist import schema
 from gpsd_dist.baselines import rows
+from gpsd_dist.data import data_versions
 from gpsd_dist.metrics.classification import classification_metrics
 
 NUM_USERS, NUM_CANDIDATES = 4000, 10

@@ -4,10 +4,11 @@ import collections.abc
 import functools
 import os
 
-from gpsd_dist import data_versions, schema
+from gpsd_dist import schema
 from gpsd_dist.baselines.gbdt import score_gbdt
 from gpsd_dist.baselines.next_item import rank_by_popularity
 from gpsd_dist.baselines.rates import score_popularity, score_rates
+from gpsd_dist.data import data_versions
 from gpsd_dist.metrics.classification import Predictions
 
 BASELINES: dict[str, collections.abc.Callable[..., Predictions]] = {

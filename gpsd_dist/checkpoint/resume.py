@@ -5,11 +5,11 @@ import json
 import logging
 import typing
 
-from gpsd_dist import data_versions
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.checkpoint.state import RunState, read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import RunConfig, run_config_from_dict
+from gpsd_dist.data import data_versions
 from gpsd_dist.data.run_manifest import with_data_version
 
 log = logging.getLogger(__name__)

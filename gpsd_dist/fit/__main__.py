@@ -26,9 +26,9 @@ import typing
 
 import torch
 
-from gpsd_dist import data_versions
 from gpsd_dist.checkpoint import storage
 from gpsd_dist.commands import add_overrides, exit_status
+from gpsd_dist.data import data_versions
 from gpsd_dist.fit import outcome
 from gpsd_dist.fit.data_check import Facts, fingerprint, look
 from gpsd_dist.fit.display import Display

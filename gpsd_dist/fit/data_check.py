@@ -8,8 +8,9 @@ import pathlib
 
 import numpy as np
 
-from gpsd_dist import data_versions, schema
+from gpsd_dist import schema
 from gpsd_dist.baselines.rows import read_rows
+from gpsd_dist.data import data_versions
 from gpsd_dist.metrics.auc_interval import half_width_of_counts
 
 MIN_PER_CLASS = 10

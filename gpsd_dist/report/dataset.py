@@ -7,7 +7,8 @@ import os
 import pathlib
 import typing
 
-from gpsd_dist import data_versions, schema
+from gpsd_dist import schema
+from gpsd_dist.data import data_versions
 from gpsd_dist.report.run_folder import Run
 from gpsd_dist.report.tables import (
     MISSING,

@@ -10,13 +10,13 @@ import json
 import pathlib
 import typing
 
-from gpsd_dist import data_versions
 from gpsd_dist.checkpoint import loading, manager, storage
 from gpsd_dist.checkpoint.resume import check_resumable, version_of
 from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.commands import Stopped, execute
 from gpsd_dist.config import run_config_from_dict
 from gpsd_dist.config.from_data import left_to_data
+from gpsd_dist.data import data_versions
 from gpsd_dist.data.run_manifest import read_run_manifest, with_data_version
 from gpsd_dist.parameter_names import TOWER, dense_weight, is_table, is_weight
 from gpsd_dist.scaling.ladder import Training, Trial, checkpoint_in

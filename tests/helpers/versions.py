@@ -4,7 +4,7 @@ import json
 import pathlib
 import shutil
 
-from gpsd_dist import data_versions
+from gpsd_dist.data import data_versions
 
 
 def publish(root: pathlib.Path, *folders: pathlib.Path, current: int = -1) -> list[pathlib.Path]:

@@ -8,7 +8,8 @@ import shutil
 
 import pytest
 
-from gpsd_dist import data_versions, schema
+from gpsd_dist import schema
+from gpsd_dist.data import data_versions
 from gpsd_dist.data.run_manifest import with_data_version
 from gpsd_dist.evaluate import evaluate_checkpoint
 from gpsd_dist.fit import __main__ as fit

@@ -36,7 +36,7 @@ ROOMS = (
     # parts of a run
     *("checkpoint", "tables", "metrics", "data", "distributed", "model", "optim"),
     # the ground
-    *("config", "batch", "features", "data_versions", "schema", "parameter_names", "validation"),
+    *("config", "batch", "features", "schema", "parameter_names", "validation"),
 )
 MAX_ROOT_FILES = 18
 # Third-party packages of single files; None: not restricted by name.
@@ -54,7 +54,7 @@ ALLOWED_LIBRARIES = {
     "gpsd_dist.distributed.watchdog": set(),
     "gpsd_dist.features": {"numpy", "pyarrow"},
     "gpsd_dist.schema": {"pyarrow"},
-    "gpsd_dist.data_versions": set(),
+    "gpsd_dist.data.data_versions": set(),
     "gpsd_dist.parameter_names": {"torch"},  # within the one function that needs it
     "gpsd_dist.batch.packing": {"torch", "numpy"},
     "gpsd_dist.batch.padding": {"torch", "numpy"},
@@ -63,7 +63,7 @@ ALLOWED_LIBRARIES = {
     "gpsd_dist.model.transformer": {"torch"},
     "gpsd_dist.optim": {"torch"},
 }
-FOR_THE_PIPELINE = ("gpsd_dist.schema.", "gpsd_dist.data_versions.", "gpsd_dist.features.")
+FOR_THE_PIPELINE = ("gpsd_dist.schema.", "gpsd_dist.data.data_versions.", "gpsd_dist.features.")
 GIN_USERS = ("gpsd_dist.config.gin_cli", "gpsd_dist.doctor.operations")
 HTTP_LIBRARIES = ("starlette", "uvicorn", "msgspec", "prometheus_client")
 HTTP_USERS = tuple(f"gpsd_dist.serving.{name}" for name in ("app", "messages", "metrics", "service"))

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline import build
-from gpsd_dist import data_versions, schema
+from gpsd_dist import schema
+from gpsd_dist.data import data_versions
 
 RAW = pathlib.Path(os.environ.get("GPSD_RAW", pathlib.Path(__file__).resolve().parents[4] / "shared" / "data"))
 APR_25_S = 1650816000  # midnight UTC+8

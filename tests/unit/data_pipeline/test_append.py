@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline import fingerprint, synthesize, synthetic_log, validate
-from gpsd_dist import data_versions
+from gpsd_dist.data import data_versions
 from tests.helpers.parquet_rows import rows_sha256
 from tests.unit.data_pipeline.conftest import DAY_S, log_row, manifest_of, run, words_of, write_log
 from tests.unit.data_pipeline_sources.conftest import Prepared

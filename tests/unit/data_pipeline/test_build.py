@@ -6,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline import build
-from gpsd_dist import data_versions, schema
+from gpsd_dist import schema
+from gpsd_dist.data import data_versions
 from tests.helpers.parquet_rows import rows_sha256
 from tests.unit.data_pipeline.conftest import manifest_of, rows_of, run
 

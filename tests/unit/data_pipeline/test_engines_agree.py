@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline import append, holdout, synthesize, synthetic_log, validate
-from gpsd_dist import data_versions, schema
+from gpsd_dist import schema
+from gpsd_dist.data import data_versions
 from tests.assets.cases import logs
 from tests.helpers.parquet_rows import rows_sha256
 from tests.unit.data_pipeline import test_append, test_holdout

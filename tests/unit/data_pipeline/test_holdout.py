@@ -3,7 +3,7 @@ import shutil
 import pytest
 
 from data_pipeline import previous, validate
-from gpsd_dist import data_versions
+from gpsd_dist.data import data_versions
 from tests.unit.data_pipeline.conftest import DAY_S, log_row, manifest_of, rows_of, run, words_of, write_log
 
 LATER = [log_row(1, 11, 6 * DAY_S, click=1), log_row(1, 14, 6 * DAY_S + 9), log_row(9, 10, 6 * DAY_S + 5)]

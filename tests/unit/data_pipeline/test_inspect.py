@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import inspect, measures
-from gpsd_dist import data_versions
+from gpsd_dist.data import data_versions
 from tests.assets.cases import logs
 from tests.unit.data_pipeline.conftest import run
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from data_pipeline import build, validate
-from gpsd_dist import data_versions
+from gpsd_dist.data import data_versions
 from tests.assets.cases import logs
 from tests.unit.data_pipeline.conftest import run
 

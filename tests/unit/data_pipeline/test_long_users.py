@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline import engine, sequences
-from gpsd_dist import data_versions
+from gpsd_dist.data import data_versions
 from tests.assets.cases import logs
 from tests.unit.data_pipeline.conftest import manifest_of, run
 

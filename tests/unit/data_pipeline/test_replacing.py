@@ -12,7 +12,8 @@ import time
 import pytest
 
 from data_pipeline import build, publish
-from gpsd_dist import data_versions, schema
+from gpsd_dist import schema
+from gpsd_dist.data import data_versions
 from tests.assets.cases import logs
 from tests.unit.data_pipeline.conftest import run
 from tests.unit.test_imports import REPO_ROOT
@@ -131,7 +132,9 @@ def test_the_newest_versions_stay(raw, tmp_path, capsys):
 def test_a_version_that_is_read_stays_until_its_reader_has_been_dead_for_a_day(raw, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(*arguments(raw, out)) == 0
-    code = "import sys; from gpsd_dist import data_versions as d; d.opened(sys.argv[1]); print('read', flush=True); "
+    code = (
+        "import sys; from gpsd_dist.data import data_versions as d; d.opened(sys.argv[1]); print('read', flush=True); "
+    )
     code += "input(); import os; os._exit(1) if sys.argv[2] == 'dies' else None"
     for ending in ("ends", "dies"):
         command = [sys.executable, "-c", code, str(out), ending]

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline import validate
-from gpsd_dist import data_versions, schema
+from gpsd_dist import schema
+from gpsd_dist.data import data_versions
 from tests.unit.data_pipeline.conftest import (
     DAY_S,
     log_row,

@@ -6,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline import build, command_line, engine, sources
-from gpsd_dist import data_versions, schema
+from gpsd_dist import schema
+from gpsd_dist.data import data_versions
 
 
 class Prepared:

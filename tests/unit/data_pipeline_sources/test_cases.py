@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 
 from data_pipeline import build
-from gpsd_dist import data_versions, schema
+from gpsd_dist import schema
+from gpsd_dist.data import data_versions
 from tests.assets.cases import logs
 from tests.unit.data_pipeline_sources.conftest import Prepared
 

@@ -12,7 +12,8 @@ import time
 
 import pytest
 
-from gpsd_dist import data_versions, schema
+from gpsd_dist import schema
+from gpsd_dist.data import data_versions
 from tests.helpers.versions import publish
 from tests.unit.test_schema import MANIFEST
 
@@ -127,6 +128,6 @@ def test_a_file_that_was_replaced_on_a_server_is_read_again(root, monkeypatch):
 
 
 def test_reading_the_folder_of_versions_as_a_version_is_an_error(root):
-    with pytest.raises(ValueError, match="has versions of a data set, read one"):
+    with pytest.raises(ValueError, match="has versions of a data set, read that of"):
         schema.read_manifest(root)
     assert json.loads((root / "current.json").read_text())["version"] == "0002-00000002"
