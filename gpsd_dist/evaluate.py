@@ -123,7 +123,7 @@ def _with_frequent_items(
 
 
 def version_for(state: RunState, checkpoint: Location, split: str = "") -> data_versions.Wanted:
-    """Describes a version that a run can score: that of the run, or a later one with its vocabularies that has `split`."""
+    """Describes a version that a run can score: its own, or a later one with its vocabularies that has `split`."""
     return data_versions.Wanted(
         lambda manifest: not _differences(manifest, state.manifest) and bool(not split or manifest.split(split)),
         data_versions.name_of(state.run_config["data_dir"]),

@@ -50,7 +50,9 @@ def read_source(checkpoint: str | os.PathLike[str], data_dir: str, which: str = 
     run = run_config_from_dict(state.run_config)
     if not find(run.stage).with_candidates:
         raise ValueError(f"{folder} is of stage {run.stage!r}, which scores no candidates; export a finetuned run")
-    run = with_data_version(dataclasses.replace(run, data_dir=data_dir), version_for(state, folder))
+    # The newest days count, so the current version comes before that of the run.
+    wanted = dataclasses.replace(version_for(state, folder), first="")
+    run = with_data_version(dataclasses.replace(run, data_dir=data_dir), wanted)
     manifest = read_run_manifest(run)
     check_same_schema(manifest, state.manifest, folder, run.data_dir)
     return Source(folder, state, run, manifest)

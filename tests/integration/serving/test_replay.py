@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gpsd_dist import features, schema
+from gpsd_dist.data import data_versions
 from gpsd_dist.data.columns import ColumnReader
 from gpsd_dist.serving.items import Items
 from gpsd_dist.serving.requests import Limits, RequestReader
@@ -97,7 +98,8 @@ class Data:
 
     def __init__(self, path: pathlib.Path, artefact: pathlib.Path):
         artefact.mkdir()
-        self.path, self.manifest = path, schema.read_manifest(path)
+        self.path = path = data_versions.current(path)
+        self.manifest = schema.read_manifest(path)
         self.is_cut_by_time = self.manifest.options["split_rule"] == "TimeBoundaries"
         vocabularies, self.raw_ids = {}, {}
         for table in self.manifest.tables:
