@@ -37,7 +37,7 @@ TOLERANCE = 1e-5
 DEFAULT = Options()
 _STATISTICS_BATCHES = 8  # of 256 requests
 _PACKAGES = ("torch", "numpy", "pyarrow", "safetensors")
-_NO_DATA = {"splits": (), "sources": (), "skipped": {}, "command": ""}
+_NO_DATA: dict[str, typing.Any] = {"splits": (), "sources": (), "skipped": {}, "command": ""}
 _READ_BY_SERVING = ("split_rule",)
 """Options of the build of the data that say how requests are read."""
 

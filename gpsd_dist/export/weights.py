@@ -5,6 +5,7 @@ A table is never whole in memory: one saved shard of it at a time.
 
 import collections.abc
 import dataclasses
+import functools
 import typing
 
 import torch
@@ -59,7 +60,7 @@ def write_table(draft: Draft, reader: Reader, table: Table, run: RunConfig, dtyp
     rows_per_part = max(1, tables.PART_BYTES // (4 * width))
     try:
         blobs = [
-            draft.add_blob(lambda path, part=part: tables.write_part(part, dtype, path))
+            draft.add_blob(functools.partial(tables.write_part, part, dtype))
             for part in tables.cut_into_parts(shards, rows_per_part)
         ]
     except ValueError as error:

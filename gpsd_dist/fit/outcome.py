@@ -56,9 +56,9 @@ def make(entries: list[Entry], chosen: Entry | None, facts: Facts, runner: Runne
             advice = [*_about_the_time(runner), *hints(task, best, judged, facts)]
     rows = sorted(rows, key=lambda row: [entry.label for entry in entries].index(row["label"]))
     kinds = (("model",), FLOORS, ("refit",))
-    parts = [[row for row in rows if row["kind"] in kind] for kind in kinds]
+    models, floors, refit = ([row for row in rows if row["kind"] in kind] for kind in kinds)
     label = chosen.label if chosen is not None else ""
-    return Outcome(verdicts, advice, tables, *parts, label, runner.commands)
+    return Outcome(verdicts, advice, tables, models, floors, refit, label, runner.commands)
 
 
 def _about_the_time(runner: Runner) -> collections.abc.Iterator[str]:

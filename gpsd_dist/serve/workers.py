@@ -26,7 +26,7 @@ def run_worker(
     args: argparse.Namespace,
     listener: socket.socket,
     one_at_a_time: contextlib.AbstractContextManager,
-    on_listening: typing.Callable[[], None] = lambda: None,
+    on_listening: typing.Callable[[], object] = lambda: None,
 ) -> int:
     """Loads the artefact, serves until SIGTERM or SIGINT, answers what is under way; returns 0."""
     # Here, because with several workers prometheus_client must see PROMETHEUS_MULTIPROC_DIR when it is imported.

@@ -140,7 +140,7 @@ class App:
         if isinstance(error, Late):
             waited = f"not scored within {self.limits.deadline_ms:g} ms: the server is overloaded"
             return _refused(504, messages.Refused(waited))
-        if hasattr(error, "column"):  # serving.requests.RequestError
+        if hasattr(error, "column") and hasattr(error, "row"):  # serving.requests.RequestError
             return _refused(422, messages.Refused(str(error), error.column, error.row))
         log.error("a request failed", exc_info=error)
         return _refused(500, messages.Refused("the server failed on this request; its log says why"))

@@ -306,7 +306,7 @@ class Draft:
             made = sum_of(path)
             files[path.relative_to(self.folder).as_posix()] = {"bytes": made.num_bytes, "sha256": made.sha256}
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        made_of = {"blobs": self.blobs, "files": files}
+        made_of: dict[str, typing.Any] = {"blobs": self.blobs, "files": files}
         description = Description(schema_version=SCHEMA_VERSION, created=created, **made_of, **json_safe(facts))
         return Artefact(self.root, "draft", self.folder, description, manifest_from_dict(description.manifest))
 

@@ -65,11 +65,11 @@ def replay(scorer: _Scorer) -> float:
         )
     worst, tolerance = 0.0, artefact.description.tolerance
     for name in (name for name in found if name.startswith(_LOGIT)):
-        error = float((found[name] - expected[name]).abs().max()) if len(found[name]) else 0.0
-        if not error <= tolerance:
+        distance = float((found[name] - expected[name]).abs().max()) if len(found[name]) else 0.0
+        if not distance <= tolerance:
             raise ArtefactError(
                 f"the examples of {artefact.folder} get logits of task {name.removeprefix(_LOGIT)!r} that differ by "
-                f"{error:.2g} here, at most {tolerance:g} is allowed; export it again on such a machine"
+                f"{distance:.2g} here, at most {tolerance:g} is allowed; export it again on such a machine"
             )
-        worst = max(worst, error)
+        worst = max(worst, distance)
     return worst

@@ -226,7 +226,8 @@ class _Encoder:
         index_N = typing.cast(np.ndarray, self._encoded(item_feature, item, entry_N))
         for feature in manifest.features_in(place):
             column = f"{place}.{feature.name}"
-            brought = None
+            brought: Values | None = None
+            values: Values | None
             if feature is not item_feature and self.reading.has(column):
                 brought = self._encoded(feature, self.reading.lists(column, like=item), entry_N)
             if feature is item_feature:
