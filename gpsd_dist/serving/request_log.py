@@ -23,6 +23,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 log = logging.getLogger(__name__)
+ADDED = ("logged_s", "version", "unknown_ids", "dropped_events")
+"""Columns of a logged request beside those that came."""
+SCORE_PREFIX = "score."
+"""Begins the names of the columns of logits, one list per request."""
 _KEY_NAME = "user_id.key"
 _DAY_S = 86_400
 _FLUSH_REQUESTS = 1000  # requests in a file at most; untuned
@@ -125,7 +129,7 @@ class RequestLog:
         added["dropped_events"] = pa.array([answer.dropped_events for answer in answers], pa.int64())
         for task in answers[0].tasks:
             scores = [answer.tasks.get(task, {}).get("logit") for answer in answers]
-            added[f"score.{task}"] = pa.array(scores, pa.list_(pa.float32()))
+            added[f"{SCORE_PREFIX}{task}"] = pa.array(scores, pa.list_(pa.float32()))
         for name, column in added.items():
             table = table.append_column(name, column)
         now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())

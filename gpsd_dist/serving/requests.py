@@ -41,7 +41,7 @@ class RequestError(ValueError):
 
     def __init__(self, column: str, row: int, message: str):
         super().__init__(f"request {row}, {column!r}: {message}")
-        self.column, self.row = column, row
+        self.column, self.row, self.reason = column, row, message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +146,15 @@ class RequestReader:
             counts=dict(reading.counts),
         )
 
+    def batches(self, requests: pa.Table, size: int) -> typing.Iterator[Tokens]:
+        """Reads `size` requests at a time. RequestError counts them from the first one of the table."""
+        for start in range(0, len(requests), size):
+            try:
+                tokens = self(requests.slice(start, size))
+            except RequestError as error:
+                raise RequestError(error.column, error.row + start, error.reason) from error
+            yield tokens
+
     def encode(self, feature: Feature, raw: pa.StringArray) -> np.ndarray:
         """Finds spelled ids' indices, or 64-bit ids where the table has no vocabulary, as the data hold them: int64."""
         id_N = features.id_of(raw)
@@ -170,8 +179,11 @@ class RequestReader:
         """Says whether the artefact has the feature for every known item."""
         return feature.name in self._items.attributes
 
-    def _check_names(self, names: typing.Iterable[str], row: int) -> None:
-        names = set(names)
+    def _check_names(self, names: typing.Collection[str], row: int) -> None:
+        given, names = collections.Counter(list(names)), set(names)
+        twice = [name for name, count in given.items() if count > 1]
+        if twice:
+            raise RequestError(twice[0], row, f"stands there {given[twice[0]]} times, expected once")
         unknown = sorted(names - set(self.columns), key=str)
         if unknown:
             name = str(unknown[0])[:100]

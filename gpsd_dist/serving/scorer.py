@@ -66,8 +66,7 @@ class Scorer:
         """
         table = requests if isinstance(requests, pa.Table) else self.reader.from_json(requests)
         answers: list[Answer] = []
-        for start in range(0, len(table), _REQUESTS_AT_ONCE):
-            tokens = self.reader(table.slice(start, _REQUESTS_AT_ONCE))
+        for tokens in self.reader.batches(table, _REQUESTS_AT_ONCE):
             answers += self.answers(tokens, self.score_tokens(tokens))
         return answers
 
@@ -92,14 +91,19 @@ class Scorer:
             observe("score", time.perf_counter() - packed_s)
         return results
 
+    def numbers(self, logits: collections.abc.Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+        """Makes of the logits of `score_tokens` what is answered: task -> "logit", "probability", "product" -> [C]."""
+        probabilities = {name: 1 / (1 + np.exp(-logit_C.astype(np.float64))) for name, logit_C in logits.items()}
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for task in self.tasks:
+            found[task.name] = {"logit": logits[task.name], "probability": probabilities[task.name]}
+            if task.given in probabilities:
+                found[task.name]["product"] = _product(self.manifest, task.name, probabilities)
+        return found
+
     def answers(self, tokens: Tokens, logits: collections.abc.Mapping[str, np.ndarray]) -> list[Answer]:
         """Words the logits of `score_tokens`, one answer per request."""
-        probabilities = {name: 1 / (1 + np.exp(-logit_C.astype(np.float64))) for name, logit_C in logits.items()}
-        columns: dict[str, dict[str, np.ndarray]] = {}
-        for task in self.tasks:
-            columns[task.name] = {"logit": logits[task.name], "probability": probabilities[task.name]}
-            if task.given in probabilities:
-                columns[task.name]["product"] = _product(self.manifest, task.name, probabilities)
+        columns = self.numbers(logits)
         facts = zip(tokens.candidate_count_B, tokens.unknown_ids_B, tokens.dropped_events_B, strict=True)
         stops = np.cumsum(tokens.candidate_count_B)
         return [

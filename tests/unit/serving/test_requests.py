@@ -202,3 +202,16 @@ def test_a_parquet_column_of_a_wrong_type_is_refused(reader, column, array, mess
     table = reader.from_json([shop.request(candidate_tags=[[], []])])
     with pytest.raises(RequestError, match=message):
         reader(table.set_column(table.column_names.index(column), column, array))
+
+
+def test_a_column_that_stands_there_twice_is_refused(reader):
+    table = reader.from_json([shop.request()])
+    with pytest.raises(RequestError, match="stands there 2 times"):
+        reader(table.append_column("context.age", table["context.age"]))
+
+
+def test_errors_in_later_batches_count_from_the_first_request(reader):
+    sent = [shop.request() for _ in range(7)]
+    assert [len(tokens) for tokens in reader.batches(reader.from_json(sent), 3)] == [3, 3, 1]
+    with pytest.raises(RequestError, match="request 5, "):
+        list(reader.batches(reader.from_json([*sent[:5], shop.request(context_age=1e39), sent[6]]), 2))

@@ -1,19 +1,13 @@
-"""ENTRY: scores every candidate of a split with a trained run and writes Parquet files with raw ids.
+"""Scores every candidate of a split with a trained run, under one rank or many.
 
-    python -m gpsd_dist.predict --checkpoint runs/kr/st_sf --data data/kuairand --split test --out scores/
-
-Labels are not needed: where the data have none, the label columns are null. Also runs under torchrun: every rank writes
-the rows that it scored to a file of its own, and `predictions.json` appears when all of them are there.
+Every rank writes the rows that it scored to a file of its own, and `predictions.json` appears when all are there.
 
 Shape letters: B requests, C candidates of a batch.
 """
 
-import argparse
 import hashlib
 import json
 import pathlib
-import shlex
-import sys
 import typing
 
 import numpy as np
@@ -30,11 +24,11 @@ from gpsd_dist.data.loaders import evaluation_loader
 from gpsd_dist.data.parquet_dataset import ParquetSplit
 from gpsd_dist.data.row_order import EpochOrder
 from gpsd_dist.distributed.collectives import all_gather_rows, on_main
-from gpsd_dist.distributed.runtime import Runtime, process_group
-from gpsd_dist.evaluate import TIMEOUT_S, TrainedRun, load_trained
+from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.evaluate import TrainedRun
+from gpsd_dist.predict.output import SUMMARY_NAME, claim, number_fields
 from gpsd_dist.stages.finetune import Finetune
 
-SUMMARY_NAME = "predictions.json"
 FIRST_COLUMNS = (
     pa.field("user_id", pa.string()),
     pa.field("request", pa.int64()),
@@ -65,7 +59,7 @@ def predict_split(
             f"{trained.folder} was pretrained: it ranks all items and scores no candidates; "
             "predict with a finetuned run"
         )
-    on_main(lambda: _claim(out_dir))
+    on_main(lambda: claim(out_dir))
     version = f"step {trained.step}, {content_hash(trained.folder)}"
     make_rows = _RowMaker(trained, split, stage, version, runtime)
     name = f"part-{runtime.rank:05d}.parquet"
@@ -120,8 +114,7 @@ class _RowMaker:
         self._given = {task.name: task.given for task in stage.tasks}
         fields = list(FIRST_COLUMNS)
         for task, given in self._given.items():
-            numbers = ("logit", "probability", "product") if given in self._given else ("logit", "probability")
-            fields += [pa.field(f"{task}.{number}", pa.float32()) for number in numbers]
+            fields += number_fields(task, given in self._given)
             fields.append(pa.field(f"{task}.label", pa.uint8()))
         self.schema = pa.schema(fields)
 
@@ -187,42 +180,3 @@ def raw_item_ids(data_dir: str | pathlib.Path, manifest: schema.Manifest) -> pa.
     place = np.full(manifest.table(table).num_rows, -1)
     place[vocabulary["index"].to_numpy()] = np.arange(len(vocabulary))
     return one_chunk(vocabulary["raw_id"]).take(pa.array(place, mask=place < 0))
-
-
-def _claim(out_dir: pathlib.Path) -> None:
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise ValueError(f"--out {out_dir} exists and is not an empty folder; name another one, or delete it")
-    out_dir.mkdir(parents=True, exist_ok=True)
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.predict", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawTextHelpFormatter
-    parser.add_argument("--checkpoint", required=True, help="run folder, or one checkpoint in it; or the URL of one")
-    which_help = "checkpoint of a run folder (best on valid)"
-    parser.add_argument("--which", choices=("best", "last"), default="best", help=which_help)
-    parser.add_argument("--data", help="prepared data; default: the data the run was trained on")
-    parser.add_argument("--split", default="test", help="split to score (default: test)")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write, new or empty")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str]) -> int:
-    """Returns 0, or 2 for a mistake in the options or the data."""
-    args = _parse(argv)
-    command = shlex.join(["python", "-m", "gpsd_dist.predict", *argv])
-    try:
-        with process_group(TIMEOUT_S) as runtime:
-            trained = load_trained(args.checkpoint, args.data, args.split, runtime, args.which)
-            summary = predict_split(trained, args.split, args.out, runtime, command)
-        if runtime.is_main:
-            scored = f"{summary['candidates']:,} candidates of {summary['requests']:,} requests"
-            print(f"{scored} scored by {summary['checkpoint']} ({summary['version']}): {args.out}")
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
