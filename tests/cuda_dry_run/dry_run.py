@@ -156,6 +156,7 @@ def on_fake_cuda(launched: set[str]) -> typing.Iterator[None]:
         unittest.mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         unittest.mock.patch("torch.cuda.is_bf16_supported", lambda *_: True),
         unittest.mock.patch.object(hstu_attention, "_has_triton", lambda: True),
+        unittest.mock.patch.object(hstu_triton, "_generation", lambda _: 9),
     ]
     for name in ("_forward", "_backward_queries", "_backward_keys"):
         patches.append(unittest.mock.patch.object(hstu_triton, name, Launch(getattr(hstu_triton, name), launched)))

@@ -136,52 +136,6 @@ def test_half_precision(interpreted):
     check_agreement(interpreted, problem, False, True, 5e-3)
 
 
-@pytest.mark.slow
-def test_the_kernels_compile_for_a_gpu():
-    """Ahead of time, for compute capability 9.0; in a process of its own, as the interpreter may hold this one."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed: it comes with CUDA builds of torch")
-    code = "from tests.numerics import test_hstu_kernel; test_hstu_kernel.compile_for_a_gpu()"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["cubin"] * 6
-
-
-def compile_for_a_gpu() -> None:
-    """Prints `cubin` for every kernel and type that has been compiled."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from gpsd_dist.model.ops import hstu_triton
-
-    words = {
-        "offsets": "*i64",
-        "query_time": "*i64",
-        "key_time": "*i64",
-        "weight": "*fp32",
-        "P": "i32",
-        "NUM_TIME": "i32",
-    }
-    words |= {"grad_position": "*fp32", "grad_time": "*fp32"}
-    for kernel in (hstu_triton._forward, hstu_triton._backward_queries, hstu_triton._backward_keys):
-        for dtype, is_causal in (("fp32", True), ("bf16", False)):
-            query = torch.zeros(1, 2, 50, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
-            segments = hstu_triton.Segments(None, None, None, None, 1, 1, is_causal)
-            constants = hstu_triton._options(query, [1, 1], segments) | {"COPIES": 64}
-            signature = {
-                name: "constexpr"
-                if name in constants
-                else words.get(name, next((kind for end, kind in words.items() if name.endswith(end)), f"*{dtype}"))
-                for name in kernel.arg_names
-            }
-            places = {(i,): constants[name] for i, name in enumerate(kernel.arg_names) if name in constants}
-            source = ASTSource(kernel, signature, places)
-            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-            print("cubin" if compiled.asm["cubin"] else "nothing")
-
-
 def test_a_cpu_never_runs_the_kernel():
     assert not hstu_attention.has_kernel(torch.zeros(1))
 

@@ -19,7 +19,10 @@ _LOG_STEP = tl.constexpr(LOG_STEP)
 _UNKNOWN = tl.constexpr(UNKNOWN_BUCKET)
 _GRADIENT_COPIES = 64  # of each bias gradient, so that atomic adds spread over addresses
 _MIN_DOT_WIDTH = 16  # the smallest that tl.dot takes
-_TILE_BYTES = 8192
+_NUM_WARPS = 8
+# float32 products by three of TF32: 21 bits of mantissa, on tensor cores. "ieee" takes none, and its products fill the
+# registers: the backward for keys then spilt 5.5 - 18 KB per thread.
+_PRECISION = tl.constexpr("tf32x3")
 
 
 @triton.jit
@@ -35,6 +38,18 @@ def _store_rows(base, row, is_row, head, tile, H: tl.constexpr, K: tl.constexpr,
     column = tl.arange(0, WIDTH)
     pointer = base + (row[:, None] * H + head) * K + column[None, :]
     tl.store(pointer, tile.to(base.dtype.element_ty), mask=is_row[:, None] & (column < K)[None, :])
+
+
+@triton.jit
+def _place(H: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """Returns (request, head, block of the request) of this program.
+
+    Programs start in the order of their numbers, the first axis running fastest. Requests are sorted by length, so they
+    are taken from the last one; so are blocks, where a later one has more to do: what takes longest begins first.
+    """
+    request = tl.num_programs(0) // H - 1 - tl.program_id(0) // H
+    block = tl.num_programs(1) - 1 - tl.program_id(1) if LAST_FIRST else tl.program_id(1)
+    return request, tl.program_id(0) % H, block
 
 
 @triton.jit
@@ -62,7 +77,7 @@ def _time_buckets(query_time, key_time):
 @triton.jit
 def _scores(q, k, position, bucket, is_pair, position_weight, time_weight, HAS_TIME: tl.constexpr):
     """Computes q k + bias in float32, without the bias where no pair attends."""
-    score = tl.dot(q, tl.trans(k), input_precision="ieee")
+    score = tl.dot(q, tl.trans(k), input_precision=_PRECISION)
     score += tl.load(position_weight + position, mask=is_pair, other=0.0)
     if HAS_TIME:
         score += tl.load(time_weight + bucket, mask=is_pair, other=0.0)
@@ -75,16 +90,16 @@ def _forward(
     H: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_TIME: tl.constexpr,
 ):  # fmt: skip
-    request, head = tl.program_id(0) // H, tl.program_id(0) % H
+    request, head, block = _place(H, LAST_FIRST=True)
     first_q, first_k = tl.load(query_offsets + request), tl.load(key_offsets + request)
     num_q = (tl.load(query_offsets + request + 1) - first_q).to(tl.int32)
     num_k = (tl.load(key_offsets + request + 1) - first_k).to(tl.int32)
-    m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if tl.program_id(1) * BLOCK < num_q:
+    m = block * BLOCK + tl.arange(0, BLOCK)
+    if block * BLOCK < num_q:
         q = _load_rows(query, first_q + m, m < num_q, head, H, K, WIDTH)
         q_time = tl.load(query_time + first_q + m, mask=m < num_q, other=0) if HAS_TIME else m
         total = tl.zeros([BLOCK, WIDTH], tl.float32)
-        stop = tl.minimum(num_k, (tl.program_id(1) + 1) * BLOCK) if IS_CAUSAL else num_k
+        stop = tl.minimum(num_k, (block + 1) * BLOCK) if IS_CAUSAL else num_k
         for start in range(0, stop, BLOCK):
             n = start + tl.arange(0, BLOCK)
             k = _load_rows(key, first_k + n, n < num_k, head, H, K, WIDTH)
@@ -95,7 +110,7 @@ def _forward(
                 bucket = _time_buckets(q_time, tl.load(key_time + first_k + n, mask=n < num_k, other=0))
             score = _scores(q, k, position, bucket, is_pair, position_weight, time_weight, HAS_TIME)
             weight = tl.where(is_pair, score * tl.sigmoid(score) / P, 0.0)
-            total += tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+            total += tl.dot(weight.to(v.dtype), v, input_precision=_PRECISION)
         _store_rows(out, first_q + m, m < num_q, head, total, H, K, WIDTH)
 
 
@@ -115,18 +130,18 @@ def _backward_queries(
     HAS_TIME: tl.constexpr,
 ):  # fmt: skip
     """Computes the gradient of a block of queries, and adds its pairs to the gradients of the bias weights."""
-    request, head = tl.program_id(0) // H, tl.program_id(0) % H
+    request, head, block = _place(H, LAST_FIRST=True)
     first_q, first_k = tl.load(query_offsets + request), tl.load(key_offsets + request)
     num_q = (tl.load(query_offsets + request + 1) - first_q).to(tl.int32)
     num_k = (tl.load(key_offsets + request + 1) - first_k).to(tl.int32)
-    m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    copy = (tl.program_id(1) + tl.program_id(0)) % COPIES
-    if tl.program_id(1) * BLOCK < num_q:
+    m = block * BLOCK + tl.arange(0, BLOCK)
+    copy = (block + tl.program_id(0)) % COPIES
+    if block * BLOCK < num_q:
         q = _load_rows(query, first_q + m, m < num_q, head, H, K, WIDTH)
         g = _load_rows(grad_out, first_q + m, m < num_q, head, H, K, WIDTH)
         q_time = tl.load(query_time + first_q + m, mask=m < num_q, other=0) if HAS_TIME else m
         total = tl.zeros([BLOCK, WIDTH], tl.float32)
-        stop = tl.minimum(num_k, (tl.program_id(1) + 1) * BLOCK) if IS_CAUSAL else num_k
+        stop = tl.minimum(num_k, (block + 1) * BLOCK) if IS_CAUSAL else num_k
         for start in range(0, stop, BLOCK):
             n = start + tl.arange(0, BLOCK)
             k = _load_rows(key, first_k + n, n < num_k, head, H, K, WIDTH)
@@ -136,9 +151,9 @@ def _backward_queries(
             if HAS_TIME:
                 bucket = _time_buckets(q_time, tl.load(key_time + first_k + n, mask=n < num_k, other=0))
             score = _scores(q, k, position, bucket, is_pair, position_weight, time_weight, HAS_TIME)
-            grad_weight = tl.dot(g, tl.trans(v), input_precision="ieee")
+            grad_weight = tl.dot(g, tl.trans(v), input_precision=_PRECISION)
             _, slope = _weights_and_slopes(score, grad_weight, is_pair, P)
-            total += tl.dot(slope.to(k.dtype), k, input_precision="ieee")
+            total += tl.dot(slope.to(k.dtype), k, input_precision=_PRECISION)
             tl.atomic_add(grad_position + copy * (2 * P - 1) + position, slope, mask=is_pair)
             if HAS_TIME:
                 tl.atomic_add(grad_time + copy * NUM_TIME + bucket, slope, mask=is_pair)
@@ -153,17 +168,17 @@ def _backward_keys(
     HAS_TIME: tl.constexpr,
 ):  # fmt: skip
     """Computes the gradients of a block of keys and values, over all queries that see it."""
-    request, head = tl.program_id(0) // H, tl.program_id(0) % H
+    request, head, block = _place(H, LAST_FIRST=False)
     first_q, first_k = tl.load(query_offsets + request), tl.load(key_offsets + request)
     num_q = (tl.load(query_offsets + request + 1) - first_q).to(tl.int32)
     num_k = (tl.load(key_offsets + request + 1) - first_k).to(tl.int32)
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if tl.program_id(1) * BLOCK < num_k:
+    n = block * BLOCK + tl.arange(0, BLOCK)
+    if block * BLOCK < num_k:
         k = _load_rows(key, first_k + n, n < num_k, head, H, K, WIDTH)
         v = _load_rows(value, first_k + n, n < num_k, head, H, K, WIDTH)
         k_time = tl.load(key_time + first_k + n, mask=n < num_k, other=0) if HAS_TIME else n
         total_k, total_v = tl.zeros([BLOCK, WIDTH], tl.float32), tl.zeros([BLOCK, WIDTH], tl.float32)
-        begin = tl.program_id(1) * BLOCK if IS_CAUSAL else 0
+        begin = block * BLOCK if IS_CAUSAL else 0
         for start in range(begin, num_q, BLOCK):
             m = start + tl.arange(0, BLOCK)
             q = _load_rows(query, first_q + m, m < num_q, head, H, K, WIDTH)
@@ -173,10 +188,10 @@ def _backward_keys(
             if HAS_TIME:
                 bucket = _time_buckets(tl.load(query_time + first_q + m, mask=m < num_q, other=0), k_time)
             score = _scores(q, k, position, bucket, is_pair, position_weight, time_weight, HAS_TIME)
-            grad_weight = tl.dot(g, tl.trans(v), input_precision="ieee")
+            grad_weight = tl.dot(g, tl.trans(v), input_precision=_PRECISION)
             weight, slope = _weights_and_slopes(score, grad_weight, is_pair, P)
-            total_k += tl.dot(tl.trans(slope).to(q.dtype), q, input_precision="ieee")
-            total_v += tl.dot(tl.trans(weight).to(g.dtype), g, input_precision="ieee")
+            total_k += tl.dot(tl.trans(slope).to(q.dtype), q, input_precision=_PRECISION)
+            total_v += tl.dot(tl.trans(weight).to(g.dtype), g, input_precision=_PRECISION)
         _store_rows(grad_key, first_k + n, n < num_k, head, total_k, H, K, WIDTH)
         _store_rows(grad_value, first_k + n, n < num_k, head, total_v, H, K, WIDTH)
 
@@ -241,13 +256,26 @@ def _width(query: torch.Tensor) -> int:
 
 
 def _block(query: torch.Tensor) -> int:
-    """Returns the rows of a tile of at most 8 KiB, since several must fit into shared memory. Untuned."""
-    return min(64, max(_MIN_DOT_WIDTH, _TILE_BYTES // (_width(query) * query.element_size())))
+    """Returns the rows of a tile."""
+    size = query.element_size()
+    return min(64, max(_MIN_DOT_WIDTH, _tile_bytes(size, _generation(query)) // (_width(query) * size)))
+
+
+def _tile_bytes(element_bytes: int, generation: int) -> int:
+    """Returns the bytes of a tile, chosen by what the compiler says of spills (tests/cuda_compile), not yet by time."""
+    if element_bytes == 4:
+        return 8192  # 16 KiB spill 1 - 7 KB a thread
+    return 16384 if generation >= 9 else 4096  # before Hopper, products take their operands from registers
+
+
+def _generation(query: torch.Tensor) -> int:
+    """Returns the first number of the GPU's compute capability: 8 for A100, 9 for H100 and H200."""
+    return torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
 
 
 def _options(query: torch.Tensor, weights: list, segments: Segments) -> dict[str, typing.Any]:
     sizes = {"H": query.shape[1], "K": query.shape[2], "WIDTH": _width(query), "BLOCK": _block(query)}
-    return sizes | {"IS_CAUSAL": segments.is_causal, "HAS_TIME": weights[1] is not None}
+    return sizes | {"IS_CAUSAL": segments.is_causal, "HAS_TIME": weights[1] is not None, "num_warps": _NUM_WARPS}
 
 
 def _pointers(weights: list, segments: Segments) -> tuple:
