@@ -11,8 +11,6 @@ import json
 import logging
 import typing
 
-import torch.distributed as dist
-
 from gpsd_dist.checkpoint import storage
 from gpsd_dist.checkpoint.storage import Location
 
@@ -143,6 +141,8 @@ def check(checkpoint: Location) -> None:
 
     All ranks raise alike: DamagedCheckpoint names the files; OSError if a rank could not read, which is no damage.
     """
+    import torch.distributed as dist  # Here, so that a report reads checkpoint folders without torch.
+
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     problems: list[str] = []
     failure = None

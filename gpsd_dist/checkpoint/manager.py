@@ -38,7 +38,6 @@ from gpsd_dist.distributed.collectives import FailedOnMain, described, on_main
 from gpsd_dist.distributed.runtime import Runtime
 
 log = logging.getLogger(__name__)
-_FOLDER_NAME = "checkpoints"
 
 
 class Checkpoints:
@@ -185,7 +184,7 @@ def _in_thread(work: collections.abc.Callable[[], None]) -> concurrent.futures.F
 
 def folder_of(output_dir: str | pathlib.Path, train: TrainConfig) -> Location:
     """Returns where a run with these options keeps its checkpoints."""
-    return location(train.checkpoint_dir or output_dir) / _FOLDER_NAME
+    return location(train.checkpoint_dir or output_dir) / retention.FOLDER_NAME
 
 
 def best_step(folder: str | pathlib.Path | Remote) -> int:
@@ -230,7 +229,7 @@ def checkpoint_folder(run: Location) -> Location:
     elsewhere = train.get("checkpoint_dir", "") if isinstance(train, dict) else None
     if not isinstance(elsewhere, str):
         raise ValueError(f"{config} does not hold the options of a run, so where its checkpoints are is not known")
-    return (location(elsewhere) if elsewhere else run) / _FOLDER_NAME
+    return (location(elsewhere) if elsewhere else run) / retention.FOLDER_NAME
 
 
 def newest_intact(folder: Location) -> Location | None:

@@ -12,6 +12,7 @@ from gpsd_dist.checkpoint.integrity import read_checksums
 from gpsd_dist.checkpoint.storage import Location
 
 log = logging.getLogger(__name__)
+FOLDER_NAME = "checkpoints"
 DAMAGED_NAME = "run_state.json.damaged"
 BEST_NAME = "best.json"
 _FOLDER = re.compile(r"step_(\d{8})(?:\.(\d+))?")

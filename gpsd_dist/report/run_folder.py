@@ -9,9 +9,11 @@ import json
 import math
 import os
 import pathlib
-import re
 import typing
 
+from gpsd_dist.checkpoint import retention
+from gpsd_dist.checkpoint.retention import BEST_NAME, STATE_NAME
+from gpsd_dist.checkpoint.retention import FOLDER_NAME as CHECKPOINTS_NAME
 from gpsd_dist.report.tables import listed
 
 METRICS_NAME = "metrics.jsonl"
@@ -19,13 +21,9 @@ CONFIG_NAME = "run_config.json"
 ENVIRONMENT_NAME = "environment.json"
 GIN_NAME = "config.gin"
 PLAN_NAME = "plan.txt"
-CHECKPOINTS_NAME = "checkpoints"
-BEST_NAME = "best.json"
-STATE_NAME = "run_state.json"
 _OF_TOOLS = ("parameters.json", "wall_s.json", "experiment.json")
 """Files that gpsd_dist.scaling, benchmarks.model_table and benchmarks.experiments leave in a run folder: no results."""
 NOT_JSON = "not JSON, left out"
-_CHECKPOINT = re.compile(r"step_(\d{8})(?:\.(\d+))?")  # step, and attempt of a step that was saved again
 
 Scores = dict[str, dict[str, float]]  # task -> metric -> value; NaN where the file says null
 
@@ -250,12 +248,11 @@ def _scores(folder: pathlib.Path, problems: list[str]) -> dict[str, Scores]:
 
 def _newest_state(folder: pathlib.Path, problems: list[str]) -> dict[str, typing.Any]:
     """Reads `run_state.json` of the last complete checkpoint; {} and a problem if there is none."""
-    named = [(match, path) for path in folder.glob("step_*") if (match := _CHECKPOINT.fullmatch(path.name))]
-    complete = [(int(m[1]), int(m[2] or 0), path) for m, path in named if (path / STATE_NAME).is_file()]
+    complete = retention.complete(folder)
     if not complete:
         problems.append(f"{folder} has no complete checkpoint (step_*/{STATE_NAME})")
         return {}
-    newest = max(complete)[-1] / STATE_NAME
+    newest = folder / complete[-1].name / STATE_NAME
     state = _json_object(newest, problems)
     for name in ("progress", "manifest"):
         if name in state and not isinstance(state[name], dict):

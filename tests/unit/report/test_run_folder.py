@@ -8,7 +8,6 @@ import pytest
 
 from benchmarks import experiments
 from benchmarks.model_table import WALL_NAME
-from gpsd_dist.checkpoint import manager
 from gpsd_dist.metrics import recorder
 from gpsd_dist.report import run_folder
 from gpsd_dist.report.run_folder import find_runs, read_run, read_runs
@@ -16,9 +15,8 @@ from gpsd_dist.scaling.runs import PARAMETERS_NAME
 from tests.helpers.run_folders import STEPS, scored, write_json, write_run
 
 
-def test_names_of_files_are_those_of_the_writers():
+def test_metrics_are_looked_for_where_they_are_written():
     assert run_folder.METRICS_NAME == recorder.JSONL_NAME
-    assert run_folder.STATE_NAME == manager.STATE_NAME
 
 
 def test_complete_run_has_no_problem(tmp_path):
