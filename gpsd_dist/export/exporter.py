@@ -19,6 +19,7 @@ from gpsd_dist.config import run_config_from_dict
 from gpsd_dist.data.run_manifest import read_run_manifest, with_data_version
 from gpsd_dist.evaluate import check_same_schema, version_for
 from gpsd_dist.export import gates, weights
+from gpsd_dist.export.onnx_form import write_onnx
 from gpsd_dist.export.parquet_tokens import read_split
 from gpsd_dist.export.raw_requests import examples
 from gpsd_dist.export.source import Options, Source
@@ -26,7 +27,7 @@ from gpsd_dist.export.vocabularies import write_vocabularies
 from gpsd_dist.serving import drift
 from gpsd_dist.serving.artefact import VERSIONS, drafting, make_current
 from gpsd_dist.serving.drift import STATISTICS_NAME
-from gpsd_dist.serving.examples import EXPECTED_NAME, REQUESTS_NAME, tensors_of
+from gpsd_dist.serving.examples import EXPECTED_NAME, REQUESTS_NAME, replay, tensors_of
 from gpsd_dist.serving.requests import Limits
 from gpsd_dist.serving.scorer import Scorer
 from gpsd_dist.serving.tokens import Tokens
@@ -71,7 +72,7 @@ def export(source: Source, out: str | os.PathLike[str], options: Options = DEFAU
         tables = weights.write_tables(draft, reader, run, manifest, options.table_dtype)
         facts = _facts(source, options, tables)
         draft.write_json(STATISTICS_NAME, {})  # until there is a scorer to measure with
-        scorer = Scorer(draft.preview(**facts))
+        scorer = Scorer(draft.preview(**facts | {"engine": "eager"}))
         draft.write_json(STATISTICS_NAME, _statistics(source, scorer))
         gates.check_loss(source, scorer, draft, options)
         if options.replaces_current:
@@ -80,6 +81,10 @@ def export(source: Source, out: str | os.PathLike[str], options: Options = DEFAU
         tokens = scorer.reader(scorer.reader.from_json(requests))
         save_file(tensors_of(tokens, scorer.score_tokens(tokens)), draft.folder / EXPECTED_NAME)
         draft.write_json(REQUESTS_NAME, {"requests": requests})
+        if options.engine == "onnx":
+            write_onnx(scorer.model, tuple(task.name for task in scorer.tasks), draft.folder)
+            difference = replay(Scorer(draft.preview(**facts)))
+            log.info("onnx: logits of the examples differ from those of torch by %.2g", difference)
         version = draft.commit(**facts)
         added = draft.new_blob_bytes
     make_current(out, version)

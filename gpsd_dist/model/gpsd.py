@@ -44,7 +44,7 @@ class Backbone(nn.Module):
 
     def forward(self, embeddings: dict[str, torch.Tensor], batch: Batch, candidates_only: bool = False) -> torch.Tensor:
         """Runs a batch with its `embeddings` (table -> [U, E]): states [S, D], or of candidates [C, out_width]."""
-        x, padded = self._tokens(embeddings, batch), batch.padded
+        x, padded = self.tokens(embeddings, batch), batch.padded
         if padded is None:
             return self.tower(x, batch.packing, candidates_only, Times(batch.history_time_s_T, batch.request_time_s_B))
         # Only the tower meets the padding: embedder and heads run on real tokens, so no loss or gradient sees it.
@@ -53,12 +53,13 @@ class Backbone(nn.Module):
 
     def with_history(self, embeddings: dict[str, torch.Tensor], batch: Batch) -> tuple[torch.Tensor, "HistoryStates"]:
         """Gives the candidates' states [C, out_width], and those of histories (towers that `supervises_history`)."""
-        x_SFD = self._tokens(embeddings, batch)
+        x_SFD = self.tokens(embeddings, batch)
         times = Times(batch.history_time_s_T, batch.request_time_s_B)
         state_C, state_TN = self.tower(x_SFD, batch.packing, True, times, with_history=True)
         return state_C, HistoryStates(state_TN, x_SFD[: batch.packing.num_history_tokens].flatten(1))
 
-    def _tokens(self, embeddings: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+    def tokens(self, embeddings: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        """Makes the tower's input: a vector per token [S, D], or one per feature of it."""
         return self.dropout(self.project_in(self.embedder(embeddings, batch)) * self.token_scale)
 
 

@@ -18,7 +18,7 @@ from gpsd_dist.model.ops.norms import normed, normed_linear
 from gpsd_dist.model.ops.swiglu import swiglu
 
 _NORM_EPS = 1e-5
-_ROPE_THETA = 1e4
+ROPE_THETA = 1e4
 _FFN_MULTIPLE = 32
 _MLP_MULTIPLE = 4  # hidden width of the ranking MLP over D (official settings)
 
@@ -66,7 +66,7 @@ class RotaryPositions(nn.Module):
     def forward(self, position_S: torch.Tensor) -> Rotation:
         """Turns positions int64 [S] into rotations."""
         exponent = torch.arange(0, self.head_width, 2, device=position_S.device, dtype=torch.float32) / self.head_width
-        angle = position_S[:, None].float() * _ROPE_THETA**-exponent
+        angle = position_S[:, None].float() * ROPE_THETA**-exponent
         if position_S.is_cuda:  # complex numbers, here or below, end what a compiler fuses
             turn = torch.stack((angle.cos(), angle.sin()), dim=-1)
         else:

@@ -32,7 +32,7 @@ from gpsd_dist.validation import checked, json_safe
 SCHEMA_VERSION = 1
 CURRENT_NAME, DESCRIPTION_NAME = "current.json", "artefact.json"
 VERSIONS, BLOBS = "versions", "blobs"
-ENGINES = ("eager",)
+ENGINES = ("eager", "onnx")
 _PARTIAL = ".partial-"
 _LOCK = ".lock"
 _VERSION_NAME = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{12}")

@@ -26,6 +26,7 @@ import torch
 
 from gpsd_dist.config import ModelConfig, TablesConfig
 from gpsd_dist.model.gpsd import RankingModel
+from gpsd_dist.model.transformer import Transformer
 from gpsd_dist.schema import Manifest
 from gpsd_dist.serving.answer import Answer as Answer
 from gpsd_dist.serving.artefact import BLOBS, Artefact, ArtefactError, open_version
@@ -36,6 +37,7 @@ from gpsd_dist.serving.items import Items
 from gpsd_dist.serving.requests import Limits, RequestReader
 from gpsd_dist.serving.tables import MappedTable, read_tensors
 from gpsd_dist.serving.tokens import Tokens
+from gpsd_dist.serving.two_part import ENCODE_NAME, SCORE_NAME, TwoPart, with_onnx, with_torch
 from gpsd_dist.serving.vocabulary import Vocabulary
 
 MODEL_NAME, TOWER_NAME, ITEMS_NAME = "model.json", "tower.safetensors", "items.safetensors"
@@ -45,7 +47,7 @@ _REQUESTS_AT_ONCE = 64  # untuned: bounds the memory of `score`
 class Scorer:
     """One version, loaded. Immutable; `score_tokens` may run in several threads."""
 
-    def __init__(self, artefact: Artefact):
+    def __init__(self, artefact: Artefact, cache_bytes: int = 0):
         self.artefact = artefact
         self.version, self.manifest = artefact.version, artefact.manifest
         self.metadata = dataclasses.asdict(artefact.description)
@@ -58,6 +60,8 @@ class Scorer:
         self.model = _model(artefact, options)
         self.tasks = tuple(task for task in self.manifest.tasks if task.name in options["tasks"])
         self.tables = map_tables(artefact.root, artefact.description.tables)
+
+        self.two_part = _two_part(artefact, self.model, tuple(task.name for task in self.tasks), cache_bytes)
 
     def score(self, requests: collections.abc.Sequence[dict[str, typing.Any]] | pa.Table) -> list[Answer]:
         """Scores raw requests, as decoded JSON or as an Arrow table of the same columns (`serving.requests`).
@@ -83,7 +87,10 @@ class Scorer:
         results = {task.name: np.empty(len(packed.candidate_C), np.float32) for task in self.tasks}
         if len(packed.candidate_C):
             with torch.inference_mode():
-                logits = self.model(packed.embeddings, packed.batch)
+                if self.two_part is None:
+                    logits = self.model(packed.embeddings, packed.batch)
+                else:
+                    logits = self.two_part(packed.embeddings, packed.batch, packed.history)
             for name, result in results.items():
                 result[packed.candidate_C] = logits[name].numpy()
         if observe is not None:
@@ -120,10 +127,14 @@ class Scorer:
         ]
 
 
-def load(path: str | os.PathLike[str], *, verify: bool = True, threads: int | None = None) -> Scorer:
+def load(
+    path: str | os.PathLike[str], *, verify: bool = True, threads: int | None = None, history_cache_mib: float = 0
+) -> Scorer:
     """Loads the current version of an artefact, or the version whose folder is given.
 
     `verify`: compare the hash of every file, and replay the examples. `threads`: of torch, for this whole process.
+    `history_cache_mib`: memory for encoded histories of a Transformer, which are used again where a history, or all of
+    it but the last few events, was seen before (`history_cache`); 0: none.
     ArtefactError says what is damaged, missing or different.
     """
     if threads is not None:
@@ -131,7 +142,7 @@ def load(path: str | os.PathLike[str], *, verify: bool = True, threads: int | No
     artefact = open_version(path)
     if verify:
         artefact.check_hashes()
-    scorer = Scorer(artefact)
+    scorer = Scorer(artefact, int(history_cache_mib * 2**20))
     if verify:
         replay(scorer)
     return scorer
@@ -147,6 +158,22 @@ def _product(manifest: Manifest, task: str, probabilities: dict[str, np.ndarray]
     given = next(entry.given for entry in manifest.tasks if entry.name == task)
     own = probabilities[task]
     return own if given not in probabilities else own * _product(manifest, given, probabilities)
+
+
+def _two_part(artefact: Artefact, model: RankingModel, tasks: tuple[str, ...], cache_bytes: int) -> TwoPart | None:
+    """Returns what runs the model in two parts, if the engine or a cache asks for it."""
+    if artefact.description.engine == "onnx":
+        paths = (artefact.path(name) for name in (ENCODE_NAME, SCORE_NAME))
+        try:
+            return with_onnx(model, tasks, *paths, cache_bytes)
+        except ValueError as error:
+            raise ArtefactError(str(error)) from error
+    if not cache_bytes:
+        return None
+    if not isinstance(model.backbone.tower, Transformer):
+        tower = type(model.backbone.tower).__name__
+        raise ValueError(f"a cache of histories is exact for the Transformer alone, this is {tower}: leave it out")
+    return with_torch(model, tasks, cache_bytes)
 
 
 def map_tables(

@@ -59,9 +59,9 @@ def evaluated(source, runtime) -> list[tuple[dict[str, torch.Tensor], torch.Tens
     return found
 
 
-def largest_difference(source, artefact, runtime, rows=None) -> float:
+def largest_difference(source, artefact, runtime, rows=None, **options) -> float:
     """Of all logits of `valid`, in batches of four requests, and with each request alone."""
-    scorer, differences = load(artefact, verify=True), []
+    scorer, differences = load(artefact, **options), []
     tokens = read_split(source.run, source.manifest, "valid", rows or {}, rows_at_once=4)
     for (expected, _), labelled in zip(evaluated(source, runtime), tokens, strict=True):
         together = scorer.score_tokens(labelled.tokens)

@@ -1,0 +1,135 @@
+"""Runs a Transformer in its two parts on packed batches, with torch or ONNX Runtime, and with a cache of histories.
+
+Shape letters: B requests, n requests of a bucket, W tokens of a history, K candidates, C candidates of the batch,
+D width, L layers, H heads, A channels of a head.
+"""
+
+import collections.abc
+import pathlib
+import typing
+
+import numpy as np
+import torch
+
+from gpsd_dist.batch.batch import Batch
+from gpsd_dist.batch.packing import Slots
+from gpsd_dist.features import Values
+from gpsd_dist.model.gpsd import RankingModel
+from gpsd_dist.model.transformer import Transformer
+from gpsd_dist.serving.history_cache import Encoded, HistoryCache
+from gpsd_dist.serving.transformer_form import Encode, Score
+
+ENCODE_NAME, SCORE_NAME = "encode.onnx", "score.onnx"
+ENCODE_INPUTS, SCORE_INPUTS = ("x", "old_keys", "old_values"), ("x", "context", "length", "keys", "values")
+Part = collections.abc.Callable[..., typing.Any]
+
+
+class TwoPart:
+    """Scores batches like `RankingModel`. Encodes each history once, or not at all where the cache has it."""
+
+    def __init__(self, model: RankingModel, tasks: tuple[str, ...], encode: Part, score: Part, cache_bytes: int = 0):
+        tower = model.backbone.tower
+        assert isinstance(tower, Transformer)
+        self.model, self.tasks, self._encode, self._score = model, tasks, encode, score
+        heads = tower.rotary.heads
+        nothing = torch.zeros(len(tower.blocks), 1, heads, 0, tower.out_width // heads)
+        self._nothing = Encoded(nothing, nothing)
+        self.cache = HistoryCache(cache_bytes) if cache_bytes else None
+
+    def __call__(
+        self, embeddings: dict[str, torch.Tensor], batch: Batch, history: dict[str, Values]
+    ) -> dict[str, torch.Tensor]:
+        """Returns task -> logits [C] in the order of the batch. `history`: its columns, as rows of tables."""
+        x_SD, packing = self.model.backbone.tokens(embeddings, batch), batch.packing
+        history_TD, candidate_CD = x_SD.tensor_split([packing.num_history_tokens])
+        context = self.model.context
+        context_CC = context(embeddings, batch) if context.width else candidate_CD[:, :0]
+        parts, request, token, candidate = [], 0, 0, 0
+        for bucket in packing.buckets:
+            last = request + bucket.num_requests, token + bucket.num_tokens, candidate + bucket.num_candidates
+            if bucket.num_candidates:
+                length_n = packing.history_length_B[request : last[0]]
+                columns = {name: _slice(values, token, last[1]) for name, values in history.items()}
+                x_nWD = _padded(history_TD[token : last[1]], bucket.history, bucket.num_requests, bucket.width)
+                encoded = self._encoded(x_nWD, length_n, columns)
+                shape = bucket.candidate, bucket.num_requests, bucket.max_candidates
+                inputs = (_padded(values[candidate : last[2]], *shape) for values in (candidate_CD, context_CC))
+                logits = self._score(*inputs, torch.from_numpy(length_n), *encoded).flatten(1)
+                parts.append(logits if bucket.candidate is None else logits[:, bucket.candidate.slot])
+            request, token, candidate = last
+        return dict(zip(self.tasks, torch.cat(parts, 1), strict=True))
+
+    def _encoded(self, x_nWD: torch.Tensor, length_n: np.ndarray, columns: dict[str, Values]) -> Encoded:
+        """Encodes the histories of a bucket: keys and values [L, n, H, W, A], W at least 1."""
+        if x_nWD.shape[1] == 0:
+            x_nWD = x_nWD.new_zeros(len(x_nWD), 1, x_nWD.shape[2])
+        if self.cache is None:
+            old = (part.expand(-1, len(x_nWD), -1, -1, -1) for part in self._nothing)
+            return Encoded(*self._encode(x_nWD, *old))
+        ends = np.cumsum(length_n)
+        found = []
+        for x_WD, end, length in zip(x_nWD, ends, length_n, strict=True):
+            own = {name: _slice(values, end - length, end) for name, values in columns.items()}
+            known, encoded = self.cache.longest(own, int(length))
+            if encoded is None or known < length:
+                stop = max(int(length), 1)  # a history without events is one token that nobody attends to
+                encoded = Encoded(*self._encode(x_WD[None, known:stop], *(encoded or self._nothing)))
+                self.cache.put(own, int(length), encoded)
+            found.append(encoded)
+        if len(found) == 1:
+            return found[0]
+        width = x_nWD.shape[1]
+        joined = ([torch.nn.functional.pad(part, (0, 0, 0, width - part.shape[3])) for part in parts]
+                  for parts in zip(*found, strict=True))  # fmt: skip
+        return Encoded(*(torch.cat(parts, 1) for parts in joined))
+
+
+def with_torch(model: RankingModel, tasks: tuple[str, ...], cache_bytes: int) -> TwoPart:
+    """Runs both parts with torch."""
+    tower = model.backbone.tower
+    assert isinstance(tower, Transformer)
+    return TwoPart(model, tasks, Encode(tower).eval(), Score(model, tasks).eval(), cache_bytes)
+
+
+def with_onnx(
+    model: RankingModel, tasks: tuple[str, ...], encode: pathlib.Path, score: pathlib.Path, cache_bytes: int
+) -> TwoPart:
+    """Runs both parts with ONNX Runtime, on one thread. ValueError if it does not take the files."""
+    return TwoPart(model, tasks, _session(encode, ENCODE_INPUTS), _session(score, SCORE_INPUTS), cache_bytes)
+
+
+def _session(path: pathlib.Path, names: tuple[str, ...]) -> Part:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ValueError("this artefact was exported with --engine onnx: pip install 'gpsd-dist[onnx]'") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        # From bytes: a file that refers to weights in other files finds none.
+        session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common class
+        raise ValueError(f"{path} cannot be run by ONNX Runtime {onnxruntime.__version__}: {error}") from error
+    if (found := tuple(entry.name for entry in session.get_inputs())) != names:
+        raise ValueError(f"{path} takes {found}, expected {names}")
+
+    def run(*inputs: torch.Tensor) -> typing.Any:
+        given = {name: value.contiguous().numpy() for name, value in zip(names, inputs, strict=True)}
+        results = [torch.from_numpy(result) for result in session.run(None, given)]
+        return results[0] if len(results) == 1 else results
+
+    return run
+
+
+def _padded(packed_t: torch.Tensor, slots: Slots | None, num_requests: int, width: int) -> torch.Tensor:
+    """Pads one bucket: [t, ...] -> [n, W, ...]."""
+    packed_t = packed_t if slots is None else packed_t.index_select(0, slots.entry)
+    return packed_t.unflatten(0, (num_requests, width))
+
+
+def _slice(values: Values, start: int, stop: int) -> Values:
+    if isinstance(values, tuple):
+        offsets = values[1][start : stop + 1]
+        return values[0][offsets[0] : offsets[-1]], offsets - offsets[0]
+    return values[start:stop]
