@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
 
 
 def _verify(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.export verify", allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage="python -m gpsd_dist.export verify ARTEFACT", allow_abbrev=False)
     parser.add_argument("artefact", help="folder of the artefact (its current version), or of a version")
     args = parser.parse_args(argv)
     try:
@@ -49,7 +49,7 @@ def _verify(argv: list[str]) -> int:
 
 
 def _use(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.export use", allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage="python -m gpsd_dist.export use ARTEFACT VERSION", allow_abbrev=False)
     parser.add_argument("artefact", help="folder of the artefact")
     parser.add_argument("version", help="name of a folder in its versions/")
     args = parser.parse_args(argv)

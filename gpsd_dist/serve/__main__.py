@@ -32,6 +32,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batch_tokens", type=int, default=2000, help="of what waits, score up to this many at once (default 2000)")
     add("--deadline_ms", type=float, default=80.0, help="what has waited longer gets 504 (default 80)")
     add("--max_body_mib", type=float, default=8.0, help="longer bodies get 413 (default 8)")
+    cache_help = "memory of a worker for encoded histories of a Transformer (default 0: none)"
+    add("--history_cache_mib", type=float, default=0.0, help=cache_help)
     add("--reload_s", type=float, default=0.5, help="seconds between looks at current.json (default 0.5)")
     add("--linger_s", type=float, default=0.0, help="after SIGTERM serve on, but not ready, so long (default 0)")
     add("--drain_s", type=float, default=10.0, help="then give requests under way so long (default 10)")
@@ -42,7 +44,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     positive = ("workers", "queue_tokens", "batch_tokens", "deadline_ms", "max_body_mib", "reload_s", "log_days")
     problems = [f"--{name} {getattr(args, name)} must be above 0" for name in positive if not getattr(args, name) > 0]
-    problems += [f"--{name} must not be below 0" for name in ("linger_s", "drain_s") if not getattr(args, name) >= 0]
+    problems += [
+        f"--{name} must not be below 0"
+        for name in ("linger_s", "drain_s", "history_cache_mib")
+        if not getattr(args, name) >= 0
+    ]
     if not 0 <= args.sample <= 1:
         problems.append(f"--sample {args.sample} must be between 0 and 1")
     if problems:

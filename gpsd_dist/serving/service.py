@@ -42,7 +42,8 @@ class Service:
         sys.setswitchinterval(_SWITCH_S)
         self.args, self.name = args, args.name or args.artefact.absolute().name
         self.metrics = Metrics()
-        self.versions = Versions(args.artefact, functools.partial(load, threads=1), self._changed, one_at_a_time)
+        load_version = functools.partial(load, threads=1, history_cache_mib=args.history_cache_mib)
+        self.versions = Versions(args.artefact, load_version, self._changed, one_at_a_time)
         self.metrics.serve(self.version, self.versions.scorer().reference)
         self.queue = TokenQueue(args.queue_tokens, args.batch_tokens)
         self.log: RequestLog | None = None

@@ -66,7 +66,7 @@ class FakeReader:
 
 
 class FakeScorer:
-    def __init__(self, root: pathlib.Path, threads: int = 1) -> None:
+    def __init__(self, root: pathlib.Path, threads: int = 1, history_cache_mib: float = 0) -> None:
         pointer = json.loads((pathlib.Path(root) / "current.json").read_text())
         self.version = pointer["version"]
         self.options = json.loads((pathlib.Path(root) / "versions" / f"{self.version}.json").read_text())
