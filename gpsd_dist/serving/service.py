@@ -26,6 +26,7 @@ from gpsd_dist.serving.scoring_thread import ScoringThread
 log = logging.getLogger(__name__)
 _SWITCH_S = 0.001  # the scoring thread yields to the event loop this often, so that refusals are quick; Python: 0.005
 _BACKLOG = 2048
+_KEEP_ALIVE_S = 75  # longer than balancers keep an idle connection (60 s): the side that asks should close it
 _MAX_CONNECTIONS = 4096  # untuned
 
 
@@ -80,6 +81,7 @@ class Service:
             server_header=False,
             date_header=False,
             backlog=_BACKLOG,
+            timeout_keep_alive=_KEEP_ALIVE_S,
             limit_concurrency=_MAX_CONNECTIONS,
             timeout_graceful_shutdown=max(1, int(self.args.drain_s)),
         )
