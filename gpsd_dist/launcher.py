@@ -14,7 +14,7 @@ import typing
 from torch.distributed import DistError
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import ProcessFailure, SignalException
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing import api as processes
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
@@ -78,7 +78,8 @@ def main(argv: list[str]) -> int:
         how = "; ".join(getattr(error, "__notes__", ["it had not started its ranks"]))
         return _ended(f"got {error.sigval.name}; {how}", status)
     except ChildFailedError as error:
-        status = _status(error.failures)
+        found = {failure.exitcode for failure in error.failures.values()}
+        status = next((status for status in _BY_IMPORTANCE if status in found), exit_codes.FAILED)
         ranks = ", ".join(f"rank {rank} with {_how(failure.exitcode)}" for rank, failure in error.failures.items())
         return _ended(f"ranks of this host have ended: {ranks}", status)
     except (RendezvousError, DistError) as error:  # The launchers of the nodes could not meet.
@@ -100,11 +101,6 @@ def _later_signal(number: int, frame: types.FrameType | None) -> None:
     name = signal.Signals(number).name
     line = f"launcher: got {name} as well, and does not heed it: it waits for its ranks to save and end"
     os.write(sys.stderr.fileno(), f"{line}; further ones are ignored\n".encode())
-
-
-def _status(failures: dict[int, ProcessFailure]) -> int:
-    found = {failure.exitcode for failure in failures.values()}
-    return next((status for status in _BY_IMPORTANCE if status in found), exit_codes.FAILED)
 
 
 def _how(exitcode: int) -> str:

@@ -38,7 +38,8 @@ def pad_packing(packing: Packing, multiple: int, longest: int) -> PaddedPacking:
     """Rounds T' and C' up to multiples of `multiple` (0 stays 0), B' of 64; no history may exceed `longest`."""
     lengths, counts = packing.history_length_B, packing.candidate_count_B
     missing_tokens, missing_candidates = (-int(n.sum()) % multiple for n in (lengths, counts))
-    most = _power_of_2(int(counts.max(initial=0)))
+    most = int(counts.max(initial=0))
+    most = 1 << (most - 1).bit_length() if most else 0  # the next power of 2
     pieces = [(longest, 0)] * (missing_tokens // longest)
     pieces += [(missing_tokens % longest, 0)] if missing_tokens % longest else []
     pieces += [(0, most)] * (missing_candidates // max(most, 1))
@@ -54,8 +55,3 @@ def pad_packing(packing: Packing, multiple: int, longest: int) -> PaddedPacking:
     place_C = ranges(padded.candidate_offsets.numpy()[request_B], counts)
     place_S = np.concatenate([place_T, padded.num_history_tokens + place_C])
     return PaddedPacking(padded, torch.from_numpy(place_S), torch.from_numpy(place_C))
-
-
-def _power_of_2(value: int) -> int:
-    """The smallest one that is not below; 0 for 0."""
-    return 1 << (value - 1).bit_length() if value else 0

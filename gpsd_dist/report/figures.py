@@ -133,7 +133,8 @@ def strip_figure(rows: typing.Sequence[Dots], name: str, description: str, *, x_
                 mean = sum(finite) / len(finite)
                 axes.plot([mean, mean], [index - 0.32, index + 0.32], color=color, linewidth=2.2)
                 titles[f"dots-{index}"] = f"{row.label}: " + ", ".join(f"{value:.4f}" for value in finite)
-        axes.set_yticks(range(len(rows)), [_short(row.label) for row in rows])
+        labels = [row.label if len(row.label) <= 24 else f"{row.label[:22]}.." for row in rows]
+        axes.set_yticks(range(len(rows)), labels)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
@@ -184,10 +185,6 @@ def _color(style_index: int) -> str:
 def _step_text(value: float, _position: int) -> str:
     """Writes 12k instead of 12000: five labels must fit on a phone."""
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= 24 else label[:22] + ".."
 
 
 def _inline(figure: Figure, name: str, description: str, titles: dict[str, str]) -> str:

@@ -78,14 +78,10 @@ def _columns(family: Family, task: str) -> list[tuple[str, str]]:
     known: dict[tuple[str, str], None] = {}
     for run in family.runs:
         for split in {*run.scores, "valid"}:
-            values = run.scores[split].get(task, {}) if split in run.scores else _best_of(run, task)
+            best = {name.rpartition("/")[2]: 0 for name in run.best_metrics if name.rpartition("/")[0] == task}
+            values = run.scores[split].get(task, {}) if split in run.scores else best
             known.update(dict.fromkeys((split, metric) for metric in values))
     return sorted(known, key=lambda column: (*_rank(SPLIT_ORDER, column[0]), *_rank(MAIN_METRICS, column[1])))
-
-
-def _best_of(run: Run, task: str) -> dict[str, float]:
-    prefix = f"{task}/"
-    return {name[len(prefix) :]: value for name, value in run.best_metrics.items() if name.startswith(prefix)}
 
 
 def _rank(order: tuple[str, ...], name: str) -> tuple[int, str]:
@@ -126,7 +122,10 @@ def _every_run(family: Family, task: str, columns: list[tuple[str, str]]) -> Tab
     """Makes one row per run with every metric; a configuration of several seeds ends with its mean."""
     groups = []
     for made in family.configurations:
-        rows = [Row((*_who(run, family), *_metrics(run, task, columns))) for run in made.runs]
+        rows = []
+        for run in made.runs:
+            values = (number_cell(metric_text(metric, value_of(run, split, task, metric))) for split, metric in columns)
+            rows.append(Row((*_who(run, family), *values)))
         if len(made.runs) > 1:
             first = Cell(f"mean of {len(made.runs)}", style_index=made.style_index)
             who = (first, *(cell for cell in _who(made.runs[0], family)[1:4]), Cell(made.seeds))
@@ -152,14 +151,6 @@ def _who(run: Run, family: Family) -> tuple[Cell, ...]:
     return (*map(Cell, words), number_cell(best))
 
 
-def _metrics(run: Run, task: str, columns: list[tuple[str, str]]) -> list[Cell]:
-    return [number_cell(metric_text(metric, value_of(run, split, task, metric))) for split, metric in columns]
-
-
-def _is_scored(configuration: Configuration, task: str, column: tuple[str, str]) -> bool:
-    return _mean(_values(configuration, task, column)) is not None
-
-
 def _highlight(family: Family, task: str, metric: str, splits: typing.Sequence[str]) -> Highlight | None:
     """Chooses a configuration by its mean on `valid` and shows its mean on the scored split: test decides nothing.
 
@@ -173,7 +164,12 @@ def _highlight(family: Family, task: str, metric: str, splits: typing.Sequence[s
     chosen = family.configurations[index if index is not None else known[0] if known else 0]
     candidates = [made for made in (chosen, refits(chosen, family.configurations)) if made is not None]
     shown, split = next(
-        ((made, s) for made in candidates for s in splits if s != "valid" and _is_scored(made, task, (s, metric))),
+        (
+            (made, s)
+            for made in candidates
+            for s in splits
+            if s != "valid" and _mean(_values(made, task, (s, metric))) is not None
+        ),
         (chosen, "valid"),
     )
     values = _values(shown, task, (split, metric))
