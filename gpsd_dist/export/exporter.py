@@ -43,14 +43,21 @@ _READ_BY_SERVING = ("split_rule",)
 """Options of the build of the data that say how requests are read."""
 
 
-def read_source(checkpoint: str | os.PathLike[str], data_dir: str, which: str = "best") -> Source:
-    """Verifies a checkpoint and reads its options. ValueError if it is damaged, scores nothing, or has other data."""
+def read_source(
+    checkpoint: str | os.PathLike[str], data_dir: str, which: str = "best", *, with_candidates: bool = True
+) -> Source:
+    """Verifies a checkpoint and reads its options.
+
+    ValueError if it is damaged, has other data, or is not of a stage that scores candidates (that ranks all items).
+    """
     folder = manager.find(checkpoint, which)
     integrity.check(folder)
     state = read_run(folder)
     run = run_config_from_dict(state.run_config)
-    if not find(run.stage).with_candidates:
-        raise ValueError(f"{folder} is of stage {run.stage!r}, which scores no candidates; export a finetuned run")
+    if find(run.stage).with_candidates != with_candidates:
+        fix = "which scores no candidates; export a finetuned run"
+        fix = fix if with_candidates else "which does not rank all items; index a pretrained run"
+        raise ValueError(f"{folder} is of stage {run.stage!r}, {fix}")
     # The newest days count, so the current version comes before that of the run.
     wanted = dataclasses.replace(version_for(state, folder), first="")
     run = with_data_version(dataclasses.replace(run, data_dir=data_dir), wanted)
@@ -70,7 +77,7 @@ def export(source: Source, out: str | os.PathLike[str], options: Options = DEFAU
         weights.write_dense(draft, reader, run, manifest)
         write_vocabularies(draft, data_dir, manifest, reader)
         tables = weights.write_tables(draft, reader, run, manifest, options.table_dtype)
-        facts = _facts(source, options, tables)
+        facts = facts_of(source, options, tables)
         draft.write_json(STATISTICS_NAME, {})  # until there is a scorer to measure with
         scorer = Scorer(draft.preview(**facts | {"engine": "eager"}))
         draft.write_json(STATISTICS_NAME, _statistics(source, scorer))
@@ -92,7 +99,8 @@ def export(source: Source, out: str | os.PathLike[str], options: Options = DEFAU
     return version
 
 
-def _facts(source: Source, options: Options, tables: dict[str, dict[str, typing.Any]]) -> dict[str, typing.Any]:
+def facts_of(source: Source, options: Options, tables: dict[str, dict[str, typing.Any]]) -> dict[str, typing.Any]:
+    """Describes a version, but for its files: the fields of `Description` that `Draft.commit` takes."""
     run, manifest = source.run, source.manifest
     served = dataclasses.replace(
         manifest,

@@ -46,17 +46,28 @@ def write_tables(
     return {table.name: write_table(draft, reader, table, run, dtype) for table in looked_up_tables(run, manifest)}
 
 
-def write_table(draft: Draft, reader: Reader, table: Table, run: RunConfig, dtype: str) -> dict[str, typing.Any]:
-    """Writes one table as blobs; returns its entry in the description. ValueError if it does not fit."""
+def write_table(
+    draft: Draft,
+    reader: Reader,
+    table: Table,
+    run: RunConfig,
+    dtype: str,
+    convert: collections.abc.Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> dict[str, typing.Any]:
+    """Writes one table as blobs; returns its entry in the description. ValueError if it does not fit.
+
+    `convert`: what to write of rows [N, E], instead of the rows themselves.
+    """
     name, width = table_weight(table.name), run.tables.embedding_dim
     size, saved = _size_and_dtype(reader, name)
     if size != (table.num_rows, run.tables.stored_dim):
         raise ValueError(
             f"{name} has shape {size} in {reader.path}, expected {(table.num_rows, run.tables.stored_dim)}"
         )
-    dtype = "fp16" if (dtype, saved) == ("fp32", torch.float16) else dtype
+    dtype = "fp16" if (dtype, saved, convert) == ("fp32", torch.float16, None) else dtype
     # Rows are stored padded (FBGEMM's kernels); the padding is zero and never read.
-    shards = (shard[:, :width] for shard in reader.row_shards(name))
+    shards: collections.abc.Iterable[torch.Tensor] = (shard[:, :width] for shard in reader.row_shards(name))
+    shards = shards if convert is None else map(convert, shards)
     rows_per_part = max(1, tables.PART_BYTES // (4 * width))
     try:
         blobs = [

@@ -7,9 +7,17 @@ import itertools
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from gpsd_dist.model.transformer import init_linear
 from gpsd_dist.parameter_names import module_key
+
+_SHORTEST = 1e-6  # as in the code of both GPSD and HSTU; below it, the gradient of a direction would explode
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    """Divides vectors [..., E] by their length, or by 1e-6 if they are shorter: float32 [..., E]."""
+    return F.normalize(x.float(), dim=-1, eps=_SHORTEST)
 
 
 class RankingHeads(nn.Module):

@@ -26,7 +26,8 @@ from gpsd_dist.data.row_order import EpochOrder
 from gpsd_dist.distributed.collectives import all_gather_rows, on_main
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.evaluate import TrainedRun
-from gpsd_dist.predict.output import SUMMARY_NAME, claim, number_fields
+from gpsd_dist.predict.output import SUMMARY_NAME, number_fields
+from gpsd_dist.serving.request_files import claim
 from gpsd_dist.stages.finetune import Finetune
 
 FIRST_COLUMNS = (

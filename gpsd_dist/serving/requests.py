@@ -23,7 +23,7 @@ from gpsd_dist.batch.row_layout import ranges
 from gpsd_dist.data.gather import one_chunk
 from gpsd_dist.data.hashing import hashed_rows
 from gpsd_dist.features import Values
-from gpsd_dist.schema import UNKNOWN_INDEX, Feature, Manifest
+from gpsd_dist.schema import PLACES, UNKNOWN_INDEX, Feature, Manifest
 from gpsd_dist.serving.items import Items
 from gpsd_dist.serving.tokens import Tokens
 from gpsd_dist.serving.vocabulary import Vocabulary
@@ -78,12 +78,24 @@ class RequestReader:
     - A value that is missing or not known is the unknown row, 0.0, or the bag [1].
     """
 
-    def __init__(self, manifest: Manifest, vocabularies: typing.Mapping[str, Vocabulary], items: Items, limits: Limits):
-        """`manifest`: as served. `vocabularies`: of all tables but hashed ones, whose rows need none."""
+    def __init__(
+        self,
+        manifest: Manifest,
+        vocabularies: typing.Mapping[str, Vocabulary],
+        items: Items,
+        limits: Limits,
+        with_candidates: bool = True,
+    ):
+        """`manifest`: as served. `vocabularies`: of all tables but hashed ones, whose rows need none.
+
+        `with_candidates` False: reads users and histories alone; columns of candidates and context are passed over.
+        """
         self.manifest, self._vocabularies, self._items, self.limits = manifest, vocabularies, items, limits
         self._is_cut_by_time = manifest.options.get("split_rule", "TimeBoundaries") == "TimeBoundaries"
-        self._features = {f"{place}.{f.name}": f for place in ("history", "candidate", "context")
-                          for f in manifest.features_in(place)}  # fmt: skip
+        every = {f"{place}.{f.name}": f for place in PLACES for f in manifest.features_in(place)}
+        self._with_candidates = with_candidates
+        self._features = {name: f for name, f in every.items() if with_candidates or name.startswith("history.")}
+        self._passed_over = every.keys() - self._features.keys()
         self._optional = {
             column
             for column, feature in self._features.items()
@@ -116,17 +128,17 @@ class RequestReader:
         time_B = reading.times(REQUEST_TIME, may_be_null=not self._is_cut_by_time)
         item = self.manifest.item_feature
         sent = reading.lists(f"history.{item}", self.limits.max_events)
-        shown = reading.lists(f"candidate.{item}", self.limits.max_candidates)
-        count_B = np.diff(shown.offsets)
-        if len(count_B) and not count_B.min():
-            raise RequestError(shown.name, int(np.argmin(count_B)), "found no candidate, expected at least one")
         history = self._visible(reading, sent, time_B)
         encoder = _Encoder(self, reading)
-        columns = {
-            "history": encoder.tokens("history", sent, history.entry_T),
-            "candidate": encoder.tokens("candidate", shown, None),
-            "context": encoder.context(),
-        }
+        columns: dict[str, dict[str, Values]] = {"history": encoder.tokens("history", sent, history.entry_T)}
+        columns |= {"candidate": {item: np.zeros(0, np.int64)}, "context": {}}
+        count_B = np.zeros(len(time_B), np.int64)
+        if self._with_candidates:
+            shown = reading.lists(f"candidate.{item}", self.limits.max_candidates)
+            count_B = np.diff(shown.offsets)
+            if len(count_B) and not count_B.min():
+                raise RequestError(shown.name, int(np.argmin(count_B)), "found no candidate, expected at least one")
+            columns |= {"candidate": encoder.tokens("candidate", shown, None), "context": encoder.context()}
         lengths = {"history": history.length_B, "candidate": count_B, "context": np.ones(len(count_B), np.int64)}
         unknown_B = np.zeros(len(count_B), np.int64)
         for place, found in columns.items():
@@ -184,7 +196,7 @@ class RequestReader:
         twice = [name for name, count in given.items() if count > 1]
         if twice:
             raise RequestError(twice[0], row, f"stands there {given[twice[0]]} times, expected once")
-        unknown = sorted(names - set(self.columns), key=str)
+        unknown = sorted(names - set(self.columns) - self._passed_over, key=str)
         if unknown:
             name = str(unknown[0])[:100]
             near = difflib.get_close_matches(name, self.columns, 1) or [f"some of {list(self.columns)}"]

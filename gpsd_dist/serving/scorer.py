@@ -15,6 +15,7 @@ Shape letters: B requests, C candidates.
 
 import collections.abc
 import dataclasses
+import functools
 import os
 import pathlib
 import time
@@ -27,7 +28,7 @@ import torch
 from gpsd_dist.config import ModelConfig, TablesConfig
 from gpsd_dist.model.gpsd import RankingModel
 from gpsd_dist.model.transformer import Transformer
-from gpsd_dist.schema import Manifest
+from gpsd_dist.schema import Manifest, Table
 from gpsd_dist.serving.answer import Answer as Answer
 from gpsd_dist.serving.artefact import BLOBS, Artefact, ArtefactError, open_version
 from gpsd_dist.serving.batches import pack
@@ -42,6 +43,9 @@ from gpsd_dist.serving.vocabulary import Vocabulary
 
 MODEL_NAME, TOWER_NAME, ITEMS_NAME = "model.json", "tower.safetensors", "items.safetensors"
 _REQUESTS_AT_ONCE = 64  # untuned: bounds the memory of `score`
+Make: typing.TypeAlias = collections.abc.Callable[
+    [Manifest, TablesConfig, ModelConfig, tuple[Table, ...]], torch.nn.Module
+]
 
 
 class Scorer:
@@ -53,12 +57,13 @@ class Scorer:
         self.metadata = dataclasses.asdict(artefact.description)
         self.reference = reference(artefact.read_json(STATISTICS_NAME))
         """Means of the training split, by the names of `drift.means`."""
-        self.vocabularies = _vocabularies(artefact)
-        self.reader = _reader(artefact, self.vocabularies)
+        self.vocabularies = open_vocabularies(artefact, [table.name for table in self.manifest.tables])
+        self.reader = open_reader(artefact, self.vocabularies)
         self.limits = self.reader.limits
-        options = artefact.read_json(MODEL_NAME)
-        self.model = _model(artefact, options)
-        self.tasks = tuple(task for task in self.manifest.tasks if task.name in options["tasks"])
+        trained = artefact.read_json(MODEL_NAME).get("tasks")
+        self.tasks = tuple(task for task in self.manifest.tasks if isinstance(trained, list) and task.name in trained)
+        names = tuple(task.name for task in self.tasks)
+        self.model = build_model(artefact, functools.partial(RankingModel, tasks=names))
         self.tables = map_tables(artefact.root, artefact.description.tables)
 
         self.two_part = _two_part(artefact, self.model, tuple(task.name for task in self.tasks), cache_bytes)
@@ -188,10 +193,9 @@ def map_tables(
     }
 
 
-def _vocabularies(artefact: Artefact) -> dict[str, Vocabulary]:
-    """Opens the index of every table; hashed ones need none."""
-    manifest = artefact.manifest
-    names = [table.name for table in manifest.tables if manifest.unbounded.get(table.name) != "hashed"]
+def open_vocabularies(artefact: Artefact, tables: collections.abc.Iterable[str]) -> dict[str, Vocabulary]:
+    """Opens the index of each of the tables; hashed ones need none."""
+    names = [name for name in tables if artefact.manifest.unbounded.get(name) != "hashed"]
     try:
         return {name: Vocabulary.open(artefact.path(index_name(name))) for name in names}
     except ArtefactError:
@@ -200,27 +204,27 @@ def _vocabularies(artefact: Artefact) -> dict[str, Vocabulary]:
         raise ArtefactError(str(error)) from error
 
 
-def _reader(artefact: Artefact, vocabularies: dict[str, Vocabulary]) -> RequestReader:
+def open_reader(artefact: Artefact, vocabularies: dict[str, Vocabulary], with_candidates: bool = True) -> RequestReader:
+    """Opens what turns raw requests into tokens."""
     try:
-        limits = Limits(**artefact.description.limits)
-        return RequestReader(artefact.manifest, vocabularies, Items.open(artefact.path(ITEMS_NAME)), limits)
+        limits, items = Limits(**artefact.description.limits), Items.open(artefact.path(ITEMS_NAME))
+        return RequestReader(artefact.manifest, vocabularies, items, limits, with_candidates)
     except (TypeError, ValueError) as error:
         raise ArtefactError(f"{artefact.folder} cannot read requests: {error}") from error
 
 
-def _model(artefact: Artefact, options: dict[str, typing.Any]) -> RankingModel:
+def build_model(artefact: Artefact, make: Make) -> torch.nn.Module:
     """Builds the dense model on its mapped weights. ArtefactError if the options describe another one."""
-    place = artefact.folder / MODEL_NAME
+    place, options = artefact.folder / MODEL_NAME, artefact.read_json(MODEL_NAME)
     weights = read_tensors(artefact.path(TOWER_NAME))
     try:
         model, tables = ModelConfig(**options["model"]), TablesConfig(**options["tables"])
         if model.layers > len(weights):
             raise ValueError(f"{model.layers} layers, for {len(weights)} tensors")
-        tasks = tuple(task.name for task in artefact.manifest.tasks if task.name in options["tasks"])
         looked_up = tuple(table for table in artefact.manifest.tables if table.name in artefact.description.tables)
         # On "meta", options that describe a huge model take no memory before the sizes are compared.
         with torch.device("meta"):
-            built = RankingModel(artefact.manifest, tables, model, looked_up, tasks)
+            built = make(artefact.manifest, tables, model, looked_up)
         built.load_state_dict(weights, strict=True, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ArtefactError(f"{place} does not fit {TOWER_NAME}: {type(error).__name__}: {error}") from error

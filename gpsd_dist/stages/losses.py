@@ -10,14 +10,10 @@ import itertools
 import torch
 import torch.nn.functional as F
 
+from gpsd_dist.model.heads import unit
+
 CHUNK_ELEMENTS = 1 << 21  # floats of gathered rows: 8 MiB stay in a cache; 0.04 s per 1000 positions x 128 on one core
 _MAX_EXPONENT = 80.0  # exp(-80) is still a normal float32
-_SHORTEST = 1e-6  # as in the code of both GPSD and HSTU; below it, the gradient of a direction would explode
-
-
-def unit(x: torch.Tensor) -> torch.Tensor:
-    """Divides vectors [..., E] by their length, or by 1e-6 if they are shorter: float32 [..., E]."""
-    return F.normalize(x.float(), dim=-1, eps=_SHORTEST)
 
 
 def sampled_softmax(

@@ -1,0 +1,71 @@
+"""ENTRY: indexes the items of a pretrained run, and finds the items that raw histories ask for.
+
+    python -m gpsd_dist.index build  --checkpoint runs/mine/pretrain --data data/mine --out artefacts/retrieval
+    python -m gpsd_dist.index search artefacts/retrieval --requests raw.parquet --top 500 --out found/
+    python -m gpsd_dist.index users  artefacts/retrieval --requests raw.parquet --out users/
+    python -m gpsd_dist.index items  artefacts/retrieval --out items/
+
+Requests are Parquet files with the history columns of docs/serving.md. `search` compares every item, exactly, and
+leaves out those of the visible history. `users` and `items` write the unit vectors, for a search of your own. All but
+`build` need no TorchRec.
+"""
+
+import argparse
+import logging
+import pathlib
+import sys
+
+from gpsd_dist.index import output
+from gpsd_dist.serving.retriever import load
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.index", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(dest="command", required=True)
+    build = commands.add_parser("build", help="write an artefact of a pretrained run", allow_abbrev=False)
+    build.add_argument("--checkpoint", required=True, help="folder of a pretrained run, or one checkpoint in it")
+    build.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run folder")
+    build.add_argument("--data", required=True, help="prepared data: vocabularies and items")
+    build.add_argument("--out", required=True, help="folder of the artefact; versions are added to it")
+    for name, what in (("search", "find items"), ("users", "encode histories"), ("items", "write item vectors")):
+        part = commands.add_parser(name, help=what, allow_abbrev=False)
+        part.add_argument("artefact", help="folder of the artefact (its current version), or of a version")
+        if name != "items":
+            help_text = "Parquet file of raw requests, or a folder of such files"
+            part.add_argument("--requests", type=pathlib.Path, required=True, help=help_text)
+        if name == "search":
+            part.add_argument("--top", type=int, default=100, help="items per request (default 100)")
+        part.add_argument("--out", type=pathlib.Path, required=True, help="folder to write, new or empty")
+    args = parser.parse_args(argv)
+    if args.command == "search" and args.top < 1:
+        parser.error(f"--top {args.top} must be at least 1")
+    return args
+
+
+def main(argv: list[str]) -> int:
+    """Returns 0, or 2 for a mistake in the options or the data."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    args = _parse(argv)
+    try:
+        if args.command == "build":
+            from gpsd_dist.index.build import build  # needs TorchRec
+
+            build(args.checkpoint, args.data, args.out, args.which)
+            return 0
+        retriever = load(args.artefact)
+        if args.command == "search":
+            rows = output.search(retriever, args.requests, args.top, args.out)
+        elif args.command == "users":
+            rows = output.users(retriever, args.requests, args.out)
+        else:
+            rows = output.items(retriever, args.out)
+        print(f"{rows:,} rows by {retriever.version}: {args.out}")
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

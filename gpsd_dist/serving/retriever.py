@@ -1,0 +1,171 @@
+"""Finds the items that a pretrained model expects next: raw histories in, raw item ids out, in one process.
+
+    from gpsd_dist.serving.retriever import load
+
+    [found] = load("artefacts/retrieval").search([{"request_time_s": 1399161600, "history.item": ["8001"],
+                                                   "history.time_s": [1399100000]}], top=500)
+    found.item_ids, found.scores
+
+Items and users are unit vectors in one space, and a score is their cosine, as in pretraining. Needs no TorchRec.
+
+Shape letters: B requests, V items, K items found, E width, R items of a block, P items preselected.
+"""
+
+import collections.abc
+import dataclasses
+import functools
+import os
+import typing
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from gpsd_dist.batch.packing import cuts
+from gpsd_dist.data.gather import one_chunk
+from gpsd_dist.model.gpsd import NextItemModel
+from gpsd_dist.model.heads import unit
+from gpsd_dist.schema import NUM_RESERVED_ROWS
+from gpsd_dist.serving.artefact import Artefact, ArtefactError, open_version
+from gpsd_dist.serving.batches import pack
+from gpsd_dist.serving.scorer import build_model, map_tables, open_reader, open_vocabularies
+from gpsd_dist.serving.tokens import Tokens
+
+ITEM_VECTORS = "item vectors"
+"""Names the table of unit vectors in the description of an artefact."""
+_REQUESTS_AT_ONCE, _BLOCK_ITEMS = 64, 1 << 16  # untuned: bound memory, 16 MiB of scores
+_SPARE = 32  # items preselected beyond K
+_ERROR = 1e-6  # of a cosine in float32, for widths up to 512 or so (a sum of E products errs by far less than E ulps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Items for one request, best first; none for a user without a history that is known."""
+
+    version: str
+    item_ids: list[str]
+    scores: list[float]
+    unknown_ids: int
+    dropped_events: int
+
+
+class Retriever:
+    """One version, loaded. Immutable."""
+
+    def __init__(self, artefact: Artefact):
+        self.artefact, self.version, self.manifest = artefact, artefact.version, artefact.manifest
+        table = typing.cast(str, self.manifest.feature(self.manifest.item_feature).table)
+        read = {feature.table for feature in self.manifest.features_in("history") if feature.table is not None}
+        self.reader = open_reader(artefact, open_vocabularies(artefact, sorted(read)), with_candidates=False)
+        self.model = build_model(artefact, functools.partial(NextItemModel, auxiliary=()))
+        tables = map_tables(artefact.root, artefact.description.tables)
+        if ITEM_VECTORS not in tables:
+            raise ArtefactError(f"{artefact.folder} holds no {ITEM_VECTORS}; build it: python -m gpsd_dist.index build")
+        self.vectors = tables.pop(ITEM_VECTORS)
+        """Unit vector of each row of the item table."""
+        self._tables = tables
+        raw = one_chunk(pq.read_table(artefact.path(f"vocab/{table}.parquet"), memory_map=True)["raw_id"])
+        if len(raw) + NUM_RESERVED_ROWS != self.vectors.num_rows:
+            raise ArtefactError(f"{artefact.folder} has {len(raw):,} raw ids for {self.vectors.num_rows:,} item rows")
+        self.raw_ids = raw
+        """Raw id of each row, from the first that is not reserved."""
+
+    def search(self, requests: collections.abc.Sequence[dict[str, typing.Any]] | pa.Table, top: int) -> list[Found]:
+        """Finds the `top` items of each raw request. Items of its (visible) history are left out.
+
+        RequestError names the request and column that is wrong.
+        """
+        table = requests if isinstance(requests, pa.Table) else self.reader.from_json(requests)
+        found = []
+        for tokens in self.reader.batches(table, _REQUESTS_AT_ONCE):
+            row_BK, score_BK = self.search_tokens(tokens, top)
+            facts = zip(row_BK, score_BK, tokens.unknown_ids_B, tokens.dropped_events_B, strict=True)
+            for row_K, score_K, unknown, dropped in facts:
+                row_K, score_K = row_K[row_K >= 0], score_K[row_K >= 0]
+                ids = self.raw_ids.take(pa.array(row_K - NUM_RESERVED_ROWS)).to_pylist()
+                found.append(Found(self.version, ids, score_K.tolist(), int(unknown), int(dropped)))
+        return found
+
+    def search_tokens(
+        self, tokens: Tokens, top: int, allowed_B: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Finds item rows int64 [B, K] and scores float32 [B, K], best first; -1 and -inf where there are no more.
+
+        `allowed_B`: an item row of each request that competes even if it was seen, as a target does in `evaluate`.
+        """
+        offsets, row_T = cuts(tokens.history_length_B), tokens.columns["history"][self.manifest.item_feature]
+        seen = [np.unique(rows) for rows in np.split(row_T, offsets[1:-1])] if len(tokens) else []
+        if allowed_B is not None:
+            seen = [rows[rows != allowed] for rows, allowed in zip(seen, allowed_B, strict=True)]
+        query_BE = torch.from_numpy(self.encode(tokens))
+        row_BK, score_BK = _best(query_BE, self.vectors, seen, min(top, self.vectors.num_rows - NUM_RESERVED_ROWS))
+        is_none_BK = np.isneginf(score_BK) | (tokens.history_length_B == 0)[:, None]
+        return np.where(is_none_BK, -1, row_BK), np.where(is_none_BK, -np.inf, score_BK)
+
+    def encode(self, tokens: Tokens) -> np.ndarray:
+        """Encodes histories as unit vectors float32 [B, E], in the caller's order; zeros where a history is empty."""
+        packed = pack(tokens, self.manifest, self._tables)
+        query_BE = torch.zeros(len(tokens), self.vectors.width)
+        offsets = packed.batch.packing.history_offsets
+        has_history = offsets.diff() > 0
+        if has_history.any():
+            with torch.inference_mode():
+                hidden_TE = unit(self.model(packed.embeddings, packed.batch).hidden_TE)
+            query_BE[packed.batch.source_row_B[has_history]] = hidden_TE[offsets[1:][has_history] - 1].clone()
+        return query_BE.numpy()
+
+
+class _Vectors(typing.Protocol):
+    num_rows: int
+
+    def rows(self, index_U: np.ndarray) -> torch.Tensor: ...
+
+
+def _best(
+    query_BE: torch.Tensor, vectors: _Vectors, seen: list[np.ndarray], top: int, spare: int = _SPARE
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the best rows by exact cosine: int64 [B, K], float32 [B, K]; -inf where all others were seen.
+
+    Scores are summed in float64 and rounded, as `metrics.ranking` does; equal ones are ordered by row. A product in
+    float32 preselects; where it could have missed an item, more of them are preselected.
+    """
+    wanted = min(top + spare, vectors.num_rows - NUM_RESERVED_ROWS)
+    rough_BP, row_BP = _preselected(query_BE, vectors, seen, wanted)
+    index_U, place = np.unique(row_BP.numpy(), return_inverse=True)
+    near_BPE = vectors.rows(index_U)[torch.from_numpy(place.reshape(row_BP.shape))].double()
+    score_BP = torch.einsum("be,bpe->bp", query_BE.double(), near_BPE).float().numpy()
+    score_BP = np.where(rough_BP.isneginf().numpy(), -np.inf, score_BP)
+    order = np.lexsort((row_BP.numpy(), -score_BP))[:, :top]
+    row_BK, score_BK = (np.take_along_axis(values, order, 1) for values in (row_BP.numpy(), score_BP))
+    is_sure_B = rough_BP[:, -1].numpy() + 2 * _ERROR < score_BK[:, -1] if top else np.ones(len(query_BE), bool)
+    if wanted < vectors.num_rows - NUM_RESERVED_ROWS and not (is_sure_B | np.isneginf(score_BK[:, -1])).all():
+        return _best(query_BE, vectors, seen, top, 8 * spare)
+    return row_BK, score_BK
+
+
+def _preselected(
+    query_BE: torch.Tensor, vectors: _Vectors, seen: list[np.ndarray], wanted: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Finds the best of all rows but reserved and seen ones by float32 products: scores [B, P], rows [B, P]."""
+    query_N = torch.repeat_interleave(torch.tensor([len(rows) for rows in seen]))
+    seen_N = torch.from_numpy(np.concatenate([*seen, np.zeros(0, np.int64)]))
+    best_BP, row_BP = torch.empty(len(query_BE), 0), torch.empty(len(query_BE), 0, dtype=torch.int64)
+    for first in range(NUM_RESERVED_ROWS, vectors.num_rows, _BLOCK_ITEMS):
+        index_R = np.arange(first, min(first + _BLOCK_ITEMS, vectors.num_rows))
+        score_BR = query_BE @ vectors.rows(index_R).T
+        is_here_N = (seen_N >= first) & (seen_N < first + len(index_R))
+        score_BR[query_N[is_here_N], seen_N[is_here_N] - first] = -torch.inf
+        block_BP, place_BP = score_BR.topk(min(wanted, len(index_R)), dim=1)
+        both = torch.cat([best_BP, block_BP], 1), torch.cat([row_BP, place_BP + first], 1)
+        best_BP, chosen_BP = both[0].topk(min(wanted, both[0].shape[1]), dim=1)
+        row_BP = both[1].gather(1, chosen_BP)
+    return best_BP, row_BP
+
+
+def load(path: str | os.PathLike[str], *, verify: bool = True) -> Retriever:
+    """Loads the current version, or the one whose folder is given. ArtefactError says what is damaged or missing."""
+    artefact = open_version(path)
+    if verify:
+        artefact.check_hashes()
+    return Retriever(artefact)
