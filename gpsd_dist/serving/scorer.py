@@ -168,9 +168,8 @@ def _product(manifest: Manifest, task: str, probabilities: dict[str, np.ndarray]
 def _two_part(artefact: Artefact, model: RankingModel, tasks: tuple[str, ...], cache_bytes: int) -> TwoPart | None:
     """Returns what runs the model in two parts, if the engine or a cache asks for it."""
     if artefact.description.engine == "onnx":
-        paths = (artefact.path(name) for name in (ENCODE_NAME, SCORE_NAME))
         try:
-            return with_onnx(model, tasks, *paths, cache_bytes)
+            return with_onnx(model, tasks, artefact.path(ENCODE_NAME), artefact.path(SCORE_NAME), cache_bytes)
         except ValueError as error:
             raise ArtefactError(str(error)) from error
     if not cache_bytes:
