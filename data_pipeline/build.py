@@ -5,12 +5,16 @@ python -m data_pipeline.build --source kuairand_pure --raw_dir RAW_WITH_A_LATER_
 python -m data_pipeline.build --source generic --raw_dir RAW --append_to DAY1 --out_dir DAY2
 """
 
+import sys
+
+if not __package__:
+    sys.exit("error: start it as a module, in the root of the repository: python -m data_pipeline.build ...")
+
 import contextlib
 import dataclasses
 import pathlib
 import shlex
 import signal
-import sys
 import threading
 import time
 import typing
@@ -41,6 +45,8 @@ from gpsd_dist.data import data_versions
 FINISHED, FAILED, MISTAKE, NO_FILE_ACCESS, STOPPED, INTERRUPTED = 0, 1, 2, 74, 75, 130
 WARNINGS = "warnings"
 """Option of the manifest: what was printed as a warning."""
+OBSERVED = "observed_labels"
+"""Option of the manifest: task -> observed labels in train, which training looks at."""
 MODES = {"build": fresh, "append": append, "holdout": holdout}
 
 
@@ -123,14 +129,18 @@ def _build(options: BuildOptions, command: str, warnings: list[str]) -> bool:
     with publish.version(options.out_dir, options.keep_versions) as aside:
         with engine.scratch(options, aside) as running:
             log = canonical.checked(source.read(running, files, options))
+            split = canonical.without_valid(log.split) if options.no_valid else log.split
+            log = dataclasses.replace(log, split=split, all_items_known=options.vocabulary == "all_items")
             prints["sources"] = fingerprint.with_rows(prints["sources"], running.rows_of)
             plan = mode.plan(running, log, Job(options, found, prints, command))
             if found is not None:
                 publish.link(plan.linked_files, found.folder, aside)
             manifest = _write(running, plan, aside, options)
-        shares.check(aside, manifest, written=tuple(plan.splits), is_allowed=options.allow_empty)
+        written = [name for name in plan.splits if not (name == "valid" and options.no_valid)]
+        observed = shares.check(aside, manifest, written=written, is_allowed=options.allow_empty)
         if mode.ONLY is None:
-            manifest = dataclasses.replace(manifest, options=manifest.options | {WARNINGS: list(warnings)})
+            more = {WARNINGS: list(warnings)} | ({OBSERVED: observed} if observed else {})
+            manifest = dataclasses.replace(manifest, options=manifest.options | more)
         schema.write_manifest(manifest, aside)
         validate.check(aside, mode.ONLY)  # reads the files again: what was written counts, not what was meant
     return True

@@ -186,6 +186,16 @@ def checked(log: Log) -> Log:
     return log
 
 
+def without_valid(rule: SplitRule) -> SplitRule:
+    """Returns the rule with training, and pretraining, right up to the test period: `valid` is empty."""
+    if isinstance(rule, TimeBoundaries):
+        words = f"{rule.words}; no valid: its period belongs to train" if rule.words else ""
+        return dataclasses.replace(rule, valid_from_s=rule.test_from_s, words=words)
+    if isinstance(rule, LeaveLastOut):
+        return LeaveLastOut(has_valid=False)
+    return dataclasses.replace(rule, valid_fraction=0.0)
+
+
 def known_time_s(events: ir.Table) -> ir.IntegerValue:
     """Returns the time that sorts an event: time_s, else latest_s, else before everything."""
     bounds = [events["latest_s"]] if "latest_s" in events.columns else []

@@ -19,6 +19,7 @@ from data_pipeline import explain
 
 Split = typing.Literal["all", "holdout"]
 Negatives = typing.Literal["uniform", "popularity"]
+Vocabulary = typing.Literal["training", "all_items"]
 Compression = typing.Literal["zstd", "lz4", "snappy", "none"]
 EngineName = typing.Literal["duckdb", "spark"]
 _NO_VOCABULARY = "these features get no vocabulary but 64-bit ids; the table has ROWS rows unless a run says otherwise"
@@ -60,6 +61,8 @@ class BuildOptions:
     # At least 2, because a pretraining row needs two events: one to read and one to predict.
     max_history_length: typing.Annotated[int, pydantic.Field(ge=2)] = option(50, "most recent events kept per row")
     min_count: Count = option(1, "ids with fewer training occurrences become unknown")
+    vocabulary: Vocabulary = option("training", "all_items: every item of the items file has an index, seen or not")
+    no_valid: bool = option(False, "train right up to the test period or event; nothing chooses a checkpoint then")
     valid_fraction: typing.Annotated[float, pydantic.AfterValidator(_check_fraction)] = option(
         0.15, "part of the train users, where a rule carves valid out"
     )

@@ -37,6 +37,10 @@ class RawFile:
     """`file_order` after that of the last row."""
     notes: dict[str, Notes]
     """Column -> what its conversion saw."""
+    missing: tuple[str, ...] = ()
+    """Optional keys that no line of a file of JSON lines has."""
+    keys: tuple[str, ...] = ()
+    """Those of its first line."""
 
 
 def require_file(path: pathlib.Path, what: str) -> pathlib.Path:

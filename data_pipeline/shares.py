@@ -25,21 +25,20 @@ class Labels(typing.NamedTuple):
     num_positive: int
 
 
-def check(root: pathlib.Path, manifest: schema.Manifest, written: collections.abc.Container[str], is_allowed: bool):
+def check(
+    root: pathlib.Path, manifest: schema.Manifest, written: collections.abc.Container[str], is_allowed: bool
+) -> dict[str, int]:
     """Warns of splits that show nothing; ValueError for what nothing can be learnt from, unless `is_allowed`.
 
-    `written`: the splits that lie in `root` by now.
+    `written`: the splits that lie in `root` by now. Returns the observed labels of each task in train, if it is there.
     """
-    problems = []
+    problems, observed = [], {}
     for split in manifest.splits:
         if split.name not in written:
             continue
         if not split.num_rows:
             words = f"split {split.name!r} has no rows (split rule: {manifest.split_rule[:200]})"
-            if split.name == "valid":  # a training run then takes its last step, and says so
-                progress.warn(words)
-            else:
-                problems.append(words)
+            problems.append(f"{words}; --no_valid trains without it" if split.name == "valid" else words)
             continue
         if not split.num_history_tokens:
             problems.append(f"all histories of split {split.name!r} are empty: no event comes before its requests")
@@ -48,11 +47,14 @@ def check(root: pathlib.Path, manifest: schema.Manifest, written: collections.ab
                 f"task {task!r}, split {split.name!r}: {found.num_observed:,} labels, {found.num_positive:,} positive"
             )
             progress.say(f"  {words}")
+            if split.name == "train":
+                observed[task] = found.num_observed
             if not found.num_observed and split.name == "train":
                 problems.append(f"task {task!r} has 0 observed labels in train: nothing can be learnt of it")
             elif found.num_positive in (0, found.num_observed):
                 progress.warn(f"{words}: AUC is not defined there")
     complain(problems, is_allowed)
+    return observed
 
 
 def complain(problems: list[str], is_allowed: bool) -> None:

@@ -6,6 +6,7 @@ import pathlib
 import typing
 
 import ibis.expr.types as ir
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -15,6 +16,9 @@ from data_pipeline.engine import Engine
 from data_pipeline.options import BuildOptions
 from gpsd_dist import schema
 
+FENCE = 3.0
+"""A number is cut off that many ranges of its middle 98 % beyond it: data_pipeline/README.md, "Outliers"."""
+QUANTILE_VALUES = 1 << 22
 ORDER_COLUMNS = ("shuffle_key", "split")
 
 
@@ -149,33 +153,67 @@ def write_items(engine: Engine, rows: ir.Table, log: canonical.Log, root: pathli
 
 
 def with_statistics(manifest: schema.Manifest, train: schema.Split, root: pathlib.Path) -> tuple[schema.Feature, ...]:
-    """Returns the features, numerical ones with mean and standard deviation over the written training split.
+    """Returns the features, numerical ones with bounds, mean and standard deviation over the written training split.
 
     A feature in several places is measured at the candidate, then the context, then the history. Without rows, or for
-    a constant, the values stay 0 and 1.
+    a constant, mean and standard deviation stay 0 and 1.
     """
     features = []
     for feature in manifest.features:
         if feature.kind == "numerical":
             place = next(place for place in ("candidate", "context", "history") if place in feature.places)
-            mean, std = _mean_and_std(root, train.files, f"{place}.{feature.name}")
-            feature = dataclasses.replace(feature, mean=mean, std=std)
+            column = f"{place}.{feature.name}"
+            low, high = _bounds(root, train.files, column)
+            mean, std = _mean_and_std(root, train.files, column, low, high)
+            feature = dataclasses.replace(feature, mean=mean, std=std, low=low, high=high)
+            if low is not None or high is not None:
+                shown = " to ".join("..." if bound is None else f"{bound:.6g}" for bound in (low, high))
+                progress.warn(f"{column}: a model sees it from {shown}; the few values beyond are cut off there")
         features.append(feature)
     return tuple(features)
 
 
-def _mean_and_std(root: pathlib.Path, files: tuple[str, ...], column: str) -> tuple[float, float]:
-    """Measures all values of a column, one row group in memory; Chan's merge of moments is stable for large values."""
-    count, mean, squares = 0, 0.0, 0.0
+def _bounds(root: pathlib.Path, files: tuple[str, ...], column: str) -> tuple[float | None, float | None]:
+    """Finds where to cut a number off: FENCE times the range of its middle 98 % beyond that range.
+
+    None where no value lies beyond, or where 98 % are equal: a rare flag must not be cut off. Quantiles are those of
+    the first QUANTILE_VALUES values; rows lie in the order of a hash, so these are a random sample.
+    """
+    sample, num, least, most = [], 0, math.inf, -math.inf
+    for values in _values(root, files, column):
+        least, most = min(least, values.min()), max(most, values.max())
+        if num < QUANTILE_VALUES:
+            sample.append(values)
+            num += len(values)
+    if not num:
+        return None, None
+    known = np.sort(np.concatenate(sample))
+    place = min(max(len(known) // 100, 1), (len(known) - 1) // 2)
+    low, high = known[place], known[-1 - place]
+    below, above = float(low - FENCE * (high - low)), float(high + FENCE * (high - low))
+    return (below if least < below < high else None), (above if most > above > low else None)
+
+
+def _values(root: pathlib.Path, files: tuple[str, ...], column: str) -> typing.Iterator[np.ndarray]:
+    """Yields the values of a numerical column, float64, one row group in memory."""
     for name in files:
         file = pq.ParquetFile(root / name)
         for group in range(file.num_row_groups):
             values = file.read_row_group(group, columns=[column])[column].combine_chunks()
             values = values.flatten() if pa.types.is_list(values.type) else values
-            part = values.drop_null().to_numpy(zero_copy_only=False).astype("float64")
-            if len(part):
-                delta, total = part.mean() - mean, count + len(part)
-                squares += ((part - part.mean()) ** 2).sum() + delta**2 * count * len(part) / total
-                mean, count = mean + delta * len(part) / total, total
+            if len(part := values.drop_null().to_numpy(zero_copy_only=False).astype("float64")):
+                yield part
+
+
+def _mean_and_std(
+    root: pathlib.Path, files: tuple[str, ...], column: str, low: float | None, high: float | None
+) -> tuple[float, float]:
+    """Measures the values of a column, cut off at the bounds; Chan's merge of moments is stable for large values."""
+    count, mean, squares = 0, 0.0, 0.0
+    for part in _values(root, files, column):
+        part = part if low is high is None else np.clip(part, low, high)
+        delta, total = part.mean() - mean, count + len(part)
+        squares += ((part - part.mean()) ** 2).sum() + delta**2 * count * len(part) / total
+        mean, count = mean + delta * len(part) / total, total
     std = math.sqrt(squares / count) if count else 0.0
     return (float(mean), std) if std > 0 else (float(mean), 1.0)

@@ -9,12 +9,16 @@ changes the MRR alone. --min_item_count 5 adds the AUC on candidates with five p
 under torchrun, with the same result.
 """
 
+import sys
+
+if not __package__:
+    sys.exit("error: start it as a module, in the root of the repository: python -m gpsd_dist.evaluate ...")
+
 import argparse
 import dataclasses
 import json
 import logging
 import pathlib
-import sys
 import typing
 
 import rich.console

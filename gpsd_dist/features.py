@@ -95,5 +95,7 @@ def id_of(raw: pa.Array) -> np.ndarray:
 
 def standardise(feature: Feature, values: np.ndarray) -> np.ndarray:
     """Standardises the finite numbers of a feature by the training split, and cuts outliers: float32 [N]."""
+    if feature.low is not None or feature.high is not None:
+        values = np.clip(values, feature.low, feature.high)
     standard = (values - feature.mean) / feature.std
     return np.clip(standard, -_MAX_DEVIATIONS, _MAX_DEVIATIONS).astype(np.float32)

@@ -49,6 +49,31 @@ def _managed_tables_are_whole(run: RunConfig, manifest: Manifest) -> _Problems:
             yield f"table {table!r} has managed ids and is column_wise; make it row_wise or table_wise"
 
 
+def _something_to_learn(run: RunConfig, manifest: Manifest) -> _Problems:
+    """A build with --allow_empty lets a data set through that nothing can be learnt from."""
+    name = "pretrain" if run.stage == "pretrain" else "train"
+    split = next((split for split in manifest.splits if split.name == name), None)
+    if split is None or not split.num_rows:
+        fix = (
+            "users need two events or more before the valid period" if name == "pretrain" else "correct its split rule"
+        )
+        yield f"split {name!r} of {run.data_dir} has no rows: there is nothing to train on; {fix}, and build it again"
+    elif not split.num_history_tokens:
+        yield (
+            f"every history in split {name!r} of {run.data_dir} is empty, and the models here read histories: give the "
+            "build a longer log of [history], or a task in `extends_history`; boosted trees need none: python -m "
+            "gpsd_dist.evaluate --baseline gbdt"
+        )
+    observed = manifest.options.get("observed_labels")
+    observed = observed if isinstance(observed, dict) else {}  # older data sets do not say
+    for task in manifest.tasks if name == "train" else ():
+        if observed.get(task.name) == 0 and run.finetune.task_weights.get(task.name, 1.0) > 0:
+            yield (
+                f"task {task.name!r} has no observed label in split 'train' of {run.data_dir}: correct its column and "
+                f"build the data again, or leave it out: --gin.FinetuneConfig.task_weights='{{\"{task.name}\": 0.0}}'"
+            )
+
+
 def _validation_has_rows(run: RunConfig, manifest: Manifest) -> _Problems:
     """Early stopping and a best checkpoint would wait for a validation that never comes."""
     if manifest.split("valid").num_rows == 0 and (run.train.patience not in (0, AUTO) or run.train.best_metric):
@@ -63,6 +88,7 @@ def _validation_has_tasks(run: RunConfig, manifest: Manifest) -> _Problems:
 
 
 RULES = (
+    _something_to_learn,
     _padding_suits_the_model,
     _checkpointed_models_have_blocks,
     _managed_tables_are_not_looked_up_ahead,

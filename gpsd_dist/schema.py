@@ -55,6 +55,9 @@ class Feature:
     """Several indices per token (tags of a video): the column has one more list level. Categorical only."""
     mean: float = 0.0  # Mean over the training split, for a numerical feature; the model sees (value - mean) / std
     std: float = 1.0  # Standard deviation over the training split, above 0
+    low: float | None = None
+    high: float | None = None
+    """The model sees a number cut off at these bounds; None: there is none. `mean` and `std` are of cut-off numbers."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -65,6 +68,9 @@ class Feature:
             raise ValueError(f"feature {self.name!r} is {self.kind}, but its table is {self.table!r}")
         if not (abs(self.mean) < _FLOAT32_MAX and 1 / _FLOAT32_MAX < self.std < _FLOAT32_MAX):
             raise ValueError(f"feature {self.name!r}: mean {self.mean} and std {self.std} must be finite, std above 0")
+        bounds = [bound for bound in (self.low, self.high) if bound is not None]
+        if any(not abs(bound) < _FLOAT32_MAX for bound in bounds) or bounds != sorted(bounds):
+            raise ValueError(f"feature {self.name!r}: low {self.low} and high {self.high} must be finite, and ascend")
         if self.is_bag and self.kind != "categorical":
             raise ValueError(f"feature {self.name!r}: only a categorical feature can be a bag")
 

@@ -5,6 +5,9 @@ Read this first: argv -> RunConfig -> process group -> Trainer -> load_weights()
 
 import sys
 
+if not __package__:
+    sys.exit("error: start it as a module, in the root of the repository: python -m gpsd_dist.train ...")
+
 from gpsd_dist import run_description, run_outcome
 from gpsd_dist.checkpoint import output_lock
 from gpsd_dist.checkpoint.manager import folder_of

@@ -235,7 +235,9 @@ class Trainer:
             epochs = epochs_to_best(dataclasses.asdict(run), dataclasses.asdict(self.manifest))
             self.total_steps = min(self.total_steps, max(1, round(epochs * steps_per_epoch)))
         self.eval_interval_steps = max(1, steps_per_epoch // run.train.eval_per_epoch)
-        self.save_interval_steps = run.train.save_interval_steps or self.total_steps
+        # A validation saves; without any, a crash shall lose an epoch at most.
+        pause = self.total_steps if self.validates else steps_per_epoch
+        self.save_interval_steps = run.train.save_interval_steps or pause
         self.warmup_steps = int(run.train.warmup_fraction * self.schedule_steps)
 
     def batches(self) -> typing.Iterator[Parts]:

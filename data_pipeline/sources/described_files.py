@@ -1,5 +1,6 @@
 """Opens the files of a `log_description.LogDescription` and checks them: raw columns -> canonical columns."""
 
+import collections
 import dataclasses
 import fnmatch
 import pathlib
@@ -13,10 +14,8 @@ from data_pipeline.engine import Engine
 from data_pipeline.raw_values import KINDS, Kind, Notes
 from data_pipeline.sources import json_lines, log_description
 
-ROWS = 1 << 41
-"""`order` = microsecond of the second * 2 * ROWS + place of the row in its section, which has fewer rows."""
-SAMPLE_ROWS = 200_000  # the first ones say what most values are like
-FAR = 100.0  # times the range of 98 % of the values: what lies farther out is warned of; untuned
+ROWS, SECTIONS = 1 << 39, 8
+"""`order` = (microsecond of the second * SECTIONS + number of the section) * ROWS + place of the row in it."""
 _TEXT_ENDINGS = (".csv", ".tsv", ".txt", ".dat")
 _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
@@ -194,7 +193,7 @@ class Reader:
         elif hasattr(part, "time") and part.time:
             kind = raw_values.time_kind(part.time_unit, self.description.split.time_zone)
             kinds["time_us"] = dataclasses.replace(kind, column=part.time)
-        tables, notes, start = [], {name: Notes() for name in kinds}, 0
+        tables, notes, start, lacking = [], {name: Notes() for name in kinds}, 0, collections.defaultdict(list)
         paths = [path for name, path in self.files.items() if name.startswith(section + "/")]
         for path in paths:
             found = self._read_file(path, kinds, part.partition_columns)
@@ -202,6 +201,8 @@ class Reader:
                 place = found.table[raw_files.FILE_ORDER] + ibis.literal(start, type="int64")
                 tables.append(found.table.mutate(order=place.cast("int64")).drop(raw_files.FILE_ORDER))
                 start += found.end
+                for column in found.missing:
+                    lacking[column].append((path, found.keys))
             else:
                 progress.warn(f"[{section}]: {path} has no rows")
             for name in kinds:
@@ -211,17 +212,31 @@ class Reader:
                 f"[{section}] files = {part.files!r}: the {len(paths)} files have no rows, such as {paths[0]}, which "
                 f"is empty or has only a header; it should hold the columns {[kind.column for kind in kinds.values()]}"
             )
+        self._check_lacking(section, lacking, len(tables))
         rows = tables[0].union(*tables[1:]) if len(tables) > 1 else tables[0]
         if hasattr(part, "time") and not part.time:  # then the order of the rows is all there is
             rows = rows.mutate(time_us=ibis.literal(0, type="int64"))
         return self._one_spelling(section, rows, kinds, notes)
+
+    def _check_lacking(self, section: str, lacking: dict[str, list], num_files: int) -> None:
+        """Warns of keys that some files of JSON lines have nowhere. ValueError for one that none of the files has."""
+        for column, files in lacking.items():
+            path, keys = files[0]
+            words = f"[{section}]: no line of {path} has the key {column!r} ({len(files)} of {num_files} files)"
+            if len(files) == num_files:
+                raise ValueError(f"{words}; the keys of its first line are {list(keys)}: correct the name")
+            progress.warn(f"{words}: it is missing there")
 
     def _read_file(self, path: pathlib.Path, kinds: dict[str, Kind], asked: tuple[str, ...]) -> raw_files.RawFile:
         constants, null_words = self._partitions(path, asked), self.description.csv.null_words
         if not path.stat().st_size:
             return raw_files.store(self.engine, path, iter(()), kinds)
         if json_lines.is_json_lines(path):
-            return json_lines.read(self.engine, path, kinds, constants=constants, null_words=null_words)[0]
+            # A writer leaves out keys that are null: a shard may have no line with one. But every row needs its ids.
+            optional = tuple(k.column for name, k in kinds.items() if name not in ("user_id", "item_id", "time_us"))
+            return json_lines.read(
+                self.engine, path, kinds, optional=optional, constants=constants, null_words=null_words
+            )[0]
         return raw_files.read(
             self.engine,
             path,
@@ -283,24 +298,14 @@ class Reader:
         if not rows.count().execute():
             raise ValueError(f"[{section}]: every row lacks one of {needed}; check the columns that the schema names")
         for feature in getattr(self.description, section).feature:
-            if feature.kind == "numerical":
-                rows = self._clipped(rows, section, feature)
+            if feature.clip_quantile:
+                rows = self._clipped(rows, feature)
         return rows
 
-    def _clipped(self, rows: ir.Table, section: str, feature: log_description.FeatureColumn) -> ir.Table:
-        """Cuts a number off at its quantiles if the schema asks for it; else warns of values far from all others."""
-        column = rows[feature.label]
-        if feature.clip_quantile:
-            low, high = self._quantiles(rows, feature, feature.clip_quantile)
-            return rows.mutate(**{feature.label: column.clip(low, high)})
-        least, most = rows.agg(least=column.min(), most=column.max()).execute().iloc[0]
-        low, high = self._quantiles(rows.filter(rows["order"] < SAMPLE_ROWS), feature, 0.01)
-        if high > low and max(most - high, low - least) > FAR * (high - low):
-            progress.warn(
-                f"[{section}] column {feature.column!r} runs from {least:.6g} to {most:.6g}, but most of it from "
-                f"{low:.6g} to {high:.6g}: the few make all others look alike; `clip_quantile = 0.01` cuts them off"
-            )
-        return rows
+    def _clipped(self, rows: ir.Table, feature: log_description.FeatureColumn) -> ir.Table:
+        """Cuts a number off at the quantiles that the schema asks for."""
+        low, high = self._quantiles(rows, feature, feature.clip_quantile)
+        return rows.mutate(**{feature.label: rows[feature.label].clip(low, high)})
 
     def _quantiles(self, rows: ir.Table, feature: log_description.FeatureColumn, share: float) -> tuple[float, float]:
         """Finds the values that have that share of all below and above them: values of the column, not means."""
@@ -355,7 +360,7 @@ def _feature_kind(feature: log_description.FeatureColumn) -> Kind:
 def _timed(rows: ir.Table) -> ir.Table:
     """Cuts times to seconds; what is cut off goes first in `order`."""
     part_us = (rows.time_us % 1_000_000).cast("int64")
-    order = part_us * ibis.literal(2 * ROWS, type="int64") + rows["order"]
+    order = part_us * ibis.literal(SECTIONS * ROWS, type="int64") + rows["order"]
     return rows.mutate(time_s=(rows.time_us // 1_000_000).cast("int64"), order=order.cast("int64"))
 
 

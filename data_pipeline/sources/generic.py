@@ -48,6 +48,8 @@ from data_pipeline.options import BuildOptions, option
 from data_pipeline.sources import described_files, log_description
 
 TOKEN_PLACES = ("history", "candidate")
+HISTORY_ACTION = "history"
+"""Action of an event of [history], where exposures bring several actions and [history] names none."""
 EXPOSURE_ORDER = described_files.ROWS  # an exposure that became an event comes after logged events of that moment
 
 
@@ -61,9 +63,8 @@ class Options:
 def complete(options: BuildOptions) -> BuildOptions:
     """Takes the values of the TOML file's [options] and [split] where the command line is silent."""
     description = log_description.read(_schema_path(options))
-    defaults = dataclasses.asdict(description.options) | {"valid_fraction": description.split.valid_fraction}
-    del defaults["vocabulary"]  # of this source only: `read` sees to it
-    return options.with_defaults(defaults)
+    split = {name: getattr(description.split, name) for name in ("valid_fraction", "no_valid")}
+    return options.with_defaults(dataclasses.asdict(description.options) | split)
 
 
 def find_files(options: BuildOptions) -> dict[str, pathlib.Path]:
@@ -104,7 +105,6 @@ def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) 
         exposures=exposures,
         users=users,
         tasks=description.tasks(),
-        all_items_known=description.options.vocabulary == "all_items",
         skipped=skipped,
         sampling=tuple(description.sampling()),
     )
@@ -146,29 +146,37 @@ def _events(
 ) -> ir.Table:
     """Joins the history log and the exposures that extend it."""
     events = None if description.history is None else reader.events(skipped)
-    if exposures is None or not description.exposure.extends_history:
+    tasks = () if exposures is None else description.exposure.extends_history
+    if not tasks:
         return events
-    clicked = exposures.filter(exposures[description.exposure.extends_history] == 1)
-    if events is not None:
-        clicked = _not_in_history(clicked, events, skipped)
-    columns = {"user_id": clicked.user_id, "item_id": clicked.item_id, "time_s": clicked.time_s}
-    columns["order"] = clicked.order + EXPOSURE_ORDER
-    if events is None:
-        return clicked.select(**columns)
-    for feature in description.history.feature:  # the exposure log has no such column
-        columns[feature.label] = ibis.null("float64" if feature.kind == "numerical" else "string")
-    return engine.materialise(
-        "history_and_clicks", events.union(clicked.select(*[v.name(k) for k, v in columns.items()]))
-    )
+    action, features = description.exposure.history_action, description.history.feature if description.history else ()
+    if events is not None and action and action not in events.columns:
+        events = events.mutate(**{action: ibis.literal(HISTORY_ACTION)})
+    parts = [] if events is None else [events]
+    for place, task in enumerate(tasks, 1):
+        clicked = exposures.filter(exposures[task] == 1)
+        columns = {"user_id": clicked.user_id, "item_id": clicked.item_id, "time_s": clicked.time_s}
+        columns["order"] = clicked.order + place * EXPOSURE_ORDER
+        for feature in features:  # the exposure log has no such column
+            columns[feature.label] = ibis.null("float64" if feature.kind == "numerical" else "string")
+        if action:
+            columns[action] = ibis.literal(task)
+        clicked = clicked.select(**columns)
+        parts.append(clicked if events is None else _not_in_history(clicked, events, action, skipped))
+    columns = parts[0].columns
+    if len(parts) == 1:
+        return parts[0]
+    return engine.materialise("history_and_clicks", ibis.union(*[part.select(*columns) for part in parts]))
 
 
-def _not_in_history(clicked: ir.Table, events: ir.Table, skipped: dict[str, int]) -> ir.Table:
-    """Leaves out clicks that [history] has too: the same user, item and second."""
-    keys = ["user_id", "item_id", "time_s"]
+def _not_in_history(clicked: ir.Table, events: ir.Table, action: str, skipped: dict[str, int]) -> ir.Table:
+    """Leaves out clicks that [history] has too: the same user, item and second, and action if there are several."""
+    keys = ["user_id", "item_id", "time_s", *[action] * bool(action)]
     others = clicked.anti_join(events.select(keys).distinct(), keys)
     num_both = int(clicked.count().execute()) - int(others.count().execute())
     if num_both:
-        skipped["exposures that extend the history and are in [history] already (they count once)"] = num_both
+        reason = "exposures that extend the history and are in [history] already (they count once)"
+        skipped[reason] = skipped.get(reason, 0) + num_both
     return others
 
 
@@ -195,6 +203,9 @@ def _features(description: log_description.LogDescription) -> tuple[canonical.Fe
             kind = "numerical" if feature.kind == "numerical" else "categorical"
             is_bag = feature.kind == "bag"
             specs.append(canonical.FeatureSpec(feature.label, places or (feature.place,), origin, kind, is_bag=is_bag))
+    action = "" if description.exposure is None else description.exposure.history_action
+    if action and action not in [spec.name for spec in specs]:
+        specs.append(canonical.FeatureSpec(action, ("history",), "log"))
     return tuple(specs)
 
 
@@ -204,7 +215,7 @@ def _split(
     rule = description.split
     if exposures is None:
         if rule.rule == "leave_last_out":
-            return canonical.LeaveLastOut(has_valid=not rule.no_valid)
+            return canonical.LeaveLastOut()
         return canonical.LastItemByTime(train_quantile=1 - rule.test_fraction, valid_fraction=options.valid_fraction)
     if rule.valid_from:
         until_s = _epoch_s(rule.test_until, rule.time_zone) if rule.test_until else None
@@ -255,7 +266,6 @@ def _time_at(exposures: ir.Table, fraction: float) -> int:
 def _order_words(description: log_description.LogDescription) -> str:
     words = "by time, then by file name and the place of the row in the file"
     if description.exposure is not None and description.exposure.extends_history:
-        words += (
-            f"; exposures with {description.exposure.extends_history} = 1 come after other events of the same second"
-        )
+        tasks = ", then with ".join(f"{task} = 1" for task in description.exposure.extends_history)
+        words += f"; exposures with {tasks} come after other events of the same second"
     return words

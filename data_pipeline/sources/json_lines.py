@@ -8,6 +8,7 @@ error.
 
 import ast
 import collections.abc
+import dataclasses
 import json
 import pathlib
 
@@ -91,10 +92,10 @@ def read(
     raw = engine.store(
         lines.select(raw_files.FILE_ORDER, **{name: _value(lines.line, name, kind) for name, kind in kinds.items()})
     )
-    if keys:
-        _check_keys(path, raw, keys, [name for name in kinds if name not in optional])
+    missing = _check_keys(path, raw, keys, list(kinds), optional) if keys else []
     batches = engine.batches(raw.order_by(raw_files.FILE_ORDER), LINES_AT_ONCE)
-    return raw_files.store(engine, path, batches, columns, constants=constants, null_words=null_words), num_bad
+    found = raw_files.store(engine, path, batches, columns, constants=constants, null_words=null_words)
+    return dataclasses.replace(found, missing=tuple(missing), keys=tuple(keys)), num_bad
 
 
 def _first_keys(lines: ir.Table) -> list[str]:
@@ -165,8 +166,13 @@ def _value(line: ir.Value, name: str, kind: raw_files.Kind) -> ir.Value:
     )
 
 
-def _check_keys(path: pathlib.Path, raw: ir.Table, keys: list[str], needed: list[str]) -> None:
-    present = raw.agg([raw[name].notnull().any().fill_null(False).name(name) for name in needed] or [raw.count()])
+def _check_keys(
+    path: pathlib.Path, raw: ir.Table, keys: list[str], names: list[str], optional: tuple[str, ...]
+) -> list[str]:
+    """Lists the `optional` keys that no line has. ValueError for another one."""
+    present = raw.agg([raw[name].notnull().any().fill_null(False).name(name) for name in names] or [raw.count()])
     missing = [name for name, is_there in present.execute().iloc[0].items() if not bool(is_there)]
-    if missing:
-        raise ValueError(f"{path}: no line has the key {missing[0]!r}; the keys of the first line are {keys}")
+    needed = [name for name in missing if name not in optional]
+    if needed:
+        raise ValueError(f"{path}: no line has the key {needed[0]!r}; the keys of the first line are {keys}")
+    return missing

@@ -17,11 +17,12 @@ import pydantic
 import pydantic.dataclasses
 
 from data_pipeline import explain, raw_values
-from data_pipeline.options import Count, Negatives
+from data_pipeline.options import Count, Negatives, Vocabulary
 from gpsd_dist import schema
 
 SECTIONS = ("history", "exposure", "items", "users")
 TimeUnit = typing.Literal["s", "ms", "us", "ns", "iso"]
+MAX_ACTIONS = 8  # sections of `described_files.SECTIONS`, one of which is [history]
 MAX_NAME_BYTES = 100  # a vocabulary's file is named after its feature
 RESERVED_NAMES = (
     # These are columns of the pipeline itself,
@@ -70,6 +71,11 @@ class TaskColumn:
         return self.name or self.column
 
 
+def _as_tuple(given: typing.Any) -> typing.Any:
+    """Takes one name for a list of one."""
+    return ((given,) if given else ()) if isinstance(given, str) else tuple(given) if isinstance(given, list) else given
+
+
 @pydantic.dataclasses.dataclass(frozen=True, config=explain.STRICT)
 class HistoryLog:
     """Describes the log of what users did, `[history]`; it becomes histories and pretraining sequences."""
@@ -107,8 +113,10 @@ class ExposureLog:
     time_unit: TimeUnit = "s"
     request: str = ""
     """Column shared by the rows that were shown together: they get the earliest time of any of them."""
-    extends_history: str = ""
-    """Name of the task whose label 1 makes the exposure an event of later histories."""
+    extends_history: typing.Annotated[tuple[str, ...], pydantic.BeforeValidator(_as_tuple)] = ()
+    """Names of the tasks whose label 1 makes the exposure an event of later histories, one for each such label."""
+    action: str = ""
+    """History feature that says which of these tasks made the event; default with several: "action"."""
     feature: tuple[FeatureColumn, ...] = ()
     partition_columns: tuple[str, ...] = ()
     keep_copies: bool = False
@@ -116,6 +124,11 @@ class ExposureLog:
     """Column that says how often a row counts in the losses."""
     negative_sampling_rate: float | str = ""
     """Share of the negatives that the log kept: a number, or a column that has it for positives too."""
+
+    @property
+    def history_action(self) -> str:
+        """Names the history feature of actions, "" where there is none."""
+        return self.action or ("action" if len(self.extends_history) > 1 else "")
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=explain.STRICT)
@@ -161,9 +174,9 @@ class SplitRule:
     """Says how train, valid and test are cut, `[split]`."""
 
     rule: typing.Literal["", "time", "last_item_by_time", "leave_last_out"] = ""
-    no_valid: bool = False
-    """Only with leave_last_out: train up to the test event."""
     """Default: "time" with an exposure log, "last_item_by_time" without."""
+    no_valid: bool = False
+    """Train right up to the test period or event."""
     time_zone: str = "UTC"
     """Zone of ISO times and dates without an offset, and of the boundaries."""
     valid_from: str = ""
@@ -186,7 +199,7 @@ class Options:
     num_negatives: Count = 1
     """Drawn per target, where there is no exposure log."""
     negatives: Negatives = "uniform"
-    vocabulary: typing.Literal["training", "all_items"] = "training"
+    vocabulary: Vocabulary = "training"
     """all_items: every item of [items] gets an index, whether or not it occurs in the training period."""
     hashed_features: str = ""
     """"NAME:ROWS,...": features without a vocabulary, docs/ids.md."""
@@ -279,8 +292,6 @@ def _rules(d: LogDescription) -> list[str]:
         problems.append("'history.time' is missing; without times state `order_only = true`")
     if d.history is not None and d.history.order_only and (d.exposure is not None or d.split.rule != "leave_last_out"):
         problems.append("'history.order_only' needs `rule = \"leave_last_out\"` in [split], and no [exposure]")
-    if d.split.no_valid and d.split.rule != "leave_last_out":
-        problems.append("'split.no_valid' belongs to the rule 'leave_last_out'")
     if d.items is not None and bool(d.items.files) != bool(d.items.item):
         problems.append(
             "[items] needs both `files` and `item`, or neither (attributes in the columns of the history log)"
@@ -316,6 +327,9 @@ def _check_names(d: LogDescription) -> list[str]:
     parts = [getattr(d, section) for section in SECTIONS]
     names = [feature.label for part in parts if part is not None for feature in part.feature]
     names += [task.name for task in d.tasks()] if d.exposure is not None else []
+    action = "" if d.exposure is None else d.exposure.history_action
+    if action and action not in [feature.label for feature in (d.history.feature if d.history else ())]:
+        names.append(action)
     lower = [name.casefold() for name in names]  # engines do not tell Cat from cat
     twice = sorted({name for name in names if lower.count(name.casefold()) > 1})
     problems = []
@@ -349,10 +363,13 @@ def _check_exposure(d: LogDescription) -> list[str]:
     for task in d.exposure.task:
         if task.given and (task.given not in names or task.given == task.label):
             problems.append(f"task {task.label!r} is given {task.given!r}; other tasks: {names}")
-    if d.exposure.extends_history and d.exposure.extends_history not in names:
+    extending = d.exposure.extends_history
+    if not set(extending) <= set(names) or len(set(extending)) < len(extending) or len(extending) >= MAX_ACTIONS:
         problems.append(
-            f"'exposure.extends_history' is {d.exposure.extends_history!r}, expected one of the tasks {names}"
+            f"'exposure.extends_history' is {list(extending)}, expected one of the tasks {names}, or several"
         )
+    if d.exposure.action and not extending:
+        problems.append("'exposure.action' says which task made an event; name the tasks in `extends_history`")
     rate = d.exposure.negative_sampling_rate
     if not isinstance(rate, str) and not 0 < rate <= 1:
         problems.append(f"'exposure.negative_sampling_rate' is {rate}, expected above 0, at most 1, or a column")

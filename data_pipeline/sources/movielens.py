@@ -27,10 +27,6 @@ class Options:
 
     split_rule: typing.Literal["leave_last_out", "last_item_by_time"] = option("leave_last_out")
     train_quantile: float = option(0.7, "of last_item_by_time: part of the users that train")
-    no_valid: bool = option(False, "of leave_last_out: train right up to the test event, as published")
-    vocabulary: typing.Literal["training", "all_items"] = option(
-        "training", "all_items: every movie of the movies file competes, whatever --min_count says"
-    )
     no_genres: bool = option(False, "items have no attributes, as published")
 
 
@@ -56,10 +52,8 @@ def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) 
     raw_files.require_values(path, raw, tuple(names))
     user, movie, _, time = (raw[name] for name in names)
     events = raw.select(user_id=user, item_id=movie, time_s=time, order=raw[raw_files.FILE_ORDER])
-    split: canonical.SplitRule = canonical.LeaveLastOut(has_valid=not options.own.no_valid)
+    split: canonical.SplitRule = canonical.LeaveLastOut()
     if options.own.split_rule == "last_item_by_time":
-        if options.own.no_valid:
-            raise ValueError("--no_valid belongs to --split_rule leave_last_out; leave it out with last_item_by_time")
         split = canonical.LastItemByTime(
             train_quantile=options.own.train_quantile, valid_fraction=options.valid_fraction
         )
@@ -70,7 +64,6 @@ def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) 
         items=_movies(engine, files["movies"]),
         features=(canonical.FeatureSpec("item", places, "item_id"), *genres),
         split=split,
-        all_items_known=options.own.vocabulary == "all_items",
         order_words=f"by second, then by the order of the lines in {path.name}",
     )
 

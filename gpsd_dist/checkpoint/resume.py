@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import typing
 
 from gpsd_dist.checkpoint import manager
@@ -105,6 +106,11 @@ def epochs_to_best(run: dict[str, typing.Any], manifest: dict[str, typing.Any]) 
     if not read_run(manager.find_together(run["refit_of"], "last")).progress["is_finished"]:
         raise ValueError(
             f"REFIT_OF={run['refit_of']!r} is not finished: its best step may change; let it run to its end"
+        )
+    if math.isnan(state.progress["best_value"]):
+        raise ValueError(
+            f"REFIT_OF={run['refit_of']!r} has no best validation: its metric was never a number (labels of one class "
+            "in 'valid'); build the data with a longer valid period, or with --no_valid and train once"
         )
     alike = run | {name: state.run_config[name] for name in ("seed", "refit_of")}
     check_resumable(alike, manifest, state, checkpoint)

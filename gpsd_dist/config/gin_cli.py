@@ -65,7 +65,7 @@ def load_run_config(argv: list[str]) -> ParsedRun:
             gin.parse_config_files_and_bindings([str(file) for file in files], bindings, finalize_config=True)
             run = gin.get_configurable("gpsd_dist.RunConfig")()
     except (ValueError, AttributeError, SyntaxError, NameError, TypeError, RuntimeError, OSError) as error:
-        raise ValueError(_explain(error)) from error
+        raise ValueError(_explain(error, bindings, scanned)) from error
     _check_overrides(bindings, run)
     _check_files_are_read(scanned)
     return ParsedRun(run, gin.config_str())
@@ -213,8 +213,8 @@ def _check_macros_are_set(scanned: _Scanned, bindings: list[str]) -> None:
         raise ValueError(f"{'; '.join(missing)}; set macros are {macros}")
 
 
-def _explain(error: BaseException) -> str:
-    """Adds what to do to a message of gin."""
+def _explain(error: BaseException, bindings: list[str], scanned: _Scanned) -> str:
+    """Adds what to do to a message of gin: what is missing may have been given under a misspelt name."""
     text = str(error).strip()
     names = re.findall(r"(\w+)/(?:gin\.)?macro\.value set to `%gin\.REQUIRED`", text)
     if not names and "Required bindings for" in text:
@@ -222,7 +222,11 @@ def _explain(error: BaseException) -> str:
     if not names and text.startswith("RunConfig: "):
         names = re.findall(r"(?:^RunConfig:|;) (\w+) is missing", text)
     if names:
-        return f"a required option is missing ({', '.join(names)}): set it with --gin.NAME=VALUE. gin says: {text}"
+        given = [binding.split(" = ", 1)[0] for binding in bindings]
+        unread = [name for name in given if "." not in name and "/" not in name and name not in scanned.macros]
+        also = "".join(f"; nothing reads {name}{did_you_mean(name, sorted(scanned.macros))}" for name in unread)
+        shown = " ".join(f"--gin.{name}=VALUE" for name in names)
+        return f"a required option is missing ({', '.join(names)}): set it with {shown}{also}"
     return text
 
 

@@ -18,12 +18,12 @@ class EarlyStopping:
         """Counts a validation at `step`; a larger value is better, and any number is better than NaN.
 
         A validation `in_warmup` may be the best, but uses up no patience: small rates say nothing about larger ones.
-        NaN (AUC where a split has one class) is no progress: the first one is the best only while nothing else is.
+        NaN (AUC where a split has one class) is no progress: the newest one is the best only while nothing else is.
         """
         if not math.isnan(value) and (value > self.best_value or self.best_step < 0 or math.isnan(self.best_value)):
             self.best_value, self.best_step, self.stale = value, step, 0
             return
-        if self.best_step < 0:
+        if self.best_step < 0 or math.isnan(self.best_value):
             self.best_value, self.best_step = value, step
         self.stale += not in_warmup
 

@@ -12,7 +12,7 @@ from gpsd_dist.plan import __main__ as plan
 from gpsd_dist.schema import read_manifest, write_manifest
 from gpsd_dist.trainer import Trainer
 from gpsd_dist.validation import AUTO
-from tests.integration.tiny_data import tiny_run
+from tests.integration.tiny_data import edit_state, tiny_run
 
 EPOCHS = 3
 
@@ -62,6 +62,15 @@ def test_a_refit_of_other_options_is_refused(tuned, tmp_path, one_rank):
     other = dataclasses.replace(tuned.train, epochs=EPOCHS + 1)
     with pytest.raises(ValueError, match=r"train\.epochs: 3 there, 4 now"):
         Trainer(refit(tuned, tmp_path, train=other), one_rank)
+
+
+def test_a_refit_of_a_run_whose_metric_was_never_a_number_is_refused(tuned, tmp_path, one_rank):
+    shutil.copytree(tuned.output_dir, tmp_path / "nan")
+    for folder in (tmp_path / "nan" / "checkpoints").glob("step_*"):
+        edit_state(folder, lambda state: state["progress"].update(best_value=float("nan")))
+    run = dataclasses.replace(tuned, output_dir=str(tmp_path / "refit"), refit_of=str(tmp_path / "nan"))
+    with pytest.raises(ValueError, match="has no best validation"):
+        Trainer(run, one_rank)
 
 
 def test_a_refit_of_an_unfinished_run_is_refused(tuned, tmp_path, one_rank):

@@ -26,6 +26,7 @@ from tests.integration.tiny_data import (
     step_folder,
     tiny_run,
     train_losses,
+    write_tiny_data,
 )
 
 
@@ -134,6 +135,14 @@ def test_saves_at_the_interval_and_keeps_best_and_last(data_dir, tmp_path, one_r
     assert best in (6, 11) and _checkpoint_steps(tmp_path) == sorted({best, 10, 11})
     assert manager.read_state(step_folder(tmp_path, 10)).metrics == {}
     assert "click/auc" in manager.read_state(step_folder(tmp_path, 11)).metrics
+
+
+def test_without_valid_rows_every_epoch_is_saved(tmp_path, one_rank):
+    """So that a crash loses an epoch at most, though no validation saves."""
+    write_tiny_data(tmp_path / "data", rows={"valid": 0})
+    Trainer(tiny_run("finetune", tmp_path / "data", tmp_path / "run", train={"epochs": 3}), one_rank).train()
+    assert _checkpoint_steps(tmp_path / "run") == [STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH, 3 * STEPS_PER_EPOCH]
+    assert manager.best_step(tmp_path / "run" / "checkpoints") == 3 * STEPS_PER_EPOCH
 
 
 def test_sigterm_during_any_step_saves_that_step(data_dir, tmp_path, one_rank, monkeypatch):

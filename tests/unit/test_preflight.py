@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from gpsd_dist.config import ModelConfig, RunConfig, TablesConfig, TrainConfig
+from gpsd_dist.config import FinetuneConfig, ModelConfig, RunConfig, TablesConfig, TrainConfig
 from gpsd_dist.config.execution import ExecutionConfig
 from gpsd_dist.preflight import check_options_against_data
 from gpsd_dist.schema import Split
@@ -13,7 +13,8 @@ from tests.helpers.synthetic import make_manifest
 
 def test_all_problems_of_a_run_with_its_data_come_at_once():
     no_rows = Split("valid", (), 0, 0, 0, None, None)
-    manifest = dataclasses.replace(make_manifest(), unbounded={"item": "managed"}, splits=(no_rows,))
+    splits = (no_rows, Split("train", (), 5, 9, 5, 1, 2))
+    manifest = dataclasses.replace(make_manifest(), unbounded={"item": "managed"}, splits=splits)
     execution = ExecutionConfig(token_multiple=64, activation_checkpointing=True, pipeline="sparse_dist")
     tables = TablesConfig(sharding={"item": "column_wise"}, small_table_max_rows=0)
     parts = {"execution": execution, "model": ModelConfig("din"), "tables": tables, "train": TrainConfig(patience=2)}
@@ -22,3 +23,33 @@ def test_all_problems_of_a_run_with_its_data_come_at_once():
     words = ("token_multiple with model 'din': only the transformer", "only hstu, sasrec, transformer have")
     words += ("pipeline 'sparse_dist' looks", "table 'item' has managed ids and is column_wise", "patience 2 and")
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+NOTHING = [
+    ("finetune", Split("train", (), 0, 0, 0, None, None), {}, "split 'train' of d has no rows"),
+    ("pretrain", Split("pretrain", (), 0, 0, 0, None, None), {}, "split 'pretrain' of d has no rows"),
+    ("finetune", Split("train", (), 5, 0, 5, 1, 2), {}, "every history in split 'train' of d is empty"),
+    (
+        "finetune",
+        Split("train", (), 5, 9, 5, 1, 2),
+        {"click": 5, "buy": 0},
+        "task 'buy' has no observed label in split",
+    ),
+]
+
+
+@pytest.mark.parametrize(("stage", "split", "observed", "words"), NOTHING)
+def test_data_that_nothing_can_be_learnt_from_are_refused_with_advice(stage, split, observed, words):
+    valid = Split("valid", (), 5, 9, 5, 3, 4)
+    options = {"observed_labels": observed}
+    manifest = dataclasses.replace(make_manifest(), splits=(valid, split), options=options)
+    with pytest.raises(ValueError, match=words) as caught:
+        check_options_against_data(RunConfig(stage, "d", "o"), manifest)
+    assert "build" in str(caught.value)
+
+
+def test_a_task_without_labels_may_be_left_out():
+    splits = (Split("valid", (), 5, 9, 5, 3, 4), Split("train", (), 5, 9, 5, 1, 2))
+    manifest = dataclasses.replace(make_manifest(), splits=splits, options={"observed_labels": {"buy": 0}})
+    run = RunConfig("finetune", "d", "o", finetune=FinetuneConfig(task_weights={"buy": 0.0}))
+    check_options_against_data(run, manifest)

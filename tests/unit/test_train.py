@@ -2,6 +2,8 @@
 
 import json
 import resource
+import subprocess
+import sys
 import types
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from gpsd_dist import run_description
 from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.runtime import Runtime
+from tests.unit.test_imports import REPO_ROOT
 
 
 @pytest.fixture
@@ -45,3 +48,11 @@ def test_a_full_disk_leaves_the_description_that_was_there(describe, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     for name, content in before.items():
         assert (tmp_path / name).read_bytes() == content, name
+
+
+@pytest.mark.parametrize("path", ["gpsd_dist/train.py", "gpsd_dist/evaluate.py", "data_pipeline/build.py"])
+def test_a_command_that_is_started_as_a_file_says_how_it_is_started(path, tmp_path):
+    found = subprocess.run([sys.executable, REPO_ROOT / path], cwd=tmp_path, capture_output=True, text=True)
+    module = path.removesuffix(".py").replace("/", ".")
+    assert found.returncode == 1
+    assert found.stderr == f"error: start it as a module, in the root of the repository: python -m {module} ...\n"

@@ -85,6 +85,20 @@ def shown(folder: pathlib.Path, keys: str, **columns) -> pathlib.Path:
     return write(folder, part + keys, {"shown.parquet": content})
 
 
+def two_labels(folder: pathlib.Path, history: str = "", **columns) -> pathlib.Path:
+    """Clicks, some of them bought; both extend the history. `history`: keys of [history], which is left out without."""
+    buys = {"buy": [float(n % 3 == 1) for n in range(240)]}
+    keys = 'extends_history = ["click", "buy"]\ntask = [{ column = "click" }, { column = "buy", given = "click" }]\n'
+    shown(folder, keys, **buys | columns)
+    if history:
+        rows = [(user, 2000, ts - 100_000, "view") for user, _, ts in events()[::8]]
+        rows.append((101, 1000, events()[0][2] + 3, "view"))  # the first exposure, which was not clicked
+        rows.append((101, 1001, events()[1][2] + 4, "click"))  # one that was clicked and bought
+        part = HISTORY + history + (folder / "schema.toml").read_text()
+        write(folder, part, {"log.csv": lines(rows, "user_id,item_id,ts,what")})
+    return folder
+
+
 def weighted(
     folder: pathlib.Path, keys: str = 'weight = "w"\nnegative_sampling_rate = "r"\n', **columns
 ) -> pathlib.Path:

@@ -287,8 +287,13 @@ def test_without_a_file_the_usage_is_shown(capsys):
     ],
 )
 def test_missing_required_options_say_how_to_set_them(files, rest, name):
-    with pytest.raises(ValueError, match=rf"required option is missing \({name}\): set it with --gin.NAME=VALUE"):
+    with pytest.raises(ValueError, match=rf"required option is missing \({name}\): set it with --gin.{name}=VALUE"):
         load(files, *rest)
+
+
+def test_a_misspelt_option_is_told_apart_from_a_missing_one():
+    with pytest.raises(ValueError, match=r"missing \(DATA_DIR\).*nothing reads DATA_DRI; did you mean 'DATA_DIR'"):
+        load(PRETRAIN[:1], OUT, "--gin.DATA_DRI=d")
 
 
 def test_a_problem_that_quotes_the_word_required_is_not_taken_for_a_missing_option():

@@ -94,6 +94,8 @@ LOGS = {
     "missing numbers": (logs.number_column, "NaN"),
     "clicks in both logs": (logs.clicks_in_both_logs,),
     "weights and rates": (logs.weighted,),
+    "two labels": (logs.two_labels,),
+    "two labels and a history": (logs.two_labels, 'feature = [{ column = "what", name = "action" }]\n'),
 }
 """Logs that were read wrongly once, `tests/assets/cases/logs.py`."""
 

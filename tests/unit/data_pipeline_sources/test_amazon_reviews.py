@@ -31,7 +31,7 @@ def _reviews(rows=REVIEWS) -> str:
 def test_release_2014_with_loose_metadata(raw, prepare):
     raw("reviews_Food_5.json.gz", gzip.compress(_reviews().encode()))
     raw("meta_Food.json.gz", gzip.compress(META_2014.encode()))
-    data = prepare("amazon_reviews", "--train_quantile", "0.6", "--all_categories")
+    data = prepare("amazon_reviews", "--train_quantile", "0.6", "--all_categories", "--no_valid")
     train = data.rows("train")
     assert set(train) == {("u1", 3), ("u2", 5)}
     row = train["u1", 3]

@@ -3,10 +3,12 @@
 import gzip
 import pathlib
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline import build
+from data_pipeline import build, write
 from gpsd_dist import schema
 from gpsd_dist.data import data_versions
 from tests.assets.cases import logs
@@ -323,13 +325,27 @@ def test_a_split_without_rows_is_refused(make):
     assert make(writer, options=["--allow_empty"])[0] == 0
 
 
+@pytest.mark.parametrize("value", [1e9, -1e9])
+def test_a_rare_flag_and_wide_numbers_are_left_alone(tmp_path, value):
+    flag, wide = [0.0] * 999 + [1.0], np.exp(np.random.default_rng(0).normal(size=1000)).tolist()
+    wide.append(value)
+    flag.append(0.0)
+    pq.write_table(pa.table({"context.flag": flag, "context.wide": wide}), tmp_path / "t.parquet")
+    assert write._bounds(tmp_path, ("t.parquet",), "context.flag") == (None, None)
+    low, high = write._bounds(tmp_path, ("t.parquet",), "context.wide")
+    assert (low is None) == (value > 0) and (high is None) == (value < 0)
+    assert (high or -low) > 20 and sum(entry > (high or 100) for entry in wide[:1000]) <= 1
+
+
 def test_one_far_number_is_named_and_can_be_cut_off(make):
     _, data, printed = make(logs.one_far_number)
-    assert "runs from 1 to 1e+09" in printed and "clip_quantile" in printed
+    price = data.manifest.feature("price")
+    assert (price.low, price.high) == (None, 9 + 3 * 9) and 3 < price.mean < 7 and 2 < price.std < 5
+    assert "history.price: a model sees it from ... to 36" in printed
     assert any(1e9 in row["history.price"] for row in data.rows("pretrain").values())
     _, data, printed = make(logs.one_far_number, ", clip_quantile = 0.01")
     prices = {price for row in data.rows("pretrain").values() for price in row["history.price"]}
-    assert prices == {0.0, *map(float, range(1, 10))} and "runs from" not in printed
+    assert prices == {0.0, *map(float, range(1, 10))} and "a model sees" not in printed
     refused(make(logs.one_far_number, ", clip_quantile = 0.6"), "history.feature[0].clip_quantile", "0.6")
 
 

@@ -262,6 +262,41 @@ def test_rows_that_differ_in_weight_are_no_copies(prepare, tmp_path):
     assert not any("repeat" in reason for reason in skipped), skipped
 
 
+def _tokens(data, user):
+    """(item, action) of the longest history of a user in test."""
+    rows = [row for (name, _), row in data.rows("test").items() if name == user]
+    row = max(rows, key=lambda row: row["history_length"])
+    return list(zip(row["history.item"], row["history.action"]))
+
+
+def test_several_labels_bring_events_of_their_own(prepare, tmp_path):
+    logs.two_labels(tmp_path / "raw")
+    data = prepare("generic")
+    last = logs.NUM_USERS * logs.NUM_EVENTS - logs.NUM_EVENTS  # exposures of the last user
+    expected = []
+    for n in range(last, last + logs.NUM_EVENTS):  # in every three, one was skipped, one bought, one clicked
+        expected += [(str(1000 + n % logs.NUM_ITEMS), task) for task in ((), ("click", "buy"), ("click",))[n % 3]]
+    assert _tokens(data, "130") == expected[: len(_tokens(data, "130"))] and ("1012", "buy") in expected
+    assert sorted(data.words["action"].values()) == ["PAD", "UNKNOWN", "buy", "click"]
+
+
+@pytest.mark.parametrize("has_actions", [True, False])
+def test_events_of_the_history_keep_their_action(prepare, tmp_path, has_actions):
+    keys = 'feature = [{ column = "what", name = "action" }]\n' if has_actions else "feature = []\n"
+    logs.two_labels(tmp_path / "raw", keys)
+    data = prepare("generic")
+    word, other = ("view", "click") if has_actions else ("history", "history")
+    row = data.rows("pretrain")["101",]
+    assert list(zip(row["history.item"], row["history.action"]))[:3] == [
+        ("2000", word),
+        ("1000", word),
+        ("1001", other),
+    ]
+    assert ("1001", "buy") in zip(row["history.item"], row["history.action"])
+    reason = "exposures that extend the history and are in [history] already (they count once)"
+    assert data.manifest.skipped.get(reason) == (1 if has_actions else None)
+
+
 WRONG_SAMPLING = {
     "negative weight": ("w", [-1.0] + [1.0] * 239, "'w', data row 0: found '-1.0'"),
     "no weight": ("w", [1.0, None] + [1.0] * 238, "'w', data row 1: found 'None', expected a number of at least 0 in"),
@@ -275,4 +310,23 @@ def test_weights_and_rates_that_cannot_be_are_named(read_log, tmp_path, name):
     column, values, words = WRONG_SAMPLING[name]
     logs.weighted(tmp_path / "raw", **{column: values})
     with pytest.raises(ValueError, match=re.escape(words)):
+        read_log("generic")
+
+
+def _two_shards(raw, keys_of_second: tuple[str, ...]):
+    raw("schema.toml", LABELLESS.replace("log.parquet", "*.jsonl").replace(', { column = "tags", kind = "bag" }', ""))
+    for name, keys in (("1.jsonl", ("u", "i", "t", "cat")), ("2.jsonl", keys_of_second)):
+        rows = [{"u": f"{name[0]}{n % 6}", "i": f"i{n % 5}", "t": 10**9 + n, "cat": f"c{n % 2}"} for n in range(24)]
+        raw(name, "".join(json.dumps({key: row[key] for key in keys}) + "\n" for row in rows))
+
+
+def test_a_key_that_a_whole_shard_lacks_is_null_there(raw, prepare, capsys):
+    _two_shards(raw, ("u", "i", "t"))
+    assert prepare("generic").manifest.split("pretrain").num_rows == 12
+    assert "2.jsonl has the key 'cat' (1 of 2 files): it is missing there" in capsys.readouterr().out
+
+
+def test_ids_that_a_whole_shard_lacks_are_refused(raw, read_log):
+    _two_shards(raw, ("u", "t", "cat"))
+    with pytest.raises(ValueError, match=r"2\.jsonl: no line has the key 'i'"):
         read_log("generic")

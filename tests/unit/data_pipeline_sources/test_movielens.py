@@ -53,13 +53,6 @@ def test_all_items_whatever_min_count_says(raw, prepare):
     assert data.manifest.table("genres").num_rows < 2 + 3  # genres keep the rule
 
 
-def test_without_valid_belongs_to_leave_last_out(raw, read_log):
-    raw("ratings.dat", DAT)
-    raw("movies.dat", MOVIES)
-    with pytest.raises(ValueError, match="--no_valid belongs to --split_rule leave_last_out"):
-        read_log("movielens", "--no_valid", "--split_rule", "last_item_by_time")
-
-
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
 def test_dat_files_in_both_encodings(raw, read_log, encoding):
     raw("ratings.dat", DAT)

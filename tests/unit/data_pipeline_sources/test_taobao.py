@@ -19,7 +19,7 @@ def _csv(rows=ROWS) -> str:
 
 def test_histories_targets_and_counts(raw, prepare):
     raw("UserBehavior.csv", _csv())
-    data = prepare("taobao", "--train_quantile", "0.6", "--valid_fraction", "0.1")
+    data = prepare("taobao", "--train_quantile", "0.6", "--no_valid")
     manifest = data.manifest
     assert manifest.max_history_length == 200
     assert manifest.skipped["rows outside 2017-11-25 .. 2017-12-03 (UTC+8)"] == 2

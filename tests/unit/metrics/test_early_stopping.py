@@ -10,7 +10,7 @@ from gpsd_dist.metrics.early_stopping import EarlyStopping
     [
         ((0.5, 0.6, 0.6), 2, 1),
         ((math.nan,), 1, 1),
-        ((math.nan, math.nan, math.nan), 1, 3),
+        ((math.nan, math.nan, math.nan), 3, 3),
         ((math.nan, 0.4, math.nan), 2, 1),
         ((0.5, math.nan, math.nan), 1, 2),
         ((math.nan, -math.inf), 2, 0),

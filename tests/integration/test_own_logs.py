@@ -1,4 +1,4 @@
-"""A log that kept a part of its negatives, from CSV to calibrated probabilities of the whole log."""
+"""Logs that a TOML file describes, from CSV to metrics: sampled negatives, and events with an order but no time."""
 
 import math
 import pathlib
@@ -10,6 +10,7 @@ from data_pipeline import build
 from gpsd_dist.evaluate import evaluate_checkpoint
 from gpsd_dist.metrics.classification import Predictions
 from gpsd_dist.trainer import Trainer
+from tests.assets.cases import logs
 from tests.helpers.distributed import run_distributed
 from tests.integration.tiny_data import cpu_runtime, tiny_run
 
@@ -28,7 +29,7 @@ negative_sampling_rate = "rate"
 pytestmark = pytest.mark.timeout(300)
 
 
-def write_log(folder: pathlib.Path, num_shown: int = 60_000) -> pathlib.Path:
+def sampled_log(folder: pathlib.Path, num_shown: int = 60_000) -> pathlib.Path:
     """Draws clicks by item and page, 2 to 30 % of the exposures, and keeps negatives at the rate of their page."""
     draw = np.random.default_rng(3)
     item, user = draw.integers(20, size=num_shown), draw.integers(800, size=num_shown)
@@ -46,17 +47,25 @@ def write_log(folder: pathlib.Path, num_shown: int = 60_000) -> pathlib.Path:
     return folder
 
 
-def _train_and_score(rank: int, world_size: int, run) -> tuple[dict, list[np.ndarray]]:
-    """For `run_distributed`: metrics of test, and the columns of its scores."""
+def _train_and_score(rank: int, world_size: int, runs) -> tuple[dict, list[np.ndarray]]:
+    """For `run_distributed`: metrics of the last run on test, and the columns of its scores."""
     runtime, keep = cpu_runtime(rank, world_size), {}
-    Trainer(run, runtime).train()
+    for run in runs:
+        Trainer(run, runtime).train()
     metrics = evaluate_checkpoint(run.output_dir, None, "test", runtime, keep=keep)
     rows: Predictions = keep["click"]
     return metrics["click"], [np.array(column) for column in rows.arrays()]
 
 
 def test_probabilities_are_those_of_the_whole_log(tmp_path):
-    arguments = ["--source", "generic", "--raw_dir", str(write_log(tmp_path / "raw")), "--out_dir", str(tmp_path / "d")]
+    arguments = [
+        "--source",
+        "generic",
+        "--raw_dir",
+        str(sampled_log(tmp_path / "raw")),
+        "--out_dir",
+        str(tmp_path / "d"),
+    ]
     assert build.main(arguments) == 0
     run = tiny_run(
         "finetune",
@@ -65,7 +74,7 @@ def test_probabilities_are_those_of_the_whole_log(tmp_path):
         data={"global_batch_rows": 128, "eval_batch_rows_per_rank": 512},
         train={"epochs": 2, "log_interval_steps": 20},
     )
-    [(metrics, (score, label, *_, weight))] = run_distributed(_train_and_score, 1, tmp_path, run, timeout_s=200)
+    [(metrics, (score, label, *_, weight))] = run_distributed(_train_and_score, 1, tmp_path, [run], timeout_s=200)
     probability = 1 / (1 + np.exp(-score.astype(float)))
     assert set(weight[label == 1]) == {1.0} and {round(float(w)) for w in weight[label == 0]} == {2, 10}
     # A kept row stands for `weight` rows; their number is known, the labels of a row and what was kept are drawn.
@@ -73,3 +82,17 @@ def test_probabilities_are_those_of_the_whole_log(tmp_path):
     assert metrics["calibration"] == pytest.approx((weight * probability).sum() / label.sum(), rel=1e-6)
     assert error < 0.06 and abs(metrics["calibration"] - 1) < 2 * error
     assert 0.05 < metrics["label_rate"] < 0.2 < label.mean()
+
+
+@pytest.mark.parametrize("has_time", [True, False])
+def test_logs_without_times_are_pretrained_finetuned_and_scored(tmp_path, has_time):
+    raw = logs.order_only(tmp_path / "raw", has_time)
+    path = raw / "schema.toml"
+    path.write_text(path.read_text().replace("no_valid = true\n", ""))
+    assert build.main(["--source", "generic", "--raw_dir", str(raw), "--out_dir", str(tmp_path / "d")]) == 0
+    options = {"pretrain": {"auxiliary": ()}, "train": {"epochs": 1}}
+    runs = [tiny_run("pretrain", tmp_path / "d", tmp_path / "pretrain", **options)]
+    start = tmp_path / "pretrain"
+    runs.append(tiny_run("finetune", tmp_path / "d", tmp_path / "run", "ST_SF", init_checkpoint=start, **options))
+    [(metrics, (score, *_))] = run_distributed(_train_and_score, 1, tmp_path, runs, timeout_s=200)
+    assert metrics["rows"] == len(score) == 2 * logs.NUM_USERS and 0 <= metrics["auc"] <= 1
