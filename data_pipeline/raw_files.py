@@ -156,7 +156,11 @@ class _Converter:
             given = pa.array([self.constants[kind.column]] * batch.num_rows, pa.string())
         else:
             given = self._plain(batch, kind)
-        values, is_bad = kind.convert(given, self.notes[name])
+        try:
+            values, is_bad = kind.convert(given, self.notes[name])
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            words = f"{self.path}, column {kind.column!r}: found {given.type}, expected {kind.expected}"
+            raise ValueError(f"{words} ({str(error)[:120]}); convert the column") from error
         if is_bad.any():
             row = int(np.argmax(is_bad))
             first = self._bad.get(name, (places[row].as_py(), str(given[row].as_py())[:80], 0))
@@ -174,6 +178,11 @@ class _Converter:
             raise ValueError(
                 f"{self.path}, column {name!r}: found {given.type}, expected {kind.expected}; convert the column to "
                 "that type"
+            )
+        if kind.unit and pa.types.is_float32(given.type):
+            raise ValueError(
+                f"{self.path}, column {name!r}: found {given.type}, which holds 7 digits, so that times are rounded to "
+                "minutes; write int64 or float64"
             )
         if pa.types.is_nested(given.type) and not found_is_list:
             raise ValueError(

@@ -26,6 +26,7 @@ SUSPECT_WORDS = ("NA", "N/A", "n/a", "None", "none", "undefined", "nil", "-", "?
 _CLOCK = r"(?:[Tt ](?P<clock>\d{2}:\d{2}(?::\d{2})?)(?:[.,](?P<fraction>\d{1,9}))?)?"
 _ISO = rf"^(?P<day>\d{{4}}-\d{{2}}-\d{{2}}){_CLOCK}\s*(?P<zone>[+-]\d{{2}}(?::?\d{{2}})?|[A-Za-z][A-Za-z0-9_+/-]*)?$"
 _ZONED = r"[T ].*([+-]\d{2}(:?\d{2})?|[A-Za-z])$|[A-Za-z]{3,}$"
+_INVISIBLE = r"[\x{200B}-\x{200F}\x{2060}\x{FEFF}]"
 _NO_TEXT = pa.scalar(None, pa.string())
 
 Converted = tuple[pa.Array, np.ndarray]
@@ -47,6 +48,8 @@ class Notes:
     """Text values such as 101.0."""
     num_rounded: int = 0
     """Text values such as 1.23e+18, which lost digits in a float."""
+    num_invisible: int = 0
+    """Texts with letters that nobody sees, such as a zero-width space."""
     num_zoned: int = 0
     """Texts of times that name their zone."""
     num_local: int = 0
@@ -98,6 +101,8 @@ def text(array: pa.Array, notes: Notes) -> Converted:
         found = _without_words(found, notes)
         notes.num_whole += _mask(pc.match_substring_regex(found, r"^-?\d+$")).sum()
         notes.num_point_zero += _mask(pc.match_substring_regex(found, r"^-?\d+\.0+$")).sum()
+        if not pc.all(pc.string_is_ascii(found)).as_py():
+            notes.num_invisible += _mask(pc.match_substring_regex(found, _INVISIBLE)).sum()
         notes.num_rounded += _mask(pc.match_substring_regex(found, r"^-?\d(\.\d+)?[eE]\+?\d+$")).sum()
     notes.num_values += len(found) - found.null_count
     return found, is_bad

@@ -213,6 +213,11 @@ def _blocks(path: pathlib.Path, style: TextStyle) -> typing.Iterator[bytes]:
         rest = b""
         while block := file.read(1 << 20):
             end = max(block.rfind(b"\n"), block.rfind(b"\r", 0, -1)) + 1  # never between \\r and \\n
+            if (place := block.find(b"\0")) >= 0:
+                raise ValueError(
+                    f"{path} holds a byte 0, after {block[max(place - 30, 0) : place]!r}: it is UTF-16, damaged, or no "
+                    "text; convert it to UTF-8, or fetch it again"
+                )
             if end:
                 yield style.edited(rest + block[:end])
                 rest = block[end:]

@@ -279,6 +279,11 @@ class Reader:
                         f"{where}: {count:,} values {word!r} are taken as an id; add it to `null_words` in [csv] if it "
                         "stands for a missing value"
                     )
+                if seen.num_invisible:
+                    progress.warn(
+                        f"{where}: {seen.num_invisible:,} values hold letters that nobody sees, such as a zero-width "
+                        "space: they make two ids of one; remove them in the file"
+                    )
                 if seen.num_rounded:
                     progress.warn(f"{where}: {seen.num_rounded:,} values such as 1.2e+18 have lost digits in a float")
             if seen.num_point_zero and seen.num_whole + seen.num_point_zero == seen.num_values:

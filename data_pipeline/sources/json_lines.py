@@ -21,6 +21,7 @@ from data_pipeline.engine import Engine
 
 MAX_LITERAL_CHARS = 200_000  # a product page; untuned. Bounds what ast.literal_eval may be asked to parse
 MAX_BAD_SHARE = 0.01
+_NESTED = " (keys inside of objects are not read: write them at the top level)"
 LINES_AT_ONCE = 100_000  # lines that Python holds; untuned
 # JSON text cannot contain this separator unescaped, so that a line is one field.
 _LINES = raw_files.TextStyle(separator="\x1f", columns=("line",), quote="", keeps_blank_lines=True)
@@ -93,6 +94,8 @@ def read(
         lines.select(raw_files.FILE_ORDER, **{name: _value(lines.line, name, kind) for name, kind in kinds.items()})
     )
     missing = _check_keys(path, raw, keys, list(kinds), optional) if keys else []
+    for name in [name for name, kind in kinds.items() if not kind.is_list]:
+        _check_is_single(path, name, raw, lines)
     batches = engine.batches(raw.order_by(raw_files.FILE_ORDER), LINES_AT_ONCE)
     found = raw_files.store(engine, path, batches, columns, constants=constants, null_words=null_words)
     return dataclasses.replace(found, missing=tuple(missing), keys=tuple(keys)), num_bad
@@ -166,6 +169,16 @@ def _value(line: ir.Value, name: str, kind: raw_files.Kind) -> ir.Value:
     )
 
 
+def _check_is_single(path: pathlib.Path, name: str, raw: ir.Table, lines: ir.Table) -> None:
+    """Raises ValueError where the value of a key is an object or a list: its text is no id, category or number."""
+    seems = raw.filter(raw[name].startswith("{") | raw[name].startswith("["))
+    if seems.count().execute():
+        joined = lines.inner_join(seems.select(raw_files.FILE_ORDER, found=seems[name]), raw_files.FILE_ORDER)
+        bad = joined.filter(json_type(joined.line, f'$."{name}"').isin(["OBJECT", "ARRAY"]))
+        fix = "write what is in it under a key of its own at the top level"
+        raw_files.require_none(path, bad.mutate(**{name: bad.found}), name, "a text or a number", fix)
+
+
 def _check_keys(
     path: pathlib.Path, raw: ir.Table, keys: list[str], names: list[str], optional: tuple[str, ...]
 ) -> list[str]:
@@ -174,5 +187,5 @@ def _check_keys(
     missing = [name for name, is_there in present.execute().iloc[0].items() if not bool(is_there)]
     needed = [name for name in missing if name not in optional]
     if needed:
-        raise ValueError(f"{path}: no line has the key {needed[0]!r}; the keys of the first line are {keys}")
+        raise ValueError(f"{path}: no line has the key {needed[0]!r}; the keys of the first line are {keys}{_NESTED}")
     return missing

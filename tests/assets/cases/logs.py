@@ -99,6 +99,23 @@ def two_labels(folder: pathlib.Path, history: str = "", **columns) -> pathlib.Pa
     return folder
 
 
+def json_log(folder: pathlib.Path, user) -> pathlib.Path:
+    """JSON lines whose user is `user` of the number, such as an object or a longer number."""
+    text = "".join(json.dumps({"user_id": user(u), "item_id": i, "ts": t}) + "\n" for u, i, t in events())
+    return write(folder, HISTORY.replace("log.csv", "log.jsonl"), {"log.jsonl": text})
+
+
+def parquet_log(folder: pathlib.Path, **columns) -> pathlib.Path:
+    """The plain log as Parquet, with `columns` in place of its own or beside them."""
+    return write(folder, HISTORY.replace("log.csv", "log.parquet"), {"log.parquet": table(events(), **columns)})
+
+
+def csv_log(folder: pathlib.Path, user=str, header: str = "user_id,item_id,ts", more=(), **options) -> pathlib.Path:
+    """The plain log as CSV, whose user is `user` of the number; `more` columns are the same in every row."""
+    rows = [(user(u), i, t, *more) for u, i, t in events()]
+    return write(folder, HISTORY, {"log.csv": lines(rows, header, **options)})
+
+
 def weighted(
     folder: pathlib.Path, keys: str = 'weight = "w"\nnegative_sampling_rate = "r"\n', **columns
 ) -> pathlib.Path:

@@ -95,6 +95,7 @@ LOGS = {
     "clicks in both logs": (logs.clicks_in_both_logs,),
     "weights and rates": (logs.weighted,),
     "two labels": (logs.two_labels,),
+    "ids of 26 digits in JSON": (logs.json_log, lambda user: user + 10**25),
     "two labels and a history": (logs.two_labels, 'feature = [{ column = "what", name = "action" }]\n'),
 }
 """Logs that were read wrongly once, `tests/assets/cases/logs.py`."""

@@ -1,5 +1,7 @@
 """Raw logs that a build once read wrongly: each is read rightly now, or refused with its reason."""
 
+import datetime
+import decimal
 import gzip
 import pathlib
 
@@ -411,3 +413,93 @@ def test_a_folder_stands_for_its_files(make):
 
     status, data, printed = make(writer)
     assert status == 0 and size_of(data) == RIGHT and "log/notes.md" in printed
+
+
+USERS = [user for user, _, _ in logs.events()]
+TIMES = [moment for *_, moment in logs.events()]
+PLAIN = {
+    "a header with a mark": (logs.csv_log, str, "\ufeffuser_id,item_id,ts"),
+    "two columns of one name": (logs.csv_log, str, "user_id,item_id,ts,x,x", (1, 2)),
+    "negative ids": (logs.csv_log, lambda u: -u),
+    "spaces behind ids": (logs.csv_log, lambda u: f"{u} \t" if u % 2 else f"\u00a0{u}"),
+    "ids of 26 digits": (logs.csv_log, lambda u: u + 10**25),
+    "ids of 26 digits in JSON": (logs.json_log, lambda u: u + 10**25),
+    "numbers and texts in JSON": (logs.json_log, lambda u: str(u) if u % 2 else u),
+    "unsigned ids": (logs.parquet_log,),
+    "decimal ids": (logs.parquet_log,),
+    "dictionaries": (logs.parquet_log,),
+    "nested columns beside": (logs.parquet_log,),
+}
+COLUMNS = {
+    "unsigned ids": {"user_id": pa.array([user + 2**63 for user in USERS], pa.uint64())},
+    "decimal ids": {"user_id": pa.array([decimal.Decimal(user) for user in USERS], pa.decimal128(30, 2))},
+    "dictionaries": {"user_id": pa.array([str(user) for user in USERS]).dictionary_encode()},
+    "nested columns beside": {"extra": [{"a": 1, "b": [1, 2]}] * len(USERS)},
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_odd_spellings_of_the_plain_log_are_read(make, name):
+    write_log, *arguments = PLAIN[name]
+    status, data, _ = make(lambda folder: write_log(folder, *arguments, **COLUMNS.get(name, {})))
+    assert status == 0 and size_of(data) == RIGHT and data.manifest.table("item").num_rows == 2 + logs.NUM_ITEMS
+
+
+def test_empty_user_ids_are_missing(make):
+    status, data, _ = make(logs.json_log, lambda u: " " if u == 103 else u)
+    assert status == 0 and data.manifest.split("pretrain").num_rows == 29
+    assert data.manifest.skipped["history rows without user_id"] == 8
+
+
+def test_times_of_several_offsets_are_one_order(make):
+    def writer(folder: pathlib.Path) -> pathlib.Path:
+        zones = [datetime.timezone(datetime.timedelta(hours=hours)) for hours in (-5, 0, 9)]
+        words = [datetime.datetime.fromtimestamp(t, zones[n % 3]).isoformat() for n, t in enumerate(TIMES)]
+        logs.parquet_log(folder, ts=words)
+        (folder / "schema.toml").write_text((folder / "schema.toml").read_text() + 'time_unit = "iso"\n')
+        return folder
+
+    _, data, _ = make(writer)
+    assert sorted(t for row in data.rows("pretrain").values() for t in row["history.time_s"]) == sorted(
+        t for n, t in enumerate(TIMES) if n % 8 < 7
+    )
+
+
+ODD = {
+    "an object for an id": (logs.json_log, (lambda u: {"id": u},), ["'user_id', data row 0", "expected a text or a"]),
+    "a list for an id": (logs.json_log, (lambda u: [u],), ["'user_id', data row 0", "at the top level"]),
+    "bytes of 0": (logs.csv_log, (lambda u: f"1\0{u}",), ["log.csv holds a byte 0", "UTF-16"]),
+}
+ODD_COLUMNS = {
+    "float32 times": ({"ts": pa.array([float(t) for t in TIMES], pa.float32())}, ["'ts'", "float", "7 digits"]),
+    "durations": ({"ts": pa.array(TIMES, pa.duration("s"))}, ["'ts'", "found duration[s]", "an epoch time in s"]),
+    "times of a day": ({"ts": pa.array([t % 86400 for t in TIMES], pa.time32("s"))}, ["'ts'", "found time32"]),
+    "a struct": ({"user_id": [{"a": user} for user in USERS]}, ["'user_id'", "found struct", "columns of their own"]),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_no_id_is_refused(make, name):
+    write_log, arguments, words = ODD[name]
+    refused(make(write_log, *arguments), *words)
+
+
+@pytest.mark.parametrize("name", ODD_COLUMNS)
+def test_columns_of_other_types_are_refused(make, name):
+    columns, words = ODD_COLUMNS[name]
+    refused(make(lambda folder: logs.parquet_log(folder, **columns)), "log.parquet", *words)
+
+
+def test_keys_inside_of_objects_are_not_read(make):
+    def writer(folder: pathlib.Path) -> pathlib.Path:
+        logs.json_log(folder, lambda u: {"id": u})
+        path = folder / "schema.toml"
+        path.write_text(path.read_text().replace('"user_id"', '"user_id.id"'))
+        return folder
+
+    refused(make(writer), "no line has the key 'user_id.id'", "keys inside of objects are not read")
+
+
+def test_letters_that_nobody_sees_are_named(make):
+    _, _, printed = make(logs.csv_log, lambda u: f"{u}\u200b" if u % 2 else u)
+    assert "120 values hold letters that nobody sees" in printed
