@@ -66,12 +66,10 @@ def as_built(options: BuildOptions, previous: Previous) -> BuildOptions:
     return settled
 
 
-UNMEASURED = {"mean": 0.0, "std": 1.0, "low": None, "high": None}
-
-
 def check_same_contract(log: canonical.Log, previous: Previous) -> None:
     """Raises ValueError unless the log has the features and tasks of the previous data set."""
-    unmeasured = tuple(dataclasses.replace(feature, **UNMEASURED) for feature in previous.manifest.features)
+    features = previous.manifest.features
+    unmeasured = tuple(dataclasses.replace(feature, mean=0.0, std=1.0, low=None, high=None) for feature in features)
     then = unmeasured, previous.manifest.tasks, previous.manifest.sampling
     if (tuple(spec.feature() for spec in log.features), log.tasks, log.sampling) != then:
         raise ValueError(

@@ -191,7 +191,7 @@ def _entry(label: str, kind: str, valid: dict[str, float | None], test: dict, fo
 def _choose(trained: list[Contestant], task: str) -> Contestant | None:
     """Chooses by the AUC of `task` on `valid`; the first of equals."""
     known = [(best_valid(one.training).get(f"{task}/auc"), one) for one in trained]
-    finite = [(auc, one) for auc, one in known if auc is not None and auc == auc]
+    finite = [(auc, one) for auc, one in known if auc is not None]
     return max(finite, key=lambda pair: pair[0])[1] if finite else None
 
 

@@ -207,8 +207,9 @@ def checkpoints_of(training: Training) -> list[pathlib.Path]:
 
 
 def best_valid(training: Training) -> dict[str, typing.Any]:
-    """Reads "task/metric" -> value of a training's best validation."""
-    return read_run(manager.find(training.folder)).metrics
+    """Reads "task/metric" -> value of a training's best validation, without what is not a number."""
+    metrics = read_run(manager.find(training.folder)).metrics
+    return {name: value for name, value in metrics.items() if value is not None and value == value}  # NaN is no value
 
 
 def _cut_at(training: Training) -> int:
