@@ -1,8 +1,8 @@
 """ENTRY: writes a synthetic log, builds it, and fits it as you would fit your own. `make quickstart` calls it.
 
 It generates and prepares data, and calls `python -m gpsd_dist.fit` on them: baselines, pretraining, NT, ST&SF and
-FT&SF, choice, test, verdict. A rerun goes on where the last one stopped: it keeps prepared data and finished runs.
-Delete the folder to start over.
+FT&SF, choice, test, verdict. Then it exports the chosen run, serves it, and compares 100 answers with `evaluate`. A
+rerun goes on where the last one stopped: it keeps prepared data and finished runs. Delete the folder to start over.
 """
 
 import argparse
@@ -12,7 +12,9 @@ import pathlib
 import sys
 import time
 
+from gpsd_dist.checkpoint import storage
 from gpsd_dist.commands import execute, exit_status, shell
+from gpsd_dist.fit.__main__ import STATE_NAME
 from gpsd_dist.fit.__main__ import main as fit
 
 
@@ -50,10 +52,24 @@ def main(argv: list[str]) -> int:
     print(f"\n$ {shell(('-m', 'gpsd_dist.fit', *options, *size.fit))}", flush=True)
     if status := fit([*options, *size.fit]):
         return status
+    if status := exit_status(lambda: serve(args.out_dir, data)):
+        return status
     print(f"{args.out_dir / 'summary.json'} written after {time.monotonic() - started_s:.0f} s")
     print(f"curves: {sys.executable} -m tensorboard.main --logdir {args.out_dir}")
     print("your own log: python -m data_pipeline.build --source generic ..., then python -m gpsd_dist.fit (README.md)")
     return 0
+
+
+def serve(out_dir: pathlib.Path, data: pathlib.Path) -> None:
+    """Exports the run that was chosen, verifies it, serves it, and compares 100 answers with `evaluate`."""
+    chosen = storage.read_json(out_dir / STATE_NAME)["chosen"]
+    if not chosen:
+        return
+    artefact, source = str(out_dir / "artefact"), ("--checkpoint", str(out_dir / chosen), "--data", str(data))
+    say = functools.partial(print, flush=True)
+    execute(("-m", "gpsd_dist.export", *source, "--out", artefact), say=say)
+    execute(("-m", "gpsd_dist.export", "verify", artefact), say=say)
+    execute(("-m", "gpsd_dist.export", "parity", artefact, *source), say=say)
 
 
 def prepare(raw: pathlib.Path, data: pathlib.Path, size: Size) -> None:

@@ -3,13 +3,16 @@
     python -m gpsd_dist.export --checkpoint runs/mine/st_sf --data data/mine --out artefacts/ctr
     python -m gpsd_dist.export verify artefacts/ctr              # reads every file, replays the examples
     python -m gpsd_dist.export use artefacts/ctr VERSION         # back to an older version
+    python -m gpsd_dist.export parity artefacts/ctr --checkpoint runs/mine/st_sf --data data/mine
 
 `verify` ends with status 1 if the artefact is damaged, or scores its examples otherwise than when it was exported; it
-needs no TorchRec. An export that is refused (worse, or less exact than allowed) or has a mistake ends with status 2.
+needs no TorchRec. `parity` serves the artefact, and ends with status 1 if raw requests get other logits than `evaluate`
+gives their rows. An export that is refused (worse, or less exact than allowed) or has a mistake ends with status 2.
 """
 
 import argparse
 import logging
+import pathlib
 import sys
 
 from gpsd_dist.serving.artefact import ENGINES, ArtefactError, make_current
@@ -24,7 +27,8 @@ def main(argv: list[str]) -> int:
     try:
         if argv[:1] == ["verify"]:
             return _verify(argv[1:])
-        return _use(argv[1:]) if argv[:1] == ["use"] else _export(argv)
+        commands = {"use": _use, "parity": _parity}
+        return commands[argv[0]](argv[1:]) if argv and argv[0] in commands else _export(argv)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -56,6 +60,27 @@ def _use(argv: list[str]) -> int:
     make_current(args.artefact, args.version)
     print(f"{args.artefact} is now {args.version}")
     return 0
+
+
+def _parity(argv: list[str]) -> int:
+    from gpsd_dist.export.exporter import TOLERANCE, read_source
+    from gpsd_dist.export.parity import largest_difference
+
+    usage = "python -m gpsd_dist.export parity ARTEFACT --checkpoint RUN --data DATA"
+    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False)
+    parser.add_argument("artefact", type=pathlib.Path, help="folder of the artefact; its current version is served")
+    parser.add_argument("--checkpoint", required=True, help="the run that it was exported from")
+    parser.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run folder")
+    parser.add_argument("--data", required=True, help="prepared data")
+    parser.add_argument("--split", default="test", help="split to take requests from (default test)")
+    parser.add_argument("--requests", type=int, default=100, help="how many (default 100)")
+    args = parser.parse_args(argv)
+    source = read_source(args.checkpoint, args.data, args.which)
+    requests, logits, difference = largest_difference(source, args.artefact, args.split, args.requests)
+    verdict = "served = evaluated" if difference <= TOLERANCE else "served is not evaluated"
+    text = f"{requests} raw requests of {args.split} over HTTP, {logits} logits, largest difference {difference:.2g}"
+    print(f"{verdict}: {text} (at most {TOLERANCE:g} is allowed)")
+    return 0 if difference <= TOLERANCE else 1
 
 
 def _export(argv: list[str]) -> int:

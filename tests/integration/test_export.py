@@ -172,6 +172,15 @@ def test_the_command_exports_verifies_and_finds_damage(finetuned, data_dir, tmp_
     assert mistake.returncode == 2 and "neither a run folder" in mistake.stderr
 
 
+def test_a_real_server_answers_as_evaluated(finetuned, artefact, data_dir):
+    source = ("--checkpoint", finetuned / "s0", "--data", data_dir)
+    same = command("parity", artefact, *source)
+    assert same.returncode == 0, same.stderr
+    assert "served = evaluated: 13 raw requests of test over HTTP, " in same.stdout
+    other = command("parity", artefact, "--checkpoint", finetuned / "s1", "--data", data_dir, "--requests", 5)
+    assert other.returncode == 1 and "served is not evaluated: 5 raw requests" in other.stdout
+
+
 def test_the_model_of_pretraining_is_refused(data_dir, tmp_path, one_rank):
     train_runs(0, 1, [tiny_run("pretrain", data_dir, tmp_path / "run", train={"max_steps": 1})])
     with pytest.raises(ValueError, match="stage 'pretrain', which scores no candidates"):
