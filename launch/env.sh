@@ -17,11 +17,18 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}"
 # default of recent PyTorch; older ones hang).
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
 
+# NCCL: every rank remembers its last 2000 collectives, with the Python stack of each, for microseconds per collective.
+export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}}"
+
+# NCCL: when a collective times out, they are written to a file; torch.distributed.flight_recorder.fr_trace compares ranks.
+export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
+
 # NCCL: WARN prints the reason of a failure and is silent otherwise; INFO shows the transport chosen per link.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
 # CUDA allocator: growing segments instead of fixed ones; batches of changing token counts fragment memory otherwise.
-export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+# (PYTORCH_CUDA_ALLOC_CONF is the name of before torch 2.9, which still counts where somebody has set it.)
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}"
 
 # Only where the automatic choice is wrong (several networks, docker0 picked): name the interface that reaches the other
 # nodes, for NCCL's set-up traffic and for gloo. `ip route get <other node>` shows it.

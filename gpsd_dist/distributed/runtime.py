@@ -62,7 +62,9 @@ def process_group(timeout_s: int) -> typing.Iterator[Runtime]:
     launcher_pid = parent_watch.launcher_pid()
     with parent_watch.leaving_with(launcher_pid):
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            # The device makes NCCL connect now, where an error is clear, and not in the first collective.
+            device_id = device if device.type == "cuda" else None
+            dist.init_process_group(backend, timeout=timeout, device_id=device_id)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     parent_watch.check(launcher_pid)
