@@ -36,6 +36,7 @@ from gpsd_dist.fit.plan import DEFAULT_MODEL, Contestant, Plan, make_plan
 from gpsd_dist.fit.steps import FLOOR_NAMES, REFITTED_FLOOR, Budget, Runner, best_valid, plan_budget, scores_path
 from gpsd_dist.fit.verdict import REFIT, Entry
 from gpsd_dist.metrics.scores import read_scores
+from gpsd_dist.scaling.runs import parameters_of
 
 STATE_NAME = "fit.json"
 _IDENTITY = ("gin_file", "overrides", "pretrain_gin_file", "pretrain_overrides", "seed")
@@ -172,7 +173,8 @@ def _run_steps(
     if refitted and chosen is not None:
         test = runner.score(f"{chosen.label} refit on test", chosen.refit, "test")
         best = _entry(chosen.label + REFIT, "refit", {}, test, chosen.refit.folder)
-        best = dataclasses.replace(best, strategy=chosen.strategy, model=chosen.model)
+        weights = parameters_of(chosen.refit.folder)["dense_parameters"]
+        best = dataclasses.replace(best, strategy=chosen.strategy, model=chosen.model, weights=weights)
         entries.append(best)
     return entries, best
 
@@ -181,7 +183,8 @@ def _scored(one: Contestant, runner: Runner, facts: Facts) -> Entry:
     test, metrics = runner.score(f"{one.label} on test", one.training, "test"), best_valid(one.training)
     valid = {task: metrics.get(f"{task}/auc") for task in facts.tasks}
     entry = _entry(one.label, "model", valid, test, one.training.folder)
-    return dataclasses.replace(entry, strategy=one.strategy, model=one.model)
+    weights = parameters_of(one.training.folder)["dense_parameters"]
+    return dataclasses.replace(entry, strategy=one.strategy, model=one.model, weights=weights)
 
 
 def _entry(label: str, kind: str, valid: dict[str, float | None], test: dict, folder: pathlib.Path) -> Entry:

@@ -15,6 +15,7 @@ ENOUGH_UNKNOWN = 0.2  # share of test candidates of unknown items from which on 
 SHORT_HISTORY = 3.0  # events, below which a sequence model has little to read (untuned)
 REFIT = " refit"
 """Ends the label of what was made again on train + valid."""
+FEW_POSITIVES = 10_000  # to train on, below which a tower has less to go by than trees with hand-made counts (untuned)
 FEW_EVENTS = 5.0  # of pretraining per item, below which its row is hardly trained (untuned)
 
 
@@ -30,6 +31,8 @@ class Entry:
     scores: dict[str, Columns]  # of test, by task
     strategy: str = ""
     model: str = ""
+    weights: int = 0
+    """Trained numbers outside of tables; 0 of a floor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +99,7 @@ def verdict(
     nothing = plain is None or all(one.auc.auc < plain.auc.auc for one in others)
     who = f"Nothing here beats {names[1]}" if nothing else f"What valid chose does not beat {names[1]}"
     below = f"{names[0]} is {_signed(-difference, half_width, sign=False)} below"
-    return f"{who}: {below} ({values}); look at {_suspect(facts, is_short)}."
+    return f"{who}: {below} ({values}); look at {_suspect(facts, best.entry, is_short)}."
 
 
 def _signed(difference: float, half_width: float, *, sign: bool = True) -> str:
@@ -108,7 +111,7 @@ def _with_width(auc: AucByUser) -> str:
     return _signed(auc.auc, auc.half_width, sign=False)
 
 
-def _suspect(facts: Facts, is_short: bool) -> str:
+def _suspect(facts: Facts, best: Entry, is_short: bool) -> str:
     """Names the most likely reason why a sequence model is no better than counting."""
     if is_short:
         return "the time that it got: --budget_minutes ended trainings early"
@@ -118,10 +121,13 @@ def _suspect(facts: Facts, is_short: bool) -> str:
     items = f"the items ({test.unknown:.0%} of the test candidates are new)"
     if test.unknown > ENOUGH_UNKNOWN and not _attributes(facts):
         return f"{items}: give them attributes, section [items]"
-    if train.positives < 1000:
-        return f"the amount of data ({train.positives:,} positives to train on)"
-    if test.unknown > ENOUGH_UNKNOWN:
+    if test.unknown > ENOUGH_UNKNOWN and train.positives >= FEW_POSITIVES:
         return f"{items}: give them more attributes, section [items]"
+    if train.positives < FEW_POSITIVES:
+        return (
+            f"the amount of data: {train.positives:,} positives for {best.weights:,} weights. Use the floor until the "
+            "log is longer, or try fewer weights: --models l1h32a4"
+        )
     return "the curves in the report, and at what the histories hold"
 
 

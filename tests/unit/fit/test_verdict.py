@@ -20,7 +20,7 @@ def entry(label: str, kind: str, signal: float, seed: int = 0, strategy: str = "
     noise_N = np.random.default_rng((8, seed)).normal(size=len(label_N))
     score_N = (noise_N + signal * label_N).astype(np.float32)
     columns = {"score": score_N, "label": label_N, "user_hash": np.repeat(np.arange(USERS), ROWS)}
-    return Entry(label, kind, {"click": 0.5}, {"click": {"auc": 0.5}}, {"click": columns}, strategy)
+    return Entry(label, kind, {"click": 0.5}, {"click": {"auc": 0.5}}, {"click": columns}, strategy, weights=7000)
 
 
 def facts(**changes) -> Facts:
@@ -68,9 +68,10 @@ def test_inside_the_interval_it_cannot_tell():
     [
         ({"history": 1.5}, "look at the histories (1.5 events on average"),
         ({"unknown": 0.4}, "look at the items (40% of the test candidates are new)"),
-        ({"unknown": 0.4, "positives": 200}, "look at the amount of data (200"),  # the items have attributes
-        ({"positives": 200}, "look at the amount of data (200 positives to train on)"),
-        ({}, "look at the curves in the report"),
+        ({"unknown": 0.4, "positives": 200}, "look at the amount of data: 200 pos"),  # the items have attributes
+        ({"unknown": 0.4, "positives": 10_000}, "(40% of the test candidates are new): give them more attributes"),
+        ({"positives": 200}, "look at the amount of data: 200 positives for 7,000 weights. Use the floor until"),
+        ({"positives": 10_000}, "look at the curves in the report"),
     ],
 )
 def test_below_a_floor_it_says_what_to_look_at(changes, look_at):
