@@ -13,6 +13,9 @@ UNSEEN: dict[str, dict[str, str]] = {"order": _NO_ORDER, "recency": _NO_ORDER, "
 """Law -> `ModelConfig.name` -> why. Not in it: every other pair can be expressed."""
 
 
-def unseen(law: str, model: str) -> str:
-    """Returns why a model cannot express a law in full, or an empty string."""
-    return UNSEEN.get(law, {}).get(model, "")
+def unseen(law: str, model: str, matches: bool = False) -> str:
+    """Returns why a model cannot express a law in full, or an empty string.
+
+    `matches`: whether its heads get `ModelConfig.matches`: how many events are like the candidate, and how old.
+    """
+    return "" if matches and law in ("recency", "count") else UNSEEN.get(law, {}).get(model, "")

@@ -111,7 +111,8 @@ def run_cell(cell: Cell, made: LawData, out_dir: pathlib.Path, settings: Setting
         record = {"failed": str(error)}
     else:
         record = _record(made, curve, best_valid, test_auc, time.process_time() - started_s)
-        record["why_not"] = "" if cell.tower in BASELINES else unseen(cell.law, model_of(cell.tower))
+        model = configuration.get("run", {}).get("model", {})
+        record["why_not"] = unseen(cell.law, model["name"], model["matches"]) if model else ""
     record = {**dataclasses.asdict(cell), **record, "configuration": configuration}
     record_file.write_text(json.dumps(record, indent=1) + "\n")
     return record

@@ -10,7 +10,7 @@ import pydantic
 from gpsd_dist.validation import AtLeast0, AtLeast1, NotNegative, OrAuto, checked, one_of
 
 _EVERY_MODEL = frozenset(
-    {"name", "width", "dropout", "init_std", "parametrization", "context_dim", "compile", "revision"}
+    {"name", "width", "dropout", "init_std", "parametrization", "context_dim", "compile", "revision", "matches"}
 )
 PARAMETRIZATIONS = ("official", "by_width")
 _SIZES = {"layers": "L", "width": "H", "heads": "A"}  # letters of the paper
@@ -119,6 +119,10 @@ class ModelConfig:
     that narrow models learn from (docs/learning.md). Ranking MLPs, activation units and embeddings of the context
     start from 1 / sqrt(fan-in); half of the attention heads of the Transformer and of HSTU look for like tokens; towers
     without norms (deepfm, din, dien, dmin, wukong) multiply their tokens by sqrt(EMBEDDING_DIM)."""
+    matches: typing.Annotated[bool, OrAuto] = False
+    """Ranking heads also get, for each categorical feature that candidates and events share, how often the candidate's
+    value is in its history, the share of the events, and how long ago it was last (no official setting; bags give
+    none). Few requests are too few to learn a comparison by; 'auto': `config.from_data`."""
 
     @property
     def starts_by_width(self) -> bool:

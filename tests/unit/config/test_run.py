@@ -283,7 +283,7 @@ def full_run():
         data=DataConfig(7, 0, 640, 9, 8, 3, 4),
         tables=TablesConfig(32, 9, {"item": "table_wise"}, ("item", "tag"), 0.1, "fp16"),
         ids=IdsConfig({"item": "managed"}, {"item": 50}, 5, "lru"),
-        model=ModelConfig("hstu", 2, 32, 2, 0.1, 0.05, 8, False, 99, 5, 7, False, 1, "by_width"),
+        model=ModelConfig("hstu", 2, 32, 2, 0.1, 0.05, 8, False, 99, 5, 7, False, 1, "by_width", True),
         pretrain=PretrainConfig(0.1, "position", 3, 5, ("category", "brand"), 0.5),
         finetune=FinetuneConfig({"click": 0.5, "buy": 2}, True, 0.5),
         dense=OptimizerConfig("adamw", 0.2, 0.8, 0.7, 1e-6, 0.3),
@@ -321,7 +321,12 @@ ASSET = pathlib.Path(__file__).resolve().parents[2] / "assets" / "run_14e4532"
 def test_a_run_of_commit_14e4532_is_read(name):
     raw = json.loads((ASSET / name / "run_config.json").read_text())
     run = run_config_from_dict(raw)
-    raw["model"] |= {"revision": 2, "parametrization": "official"}  # tower and tables are equally wide
+    # Tower and tables are equally wide.
+    raw["model"] |= {
+        "revision": 2,
+        "parametrization": "official",
+        "matches": False,
+    }
     assert json.loads(json.dumps(dataclasses.asdict(run))) == raw
     assert run.stage == ("pretrain" if name == "pretrain" else "finetune") and run.model.width == raw["model"]["width"]
 
