@@ -285,7 +285,7 @@ def full_run():
         ids=IdsConfig({"item": "managed"}, {"item": 50}, 5, "lru"),
         model=ModelConfig("hstu", 2, 32, 2, 0.1, 0.05, 8, False, 99, 5, 7, False, 1, "by_width", True),
         pretrain=PretrainConfig(0.1, "position", 3, 5, ("category", "brand"), 0.5),
-        finetune=FinetuneConfig({"click": 0.5, "buy": 2}, True, 0.5),
+        finetune=FinetuneConfig({"click": 0.5, "buy": 2}, True, True, 0.5),
         dense=OptimizerConfig("adamw", 0.2, 0.8, 0.7, 1e-6, 0.3),
         sparse=OptimizerConfig("sgd", 0.3, 0.5, 0.6, 1e-5, 0.0),
         train=TrainConfig(3, 9, 0.2, 0.3, 0.5, 2, True, 3, "click/auc", 4, 5, 6, 0.5, False, "s3://b", 7, 8, 10, True),
@@ -322,11 +322,8 @@ def test_a_run_of_commit_14e4532_is_read(name):
     raw = json.loads((ASSET / name / "run_config.json").read_text())
     run = run_config_from_dict(raw)
     # Tower and tables are equally wide.
-    raw["model"] |= {
-        "revision": 2,
-        "parametrization": "official",
-        "matches": False,
-    }
+    raw["model"] |= {"revision": 2, "parametrization": "official", "matches": False}
+    raw["finetune"] |= {"weighted_metrics": False}
     assert json.loads(json.dumps(dataclasses.asdict(run))) == raw
     assert run.stage == ("pretrain" if name == "pretrain" else "finetune") and run.model.width == raw["model"]["width"]
 
