@@ -86,6 +86,7 @@ def test_ladder_of_four_is_fitted_and_goes_on_where_it_stopped(tmp_path, data_di
     out = tmp_path / "out"
     options = command(tmp_path, data_dir, out, "--ladder", "l1h8a2,l1h16a2,l2h16a2,l1h32a2", "--strategy", "FT_SF")
     options += ["--embedding_dim_follows_width", "--nproc_per_node", "2", "--gin.TrainConfig.keep_last=9"]
+    options += ["--gin.TrainConfig.eval_per_epoch=1"]  # so that the best checkpoint is the end of an epoch
     options += with_pretraining(tmp_path, data_dir, "TrainConfig.max_steps=2")
     assert scaling.main(options) == 0, capfd.readouterr().err
     first, log = capfd.readouterr()
