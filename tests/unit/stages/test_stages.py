@@ -108,6 +108,28 @@ def test_esmm_trains_the_product_over_all_candidates():
     torch.testing.assert_close(stage.loss_sums(Fixed(), {}, BATCH), torch.tensor([click, buy]))
 
 
+RATE, WEIGHT = torch.tensor([0.1, 0.5, 0.1, 0.5, 0.1, 1.0]), torch.tensor([2.0, 0.5, 1, 7, 0, 3])
+SAMPLED = types.SimpleNamespace(labels=LABELS, sampling={"negative_rate": RATE, "weight": WEIGHT})
+
+
+def kept(index):
+    """Chance of a click among the rows that a log keeps which has all clicks, and of others the share RATE."""
+    clicked, other = p("click", index), (1 - p("click", index)) * RATE[index].item()
+    return clicked / (clicked + other)
+
+
+@pytest.mark.parametrize("esmm", [False, True])
+def test_the_loss_of_a_sampled_log_is_that_of_the_rows_that_were_kept(esmm):
+    """What was not clicked was sampled. Given a click, nothing was, so buys stay as they are."""
+    stage = finetune(esmm=esmm)
+    weight = dict(enumerate(WEIGHT.tolist()))
+    click = sum(weight[i] * entropy(kept(i), LABELS["click"][i]) for i in (0, 1, 2, 4, 5))
+    rows = {0: 0, 1: 1, 2: 0, 4: 0} if esmm else {1: 1, 2: 0}
+    buy = sum(weight[i] * entropy((kept(i) if esmm else 1) * p("buy", i), label) for i, label in rows.items())
+    torch.testing.assert_close(stage.loss_sums(Fixed(), {}, SAMPLED), torch.tensor([click, buy]))
+    assert stage.counts(SAMPLED).tolist() == [2 + 0.5 + 1 + 0 + 3, sum(weight[i] for i in rows)]
+
+
 def test_ranking_weights_are_named_in_order_and_default_to_one():
     stage = finetune(task_weights={"buy": 0.5})
     assert list(stage.loss_weights.items()) == [("click", 1.0), ("buy", 0.5)]
