@@ -152,3 +152,14 @@ def test_real_kuairand_has_the_known_counts(tmp_path):
         long for row in rows_of(out, "test") for click, long in zip(row["label.click"], row["label.long_view"]) if click
     ]
     assert len(clicked_long) == 9_630
+
+
+def test_without_valid_its_rows_train_and_all_videos_may_have_an_index(kuairand_raw, kuairand, tmp_path):
+    common = ("--source", "kuairand_pure", "--raw_dir", kuairand_raw, "--out_dir", tmp_path / "out")
+    assert run(*common, "--no_valid", "--vocabulary", "all_items") == 0
+    before, after = manifest_of(kuairand), manifest_of(tmp_path / "out")
+    assert after.split("valid").num_rows == 0 and after.split("test") == before.split("test")
+    both = before.split("train+valid")
+    assert after.split("train").num_candidates == both.num_candidates and before.split("valid").num_rows
+    assert set(words_of(tmp_path / "out", "item").values()) == {"PAD", "UNK", *map(str, range(10, 16))}
+    assert "14" not in words_of(kuairand, "item").values()
