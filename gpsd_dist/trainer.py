@@ -26,6 +26,7 @@ from gpsd_dist.data.run_manifest import read_run_manifest
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.distributed.stopping import StopRequests
 from gpsd_dist.metrics import profiling
+from gpsd_dist.metrics.classification import LOSS_KEYS
 from gpsd_dist.metrics.early_stopping import EarlyStopping
 from gpsd_dist.metrics.training_metrics import TrainingMetrics
 from gpsd_dist.optim import learning_rate_factor, named_state
@@ -168,9 +169,11 @@ class Trainer:
                 self.step,
                 name,
             )
-        stopping.update(flat[name], self.step, in_warmup=self.step <= self.warmup_steps)
+        # Early stopping looks for the largest value, so it and the checkpoints keep a loss with its sign turned.
+        sign = -1 if name.rpartition("/")[2] in LOSS_KEYS else 1
+        stopping.update(sign * flat[name], self.step, in_warmup=self.step <= self.warmup_steps)
         stopping.is_finished = is_last or stopping.is_out_of_patience(self.run.train.patience)
-        best = f"best {stopping.best_value:.5f} at step {stopping.best_step}"
+        best = f"best {sign * stopping.best_value:.5f} at step {stopping.best_step}"
         log.info("step %d: valid %s %.5f (%s)", self.step, name, flat[name], best)
         self.metrics.log(self.step, with_rates=False)
         self.save(flat)

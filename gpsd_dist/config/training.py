@@ -119,7 +119,8 @@ class TrainConfig:
     eval_per_epoch: AtLeast1 = 1
     """Validations per epoch, evenly spaced."""
     best_metric: str = ""
-    """Metric of `valid` that chooses the best checkpoint (larger is better); empty: the first task's AUC, or MRR."""
+    """Metric of `valid` that chooses the best checkpoint (largest, or smallest where it is log_loss or ne); empty: the
+    first task's AUC, or MRR."""
     patience: typing.Annotated[AtLeast0, OrAuto] = dataclasses.field(default=0, metadata=MAY_CHANGE)
     """Stop after this many validations without a better one; 0 turns early stopping off; 'auto': those of a
     third of the run."""

@@ -30,6 +30,7 @@ METRIC_KEYS = ("auc", "gauc", "gauc_user_day", "log_loss", "ne", "calibration", 
 - `calibration`: sum of probabilities over sum of labels; NaN without positives.
 - `rows`, `label_rate` (NaN without rows). For kind "score", log_loss, ne and calibration are NaN.
 """
+LOSS_KEYS = ("log_loss", "ne")  # a smaller one is better
 KINDS = ("logit", "score")  # a score only orders rows: log_loss, ne and calibration are NaN
 SECONDS_PER_DAY = 86_400
 _MESSAGE_ROWS = 1 << 24  # rows per message when gathering; keeps one message below 128 MiB

@@ -73,12 +73,12 @@ def test_steps_learning_rate_and_length_follow_the_options(data_dir, tmp_path, o
     assert all(a > b for a, b in itertools.pairwise(rates[3:])) and rates[-1] > 1e-3
 
 
-def _with_metrics(monkeypatch, values):
-    """Validation gives these values of click/auc, one after the other."""
+def _with_metrics(monkeypatch, values, key="auc"):
+    """Validation gives these values of click/`key`, one after the other."""
     left = iter(values)
 
     def metrics(*args):
-        values = {"auc": next(left), "log_loss": 0.5}
+        values = {"auc": 0.5, "log_loss": 0.5} | {key: next(left)}
         return {"click": values, "buy": values}
 
     monkeypatch.setattr(trainer_module, "evaluate_split", metrics)
@@ -126,6 +126,15 @@ def test_best_metric_can_be_chosen(data_dir, tmp_path, one_rank):
     wrong = tiny_run("pretrain", data_dir, tmp_path / "b", train={"best_metric": "next_item/hr@11"})
     with pytest.raises(ValueError, match=r"next_item/hr@11' is not one of .*did you mean 'next_item/hr@1"):
         Trainer(wrong, one_rank)
+
+
+@pytest.mark.parametrize("key", ["log_loss", "ne"])
+def test_a_smaller_loss_is_better(data_dir, tmp_path, one_rank, monkeypatch, key):
+    """The largest loss would choose the worst checkpoint, and use up patience while the model gets better."""
+    _with_metrics(monkeypatch, [0.7, 0.6, 0.5, 0.8, 0.9], key)
+    train = {"best_metric": f"click/{key}", "eval_per_epoch": 6, "patience": 2, "warmup_fraction": 0.0}
+    assert _train(data_dir, tmp_path, one_rank, train=train).step == 5
+    assert manager.best_step(tmp_path / "checkpoints") == 3
 
 
 def test_saves_at_the_interval_and_keeps_best_and_last(data_dir, tmp_path, one_rank):
