@@ -127,7 +127,7 @@ def _build(options: BuildOptions, command: str, warnings: list[str]) -> bool:
     progress.say(f"{options.mode} {options.source}: {options.raw_dir} -> {options.out_dir}")
     # All is written aside and published at the end, so that a build that fails changes nothing.
     with publish.version(options.out_dir, options.keep_versions) as aside:
-        with engine.scratch(options, aside) as running:
+        with engine.scratch(options, aside, sum(path.stat().st_size for path in files.values())) as running:
             log = canonical.checked(source.read(running, files, options))
             split = canonical.without_valid(log.split) if options.no_valid else log.split
             log = dataclasses.replace(log, split=split, all_items_known=options.vocabulary == "all_items")

@@ -19,6 +19,7 @@ from data_pipeline import duckdb_engine, progress
 from data_pipeline.options import BuildOptions, EngineName
 
 DEFAULT_MASTER = "local[*]"
+SMALL_LOG_BYTES = 1 << 28  # untuned: some 30 M events in Parquet, whose stored tables take 10 GB without compression
 _NO_NEWS = "An error occurred while calling"  # begins the first line of every error that Spark's Java side raises
 
 
@@ -38,8 +39,12 @@ class Engine:
         *,
         spark_master: str | None = None,
         spark_settings: dict[str, str] | None = None,
+        saves_space: bool = True,
     ):
-        """Opens the engine; tables and spilled data go to `scratch_dir`, which must exist."""
+        """Opens the engine; tables and spilled data go to `scratch_dir`, which must exist.
+
+        `saves_space`: stored tables are compressed, which costs CPU time; of DuckDB alone.
+        """
         self.name = name
         if name == "spark":
             spark_engine = _import_spark()
@@ -47,7 +52,7 @@ class Engine:
                 scratch_dir.resolve(), memory_limit, spark_master or DEFAULT_MASTER, spark_settings or {}
             )
         else:
-            self.backend = duckdb_engine.DuckDB(scratch_dir, memory_limit, threads)
+            self.backend = duckdb_engine.DuckDB(scratch_dir, memory_limit, threads, saves_space=saves_space)
         self.con = self.backend.con
         self.rows_of: dict[str, int] = {}
         """Raw file -> rows that were read of it."""
@@ -118,8 +123,11 @@ def _import_spark() -> typing.Any:
 
 
 @contextlib.contextmanager
-def scratch(options: BuildOptions, parent: pathlib.Path) -> typing.Iterator[Engine]:
-    """Opens the engine that the options name, with a scratch folder in `parent` that is removed at the end."""
+def scratch(options: BuildOptions, parent: pathlib.Path, raw_bytes: int) -> typing.Iterator[Engine]:
+    """Opens the engine that the options name, with a scratch folder in `parent` that is removed at the end.
+
+    `raw_bytes`: size of the raw files. Stored tables of small logs are not compressed, because their space is nothing.
+    """
     settings = _settings(options)
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".pipeline-scratch-", dir=parent) as folder:
@@ -130,6 +138,7 @@ def scratch(options: BuildOptions, parent: pathlib.Path) -> typing.Iterator[Engi
             options.threads,
             spark_master=options.spark_master,
             spark_settings=settings,
+            saves_space=raw_bytes > SMALL_LOG_BYTES,
         )
         try:
             yield engine
