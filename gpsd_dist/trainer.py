@@ -8,15 +8,9 @@ import math
 import typing
 
 from gpsd_dist.assembly import assemble
+from gpsd_dist.checkpoint import resume
 from gpsd_dist.checkpoint.loading import fill_tensors
 from gpsd_dist.checkpoint.manager import Checkpoints, RunState, newest_intact
-from gpsd_dist.checkpoint.resume import (
-    check_resumable,
-    epochs_to_best,
-    in_data_version,
-    in_saved_revision,
-    saved_numbers,
-)
 from gpsd_dist.checkpoint.state import read_run, read_state
 from gpsd_dist.checkpoint.transfer import transfer
 from gpsd_dist.config import RunConfig
@@ -52,15 +46,15 @@ class Trainer:
         # otherwise start from another step than the rest.
         self.start = newest_intact(self.checkpoints.folder)
         # A build may publish another version meanwhile, even between two ranks. A resumed run goes on with its own.
-        run = in_data_version(run, self.start)
+        run = resume.in_data_version(run, self.start)
         self.manifest = read_run_manifest(run)
         # Options that cannot fit the data are refused before tables are allocated, which may take minutes.
         check_options_against_data(run, self.manifest)
         # A resumed run goes on with the numbers that it began with, though the data may have grown since.
-        run, chosen = resolve(run, self.manifest, saved_numbers(run, self.start))
+        run, chosen = resolve(run, self.manifest, resume.saved_numbers(run, self.start))
         if chosen:
             log.info("%s", chosen)
-        self.run = run = in_saved_revision(run, self.start)
+        self.run = run = resume.in_saved_revision(run, self.start)
         self.components = assemble(run, self.manifest, runtime)
         stage, names = self.components.stage, self.components.lookup_names
         self.loader = training_loader(run, self.manifest, names, runtime, with_candidates=stage.with_candidates)
@@ -73,7 +67,7 @@ class Trainer:
         if self.start is not None:
             # Refused before anything is written into the folder of another run.
             state = read_run(self.start)
-            check_resumable(dataclasses.asdict(run), dataclasses.asdict(self.manifest), state, self.start)
+            resume.check_resumable(dataclasses.asdict(run), dataclasses.asdict(self.manifest), state, self.start)
         self._plan_steps()
         self.profiler = profiling.StepProfiler(run, runtime, self.components.model)
         lr_factor = functools.partial(
@@ -235,7 +229,7 @@ class Trainer:
         self.total_steps = min(self.schedule_steps, run.train.max_steps or self.schedule_steps)
         if run.refit_of:
             # There is nothing left to validate on: the run of before tells how long to train.
-            epochs = epochs_to_best(dataclasses.asdict(run), dataclasses.asdict(self.manifest))
+            epochs = resume.epochs_to_best(dataclasses.asdict(run), dataclasses.asdict(self.manifest))
             self.total_steps = min(self.total_steps, max(1, round(epochs * steps_per_epoch)))
         self.eval_interval_steps = max(1, steps_per_epoch // run.train.eval_per_epoch)
         # A validation saves; without any, a crash shall lose an epoch at most.

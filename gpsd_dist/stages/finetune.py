@@ -36,6 +36,7 @@ class Finetune:
 
     def __init__(self, run: RunConfig, manifest: Manifest):
         self.run, self.config, self.manifest = run, run.finetune, manifest
+        self._has_auxiliary = self.config.next_behaviour_weight > 0
         self.tasks = trained_tasks(run.finetune, manifest)
         if self._has_auxiliary and not MODELS[run.model.name].supervises_history:
             able = models_with("supervises_history")
@@ -119,10 +120,6 @@ class Finetune:
     def default_metric(self, metrics: Metrics) -> str:
         """Chooses the best checkpoint by the AUC of the first task."""
         return f"{next(iter(metrics))}/auc"
-
-    @property
-    def _has_auxiliary(self) -> bool:
-        return self.config.next_behaviour_weight > 0
 
     def _loss(self, task: Task, logits: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
         label_C, weight_C = self._label(task, batch), batch.sampling.get("weight")

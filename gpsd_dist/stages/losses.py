@@ -40,10 +40,8 @@ def sampled_softmax(
         unit_UE, query_ME = unit(rows_UE), unit(hidden_ME) / temperature
         indices = (target_row_M, target_item_M, negative_row_GN, negative_item_GN)
         if group_offsets is None:
-            loss = _OwnNegativesSoftmax.apply(query_ME, unit_UE, *indices)
-        else:
-            loss = _SampledSoftmax.apply(query_ME, unit_UE, *indices, group_offsets, 1 / temperature)
-    return loss
+            return _OwnNegativesSoftmax.apply(query_ME, unit_UE, *indices)
+        return _SampledSoftmax.apply(query_ME, unit_UE, *indices, group_offsets, 1 / temperature)
 
 
 class _SampledSoftmax(torch.autograd.Function):
