@@ -61,13 +61,18 @@ class Client:
             writer.close()
 
 
-async def send_at(host: str, port: int, bodies: list[bytes], times_s: list[float]) -> list[Sample]:
-    """Sends `bodies` in turn at `times_s` (seconds from now); returns the samples in that order."""
+async def send_at(
+    host: str, port: int, bodies: list[bytes], times_s: list[float], keep_bytes: int | None = None
+) -> list[Sample]:
+    """Sends `bodies` in turn at `times_s` (seconds from now); returns the samples in that order.
+
+    `keep_bytes`: of each answer at most; None: all.
+    """
     client, start_s = Client(host, port), time.perf_counter()
 
     async def one(body: bytes, at_s: float) -> Sample:
         status, answer = await client.post(body)
-        return Sample(status, time.perf_counter() - start_s - at_s, answer)
+        return Sample(status, time.perf_counter() - start_s - at_s, answer[:keep_bytes])
 
     tasks = []
     for number, at_s in enumerate(times_s):
