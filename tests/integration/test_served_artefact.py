@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.serving import copy_versions
+from benchmarks.serving import main as benchmark
 from benchmarks.serving_requests import make_requests
 from gpsd_dist.export.exporter import export, read_source
 from gpsd_dist.export.raw_requests import RawRequests
@@ -174,3 +175,35 @@ def test_a_damaged_version_never_serves_and_the_next_good_one_does(server, artef
     make_current(artefact, current)
     server.wait_for(lambda: server.get("/v2/models/ctr")[1]["versions"] == [current])
     tower.write_bytes(content)
+
+
+SMALL = ("--history", "6", "--candidates", "4", "--qps", "20", "--duration_s", "1")
+
+
+@pytest.mark.parametrize(
+    ("options", "keys"),
+    [
+        (("--scenario", "Server", "--over", "process"), {"loadgen", "failed"}),
+        (("--scenario", "Offline", "--over", "http"), {"loadgen", "failed"}),
+        (("--scenario", "cost", "--over", "process"), {"all_cpu_ms", "ids_cpu_ms", "score_cpu_ms"}),
+        (("--scenario", "overload"), {"goodput_share", "served_p99_ms", "statuses"}),
+    ],
+)
+def test_benchmark_measures(artefact, tmp_path, options, keys):
+    out = tmp_path / "measured.json"
+    assert benchmark(["--artefact", str(artefact), *options, *SMALL, "--out", str(out)]) == 0
+    measured = json.loads(out.read_text())
+    assert keys <= measured.keys()
+    if "loadgen" in keys:
+        assert measured["failed"] == 0 and measured["loadgen"]["Result is"] in ("VALID", "INVALID")
+
+
+@pytest.mark.slow
+def test_a_soak_with_reloads_fails_no_request_and_keeps_its_memory(artefact, tmp_path):
+    """The ten minutes of docs/serving.md in one."""
+    out = tmp_path / "measured.json"
+    options = ("--scenario", "reload", "--history", "10", "--candidates", "20", "--qps", "10", "--duration_s", "60")
+    assert benchmark(["--artefact", str(artefact), *options, "--reloads", "20", "--out", str(out)]) == 0
+    measured = json.loads(out.read_text())
+    assert measured["statuses"] == {"200": measured["requests"]} and measured["versions_seen"] == 3
+    assert max(measured["private_mib"][8:]) < max(measured["private_mib"][:8]) + 20
