@@ -219,7 +219,8 @@ def copy_versions(artefact: pathlib.Path, root: pathlib.Path, count: int) -> lis
     shutil.copytree(artefact, root)
     current = json.loads((root / "current.json").read_text())["version"]
     digest = current.rpartition("-")[2]
-    names = [f"20000101T{number:06}Z-{digest}" for number in range(count)]
+    year = 1000 + len(list((root / VERSIONS).iterdir()))  # other names than those that are there
+    names = [f"{year}0101T{number:06}Z-{digest}" for number in range(count)]
     for name in names:
         shutil.copytree(root / VERSIONS / current, root / VERSIONS / name)
     make_current(root, names[-1])
@@ -274,7 +275,9 @@ def _bodies(args: argparse.Namespace, count: int = 50) -> list[bytes]:
 
 
 def _private_mib(process: psutil.Process) -> float:
-    return process.memory_full_info().uss / 2**20
+    """Memory that no other process can share: without pages of mapped files, which the kernel may drop."""
+    text = pathlib.Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+    return int(re.search(r"^Anonymous:\s+(\d+)", text, re.MULTILINE)[1]) / 1024
 
 
 def _spread(values: list[float]) -> dict[str, float]:

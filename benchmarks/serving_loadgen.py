@@ -26,6 +26,7 @@ Issue = collections.abc.Callable[[bytes, collections.abc.Callable[[bool], None]]
 """Sends a body; calls back with whether it was scored."""
 _NO_DEADLINE_S = 1e12
 _ALL_TOKENS = 2**62
+_MAX_CONNECTIONS = 256  # of Offline, where every sample is there at once; untuned
 _NOTHING = array.array("B", [0])
 
 
@@ -96,8 +97,11 @@ def over_http(host: str, port: int) -> collections.abc.Iterator[Issue]:
     client = Client(host, port)
     tasks: set[typing.Any] = set()
 
+    free = asyncio.Semaphore(_MAX_CONNECTIONS)
+
     async def post(body: bytes, done: collections.abc.Callable[[bool], None]) -> None:
-        status, _ = await client.post(body)
+        async with free:
+            status, _ = await client.post(body)
         done(status == 200)
 
     def issue(body: bytes, done: collections.abc.Callable[[bool], None]) -> None:

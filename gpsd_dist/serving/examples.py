@@ -11,11 +11,13 @@ import numpy as np
 import torch
 
 from gpsd_dist.serving.artefact import Artefact, ArtefactError
+from gpsd_dist.serving.batches import taken
 from gpsd_dist.serving.tables import read_tensors
 from gpsd_dist.serving.tokens import Tokens
 
 REQUESTS_NAME, EXPECTED_NAME = "examples.json", "expected.safetensors"
 _LOGIT = "logit/"
+_REQUESTS_AT_ONCE = 4
 
 
 class _Scorer(typing.Protocol):
@@ -41,6 +43,14 @@ def tensors_of(tokens: Tokens, logits: collections.abc.Mapping[str, np.ndarray])
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
 
+def _scored(scorer: _Scorer, tokens: Tokens) -> dict[str, np.ndarray]:
+    """Scores a few requests at a time: all at once would take the most memory that a server ever needs."""
+    starts = range(0, len(tokens), _REQUESTS_AT_ONCE)
+    orders = [np.arange(start, min(start + _REQUESTS_AT_ONCE, len(tokens))) for start in starts]
+    parts = [scorer.score_tokens(taken(tokens, order)) for order in orders]
+    return {task: np.concatenate([part[task] for part in parts]) for task in parts[0]}
+
+
 def replay(scorer: _Scorer) -> float:
     """Scores the examples; returns the largest difference of a logit.
 
@@ -54,7 +64,7 @@ def replay(scorer: _Scorer) -> float:
         tokens = scorer.reader(scorer.reader.from_json(requests))
     except ValueError as error:
         raise ArtefactError(f"the examples of {artefact.folder} are not read any more: {error}") from error
-    found = tensors_of(tokens, scorer.score_tokens(tokens))
+    found = tensors_of(tokens, _scored(scorer, tokens))
     if sorted(found) != sorted(expected):
         raise ArtefactError(f"{artefact.path(EXPECTED_NAME)} has other columns than this program makes: export again")
     different = [name for name in found if not name.startswith(_LOGIT) and not torch.equal(found[name], expected[name])]
