@@ -11,13 +11,13 @@ from gpsd_dist.serving.requests import Limits
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What is exported."""
+    """Holds what is exported."""
 
     checkpoint: Location
     state: RunState
     run: RunConfig
     manifest: Manifest
-    """As the run sees it, with the splits of the data."""
+    """Manifest as the run sees it, with the splits of the data."""
 
 
 @dataclasses.dataclass(frozen=True)

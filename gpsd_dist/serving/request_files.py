@@ -20,7 +20,7 @@ class Part(typing.NamedTuple):
     first: int
     """Number of the first, counted over all files."""
     sent: pa.Table
-    """As they stand in the file."""
+    """Values as they stand in the file."""
     tokens: Tokens
 
 
