@@ -17,6 +17,7 @@ every raw row that it leaves out in `Log.skipped`.
 """
 
 import dataclasses
+import typing
 
 import ibis
 import ibis.expr.types as ir
@@ -154,6 +155,8 @@ class Log:
     """Every row of `items` gets an index of the item vocabulary, even if it never occurs in the training period."""
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
     """Counts the raw rows that `read` left out, by reason."""
+    reading: dict[str, typing.Any] = dataclasses.field(default_factory=dict)
+    """What was done to values beyond their type (`gpsd_dist.features.Rules`), so that serving does it too."""
     sampling: tuple[str, ...] = ()
     """Those of schema.SAMPLING that `exposures` has, as columns `sampling_weight` and `sampling_negative_rate`."""
 

@@ -87,6 +87,7 @@ def _manifest(
         skipped=skipped,
         sources=job.prints["sources"],
         options=job.prints["options"]
+        | ({"reading": log.reading} if log.reading else {})
         | {"fingerprint": job.prints["fingerprint"], "split_rule": type(log.split).__name__, "raw_dir": raw_dir}
         | bounds,
         command=job.command,

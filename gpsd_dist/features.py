@@ -4,6 +4,7 @@
 one, so that a value means the same in a log and in a request. Needs numpy and pyarrow only.
 """
 
+import dataclasses
 import hashlib
 import typing
 
@@ -11,13 +12,50 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gpsd_dist.schema import ID_BITS, NUM_RESERVED_ROWS, UNKNOWN_INDEX, Feature
+from gpsd_dist.schema import ID_BITS, NUM_RESERVED_ROWS, UNKNOWN_INDEX, Feature, Manifest
 
 Values: typing.TypeAlias = np.ndarray | tuple[np.ndarray, np.ndarray]
 """A feature's values, one per token: [tokens]. If it is a bag: (values, offsets [tokens + 1])."""
 # A numerical feature is standardised and cut here, so that an outlier does not outweigh the other features of a token.
 _MAX_DEVIATIONS = 5.0  # untuned
 _NO_TEXT = pa.scalar(None, pa.string())
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Holds what was done to the raw values of a data set beyond their type: `manifest.options["reading"]`."""
+
+    null_words: tuple[str, ...] = ()
+    """Texts that stand for a missing value."""
+    whole: frozenset[str] = frozenset()
+    """Features whose text was spelled 101 where the log had 101.0."""
+    clip: typing.Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    """Numerical feature -> the values that it was cut off at."""
+
+    @staticmethod
+    def of(manifest: Manifest) -> "Rules":
+        """Reads the rules of a data set. ValueError if the manifest holds something else in their place."""
+        given = manifest.options.get("reading", {})
+        try:
+            clip = {str(name): (float(low), float(high)) for name, (low, high) in given.get("clip", {}).items()}
+            words, whole = given.get("null_words", ()), given.get("whole", ())
+            if not all(isinstance(word, str) for word in (*words, *whole)):
+                raise ValueError("words must be text")
+            return Rules(tuple(words), frozenset(whole), clip)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"options.reading of the manifest is {str(given)[:200]}: {error}; build it again"
+            ) from error
+
+    def missing(self, raw: pa.StringArray) -> pa.StringArray:
+        """Replaces the words for missing values by null."""
+        if not self.null_words:
+            return raw
+        return pc.if_else(pc.is_in(raw, pa.array(self.null_words, pa.string())), _NO_TEXT, raw)
+
+    def spelled(self, feature: Feature, raw: pa.StringArray) -> pa.StringArray:
+        """Spells the ids of a feature as the data set does."""
+        return pc.replace_substring_regex(raw, r"\.0+$", "") if feature.name in self.whole else raw
 
 
 def plain(array: pa.Array | pa.ChunkedArray) -> pa.Array:

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import fnmatch
 import pathlib
+import typing
 import urllib.parse
 
 import ibis
@@ -96,6 +97,8 @@ class Reader:
         self.files = files
         self.description = description
         style = description.csv
+        self._clips: dict[str, list[float]] = {}
+        self._whole: set[str] = set()
         self._style = raw_files.TextStyle(style.separator, style.columns, style.quote, style.escape)
 
     def events(self, skipped: dict[str, int]) -> ir.Table:
@@ -176,6 +179,11 @@ class Reader:
         part = self.description.users
         rows = self._complete(self._read("users", {}), "users", ("user_id",), skipped)
         return self._unique(rows, "users", "user_id", part.feature)
+
+    def reading(self) -> dict[str, typing.Any]:
+        """Says what was done to values beyond their type, once every section is read."""
+        found = {"null_words": list(self.description.csv.null_words), "whole": sorted(self._whole), "clip": self._clips}
+        return {name: value for name, value in found.items() if value}
 
     def _read(self, section: str, columns: dict[str, Kind], features=None) -> ir.Table:
         """Reads all files of a section: `columns`, features by label, `order`, and as it has them user_id, item_id and
@@ -292,6 +300,7 @@ class Reader:
                         f"{where}: whole numbers such as 101.0 are spelled 101 ({seen.num_point_zero:,} values)"
                     )
                     rows = rows.mutate(**{name: rows[name].re_replace(r"\.0+$", "")})
+                    self._whole.add("item" if name == "item_id" else name)
         return rows
 
     def _complete(self, rows: ir.Table, section: str, needed: tuple[str, ...], skipped: dict[str, int]) -> ir.Table:
@@ -309,7 +318,7 @@ class Reader:
 
     def _clipped(self, rows: ir.Table, feature: log_description.FeatureColumn) -> ir.Table:
         """Cuts a number off at the quantiles that the schema asks for."""
-        low, high = self._quantiles(rows, feature, feature.clip_quantile)
+        low, high = self._clips[feature.label] = [*self._quantiles(rows, feature, feature.clip_quantile)]
         return rows.mutate(**{feature.label: rows[feature.label].clip(low, high)})
 
     def _quantiles(self, rows: ir.Table, feature: log_description.FeatureColumn, share: float) -> tuple[float, float]:

@@ -106,6 +106,7 @@ def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) 
         users=users,
         tasks=description.tasks(),
         skipped=skipped,
+        reading=reader.reading(),
         sampling=tuple(description.sampling()),
     )
 

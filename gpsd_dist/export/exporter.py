@@ -39,7 +39,7 @@ DEFAULT = Options()
 _STATISTICS_BATCHES = 8  # of 256 requests
 _PACKAGES = ("torch", "numpy", "pyarrow", "safetensors")
 _NO_DATA: dict[str, typing.Any] = {"splits": (), "sources": (), "skipped": {}, "command": ""}
-_READ_BY_SERVING = ("split_rule",)
+_READ_BY_SERVING = ("split_rule", "reading")
 """Options of the build of the data that say how requests are read."""
 
 

@@ -91,6 +91,7 @@ class RequestReader:
         `with_candidates` False: reads users and histories alone; columns of candidates and context are passed over.
         """
         self.manifest, self._vocabularies, self._items, self.limits = manifest, vocabularies, items, limits
+        self.rules = features.Rules.of(manifest)
         self._is_cut_by_time = manifest.options.get("split_rule", "TimeBoundaries") == "TimeBoundaries"
         every = {f"{place}.{f.name}": f for place in PLACES for f in manifest.features_in(place)}
         self._with_candidates = with_candidates
@@ -124,7 +125,7 @@ class RequestReader:
     def __call__(self, requests: pa.Table) -> Tokens:
         """Reads requests, columns of any Arrow type that holds such values. RequestError for the first bad value."""
         self._check_names(requests.column_names, 0)
-        reading = _Reading(requests, self.limits)
+        reading = _Reading(requests, self.limits, self.rules)
         time_B = reading.times(REQUEST_TIME, may_be_null=not self._is_cut_by_time)
         item = self.manifest.item_feature
         sent = reading.lists(f"history.{item}", self.limits.max_events)
@@ -169,7 +170,7 @@ class RequestReader:
 
     def encode(self, feature: Feature, raw: pa.StringArray) -> np.ndarray:
         """Finds spelled ids' indices, or 64-bit ids where the table has no vocabulary, as the data hold them: int64."""
-        id_N = features.id_of(raw)
+        id_N = features.id_of(self.rules.spelled(feature, raw))
         is_unbounded = feature.table in self.manifest.unbounded
         return id_N if is_unbounded else self._vocabularies[typing.cast(str, feature.table)].rows(id_N)
 
@@ -283,7 +284,7 @@ class _Encoder:
         array = column.values.take(pa.array(entry_N))
         chosen = _Chosen(column, entry_N)
         if feature.kind == "numerical":
-            return self.reading.numbers(array, chosen)
+            return self.reading.numbers(feature, array, chosen)
         if not feature.is_bag:
             return self.reader.encode(feature, self.reading.ids(array, chosen))
         if not _is_list(array.type):
@@ -312,8 +313,8 @@ class _Chosen:
 class _Reading:
     """Reads and checks the columns of one table of requests."""
 
-    def __init__(self, requests: pa.Table, limits: Limits):
-        self.requests, self.limits = requests, limits
+    def __init__(self, requests: pa.Table, limits: Limits, rules: features.Rules):
+        self.requests, self.limits, self.rules = requests, limits, rules
         self.counts: collections.Counter[str] = collections.Counter()
 
     def has(self, name: str) -> bool:
@@ -369,7 +370,7 @@ class _Reading:
     def ids(self, array: pa.Array, chosen: _Chosen) -> pa.StringArray:
         """Spells ids."""
         try:
-            found = features.raw_ids(array)
+            found = self.rules.missing(features.raw_ids(array))
         except ValueError as error:
             raise chosen.error(0, str(error)) from error
         size = pc.max(pc.binary_length(found)).as_py() or 0
@@ -378,8 +379,8 @@ class _Reading:
             raise chosen.error(place, f"an id of {size} bytes, expected at most {self.limits.max_id_bytes}")
         return found
 
-    def numbers(self, array: pa.Array, chosen: _Chosen) -> np.ndarray:
-        """Reads numbers as the data hold them: float32 [N], 0.0 where null."""
+    def numbers(self, feature: Feature, array: pa.Array, chosen: _Chosen) -> np.ndarray:
+        """Reads numbers as the data hold them: cut off as those were, float32 [N], 0.0 where null."""
         kind = array.type
         if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
             raise chosen.error(0, f"found {kind}, expected a number")
@@ -388,6 +389,9 @@ class _Reading:
         if is_bad.any():
             place = int(np.argmax(is_bad))
             raise chosen.error(place, f"found {values[place]}, expected a finite number, or null where it is missing")
+        if feature.name in self.rules.clip:
+            is_there = array.is_valid().to_numpy(zero_copy_only=False)
+            values = np.where(is_there, np.clip(values, *self.rules.clip[feature.name]), 0.0)
         return (values + 0.0).astype(np.float32)  # -0.0 + 0.0 is 0.0, as the data have it
 
 

@@ -112,6 +112,8 @@ def last_events(sequences: dict[str, list], attributes: dict, names: tuple[str, 
     """
     for user, events in sequences.items():
         events = sorted(events, key=lambda event: event["time_s"])
+        if len(events) < len(names):
+            continue
         for number, split in enumerate(names, start=1):
             if len(events) > number:
                 target, past = events[-number], events[:-number]

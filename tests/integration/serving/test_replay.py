@@ -19,6 +19,7 @@ from gpsd_dist.serving.items import Items
 from gpsd_dist.serving.requests import Limits, RequestReader
 from gpsd_dist.serving.tokens import Tokens
 from gpsd_dist.serving.vocabulary import Vocabulary
+from tests.assets.cases import logs
 from tests.integration.serving import raw_logs
 from tests.unit.data_pipeline import test_engines_agree as folders
 from tests.unit.data_pipeline.conftest import make_grocery, make_kuairand, real_data, run
@@ -171,6 +172,28 @@ def compare(found: Tokens, data: Data, rows: pa.Table) -> None:
             if manifest.unbounded.get(feature.table) == "managed":
                 given = data.vocabularies[feature.table].rows(given)
             assert values.dtype == given.dtype and np.array_equal(values, given), name
+
+
+def test_what_the_pipeline_did_to_values_is_done_to_requests(tmp_path):
+    """The items file has ids such as 1000.0, a price that is cut off, and a word for a missing category."""
+    logs.items_file(tmp_path / "raw", "{}.0")
+    path, price = tmp_path / "raw/schema.toml", '{ column = "price", kind = "numerical", clip_quantile = 0.1 }'
+    path.write_text(path.read_text().replace('{ column = "cat" }]', '{ column = "cat" }, ' + price + "]"))
+    lines = [f"{1000 + n}.0,{'NULL' if n == 3 else f'c{n % 3}'},{n}" for n in range(20)]
+    (tmp_path / "raw/items.csv").write_text("\n".join(["item_id,cat,price", *lines]) + "\n")
+    assert run("--source", "generic", "--raw_dir", tmp_path / "raw", "--out_dir", tmp_path / "out") == 0
+    data = Data(tmp_path / "out", tmp_path / "artefact")
+    assert data.manifest.options["reading"]["whole"] == ["item"]
+    assert data.manifest.options["reading"]["clip"] == {"price": [2.0, 17.0]}
+    items = {row["index"]: row for row in pq.read_table(data.path / "items.parquet").to_pylist()}
+    for n in range(20):
+        made = {"request_time_s": 2_000_000_000, "history.item": [], "history.time_s": []}
+        made["candidate.item"] = [f"{1000 + n}.0", "new"]
+        made |= {"candidate.cat": ["NULL" if n == 3 else f"c{n % 3}"] * 2, "candidate.price": [n, n]}
+        found = data.reader(data.reader.from_json([made])).columns["candidate"]
+        assert items[found["item"][0]]["price"] == np.clip(n, 2, 17) and found["item"][1] == 1
+        for name in ("cat", "price"):  # what an unknown item brings reads like what the log had
+            assert found[name][0] == found[name][1]
 
 
 def test_the_readers_use_nothing_of_the_package():

@@ -30,7 +30,7 @@ def ids(*texts: str | None) -> np.ndarray:
     return features.id_of(pa.array(texts, pa.string()))
 
 
-def manifest(split_rule: str = "TimeBoundaries", max_history_length: int = 4) -> schema.Manifest:
+def manifest(split_rule: str = "TimeBoundaries", max_history_length: int = 4, **options) -> schema.Manifest:
     sizes = {name: len(words) + 2 for name, words in VOCABULARIES.items()} | {"author": 102, "brand": 6}
     return schema.Manifest(
         source="generic",
@@ -39,7 +39,7 @@ def manifest(split_rule: str = "TimeBoundaries", max_history_length: int = 4) ->
         tasks=(schema.Task("click"),),
         splits=(),
         max_history_length=max_history_length,
-        options={"split_rule": split_rule},
+        options={"split_rule": split_rule} | options,
         unbounded={"author": "hashed", "brand": "managed"},
     )
 

@@ -215,3 +215,29 @@ def test_errors_in_later_batches_count_from_the_first_request(reader):
     assert [len(tokens) for tokens in reader.batches(reader.from_json(sent), 3)] == [3, 3, 1]
     with pytest.raises(RequestError, match="request 5, "):
         list(reader.batches(reader.from_json([*sent[:5], shop.request(context_age=1e39), sent[6]]), 2))
+
+
+def test_values_are_read_as_those_of_the_log_were(tmp_path):
+    reading = {"null_words": ["NULL"], "whole": ["item"], "clip": {"position": [1.0, 2.0], "age": [5.0, 9.0]}}
+    reader = shop.reader(tmp_path, reading=reading)
+    sent = shop.request(
+        candidate_item=["7.0", "a.0"], candidate_position=[0.5, 3], context_tab="NULL", candidate_author=[None, "NULL"],
+        candidate_tags=[[], ["NULL", "red"]], history_action=["view.0", "buy"],
+    )  # fmt: skip
+    tokens = read(reader, sent)
+    assert tokens.columns["candidate"]["item"].tolist() == [4, 2]
+    assert tokens.columns["candidate"]["position"].tolist() == [1.0, 2.0]
+    assert tokens.columns["context"]["age"].tolist() == [0.0]  # a missing number is not cut off
+    assert tokens.columns["context"]["tab"].tolist() == [1]
+    assert tokens.columns["history"]["action"].tolist() == [1, 3]
+    new = read(reader, sent | {"candidate.item": ["new", "new"]}).columns["candidate"]
+    assert listed(new["tags"]) == ([1, 2], [0, 1, 2]) and new["author"].tolist() == [1, 1]
+
+
+NO_RULES = [3, {"clip": {"age": 3}}, {"clip": {"age": ["a", 1]}}, {"whole": [1]}, {"null_words": 1}]
+
+
+@pytest.mark.parametrize("reading", NO_RULES)
+def test_rules_that_are_none_are_refused(tmp_path, reading):
+    with pytest.raises(ValueError, match="build it again"):
+        shop.reader(tmp_path, reading=reading)
