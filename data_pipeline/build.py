@@ -64,6 +64,10 @@ def main(argv: list[str] | None = None) -> int:
         return _ended(str(error), MISTAKE)
     except OSError as error:
         return _ended(f"a file could not be read or written: {error}", NO_FILE_ACCESS)
+    except MemoryError as error:
+        return _ended(
+            f"out of memory ({error or 'Python'}); see --memory_limit, --num_buckets and --row_group_rows", FAILED
+        )
     except engine.EngineFailed as error:
         return _ended(str(error), NO_FILE_ACCESS if "No space left" in str(error) else FAILED)
     except Stopped:

@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
                     return status
                 root = data_versions.current(root)
             sections, verdict = page(root)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     show(sections, verdict)

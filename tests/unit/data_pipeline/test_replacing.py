@@ -97,14 +97,22 @@ def test_two_builds_of_one_folder_are_refused(raw, tmp_path, capsys):
     assert run(*arguments(raw, tmp_path / "out")) == 0
 
 
-def test_a_disk_that_is_full_is_one_line(raw, tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize(
+    ("failure", "status", "words"),
+    [
+        (OSError(28, "No space left on device"), build.NO_FILE_ACCESS, "No space left on device"),
+        (OSError(30, "Read-only file system"), build.NO_FILE_ACCESS, "Read-only file system"),
+        (MemoryError("realloc of size 4096 failed"), build.FAILED, "out of memory (realloc of size 4096 failed)"),
+    ],
+)
+def test_a_full_disk_and_a_full_memory_are_one_line(raw, tmp_path, monkeypatch, capsys, failure, status, words):
+    def fail(*_):
+        raise failure
 
-    monkeypatch.setattr(schema, "write_manifest", full)
-    assert run(*arguments(raw, tmp_path / "out")) == build.NO_FILE_ACCESS
+    monkeypatch.setattr(schema, "write_manifest", fail)
+    assert run(*arguments(raw, tmp_path / "out")) == status
     error = capsys.readouterr().err
-    assert "No space left on device" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert words in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_an_engine_out_of_memory_is_one_line(raw, tmp_path, capsys):
