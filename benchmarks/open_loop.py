@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 
+_MAX_IDLE_S = 30  # as clients and balancers do; the server closes after 75
 HEADER = b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
 
@@ -36,12 +37,12 @@ class Client:
 
     def __init__(self, host: str, port: int) -> None:
         self.host, self.port = host, port
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter, float]] = []
 
     async def post(self, body: bytes) -> tuple[int, bytes]:
         """Sends one body and reads its answer: (status, body); status 0 if the connection broke."""
         try:
-            reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self.host, self.port)
+            reader, writer = self._fresh() or await asyncio.open_connection(self.host, self.port)
             writer.write(HEADER % len(body) + body)
             head = await reader.readuntil(b"\r\n\r\n")
             lines = head.decode("latin1").lower().split("\r\n")
@@ -52,12 +53,21 @@ class Client:
         if "connection: close" in lines:
             writer.close()
         else:
-            self._idle.append((reader, writer))
+            self._idle.append((reader, writer, time.monotonic()))
         return int(lines[0].split()[1]), answer
+
+    def _fresh(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+        """Takes an idle connection that the server will not have closed, if there is one."""
+        while self._idle:
+            reader, writer, since_s = self._idle.pop()
+            if time.monotonic() - since_s < _MAX_IDLE_S:
+                return reader, writer
+            writer.close()
+        return None
 
     def close(self) -> None:
         """Closes idle connections."""
-        for _, writer in self._idle:
+        for _, writer, _ in self._idle:
             writer.close()
 
 

