@@ -2,7 +2,8 @@
 
     python -m benchmarks.serving --artefact artefacts/ctr --scenario Server --history 200 --candidates 500 --qps 25
 
-Scenarios: Server and Offline (LoadGen's own summary), cost, start, overload, reload (a soak is one that lasts long).
+Scenarios: Server and Offline (LoadGen's own summary), cost, passes (shared, or one per candidate), start, overload,
+reload (a soak is one that lasts long).
 Times of a busy machine are those of its other work too: CPU times are what to compare, and the machine's load is
 printed with every figure. Prints one JSON object at the end.
 """
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--duration_s", type=float, default=30.0)
     parser.add_argument("--batch_tokens", type=int, default=2000)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--history_cache_mib", type=float, default=0.0, help="of the scorer or server (default: none)")
     parser.add_argument("--reloads", type=int, default=20)
     parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
     args = parser.parse_args(argv)
@@ -91,7 +93,7 @@ def cost(args: argparse.Namespace) -> dict[str, typing.Any]:
     if args.over == "http":
         with server(args, "--deadline_ms", 10**6) as (process, port):
             return {"server_cpu_ms": _spread([_server_cost(process, port, asked) for _ in range(_REPEATS)])}
-    scorer, runs = load(args.artefact, threads=1), []
+    scorer, runs = load(args.artefact, threads=1, history_cache_mib=args.history_cache_mib), []
     for _ in range(_REPEATS + 1):  # the first one warms up
         phases: dict[str, float] = {}
 
@@ -102,6 +104,26 @@ def cost(args: argparse.Namespace) -> dict[str, typing.Any]:
             _score_once(scorer, body, add)
         runs.append(phases)
     return {f"{phase}_cpu_ms": _spread([run[phase] for run in runs[1:]]) for phase in runs[0]}
+
+
+def passes(args: argparse.Namespace) -> dict[str, typing.Any]:
+    """CPU milliseconds of one pass for all candidates of a request, and of a pass for each of them."""
+    scorer = load(args.artefact, threads=1)
+    [request, *_] = make_requests(scorer, args.history, args.candidates, 1)
+    together = scorer.reader(scorer.reader.from_json([request]))
+    columns = [name for name in request if name.startswith("candidate.")]
+    alone = [
+        scorer.reader(scorer.reader.from_json([request | {name: request[name][i : i + 1] for name in columns}]))
+        for i in range(args.candidates)
+    ]
+    measured: dict[str, list[float]] = {"one_pass_cpu_ms": [], "passes_cpu_ms": []}
+    for _ in range(_REPEATS + 1):
+        for name, tokens in (("one_pass_cpu_ms", [together]), ("passes_cpu_ms", alone)):
+            began_s = time.thread_time()
+            for part in tokens:
+                scorer.score_tokens(part)
+            measured[name].append((time.thread_time() - began_s) * 1000)
+    return {name: _spread(times_ms[1:]) for name, times_ms in measured.items()}
 
 
 def _score_once(scorer: typing.Any, body: bytes, add: typing.Callable[[str, float], None]) -> None:
@@ -236,7 +258,7 @@ def _served(port: int) -> str:
         return json.loads(connection.getresponse().read())["versions"][0]
 
 
-SCENARIOS = {"cost": cost, "start": start, "overload": overload, "reload": reload}
+SCENARIOS = {"cost": cost, "passes": passes, "start": start, "overload": overload, "reload": reload}
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------
@@ -249,6 +271,7 @@ def server(
     """Starts a server on a free port; gives its process and the port once it is ready."""
     command = [sys.executable, "-m", "gpsd_dist.serve", str(root or args.artefact), "--port", "0", "--name", "ctr"]
     command += ["--workers", str(args.workers), "--batch_tokens", str(args.batch_tokens), *map(str, options)]
+    command += ["--history_cache_mib", str(args.history_cache_mib)]
     with tempfile.NamedTemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
         try:

@@ -34,9 +34,9 @@ def check_loss(source: Source, scorer: Scorer, draft: Draft, options: Options) -
     lossy = weights.lossy_tables(reader, scorer.tables, options.table_dtype)
     if not lossy:
         return
-    kept = dict(draft.blobs)
+    kept, kept_bytes = dict(draft.blobs), draft.new_blob_bytes
     entries = {name: weights.write_table(draft, reader, manifest.table(name), run, "fp32") for name in lossy}
-    draft.blobs = kept  # no version names the exact tables, so they go with the draft
+    draft.blobs, draft.new_blob_bytes = kept, kept_bytes  # no version names the exact tables, so they go with the draft
     exact = copy.copy(scorer)
     exact.tables = scorer.tables | map_tables(draft.root, entries)
     before, after = (aucs(each, read_split(run, manifest, "valid", managed(scorer))) for each in (exact, scorer))
