@@ -156,7 +156,7 @@ class Log:
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
     """Counts the raw rows that `read` left out, by reason."""
     reading: dict[str, typing.Any] = dataclasses.field(default_factory=dict)
-    """What was done to values beyond their type (`gpsd_dist.features.Rules`), so that serving does it too."""
+    """Records what was done to values beyond their type (`gpsd_dist.features.Rules`), so that serving does it too."""
     sampling: tuple[str, ...] = ()
     """Those of schema.SAMPLING that `exposures` has, as columns `sampling_weight` and `sampling_negative_rate`."""
 
