@@ -121,6 +121,8 @@ class _Vectors(typing.Protocol):
 
     def rows(self, index_U: np.ndarray) -> torch.Tensor: ...
 
+    def block(self, first: int, stop: int) -> torch.Tensor: ...
+
 
 def _best(
     query_BE: torch.Tensor, vectors: _Vectors, seen: list[np.ndarray], top: int, spare: int = _SPARE
@@ -152,11 +154,11 @@ def _preselected(
     seen_N = torch.from_numpy(np.concatenate([*seen, np.zeros(0, np.int64)]))
     best_BP, row_BP = torch.empty(len(query_BE), 0), torch.empty(len(query_BE), 0, dtype=torch.int64)
     for first in range(NUM_RESERVED_ROWS, vectors.num_rows, _BLOCK_ITEMS):
-        index_R = np.arange(first, min(first + _BLOCK_ITEMS, vectors.num_rows))
-        score_BR = query_BE @ vectors.rows(index_R).T
-        is_here_N = (seen_N >= first) & (seen_N < first + len(index_R))
+        stop = min(first + _BLOCK_ITEMS, vectors.num_rows)
+        score_BR = query_BE @ vectors.block(first, stop).T
+        is_here_N = (seen_N >= first) & (seen_N < stop)
         score_BR[query_N[is_here_N], seen_N[is_here_N] - first] = -torch.inf
-        block_BP, place_BP = score_BR.topk(min(wanted, len(index_R)), dim=1)
+        block_BP, place_BP = score_BR.topk(min(wanted, stop - first), dim=1)
         both = torch.cat([best_BP, block_BP], 1), torch.cat([row_BP, place_BP + first], 1)
         best_BP, chosen_BP = both[0].topk(min(wanted, both[0].shape[1]), dim=1)
         row_BP = both[1].gather(1, chosen_BP)

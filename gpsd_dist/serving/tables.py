@@ -94,11 +94,24 @@ class MappedTable:
         ]
         return torch.cat(pieces) if pieces else torch.zeros(0, self.width)
 
+    def block(self, first: int, stop: int) -> torch.Tensor:
+        """Returns the rows first ... stop - 1, float32 [R, E]; of one part of an fp32 table without a copy."""
+        pieces = []
+        for part, start in zip(self._parts, self._starts, strict=False):
+            rows = {name: values[max(first - start, 0) : max(stop - start, 0)] for name, values in part.items()}
+            if len(next(iter(rows.values()))):
+                pieces.append(_whole(rows))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
 
 def _decoded(part: dict[str, torch.Tensor], index_U: torch.Tensor) -> torch.Tensor:
+    return _whole({name: values.index_select(0, index_U) for name, values in part.items()})
+
+
+def _whole(part: dict[str, torch.Tensor]) -> torch.Tensor:
     if _ROWS in part:
-        return part[_ROWS].index_select(0, index_U).float()
-    codes, scale, offset = (part[name].index_select(0, index_U) for name in (_CODES, _SCALE, _OFFSET))
+        return part[_ROWS].float()
+    codes, scale, offset = (part[name] for name in (_CODES, _SCALE, _OFFSET))
     return torch.addcmul(offset[:, None], codes.float(), scale[:, None])
 
 

@@ -110,6 +110,9 @@ class Rows:
     def rows(self, index: np.ndarray) -> torch.Tensor:
         return self.vectors[torch.from_numpy(index)]
 
+    def block(self, first: int, stop: int) -> torch.Tensor:
+        return self.vectors[first:stop]
+
 
 @pytest.mark.parametrize(("block", "top"), itertools.product((7, 64, 1000), (1, 5, 90)))
 def test_search_is_exact_in_blocks_and_among_equal_items(block, top, monkeypatch):

@@ -35,6 +35,8 @@ def test_rows_come_back(tmp_path, dtype, rows_per_part):
         assert found.dtype == torch.float32 and found.shape == (len(index), 12)
         assert float((found - ROWS[index]).abs().max()) <= ERROR[dtype] * 1.001 if index else True
     assert table.rows(np.array([5])).unique().tolist() == [0.25]
+    for first, stop in ((0, 1000), (2, 3), (95, 340), (990, 1000)):
+        assert torch.equal(table.block(first, stop), table.rows(np.arange(first, stop)))
     for outside in ([-1], [1000], [3, 5000]):
         with pytest.raises(IndexError, match="table 'item', which has 1,000"):
             table.rows(np.array(outside))
