@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from data_pipeline import build
+from data_pipeline import build, write
 from gpsd_dist.evaluate import evaluate_checkpoint
 from gpsd_dist.metrics.classification import Predictions
 from gpsd_dist.trainer import Trainer
@@ -82,6 +82,36 @@ def test_probabilities_are_those_of_the_whole_log(tmp_path):
     assert metrics["calibration"] == pytest.approx((weight * probability).sum() / label.sum(), rel=1e-6)
     assert error < 0.06 and abs(metrics["calibration"] - 1) < 2 * error
     assert 0.05 < metrics["label_rate"] < 0.2 < label.mean()
+
+
+def priced_log(folder: pathlib.Path, num_shown: int = 20_000) -> pathlib.Path:
+    """Draws clicks by a lognormal price, 80 % below its median and 20 % above; one price is 1e9."""
+    draw = np.random.default_rng(3)
+    price = np.exp(draw.normal(size=num_shown)).round(4)
+    click = (draw.random(num_shown) < np.where(price < 1, 0.8, 0.2)).astype(int)
+    price[100] = 1e9
+    columns = (draw.integers(500, size=num_shown), draw.integers(50, size=num_shown), range(num_shown), click, price)
+    rows = [f"{user},{item},{1_700_000_000 + 7 * n},{label},{value}" for user, item, n, label, value in zip(*columns)]
+    folder.mkdir()
+    (folder / "shown.csv").write_text("\n".join(["user,item,ts,click,price", *rows]) + "\n")
+    feature = '{ column = "price", place = "candidate", kind = "numerical" }'
+    text = SCHEMA.replace('{ column = "page", place = "candidate" }', feature)
+    (folder / "schema.toml").write_text(text.replace('negative_sampling_rate = "rate"\n', ""))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fence", "low", "high"), [(3.0, 0.77, 0.81), (1e12, 0.45, 0.55)])
+def test_a_far_number_does_not_make_all_others_alike(tmp_path, monkeypatch, fence, low, high):
+    """The AUC of 0.80 is possible. A fence of 1e12 is none: what every data set had before."""
+    monkeypatch.setattr(write, "FENCE", fence)
+    raw = priced_log(tmp_path / "raw")
+    assert build.main(["--source", "generic", "--raw_dir", str(raw), "--out_dir", str(tmp_path / "d")]) == 0
+    options = {"data": {"global_batch_rows": 128, "eval_batch_rows_per_rank": 512}, "train": {"epochs": 3}}
+    run = tiny_run("finetune", tmp_path / "d", tmp_path / "run", **options)
+    [(metrics, _)] = run_distributed(_train_and_score, 1, tmp_path, [run], timeout_s=250)
+    print(f"fence {fence}: AUC {metrics['auc']:.4f}, log loss {metrics['log_loss']:.4f}")
+    assert low < metrics["auc"] < high
 
 
 @pytest.mark.parametrize("has_time", [True, False])
