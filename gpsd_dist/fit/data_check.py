@@ -93,8 +93,8 @@ def look(data_dir: pathlib.Path) -> Facts:
     if missing:
         raise ValueError(
             f"{data_dir} has no rows in {' and '.join(missing)}: `valid` chooses the model and `test` judges it. Set "
-            "valid_from and test_from in the section [split] of the schema (or valid_fraction, test_fraction), and "
-            f"build again: {_BUILD} {data_dir}"
+            "valid_from and test_from in the section [split] of the schema (or valid_fraction, test_fraction; no "
+            f"`no_valid`), and build again: {_BUILD} {data_versions.root_of(data_dir)}"
         )
     splits = {name: _count(data_dir, manifest, name) for name in SPLITS}
     _check_classes(data_dir, [task.name for task in manifest.tasks], splits)

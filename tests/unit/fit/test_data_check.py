@@ -90,8 +90,11 @@ def test_a_file_is_no_folder(tmp_path):
 @pytest.mark.parametrize("missing", ["valid", "test"])
 def test_without_a_split_nothing_can_be_chosen_or_judged(data, tmp_path, missing):
     splits = tuple(split for split in schema.read_manifest(data).splits if split.name != missing)
-    message = changed(data, tmp_path, splits=splits)
+    folder = tmp_path / "versions" / "0001-0123abcd"
+    folder.mkdir(parents=True)
+    message = changed(data, folder, splits=splits)
     assert f"has no rows in {missing}: `valid` chooses" in message and "valid_from and test_from" in message
+    assert message.endswith(f"--out_dir {tmp_path}")  # where it was built, and not within
 
 
 def test_histories_alone_have_no_clicks_to_predict(data, tmp_path):
