@@ -66,7 +66,10 @@ def _about_the_time(runner: Runner) -> collections.abc.Iterator[str]:
     if runner.cut:
         yield f"--budget_minutes ended {', '.join(runner.cut)} early: delete those folders and run again without it"
     if runner.left_out:
-        yield f"--budget_minutes left out {', '.join(runner.left_out)}: the same command goes on with them, given time"
+        least = runner.budget.least_minutes
+        at_least = f" (--budget_minutes {least} or more)" if least else ""
+        names = ", ".join(runner.left_out)
+        yield f"--budget_minutes left out {names}: the same command goes on with them, given time{at_least}"
     for prefix, is_pretraining in (("--gin", False), ("--pretrain_gin", True)):
         rising = [(name, state) for name, state in runner.rising if (name == "pretraining") == is_pretraining]
         if rising:

@@ -39,9 +39,13 @@ class Budget:
     """Shares what is left of a time budget among the trainings that are left."""
 
     def __init__(self, minutes: float | None):
-        self._end_s = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self._start_s = time.monotonic()
+        self._end_s = math.inf if minutes is None else self._start_s + 60 * minutes
         self.weights_left: list[float] = []
         self.short_steps_left = 0
+        self.least_minutes = 0
+        """Budget that would have let the first training start that was left out; 0: none was."""
+        self._took_s: list[float] = []
 
     def deadline_s(self, start_up_s: float = 0.0) -> float | None:
         """Returns the moment at which the next training has to stop; None if it should not even start.
@@ -53,10 +57,21 @@ class Budget:
         if math.isinf(self._end_s):
             return math.inf
         now_s = time.monotonic()
-        left_s = self._end_s - now_s - SCORING_S * self.short_steps_left
+        short_s = sum(self._took_s) / len(self._took_s) if self._took_s else SCORING_S
+        left_s = self._end_s - now_s - short_s * self.short_steps_left
         least_s = max(MIN_TRAINING_S, MIN_STARTS * start_up_s)
         mine_s = max(left_s * share / (share + sum(self.weights_left)), least_s)
-        return now_s + mine_s if left_s >= least_s else None
+        if left_s < least_s:
+            short_minutes = (self._end_s - self._start_s + least_s - left_s) / 60
+            self.least_minutes = self.least_minutes or math.ceil(short_minutes)
+            return None
+        return now_s + mine_s
+
+    def end_short_step(self, started_s: float, *, is_kept: bool) -> None:
+        """Counts a step that is no training, and notes how long it took since `started_s`."""
+        self.short_steps_left -= 1
+        if not is_kept:
+            self._took_s.append(time.monotonic() - started_s)
 
 
 class Runner:
@@ -125,6 +140,7 @@ class Runner:
         files = ("--metrics_out", str(metrics_out), "--scores_out", str(scores_out))
         command = python_command(1, "gpsd_dist.evaluate", *options, *files)
         self.commands.append((title, command))
+        started_s = time.monotonic()
         with self.display.step(title) as step:
             known = _known(metrics_out, scores_out)
             step.is_kept = known is not None
@@ -135,7 +151,7 @@ class Runner:
                 write_results(made, metrics_out, keep, scores_out)
                 known = read_result(metrics_out)  # with None for NaN, as the file has it
             step.remark = _aucs(known or {}, self.facts.tasks)
-        self.budget.short_steps_left -= 1
+        self.budget.end_short_step(started_s, is_kept=step.is_kept)
         return known or {}
 
     def floor(self, name: str, split: str) -> Metrics:
@@ -145,6 +161,7 @@ class Runner:
         options = ("--baseline", name, "--data", str(self.data_dir), "--split", split)
         files = ("--metrics_out", str(metrics_out), "--scores_out", str(scores_out))
         self.commands.append((title, python_command(1, "gpsd_dist.evaluate", *options, *files)))
+        started_s = time.monotonic()
         with self.display.step(title) as step:
             known = _known(metrics_out, scores_out)
             step.is_kept = known is not None
@@ -155,7 +172,7 @@ class Runner:
                     write_results({k: v for part in made for k, v in part.items()}, metrics_out, keep, scores_out)
                     known = read_result(metrics_out)
             step.remark = _aucs(known or {}, self.facts.tasks)
-        self.budget.short_steps_left -= 1
+        self.budget.end_short_step(started_s, is_kept=step.is_kept)
         return known or {}
 
     def _process_of_one(self) -> Runtime:

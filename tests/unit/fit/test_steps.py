@@ -32,6 +32,23 @@ def test_a_budget_is_shared_by_weight_and_what_is_left_over_flows_on(clock):
     assert budget.deadline_s(start_up_s=20) is None and not budget.weights_left
 
 
+def test_short_steps_are_reckoned_with_what_they_took(clock):
+    """A minute is too short while each is reckoned with 15 s; the budget that would do is named."""
+    assert steps.Budget(1).least_minutes == 0
+    slow, quick = steps.Budget(1), steps.Budget(1)
+    for budget, took_s in ((slow, 0), (quick, 4)):
+        steps.plan_budget(budget, 0, 1, 1)
+        for _ in range(3 if took_s else 0):
+            started_s = clock[0]
+            clock[0] += took_s
+            budget.end_short_step(started_s, is_kept=False)
+        budget.end_short_step(clock[0], is_kept=True)  # says nothing about the time that others take
+    left_s = 60 - 12 - 5 * 4
+    assert quick.deadline_s() == pytest.approx(clock[0] + max(left_s / 2, steps.MIN_TRAINING_S))
+    assert slow.deadline_s() is None
+    assert slow.least_minutes == math.ceil((60 + steps.MIN_TRAINING_S - (60 - 12 - 8 * steps.SCORING_S)) / 60)
+
+
 def test_without_a_budget_there_is_no_deadline():
     budget = steps.Budget(None)
     steps.plan_budget(budget, 1, 0, 0)
