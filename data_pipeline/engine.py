@@ -19,7 +19,7 @@ from data_pipeline import duckdb_engine, progress
 from data_pipeline.options import BuildOptions, EngineName
 
 DEFAULT_MASTER = "local[*]"
-SMALL_LOG_BYTES = 1 << 28  # untuned: some 30 M events in Parquet, whose stored tables take 10 GB without compression
+SMALL_LOG_BYTES = 1 << 27  # untuned: some 17 M events in Parquet, whose stored tables take 7 GB without compression
 _NO_NEWS = "An error occurred while calling"  # begins the first line of every error that Spark's Java side raises
 
 
