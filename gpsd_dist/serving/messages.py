@@ -9,6 +9,7 @@ from gpsd_dist.serving.answer import Answer
 
 _SHOWN = ("created", "source", "packages", "engine", "tolerance", "limits")  # of artefact.json
 RawId = str | int | float | bool | None
+Seconds = int | float | None  # since 1970
 PATHS = {  # path -> (method, summary, status of success, its type)
     "/v1/score": ("post", "Score the candidates of raw requests", "Scored"),
     "/v2": ("get", "Name and version of the server", "ServerMetadata"),
@@ -132,8 +133,9 @@ def raw_request_type(manifest: Manifest) -> type[msgspec.Struct]:
     item = manifest.item_feature
     columns: list[tuple[str, typing.Any, bool]] = [  # name, type, is required
         ("user_id", RawId, False),
-        ("request_time_s", int | None, False),
-        ("history.time_s", list[int | None], False),
+        ("request_time_s", Seconds, False),
+        ("history.time_s", list[Seconds], False),
+        ("history.latest_s", list[Seconds], False),
     ]
     for place in ("history", "candidate", "context"):
         for feature in manifest.features_in(place):
