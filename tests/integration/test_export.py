@@ -29,7 +29,8 @@ from gpsd_dist.serving.examples import replay
 from gpsd_dist.serving.scorer import load
 from tests.helpers import synthetic
 from tests.helpers.commands import environment
-from tests.integration.tiny_data import tiny_run, train_runs, write_tiny_data
+from tests.helpers.distributed import run_distributed
+from tests.integration.tiny_data import read_checkpoint, tiny_run, train_runs, write_tiny_data
 from tests.integration.unbounded_data import write_unbounded_data
 
 pytestmark = pytest.mark.timeout(420)
@@ -250,6 +251,17 @@ def test_statistics_are_those_of_train(artefact, data_dir):
     assert found["quantiles"]["history_length"]["1.0"] == max(lengths)
     assert load(artefact).reference == found["means"]
     assert 0 < found["means"]["probability click"] < 1
+
+
+def test_tables_that_two_ranks_saved_in_shards_are_whole(data_dir, tmp_path):
+    sharding = {"item": "row_wise", "tag": "column_wise"}
+    run = tiny_run("finetune", data_dir, tmp_path / "run", tables={"sharding": sharding}, train={"max_steps": 2})
+    run_distributed(train_runs, 2, tmp_path, [run], timeout_s=300)
+    source = read_source(tmp_path / "run", str(data_dir))
+    export(source, tmp_path / "ctr")
+    saved, scorer = read_checkpoint(source.checkpoint), load(tmp_path / "ctr")
+    for name, table in scorer.tables.items():
+        assert torch.equal(table.rows(np.arange(table.num_rows)), saved[f"table.{name}"][:, : table.width])
 
 
 def test_products_of_conditional_tasks(artefact):
