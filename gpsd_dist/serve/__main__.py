@@ -11,6 +11,7 @@ under way are answered, then exit status 0. Binds to 127.0.0.1 unless told other
 import argparse
 import contextlib
 import logging
+import math
 import pathlib
 import socket
 import sys
@@ -42,8 +43,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--log_days", type=float, default=7.0, help="delete logged requests after so many days (default 7)")
     add("--log_user_ids", action="store_true", help="log user ids as they come, not hashed")
     args = parser.parse_args(argv)
+    numbers = {name: value for name, value in vars(args).items() if isinstance(value, float)}
+    problems = [f"--{name} {value} must be finite" for name, value in numbers.items() if not math.isfinite(value)]
+    if not 0 <= args.port < 2**16:
+        problems.append(f"--port {args.port} must be between 0 and 65535")
     positive = ("workers", "queue_tokens", "batch_tokens", "deadline_ms", "max_body_mib", "reload_s", "log_days")
-    problems = [f"--{name} {getattr(args, name)} must be above 0" for name in positive if not getattr(args, name) > 0]
+    problems += [f"--{name} {getattr(args, name)} must be above 0" for name in positive if not getattr(args, name) > 0]
     problems += [
         f"--{name} must not be below 0"
         for name in ("linger_s", "drain_s", "history_cache_mib")
@@ -72,7 +77,10 @@ def main(argv: list[str]) -> int:
 
 def _bound(host: str, port: int) -> socket.socket:
     """Binds without listening: until a worker is ready, connections are refused instead of waiting for it."""
-    family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise OSError(f"--host {host} is no address or name of this machine ({error}); choose another one") from error
     listener = socket.socket(family, kind, proto)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

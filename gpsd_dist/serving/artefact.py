@@ -329,23 +329,31 @@ class Draft:
 def drafting(root: str | os.PathLike[str]) -> collections.abc.Iterator[Draft]:
     """Makes the folder of an artefact if need be, deletes what dead exports left, and gives a draft to write into.
 
-    One export at a time: OSError if another one is under way. Without `commit` nothing remains.
+    One export at a time: OSError if another one is under way, or if the folder holds something else. Without `commit`
+    nothing remains.
     """
     root = pathlib.Path(root).absolute()
-    for folder in (root, root / VERSIONS, root / BLOBS):
-        folder.mkdir(parents=True, exist_ok=True)
+    if root.exists() and not root.is_dir():
+        raise OSError(f"{root} is a file, expected the folder of an artefact, or a new name")
+    if root.is_dir() and any(root.iterdir()) and not any((root / name).exists() for name in (_LOCK, CURRENT_NAME)):
+        raise OSError(f"{root} holds files and is no artefact, whose unused blobs would be deleted: name a new folder")
+    root.mkdir(parents=True, exist_ok=True)
     lock = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise OSError(f"another export is writing to {root}; wait for it, or use another --out") from error
+        for folder in (root / VERSIONS, root / BLOBS):
+            folder.mkdir(exist_ok=True)
         _delete_partial(root)
-        draft = Draft(root, root / f"{_PARTIAL}{secrets.token_hex(8)}")
-        draft.folder.mkdir()
-        yield draft
+        try:
+            draft = Draft(root, root / f"{_PARTIAL}{secrets.token_hex(8)}")
+            draft.folder.mkdir()
+            yield draft
+        finally:
+            _delete_partial(root)
     finally:
-        _delete_partial(root)
         os.close(lock)
 
 
@@ -370,9 +378,11 @@ def _delete_partial(root: pathlib.Path) -> None:
 def make_current(root: str | os.PathLike[str], version: str) -> None:
     """Lets `current.json` name this version, in one step: a reader sees the old one or the new one.
 
-    ArtefactError if the version cannot be opened.
+    ArtefactError if the version cannot be opened, or is a path instead of a name.
     """
     root = pathlib.Path(root).absolute()
+    if not _VERSION_NAME.fullmatch(version):
+        raise ArtefactError(f"{version[:200]!r} is no name of a version; expected one of those in {root / VERSIONS}")
     artefact = open_version(root / VERSIONS / version)
     digest = sum_of(artefact.folder / DESCRIPTION_NAME).sha256
     aside = root / f"{_PARTIAL}{secrets.token_hex(8)}"

@@ -220,3 +220,31 @@ def test_a_kill_at_any_file_operation_leaves_the_old_or_the_new_version(tmp_path
     assert states == sorted(states, key=lambda state: state == "new") and set(states) == {"old", "new"}
     assert {operation.split(" ")[0] for operation in operations} >= {"open", "fsync", "os.mkdir", "os.rename"}
     assert len(operations) > 20, operations
+
+
+def test_a_folder_of_something_else_is_left_as_it_is(tmp_path):
+    kept = tmp_path / "models/blobs/weights.bin"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"not ours")
+    with pytest.raises(OSError, match="is no artefact"):
+        write(tmp_path / "models")
+    assert [path for path in (tmp_path / "models").rglob("*") if path.is_file()] == [kept]
+    with pytest.raises(OSError, match="is a file"):
+        write(kept)
+
+
+def test_a_path_in_place_of_a_version_leaves_the_artefact_as_it_is(root):
+    found = open_version(root)
+    for given in (f"{found.version}/", str(found.folder), f"../../{root.name}/versions/{found.version}"):
+        with pytest.raises(ArtefactError, match="is no name of a version"):
+            make_current(root, given)
+    assert open_version(root) == found
+
+
+def test_an_export_that_comes_second_leaves_the_draft_of_the_first(tmp_path):
+    with drafting(tmp_path / "ctr") as draft:
+        draft.write_json("model.json", {})
+        blob = draft.add_blob(lambda path: path.write_bytes(b"part"))
+        with pytest.raises(OSError, match="another export is writing"), drafting(tmp_path / "ctr"):
+            pass
+        assert (draft.folder / "model.json").is_file() and (draft.root / "blobs" / blob).is_file()
