@@ -23,7 +23,8 @@ from gpsd_dist.serving.tables import DTYPES
 
 def main(argv: list[str]) -> int:
     """Returns 0, 1 for a damaged artefact, or 2 for a mistake or a refusal."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger("gpsd_dist").setLevel(logging.INFO)  # not what FBGEMM tells of every table
     try:
         if argv[:1] == ["verify"]:
             return _verify(argv[1:])
