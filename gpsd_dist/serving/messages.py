@@ -22,6 +22,7 @@ PATHS = {  # path -> (method, summary, status of success, its type)
 }
 REFUSALS = {
     "400": "The body is no JSON of this form",
+    "408": "The body did not come in time",
     "413": "The body, or the number of tokens in it, is over a limit",
     "415": "The body is not application/json",
     "422": "A column is missing, unknown, of another type or over a limit; `column` and `row` say which",
@@ -83,7 +84,7 @@ class ModelMetadata(msgspec.Struct):
 def model_metadata(name: str, scorer: typing.Any) -> ModelMetadata:
     """Describes the version that is served."""
     inputs = [TensorMetadata("user_id", "BYTES", [1]), TensorMetadata("request_time_s", "INT64", [1])]
-    inputs.append(TensorMetadata("history.time_s", "INT64", [-1]))
+    inputs += [TensorMetadata(name, "FP64", [-1]) for name in ("history.time_s", "history.latest_s")]
     for place in ("history", "candidate", "context"):
         for feature in scorer.manifest.features_in(place):
             shape = ([] if place == "context" else [-1]) + ([-1] if feature.is_bag else [])

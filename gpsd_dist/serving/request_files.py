@@ -29,6 +29,8 @@ def read(reader: RequestReader, requests: pathlib.Path) -> typing.Iterator[Part]
 
     What `gpsd_dist.serve --log_requests` adds to requests is passed over. ValueError names file, request and column.
     """
+    if not requests.exists():
+        raise ValueError(f"--requests {requests} does not exist; name a Parquet file, or a folder that has some")
     files = sorted(requests.glob("*.parquet")) if requests.is_dir() else [requests]
     if not files:
         raise ValueError(f"--requests {requests} has no .parquet file; name a file, or a folder that has some")

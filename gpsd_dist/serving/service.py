@@ -118,7 +118,11 @@ class _Server(uvicorn.Server):
     on_listening: typing.Callable[[], None]
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # a server that bound the port at the same moment listens already
+            ports = ", ".join(str(bound.getsockname()[1]) for bound in sockets or [])
+            raise OSError(f"cannot listen on port {ports} ({error.strerror}); choose another --port") from error
         self.on_listening()
 
     @contextlib.contextmanager

@@ -64,6 +64,7 @@ def test_openapi_document_names_columns_and_every_path(server):
     raw = schemas["RawRequest"]
     assert raw["required"] == ["history.item", "candidate.item"] and raw["additionalProperties"] is False
     assert {"user_id", "request_time_s", "history.time_s", "context.hour"} <= raw["properties"].keys()
+    assert "408" in document["paths"]["/v1/score"]["post"]["responses"]
     references = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(document)))
     assert references <= schemas.keys() and {"RawRequest", "Answer", "Refused"} <= references
     for path, operations in document["paths"].items():

@@ -1,8 +1,13 @@
 """Options of `python -m gpsd_dist.serve` that cannot be meant are refused, all at once."""
 
-import pytest
+import asyncio
 
-from gpsd_dist.serve.__main__ import main
+import pytest
+import uvicorn
+
+from gpsd_dist.serve.__main__ import _bound, main
+from gpsd_dist.serving import request_files
+from gpsd_dist.serving.service import _Server
 
 
 @pytest.mark.parametrize(
@@ -26,3 +31,18 @@ def test_option_is_refused(options, message, capsys):
 def test_a_host_that_nobody_knows_is_named(capsys):
     assert main(["artefacts/ctr", "--host", "a..b", "--port", "0"]) == 2
     assert "--host a..b is no address" in capsys.readouterr().err
+
+
+def test_of_two_servers_that_bind_at_once_the_later_one_names_the_port():
+    with _bound("127.0.0.1", 0) as first, _bound("127.0.0.1", first.getsockname()[1]) as second:
+        first.listen()
+        server = _Server(uvicorn.Config(lambda scope: None, lifespan="off", log_config=None))
+        server.config.load()
+        server.lifespan = server.config.lifespan_class(server.config)
+        with pytest.raises(OSError, match=rf"port {first.getsockname()[1]} .*choose another --port"):
+            asyncio.run(server.startup([second]))
+
+
+def test_requests_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nothing does not exist; name a Parquet file"):
+        next(iter(request_files.read(None, tmp_path / "nothing")))
