@@ -11,7 +11,7 @@ import pathlib
 import threading
 import typing
 
-from gpsd_dist.serving.artefact import CURRENT_NAME
+from gpsd_dist.serving.artefact import CURRENT_NAME, ArtefactError, read_bytes
 
 log = logging.getLogger(__name__)
 _NICENESS = 10  # of the loading thread: requests come first
@@ -83,6 +83,6 @@ class Versions:
 
     def _read_pointer(self) -> bytes:
         try:
-            return (self.root / CURRENT_NAME).read_bytes()
-        except OSError:
+            return read_bytes(self.root / CURRENT_NAME)
+        except ArtefactError:
             return b""

@@ -1,11 +1,13 @@
 """Changing the version: a good one is swapped in, a bad one stays out, the one before is still there."""
 
 import contextlib
+import os
 import threading
 import time
 
 import pytest
 
+from gpsd_dist.serving.artefact import ArtefactError, open_version
 from gpsd_dist.serving.reload import Versions
 from tests.helpers.fake_scorer import FakeScorer, make_current, write_version
 
@@ -98,3 +100,13 @@ def test_the_watching_thread_changes_the_version_inside_the_lock_and_ends(served
     stopped.set()
     thread.join(timeout=30)
     assert versions.scorer().version == "v2" and entered == ["reload"] and not thread.is_alive()
+
+
+def test_a_pipe_or_an_endless_file_in_place_of_the_pointer_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "current.json")
+    with pytest.raises(ArtefactError, match=r"current\.json is no file"):
+        Versions(tmp_path, open_version, lambda outcome, scorer: None, contextlib.nullcontext())
+    (tmp_path / "current.json").unlink()
+    (tmp_path / "current.json").symlink_to("/dev/zero")
+    with pytest.raises(ArtefactError, match=r"current\.json cannot be read"):
+        Versions(tmp_path, open_version, lambda outcome, scorer: None, contextlib.nullcontext())
