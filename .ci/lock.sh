@@ -37,6 +37,8 @@ cp "$cuda_dir/requirements.txt" requirements.txt
 
 # The running lock is a constraint (requirements-dev.in names it), and what it holds is left out: one list serves both builds.
 mapfile -t held < <(sed -n 's/^\([A-Za-z0-9_.-]*\)==.*/--no-emit-package=\1/p' requirements-cpu.txt)
-compile requirements-dev.in --override .ci/lock-overrides.txt "${held[@]}" --output-file requirements-dev.txt "$@"
+# Tests want Triton, which a CPU build of torch goes without.
+grep -v '^triton' .ci/lock-overrides.txt >"$cuda_dir/dev-overrides.txt"
+compile requirements-dev.in --override "$cuda_dir/dev-overrides.txt" "${held[@]}" --output-file requirements-dev.txt "$@"
 compile requirements-serve.in --override .ci/lock-overrides.txt --output-file requirements-serve.txt "$@"
 echo "lock: wrote requirements-cpu.txt, requirements.txt, requirements-dev.txt and requirements-serve.txt"
