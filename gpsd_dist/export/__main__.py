@@ -15,7 +15,7 @@ import logging
 import pathlib
 import sys
 
-from gpsd_dist.serving.artefact import ENGINES, ArtefactError, make_current
+from gpsd_dist.serving.artefact import CURRENT_NAME, ENGINES, ArtefactError, make_current
 from gpsd_dist.serving.examples import replay
 from gpsd_dist.serving.scorer import load
 from gpsd_dist.serving.tables import DTYPES
@@ -26,10 +26,13 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("gpsd_dist").setLevel(logging.INFO)  # not what FBGEMM tells of every table
     try:
-        if argv[:1] == ["verify"]:
-            return _verify(argv[1:])
-        commands = {"use": _use, "parity": _parity}
-        return commands[argv[0]](argv[1:]) if argv and argv[0] in commands else _export(argv)
+        commands = {"verify": _verify, "use": _use, "parity": _parity}
+        if not argv or argv[0].startswith("-"):
+            return _export(argv)
+        if argv[0] not in commands:
+            known = ", ".join(commands)
+            raise ValueError(f"there is no {argv[0]!r}: name one of {known}, or options alone to export (--help)")
+        return commands[argv[0]](argv[1:])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -109,6 +112,8 @@ def _export(argv: list[str]) -> int:
         parser.error(f"--max_candidates {args.max_candidates} must be at least 1")
     if args.accept_worse and not args.replaces:
         parser.error("--accept_worse goes with --replaces current")
+    if args.replaces and not pathlib.Path(args.out, CURRENT_NAME).is_file():
+        parser.error(f"--replaces current: {args.out} has no current version to compare with; leave it out")
     options = Options(
         args.table_dtype, args.engine, args.max_candidates, args.accept_loss, bool(args.replaces), args.accept_worse
     )

@@ -55,13 +55,15 @@ class Retriever:
 
     def __init__(self, artefact: Artefact):
         self.artefact, self.version, self.manifest = artefact, artefact.version, artefact.manifest
+        tables = map_tables(artefact.root, artefact.description.tables)
+        if ITEM_VECTORS not in tables:
+            raise ArtefactError(
+                f"{artefact.folder} holds no {ITEM_VECTORS}; searched is what python -m gpsd_dist.index build makes"
+            )
         table = typing.cast(str, self.manifest.feature(self.manifest.item_feature).table)
         read = {feature.table for feature in self.manifest.features_in("history") if feature.table is not None}
         self.reader = open_reader(artefact, open_vocabularies(artefact, sorted(read)), with_candidates=False)
         self.model = build_model(artefact, functools.partial(NextItemModel, auxiliary=()))
-        tables = map_tables(artefact.root, artefact.description.tables)
-        if ITEM_VECTORS not in tables:
-            raise ArtefactError(f"{artefact.folder} holds no {ITEM_VECTORS}; build it: python -m gpsd_dist.index build")
         self.vectors = tables.pop(ITEM_VECTORS)
         """Unit vector of each row of the item table."""
         self._tables = tables

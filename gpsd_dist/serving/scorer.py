@@ -62,6 +62,10 @@ class Scorer:
         self.limits = self.reader.limits
         trained = artefact.read_json(MODEL_NAME).get("tasks")
         self.tasks = tuple(task for task in self.manifest.tasks if isinstance(trained, list) and task.name in trained)
+        if not self.tasks:
+            raise ArtefactError(
+                f"{artefact.folder} scores no task; an index is searched: python -m gpsd_dist.index search"
+            )
         names = tuple(task.name for task in self.tasks)
         self.model = build_model(artefact, functools.partial(RankingModel, tasks=names))
         self.tables = map_tables(artefact.root, artefact.description.tables)

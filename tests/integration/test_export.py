@@ -18,11 +18,13 @@ from gpsd_dist.config.ids import IdsConfig
 from gpsd_dist.config.model import MODELS
 from gpsd_dist.data.loaders import evaluation_loader
 from gpsd_dist.export import gates
+from gpsd_dist.export.__main__ import main as export_command
 from gpsd_dist.export.exporter import export, read_source
 from gpsd_dist.export.gates import managed
 from gpsd_dist.export.parquet_tokens import read_split
 from gpsd_dist.export.raw_requests import RawRequests, read_requests
 from gpsd_dist.export.source import Options
+from gpsd_dist.index.__main__ import main as index_command
 from gpsd_dist.serving.artefact import ArtefactError, open_version
 from gpsd_dist.serving.batches import taken
 from gpsd_dist.serving.examples import replay
@@ -288,3 +290,15 @@ def test_other_examples_are_not_served(artefact, tmp_path):
     object.__setattr__(scorer.reader.limits, "max_candidates", 5)
     with pytest.raises(ArtefactError, match="not read any more: request"):
         replay(scorer)
+
+
+def test_mistakes_in_the_command_are_named(artefact, finetuned, data_dir, tmp_path, capsys):
+    assert export_command(["publish", "artefacts/ctr"]) == 2
+    assert "there is no 'publish': name one of verify, use, parity" in capsys.readouterr().err
+    new = ["--checkpoint", str(finetuned), "--data", str(data_dir), "--out", str(tmp_path / "new")]
+    with pytest.raises(SystemExit):
+        export_command([*new, "--replaces", "current"])
+    assert "has no current version to compare with; leave it out" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert index_command(["search", str(artefact), "--requests", "raw.parquet", "--out", str(tmp_path / "found")]) == 2
+    assert "holds no item vectors; searched is what" in capsys.readouterr().err
