@@ -4,6 +4,7 @@ Arrow is fast but lenient: it accepts a quote that never closes, and text after 
 quote is read a second time by the strict parser of Python's csv module, which must find the same number of rows.
 """
 
+import codecs
 import collections.abc
 import csv
 import dataclasses
@@ -207,13 +208,22 @@ def _open(path: pathlib.Path) -> gzip.GzipFile | typing.BinaryIO:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 
+def _is_utf8(block: bytes) -> bool:
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(block)  # a character may be cut at its end
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _blocks(path: pathlib.Path, style: TextStyle) -> typing.Iterator[bytes]:
     """Yields the file in blocks that end with a line. ValueError for a line longer than MAX_LINE_BYTES."""
     with _open(path) as file:
         rest = b""
         while block := file.read(1 << 20):
             end = max(block.rfind(b"\n"), block.rfind(b"\r", 0, -1)) + 1  # never between \\r and \\n
-            if (place := block.find(b"\0")) >= 0:
+            # What is no UTF-8 either is named by the decoder, with its line.
+            if (place := block.find(b"\0")) >= 0 and _is_utf8(block):
                 raise ValueError(
                     f"{path} holds a byte 0, after {block[max(place - 30, 0) : place]!r}: it is UTF-16, damaged, or no "
                     "text; convert it to UTF-8, or fetch it again"

@@ -57,7 +57,7 @@ def test_the_mean_of_a_full_history_is_that_of_the_padded_official_deepfm():
 
 CHANGED_CODE = {
     "norm eps of the Transformer": ("transformer", transformer, "_NORM_EPS", 1.1e-5),
-    "base of the rotation": ("transformer", transformer, "_ROPE_THETA", 10_010.0),
+    "base of the rotation": ("transformer", transformer, "ROPE_THETA", 10_010.0),
     "accidental hits": ("transformer", losses, "_mask_hits", lambda *_: None),
     "norm eps of HSTU": ("hstu", hstu, "_NORM_EPS", 1.1e-6),
     "norm eps of SASRec": ("sasrec", sasrec, "_NORM_EPS", 1e-6),

@@ -67,7 +67,6 @@ def test_inside_the_interval_it_cannot_tell():
     ("changes", "look_at"),
     [
         ({"history": 1.5}, "look at the histories (1.5 events on average"),
-        ({"unknown": 0.4}, "look at the items (40% of the test candidates are new)"),
         ({"unknown": 0.4, "positives": 200}, "look at the amount of data: 200 pos"),  # the items have attributes
         ({"unknown": 0.4, "positives": 10_000}, "(40% of the test candidates are new): give them more attributes"),
         ({"positives": 200}, "look at the amount of data: 200 positives for 7,000 weights. Use the floor until"),
@@ -77,6 +76,15 @@ def test_inside_the_interval_it_cannot_tell():
 def test_below_a_floor_it_says_what_to_look_at(changes, look_at):
     said = sentence(*FLOORS, entry("NT", "model", 0.1, 3), **changes)
     assert said.startswith("Nothing here beats boosted trees: NT is 0.1") and " below (" in said and look_at in said
+
+
+def test_new_items_without_attributes_are_suspected_before_few_positives():
+    looked = facts(unknown=0.4, positives=200)
+    kept = tuple(f for f in looked.manifest.features if f.name == "item" or "candidate" not in f.places)
+    looked = dataclasses.replace(looked, manifest=dataclasses.replace(looked.manifest, features=kept))
+    judged = judge((*FLOORS, entry("NT", "model", 0.1, 3)), "click")
+    said = verdict("click", judged[-1], judged, looked)
+    assert "look at the items (40% of the test candidates are new): give them attributes, section [items]" in said
 
 
 def test_a_budget_is_the_first_suspect():
