@@ -312,14 +312,19 @@ class Draft:
 
     def commit(self, **facts: typing.Any) -> str:
         """Writes the description, makes the version visible and returns its name. It is not current yet."""
-        now, description = time.gmtime(), self.preview(**facts).description
+        while True:
+            description = self.preview(**facts).description
+            content = _encoded(dataclasses.asdict(description))
+            second = description.created.replace("-", "").replace(":", "")
+            version = f"{second}-{hashlib.sha256(content).hexdigest()[:12]}"
+            if not (self.root / VERSIONS / version).exists():
+                break
+            time.sleep(0.2)  # the same run was exported within this second
         for name in description.files:
             _sync(self.folder / name)
-        content = _encoded(dataclasses.asdict(description))
         _write(self.folder / DESCRIPTION_NAME, content)
         for folder in (*(path for path in self.folder.rglob("*") if path.is_dir()), self.folder, self.root / BLOBS):
             _sync(folder)
-        version = time.strftime("%Y%m%dT%H%M%SZ", now) + "-" + hashlib.sha256(content).hexdigest()[:12]
         self.folder.rename(self.root / VERSIONS / version)
         _sync(self.root / VERSIONS)
         return version

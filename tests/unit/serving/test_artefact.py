@@ -42,6 +42,11 @@ def root(tmp_path):
     return tmp_path / "ctr"
 
 
+def test_the_same_run_exported_again_at_once_is_another_version(tmp_path):
+    versions = [write(tmp_path / "ctr") for _ in range(3)]
+    assert len(set(versions)) == 3 and open_version(tmp_path / "ctr").version == versions[-1]
+
+
 def _blob(found: artefact.Artefact) -> pathlib.Path:
     (name,) = found.description.tables["item"]["blobs"]
     return found.root / "blobs" / name
