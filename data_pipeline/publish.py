@@ -60,11 +60,19 @@ def locked(out_dir: pathlib.Path) -> typing.Iterator[None]:
 
 
 def _check_target(out_dir: pathlib.Path) -> None:
+    """Raises ValueError if `out_dir` holds something that is no data set, or lies in a version, whose files stay."""
+    around = next((path for path in (out_dir, *out_dir.parents) if data_versions.root_of(path) != path), None)
+    if around is not None:
+        raise ValueError(
+            f"--out_dir {out_dir} is (in) a version of the data set {data_versions.root_of(around)}, and versions are "
+            "never written to; give the folder of the data set, or one elsewhere"
+        )
     if not out_dir.exists():
         return
     names = [path.name for path in out_dir.iterdir() if not path.name.startswith(".")] if out_dir.is_dir() else ["."]
-    known = {schema.MANIFEST_NAME, CURRENT_NAME, VERSIONS}
-    if not known & set(names) and set(names) - {IN_USE, "lost+found"}:
+    is_data_set = bool({schema.MANIFEST_NAME, CURRENT_NAME} & set(names))
+    foreign = [path for path in (out_dir / VERSIONS).glob("[!.]*") if not _is_version(path)]
+    if not is_data_set and (foreign or set(names) - {VERSIONS, IN_USE, "lost+found"}):
         raise ValueError(
             f"--out_dir {out_dir} exists and is not a data set (no {CURRENT_NAME}, no {schema.MANIFEST_NAME}); choose "
             "another or remove it"
@@ -95,18 +103,31 @@ def _take(lock: int, path: pathlib.Path, out_dir: pathlib.Path) -> None:
         raise ValueError(f"another build is at work on {out_dir} (it holds {path}); wait for its end")
 
 
+def _is_version(path: pathlib.Path) -> bool:
+    """Tells whether a folder of `versions/` is one: it has a manifest, which a build writes before it names it."""
+    return NAME.fullmatch(path.name) is not None and (path / schema.MANIFEST_NAME).is_file()
+
+
 def _remove_leftovers(out_dir: pathlib.Path) -> None:
     """Removes what builds left that died: half a version, one that was never published, one that was being deleted."""
     now_s = _server_time_s(out_dir)
     _, names = published(out_dir)
-    found = [out_dir / VERSIONS / BUILDING, *(out_dir / VERSIONS).glob(f"{REMOVING}*")]
-    found += [path for path in (out_dir / VERSIONS).glob("*") if NAME.fullmatch(path.name) and path.name not in names]
+    whole = sorted(path.name for path in (out_dir / VERSIONS).glob("*") if _is_version(path))
+    if whole and not names:  # each of them was checked before it got its name, so the newest counts
+        names = (*[ROOT] * (out_dir / schema.MANIFEST_NAME).is_file(), *whole)
+        _replace(out_dir / CURRENT_NAME, {"version": names[-1], "published": names})
+        progress.warn(f"{out_dir / CURRENT_NAME} was missing; version {names[-1]} is the current one")
+    building = out_dir / VERSIONS / BUILDING
+    if building.is_symlink() or building.is_file():
+        building.unlink()
+    found = [building, *(out_dir / VERSIONS).glob(f"{REMOVING}*")]
+    found += [out_dir / VERSIONS / name for name in whole if name not in names]
     for path in found:
         # A version that is in no list any more may have a reader: one that resumes a run which began with it.
-        if path.is_dir() and not data_versions.users(out_dir, path.name, now_s):
+        if path.is_dir() and not data_versions.users(out_dir, path.name.removeprefix(REMOVING), now_s):
             size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            _delete(path)
-            progress.say(f"removed {path}, {size / 1e6:.1f} MB that a build left when it died")
+            if _delete(out_dir, path):
+                progress.say(f"removed {path}, {size / 1e6:.1f} MB that a build left when it died")
     if (out_dir / f"{REMOVING}{ROOT}").exists():
         _delete_root(out_dir)
 
@@ -151,7 +172,8 @@ def _publish(out_dir: pathlib.Path, aside: pathlib.Path, keep_versions: int) -> 
     _, names = published(out_dir)
     if not names and (out_dir / schema.MANIFEST_NAME).is_file():
         names = (ROOT,)
-    number = 1 + max([int(name.partition("-")[0]) for name in names if name != ROOT], default=0)
+    on_disk = [path.name for path in (out_dir / VERSIONS).glob("*") if NAME.fullmatch(path.name)]
+    number = 1 + max([int(name.partition("-")[0]) for name in (*names, *on_disk) if name != ROOT], default=0)
     digest = hashlib.sha256((aside / schema.MANIFEST_NAME).read_bytes()).hexdigest()[:8]
     target = out_dir / VERSIONS / f"{number:04d}-{digest}"
     aside.rename(target)
@@ -170,35 +192,48 @@ def _publish(out_dir: pathlib.Path, aside: pathlib.Path, keep_versions: int) -> 
         progress.say(f"  version {name} stays: in use by {', '.join(found[:3])}")
     for name in (name for name in old if name not in in_use):
         with contextlib.suppress(OSError):  # the new version is safe; the next build tries again
-            if name == ROOT:
-                _delete_root(out_dir)
-            else:
-                _delete(folder_of(out_dir, name))
-            progress.say(f"  version {name} deleted: {keep_versions} stay (--keep_versions)")
+            if _delete_root(out_dir) if name == ROOT else _delete(out_dir, folder_of(out_dir, name)):
+                progress.say(f"  version {name} deleted: {keep_versions} stay (--keep_versions)")
 
 
-def _delete(folder: pathlib.Path) -> None:
-    """Deletes a version: it is gone at once for those who look for one, and its files follow."""
+def _delete(out_dir: pathlib.Path, folder: pathlib.Path) -> bool:
+    """Deletes a version, unless it has a reader: it is gone at once for those who look for one, and its files follow.
+
+    A reader marks a version and then looks whether it is still there. So the marks count once nobody finds it any more:
+    whoever is not seen then finds it gone.
+    """
     name = folder.name.removeprefix(REMOVING)
     away = folder.with_name(f"{REMOVING}{name}")
     if folder != away:
         folder.rename(away)
+    if data_versions.users(out_dir, name, _server_time_s(out_dir)):
+        away.rename(away.with_name(name))
+        return False
     shutil.rmtree(away)
+    return True
 
 
-def _delete_root(out_dir: pathlib.Path) -> None:
-    """Deletes a data set of before there were versions: no reader finds it any more, then the files that it names."""
-    away = out_dir / f"{REMOVING}{ROOT}"
+def _delete_root(out_dir: pathlib.Path) -> bool:
+    """Deletes a data set of before there were versions, like `_delete`: its manifest, then the files that it names."""
+    away, manifest_path = out_dir / f"{REMOVING}{ROOT}", out_dir / schema.MANIFEST_NAME
     away.mkdir(exist_ok=True)
-    if (out_dir / schema.MANIFEST_NAME).is_file():
-        (out_dir / schema.MANIFEST_NAME).rename(away / schema.MANIFEST_NAME)
+    if manifest_path.is_file():
+        manifest_path.rename(away / schema.MANIFEST_NAME)
     if (away / schema.MANIFEST_NAME).is_file():
+        if data_versions.users(out_dir, ROOT, _server_time_s(out_dir)):
+            (away / schema.MANIFEST_NAME).rename(manifest_path)
+            away.rmdir()
+            return False
         manifest = schema.read_manifest(away)
-        named = {pathlib.PurePath(file).parts[0] for split in manifest.splits for file in split.files}
-        for name in (named | {"vocab"}) - {VERSIONS, IN_USE}:
-            shutil.rmtree(out_dir / name, ignore_errors=True)
-        (out_dir / "items.parquet").unlink(missing_ok=True)
+        named = [out_dir / file for split in manifest.splits for file in split.files]
+        named += [out_dir / "vocab" / f"{table.name}.parquet" for table in manifest.tables]
+        for path in [*named, out_dir / "items.parquet"]:
+            path.unlink(missing_ok=True)
+        for folder in {path.parent for path in named} - {out_dir}:
+            with contextlib.suppress(OSError):  # it holds a file of somebody else
+                folder.rmdir()
     shutil.rmtree(away)
+    return True
 
 
 def _replace(path: pathlib.Path, content: dict[str, typing.Any]) -> None:

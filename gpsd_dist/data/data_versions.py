@@ -27,6 +27,7 @@ import re
 import reprlib
 import secrets
 import socket
+import stat
 import threading
 import time
 
@@ -78,8 +79,8 @@ def published(root: pathlib.Path) -> tuple[str, tuple[str, ...]]:
         current, names, is_right = "", (), False
     if not is_right or current not in names:
         raise ValueError(
-            f"{path} holds {reprlib.repr(content)}, expected the names of versions; build the data set again, or name "
-            f"one of the folders in {root / VERSIONS} as the data folder"
+            f"{path} holds {reprlib.repr(content)}, expected the names of versions; name one of the folders in "
+            f"{root / VERSIONS} as the data folder, or remove {path}: the next build then finds the versions again"
         )
     return current, names
 
@@ -88,6 +89,8 @@ def _read(path: pathlib.Path) -> str:
     """Reads a small file, once more if it was replaced on a file server while it was read."""
     for is_last in (False, True):
         try:
+            if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+                raise ValueError(f"{path} is not a file; remove it")
             with path.open("rb") as file:
                 return file.read(_MAX_BYTES).decode("utf-8", "replace")
         except OSError as error:
@@ -119,7 +122,10 @@ def find(data_dir: str | os.PathLike[str], wanted: Wanted | None = None) -> path
     Where there are no versions the answer is `data_dir`, fitting or not: the reader says what differs. ValueError if
     none of several versions fits.
     """
-    data_dir, root = pathlib.Path(data_dir), root_of(data_dir)
+    data_dir = pathlib.Path(data_dir)
+    if name_of(data_dir) == ROOT != name_of(data_dir.resolve()):  # "." inside of a version, or a link to one
+        data_dir = data_dir.resolve()
+    root = root_of(data_dir)
     name, names = published(root)
     if wanted is None or not name:
         return data_dir if data_dir != root else current(data_dir)
@@ -138,13 +144,16 @@ def find(data_dir: str | os.PathLike[str], wanted: Wanted | None = None) -> path
 
 def opened(data_dir: str | os.PathLike[str], wanted: Wanted | None = None) -> pathlib.Path:
     """Finds the version to read (see `find`), logs it and marks it as in use until this process ends."""
-    folder = find(data_dir, wanted)
-    if published(root_of(folder))[0]:
-        log.info("data: version %s of %s", name_of(folder), root_of(folder))
+    for _ in range(3):
+        folder = find(data_dir, wanted)
+        if not published(root_of(folder))[0]:
+            return folder
         _mark(folder)
-        if not (folder / schema.MANIFEST_NAME).is_file():
-            raise ValueError(f"{folder} is not there, or was deleted by a build just now; run the command again")
-    return folder
+        if (folder / schema.MANIFEST_NAME).is_file():
+            log.info("data: version %s of %s", name_of(folder), root_of(folder))
+            return folder
+        # A build deleted it before it saw the mark, and after another version had become the current one.
+    raise ValueError(f"{folder} is not there; name another version, or build {root_of(folder)} again")
 
 
 def users(root: pathlib.Path, name: str, now_s: float) -> list[str]:

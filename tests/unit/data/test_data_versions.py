@@ -131,3 +131,28 @@ def test_reading_the_folder_of_versions_as_a_version_is_an_error(root):
     with pytest.raises(ValueError, match="has versions of a data set, read that of"):
         schema.read_manifest(root)
     assert json.loads((root / "current.json").read_text())["version"] == "0002-00000002"
+
+
+def test_a_version_behind_a_link_or_a_dot_is_marked(root, tmp_path, monkeypatch):
+    first = sorted((root / "versions").iterdir())[0]
+    (tmp_path / "latest").symlink_to(first)
+    monkeypatch.chdir(first)
+    for named in (tmp_path / "latest", pathlib.Path(".")):
+        assert data_versions.opened(named) == first
+        assert data_versions.users(root, first.name, time.time())
+        data_versions.release()
+
+
+def test_a_pipe_as_current_json_is_not_waited_for(root):
+    (root / "current.json").unlink()
+    os.mkfifo(root / "current.json")
+    with pytest.raises(ValueError, match="is not a file; remove it"):
+        data_versions.opened(root)
+
+
+def test_a_reader_that_lost_a_race_with_a_build_takes_the_next_version(root, monkeypatch):
+    first, second = sorted((root / "versions").iterdir())
+    found = [first, second]
+    monkeypatch.setattr(data_versions, "find", lambda *_: found.pop(0))
+    shutil.rmtree(first)
+    assert data_versions.opened(root) == second

@@ -198,3 +198,74 @@ def test_a_failure_at_the_last_moment_changes_nothing(raw, tmp_path, monkeypatch
     assert run(*arguments(raw, out)) == build.NO_FILE_ACCESS
     assert "No space left on device" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def published(out: pathlib.Path, keep_versions: int = 2) -> pathlib.Path:
+    """Publishes a version that holds a manifest alone."""
+    with publish.locked(out), publish.version(out, keep_versions) as aside:
+        (aside / "manifest.json").write_text("{}")
+    return data_versions.current(out)
+
+
+def test_versions_survive_the_loss_of_current_json(tmp_path):
+    first, second = published(tmp_path / "out"), published(tmp_path / "out")
+    (tmp_path / "out" / "current.json").unlink()
+    with publish.locked(tmp_path / "out"):
+        assert data_versions.published(tmp_path / "out") == (second.name, (first.name, second.name))
+    assert published(tmp_path / "out").name.startswith("0003-")
+
+
+def test_a_number_is_not_given_twice(tmp_path):
+    first, last = published(tmp_path), published(tmp_path)
+    (tmp_path / "in_use").mkdir()
+    (tmp_path / "in_use" / f"{last.name}.host.1.aa").touch()
+    (tmp_path / "current.json").write_text(f'{{"version": "{first.name}", "published": ["{first.name}"]}}')
+    assert published(tmp_path).name.startswith("0003-") and last.is_dir()
+
+
+@pytest.mark.parametrize("inside", ["", "more"])
+def test_no_data_set_is_built_in_a_version(tmp_path, inside):
+    with pytest.raises(ValueError, match=f"in. a version of the data set {tmp_path}"):
+        published(published(tmp_path) / inside)
+
+
+def test_a_folder_of_versions_of_something_else_is_not_touched(tmp_path):
+    mine = tmp_path / "versions" / "2024-deadbeef"
+    mine.mkdir(parents=True)
+    with pytest.raises(ValueError, match="is not a data set"):
+        published(tmp_path)
+    (tmp_path / "current.json").write_text('{"version": "0001-aaaaaaaa", "published": ["0001-aaaaaaaa"]}')
+    published(tmp_path)
+    assert mine.is_dir()
+
+
+def test_what_stands_where_a_build_writes_is_removed_and_not_what_it_points_to(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "out" / "versions").mkdir(parents=True)
+    building = tmp_path / "out" / "versions" / ".building"
+    for stands in (building.touch, lambda: building.symlink_to(tmp_path / "mine")):
+        stands()
+        assert published(tmp_path / "out").is_dir() and (tmp_path / "mine").is_dir()
+
+
+def test_a_reader_that_comes_while_a_version_is_deleted_keeps_it(tmp_path, monkeypatch):
+    """It marks the version after the build has looked for marks, and before it is gone: the reader still finds it."""
+    first = published(tmp_path)
+    replace = publish._replace
+
+    def read_meanwhile(path, content):
+        (tmp_path / "in_use").mkdir()
+        (tmp_path / "in_use" / f"{first.name}.host.1.aa").touch()
+        replace(path, content)
+
+    monkeypatch.setattr(publish, "_replace", read_meanwhile)
+    second = published(tmp_path, keep_versions=1)
+    assert first.is_dir() and second.is_dir()
+
+
+def test_files_of_somebody_else_stay_where_an_old_data_set_is_deleted(raw, tmp_path):
+    out = plain(raw, tmp_path)
+    (out / "train" / "mine.txt").touch()
+    assert run(*arguments(raw, out), "--keep_versions", "1") == 0
+    assert sorted(os.listdir(out)) == ["current.json", "train", "versions"]
+    assert os.listdir(out / "train") == ["mine.txt"]
