@@ -58,7 +58,7 @@ class App:
     ) -> None:
         self.name, self.scorer, self.queue, self.metrics, self.limits = name, scorer, queue, metrics, limits
         self.is_ready = True
-        self._body = msgspec.json.Decoder(messages.ScoreBody)
+        self._body = msgspec.json.Decoder(messages.bounded_body(queue.max_tokens))
         routes = [
             Route("/v1/score", self.score, methods=["POST"]),
             Route("/v2", self.server_metadata),
@@ -81,6 +81,9 @@ class App:
             response = _refused(refusal.status, messages.Refused(refusal.error), refusal.headers)
         except ClientDisconnect:
             response = Response(status_code=499)  # nobody reads it; it is counted
+        except asyncio.CancelledError:  # uvicorn's, at the end of --drain_s; passed on, it would log a traceback
+            draining = messages.Refused("the server ends, and the request was not complete: ask another replica")
+            response = _refused(503, draining, {"Connection": "close"})
         except Exception as error:
             response = self._failed(error)
         self.metrics.answered(response.status_code)
@@ -131,6 +134,8 @@ class App:
         try:
             requests = self._body.decode(body).requests
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            if messages.has_too_many(error):
+                raise Refusal(413, f"over {self.queue.max_tokens:,} requests in a body: send several") from error
             raise Refusal(400, f'no JSON of the form {{"requests": [{{...}}]}}: {error}') from error
         if not requests:
             raise Refusal(422, "requests is empty; send one or more")

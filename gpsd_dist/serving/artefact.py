@@ -42,6 +42,7 @@ _MAX_NESTING = 32
 _MAX_FILES = 100_000
 _CHUNK_BYTES = 2**20
 _MAX_SHOWN = 8
+_MAX_TOLERANCE = 1e-2  # of a logit; exports write 1e-5
 
 
 class ArtefactError(ValueError):
@@ -162,6 +163,8 @@ def _description(place: pathlib.Path, raw: dict[str, typing.Any]) -> Description
     except (TypeError, ValueError) as error:
         raise ArtefactError(f"{place} is no description of an artefact ({error}); export it again") from error
     problems = [] if made.engine in ENGINES else [f"engine {made.engine!r} is none of {ENGINES}"]
+    if not 0 <= made.tolerance <= _MAX_TOLERANCE:
+        problems.append(f"tolerance {made.tolerance}, expected 0 to {_MAX_TOLERANCE:g}")
     problems += [f"file {name!r}" for name in made.files if not _stays_inside(name)]
     problems += [f"entry of {name!r}" for name, entry in made.files.items() if not _is_sum(entry)]
     problems += [f"blob {name!r}" for name, size in made.blobs.items() if not _SHA256.fullmatch(name) or size < 0]

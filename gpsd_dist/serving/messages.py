@@ -38,6 +38,17 @@ class ScoreBody(msgspec.Struct, forbid_unknown_fields=True):
     requests: list[dict[str, typing.Any]]
 
 
+def bounded_body(max_requests: int) -> type[msgspec.Struct]:
+    """Makes a `ScoreBody` whose decoder stops at so many requests, before it has built objects of all of them."""
+    bounded = typing.Annotated[list[dict[str, typing.Any]], msgspec.Meta(max_length=max_requests)]
+    return msgspec.defstruct("ScoreBody", [("requests", bounded)], forbid_unknown_fields=True)
+
+
+def has_too_many(error: Exception) -> bool:
+    """Says whether a decoder refused a body for the number of its requests."""
+    return isinstance(error, msgspec.ValidationError) and str(error).startswith("Expected `array` of length <=")
+
+
 class Scored(msgspec.Struct):
     """Answer of `POST /v1/score`: one entry of `answers` per request, scores in the order of its candidates."""
 

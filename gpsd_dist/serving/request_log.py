@@ -4,10 +4,16 @@
 folder, unless told otherwise; files older than the limit are deleted. A user is deleted by
 
     python -m gpsd_dist.serving.request_log DIR --forget USER
+
+which also tells the servers that log to this folder: what they keep in memory of that user is never written.
 """
 
 import argparse
+import collections.abc
+import contextlib
+import fcntl
 import hashlib
+import json
 import logging
 import os
 import pathlib
@@ -18,6 +24,7 @@ import threading
 import time
 import typing
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -27,29 +34,48 @@ ADDED = ("logged_s", "version", "unknown_ids", "dropped_events")
 """Columns of a logged request beside those that came."""
 SCORE_PREFIX = "score."
 """Begins the names of the columns of logits, one list per request."""
-_KEY_NAME = "user_id.key"
+USER, _KEY_NAME = "user_id", "user_id.key"
+_FORGOTTEN_NAME = "forgotten.json"
 _DAY_S = 86_400
 _FLUSH_REQUESTS = 1000  # requests in a file at most; untuned
 _FLUSH_S = 60
+_FORGOTTEN_KEPT_S = 60 * _FLUSH_S  # far longer than a request waits to be written
 _MAX_BUFFERED = 10 * _FLUSH_REQUESTS  # beyond this, requests are dropped and counted: the disk does not keep up
 
 
+_Row: typing.TypeAlias = tuple[dict[str, typing.Any], typing.Any, int]
+"""Request, its answer, epoch second in which it was answered."""
+
+
 def hashed_user(user_id: str, key: bytes) -> str:
-    """Returns a keyed hash of a user id."""
-    return hashlib.blake2b(user_id.encode(), key=key, digest_size=16).hexdigest()
+    """Returns a keyed hash of a user id, whatever blanks are around it."""
+    return hashlib.blake2b(user_id.strip().encode(), key=key, digest_size=16).hexdigest()
 
 
 def read_key(folder: pathlib.Path) -> bytes:
     """Reads the key of the folder, made on first use; only its owner can read it."""
-    path = folder / _KEY_NAME
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return bytes.fromhex(path.read_text())
-    with os.fdopen(descriptor, "w") as file:
-        key = secrets.token_bytes(32)
-        file.write(key.hex())
-    return key
+    path, aside = folder / _KEY_NAME, folder / f".{_KEY_NAME}-{secrets.token_hex(8)}"
+    if not path.exists():  # whole or not there: several workers start at once
+        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_bytes(32).hex())
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, path)
+        aside.unlink()
+    return bytes.fromhex(path.read_text())
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> collections.abc.Iterator[dict[str, int]]:
+    """Excludes all others who write into the folder; gives hashed user -> epoch second in which it was forgotten.
+
+    Unfinished files are of writers that died, and are deleted.
+    """
+    with open(folder / _KEY_NAME, encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for aside in folder.glob("*.tmp"):
+            aside.unlink(missing_ok=True)
+        forgotten = folder / _FORGOTTEN_NAME
+        yield json.loads(forgotten.read_text()) if forgotten.exists() else {}
 
 
 class RequestLog:
@@ -71,9 +97,9 @@ class RequestLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.sample, self.keep_days, self.on_error = folder, sample, keep_days, on_error
         self._to_table = to_table
-        self._key = read_key(folder) if hash_users else None
+        self._key, self._hash_users = read_key(folder), hash_users
         self._random = random.Random()
-        self._rows: list[tuple[dict[str, typing.Any], typing.Any, int]] = []  # request, answer, epoch seconds
+        self._rows: list[_Row] = []
         self._wake, self._is_closed = threading.Condition(), False
         self._thread = threading.Thread(target=self._run, name="request log", daemon=True)
         self._thread.start()
@@ -108,22 +134,23 @@ class RequestLog:
                 self._wake.wait_for(lambda: self._is_closed or len(self._rows) >= _FLUSH_REQUESTS, timeout=_FLUSH_S)
                 rows, self._rows, is_closed = self._rows, [], self._is_closed
             try:
-                self._write(rows)
-                self._delete_old()
+                with _locked(self.folder) as forgotten:
+                    self._write(rows, forgotten)
+                    self._delete_old()
             except Exception as error:  # a full disk, a folder that is gone: scoring goes on
                 log.error("%d logged requests are lost: %s", len(rows), error)
                 self.on_error(len(rows))
 
-    def _write(self, rows: list[tuple[dict[str, typing.Any], typing.Any, int]]) -> None:
+    def _write(self, rows: list[_Row], forgotten: dict[str, int]) -> None:
         if not rows:
             return
         requests, answers, times_s = zip(*rows)
-        table = self._to_table(list(requests))
-        if self._key is not None and "user_id" in table.column_names:
-            users = [
-                None if user is None else hashed_user(str(user), self._key) for user in table["user_id"].to_pylist()
-            ]
-            table = table.set_column(table.column_names.index("user_id"), "user_id", pa.array(users, pa.string()))
+        table, is_kept = self._to_table(list(requests)), np.ones(len(rows), bool)
+        if USER in table.column_names:
+            users = [None if user is None else hashed_user(str(user), self._key) for user in table[USER].to_pylist()]
+            is_kept = np.array([s > forgotten.get(user, -1) for user, s in zip(users, times_s, strict=True)])
+            if self._hash_users:
+                table = table.set_column(table.column_names.index(USER), USER, pa.array(users, pa.string()))
         added = {"logged_s": pa.array(times_s, pa.int64()), "version": pa.array([a.version for a in answers])}
         added["unknown_ids"] = pa.array([answer.unknown_ids for answer in answers], pa.int64())
         added["dropped_events"] = pa.array([answer.dropped_events for answer in answers], pa.int64())
@@ -132,6 +159,8 @@ class RequestLog:
             added[f"{SCORE_PREFIX}{task}"] = pa.array(scores, pa.list_(pa.float32()))
         for name, column in added.items():
             table = table.append_column(name, column)
+        if not (table := table.filter(pa.array(is_kept))).num_rows:
+            return
         now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         target = self.folder / f"{now}-{os.getpid()}-{secrets.token_hex(4)}.parquet"
         aside = target.with_suffix(".tmp")
@@ -146,19 +175,29 @@ class RequestLog:
 
 
 def forget(folder: pathlib.Path, user_id: str) -> int:
-    """Deletes every logged request of a user; returns how many there were."""
-    known = [user_id, hashed_user(user_id, read_key(folder))]
-    deleted = 0
-    for path in sorted(folder.glob("*.parquet")):
-        table = pq.read_table(path)
-        if "user_id" not in table.column_names:
-            continue
-        is_user = pc.fill_null(pc.is_in(table["user_id"], pa.array(known)), False)
-        count = pc.sum(is_user).as_py() or 0
-        if count:
+    """Deletes every logged request of a user, answered up to this second; returns how many had been written.
+
+    Servers drop what they hold in memory instead of writing it. A file keeps its age, and so its day of deletion.
+    """
+    hashed, now_s, deleted = hashed_user(user_id, read_key(folder)), int(time.time()), 0
+    with _locked(folder) as forgotten:
+        # Before the files: whoever ends in between has told the servers at least.
+        recent = {user: since_s for user, since_s in forgotten.items() if since_s > now_s - _FORGOTTEN_KEPT_S}
+        aside = folder / f"{_FORGOTTEN_NAME}.tmp"
+        aside.write_text(json.dumps(recent | {hashed: now_s}))
+        aside.replace(folder / _FORGOTTEN_NAME)
+        for path in sorted(folder.glob("*.parquet")):
+            table = pq.read_table(path)
+            if USER not in table.column_names:
+                continue
+            known = pa.array([user_id.strip(), hashed])
+            is_user = pc.fill_null(pc.is_in(pc.utf8_trim_whitespace(table[USER]), known), False)
+            if not (count := pc.sum(is_user).as_py()):
+                continue
             deleted += count
-            aside = path.with_suffix(".tmp")
+            aside, status = path.with_suffix(".tmp"), path.stat()
             pq.write_table(table.filter(pc.invert(is_user)), aside)
+            os.utime(aside, ns=(status.st_atime_ns, status.st_mtime_ns))
             aside.replace(path)
     return deleted
 

@@ -16,6 +16,7 @@ import time
 import pytest
 
 from benchmarks.open_loop import percentile_ms, poisson_times, send_at
+from gpsd_dist.serving import request_log
 from tests.helpers.fake_scorer import MAX_CANDIDATES, make_current, write_version
 from tests.helpers.server_process import REPO_ROOT, serving
 
@@ -141,6 +142,8 @@ def test_too_much_is_413_announced_or_not(server):
         raw.sendall(b"transfer-encoding: chunked\r\n\r\n" + b"10000\r\n" + b"x" * 65_536 + b"\r\n")
         raw.sendall(b"10000\r\n" + b"x" * 65_536 + b"\r\n")
         assert raw.recv(4096).startswith(b"HTTP/1.1 413 ")
+    status, _, body = server.ask("POST", "/v1/score", b'{"requests": [' + b"{}," * 3000 + b"{}]}")
+    assert status == 413 and json.loads(body)["error"] == "over 3,000 requests in a body: send several"
     many = [request(*["a"] * 900, history=0) for _ in range(4)]
     status, answer = server.score(*many)
     assert status == 413 and answer["error"].startswith("3,600 tokens in a body, at most 3,000")
@@ -271,14 +274,22 @@ def test_two_workers_share_the_port_count_together_and_are_replaced(tmp_path):
         assert server.end() == 0
 
 
-def test_logged_requests_are_written_at_the_end(tmp_path):
+def test_logged_requests_are_written_at_the_end_which_a_client_that_hangs_does_not_stop(tmp_path):
     write_version(tmp_path, "v1")
     folder = tmp_path / "log"
-    with serving(
-        tmp_path, "--log_requests", folder, "--sample", 1, "--deadline_ms", 30_000, module=FAKE, folder=tmp_path
-    ) as server:
-        assert server.score(request("a", user_id="anna"), request("b", user_id="bert"))[0] == 200
+    options = ("--log_requests", folder, "--sample", 1, "--deadline_ms", 30_000, "--drain_s", 1)
+    with (
+        serving(tmp_path, *options, module=FAKE, folder=tmp_path) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=30) as hanging,
+    ):
+        head = b"POST /v1/score HTTP/1.1\r\nHost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{"
+        hanging.sendall(head)
+        users = ("anna", "bert", "gone")
+        assert server.score(*(request("a", user_id=user) for user in users))[0] == 200
+        assert request_log.main([str(folder), "--forget", "gone"]) == 0
         assert server.end() == 0
+        assert hanging.recv(4096).startswith(b"HTTP/1.1 503 ")
+        assert "Traceback" not in server.log.read_text()
     import pyarrow.parquet as pq
 
     (path,) = folder.glob("*.parquet")

@@ -1,5 +1,6 @@
 """The request log: a sample as Parquet, user ids hashed, old files gone, a user deleted, a full disk survived."""
 
+import concurrent.futures
 import os
 import stat
 import time
@@ -76,6 +77,36 @@ def test_a_user_is_deleted(tmp_path, hash_users, capsys):
     assert len(users) == 4 and users.count(None) == 2
     assert forget(tmp_path, "anna") == 0
     assert main([str(tmp_path / "absent"), "--forget", "anna"]) == 2
+
+
+@pytest.mark.parametrize("hash_users", [True, False])
+def test_what_a_server_still_holds_of_a_forgotten_user_is_never_written(tmp_path, hash_users, monkeypatch):
+    log = RequestLog(tmp_path, 1.0, 7.0, hash_users, FakeReader().from_json, lambda lost: None)
+    log.add([request(user) for user in (*USERS, " anna ")], [ANSWER] * 5)
+    assert forget(tmp_path, "anna") == 0
+    later_s = time.time() + 2
+    monkeypatch.setattr(request_log.time, "time", lambda: later_s)
+    log.add([request("anna")], [ANSWER])  # came back
+    (tmp_path / "of_a_writer_that_died.tmp").write_text("anna")
+    log.close()
+    (path,) = tmp_path.glob("*.parquet")
+    rows = pq.read_table(path).to_pylist()
+    assert len(rows) == 3 and rows[2]["logged_s"] == int(later_s) and rows[1]["user_id"] is None
+    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".user*"))
+
+
+def test_forgetting_leaves_a_file_its_age(tmp_path):
+    written(tmp_path)
+    (path,) = tmp_path.glob("*.parquet")
+    os.utime(path, (time.time() - 6 * 86_400,) * 2)
+    before = path.stat().st_mtime_ns
+    assert forget(tmp_path, "anna") == 2 and path.stat().st_mtime_ns == before
+
+
+def test_workers_that_start_together_have_one_key(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        keys = set(pool.map(request_log.read_key, [tmp_path] * 8))
+    assert len(keys) == 1 and len(keys.pop()) == 32
 
 
 def test_what_cannot_be_written_is_counted(tmp_path, monkeypatch):
