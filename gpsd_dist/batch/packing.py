@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from gpsd_dist.batch.row_layout import AttentionRows, plan_rows
+from gpsd_dist.batch.uncompiled import uncompiled
 
 _FIRST_WIDTH, _GROWTH = 8, 1.5  # bucket widths 8, 12, 18, 27, ...: 1.1-2x faster than exact lengths, ~15 % padding
 MAX_MASKED_CANDIDATES = 8  # up to here one masked call over history and candidates is faster; untuned above 2
@@ -111,7 +112,7 @@ class Packing:
         """Counts the pairs of a candidate and a token of its own history."""
         return self.candidate_key_count - self.num_candidates
 
-    @torch.compiler.disable  # Dynamo would compile the caller anew for every number of buckets
+    @uncompiled
     def without_candidates(self) -> "Packing":
         """Returns the histories alone, without a candidate."""
         none: dict[str, typing.Any] = {

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from gpsd_dist.batch.packing import Packing
+from gpsd_dist.batch.uncompiled import uncompiled
 from gpsd_dist.config import ModelConfig
 from gpsd_dist.model.din import ActivationUnit
 from gpsd_dist.model.pairs import join, pair_up, softmax, split_tokens
@@ -52,7 +53,7 @@ class AttentionalGRU(nn.Module):
         for parameter in self.parameters():  # initialised like torch.nn.GRU
             nn.init.uniform_(parameter, -(width**-0.5), width**-0.5)
 
-    @torch.compiler.disable  # Sizes differ in every batch: Dynamo would recompile for each.
+    @uncompiled
     def forward(self, gates_P: torch.Tensor, weight_P: torch.Tensor, alive_L: np.ndarray, num_rows: int):
         """Returns last states [rows, N] in ascending order of length, zero for rows without entries.
 
@@ -101,7 +102,7 @@ class DIEN(nn.Module):
         out = join([final_CN], history_TN, candidate_CN, packing)
         return (out, state_TN) if with_history else out
 
-    @torch.compiler.disable
+    @uncompiled
     def _extract(self, history_TN: torch.Tensor, packing: Packing) -> torch.Tensor:
         """Extracts interests, once per request for all its candidates: [T, N] -> [T, N]"""
         if not packing.num_history_tokens:  # torch's GRU refuses empty batches, but DDP needs its weights in the graph.

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gpsd_dist.batch.packing import Packing
+from gpsd_dist.batch.uncompiled import uncompiled
 from gpsd_dist.config import ModelConfig
 from gpsd_dist.model.pairs import split_tokens
 from gpsd_dist.model.transformer import init_linear
@@ -91,7 +92,7 @@ class Wukong(nn.Module):
             x_CfD = layer(x_CfD)
         return x_CfD.flatten(1)
 
-    @torch.compiler.disable  # Buckets differ by batch: Dynamo would recompile for each, until it gives up.
+    @uncompiled
     def _first_layer(self, history_TFD: torch.Tensor, candidate_CFD: torch.Tensor, packing: Packing) -> torch.Tensor:
         """Mixes a history once per request, in as many slots as the longest one of its length bucket has."""
         first, num_fields = self.layers[0], candidate_CFD.shape[1]

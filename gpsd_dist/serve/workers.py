@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import fcntl
 import functools
+import gc
 import logging
 import os
 import signal
@@ -29,10 +30,12 @@ def run_worker(
     on_listening: typing.Callable[[], object] = lambda: None,
 ) -> int:
     """Loads the artefact, serves until SIGTERM or SIGINT, answers what is under way; returns 0."""
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled here; see `batch.uncompiled`
     # Here, because with several workers prometheus_client must see PROMETHEUS_MULTIPROC_DIR when it is imported.
     from gpsd_dist.serving.service import Service
 
     service = Service(args, one_at_a_time)
+    gc.freeze()  # what was loaded stays, so the collector need not walk through it while requests wait
     host, port = listener.getsockname()[:2]
 
     def listening() -> None:
@@ -50,8 +53,10 @@ def run_workers(args: argparse.Namespace, listener: socket.socket) -> int:
     """
     with tempfile.TemporaryDirectory(prefix="gpsd_metrics_") as folder, tempfile.TemporaryFile() as lock:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         from gpsd_dist.serving import service  # noqa: F401  imported once, so that workers share its memory
 
+        gc.freeze()  # a collection would write into what is shared
         return _Workers(args, listener, lock).run()
 
 

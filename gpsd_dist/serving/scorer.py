@@ -216,6 +216,15 @@ def open_reader(artefact: Artefact, vocabularies: dict[str, Vocabulary], with_ca
         raise ArtefactError(f"{artefact.folder} cannot read requests: {error}") from error
 
 
+class _WithoutDraws(torch.overrides.TorchFunctionMode):
+    """Leaves weights undrawn that are replaced anyway: on "meta", drawing from a normal imports Dynamo (145 MiB)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") == "normal_":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def build_model(artefact: Artefact, make: Make) -> torch.nn.Module:
     """Builds the dense model on its mapped weights. ArtefactError if the options describe another one."""
     place, options = artefact.folder / MODEL_NAME, artefact.read_json(MODEL_NAME)
@@ -226,7 +235,7 @@ def build_model(artefact: Artefact, make: Make) -> torch.nn.Module:
             raise ValueError(f"{model.layers} layers, for {len(weights)} tensors")
         looked_up = tuple(table for table in artefact.manifest.tables if table.name in artefact.description.tables)
         # On "meta", options that describe a huge model take no memory before the sizes are compared.
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutDraws():
             built = make(artefact.manifest, tables, model, looked_up)
         built.load_state_dict(weights, strict=True, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

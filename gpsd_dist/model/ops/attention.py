@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from gpsd_dist.batch.packing import Bucket, Packing, Slots
+from gpsd_dist.batch.uncompiled import uncompiled
 from gpsd_dist.model.ops.flash_attention import MAX_HEAD_WIDTH, two_part_attention
 from gpsd_dist.model.ops.row_attention import in_rows
 
@@ -29,7 +30,7 @@ def attend(
     return _by_length(qkv_S3HK, packing, candidates_only, dropout)
 
 
-@torch.compiler.disable  # Buckets differ by batch: Dynamo would recompile for each, until it gives up.
+@uncompiled
 def _by_length(qkv_S3HK: torch.Tensor, packing: Packing, candidates_only: bool, dropout: float) -> torch.Tensor:
     if not qkv_S3HK.is_cuda and packing.rows is not None:
         return in_rows(qkv_S3HK, packing.rows, packing.num_history_tokens if candidates_only else 0, dropout)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from gpsd_dist.batch.packing import Bucket, Packing
+from gpsd_dist.batch.uncompiled import uncompiled
 from gpsd_dist.model.ops.attention import from_slots, to_slots
 from gpsd_dist.model.ops.hstu_bias import BiasWeights, BucketPairs, EventTimes, Relations, num_positions, time_bucket
 
@@ -51,7 +52,7 @@ def relate(packing: Packing, history_T: torch.Tensor, request_B: torch.Tensor, f
     return Relations(packing, times, None if for_kernel else _pairs(times, packing, history_T, request_B))
 
 
-@torch.compiler.disable  # Buckets differ by batch: Dynamo would recompile for each, until it gives up.
+@uncompiled
 def _pairs(
     times: EventTimes, packing: Packing, history_T: torch.Tensor, request_B: torch.Tensor
 ) -> tuple[BucketPairs, ...]:
@@ -112,7 +113,7 @@ def _own_part(candidate_C3HK: torch.Tensor, bias: BiasWeights, relations: Relati
     return (F.silu(score_CH1) / positions).to(value.dtype) * value
 
 
-@torch.compiler.disable  # for the reason given at `_pairs`
+@uncompiled
 def bucketed(
     qkv_S3HK: torch.Tensor, bias: BiasWeights, relations: Relations, candidates_only: bool = False
 ) -> list[torch.Tensor]:
