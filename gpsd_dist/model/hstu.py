@@ -17,7 +17,7 @@ from gpsd_dist.model.learned_positions import LearnedPositions
 from gpsd_dist.model.ops import hstu_attention, hstu_bias
 from gpsd_dist.model.transformer import init_linear, start_matching
 
-_NORM_EPS = 1e-6
+NORM_EPS = 1e-6
 _BIAS_STD = 0.02
 
 
@@ -49,7 +49,7 @@ class HSTUBlock(nn.Module):
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=_NORM_EPS)
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
 
 
 class HSTU(nn.Module):

@@ -39,17 +39,18 @@ class SASRecBlock(nn.Module):
 
     def forward(self, x_SD: torch.Tensor, packing: Packing, candidates_only: bool = False) -> torch.Tensor:
         """Maps [S, D] -> [S, D], or [C, D] with `candidates_only`."""
-        query_SD = _norm(x_SD)
+        query_SD = normed(x_SD)
         qkv_S3D = torch.cat((self.query(query_SD), self.key_value(x_SD)), dim=-1)
         weight_dropout = self.dropout.p if self.training else 0.0
         attended = attend(qkv_S3D.unflatten(-1, (3, self.heads, -1)), packing, candidates_only, weight_dropout)
         if candidates_only:
             query_SD = query_SD[packing.num_history_tokens :]
-        h = _norm(query_SD + self.attention_out(attended))
+        h = normed(query_SD + self.attention_out(attended))
         return h + self.dropout(self.down(self.dropout(F.relu(self.up(h)))))
 
 
-def _norm(x_SD: torch.Tensor) -> torch.Tensor:
+def normed(x_SD: torch.Tensor) -> torch.Tensor:
+    """Subtracts the mean and divides by the standard deviation: [..., D]."""
     return F.layer_norm(x_SD, x_SD.shape[-1:], eps=_NORM_EPS)
 
 

@@ -33,7 +33,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batch_tokens", type=int, default=2000, help="of what waits, score up to this many at once (default 2000)")
     add("--deadline_ms", type=float, default=80.0, help="what has waited longer gets 504 (default 80)")
     add("--max_body_mib", type=float, default=8.0, help="longer bodies get 413 (default 8)")
-    cache_help = "memory of a worker for encoded histories of a Transformer (default 0: none)"
+    cache_help = "memory of a worker for encoded histories (Transformer, SASRec, HSTU; default 0: none)"
     add("--history_cache_mib", type=float, default=0.0, help=cache_help)
     add("--reload_s", type=float, default=0.5, help="seconds between looks at current.json (default 0.5)")
     add("--linger_s", type=float, default=0.0, help="after SIGTERM serve on, but not ready, so long (default 0)")

@@ -1,8 +1,9 @@
 """Keeps keys and values of encoded histories, least recently used first to go.
 
-A Transformer's keys and values of a token depend on the tokens up to it alone. So what is kept under the hash of a
-whole prefix is exact for every history that begins with it, of any user, at any time. A window that is full slides: its
-first token is another one, so its hash is, and nothing stale is found.
+Keys and values of a token depend on the tokens up to it alone; in HSTU, on their times and that of the next one too,
+which are columns of a history there. So what is kept under the hash of a whole prefix is exact for every history that
+begins with it, of any user, at any time. A window that is full slides: its first token is another one, so its hash is,
+and nothing stale is found.
 
 Shape letters: L layers, H heads, W tokens, A channels of a head.
 """
@@ -30,6 +31,10 @@ class Encoded(typing.NamedTuple):
     def num_bytes(self) -> int:
         """Counts the bytes of both."""
         return self.keys.nbytes + self.values.nbytes
+
+    def first(self, num_tokens: int) -> "Encoded":
+        """Copies the first tokens, so that the others can be freed."""
+        return Encoded(*(part[..., :num_tokens, :].clone() for part in self))
 
 
 class HistoryCache:

@@ -27,7 +27,6 @@ import torch
 
 from gpsd_dist.config import ModelConfig, TablesConfig
 from gpsd_dist.model.gpsd import RankingModel
-from gpsd_dist.model.transformer import Transformer
 from gpsd_dist.schema import Manifest, Table
 from gpsd_dist.serving.answer import Answer as Answer
 from gpsd_dist.serving.artefact import BLOBS, Artefact, ArtefactError, open_version
@@ -142,8 +141,8 @@ def load(
     """Loads the current version of an artefact, or the version whose folder is given.
 
     `verify`: compare the hash of every file, and replay the examples. `threads`: of torch, for this whole process.
-    `history_cache_mib`: memory for encoded histories of a Transformer, which are used again where a history, or all of
-    it but the last few events, was seen before (`history_cache`); 0: none.
+    `history_cache_mib`: memory for encoded histories of a Transformer, SASRec or HSTU, which are used again where a
+    history, or all of it but the last few events, was seen before (`history_cache`); 0: none.
     ArtefactError says what is damaged, missing or different.
     """
     if threads is not None:
@@ -178,10 +177,10 @@ def _two_part(artefact: Artefact, model: RankingModel, tasks: tuple[str, ...], c
             raise ArtefactError(str(error)) from error
     if not cache_bytes:
         return None
-    if not isinstance(model.backbone.tower, Transformer):
-        tower = type(model.backbone.tower).__name__
-        raise ValueError(f"a cache of histories is exact for the Transformer alone, this is {tower}: leave it out")
-    return with_torch(model, tasks, cache_bytes)
+    try:
+        return with_torch(model, tasks, cache_bytes)
+    except ValueError as error:
+        raise ValueError(f"no cache of histories: {error}; leave --history_cache_mib out") from error
 
 
 def map_tables(

@@ -1,4 +1,6 @@
-"""The Transformer in two parts (torch, ONNX, cached histories) scores as it does in one."""
+"""Transformer, SASRec and HSTU in two parts (torch, ONNX, cached histories) score as they do in one."""
+
+import functools
 
 import numpy as np
 import pytest
@@ -17,35 +19,64 @@ pytestmark = pytest.mark.timeout(600)
 TOLERANCE = 1e-5
 
 
+TOWERS = {
+    "transformer": {},
+    "sasrec": {"name": "sasrec", "ffn_width": 40},
+    # HSTU scales its input by sqrt(D): 0.3 would give logits of 28, whose last digit is 2e-6.
+    "hstu": {"name": "hstu", "head_width": 10, "init_std": 0.1},
+    "hstu without times": {"name": "hstu", "time_bias": False, "init_std": 0.1},
+}
+# An export to ONNX takes 12 s of CPU. All towers run the same forms with torch, whose tests are below.
+ONNX = ["transformer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sasrec", "hstu"))]
+
+
 @pytest.fixture(scope="module")
-def source(tmp_path_factory, data_dir, one_rank):
+def sources(tmp_path_factory, data_dir, one_rank):
     """Two layers, with weights large enough for an error to show; projected, because the tables are narrower."""
-    folder = tmp_path_factory.mktemp("engines")
-    model = {"layers": 2, "width": 24, "heads": 2, "init_std": 0.3}
-    train_runs(0, 1, [tiny_run("finetune", data_dir, folder / "run", model=model, train={"max_steps": 8})])
-    return read_source(folder / "run", str(data_dir))
+    folder, shape = tmp_path_factory.mktemp("engines"), {"layers": 2, "width": 24, "heads": 2, "init_std": 0.3}
+    runs = [
+        tiny_run("finetune", data_dir, folder / name, model=shape | model, train={"max_steps": 8})
+        for name, model in TOWERS.items()
+    ]
+    train_runs(0, 1, runs)
+    return {name: read_source(folder / name, str(data_dir)) for name in TOWERS}
 
 
 @pytest.fixture(scope="module")
-def artefact(source, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("onnx") / "ctr"
-    export(source, folder, Options(engine="onnx"))
-    return folder
+def artefacts(sources, tmp_path_factory):
+    """Gives the artefact of a tower for an engine, made when it is first asked for."""
+    folder = tmp_path_factory.mktemp("artefacts")
+
+    @functools.cache
+    def made(name: str, engine: str):
+        export(sources[name], folder / name / engine, Options(engine=engine))
+        return folder / name / engine
+
+    return made
 
 
-def test_logits_are_not_all_alike(source, one_rank):
-    logits = torch.cat([logits["click"] for logits, _ in evaluated(source, one_rank)])
+@pytest.fixture
+def artefact(artefacts):
+    return artefacts("transformer", "onnx")
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_logits_are_not_all_alike(name, sources, one_rank):
+    logits = torch.cat([logits["click"] for logits, _ in evaluated(sources[name], one_rank)])
     assert logits.std() > 0.1
 
 
 @pytest.mark.parametrize("cache_mib", [0, 1])
-def test_onnx_scores_as_evaluated(source, artefact, one_rank, cache_mib):
-    assert largest_difference(source, artefact, one_rank, history_cache_mib=cache_mib) <= TOLERANCE
+@pytest.mark.parametrize("name", ONNX)
+def test_onnx_scores_as_evaluated(name, sources, artefacts, one_rank, cache_mib):
+    assert (
+        largest_difference(sources[name], artefacts(name, "onnx"), one_rank, history_cache_mib=cache_mib) <= TOLERANCE
+    )
 
 
-def test_a_cache_beside_torch_scores_as_evaluated(source, tmp_path, one_rank):
-    export(source, tmp_path / "ctr")
-    assert largest_difference(source, tmp_path / "ctr", one_rank, history_cache_mib=1) <= TOLERANCE
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_cache_beside_torch_scores_as_evaluated(name, sources, artefacts, one_rank):
+    assert largest_difference(sources[name], artefacts(name, "eager"), one_rank, history_cache_mib=1) <= TOLERANCE
 
 
 def requests_of(artefact):
@@ -60,15 +91,23 @@ def requests_of(artefact):
     return cut
 
 
-def test_a_history_is_encoded_once_and_extended(artefact):
-    """The same at another time; two more events; another user with the same beginning; a window that slides."""
+@pytest.mark.parametrize(
+    ("name", "engine"), [("transformer", "onnx"), *((name, "eager") for name in TOWERS if name != "transformer")]
+)
+def test_a_history_is_encoded_once_and_extended(name, engine, artefacts):
+    """The same at another time; two more events; another user with the same beginning; a window that slides.
+
+    HSTU keeps all but the last event, which depends on the time of the request: so it extends where others hit.
+    """
+    artefact = artefacts(name, engine)
     cached, plain, cut = load(artefact, history_cache_mib=4), load(artefact), requests_of(artefact)
     cached.two_part.cache.__init__(4 << 20)  # the examples were replayed
     visits = [(0, 6), (0, 6), (0, 8), (0, 10), (1, 11), (0, 5)]
-    for (first, last), counts in zip(
-        visits, [(0, 0, 1), (1, 0, 1), (1, 1, 1), (1, 2, 1), (1, 2, 2), (1, 2, 3)], strict=True
-    ):
-        request = cut(first, last, later_s=86_400)
+    expected_counts = [(0, 0, 1), (1, 0, 1), (1, 1, 1), (1, 2, 1), (1, 2, 2), (1, 2, 3)]
+    if name == "hstu":
+        expected_counts = [(0, hits + extended, misses) for hits, extended, misses in expected_counts]
+    for (first, last), counts in zip(visits, expected_counts, strict=True):
+        request = cut(first, last, later_s=86_400 * (1 + last - first))
         (found,), (expected,) = cached.score([request]), plain.score([request])
         for task, columns in expected.tasks.items():
             assert np.abs(np.subtract(found.tasks[task]["logit"], columns["logit"])).max() <= TOLERANCE
@@ -109,14 +148,14 @@ def test_the_cache_stays_within_its_memory():
     assert cache.longest(columns(0, *range(50, 51 + MAX_NEW_EVENTS)), 2 + MAX_NEW_EVENTS)[0] == 0
 
 
-def test_what_is_not_a_transformer_has_no_cache_and_no_onnx(data_dir, tmp_path, one_rank):
+def test_a_tower_of_pairs_has_no_cache_and_no_onnx(data_dir, tmp_path, one_rank):
     run = tiny_run("finetune", data_dir, tmp_path / "run", model={"name": "din"}, train={"max_steps": 1})
     train_runs(0, 1, [run])
     source = read_source(tmp_path / "run", str(data_dir))
     export(source, tmp_path / "ctr")
-    with pytest.raises(ValueError, match="exact for the Transformer alone, this is DIN"):
+    with pytest.raises(ValueError, match=r"no cache of histories: only Transformer, SASRec, HSTU .* this is DIN"):
         load(tmp_path / "ctr", history_cache_mib=1)
-    with pytest.raises(ValueError, match="--engine onnx serves the Transformer, this is DIN"):
+    with pytest.raises(ValueError, match=r"--engine onnx: only Transformer, SASRec, HSTU .* this is DIN"):
         export(source, tmp_path / "other", Options(engine="onnx"))
 
 
