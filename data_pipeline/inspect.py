@@ -27,7 +27,9 @@ LEAK_AUC = 0.95
 ORDERS_A_DAY = 0.15  # mean AUC inside of a user's day that far from 0.5; untuned
 DRIFTED = {True: 0.5, False: 0.5}  # numbers: deviations of train; categories: share that moved; untuned
 OUTLIER = 100.0  # times the range from the 1 % to the 99 % quantile; untuned
+HEAVY = 0.05  # share of all sample weight that one candidate has; untuned
 MAX_DAYS = 60
+SAMPLING = "Sample weights, and share of negatives that the log kept"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,7 @@ def page(root: pathlib.Path) -> tuple[list[Section], list[str]]:
     sections = [_files(manifest), _splits(manifest, samples), _users(samples), _days(samples)]
     sections += [
         _labels(manifest, samples),
+        _sampling(manifest, samples),
         _unknown(samples),
         _numbers(manifest, samples),
         _features(manifest, samples),
@@ -102,7 +105,24 @@ def _labels(manifest: schema.Manifest, samples: dict[str, measures.Sample]) -> S
                 known = labels[~np.isnan(labels)]
                 rate = f"{known.mean():.2%}" if len(known) else "none"
                 rows.append((task.name, name, f"{len(known):,}", f"{int(known.sum()):,}", rate))
-    return Section("Labels", ("task", "split", "observed", "positive", "rate"), rows)
+                if (counts := measures.counts_of(found, task)) is not None:
+                    counts = counts[~np.isnan(labels)]
+                    rows[-1] += (f"{(counts * known).sum() / counts.sum():.2%}" if counts.sum() else "none",)
+    columns = ("task", "split", "observed", "positive", "rate", "rate with weights, of the whole log")
+    return Section("Labels", columns[: len(rows[0]) if rows else 0], rows)
+
+
+def _sampling(manifest: schema.Manifest, samples: dict[str, measures.Sample]) -> Section:
+    rows = []
+    for column in (f"sampling.{name}" for name in manifest.sampling):
+        for name, found in samples.items():
+            values = found.values.get(column, np.zeros(0)).astype(np.float64)
+            if len(values):
+                quantiles = [f"{np.quantile(values, q):.6g}" for q in (0, 0.5, 0.99, 1)]
+                largest = f"{values.max() / values.sum():.1%}" if values.any() else ""
+                rows.append((column, name, *quantiles, f"{values.mean():.6g}", f"{(values == 0).mean():.1%}", largest))
+    columns = ("column", "split", "least", "median", "99 %", "largest", "mean", "0", "share of the largest")
+    return Section(SAMPLING, columns, rows)
 
 
 def _unknown(samples: dict[str, measures.Sample]) -> Section:
@@ -177,6 +197,11 @@ def _verdict(manifest: schema.Manifest, samples: dict[str, measures.Sample]) -> 
         if len(data.history_lengths) and (data.history_lengths == 0).mean() > 0.5:
             share = (data.history_lengths == 0).mean()
             found.append(f"{share:.0%} of the histories of {name!r} are empty: do the user ids of the logs agree?")
+    for name, data in samples.items():
+        weights = data.values.get("sampling.weight", np.zeros(0)).astype(np.float64)
+        if weights.any() and weights.max() > HEAVY * weights.sum() and len(weights) > 1 / HEAVY:
+            share = weights.max() / weights.sum()
+            found.append(f"one candidate of {name!r} has {share:.0%} of all sample weight: is it an outlier?")
     for name, data in samples.items():
         found += [f"{share:.0%} of {c} in {name!r} are unknown" for c, share in data.unknown.items() if share > 0.5]
     found += _outliers(manifest, samples)

@@ -45,7 +45,7 @@ def sample(root: pathlib.Path, manifest: schema.Manifest, split: schema.Split) -
             place, _, feature = name.partition(".")
             if place in schema.PLACES and feature != "time_s" and manifest.feature(feature).kind == "categorical":
                 ids[name] = ids.get(name, np.zeros(2)) + _count_unknown(batch[name])
-            if place in ("candidate", "label", "context") or name in ("user_hash", "request_time_s"):
+            if place in ("candidate", "label", "context", "sampling") or name in ("user_hash", "request_time_s"):
                 flat = _flat(batch[name], counts)
                 if flat is not None:
                     parts.setdefault(name, []).append(flat)
@@ -53,6 +53,19 @@ def sample(root: pathlib.Path, manifest: schema.Manifest, split: schema.Split) -
     unknown = {name: float(found[0] / found[1]) if found[1] else 0.0 for name, found in ids.items()}
     history_lengths = np.concatenate(lengths)
     return Sample(values, unknown, history_lengths, len(history_lengths))
+
+
+def counts_of(found: Sample, task: schema.Task) -> np.ndarray | None:
+    """Computes how often each candidate counts: its sample weight, and 1 / rate for a sampled negative of `task`.
+
+    float64 [N]; None where the data set has neither.
+    """
+    weight, rate = (found.values.get(f"sampling.{name}") for name in schema.SAMPLING)
+    if weight is None and rate is None:
+        return None
+    counts = np.ones(len(found.values[f"label.{task.name}"])) if weight is None else weight.astype(np.float64)
+    is_sampled = task.given is None and rate is not None
+    return np.where(found.values[f"label.{task.name}"] == 0, counts / rate, counts) if is_sampled else counts
 
 
 def _count_unknown(column: pa.Array) -> np.ndarray:

@@ -27,6 +27,7 @@ _CLOCK = r"(?:[Tt ](?P<clock>\d{2}:\d{2}(?::\d{2})?)(?:[.,](?P<fraction>\d{1,9})
 _ISO = rf"^(?P<day>\d{{4}}-\d{{2}}-\d{{2}}){_CLOCK}\s*(?P<zone>[+-]\d{{2}}(?::?\d{{2}})?|[A-Za-z][A-Za-z0-9_+/-]*)?$"
 _ZONED = r"[T ].*([+-]\d{2}(:?\d{2})?|[A-Za-z])$|[A-Za-z]{3,}$"
 _INVISIBLE = r"[\x{200B}-\x{200F}\x{2060}\x{FEFF}]"
+MIN_WEIGHT, MAX_WEIGHT = 1e-9, 1e9  # of sample weights; beyond, float32 sums of them lose rows, or overflow
 _NO_TEXT = pa.scalar(None, pa.string())
 
 Converted = tuple[pa.Array, np.ndarray]
@@ -168,11 +169,11 @@ def label(array: pa.Array, notes: Notes) -> Converted:
     return found, is_bad | (_mask(found.is_valid()) & ~is_label)
 
 
-def weight(array: pa.Array, notes: Notes, at_most: float = np.inf) -> Converted:
+def weight(array: pa.Array, notes: Notes, at_most: float = MAX_WEIGHT) -> Converted:
     """Reads how often a row counts, or with `at_most` 1 a share above 0. A missing one is bad: 1 were a guess."""
     found, is_bad = number(array, notes)
     values = pc.fill_null(found, np.nan).to_numpy()
-    is_good = (values >= 0) & (values < 3e38) if at_most == np.inf else (values > 0) & (values <= at_most)
+    is_good = (values >= MIN_WEIGHT) & (values <= at_most) | (values == 0) & (at_most == MAX_WEIGHT)
     return found, is_bad | ~is_good
 
 
@@ -317,8 +318,12 @@ KINDS = {
     "place": Kind(_place, pa.int64(), "a whole number of at most 12 digits that orders events"),
     "float64": Kind(number, pa.float64(), "float64, a finite number"),
     "label": Kind(label, pa.float64(), "one of 0, 1, true, false, or nothing"),
-    "weight": Kind(weight, pa.float64(), "a number of at least 0 in every row"),
-    "rate": Kind(functools.partial(weight, at_most=1.0), pa.float64(), "a number above 0, at most 1, in every row"),
+    "weight": Kind(weight, pa.float64(), f"0, or a number from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}, in every row"),
+    "rate": Kind(
+        functools.partial(weight, at_most=1.0),
+        pa.float64(),
+        f"a number above 0 (from {MIN_WEIGHT:g}), at most 1, in every row",
+    ),
     "array<string>": Kind(
         bag,
         pa.list_(pa.string()),

@@ -19,7 +19,7 @@ FIX = "correct the log or its description, or add --allow_empty if it is meant"
 
 
 class Labels(typing.NamedTuple):
-    """Counts the labels of one task in one split."""
+    """Counts the labels of one task in one split, those of a sample weight of 0 left out."""
 
     num_observed: int
     num_positive: int
@@ -33,6 +33,7 @@ def check(
     `written`: the splits that lie in `root` by now. Returns the observed labels of each task in train, if it is there.
     """
     problems, observed = [], {}
+    of_weight = " with a weight above 0" if "weight" in manifest.sampling else ""
     for split in manifest.splits:
         if split.name not in written:
             continue
@@ -43,14 +44,13 @@ def check(
         if not split.num_history_tokens:
             problems.append(f"all histories of split {split.name!r} are empty: no event comes before its requests")
         for task, found in labels(root, manifest, split).items():
-            words = (
-                f"task {task!r}, split {split.name!r}: {found.num_observed:,} labels, {found.num_positive:,} positive"
-            )
+            words = f"task {task!r}, split {split.name!r}: {found.num_observed:,} labels{of_weight}, "
+            words += f"{found.num_positive:,} positive"
             progress.say(f"  {words}")
             if split.name == "train":
                 observed[task] = found.num_observed
             if not found.num_observed and split.name == "train":
-                problems.append(f"task {task!r} has 0 observed labels in train: nothing can be learnt of it")
+                problems.append(f"task {task!r} has 0 observed labels in train{of_weight}: nothing can be learnt of it")
             elif found.num_positive in (0, found.num_observed):
                 progress.warn(f"{words}: AUC is not defined there")
     complain(problems, is_allowed)
@@ -71,10 +71,13 @@ def labels(root: pathlib.Path, manifest: schema.Manifest, split: schema.Split) -
         return {}
     names = {task.name: f"label.{task.name}" for task in manifest.tasks}
     counts = dict.fromkeys(names, Labels(0, 0))
+    weight = [f"sampling.{name}" for name in manifest.sampling if name == "weight"]
     for file in split.files:
-        for batch in pq.ParquetFile(root / file).iter_batches(columns=list(names.values())):
+        for batch in pq.ParquetFile(root / file).iter_batches(columns=[*names.values(), *weight]):
+            counted = pc.greater(pc.list_flatten(batch[weight[0]]), 0) if weight else None
             for task, name in names.items():
                 values = pc.list_flatten(batch[name])
+                values = values if counted is None else values.filter(counted)
                 observed, positive = counts[task]
                 counts[task] = Labels(
                     observed + len(values) - values.null_count, positive + int(pc.sum(values).as_py() or 0)

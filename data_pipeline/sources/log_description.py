@@ -371,8 +371,9 @@ def _check_exposure(d: LogDescription) -> list[str]:
     if d.exposure.action and not extending:
         problems.append("'exposure.action' says which task made an event; name the tasks in `extends_history`")
     rate = d.exposure.negative_sampling_rate
-    if not isinstance(rate, str) and not 0 < rate <= 1:
-        problems.append(f"'exposure.negative_sampling_rate' is {rate}, expected above 0, at most 1, or a column")
+    if not isinstance(rate, str) and not raw_values.MIN_WEIGHT <= rate <= 1:
+        expected = f"expected above 0 (from {raw_values.MIN_WEIGHT:g}), at most 1, or a column"
+        problems.append(f"'exposure.negative_sampling_rate' is {rate}, {expected}")
     unconditional = [task.label for task in d.exposure.task if not task.given]
     if rate != "" and len(unconditional) > 1:
         problems.append(

@@ -90,6 +90,21 @@ def test_a_raw_log_is_built_aside(tmp_path, capsys):
     assert inspect.main([str(tmp_path / "nothing")]) == 2
 
 
+def test_weights_and_rates_are_shown(tmp_path):
+    """The first row is a negative of weight 100, others have 1; each negative stands for four."""
+    logs.weighted(tmp_path / "raw", w=[100.0] + [1.0] * 239, r=[0.25] * 240)
+    assert run("--source", "generic", "--raw_dir", tmp_path / "raw", "--out_dir", tmp_path / "out") == 0
+    sections, verdict = inspect.page(data_versions.current(tmp_path / "out"))
+    tables = {section.title: section.rows for section in sections}
+    weight, *_ = [row for row in tables[inspect.SAMPLING] if row[:2] == ("sampling.weight", "train")]
+    count = int(tables["Labels"][0][2].replace(",", ""))
+    assert weight[2:6] == ("1", "1", "1", "100") and weight[-1] == f"{100 / (count + 99):.1%}"
+    (_, _, observed, positive, plain, weighted), *_ = tables["Labels"]
+    whole = int(positive) + 4 * (int(observed) - int(positive) + 99)
+    assert weighted == f"{int(positive) / whole:.2%}" != plain
+    assert any("one candidate of 'train' has" in text for text in verdict)
+
+
 def test_auc_counts_ties_half():
     score, label = np.array([1.0, 2.0, 2.0, 3.0]), np.array([0.0, 1.0, 0.0, 1.0])
     pairs = [(p > n) + 0.5 * (p == n) for p in score[label == 1] for n in score[label == 0]]

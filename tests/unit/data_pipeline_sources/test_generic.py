@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_pipeline import build
 from tests.assets.cases import logs
 
 SCHEMA = """
@@ -299,9 +300,16 @@ def test_events_of_the_history_keep_their_action(prepare, tmp_path, has_actions)
 
 WRONG_SAMPLING = {
     "negative weight": ("w", [-1.0] + [1.0] * 239, "'w', data row 0: found '-1.0'"),
-    "no weight": ("w", [1.0, None] + [1.0] * 238, "'w', data row 1: found 'None', expected a number of at least 0 in"),
-    "rate of 0": ("r", [0.0] + [1.0] * 239, "'r', data row 0: found '0.0', expected a number above 0, at most 1"),
+    "no weight": ("w", [1.0, None] + [1.0] * 238, "'w', data row 1: found 'None', expected 0, or a number from 1e-09"),
+    "too large a weight": ("w", [1e38] + [1.0] * 239, "'w', data row 0: found '1e+38', expected 0, or a number from"),
+    "weight of 0 in float32": ("w", [1e-50] + [1.0] * 239, "'w', data row 0: found '1e-50', expected 0, or a"),
+    "rate of 0": (
+        "r",
+        [0.0] + [1.0] * 239,
+        "'r', data row 0: found '0.0', expected a number above 0 (from 1e-09), at most 1",
+    ),
     "rate of the label": ("r", [0.1 if n % 3 == 0 else 1.0 for n in range(240)], "it would give the label away"),
+    "nearly the label": ("r", [0.1 if n % 3 == 0 else 0.1 + 0.3 * (n > 9) for n in range(240)], "tells the rows where"),
 }
 
 
@@ -311,6 +319,13 @@ def test_weights_and_rates_that_cannot_be_are_named(read_log, tmp_path, name):
     logs.weighted(tmp_path / "raw", **{column: values})
     with pytest.raises(ValueError, match=re.escape(words)):
         read_log("generic")
+
+
+def test_weights_of_0_alone_are_no_labels(tmp_path, capsys):
+    logs.weighted(tmp_path / "raw", w=[0.0] * 240)
+    arguments = ["--source", "generic", "--raw_dir", str(tmp_path / "raw"), "--out_dir", str(tmp_path / "out")]
+    assert build.main(arguments) == build.MISTAKE
+    assert "task 'click' has 0 observed labels in train with a weight above 0" in capsys.readouterr().err
 
 
 def _two_shards(raw, keys_of_second: tuple[str, ...]):
