@@ -208,8 +208,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--max_history_length {args.max_history_length} must be at least 1, and goes with {NEXT_ITEM}")
     if args.window_days is not None and (args.baseline != NEXT_ITEM or not args.window_days > 0):
         parser.error(f"--window_days {args.window_days} must be above 0, and goes with {NEXT_ITEM}")
-    if args.weighted and args.baseline:
-        parser.error("--weighted goes with --checkpoint: baselines count every row once")
+    if args.weighted and args.baseline == NEXT_ITEM:
+        parser.error(f"{NEXT_ITEM} ranks items, which have no sample weights: leave out --weighted")
     if args.min_item_count is not None and args.min_item_count < 1:
         parser.error(f"--min_item_count {args.min_item_count} must be at least 1")
     if (args.scores_out or args.min_item_count) and args.baseline == NEXT_ITEM:
@@ -232,6 +232,7 @@ def main(argv: list[str]) -> int:
                 max_history_length=args.max_history_length,
                 window_days=args.window_days,
                 keep=keep,
+                is_weighted=args.weighted,
             )
             return _report(_with_frequent_items(metrics, data_dir, keep, args.min_item_count), args, keep)
         with process_group(TIMEOUT_S) as runtime:

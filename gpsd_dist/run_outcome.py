@@ -114,7 +114,10 @@ def floors_of(trainer: Trainer, task: str, metric: str) -> tuple[dict[str, float
         for name in names:
             longest = run.data.max_history_length if name == NEXT_ITEM else None
             tasks = None if name == NEXT_ITEM else [task]
-            scores[name] = evaluate_baseline(name, run.data_dir, "valid", tasks, max_history_length=longest)
+            is_weighted = run.finetune.weighted_metrics and "weight" in manifest.sampling
+            scores[name] = evaluate_baseline(
+                name, run.data_dir, "valid", tasks, max_history_length=longest, is_weighted=is_weighted
+            )
         known = {words: scores[name][task][metric] for name, words in names.items()}
     except (ValueError, KeyError, OSError) as error:
         return {}, f"not computed ({error})"

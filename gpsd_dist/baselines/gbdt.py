@@ -45,11 +45,14 @@ def score_gbdt(
     seed: int = 0,
     num_threads: int = 1,
     refit: bool = False,
+    is_weighted: bool = False,
 ) -> Predictions:
     """Scores a split with one model for one task. Equal data, seed and version give equal bits with any threads.
 
-    Rows where the label is not observed, or the task's condition is not 1, are neither trained on nor scored.
-    ValueError if `split` has `train` in it, a split is missing or has no such row, or both classes are not there.
+    Rows where the label is not observed, or the task's condition is not 1, are neither trained on nor scored. The loss
+    of the trees is weighted by sample weights (scaled to a mean of 1), and by 1 / rate where a negative was sampled;
+    features are not. `is_weighted`: metrics take sample weights too. ValueError if `split` has `train` in it, a split
+    is missing or has no such row, or both classes are not there.
     """
     if FIT_SPLIT in split.split("+"):
         raise ValueError(
@@ -73,7 +76,7 @@ def score_gbdt(
         booster = _boost(final, options, booster.num_trees())
     features_NF, _ = gbdt_features.matrix(scored, counted=final)
     logit_N = booster.predict(features_NF, raw_score=True, num_threads=num_threads)
-    return rows.predictions("logit", np.asarray(logit_N), scored.rows())
+    return rows.predictions("logit", np.asarray(logit_N), scored.rows(), is_weighted)
 
 
 def _cut_by_time(examples: Examples, task: str) -> tuple[Examples, Examples]:
@@ -88,10 +91,13 @@ def _cut_by_time(examples: Examples, task: str) -> tuple[Examples, Examples]:
 
 
 def _check_classes(examples: Examples, name: str, task: str) -> None:
-    num_positives, num_rows = int(examples.label_N.sum()), len(examples.label_N)
+    counts_N = examples.sampling.counts()
+    counted_N = examples.label_N if counts_N is None else examples.label_N[counts_N > 0]
+    num_positives, num_rows = int(counted_N.sum()), len(counted_N)
     if not 0 < num_positives < num_rows:
         raise ValueError(
-            f"task {task!r}: {name} has {num_positives} positives of {num_rows} rows; trees need both classes there"
+            f"task {task!r}: {name} has {num_positives} positives of {num_rows} rows that count; "
+            "trees need both classes there"
         )
 
 
@@ -103,7 +109,8 @@ def _boost(fit: Examples, options: dict, num_trees: int, stop: Examples | None =
         raise ValueError(f"LightGBM cannot be loaded ({error}); it needs OpenMP: apt-get install libgomp1") from error
     features_NF, names = gbdt_features.matrix(fit, counted=fit)
     categories = [index for index, name in enumerate(names) if name in fit.categories]
-    data = lightgbm.Dataset(features_NF, fit.label_N, categorical_feature=categories)
+    weight_N = fit.sampling.fit_weights()
+    data = lightgbm.Dataset(features_NF, fit.label_N, weight=weight_N, categorical_feature=categories)
     if stop is None:
         return lightgbm.train(options, data, num_trees)
     stop_NF, _ = gbdt_features.matrix(stop, counted=fit)
@@ -111,6 +118,6 @@ def _boost(fit: Examples, options: dict, num_trees: int, stop: Examples | None =
         options,
         data,
         num_trees,
-        valid_sets=[data.create_valid(stop_NF, stop.label_N)],
+        valid_sets=[data.create_valid(stop_NF, stop.label_N, weight=stop.sampling.fit_weights())],
         callbacks=[lightgbm.early_stopping(PATIENCE_TREES, verbose=False)],
     )

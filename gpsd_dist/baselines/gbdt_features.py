@@ -57,13 +57,14 @@ class Examples:
     user_hash_N: np.ndarray  # int64
     time_s_N: np.ndarray  # int64, of the request
     item_N: np.ndarray  # int64, table index
+    sampling: rows.Sampling
     columns: dict[str, np.ndarray]  # feature -> float32 [N]; NaN for missing
     keys: dict[str, Elements]  # get a label rate: the user, features of a large vocabulary, bags
     categories: frozenset[str]  # those of `columns` that hold an index
 
     def rows(self) -> rows.Rows:
         """Returns who and what is scored, without features."""
-        return rows.Rows(self.label_N, self.user_hash_N, self.time_s_N, self.item_N, {})
+        return rows.Rows(self.label_N, self.user_hash_N, self.time_s_N, self.item_N, self.sampling, {})
 
     def select(self, is_used_N: np.ndarray) -> "Examples":
         return dataclasses.replace(
@@ -72,6 +73,7 @@ class Examples:
             user_hash_N=self.user_hash_N[is_used_N],
             time_s_N=self.time_s_N[is_used_N],
             item_N=self.item_N[is_used_N],
+            sampling=self.sampling.select(is_used_N),
             columns={name: column_N[is_used_N] for name, column_N in self.columns.items()},
             keys={name: elements.select(is_used_N) for name, elements in self.keys.items()},
         )
@@ -96,7 +98,8 @@ def read_examples(data_dir: str | os.PathLike, manifest: schema.Manifest, split:
         for feature in shared:
             made.add_matches(feature, manifest.table(feature.table).num_rows)
             made.add_popularity(feature, popularity[feature.name])
-        parts.append(made.examples(label_N).select(is_used_N))
+        sampling = rows.sampling_of(batch, manifest, task, label_N)
+        parts.append(made.examples(label_N, sampling).select(is_used_N))
     if not sum(len(part.label_N) for part in parts):
         raise ValueError(f"split {split!r} of {data_dir} has no candidate with an observed label of task {task!r}")
     return concatenated(parts)
@@ -115,6 +118,7 @@ def concatenated(parts: list[Examples]) -> Examples:
         np.concatenate([part.user_hash_N for part in parts]),
         np.concatenate([part.time_s_N for part in parts]),
         np.concatenate([part.item_N for part in parts]),
+        rows.Sampling.concatenated([part.sampling for part in parts]),
         {name: np.concatenate([part.columns[name] for part in parts]) for name in columns},
         {
             name: Elements(
@@ -180,7 +184,7 @@ class _Batch:
         elements = self._elements("candidate", feature)
         self.columns[f"{feature.name}:log_popularity"] = elements.mean(np.log1p(counts_V)[elements.value_M])
 
-    def examples(self, label_N: np.ndarray) -> Examples:
+    def examples(self, label_N: np.ndarray, sampling: rows.Sampling) -> Examples:
         """Returns all candidates, used or not; a label that was not observed is 0."""
         user_hash_N = self.batch["user_hash"].to_numpy(zero_copy_only=False)[self.row_N]
         item = f"candidate.{self.manifest.item_feature}"
@@ -189,6 +193,7 @@ class _Batch:
             user_hash_N,
             self.batch["request_time_s"].to_numpy(zero_copy_only=False)[self.row_N],
             rows.per_candidate(self.batch[item], item, self.num_candidates_B),
+            sampling,
             {name: column_N.astype(np.float32) for name, column_N in self.columns.items()},
             {rows.USER_KEY: Elements(user_hash_N, np.ones(len(user_hash_N), np.int64))} | self.keys,
             frozenset(self.categories),

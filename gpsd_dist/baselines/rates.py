@@ -11,7 +11,7 @@ import numpy as np
 from scipy.special import logit
 
 from gpsd_dist import schema
-from gpsd_dist.baselines.rows import USER_KEY, predictions, pretrain_counts, read_rows
+from gpsd_dist.baselines.rows import USER_KEY, Sampling, predictions, pretrain_counts, read_rows
 from gpsd_dist.metrics.classification import Predictions
 
 PSEUDO_COUNTS = 20.0  # weight of the global rate in each key's rate; untuned
@@ -24,13 +24,16 @@ def score_rates(
     task: str,
     *,
     keys: collections.abc.Sequence[str] | None = None,
+    is_weighted: bool = False,
 ) -> Predictions:
     """Adds to the global log-odds, for each key, how far its smoothed log-odds are from them, like naive Bayes.
 
     A key's rate is (positives + PSEUDO_COUNTS * global rate) / (rows + PSEUDO_COUNTS), counted on `train` and `valid`,
-    or on `train` alone if `valid` is scored. Rows where the label is not observed, or the task's condition is not 1,
-    are neither counted nor scored. `keys`: "user" and columns like "candidate.item" or "context.hour" that hold one
-    index per candidate or row; by default the item, the user, and candidate.tab where there is one.
+    or on `train` alone if `valid` is scored. A row counts by its sample weight (scaled to a mean of 1), and a negative
+    of a sampled log 1 / rate times. `is_weighted`: metrics take sample weights too. Rows where the label is not
+    observed, or the task's condition is not 1, are neither counted nor scored. `keys`: "user" and columns like
+    "candidate.item" or "context.hour" that hold one index per candidate or row; by default the item, the user, and
+    candidate.tab where there is one.
 
     ValueError if `train` is to be scored, an argument names nothing, or the fit has not both classes.
     """
@@ -41,27 +44,32 @@ def score_rates(
     fit_splits = ("train",) if "valid" in scored_splits else ("train", "valid")
     parts = [read_rows(data_dir, manifest, name, task, keys) for name in fit_splits]
     label_N = np.concatenate([part.label_N for part in parts])
-    if not 0 < label_N.sum() < len(label_N):
-        raise ValueError(f"task {task!r}: {fit_splits} have {int(label_N.sum())} positives of {len(label_N)} rows")
-    global_rate = label_N.mean()
+    weight_N = Sampling.concatenated([part.sampling for part in parts]).fit_weights()
+    positive_N = label_N if weight_N is None else label_N * weight_N
+    num_rows = len(label_N) if weight_N is None else weight_N.sum()
+    if not 0 < positive_N.sum() < num_rows:
+        raise ValueError(f"task {task!r}: {fit_splits} have {positive_N.sum():.6g} positives of {num_rows:.6g} rows")
+    global_rate = positive_N.sum() / num_rows
     scored = read_rows(data_dir, manifest, split, task, keys)
     logit_N = np.full(len(scored.label_N), logit(global_rate))
     for key in keys:
         key_K, index_N = np.unique(np.concatenate([part.keys[key] for part in parts]), return_inverse=True)
-        rows_K = np.bincount(index_N, minlength=len(key_K))
-        positives_K = np.bincount(index_N, label_N, minlength=len(key_K))
+        rows_K = np.bincount(index_N, weight_N, minlength=len(key_K))
+        positives_K = np.bincount(index_N, positive_N, minlength=len(key_K))
         rate_K = (positives_K + PSEUDO_COUNTS * global_rate) / (rows_K + PSEUDO_COUNTS)
         place_N = np.searchsorted(key_K, scored.keys[key]).clip(max=len(key_K) - 1)
         is_seen_N = key_K[place_N] == scored.keys[key]
         logit_N += np.where(is_seen_N, logit(rate_K[place_N]) - logit(global_rate), 0.0)
-    return predictions("logit", logit_N, scored)
+    return predictions("logit", logit_N, scored, is_weighted)
 
 
-def score_popularity(data_dir: str | os.PathLike, manifest: schema.Manifest, split: str, task: str) -> Predictions:
+def score_popularity(
+    data_dir: str | os.PathLike, manifest: schema.Manifest, split: str, task: str, *, is_weighted: bool = False
+) -> Predictions:
     """Scores a candidate item by log(1 + count): events in the `pretrain` histories plus positives in `train`.
 
     The positives are those of the first task; they are left out where `train` itself is scored. The score orders rows,
-    but is no probability.
+    but is no probability. Sample weights enter the metrics alone, with `is_weighted`.
     """
     counts_V = pretrain_counts(data_dir, manifest, manifest.feature(manifest.item_feature))
     item_key = f"candidate.{manifest.item_feature}"
@@ -69,7 +77,7 @@ def score_popularity(data_dir: str | os.PathLike, manifest: schema.Manifest, spl
         train = read_rows(data_dir, manifest, "train", manifest.tasks[0].name, (item_key,))
         counts_V += np.bincount(train.keys[item_key][train.label_N == 1], minlength=len(counts_V))
     scored = read_rows(data_dir, manifest, split, task, (item_key,))
-    return predictions("score", np.log1p(counts_V[scored.keys[item_key]]), scored)
+    return predictions("score", np.log1p(counts_V[scored.keys[item_key]]), scored, is_weighted)
 
 
 def _default_keys(manifest: schema.Manifest) -> tuple[str, ...]:

@@ -31,12 +31,14 @@ def evaluate_baseline(
     max_history_length: int | None = None,
     window_days: float | None = None,
     keep: dict[str, Predictions] | None = None,
+    is_weighted: bool = False,
 ) -> dict[str, dict[str, float | int]]:
     """Computes metrics per task (all tasks by default) of the baseline `name`, one of NAMES, on one split.
 
     The keys are a model's: those of `metrics.classification.classification_metrics`, or for NEXT_ITEM, which alone
     reads `rank_cut`, `max_history_length` and `window_days`, {"next_item": hr@K, ndcg@K, mrr}. `keep` gets the
-    scores of each task, but for NEXT_ITEM. ValueError for an unknown name, split or task.
+    scores of each task, but for NEXT_ITEM. Sample weights enter every fit, and with `is_weighted` the metrics.
+    ValueError for an unknown name, split or task.
     """
     if name not in NAMES:
         raise ValueError(f"there is no baseline {name!r}; choose one of {sorted(NAMES)}")
@@ -44,11 +46,13 @@ def evaluate_baseline(
     manifest = schema.read_manifest(data_dir)
     if not manifest.tasks:
         raise ValueError(f"{data_dir} has no task, so there is nothing to score")
+    if is_weighted and "weight" not in manifest.sampling:
+        raise ValueError(f"--weighted: {data_dir} has no weights; name their column (`weight`) and build it again")
     if name == NEXT_ITEM:
         options = (rank_cut, max_history_length, window_days)
         return {"next_item": rank_by_popularity(data_dir, manifest, split, *options)}
     tasks = [task.name for task in manifest.tasks] if tasks is None else tasks
-    predictions = {task: BASELINES[name](data_dir, manifest, split, task) for task in tasks}
+    predictions = {task: BASELINES[name](data_dir, manifest, split, task, is_weighted=is_weighted) for task in tasks}
     if keep is not None:
         keep |= predictions
     return {task: rows.metrics() for task, rows in predictions.items()}

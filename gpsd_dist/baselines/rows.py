@@ -30,13 +30,48 @@ class Rows:
     user_hash_N: np.ndarray  # int64
     time_s_N: np.ndarray  # int64, of the request
     item_N: np.ndarray  # int64, table index
+    sampling: "Sampling"
     keys: dict[str, np.ndarray]  # column name (or "user") -> int64 [N]
 
 
-def predictions(kind: str, score_N: np.ndarray, scored: Rows) -> Predictions:
-    """Makes Predictions with one score per candidate."""
-    made = Predictions(kind, with_items=True)
-    made.add(score_N, scored.label_N, scored.user_hash_N, None, scored.time_s_N, scored.item_N)
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Holds how often candidates count; None where the data set does not say, and each counts once."""
+
+    weight_N: np.ndarray | None = None  # float64, sample weights
+    inverse_rate_N: np.ndarray | None = None  # float64, rows of the whole log that one stands for
+
+    def select(self, is_used_N: np.ndarray) -> "Sampling":
+        return Sampling(*(None if part is None else part[is_used_N] for part in self._parts))
+
+    def counts(self, is_weighted: bool = True) -> np.ndarray | None:
+        """Multiplies both, float64 [N]; `is_weighted` False: without sample weights, as metrics do by default."""
+        parts = [part for part in self._parts[not is_weighted :] if part is not None]
+        return np.prod(parts, axis=0) if parts else None
+
+    def fit_weights(self) -> np.ndarray | None:
+        """Scales `counts` to a mean of 1 over the rows that count at all.
+
+        So pseudo counts and penalties depend on the scale of weights as little as the loss of a model.
+        """
+        counts_N = self.counts()
+        return counts_N if counts_N is None or not counts_N.any() else counts_N / counts_N[counts_N > 0].mean()
+
+    @property
+    def _parts(self) -> tuple[np.ndarray | None, np.ndarray | None]:
+        return self.weight_N, self.inverse_rate_N
+
+    @staticmethod
+    def concatenated(parts: "list[Sampling]") -> "Sampling":
+        columns = zip(*(part._parts for part in parts))
+        return Sampling(*(None if column[0] is None else np.concatenate(column) for column in columns))
+
+
+def predictions(kind: str, score_N: np.ndarray, scored: Rows, is_weighted: bool = False) -> Predictions:
+    """Makes Predictions with one score per candidate, which counts as often as that of a model would."""
+    counts_N = scored.sampling.counts(is_weighted)
+    made = Predictions(kind, with_items=True, with_weights=counts_N is not None)
+    made.add(score_N, scored.label_N, scored.user_hash_N, None, scored.time_s_N, scored.item_N, counts_N)
     return made
 
 
@@ -90,6 +125,11 @@ def _check_values(column: pa.Array, name: str, manifest: schema.Manifest) -> Non
         array = values.to_numpy(zero_copy_only=False)
         if not ((array == 0) | (array == 1) | values.is_null().to_numpy(zero_copy_only=False)).all():
             raise ValueError(f"column {name!r} holds a label that is not 0, 1 or null")
+    elif place == "sampling":
+        array = values.to_numpy(zero_copy_only=False)  # null becomes NaN
+        is_good = (array > 0) & (array <= 1) if rest == "negative_rate" else (array >= 0) & np.isfinite(array)
+        if not is_good.all():
+            raise ValueError(f"column {name!r} holds {array[~is_good][0]}, which is no weight or no rate")
     elif values.null_count and name != "history.time_s":
         raise ValueError(f"column {name!r} has {values.null_count} nulls")
     elif place in schema.PLACES and rest != "time_s" and manifest.feature(rest).table is not None and len(values):
@@ -130,18 +170,34 @@ def read_rows(
     """Reads every candidate of a split that counts for the task, with the values of `keys`."""
     own = ["user_hash", "request_time_s", f"candidate.{manifest.item_feature}"]
     columns = list(dict.fromkeys([*own, *(key for key in keys if key != USER_KEY)]))
-    parts = []
+    parts, sampling = [], []
     for batch in read_batches(data_dir, manifest, split, task_columns(manifest, task_name, columns)):
         label_N, is_used_N = used_candidates(batch, manifest, task_name)
         num_candidates_B = candidates_per_row(batch, task_name)
         values = [per_candidate(batch[name], name, num_candidates_B) for name in columns]
+        sampling.append(sampling_of(batch, manifest, task_name, label_N).select(is_used_N))
         parts.append([column[is_used_N] for column in (label_N, *values)])
     if not parts:
         raise ValueError(f"split {split!r} of {data_dir} has no rows")
     label_N, *values = (np.concatenate(column) for column in zip(*parts))
     user_hash_N, time_s_N, item_N = values[: len(own)]
     by_key = dict(zip(columns, values)) | {USER_KEY: user_hash_N}
-    return Rows(label_N.astype(np.uint8), user_hash_N, time_s_N, item_N, {key: by_key[key] for key in keys})
+    keyed = {key: by_key[key] for key in keys}
+    return Rows(label_N.astype(np.uint8), user_hash_N, time_s_N, item_N, Sampling.concatenated(sampling), keyed)
+
+
+def sampling_of(batch: pa.RecordBatch, manifest: schema.Manifest, task_name: str, label_N: np.ndarray) -> Sampling:
+    """Reads how often the candidates of a batch count: a negative of a sampled log stands for 1 / rate rows.
+
+    Conditional tasks do not see the rate: where their condition holds, no row was left out.
+    """
+    columns = {name: f"sampling.{name}" for name in manifest.sampling}
+    if find_task(manifest, task_name).given:
+        columns.pop("negative_rate", None)
+    num_candidates_B = candidates_per_row(batch, task_name)
+    found = {key: per_candidate(batch[name], name, num_candidates_B).astype(float) for key, name in columns.items()}
+    rate_N = found.get("negative_rate")
+    return Sampling(found.get("weight"), None if rate_N is None else np.where(label_N == 0, 1 / rate_N, 1.0))
 
 
 def find_task(manifest: schema.Manifest, name: str) -> schema.Task:
@@ -153,10 +209,11 @@ def find_task(manifest: schema.Manifest, name: str) -> schema.Task:
 
 
 def task_columns(manifest: schema.Manifest, task_name: str, others: collections.abc.Iterable[str] = ()) -> list[str]:
-    """Lists columns that a task needs (user, its label, the label it is conditioned on) and `others`, each once."""
+    """Lists the columns of a task (user, its label, that of its condition, weights) and `others`, each once."""
     task = find_task(manifest, task_name)
     given = [f"label.{task.given}"] if task.given else []
-    return list(dict.fromkeys(["user_hash", f"label.{task_name}", *given, *others]))
+    sampling = [f"sampling.{name}" for name in manifest.sampling]
+    return list(dict.fromkeys(["user_hash", f"label.{task_name}", *given, *sampling, *others]))
 
 
 def candidates_per_row(batch: pa.RecordBatch, task_name: str) -> np.ndarray:

@@ -75,6 +75,8 @@ class Facts:
 def fingerprint(manifest: schema.Manifest) -> str:
     """Hashes what makes two data sets the same one, wherever their folders are."""
     parts = {name: value for name, value in dataclasses.asdict(manifest).items() if name in _SAME_DATA}
+    if manifest.sampling:
+        parts["sampling"] = manifest.sampling
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

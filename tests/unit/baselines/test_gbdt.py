@@ -61,7 +61,26 @@ def score(data_dir, split="test", task="click", **options):
     return gbdt.score_gbdt(data_dir, schema.read_manifest(data_dir), split, task, **options)
 
 
+def with_rate(data_dir, rate):
+    """Says that the log kept that share of the negatives."""
+    manifest = schema.read_manifest(data_dir)
+    for split in ("train", "valid", "test"):
+        path = data_dir / split / "part-00000.parquet"
+        table = pq.read_table(path)
+        lists = [[rate for _ in row] for row in table["candidate.item"].to_pylist()]
+        pq.write_table(table.append_column("sampling.negative_rate", pa.array(lists, pa.list_(pa.float32()))), path)
+    schema.write_manifest(dataclasses.replace(manifest, sampling=("negative_rate",)), data_dir)
+
+
 # ---- what they learn ------------------------------------------------------------------------------------------------
+
+
+def test_trees_of_a_sampled_log_give_probabilities_of_the_whole_log(small):
+    folder, _ = small
+    plain = score(folder).arrays()[0]
+    with_rate(folder, 0.1)
+    metrics, shift = score(folder).metrics(), score(folder).arrays()[0].mean() - plain.mean()
+    assert 0.7 < metrics["calibration"] < 1.4 and -3.5 < shift < -1.2  # ln 0.1 = -2.3; without weights 0.0, and above 2
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])

@@ -71,6 +71,49 @@ def data_dir(tmp_path):
     return tmp_path
 
 
+def sampled(data_dir, **values):
+    """Adds sampling columns: one value for every candidate, or name -> {split: lists}."""
+    manifest = schema.read_manifest(data_dir)
+    for name in _ROWS:
+        path = data_dir / name / "part-00000.parquet"
+        table = pq.read_table(path)
+        for column, given in values.items():
+            lists = given.get(name) if isinstance(given, dict) else None
+            lists = lists or [[1.0 if isinstance(given, dict) else given for _ in row[1]] for row in _ROWS[name]]
+            table = table.append_column(f"sampling.{column}", pa.array(lists, pa.list_(pa.float32())))
+        pq.write_table(table, path, row_group_size=2)
+    manifest = dataclasses.replace(manifest, sampling=tuple(values))
+    schema.write_manifest(manifest, data_dir)
+    return manifest
+
+
+def test_the_scale_of_weights_changes_nothing(data_dir):
+    plain = rates.score_rates(data_dir, schema.read_manifest(data_dir), "test", "click").arrays()[0]
+    assert (rates.score_rates(data_dir, sampled(data_dir, weight=7.0), "test", "click").arrays()[0] == plain).all()
+
+
+def test_weights_count_rows_and_sampled_negatives_stand_for_several(data_dir, monkeypatch):
+    """Fit rows of click: 1, 0 | 1 | 0 in train, 1, 0 in valid; their users 7, 7, -9, 7, 5, 5."""
+    monkeypatch.setattr(rates, "PSEUDO_COUNTS", 4)
+    manifest = sampled(data_dir, weight={"train": [[1.0, 1.0], [0.0], [1.0]]}, negative_rate=0.5)
+    score_N = rates.score_rates(data_dir, manifest, "test", "click", keys=("user",)).arrays()[0]
+    share = 2 / 8  # of the whole log: one positive of user 7, one of user 5, and three negatives that stand for two
+    rows, positive = (1 + 2 + 2) / 1.6, 1 / 1.6  # the five rows that count have 8 / 5 on average
+    seven = (positive + 4 * share) / (rows + 4)
+    assert score_N == pytest.approx([_log_odds(seven)] * 2 + [_log_odds(share)], abs=1e-6)
+    metrics = evaluate_baseline("rates", data_dir, "test", ["click"])["click"]
+    assert metrics["label_rate"] == 1 / 5 and metrics["rows"] == 3  # a positive, and two negatives of two each
+
+
+def test_metrics_of_baselines_take_weights_where_asked(data_dir):
+    sampled(data_dir, weight={"test": [[3.0, 1.0], [1.0]]})
+    found = [evaluate_baseline("popularity", data_dir, "test", ["click"], is_weighted=flag) for flag in (False, True)]
+    assert [metrics["click"]["label_rate"] for metrics in found] == [pytest.approx(1 / 3), 3 / 5]
+    sampled(data_dir)
+    with pytest.raises(ValueError, match="has no weights"):
+        evaluate_baseline("popularity", data_dir, "test", ["click"], is_weighted=True)
+
+
 def _log_odds(rate):
     return np.log(rate / (1 - rate))
 
