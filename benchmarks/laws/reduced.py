@@ -13,6 +13,7 @@ LEAST_SHARE: dict[Cell, float] = {
     Cell("match_category", "l1h32a4", "FT_SF"): 0.7,  # 1.007
     Cell("match_category", "din"): 0.8,  # 0.996
     Cell("conversion", "l1h32a4"): 0.8,  # 0.968
+    Cell("order", "l1h32a4"): 0.8,  # XXX; `matches` does not help here, so the attention must learn it
 }
 
 
