@@ -15,9 +15,10 @@ import logging
 import pathlib
 import sys
 
-from gpsd_dist.serving.artefact import CURRENT_NAME, ENGINES, ArtefactError, make_current
-from gpsd_dist.serving.examples import replay
-from gpsd_dist.serving.scorer import load
+from gpsd_dist.serving.artefact import CURRENT_NAME, ENGINES, ArtefactError, make_current, open_version
+from gpsd_dist.serving.examples import EXPECTED_NAME, replay, replay_search
+from gpsd_dist.serving.retriever import ITEM_VECTORS, Retriever
+from gpsd_dist.serving.scorer import Scorer
 from gpsd_dist.serving.tables import DTYPES
 
 
@@ -43,16 +44,21 @@ def _verify(argv: list[str]) -> int:
     parser.add_argument("artefact", help="folder of the artefact (its current version), or of a version")
     args = parser.parse_args(argv)
     try:
-        scorer = load(args.artefact, verify=False)
-        scorer.artefact.check_hashes()
-        difference = replay(scorer)
+        artefact = open_version(args.artefact)
+        artefact.check_hashes()
+        if ITEM_VECTORS not in artefact.description.tables:
+            difference = replay(Scorer(artefact))
+        elif EXPECTED_NAME in artefact.description.files:
+            difference = replay_search(Retriever(artefact))
+        else:
+            raise ArtefactError(f"{artefact.folder} was indexed before an index had examples to replay; build it again")
     except ArtefactError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    sums = scorer.artefact.sums()
+    sums = artefact.sums()
     num_bytes = sum(entry.num_bytes for entry in sums.values())
-    examples = f"examples differ by {difference:.2g}, at most {scorer.artefact.description.tolerance:g} is allowed"
-    print(f"{scorer.version}: {len(sums)} files, {num_bytes:,} bytes, all as written; {examples}")
+    examples = f"examples differ by {difference:.2g}, at most {artefact.description.tolerance:g} is allowed"
+    print(f"{artefact.version}: {len(sums)} files, {num_bytes:,} bytes, all as written; {examples}")
     return 0
 
 

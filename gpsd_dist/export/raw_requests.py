@@ -40,12 +40,13 @@ class RawRequests:
         }
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Converts rows with candidates to requests: the same columns with raw values, without labels."""
-        columns = {name: rows[name].combine_chunks() for name in ("user_id", "request_time_s", "history.time_s")}
+        """Converts rows to requests: the columns that they have with raw values, without labels."""
+        facts = [name for name in ("user_id", "request_time_s", "history.time_s") if name in rows.column_names]
+        columns = {name: rows[name].combine_chunks() for name in facts}
         for place in ("history", "candidate", "context"):
             for feature in self.manifest.features_in(place):
-                name = f"{place}.{feature.name}"
-                columns[name] = self._raw_values(feature, rows[name].combine_chunks())
+                if (name := f"{place}.{feature.name}") in rows.column_names:
+                    columns[name] = self._raw_values(feature, rows[name].combine_chunks())
         return pa.table(columns)
 
     def _raw_values(self, feature: Feature, array: pa.Array) -> pa.Array:
@@ -89,14 +90,21 @@ def read_requests(
     yield from Loader(run.data_dir, manifest, split, make_batch=make, global_batch_rows=rows_at_once, shuffle=False)
 
 
-def examples(data_dir: pathlib.Path, manifest: Manifest, max_history_length: int, max_candidates: int) -> list[Request]:
-    """Chooses requests of `valid`, some changed to what is rare or wrong. ValueError if there are none."""
-    split = manifest.split("valid" if any(s.name == "valid" and s.num_rows for s in manifest.splits) else "train")
-    if not split.num_rows:
-        raise ValueError(f"{data_dir} has no request in valid or train, so no example can come with the artefact")
-    batch = next(pq.ParquetFile(data_dir / split.files[0]).iter_batches(_ROWS_READ))
+def examples(
+    data_dir: pathlib.Path, manifest: Manifest, max_history_length: int, max_candidates: int, splits=("valid", "train")
+) -> list[Request]:
+    """Chooses requests of the first of `splits` that has any, some changed to what is rare or wrong.
+
+    A row of `pretrain` asks a second after its last event. ValueError if there are no rows.
+    """
+    filled = [split for name in splits for split in manifest.splits if split.name == name and split.num_rows]
+    if not filled:
+        raise ValueError(f"{data_dir} has no rows in {' or '.join(splits)}, so no example can come with the artefact")
+    batch = next(pq.ParquetFile(data_dir / filled[0].files[0]).iter_batches(_ROWS_READ))
     take = np.unique(np.linspace(0, batch.num_rows - 1, NUM_EXAMPLES).astype(int))
     requests = RawRequests(data_dir, manifest)(pa.Table.from_batches([batch]).take(pa.array(take))).to_pylist()
+    for request in requests:
+        request.setdefault("request_time_s", 1 + max(filter(None, request["history.time_s"]), default=0))
     longest = max(requests, key=lambda request: len(request["history.time_s"]))
     changed = list(_changed(longest, manifest, max_history_length, max_candidates))
     return [*itertools.islice(requests, NUM_EXAMPLES - len(changed)), *changed]
@@ -116,16 +124,20 @@ def _changed(
     yield request | {name: [] for name in history}
     for size in (1, max_history_length, 2 * max_history_length + 1):
         yield request | resized(history, size)
-    for size in (1, max_candidates):
+    for size in (1, max_candidates) if candidate else ():
         yield request | resized(candidate, size)
     full = request | resized(history, max(3, min(8, max_history_length)))
     num_events = len(full["history.time_s"])
     yield full | {"history.time_s": [None] * num_events}
     # Backwards, and the last event at the time of the request: it must be dropped.
     yield full | {"history.time_s": [time_s - 60 * i for i in range(num_events)]}
-    yield full | {f"{place}.{item}": [_UNKNOWN] * len(full[f"{place}.{item}"]) for place in ("history", "candidate")}
+    yield full | {
+        name: [_UNKNOWN] * len(full[name]) for name in (f"history.{item}", f"candidate.{item}") if name in full
+    }
     for feature in (f for f in manifest.features if f.name != item):
-        yield full | {f"{p}.{feature.name}": _strange(feature, full[f"{p}.{feature.name}"], p) for p in feature.places}
+        places = [place for place in feature.places if f"{place}.{feature.name}" in full]
+        if places:
+            yield full | {f"{p}.{feature.name}": _strange(feature, full[f"{p}.{feature.name}"], p) for p in places}
 
 
 def _strange(feature: Feature, values: typing.Any, place: str) -> typing.Any:

@@ -28,6 +28,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     build.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run folder")
     build.add_argument("--data", required=True, help="prepared data: vocabularies and items")
     build.add_argument("--out", required=True, help="folder of the artefact; versions are added to it")
+    items_help = (
+        "Parquet file with a column item_id: search these raw ids alone (needed where items are hashed, managed)"
+    )
+    build.add_argument("--items", type=pathlib.Path, help=items_help)
     for name, what in (("search", "find items"), ("users", "encode histories"), ("items", "write item vectors")):
         part = commands.add_parser(name, help=what, allow_abbrev=False)
         part.add_argument("artefact", help="folder of the artefact (its current version), or of a version")
@@ -51,7 +55,7 @@ def main(argv: list[str]) -> int:
         if args.command == "build":
             from gpsd_dist.index.build import build  # needs TorchRec
 
-            build(args.checkpoint, args.data, args.out, args.which)
+            build(args.checkpoint, args.data, args.out, args.which, args.items)
             return 0
         retriever = load(args.artefact)
         if args.command == "search":

@@ -132,7 +132,7 @@ class App:
 
     def _decode(self, body: bytes) -> list[dict[str, typing.Any]]:
         try:
-            requests = self._body.decode(body).requests
+            requests: list[dict[str, typing.Any]] = self._body.decode(body).requests  # type: ignore[attr-defined]
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             if messages.has_too_many(error):
                 raise Refusal(413, f"over {self.queue.max_tokens:,} requests in a body: send several") from error

@@ -23,18 +23,23 @@ import pyarrow.parquet as pq
 import torch
 
 from gpsd_dist.batch.packing import cuts
+from gpsd_dist.batch.row_layout import ranges
 from gpsd_dist.data.gather import one_chunk
 from gpsd_dist.model.gpsd import NextItemModel
 from gpsd_dist.model.heads import unit
 from gpsd_dist.schema import NUM_RESERVED_ROWS
 from gpsd_dist.serving.artefact import Artefact, ArtefactError, open_version
 from gpsd_dist.serving.batches import pack
+from gpsd_dist.serving.examples import EXPECTED_NAME, replay_search
 from gpsd_dist.serving.scorer import build_model, map_tables, open_reader, open_vocabularies
 from gpsd_dist.serving.tokens import Tokens
 
 ITEM_VECTORS = "item vectors"
 """Names the table of unit vectors in the description of an artefact."""
 _REQUESTS_AT_ONCE, _BLOCK_ITEMS = 64, 1 << 16  # untuned: bound memory, 16 MiB of scores
+CATALOGUE_NAME = "catalogue.parquet"
+"""Raw id and row of each item that is searched, where those are not all rows of a vocabulary."""
+EXAMPLES_TOP = 20
 _SPARE = 32  # items preselected beyond K
 _ERROR = 1e-6  # of a cosine in float32, for widths up to 512 or so (a sum of E products errs by far less than E ulps)
 
@@ -65,13 +70,19 @@ class Retriever:
         self.reader = open_reader(artefact, open_vocabularies(artefact, sorted(read)), with_candidates=False)
         self.model = build_model(artefact, functools.partial(NextItemModel, auxiliary=()))
         self.vectors = tables.pop(ITEM_VECTORS)
-        """Unit vector of each row of the item table."""
+        """Unit vector of each item, behind `NUM_RESERVED_ROWS` that are none. An item's place here is its number."""
         self._tables = tables
-        raw = one_chunk(pq.read_table(artefact.path(f"vocab/{table}.parquet"), memory_map=True)["raw_id"])
-        if len(raw) + NUM_RESERVED_ROWS != self.vectors.num_rows:
-            raise ArtefactError(f"{artefact.folder} has {len(raw):,} raw ids for {self.vectors.num_rows:,} item rows")
-        self.raw_ids = raw
-        """Raw id of each row, from the first that is not reserved."""
+        has_catalogue = CATALOGUE_NAME in artefact.description.files
+        listed = pq.read_table(
+            artefact.path(CATALOGUE_NAME if has_catalogue else f"vocab/{table}.parquet"), memory_map=True
+        )
+        self.raw_ids = one_chunk(listed["raw_id"])
+        """Raw id of each item, from the first that is not reserved."""
+        num_items = len(self.raw_ids)
+        if num_items + NUM_RESERVED_ROWS != self.vectors.num_rows:
+            raise ArtefactError(f"{artefact.folder} has {num_items:,} raw ids for {self.vectors.num_rows:,} item rows")
+        self._row_V = one_chunk(listed["row"]).to_numpy() if has_catalogue else None
+        """Row of the item table of each item, ascending; None: its number."""
 
     def search(self, requests: collections.abc.Sequence[dict[str, typing.Any]] | pa.Table, top: int) -> list[Found]:
         """Finds the `top` items of each raw request. Items of its (visible) history are left out.
@@ -92,18 +103,38 @@ class Retriever:
     def search_tokens(
         self, tokens: Tokens, top: int, allowed_B: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Finds item rows int64 [B, K] and scores float32 [B, K], best first; -1 and -inf where there are no more.
+        """Finds items int64 [B, K] and scores float32 [B, K], best first; -1 and -inf where there are no more.
 
-        `allowed_B`: an item row of each request that competes even if it was seen, as a target does in `evaluate`.
+        An item is its number, which is its row of the item table where all rows are searched. `allowed_B`: an item row
+        of each request that competes even if it was seen, as a target does in `evaluate`.
         """
         offsets, row_T = cuts(tokens.history_length_B), tokens.columns["history"][self.manifest.item_feature]
         seen = [np.unique(rows) for rows in np.split(row_T, offsets[1:-1])] if len(tokens) else []
         if allowed_B is not None:
             seen = [rows[rows != allowed] for rows, allowed in zip(seen, allowed_B, strict=True)]
+        seen = [self._items_of(rows) for rows in seen]
         query_BE = torch.from_numpy(self.encode(tokens))
         row_BK, score_BK = _best(query_BE, self.vectors, seen, min(top, self.vectors.num_rows - NUM_RESERVED_ROWS))
         is_none_BK = np.isneginf(score_BK) | (tokens.history_length_B == 0)[:, None]
         return np.where(is_none_BK, -1, row_BK), np.where(is_none_BK, -np.inf, score_BK)
+
+    def facts(self, tokens: Tokens, row_BK: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Computes what `serving.examples` compares: vectors, best scores, items, scores of those or of `row_BK`."""
+        vector_BE = self.encode(tokens)
+        found_BK, score_BK = self.search_tokens(tokens, EXAMPLES_TOP)
+        row_BK = found_BK if row_BK is None else np.clip(row_BK, -1, self.vectors.num_rows - 1)
+        index_U, place = np.unique(np.maximum(row_BK, 0), return_inverse=True)
+        item_BKE = self.vectors.rows(index_U).numpy()[place.reshape(row_BK.shape)]
+        of_row_BK = np.where(row_BK < 0, 0, np.einsum("be,bke->bk", vector_BE, item_BKE))
+        best_BK = np.where(np.isneginf(score_BK), -2, score_BK).astype(np.float32)  # a cosine is never -2
+        return {"vector": vector_BE, "score": best_BK, "score of row": of_row_BK.astype(np.float32), "row": row_BK}
+
+    def _items_of(self, row_N: np.ndarray) -> np.ndarray:
+        """Finds the numbers of the items that have these rows (ascending); of a hashed row there may be several."""
+        if self._row_V is None:
+            return row_N
+        first_N, stop_N = (np.searchsorted(self._row_V, row_N, side) for side in ("left", "right"))  # type: ignore[call-overload]
+        return ranges(first_N, stop_N - first_N) + NUM_RESERVED_ROWS
 
     def encode(self, tokens: Tokens) -> np.ndarray:
         """Encodes histories as unit vectors float32 [B, E], in the caller's order; zeros where a history is empty."""
@@ -168,8 +199,15 @@ def _preselected(
 
 
 def load(path: str | os.PathLike[str], *, verify: bool = True) -> Retriever:
-    """Loads the current version, or the one whose folder is given. ArtefactError says what is damaged or missing."""
+    """Loads the current version, or the one whose folder is given.
+
+    `verify`: compare the hash of every file, and replay the examples. ArtefactError says what is damaged, missing or
+    different.
+    """
     artefact = open_version(path)
     if verify:
         artefact.check_hashes()
-    return Retriever(artefact)
+    retriever = Retriever(artefact)
+    if verify and EXPECTED_NAME in artefact.description.files:  # an index of before has none
+        replay_search(retriever)
+    return retriever

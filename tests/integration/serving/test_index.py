@@ -1,21 +1,31 @@
 """An index finds what `evaluate` ranks: the same hit rates to the last digit, from raw histories to raw items."""
 
+import hashlib
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from gpsd_dist.assembly import assemble
+from gpsd_dist.checkpoint.loading import load_tensors
+from gpsd_dist.data.loaders import evaluation_loader
 from gpsd_dist.evaluate import evaluate_checkpoint
+from gpsd_dist.export.__main__ import main as verify
+from gpsd_dist.export.exporter import read_source
 from gpsd_dist.export.raw_requests import RawRequests
+from gpsd_dist.features import id_of
 from gpsd_dist.index.__main__ import main
 from gpsd_dist.metrics.ranking import HR_CUTS
+from gpsd_dist.model.heads import unit
 from gpsd_dist.schema import read_manifest
 from gpsd_dist.serving import retriever as retrieving
-from gpsd_dist.serving.artefact import ArtefactError
+from gpsd_dist.serving.artefact import ArtefactError, sum_of
 from gpsd_dist.serving.retriever import load
 from gpsd_dist.serving.scorer import load as load_scorer
 from tests.helpers import synthetic
@@ -137,26 +147,148 @@ def test_fewer_items_than_are_wanted():
     assert found[0, :2].tolist() == [2, 4] and np.isneginf(scores[0, 2:]).all()
 
 
-def test_runs_that_cannot_be_indexed(root, tmp_path, capsys):
-    train_runs(0, 1, [tiny_run("finetune", root / "data", tmp_path / "ranker", train={"max_steps": 1})])
-    write_unbounded_data(tmp_path / "hashed", {"item": ("hashed", 32), "tag": ("hashed", 14)})
-    train_runs(0, 1, [tiny_run("pretrain", tmp_path / "hashed", tmp_path / "run", train={"max_steps": 1})])
-    for run, data, message in (
-        ("ranker", root / "data", "does not rank all items; index a pretrained run"),
-        ("run", tmp_path / "hashed", "their raw ids are not kept"),
-    ):
-        command = [
-            "build",
-            "--checkpoint",
-            str(tmp_path / run),
-            "--data",
-            str(data),
-            "--out",
-            str(tmp_path / "artefact"),
-        ]
-        assert main(command) == 2
-        assert message in capsys.readouterr().err
-        assert not (tmp_path / "artefact/current.json").exists()
+def raw_id(index: int) -> str:
+    return f"raw {index}"
+
+
+@pytest.fixture(scope="module", params=["hashed", "managed"])
+def unbounded(request, tmp_path_factory, one_rank):
+    """A pretrained run whose items have no vocabulary, and a file of raw ids: all of the log, and two new ones."""
+    folder = tmp_path_factory.mktemp(request.param)
+
+    def convert(index: int) -> int:
+        return index if index < 2 else int(id_of(pa.array([raw_id(index)]))[0])
+
+    tables = {"item": (request.param, 32), "tag": ("hashed", 14)}
+    manifest = write_unbounded_data(folder / "data", tables, convert)
+    train_runs(0, 1, [tiny_run("pretrain", folder / "data", folder / "run", train={"max_steps": 9})])
+    ids = [raw_id(index) for index in range(2, 61)]
+    pq.write_table(pa.table({"item_id": [*ids, "new one", " new two ", None, ids[0]]}), folder / "items.parquet")
+    return request.param, folder, manifest, ids
+
+
+def build_index(folder, *options) -> int:
+    run, data, out = (str(folder / name) for name in ("run", "data", "index"))
+    return main(["build", "--checkpoint", run, "--data", data, "--out", out, *map(str, options)])
+
+
+def test_items_without_a_vocabulary_are_searched_by_the_raw_ids_of_a_file(unbounded, capsys):
+    kind, folder, manifest, ids = unbounded
+    assert build_index(folder, "--items", folder / "items.parquet") == 0
+    retriever = load(folder / "index")
+    rows = {}
+    for raw in [*ids, "new one", "new two"]:
+        feature = manifest.feature("item")
+        number = retriever.reader.encode(feature, pa.array([raw]))
+        rows[raw] = int(retriever.reader.served(feature, number)[0])
+    known = {raw: row for raw, row in rows.items() if row >= 2}
+    assert sorted(retriever.raw_ids.to_pylist()) == sorted(known)  # a new id has a row where it is hashed
+    assert ("new one" in known) == (kind == "hashed") and len(set(known.values())) > 10
+    table = retriever._tables["item"]
+    vector = {raw: unit(table.rows(np.array([row])))[0].numpy() for raw, row in known.items()}
+    seen = ["raw 5", "raw 9", "raw 30"]
+    request = {"user_id": "u", "request_time_s": 10**6, "history.time_s": [1, 2, 3], "history.item": seen}
+    others = retriever.artefact.read_json("examples.json")["requests"][0]
+    request |= {name: None for name in others if name not in request}
+    [found] = retriever.search([request], 100)
+    [user] = retriever.encode(retriever.reader(retriever.reader.from_json([request])))
+    expected = {raw for raw, row in known.items() if row not in {rows[item] for item in seen}}
+    assert set(found.item_ids) == expected
+    np.testing.assert_allclose(found.scores, [user @ vector[raw] for raw in found.item_ids], atol=1e-6)
+    assert found.scores == sorted(found.scores, reverse=True)
+
+
+def test_items_of_a_vocabulary_may_be_restricted_to_some(root, tmp_path):
+    ids = load(root / "a_hstu").raw_ids.to_pylist()
+    pq.write_table(pa.table({"item_id": [ids[7], ids[3], "unknown"]}), tmp_path / "on_sale.parquet")
+    for name in ("data", "run"):
+        (tmp_path / name).symlink_to(root / ("data" if name == "data" else "hstu"))
+    assert build_index(tmp_path, "--items", tmp_path / "on_sale.parquet") == 0
+    assert load(tmp_path / "index").raw_ids.to_pylist() == [ids[3], ids[7]]
+
+
+def test_runs_that_cannot_be_indexed(root, unbounded, tmp_path, capsys):
+    _, folder, _, _ = unbounded
+    assert build_index(folder) == 2
+    assert "give --items, a Parquet file with a column item_id" in capsys.readouterr().err
+    pq.write_table(pa.table({"sku": ["a"]}), tmp_path / "no_ids.parquet")
+    assert build_index(folder, "--items", tmp_path / "no_ids.parquet") == 2
+    assert "expected a Parquet file with a column item_id" in capsys.readouterr().err
+    train_runs(0, 1, [tiny_run("finetune", root / "data", tmp_path / "run", train={"max_steps": 1})])
+    (tmp_path / "data").symlink_to(root / "data")
+    assert build_index(tmp_path) == 2
+    assert "does not rank all items; index a pretrained run" in capsys.readouterr().err
+    assert not (tmp_path / "index/current.json").exists()
+
+
+def _forged(artefact, change) -> None:
+    """Changes a result that comes with the current version, with all hashes that belong to it."""
+    folder = load(artefact, verify=False).artefact.folder
+    expected = load_file(folder / "expected.safetensors")
+    change(expected)
+    description = json.loads((folder / "artefact.json").read_text())
+    save_file(expected, folder / "expected.safetensors")
+    made = sum_of(folder / "expected.safetensors")
+    description["files"]["expected.safetensors"] = {"bytes": made.num_bytes, "sha256": made.sha256}
+    content = json.dumps(description).encode()
+    digest = hashlib.sha256(content).hexdigest()
+    (folder / "artefact.json").write_bytes(content)
+    version = f"{folder.name.rsplit('-', 1)[0]}-{digest[:12]}"
+    folder.rename(folder.parent / version)
+    (artefact / "current.json").write_text(json.dumps({"version": version, "sha256": digest}))
+
+
+def _add(name: str, amount: float):
+    return lambda expected: expected[name].flatten()[:1].add_(amount)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_verify_proves_vectors_and_items(root, name, tmp_path, capsys):
+    artefact = tmp_path / "index"
+    shutil.copytree(root / f"a_{name}", artefact)
+    assert verify(["verify", str(artefact)]) == 0
+    assert "examples differ by" in capsys.readouterr().out
+    expected = load_file(load(artefact).artefact.path("expected.safetensors"))
+    assert expected["result/vector"].abs().max() > 0.1 and (expected["row"][:, 0] > 1).sum() > 10
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_add("result/vector", 1e-3), "get values of 'vector' that differ by 0.001"),
+        (_add("result/score", 1e-3), "get values of 'score' that differ"),
+        (_add("row", 1), "get values of 'score of row' that differ"),
+        (_add("history_time_s", 1), "become other tokens here (history_time_s)"),
+    ],
+)
+def test_verify_finds_what_is_found_otherwise(root, change, message, tmp_path, capsys):
+    artefact = tmp_path / "index"
+    shutil.copytree(root / "a_hstu", artefact)
+    _forged(artefact, change)
+    assert verify(["verify", str(artefact)]) == 1
+    assert message in capsys.readouterr().err
+    with pytest.raises(ArtefactError):
+        load(artefact)
+
+
+def test_the_examples_are_those_of_evaluate(root, one_rank):
+    """The vectors that come with an index are those that the training code computes of the same rows of `valid`."""
+    expected = load_file(load(root / "a_hstu").artefact.path("expected.safetensors"))["result/vector"]
+    source = read_source(root / "hstu", str(root / "data"), with_candidates=False)
+    components = assemble(source.run, source.manifest, one_rank)
+    load_tensors(source.checkpoint, components.weights())
+    components.model.eval()
+    found = []
+    for (host_batch,) in evaluation_loader(source.run, source.manifest, components.lookup_names, "valid", one_rank):
+        (batch,) = components.ids.assign((host_batch,))
+        with torch.no_grad():
+            hidden_TE = unit(components.model(components.tables(batch.lookup), batch).hidden_TE)
+        ends = batch.packing.history_offsets
+        vectors = torch.zeros(len(ends) - 1, hidden_TE.shape[1])
+        vectors[ends.diff() > 0] = hidden_TE[ends[1:][ends.diff() > 0] - 1]
+        found.append(vectors[torch.argsort(batch.source_row_B)])
+    found_BE = torch.cat(found)
+    assert len(found_BE) <= len(expected) and (found_BE - expected[: len(found_BE)]).abs().max() <= 1e-5
 
 
 def test_an_index_is_no_ranker_and_damage_is_found(root, tmp_path, capsys):
