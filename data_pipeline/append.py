@@ -104,7 +104,7 @@ def plan(running: engine.Engine, log: canonical.Log, job: Job) -> Plan:
         vocabularies=_vocabularies(running, log, cut, job),
         splits={"pretrain": f"{folder}-pretrain", "test": folder},
         manifest=manifest,
-        finish=functools.partial(_finish, job=job, boundaries=splits.boundaries(log)),
+        finish=functools.partial(_finish, job=job, boundaries=splits.boundaries(log), reading=log.reading),
         linked_files=tuple(file for split in kept for file in split.files),
     )
 
@@ -150,7 +150,13 @@ def _vocabularies(running: engine.Engine, log: canonical.Log, cut: splits.Cut, j
 
 
 def _finish(
-    manifest: schema.Manifest, written: dict[str, schema.Split], root: pathlib.Path, *, job: Job, boundaries: list[int]
+    manifest: schema.Manifest,
+    written: dict[str, schema.Split],
+    root: pathlib.Path,
+    *,
+    job: Job,
+    boundaries: list[int],
+    reading: dict,
 ) -> schema.Manifest:
     """Moves the splits on and adds a step to the chain of parents."""
     parent = job.previous.manifest
@@ -169,6 +175,7 @@ def _finish(
     }
     options = {name: value for name, value in parent.options.items() if name != holdout.NAME}
     steps = {CHAIN: [*parent.options.get(CHAIN, []), step], fresh.BOUNDARIES: boundaries}
+    steps |= {"reading": reading} if reading else {}
     return dataclasses.replace(manifest, splits=_moved_splits(parent, written), options=options | steps)
 
 

@@ -96,6 +96,9 @@ class BuildOptions:
     built_from_dir: pathlib.Path | None = option(None, is_recorded=False, is_flag=False)
     """Where an earlier build found its raw files, when rows are added to its data set."""
 
+    reading: typing.Any = option(None, is_recorded=False, is_flag=False)
+    """How an earlier build read values (`canonical.Log.reading`), when rows are added to its data set."""
+
     @property
     def mode(self) -> str:
         """Names what is made: "build" a new data set, "append" the next day to one, or add a "holdout" split to one."""

@@ -9,7 +9,7 @@ import pydantic
 
 from data_pipeline import canonical, engine, explain, fingerprint, vocab
 from data_pipeline.options import BuildOptions
-from gpsd_dist import schema
+from gpsd_dist import features, schema
 from gpsd_dist.data import data_versions
 
 MAX_LATE_SHARE = 0.01  # 192 of 91,989 exposures (0.2 %) of KuaiRand's files of May are of Apr 30 by time_ms
@@ -55,7 +55,9 @@ def as_built(options: BuildOptions, previous: Previous) -> BuildOptions:
     elif isinstance(known.get("schema"), str):
         known["schema"] = pathlib.Path(known["schema"])  # the manifest has it as text
     try:
-        settled = dataclasses.replace(options.settled(known), built_from_dir=pathlib.Path(built_from))
+        settled = dataclasses.replace(
+            options.settled(known), built_from_dir=pathlib.Path(built_from), reading=_reading(previous)
+        )
     except pydantic.ValidationError as error:
         wrong = [f"options.{w.key} is {reprlib.repr(w.given)}, expected {w.expected}" for w in explain.problems(error)]
         raise ValueError(f"{path}: {'; '.join(wrong)}; build the data set again") from error
@@ -67,14 +69,36 @@ def as_built(options: BuildOptions, previous: Previous) -> BuildOptions:
 
 
 def check_same_contract(log: canonical.Log, previous: Previous) -> None:
-    """Raises ValueError unless the log has the features and tasks of the previous data set."""
-    features = previous.manifest.features
-    unmeasured = tuple(dataclasses.replace(feature, mean=0.0, std=1.0, low=None, high=None) for feature in features)
+    """Raises ValueError unless the log has features and tasks of the previous data set, and values are read alike."""
+    written = previous.manifest.features
+    unmeasured = tuple(dataclasses.replace(feature, mean=0.0, std=1.0, low=None, high=None) for feature in written)
     then = unmeasured, previous.manifest.tasks, previous.manifest.sampling
     if (tuple(spec.feature() for spec in log.features), log.tasks, log.sampling) != then:
         raise ValueError(
             f"{previous.folder} was built with other features, tasks or weights than this version has; build it again"
         )
+    then_read, now_read = _reading(previous), features.Rules.of_options(log.reading)
+    if then_read is None:
+        return
+    lost = then_read.whole - now_read.whole
+    if lost:
+        raise ValueError(
+            f"{previous.folder} spells the ids of {sorted(lost)} without a .0 at their end, as all were whole numbers; "
+            "some are not now, so old ids would be unknown: correct the new rows, or build again"
+        )
+    for name in ("null_words", "clip"):
+        then, now = getattr(then_read, name), getattr(now_read, name)
+        if then != now:
+            raise ValueError(
+                f"{previous.folder} was built with {name} {reprlib.repr(then)}, and the schema now says "
+                f"{reprlib.repr(now)}: old and new rows would differ; take the old one, or build again"
+            )
+
+
+def _reading(previous: Previous) -> features.Rules | None:
+    """Returns how the values of the previous data set were read; None if it does not say, being older."""
+    given = previous.manifest.options.get("reading")
+    return None if given is None else features.Rules.of_options(given)
 
 
 def exposures_around(log: canonical.Log, until_s: int) -> tuple[int, int]:

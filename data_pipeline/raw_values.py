@@ -87,7 +87,7 @@ class Kind:
         other = unit_that_fits(given, self.unit) if self.unit else None
         if other:
             return f'{given} is a likely time with `time_unit = "{other}"`: correct `time_unit`, or the values'
-        is_comma = self.type == pa.float64() and given.replace(",", "", 1).lstrip("-").isdigit()
+        is_comma = self.type == pa.float64() and "," in given and given.replace(",", "", 1).lstrip("-").isdigit()
         return 'state `decimal = ","` in [csv], or correct the values' if is_comma else self.fix
 
 

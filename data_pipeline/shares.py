@@ -15,6 +15,7 @@ from data_pipeline import progress
 from gpsd_dist import schema
 
 WARN_BELOW = 0.9  # share of ids that join; untuned
+WARN_UNKNOWN = 0.9  # share of ids that training does not know; untuned
 FIX = "correct the log or its description, or add --allow_empty if it is meant"
 
 
@@ -43,7 +44,12 @@ def check(
             continue
         if not split.num_history_tokens:
             problems.append(f"all histories of split {split.name!r} are empty: no event comes before its requests")
-        for task, found in labels(root, manifest, split).items():
+        tasks, unknown = labels(root, manifest, split)
+        for column, share in unknown.items():
+            if share > WARN_UNKNOWN and split.name != "train":
+                words = f"split {split.name!r}: {share:.0%} of {column} are unknown to training"
+                progress.warn(f"{words}; are they spelled as before?")
+        for task, found in tasks.items():
             words = f"task {task!r}, split {split.name!r}: {found.num_observed:,} labels{of_weight}, "
             words += f"{found.num_positive:,} positive"
             progress.say(f"  {words}")
@@ -65,15 +71,25 @@ def complain(problems: list[str], is_allowed: bool) -> None:
         progress.warn(problem)
 
 
-def labels(root: pathlib.Path, manifest: schema.Manifest, split: schema.Split) -> dict[str, Labels]:
-    """Counts the labels of every task in a written split; {} in pretrain."""
+def labels(
+    root: pathlib.Path, manifest: schema.Manifest, split: schema.Split
+) -> tuple[dict[str, Labels], dict[str, float]]:
+    """Counts the labels of every task in a written split, and finds the share of unknown ids in columns of candidates.
+
+    Two empty dictionaries for pretrain.
+    """
     if split.name == "pretrain":
-        return {}
+        return {}, {}
     names = {task.name: f"label.{task.name}" for task in manifest.tasks}
     counts = dict.fromkeys(names, Labels(0, 0))
+    ids = [f"candidate.{f.name}" for f in manifest.features_in("candidate") if f.table is not None and not f.is_bag]
+    unknown = dict.fromkeys(ids, 0)
     weight = [f"sampling.{name}" for name in manifest.sampling if name == "weight"]
     for file in split.files:
-        for batch in pq.ParquetFile(root / file).iter_batches(columns=[*names.values(), *weight]):
+        for batch in pq.ParquetFile(root / file).iter_batches(columns=[*names.values(), *weight, *ids]):
+            for column in ids:
+                is_unknown = pc.equal(pc.list_flatten(batch[column]), schema.UNKNOWN_INDEX)
+                unknown[column] += pc.sum(is_unknown).as_py() or 0
             counted = pc.greater(pc.list_flatten(batch[weight[0]]), 0) if weight else None
             for task, name in names.items():
                 values = pc.list_flatten(batch[name])
@@ -82,7 +98,7 @@ def labels(root: pathlib.Path, manifest: schema.Manifest, split: schema.Split) -
                 counts[task] = Labels(
                     observed + len(values) - values.null_count, positive + int(pc.sum(values).as_py() or 0)
                 )
-    return counts
+    return counts, {column: count / max(split.num_candidates, 1) for column, count in unknown.items()}
 
 
 def check_join(what: str, num_joined: int, num_all: int, is_allowed: bool) -> None:

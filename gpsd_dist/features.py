@@ -35,7 +35,11 @@ class Rules:
     @staticmethod
     def of(manifest: Manifest) -> "Rules":
         """Reads the rules of a data set. ValueError if the manifest holds something else in their place."""
-        given = manifest.options.get("reading", {})
+        return Rules.of_options(manifest.options.get("reading", {}))
+
+    @staticmethod
+    def of_options(given: typing.Any) -> "Rules":
+        """Reads `options["reading"]` of a manifest, as `of` does."""
         try:
             clip = {str(name): (float(low), float(high)) for name, (low, high) in given.get("clip", {}).items()}
             words, whole = given.get("null_words", ()), given.get("whole", ())

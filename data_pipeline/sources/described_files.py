@@ -14,6 +14,7 @@ from data_pipeline import progress, raw_files, raw_values
 from data_pipeline.engine import Engine
 from data_pipeline.raw_values import KINDS, Kind, Notes
 from data_pipeline.sources import json_lines, log_description
+from gpsd_dist.features import Rules
 
 ROWS, SECTIONS = 1 << 39, 8
 """`order` = (microsecond of the second * SECTIONS + number of the section) * ROWS + place of the row in it."""
@@ -92,8 +93,15 @@ def _is_hidden(path: pathlib.PurePath, pattern: str) -> bool:
 class Reader:
     """Makes canonical tables of the described files. Every method counts the raw rows it leaves out in `skipped`."""
 
-    def __init__(self, engine: Engine, files: dict[str, pathlib.Path], description: log_description.LogDescription):
-        """Takes the `files` that `find` returned for all sections together."""
+    def __init__(
+        self,
+        engine: Engine,
+        files: dict[str, pathlib.Path],
+        description: log_description.LogDescription,
+        known: Rules | None = None,
+    ):
+        """Takes the `files` that `find` returned for all sections together; `known`: how earlier rows were read."""
+        self._known_clips = {} if known is None else known.clip
         self.engine = engine
         self.files = files
         self.description = description
@@ -322,8 +330,9 @@ class Reader:
         return rows
 
     def _clipped(self, rows: ir.Table, feature: log_description.FeatureColumn) -> ir.Table:
-        """Cuts a number off at the quantiles that the schema asks for."""
-        low, high = self._clips[feature.label] = [*self._quantiles(rows, feature, feature.clip_quantile)]
+        """Cuts a number off at the quantiles that the schema asks for, those of the data set that rows are added to."""
+        known = self._known_clips.get(feature.label) or self._quantiles(rows, feature, feature.clip_quantile)
+        low, high = self._clips[feature.label] = [*known]
         return rows.mutate(**{feature.label: rows[feature.label].clip(low, high)})
 
     def _quantiles(self, rows: ir.Table, feature: log_description.FeatureColumn, share: float) -> tuple[float, float]:

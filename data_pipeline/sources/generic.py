@@ -88,7 +88,7 @@ def _schema_path(options: BuildOptions) -> pathlib.Path:
 def read(engine: Engine, files: dict[str, pathlib.Path], options: BuildOptions) -> canonical.Log:
     """Makes the canonical tables of the described files."""
     description = log_description.read(files["schema"])
-    reader = described_files.Reader(engine, files, description)
+    reader = described_files.Reader(engine, files, description, options.reading)
     skipped: dict[str, int] = {}
     exposures = None if description.exposure is None else reader.exposures(skipped)
     events = _events(engine, reader, description, exposures, skipped)

@@ -11,6 +11,7 @@ import pytest
 
 from data_pipeline import fingerprint, synthesize, synthetic_log, validate
 from gpsd_dist.data import data_versions
+from tests.assets.cases import logs
 from tests.helpers.parquet_rows import rows_sha256
 from tests.unit.data_pipeline.conftest import DAY_S, log_row, manifest_of, run, words_of, write_log
 from tests.unit.data_pipeline_sources.conftest import Prepared
@@ -239,3 +240,62 @@ def test_a_source_that_finds_older_files_where_the_parent_was_built_from(kuairan
     new = {split.name: split.num_rows for split in manifest.splits}
     assert new == {"pretrain": old["pretrain"], "train": old["train"] + old["valid"], "valid": old["test"], "test": 2}
     assert words_of(tmp_path / "out", "item").items() >= before.items()
+
+
+def _priced(
+    folder: pathlib.Path, num_days: int, price: float = 1.0, ids: str = "{}", keys: str = "", end: str = ".0"
+) -> pathlib.Path:
+    """Twelve exposures of three users a day; from the third day on, prices are `price` times those of before."""
+    text = f"""
+[exposure]
+files = "log.csv"
+user = "u"
+item = "i"
+time = "t"
+task = [{{ column = "click" }}]
+extends_history = "click"
+feature = [{{ column = "price", place = "candidate", kind = "numerical", clip_quantile = 0.1 }}]
+[split]
+valid_from = 2024-01-02
+test_from = 2024-01-03
+test_until = 2024-01-04
+{keys}"""
+    midnight_s, rows = int(datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC).timestamp()), []
+    for n in range(12 * num_days):
+        is_late = n >= 36
+        item = (ids if is_late else "{}").format(f"{100 + n % 5}{end}")
+        cost = (1 + n % 12) * (price if is_late else 1.0)
+        rows.append((f"u{n % 3}", item, midnight_s + n * 7200, int(n % 2 == 0), cost))
+    return logs.write(folder, text, {"log.csv": logs.lines(rows, "u,i,t,click,price")})
+
+
+def test_an_appended_day_is_cut_off_where_the_first_was(tmp_path):
+    assert build(_priced(tmp_path / "raw1", 3), tmp_path / "out") == 0
+    raw = _priced(tmp_path / "raw2", 4, price=1000.0)
+    assert build(raw, tmp_path / "out", "--append_to", tmp_path / "out") == 0
+    clip = manifest_of(tmp_path / "out").options["reading"]["clip"]
+    assert clip == {"price": [2.0, 11.0]}
+    [file] = manifest_of(tmp_path / "out").split("test").files
+    prices = pq.read_table(data_versions.current(tmp_path / "out") / file)["candidate.price"].to_pylist()
+    assert {price for row in prices for price in row} == {11.0}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"ids": "x{}"}, "spells the ids of ['item'] without a .0"),
+        ({"keys": '[csv]\nnull_words = ["-"]\n'}, "was built with null_words ('nan',"),
+    ],
+)
+def test_a_day_whose_values_would_be_read_otherwise_is_refused(tmp_path, capsys, changed, words):
+    assert build(_priced(tmp_path / "raw1", 3), tmp_path / "out") == 0
+    assert build(_priced(tmp_path / "raw2", 4, **changed), tmp_path / "out", "--append_to", tmp_path / "out") == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_day_whose_ids_are_all_unknown_is_a_warning(tmp_path, capsys):
+    assert build(_priced(tmp_path / "raw1", 3, end=""), tmp_path / "out") == 0
+    assert "unknown" not in capsys.readouterr().out
+    raw = _priced(tmp_path / "raw2", 4, end="", ids="0{}")
+    assert build(raw, tmp_path / "out", "--append_to", tmp_path / "out") == 0
+    assert "split 'test': 100% of candidate.item are unknown to training" in capsys.readouterr().out

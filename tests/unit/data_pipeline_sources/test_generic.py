@@ -308,6 +308,7 @@ WRONG_SAMPLING = {
         [0.0] + [1.0] * 239,
         "'r', data row 0: found '0.0', expected a number above 0 (from 1e-09), at most 1",
     ),
+    "label of 2": ("click", [2] + [1, 0] * 119 + [1], "true, false, or nothing (1 such rows); correct the values"),
     "rate of the label": ("r", [0.1 if n % 3 == 0 else 1.0 for n in range(240)], "it would give the label away"),
     "nearly the label": ("r", [0.1 if n % 3 == 0 else 0.1 + 0.3 * (n > 9) for n in range(240)], "tells the rows where"),
 }
