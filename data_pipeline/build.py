@@ -41,6 +41,7 @@ from data_pipeline.options import BuildOptions
 from data_pipeline.plan import Job, Plan
 from gpsd_dist import schema
 from gpsd_dist.data import data_versions
+from gpsd_dist.disk.text import shown
 
 FINISHED, FAILED, MISTAKE, NO_FILE_ACCESS, STOPPED, INTERRUPTED = 0, 1, 2, 74, 75, 130
 WARNINGS = "warnings"
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _ended(message: str, status: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {shown(message)}", file=sys.stderr)
     return status
 
 

@@ -22,6 +22,8 @@ import rich.text
 from data_pipeline import build, measures
 from gpsd_dist import schema
 from gpsd_dist.data import data_versions
+from gpsd_dist.disk.text import say_error
+from gpsd_dist.disk.writing import write
 
 LEAK_AUC = 0.95
 ORDERS_A_DAY = 0.15  # mean AUC inside of a user's day that far from 0.5; untuned
@@ -284,11 +286,10 @@ def main(argv: list[str] | None = None) -> int:
                 root = data_versions.current(root)
             sections, verdict = page(root)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return say_error(error)
     show(sections, verdict)
     if options.html:
-        options.html.write_text(as_html(str(options.folder), sections, verdict), encoding="utf-8")
+        write(options.html, as_html(str(options.folder), sections, verdict).encode())
     return 0
 
 

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import pathlib
 import shutil
@@ -23,6 +22,8 @@ from data_pipeline import progress
 from gpsd_dist import schema
 from gpsd_dist.data import data_versions
 from gpsd_dist.data.data_versions import CURRENT_NAME, IN_USE, NAME, ROOT, VERSIONS, folder_of, published
+from gpsd_dist.disk.reading import open_regular, raise_if_passing
+from gpsd_dist.disk.writing import remove_leftovers, sync, write_json
 
 LOCK_NAME = ".build.lock"
 BUILDING, REMOVING = ".building", ".removing-"
@@ -40,10 +41,11 @@ def locked(out_dir: pathlib.Path) -> typing.Iterator[None]:
     try:
         _move_back(out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        lock = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     except OSError as error:
+        raise_if_passing(out_dir, error)
         raise ValueError(
-            f"--out_dir {out_dir}: nothing can be written there ({error.strerror}); choose another folder"
+            f"--out_dir {out_dir}: nothing can be written there ({error.strerror or error}); choose another folder"
         ) from error
     try:
         _take(lock, path, out_dir)
@@ -115,8 +117,9 @@ def _remove_leftovers(out_dir: pathlib.Path) -> None:
     whole = sorted(path.name for path in (out_dir / VERSIONS).glob("*") if _is_version(path))
     if whole and not names:  # each of them was checked before it got its name, so the newest counts
         names = (*[ROOT] * (out_dir / schema.MANIFEST_NAME).is_file(), *whole)
-        _replace(out_dir / CURRENT_NAME, {"version": names[-1], "published": names})
+        write_json(out_dir / CURRENT_NAME, {"version": names[-1], "published": names})
         progress.warn(f"{out_dir / CURRENT_NAME} was missing; version {names[-1]} is the current one")
+    remove_leftovers(out_dir)
     building = out_dir / VERSIONS / BUILDING
     if building.is_symlink() or building.is_file():
         building.unlink()
@@ -149,7 +152,7 @@ def version(out_dir: pathlib.Path, keep_versions: int) -> typing.Iterator[pathli
     try:
         yield aside
         for path in [*aside.rglob("*"), aside]:
-            _sync(path)
+            sync(path)
         with _undisturbed():
             _publish(out_dir, aside, keep_versions)
     finally:
@@ -177,14 +180,14 @@ def _publish(out_dir: pathlib.Path, aside: pathlib.Path, keep_versions: int) -> 
     digest = hashlib.sha256((aside / schema.MANIFEST_NAME).read_bytes()).hexdigest()[:8]
     target = out_dir / VERSIONS / f"{number:04d}-{digest}"
     aside.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
     names = (*names, target.name)
     old = names[:-keep_versions]
     now_s = _server_time_s(out_dir)
     in_use = {name: found for name in old if (found := data_versions.users(out_dir, name, now_s))}
     try:
         kept = [name for name in names if name not in old or name in in_use]
-        _replace(out_dir / CURRENT_NAME, {"version": target.name, "published": kept})
+        write_json(out_dir / CURRENT_NAME, {"version": target.name, "published": kept})
     except BaseException:
         target.rename(aside)  # nobody has seen it; it is removed like every other failure
         raise
@@ -234,27 +237,6 @@ def _delete_root(out_dir: pathlib.Path) -> bool:
                 folder.rmdir()
     shutil.rmtree(away)
     return True
-
-
-def _replace(path: pathlib.Path, content: dict[str, typing.Any]) -> None:
-    """Replaces a JSON file in one rename, and waits until the disk has it."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    _sync(aside)
-    aside.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: pathlib.Path) -> None:
-    """Waits until a file or folder is on disk, so that a rename never shows what a power cut can empty."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    except OSError as error:
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # some servers know no folders
-            raise
-    finally:
-        os.close(number)
 
 
 def link(files: collections.abc.Iterable[str], from_dir: pathlib.Path, root: pathlib.Path) -> None:

@@ -20,6 +20,7 @@ from data_pipeline.engine import Engine
 from data_pipeline.raw_values import Kind, Notes
 from data_pipeline.text_files import TextFile, TextStyle
 from gpsd_dist import features
+from gpsd_dist.disk.reading import raise_if_passing
 
 FILE_ORDER = "file_order"
 CSV = TextStyle()
@@ -214,6 +215,7 @@ class ParquetFile:
             with path.open("rb") as file:
                 self.names = list(pq.ParquetFile(file).schema_arrow.names)
         except (pa.ArrowInvalid, OSError) as error:
+            raise_if_passing(path, error)
             raise ValueError(
                 f"{path} is not a readable Parquet file, perhaps truncated ({str(error)[:200]}); fetch it again"
             ) from error
@@ -229,6 +231,7 @@ class ParquetFile:
                     yield batch
                 expected = file.metadata.num_rows
         except (pa.ArrowInvalid, OSError) as error:
+            raise_if_passing(self.path, error)
             raise ValueError(
                 f"{self.path} cannot be read to its end ({str(error)[:200]}); it may be truncated or damaged: fetch it "
                 "again"

@@ -18,6 +18,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from data_pipeline import synthetic_log
+from gpsd_dist.disk import writing
+from gpsd_dist.disk.text import say_error
 
 FILE_NAMES = ("behaviours.parquet", "exposures.parquet", "items.parquet", "users.parquet", "schema.toml", "about.json")
 
@@ -90,9 +92,9 @@ def write(config: synthetic_log.SyntheticConfig, out_dir: str | pathlib.Path) ->
         truths.append(Truth.of(log))
     for writer in writers.values():
         writer.close()
-    (out_dir / "schema.toml").write_text(schema_toml(config))
+    writing.write(out_dir / "schema.toml", schema_toml(config).encode())
     about = {"options": dataclasses.asdict(config), **describe(config, truths, num_behaviours)}
-    (out_dir / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+    writing.write_json(out_dir / "about.json", about)
     return about
 
 
@@ -156,8 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         about = write(synthetic_log.SyntheticConfig(**options), out_dir)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return say_error(error)
     sys.stdout.write(json.dumps(about, indent=1) + "\n")
     return 0
 

@@ -17,6 +17,8 @@ import zlib
 import pyarrow as pa
 import pyarrow.csv
 
+from gpsd_dist.disk.reading import raise_if_passing
+
 MAX_LINE_BYTES = 2 << 20
 """Longest line: it bounds the memory that a file can claim."""
 _BLOCK_BYTES = 2 * MAX_LINE_BYTES  # Arrow needs a row to lie within one block
@@ -89,6 +91,7 @@ class TextFile:
                 num_rows += batch.num_rows
                 yield batch.rename_columns(list(names))
         except _READ_ERRORS as error:
+            raise_if_passing(self.path, error)
             raise ValueError(_unreadable(self.path, error)) from error
         except pa.ArrowInvalid as error:
             self.count_rows()  # finds the line, and words the mistake
@@ -255,6 +258,7 @@ def _lines(path: pathlib.Path, style: TextStyle) -> typing.Iterator[str]:
         fix = "it is compressed: let its name end with .gz" if is_gzip else "convert the file to UTF-8"
         raise ValueError(f"{path}, line {number}: not UTF-8 text ({error}); {fix}") from error
     except _READ_ERRORS as error:
+        raise_if_passing(path, error)
         raise ValueError(_unreadable(path, error)) from error
 
 

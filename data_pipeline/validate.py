@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 from data_pipeline import validate_rows, vocab
 from gpsd_dist import schema
 from gpsd_dist.data import data_versions
+from gpsd_dist.disk.reading import raise_if_passing
+from gpsd_dist.disk.text import say_error
 
 EXACT_TIME_RULE = (
     "TimeBoundaries"  # the only rule that cuts by time alone; the others break ties of equal times by order
@@ -76,6 +78,7 @@ def check_split(
                     times += [bound for bound in bounds.values() if bound is not None]
                 users.append(table["user_hash"].to_numpy())
         except (OSError, pa.ArrowInvalid) as error:
+            raise_if_passing(root / name, error)
             problems.add("unreadable", f"{root / name}: row group {group} cannot be read ({error}); build again")
     found = counts | {"time_from_s": min(times, default=None), "time_to_s": max(times, default=None)}
     for key, value in found.items():
@@ -98,6 +101,7 @@ def _open(path: pathlib.Path, problems: validate_rows.Problems) -> pq.ParquetFil
     try:
         return pq.ParquetFile(path, page_checksum_verification=True)
     except (OSError, pa.ArrowInvalid) as error:
+        raise_if_passing(path, error)
         problems.add("unreadable", f"{path} is not a readable Parquet file ({error}); build again")
         return None
 
@@ -202,8 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         manifest = check(options.out_dir)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return say_error(error, mistake=1)
     print(
         f"{options.out_dir} is valid: "
         + ", ".join(f"{split.name} {split.num_rows:,} rows" for split in manifest.splits)

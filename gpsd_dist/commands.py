@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 
+from gpsd_dist.disk.text import say_error, shown
 from gpsd_dist.distributed import exit_codes
 
 REPO_ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -57,8 +58,8 @@ def exit_status(work: collections.abc.Callable[[], object]) -> int:
         status = exit_codes.INTERRUPTED
         said = f"{error}\nstopped; what was trained is saved, and the same command goes on from there".lstrip()
     except (ValueError, OSError) as error:
-        status, said = exit_codes.MISTAKE, f"error: {error}"
-    sys.stderr.write(f"{said}\n")
+        return say_error(error)
+    sys.stderr.write(f"{shown(said)}\n")
     return status
 
 

@@ -33,6 +33,7 @@ from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import OptimizerConfig, RunConfig, run_config_from_dict
 from gpsd_dist.data import data_versions
 from gpsd_dist.data.run_manifest import read_run_manifest, with_data_version
+from gpsd_dist.disk.text import say_error
 from gpsd_dist.distributed.runtime import Runtime, process_group
 from gpsd_dist.metrics.classification import Predictions
 from gpsd_dist.metrics.ranking import RANK_CUT
@@ -249,8 +250,7 @@ def main(argv: list[str]) -> int:
             )
         return _report(metrics, args, keep) if runtime.is_main else 0
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return say_error(error)
 
 
 def _report(metrics: Metrics, args: argparse.Namespace, keep: dict[str, Predictions] | None) -> int:

@@ -2,12 +2,15 @@
 
 torchrun itself exits with 0 or 1, and restarts ranks after any failure. Here the status is one of `exit_codes`; ranks
 that end with MISTAKE are not restarted, since they would fail again; restarted ranks do not read the addresses of dead
-ones. The first signal is passed on to the ranks. Further ones are ignored, where torchrun would exit while ranks save.
+ones; `--standalone` opens no port to other machines. The first signal is passed on to the ranks. Further ones are
+ignored, where torchrun would exit while ranks save.
 """
 
 import os
+import secrets
 import signal
 import sys
+import tempfile
 import types
 import typing
 
@@ -21,7 +24,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
 
 from gpsd_dist.distributed import exit_codes
-from gpsd_dist.distributed.parent_watch import LAUNCHER_VARIABLE
+from gpsd_dist.distributed.parent_watch import LAUNCHER_VARIABLE, STORE_VARIABLE
 
 _BY_IMPORTANCE = (exit_codes.MISTAKE, exit_codes.NO_FILE_ACCESS, exit_codes.HUNG, exit_codes.STOPPED)
 """When several ranks fail, the first status of this list is reported: it is the cause, the other ranks follow."""
@@ -72,7 +75,8 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):  # torchrun installs its handlers only after it has started the ranks
         signal.signal(number, _first_signal)
     try:
-        torchrun.main(argv)
+        with tempfile.TemporaryDirectory(prefix="gpsd_job_", ignore_cleanup_errors=True) as folder:
+            torchrun.main(_on_this_machine(argv, folder))
     except SignalException as error:
         status = exit_codes.INTERRUPTED if error.sigval == signal.SIGINT else exit_codes.STOPPED
         how = "; ".join(getattr(error, "__notes__", ["it had not started its ranks"]))
@@ -86,6 +90,21 @@ def main(argv: list[str]) -> int:
         reason = (str(error.__cause__ or error) or repr(error)).splitlines()[0]
         return _ended(f"the nodes of this job do not reach each other: {reason}", exit_codes.FAILED)
     return exit_codes.FINISHED
+
+
+def _on_this_machine(argv: list[str], folder: str) -> list[str]:
+    """Lets the ranks of `--standalone` meet in files of `folder`, which this user alone can read.
+
+    torchrun would listen on all addresses of the machine, and whoever reaches that port can run code in the launcher,
+    because the state of a rendezvous is a pickle.
+    """
+    if "--standalone" not in argv[: argv.index("-m") if "-m" in argv else len(argv)]:
+        return argv
+    os.environ[STORE_VARIABLE] = os.path.join(folder, "ranks")
+    where = ["--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file", "--rdzv-id", secrets.token_hex(8)]
+    where += ["--rdzv-endpoint", os.path.join(folder, "launcher"), "--local-addr", "127.0.0.1"]
+    place = argv.index("--standalone")
+    return [*argv[:place], *where, *argv[place + 1 :]]
 
 
 def _first_signal(number: int, frame: types.FrameType | None) -> None:

@@ -20,6 +20,9 @@ import typing
 
 import pyarrow as pa
 
+from gpsd_dist.disk.reading import again
+from gpsd_dist.disk.writing import write_json
+
 SCHEMA_VERSION = 1
 PADDING_INDEX = 0
 UNKNOWN_INDEX = 1
@@ -210,10 +213,7 @@ def arrow_schema(manifest: Manifest, split: str) -> pa.Schema:
 
 def write_manifest(manifest: Manifest, out_dir: pathlib.Path) -> None:
     """Writes `manifest.json` by rename, so that a reader never sees half of it."""
-    target = pathlib.Path(out_dir) / MANIFEST_NAME
-    aside = target.with_suffix(".json.tmp")
-    aside.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
-    aside.replace(target)
+    write_json(pathlib.Path(out_dir) / MANIFEST_NAME, dataclasses.asdict(manifest))
 
 
 def read_manifest(data_dir: str | pathlib.Path) -> Manifest:
@@ -228,7 +228,7 @@ def read_manifest(data_dir: str | pathlib.Path) -> Manifest:
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise ValueError(f"{path} has more than {MAX_MANIFEST_BYTES:,} bytes, which no manifest has")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(again(path, lambda: path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:  # Python also raises ValueError for an integer of too many digits.
         raise ValueError(f"{path} is not valid JSON ({error}); build the data set again") from error
     try:

@@ -12,6 +12,7 @@ from gpsd_dist import run_description, run_outcome
 from gpsd_dist.checkpoint import output_lock
 from gpsd_dist.checkpoint.manager import folder_of
 from gpsd_dist.config.gin_cli import load_run_config
+from gpsd_dist.disk.text import say_error, shown
 from gpsd_dist.distributed import exit_codes
 from gpsd_dist.distributed.parent_watch import LauncherGone
 from gpsd_dist.distributed.runtime import Runtime, process_group
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
     except LossNotFinite as error:
         return _failed(error, exit_codes.FAILED)
     except ValueError as error:
-        return _failed(error, exit_codes.MISTAKE)
+        return say_error(error)
     except OSError as error:
         # A status of its own, because a full disk or a lost store is no mistake in the options: once it is back, the
         # same command goes on.
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> int:
 
 
 def _failed(error: object, status: int) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {shown(error)}", file=sys.stderr, flush=True)
     return status
 
 

@@ -102,6 +102,8 @@ class Trainer:
         must_stop = False
         with self._guarded():
             self.metrics.open(self.step, self.total_steps)
+            # Entries of steps that a checkpoint contains are never written again: they must be on disk with it.
+            self.checkpoints.before_commit = self.metrics.recorder.sync
             self.profiler.start()
             while not self.early_stopping.is_finished and not must_stop:
                 for done in self.training_step.run_steps(batches, self.step, self._steps_to_next_pause()):

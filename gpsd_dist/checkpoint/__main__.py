@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from gpsd_dist.checkpoint import files, integrity, manager, resume, retention, state, storage
 from gpsd_dist.checkpoint.storage import Location
+from gpsd_dist.disk.text import say_error
 from gpsd_dist.validation import flattened
 
 _SHOWN = ("auc", "gauc", "log_loss", "mrr")
@@ -212,8 +213,7 @@ def main(argv: list[str]) -> int:
             return diff(args.first, args.second, console)
         return prune(args.run, args.keep_last, args.keep_every_hours, args.dry_run, console)
     except (ValueError, OSError, json.JSONDecodeError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return say_error(error)
 
 
 if __name__ == "__main__":

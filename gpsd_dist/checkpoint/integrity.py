@@ -6,6 +6,7 @@ checkpoint can write its checksums.
 
 import collections.abc
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -13,6 +14,7 @@ import typing
 
 from gpsd_dist.checkpoint import storage
 from gpsd_dist.checkpoint.storage import Location
+from gpsd_dist.disk import reading
 
 log = logging.getLogger(__name__)
 CHECKSUMS_NAME = "checksums.json"
@@ -127,13 +129,17 @@ def wrong_files(checkpoint: Location, checksums: Checksums, names: collections.a
     problems = wrong_sizes(checkpoint, some)
     named = {problem.split(" ", 1)[0] for problem in problems}
     for name in sorted(set(some.files) - named):
-        digest = hashlib.sha256()
-        with (checkpoint / name).open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-        if digest.hexdigest() != some.files[name].sha256:
+        if reading.again(checkpoint / name, functools.partial(_sha256, checkpoint / name)) != some.files[name].sha256:
             problems.append(f"{name} is not what was written (its SHA-256 differs)")
     return problems
+
+
+def _sha256(path: Location) -> str:
+    digest = hashlib.sha256()
+    with storage.open_read(path) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def check(checkpoint: Location) -> None:
@@ -163,8 +169,8 @@ def check(checkpoint: Location) -> None:
     else:
         found = [(problems, failure)]
     failures = [text for _, text in found if text]
-    if failures:
-        raise OSError("; ".join(failures))
+    if failures:  # reading was tried again and again: no rank knows of damage
+        raise reading.NotReadableNow("; ".join(failures))
     damaged = sorted({problem for part, _ in found for problem in part})
     if damaged:
         raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {'; '.join(damaged)}")

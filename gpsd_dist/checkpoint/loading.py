@@ -9,6 +9,7 @@ from gpsd_dist.checkpoint import files, growth, integrity
 from gpsd_dist.checkpoint.index import read_index
 from gpsd_dist.checkpoint.integrity import DamagedCheckpoint
 from gpsd_dist.checkpoint.storage import Location
+from gpsd_dist.disk import reading
 from gpsd_dist.validation import flattened
 
 Tensors = dict[str, typing.Any]  # Nested dict of tensors and ShardedTensors that alias the live state
@@ -38,10 +39,16 @@ def fill_tensors(checkpoint: Location, tensors: Tensors, grown: frozenset[str] =
             problems.append(f"{key} has shape {tuple(saved[key].size)} there and {tuple(value.size())} here")
     if problems:
         raise ValueError(f"checkpoint {checkpoint} does not fit this model: " + "; ".join(problems[:8]))
-    try:
-        dcp.load(tensors, storage_reader=reader, planner=growth.Planner(grown))
-    except CheckpointException as error:
-        raise DamagedCheckpoint(f"checkpoint {checkpoint} cannot be read: {files.first_failure(error)}") from error
+
+    def load() -> None:
+        try:
+            dcp.load(tensors, storage_reader=reader, planner=growth.Planner(grown))
+        except CheckpointException as error:
+            if (passing := files.passing_failure(error)) is not None:
+                raise passing from error  # on all ranks, so they try again together
+            raise DamagedCheckpoint(f"checkpoint {checkpoint} cannot be read: {files.first_failure(error)}") from error
+
+    reading.again(checkpoint, load)
 
 
 def saved_keys(checkpoint: Location) -> list[str]:

@@ -34,10 +34,12 @@ from gpsd_dist.checkpoint.state import RunState as RunState
 from gpsd_dist.checkpoint.state import read_state as read_state
 from gpsd_dist.checkpoint.storage import Location, Remote, location
 from gpsd_dist.config import TrainConfig
+from gpsd_dist.disk import writing
 from gpsd_dist.distributed.collectives import FailedOnMain, described, on_main
 from gpsd_dist.distributed.runtime import Runtime
 
 log = logging.getLogger(__name__)
+_LONGEST_WAIT_S = 4 * 3600  # of ranks for the slowest one; untuned
 
 
 class Checkpoints:
@@ -48,6 +50,8 @@ class Checkpoints:
 
     def __init__(self, output_dir: str | pathlib.Path, runtime: Runtime, train: TrainConfig):
         self.folder = folder_of(output_dir, train)
+        self.before_commit: collections.abc.Callable[[], None] = lambda: None
+        """Brings to disk what a checkpoint refers to, such as metrics; called on rank 0, in the thread that writes."""
         self.stall_s = 0.0  # How long the last `save` kept its caller, in seconds
         self._runtime, self._train = runtime, train
         self._group: dist.ProcessGroup | None = None
@@ -72,7 +76,8 @@ class Checkpoints:
         start_s = time.perf_counter()
         self.wait()
         if self._group is None:  # a group of its own: the thread's collectives must not mix with those of training
-            timeout = datetime.timedelta(seconds=self._train.collective_timeout_s)
+            # A rank whose disk is slow may be waited for; a rank that is dead closes its connection.
+            timeout = datetime.timedelta(seconds=max(self._train.collective_timeout_s, _LONGEST_WAIT_S))
             self._group = dist.new_group(backend="gloo", timeout=timeout)
         content = json.dumps(dataclasses.asdict(state) | {"has_checksums": True}, indent=1).encode()
         if self._train.async_checkpoints:
@@ -141,6 +146,7 @@ class Checkpoints:
         """Deletes what crashes left of this step. Returns the name of the folder to write into."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self.folder, pathlib.Path):
+            writing.remove_leftovers(self.folder)
             for leftover in self.folder.glob(".step_*.partial"):
                 storage.delete(leftover, STATE_NAME)
         attempt = 0
@@ -153,11 +159,12 @@ class Checkpoints:
     def _commit(self, folder: Location, written: dict[str, FileSum], content: bytes) -> None:
         """Makes the checkpoint visible to readers; then updates `best.json` and deletes old checkpoints."""
         sums = integrity.Checksums(time.time(), written | {STATE_NAME: integrity.sum_of(content)})
+        self.before_commit()
         storage.write(folder / integrity.CHECKSUMS_NAME, sums.to_json())
         storage.write(folder / STATE_NAME, content)
         if isinstance(folder, pathlib.Path):
             folder.rename(folder.with_name(folder.name[1:].removesuffix(".partial")))
-            storage.sync_folder(folder.parent)
+            writing.sync(folder.parent)
         retention.write_best(self.folder)
         for old in retention.removable(self.folder, self._train.keep_last, self._train.keep_every_hours):
             try:

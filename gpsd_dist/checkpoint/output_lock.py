@@ -13,6 +13,8 @@ import time
 import typing
 
 from gpsd_dist.checkpoint import storage
+from gpsd_dist.disk.reading import open_regular
+from gpsd_dist.disk.writing import remove_leftovers
 from gpsd_dist.distributed.collectives import on_main
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ def held(
                 storage.check_writable(checkpoints)
         except (OSError, ValueError) as error:
             raise OSError(f"{checkpoints} cannot be written, so nothing was trained: {error}") from error
+        remove_leftovers(path.parent)
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(_facts()).encode(), 0)
 
@@ -73,7 +76,7 @@ def held(
 
 def _open(path: pathlib.Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    return open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
 
 
 def _locked(descriptor: int, path: pathlib.Path, wait_s: float) -> bool:

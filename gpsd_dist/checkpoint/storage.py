@@ -10,11 +10,13 @@ import dataclasses
 import json
 import os
 import pathlib
+import secrets
 import shutil
 import typing
 
 import fsspec
 
+from gpsd_dist.disk import reading, writing
 from gpsd_dist.schema import nests_deeper
 from gpsd_dist.validation import json_safe
 
@@ -61,7 +63,9 @@ class Remote:
         except (OSError, ValueError):
             raise
         except Exception as error:
-            raise OSError(f"{self.url}: {type(error).__name__}: {error}") from error
+            # Libraries of stores have dozens of errors of their own. All but missing credentials may pass.
+            kind = OSError if "Credentials" in type(error).__name__ else ConnectionError
+            raise kind(f"{self.url}: {type(error).__name__}: {error}") from error
 
     def is_file(self) -> bool:
         """Tells whether there is a file of this name. OSError if the store does not answer."""
@@ -159,10 +163,19 @@ def is_plain_name(name: typing.Any) -> bool:
     return not set(name) & set("/\\:") and name not in (".", "..")  # on Windows, C:x is a file of drive C
 
 
+def open_read(path: Location) -> typing.Any:
+    """Opens a file for reading, as a context. OSError at once for a pipe or a device on a disk."""
+    return path.open("rb") if isinstance(path, Remote) else reading.open_read(path)
+
+
 def read_bytes(path: Location, max_bytes: int) -> bytes:
-    """Reads the whole file. ValueError if it is larger; OSError if it cannot be read."""
-    with path.open("rb") as file:
-        content: bytes = file.read(max_bytes + 1)
+    """Reads the whole file, by several tries if need be. ValueError if it is larger; OSError if it cannot be read."""
+
+    def read() -> bytes:
+        with open_read(path) as file:
+            return bytes(file.read(max_bytes + 1))
+
+    content = reading.again(path, read)
     if len(content) > max_bytes:
         raise ValueError(f"{path} has more than {max_bytes:,} bytes, which no file of ours has here")
     return content
@@ -186,41 +199,25 @@ def write(path: Location, content: bytes) -> None:
     """Writes a file that readers see whole or not at all; on a local disk it survives a loss of power."""
     if isinstance(path, Remote):
         path.write_bytes(content)
-        return
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.write_bytes(content)
-    publish(aside, path)
-
-
-def publish(aside: pathlib.Path, path: pathlib.Path) -> None:
-    """Gives a finished file its name, in the folder where it lies; both survive a loss of power."""
-    with open(aside, "rb") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)
-    sync_folder(path.parent)
+    else:
+        writing.write(path, content)
 
 
 def write_json(path: pathlib.Path, content: typing.Any) -> None:
     """Writes a JSON file like `write`, and its folder if that is missing. NaN and infinities become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, (json.dumps(json_safe(content), indent=1) + "\n").encode())
+    writing.write_json(path, json_safe(content))
 
 
 def check_writable(folder: Location) -> None:
     """Makes the folder, writes a file there and deletes it. OSError or ValueError from the store if that fails."""
     folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / _PROBE_NAME
-    probe.write_bytes(b"can this be written?")
+    probe = folder / f"{_PROBE_NAME}-{secrets.token_hex(8)}"
+    if isinstance(probe, pathlib.Path):
+        os.close(writing.create(probe))
+    else:
+        probe.write_bytes(b"can this be written?")
     probe.unlink()
-
-
-def sync_folder(folder: pathlib.Path) -> None:
-    """Syncs a folder to disk, so that new names in it survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def delete(folder: Location, marker: str) -> None:

@@ -15,6 +15,7 @@ from gin import config_parser
 
 from gpsd_dist import config
 from gpsd_dist.config.model import MODELS
+from gpsd_dist.disk.reading import raise_if_passing
 from gpsd_dist.validation import did_you_mean
 
 MAX_FILE_BYTES = 2**20  # untuned: a config.gin takes some 5 kB
@@ -65,6 +66,7 @@ def load_run_config(argv: list[str]) -> ParsedRun:
             gin.parse_config_files_and_bindings([str(file) for file in files], bindings, finalize_config=True)
             run = gin.get_configurable("gpsd_dist.RunConfig")()
     except (ValueError, AttributeError, SyntaxError, NameError, TypeError, RuntimeError, OSError) as error:
+        raise_if_passing("a gin file", error)
         raise ValueError(_explain(error, bindings, scanned)) from error
     _check_overrides(bindings, run)
     _check_files_are_read(scanned)

@@ -18,7 +18,6 @@ import atexit
 import collections.abc
 import contextlib
 import dataclasses
-import errno
 import json
 import logging
 import os
@@ -27,11 +26,11 @@ import re
 import reprlib
 import secrets
 import socket
-import stat
 import threading
 import time
 
 from gpsd_dist import schema
+from gpsd_dist.disk import reading
 
 CURRENT_NAME, VERSIONS, IN_USE = "current.json", "versions", "in_use"
 ROOT = "root"
@@ -68,7 +67,7 @@ def published(root: pathlib.Path) -> tuple[str, tuple[str, ...]]:
     """
     path = root / CURRENT_NAME
     try:
-        content = _read(path)
+        content = reading.again(path, lambda: _read(path))
     except (FileNotFoundError, NotADirectoryError):
         return "", ()
     try:
@@ -86,17 +85,8 @@ def published(root: pathlib.Path) -> tuple[str, tuple[str, ...]]:
 
 
 def _read(path: pathlib.Path) -> str:
-    """Reads a small file, once more if it was replaced on a file server while it was read."""
-    for is_last in (False, True):
-        try:
-            if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
-                raise ValueError(f"{path} is not a file; remove it")
-            with path.open("rb") as file:
-                return file.read(_MAX_BYTES).decode("utf-8", "replace")
-        except OSError as error:
-            if is_last or error.errno != errno.ESTALE:
-                raise
-    raise AssertionError
+    with reading.open_read(path) as file:
+        return file.read(_MAX_BYTES).decode("utf-8", "replace")
 
 
 def current(data_dir: str | os.PathLike[str]) -> pathlib.Path:
@@ -133,7 +123,7 @@ def find(data_dir: str | os.PathLike[str], wanted: Wanted | None = None) -> path
     named = [wanted.first, *([data_dir.name] if data_dir != root else []), name]
     for known in dict.fromkeys([*named, *on_disk, *names]):
         folder = folder_of(root, known)
-        with contextlib.suppress(ValueError, OSError):  # it is being deleted, or was damaged
+        with contextlib.suppress(ValueError, FileNotFoundError, NotADirectoryError):  # it is being deleted, or damaged
             if (folder / schema.MANIFEST_NAME).is_file() and wanted.fits(schema.read_manifest(folder)):
                 return folder
     raise ValueError(

@@ -17,12 +17,14 @@ import pyarrow.parquet as pq
 
 from gpsd_dist import schema
 from gpsd_dist.data import parquet_footer
+from gpsd_dist.disk import reading
+from gpsd_dist.disk.reading import why_passing
 
 MAX_OPEN_FILES = 32
 DEFAULT_CACHE_BYTES = 256 * 2**20
 _FOOTER_THREADS = 8
 _MAX_SHOWN = 10  # problems in one message
-_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # the last: a damaged name in a footer
+_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError)  # the last: a damaged name in a footer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +178,12 @@ class ParquetSplit:
         needed = {field.name: field for field in [*self.schema, self.full_schema.field("history_length")]}
         with concurrent.futures.ThreadPoolExecutor(_FOOTER_THREADS) as pool:
             footers = list(
-                pool.map(lambda path: _read_footer(self.data_dir, path, list(needed.values()), history), self._paths)
+                pool.map(
+                    lambda path: reading.again(
+                        path, lambda: _read_footer(self.data_dir, path, list(needed.values()), history)
+                    ),
+                    self._paths,
+                )
             )
         problems = [problem for _, found in footers for problem in found]
         if problems:
@@ -194,6 +201,10 @@ class ParquetSplit:
         return [group for groups, _ in footers for group in groups]
 
     def _decode(self, group: int, wanted: pa.Schema) -> pa.Table:
+        path = self.groups[group].path
+        return reading.again(path, lambda: self._decode_once(group, wanted))
+
+    def _decode_once(self, group: int, wanted: pa.Schema) -> pa.Table:
         path, index, num_rows = self.groups[group].path, self.groups[group].number, self.groups[group].num_rows
         try:
             # Not memory-mapped: the speed is the same and a file that shrinks is an error, not a SIGBUS.
@@ -204,6 +215,10 @@ class ParquetSplit:
             if table.schema != wanted:  # other names or nullability of list elements
                 table = table.cast(wanted)
         except _UNREADABLE as error:
+            if why_passing(error):
+                if (stale := self._open.pop(path, None)) is not None:  # a new handle may work
+                    stale.close()
+                raise
             raise ValueError(
                 f"{path}: row group {index} cannot be decoded ({error}); the file is damaged or was changed after the "
                 "run had opened it, copy it again or build the data set again"
@@ -246,6 +261,8 @@ def _read_footer(
                 raise OSError("a row group has other columns than the schema")
             tokens = _history_tokens(metadata, chunks, history)
     except _UNREADABLE as error:
+        if why_passing(error):
+            raise
         return [], [f"{path} is truncated or not a Parquet file ({error}); copy it again or build the data set again"]
     problems = []
     if sum(rows) == 0:

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from gpsd_dist.disk.reading import NotReadableNow
+
 T = typing.TypeVar("T")
 
 
@@ -45,7 +47,8 @@ def on_main(work: collections.abc.Callable[[], T], group: dist.ProcessGroup | No
         try:
             outcome[0] = work()
         except (ValueError, OSError) as error:
-            outcome[1] = ValueError(str(error)) if isinstance(error, ValueError) else OSError(str(error))
+            kinds = (ValueError, NotReadableNow, OSError)
+            outcome[1] = next(kind for kind in kinds if isinstance(error, kind))(str(error))
         except Exception as error:
             outcome[1] = FailedOnMain(described(error))
     if dist.is_initialized():

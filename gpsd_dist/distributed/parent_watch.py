@@ -14,6 +14,8 @@ from gpsd_dist.distributed import exit_codes
 
 LAUNCHER_VARIABLE = "GPSD_LAUNCHER_PID"
 """Process id of `gpsd_dist.launcher`, which sets it: a rank that calls getppid() may be orphaned already."""
+STORE_VARIABLE = "GPSD_STORE"
+"""Path of the files through which the ranks of one machine meet; set by `gpsd_dist.launcher --standalone`."""
 _POLL_S = 0.5
 
 

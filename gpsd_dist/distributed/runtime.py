@@ -7,6 +7,7 @@ import datetime
 import gc
 import logging
 import os
+import socket
 import typing
 import warnings
 
@@ -61,12 +62,11 @@ def process_group(timeout_s: int) -> typing.Iterator[Runtime]:
     timeout = datetime.timedelta(seconds=timeout_s)
     launcher_pid = parent_watch.launcher_pid()
     with parent_watch.leaving_with(launcher_pid):
-        if "RANK" in os.environ:
-            # The device makes NCCL connect now, where an error is clear, and not in the first collective.
-            device_id = device if device.type == "cuda" else None
-            dist.init_process_group(backend, timeout=timeout, device_id=device_id)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = _store_of_one_machine(world_size, timeout)
+        where = {} if store is None else {"store": store, "rank": rank, "world_size": world_size}
+        # The device makes NCCL connect now, where an error is clear, and not in the first collective.
+        device_id = device if device.type == "cuda" and "RANK" in os.environ else None
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id, **where)
     parent_watch.check(launcher_pid)
     _configure_logging(rank)
     watchdog = Watchdog(rank, launcher_pid)
@@ -75,6 +75,25 @@ def process_group(timeout_s: int) -> typing.Iterator[Runtime]:
     # TorchRec holds the group in a cycle, and with it gloo's threads. One of them that lets go of the last collective
     # only while the interpreter ends would abort the process, after its work was done. Now it is waited for.
     atexit.register(gc.collect)
+
+
+def _store_of_one_machine(world_size: int, timeout: datetime.timedelta) -> dist.Store | None:
+    """Returns where ranks meet that are all on this machine; None if torchrun has an address for them.
+
+    Nothing of such a run listens beyond this machine: gloo and NCCL are told to use its loopback.
+    """
+    path = os.environ.get(parent_watch.STORE_VARIABLE)
+    if path is None and "RANK" in os.environ:
+        return None
+    if any(name == "lo" for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    if path is None:
+        return dist.HashStore()
+    # A restart has a file of its own: ranks must not read addresses of dead ones.
+    store = dist.FileStore(f"{path}{os.environ['TORCHELASTIC_RESTART_COUNT']}", world_size)
+    store.set_timeout(timeout)
+    return store
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

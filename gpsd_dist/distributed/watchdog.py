@@ -15,6 +15,8 @@ import typing
 from gpsd_dist.distributed import exit_codes, parent_watch
 
 FIRST_STEP_FACTOR = 4  # the first step compiles, tunes and fills caches; untuned
+SYNC_TIMEOUT_S = 1800.0
+"""A sync of `disk.writing.PIECE_BYTES` may take so long: a disk of 40 kB/s, or one that others keep busy. Untuned."""
 # After this many timeouts a timer in C ends the process: our thread cannot, while another holds the interpreter lock.
 _BACKSTOP_FACTOR = 2
 _POLLS_PER_TIMEOUT = 20
@@ -44,7 +46,7 @@ class Watchdog:
         self._phase, self._phase_s = "start", clock()
         self._alive_s = clock()
         self._collective = "none yet"
-        self._num_waiting = self._num_writing = 0
+        self._num_waiting = self._num_writing = self._num_syncing = 0
         self._stopping = threading.Event()
 
     def note(self, phase: str, *, is_collective: bool = False, step: int | None = None) -> None:
@@ -78,6 +80,17 @@ class Watchdog:
             yield
         finally:
             self._num_writing -= 1
+            self.alive()
+
+    @contextlib.contextmanager
+    def syncing(self) -> typing.Iterator[None]:
+        """Marks a block that waits for a disk or a store, which may be busy: it has a limit of its own."""
+        self.alive()
+        self._num_syncing += 1
+        try:
+            yield
+        finally:
+            self._num_syncing -= 1
             self.alive()
 
     def message(self, timeout_s: float) -> str:
@@ -118,6 +131,8 @@ class Watchdog:
                 on_orphaned = None
             if timeout_s:
                 allowed_s = timeout_s * (FIRST_STEP_FACTOR if self._step <= self._first_step + 1 else 1)
+                if self._num_syncing:
+                    allowed_s = max(allowed_s, SYNC_TIMEOUT_S)
                 if launcher_pid is not None:  # Every poll starts the timer in C anew, so it fires only if polls stop.
                     faulthandler.dump_traceback_later(_BACKSTOP_FACTOR * allowed_s, exit=True)
                 if self._num_waiting and not self._num_writing:

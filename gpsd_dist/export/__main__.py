@@ -15,6 +15,7 @@ import logging
 import pathlib
 import sys
 
+from gpsd_dist.disk.text import say_error
 from gpsd_dist.serving.artefact import CURRENT_NAME, ENGINES, ArtefactError, make_current, open_version
 from gpsd_dist.serving.examples import EXPECTED_NAME, replay, replay_search
 from gpsd_dist.serving.retriever import ITEM_VECTORS, Retriever
@@ -35,8 +36,7 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"there is no {argv[0]!r}: name one of {known}, or options alone to export (--help)")
         return commands[argv[0]](argv[1:])
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return say_error(error)
 
 
 def _verify(argv: list[str]) -> int:
@@ -53,8 +53,7 @@ def _verify(argv: list[str]) -> int:
         else:
             raise ArtefactError(f"{artefact.folder} was indexed before an index had examples to replay; build it again")
     except ArtefactError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+        return say_error(error, mistake=1)
     sums = artefact.sums()
     num_bytes = sum(entry.num_bytes for entry in sums.values())
     examples = f"examples differ by {difference:.2g}, at most {artefact.description.tolerance:g} is allowed"

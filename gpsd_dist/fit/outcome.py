@@ -13,6 +13,7 @@ import rich.table
 
 from gpsd_dist.checkpoint import storage
 from gpsd_dist.commands import Command, shell
+from gpsd_dist.disk.writing import write
 from gpsd_dist.fit.data_check import Facts
 from gpsd_dist.fit.steps import Runner
 from gpsd_dist.fit.verdict import Entry, Judged, hints, judge, strongest_floor, verdict
@@ -123,12 +124,12 @@ def show(made: Outcome, out_dir: pathlib.Path) -> None:
     parts = {"rows": made.rows, "floors": made.floors, "refit": made.refit, "chosen": made.chosen}
     written = {"verdict": first, "verdicts": made.verdicts, "next": made.hints}
     storage.write_json(out_dir / "summary.json", parts | written)
-    (out_dir / "commands.sh").write_text(_script(made.commands))
+    write(out_dir / "commands.sh", _script(made.commands).encode())
     words = Summary(tuple(made.verdicts.values()), tuple(made.tables), tuple(made.hints))
     files = ["summary.json", "commands.sh"]
     if made.rows:
         report = make_report([out_dir], words)
-        (out_dir / "report.html").write_text(report.html, encoding="utf-8")
+        write(out_dir / "report.html", report.html.encode())
         files.append("report.html")
     console.print(f"in {out_dir}: {', '.join(files)}", markup=False, highlight=False, soft_wrap=True)
 

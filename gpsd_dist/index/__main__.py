@@ -15,6 +15,7 @@ import logging
 import pathlib
 import sys
 
+from gpsd_dist.disk.text import say_error
 from gpsd_dist.index import output
 from gpsd_dist.serving.retriever import load
 
@@ -67,8 +68,7 @@ def main(argv: list[str]) -> int:
         print(f"{rows:,} rows by {retriever.version}: {args.out}")
         return 0
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return say_error(error)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from gpsd_dist.config import RunConfig
+from gpsd_dist.disk.writing import write
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.metrics.throughput import Throughput
 
@@ -92,7 +93,7 @@ class StepProfiler:
         recorded.export_chrome_trace(str(folder / f"trace_rank{self._rank}.json.gz"))
         peaks = {name: value for name, value in Throughput().rates().items() if name.startswith("perf/peak")}
         text = summary(list(recorded.key_averages()), self._rank, LAST_STEP - FIRST_STEP + 1, peaks)
-        (folder / f"summary_rank{self._rank}.txt").write_text(text)
+        write(folder / f"summary_rank{self._rank}.txt", text.encode())
         log.info("profile of steps %d to %d: %s", FIRST_STEP, LAST_STEP, folder)
 
 

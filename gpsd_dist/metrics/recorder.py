@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import re
+import secrets
 import time
 import typing
 import zlib
@@ -19,6 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.utils.tensorboard
 
+from gpsd_dist.disk.reading import open_regular
+from gpsd_dist.disk.writing import check_place, sync, write
 from gpsd_dist.metrics.progress_bar import ProgressBar
 from gpsd_dist.validation import json_safe
 
@@ -59,8 +62,12 @@ class Recorder:
             output_dir.mkdir(parents=True, exist_ok=True)
             keep_step = -1 if resume_step is None else resume_step
             truncate_jsonl(output_dir / JSONL_NAME, keep_step)
-            self._jsonl = open(output_dir / JSONL_NAME, "a", encoding="ascii")  # noqa: SIM115  see close
-            self._tensorboard = torch.utils.tensorboard.SummaryWriter(output_dir, purge_step=keep_step + 1)
+            appending = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+            self._jsonl = os.fdopen(open_regular(output_dir / JSONL_NAME, appending), "a", encoding="ascii")
+            self._event_name = f".{secrets.token_hex(8)}"  # TensorBoard opens by name: nobody shall lay a link there
+            self._tensorboard = torch.utils.tensorboard.SummaryWriter(
+                output_dir, purge_step=keep_step + 1, filename_suffix=self._event_name
+            )
 
     def record(self, name: str, value: float | torch.Tensor, *, reduce: str = "mean") -> None:
         """Adds a number, or a tensor with one element, to `name`, a path of words. Not collective, no GPU sync.
@@ -110,6 +117,11 @@ class Recorder:
             self._has_failed = True
             raise OSError(f"metrics of step {entry['step']} were not written, {self._folder}: {error}") from error
 
+    def sync(self) -> None:
+        """Waits until all entries so far are on disk. Rank 0 only; from any thread."""
+        for path in (self._folder / JSONL_NAME, *self._folder.glob(f"*{self._event_name}"), self._folder):
+            sync(path)
+
     def _reduced(self, names: list[str]) -> dict[str, float]:
         """Reduces over ranks. Each sends float64 [checksum of its names, values, counts], padded to whole slots."""
         slots = _SLOTS * max(math.ceil(len(names) / _SLOTS), 1)
@@ -152,6 +164,7 @@ def truncate_jsonl(path: pathlib.Path, last_step: int) -> None:
 
     ValueError if another line is not an entry of a run: then the file is not ours to rewrite.
     """
+    check_place(path)
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -169,9 +182,8 @@ def truncate_jsonl(path: pathlib.Path, last_step: int) -> None:
     if len(kept) < len(lines):
         removed = len(lines) - len(kept)
         _LOGGER.warning("%s: removed %d of %d entries, later than step %d", path, removed, len(lines), last_step)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text("".join(kept), encoding="utf-8")
-    aside.replace(path)
+    if kept != lines:
+        write(path, "".join(kept).encode())
 
 
 def _max(first, second):

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from gpsd_dist.disk.reading import NotReadableNow, again
 from gpsd_dist.metrics.classification import Predictions
 
 SCHEMA = pa.schema(
@@ -35,7 +36,9 @@ def scores_file(predictions: collections.abc.Mapping[str, Predictions]) -> bytes
 def read_scores(path: str | os.PathLike) -> dict[str, Columns]:
     """Reads task -> columns. ValueError if the file is missing, broken or no such file."""
     try:
-        table = pq.read_table(pathlib.Path(path)).cast(SCHEMA)
+        table = again(path, lambda: pq.read_table(pathlib.Path(path))).cast(SCHEMA)
+    except NotReadableNow:
+        raise
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ValueError(f"{path} holds no scores of gpsd_dist.evaluate --scores_out ({error})") from error
     names = pc.unique(table["task"].cast(pa.string())).to_pylist()

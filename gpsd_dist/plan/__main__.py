@@ -26,6 +26,8 @@ from gpsd_dist.config import RunConfig
 from gpsd_dist.config.from_data import resolve
 from gpsd_dist.config.gin_cli import load_run_config
 from gpsd_dist.data.run_manifest import read_run_manifest, with_data_version
+from gpsd_dist.disk.text import say_error
+from gpsd_dist.disk.writing import write
 from gpsd_dist.distributed.runtime import quiet_libraries
 from gpsd_dist.plan.estimate import RESERVE, Estimate, Scenario, estimate
 from gpsd_dist.plan.suggestions import Suggestion, suggestions
@@ -50,13 +52,12 @@ def main(argv: list[str]) -> int:
         found = estimate(scenario)
         options = [] if found.fits else suggestions(scenario, found)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return MISTAKE
+        return say_error(error)
     _print(scenario, found, options)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(as_dict(scenario, found, options), indent=1, default=np.ndarray.tolist)
-        args.json.write_text(text + "\n")
+        write(args.json, f"{text}\n".encode())
     return FITS if found.fits else DOES_NOT_FIT
 
 

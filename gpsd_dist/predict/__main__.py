@@ -13,6 +13,8 @@ import pathlib
 import shlex
 import sys
 
+from gpsd_dist.disk.text import say_error
+
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m gpsd_dist.predict", description=__doc__, allow_abbrev=False)
@@ -39,8 +41,7 @@ def main(argv: list[str]) -> int:
     try:
         return _of_requests(args, command) if args.artefact else _of_split(args, command)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return say_error(error)
 
 
 def _of_split(args: argparse.Namespace, command: str) -> int:

@@ -4,7 +4,6 @@ Shape letters: B requests, C candidates.
 """
 
 import collections
-import json
 import pathlib
 import typing
 
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from gpsd_dist.data.gather import one_chunk
+from gpsd_dist.disk.writing import write_json
 from gpsd_dist.features import raw_ids
 from gpsd_dist.predict.output import SUMMARY_NAME, number_fields
 from gpsd_dist.serving import request_files
@@ -43,7 +43,7 @@ def predict_requests(
         "files": [request_files.PART_NAME],
         "command": command,
     }
-    (out_dir / SUMMARY_NAME).write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(out_dir / SUMMARY_NAME, summary)
     return summary
 
 

@@ -23,6 +23,8 @@ from gpsd_dist.data.gather import one_chunk
 from gpsd_dist.data.loaders import evaluation_loader
 from gpsd_dist.data.parquet_dataset import ParquetSplit
 from gpsd_dist.data.row_order import EpochOrder
+from gpsd_dist.disk.reading import NotReadableNow, again
+from gpsd_dist.disk.writing import replacing
 from gpsd_dist.distributed.collectives import all_gather_rows, on_main
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.evaluate import TrainedRun
@@ -64,16 +66,14 @@ def predict_split(
     version = f"step {trained.step}, {content_hash(trained.folder)}"
     make_rows = _RowMaker(trained, split, stage, version, runtime)
     name = f"part-{runtime.rank:05d}.parquet"
-    aside = out_dir / f".{name}.tmp"
     components.model.eval()
-    with pq.ParquetWriter(aside, make_rows.schema, compression="zstd") as writer:
+    with replacing(out_dir / name) as file, pq.ParquetWriter(file, make_rows.schema, compression="zstd") as writer:
         for (host_batch,) in evaluation_loader(run, trained.manifest, components.lookup_names, split, runtime):
             runtime.watchdog.alive()
             with torch.no_grad(), torch.autocast(runtime.device.type, torch.bfloat16, enabled=run.train.bf16):
                 _, logits = stage.score(components, host_batch)
             if host_batch.packing.num_requests:
                 writer.write_table(make_rows(host_batch, logits))
-    storage.publish(aside, out_dir / name)
     counts = torch.stack(
         [part[0] for part in all_gather_rows(torch.tensor([[make_rows.requests, make_rows.candidates]]))]
     )
@@ -175,7 +175,9 @@ def raw_item_ids(data_dir: str | pathlib.Path, manifest: schema.Manifest) -> pa.
         return None
     path = pathlib.Path(data_dir) / "vocab" / f"{table}.parquet"
     try:
-        vocabulary = pq.read_table(path, columns=["raw_id", "index"])
+        vocabulary = again(path, lambda: pq.read_table(path, columns=["raw_id", "index"]))
+    except NotReadableNow:
+        raise
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path} cannot be read ({error}); build the data set again") from error
     place = np.full(manifest.table(table).num_rows, -1)

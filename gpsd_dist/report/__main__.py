@@ -9,6 +9,8 @@ import argparse
 import pathlib
 import sys
 
+from gpsd_dist.disk.text import say_error
+from gpsd_dist.disk.writing import write
 from gpsd_dist.report.page import make_report
 
 
@@ -22,10 +24,9 @@ def main(argv: list[str]) -> int:
     try:
         report = make_report(args.run_dirs)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(report.html, encoding="utf-8")
+        write(args.out, report.html.encode())
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return say_error(error)
     remarks = f", {report.num_problems} remarks on missing or broken files" if report.num_problems else ""
     print(f"{args.out}: {report.num_runs} runs, {len(report.html.encode()) / 1024:.0f} KiB{remarks}")
     return 0

@@ -18,6 +18,7 @@ from gpsd_dist.config import run_config_from_dict
 from gpsd_dist.config.from_data import left_to_data
 from gpsd_dist.data import data_versions
 from gpsd_dist.data.run_manifest import read_run_manifest, with_data_version
+from gpsd_dist.disk.reading import again
 from gpsd_dist.parameter_names import TOWER, dense_weight, is_table, is_weight
 from gpsd_dist.scaling.ladder import Training, Trial, checkpoint_in
 from gpsd_dist.validation import flattened
@@ -104,8 +105,8 @@ def is_trained(training: Training) -> bool:
 def read_result(path: pathlib.Path) -> dict[str, dict[str, typing.Any]] | None:
     """Reads task -> metrics; None if the file is missing or half-written."""
     try:
-        result = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
+        result = json.loads(again(path, path.read_text))
+    except (FileNotFoundError, json.JSONDecodeError):
         return None
     return result if isinstance(result, dict) and result else None
 

@@ -16,7 +16,8 @@ import pathlib
 import socket
 import sys
 
-from gpsd_dist.serve.workers import BAD_OPTIONS, run_worker, run_workers
+from gpsd_dist.disk.text import say_error
+from gpsd_dist.serve.workers import run_worker, run_workers
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -71,8 +72,7 @@ def main(argv: list[str]) -> int:
                 return run_worker(args, listener, contextlib.nullcontext())
             return run_workers(args, listener)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return BAD_OPTIONS
+        return say_error(error)
 
 
 def _bound(host: str, port: int) -> socket.socket:

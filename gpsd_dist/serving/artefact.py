@@ -26,6 +26,7 @@ import stat
 import time
 import typing
 
+from gpsd_dist.disk import reading, writing
 from gpsd_dist.schema import Manifest, manifest_from_dict, nests_deeper
 from gpsd_dist.validation import checked, json_safe
 
@@ -213,6 +214,7 @@ def _check_sizes(artefact: Artefact) -> None:
             if found != expected.num_bytes:
                 problems.append(f"{path.relative_to(artefact.root)} has {found:,} bytes, not {expected.num_bytes:,}")
         except OSError as error:
+            reading.raise_if_passing(path, error)
             problems.append(f"{path.relative_to(artefact.root)}: {error.strerror or error}")
     if problems:
         raise ArtefactError(f"{artefact.root} is damaged: {'; '.join(problems[:_MAX_SHOWN])}; copy or export it again")
@@ -230,12 +232,16 @@ def _regular(root: pathlib.Path, path: pathlib.Path) -> os.stat_result:
 
 
 def read_bytes(path: pathlib.Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
-    """Reads a whole file that is no link. ArtefactError if it is missing, a link, or larger."""
+    """Reads a whole file that is no link. ArtefactError if it is missing, a link, or larger; OSError if it may pass."""
+
+    def read() -> bytes:
+        with os.fdopen(reading.open_regular(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            return file.read(max_bytes + 1)
+
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ArtefactError(f"{path} is no file; export it again")
-            content = file.read(max_bytes + 1)
+        content = reading.again(path, read)
+    except reading.NotReadableNow:
+        raise
     except OSError as error:
         raise ArtefactError(
             f"{path} cannot be read ({error.strerror or error}); expected an artefact of python -m gpsd_dist.export"
@@ -261,16 +267,22 @@ def _decoded(path: pathlib.Path, content: bytes) -> dict[str, typing.Any]:
 
 
 def sum_of(path: pathlib.Path) -> FileSum:
-    """Computes size and SHA-256 of a file. ArtefactError if it cannot be read."""
-    digest, size = hashlib.sha256(), 0
-    try:
-        with open(path, "rb", buffering=0) as file:
+    """Computes size and SHA-256 of a file. ArtefactError if it cannot be read; OSError if that may pass."""
+
+    def read() -> FileSum:
+        digest, size = hashlib.sha256(), 0
+        with reading.open_read(path) as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 size += len(chunk)
+        return FileSum(size, digest.hexdigest())
+
+    try:
+        return reading.again(path, read)
+    except reading.NotReadableNow:
+        raise
     except OSError as error:
         raise ArtefactError(f"{path} cannot be read ({error.strerror or error}); copy or export it again") from error
-    return FileSum(size, digest.hexdigest())
 
 
 class Draft:
@@ -291,7 +303,7 @@ class Draft:
         """Lets `write` make a file, and keeps it under its SHA-256, which is returned; once, if it is there already."""
         aside = self.root / BLOBS / f"{_PARTIAL}{secrets.token_hex(8)}"
         write(aside)
-        _sync(aside)
+        writing.sync(aside)
         made = sum_of(aside)
         target = self.root / BLOBS / made.sha256
         if target.is_file() and sum_of(target) == made:
@@ -324,12 +336,12 @@ class Draft:
                 break
             time.sleep(0.2)  # the same run was exported within this second
         for name in description.files:
-            _sync(self.folder / name)
+            writing.sync(self.folder / name)
         _write(self.folder / DESCRIPTION_NAME, content)
         for folder in (*(path for path in self.folder.rglob("*") if path.is_dir()), self.folder, self.root / BLOBS):
-            _sync(folder)
+            writing.sync(folder)
         self.folder.rename(self.root / VERSIONS / version)
-        _sync(self.root / VERSIONS)
+        writing.sync(self.root / VERSIONS)
         return version
 
 
@@ -346,7 +358,7 @@ def drafting(root: str | os.PathLike[str]) -> collections.abc.Iterator[Draft]:
     if root.is_dir() and any(root.iterdir()) and not any((root / name).exists() for name in (_LOCK, CURRENT_NAME)):
         raise OSError(f"{root} holds files and is no artefact, whose unused blobs would be deleted: name a new folder")
     root.mkdir(parents=True, exist_ok=True)
-    lock = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    lock = reading.open_regular(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -367,6 +379,7 @@ def drafting(root: str | os.PathLike[str]) -> collections.abc.Iterator[Draft]:
 
 def _delete_partial(root: pathlib.Path) -> None:
     """Deletes unfinished files, and blobs that no version uses. The caller has the lock."""
+    writing.remove_leftovers(root)
     for path in [*root.glob(f"{_PARTIAL}*"), *(root / BLOBS).glob(f"{_PARTIAL}*")]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -393,10 +406,7 @@ def make_current(root: str | os.PathLike[str], version: str) -> None:
         raise ArtefactError(f"{version[:200]!r} is no name of a version; expected one of those in {root / VERSIONS}")
     artefact = open_version(root / VERSIONS / version)
     digest = sum_of(artefact.folder / DESCRIPTION_NAME).sha256
-    aside = root / f"{_PARTIAL}{secrets.token_hex(8)}"
-    _write(aside, _encoded({"version": version, "sha256": digest}))
-    aside.replace(root / CURRENT_NAME)
-    _sync(root)
+    writing.write(root / CURRENT_NAME, _encoded({"version": version, "sha256": digest}))
 
 
 def _encoded(content: typing.Any) -> bytes:
@@ -405,16 +415,7 @@ def _encoded(content: typing.Any) -> bytes:
 
 def _write(path: pathlib.Path, content: bytes) -> None:
     """Writes a file that must not be there yet, and syncs it."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with os.fdopen(os.open(path, flags, 0o644), "wb") as file:
+    with os.fdopen(writing.create(path), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,6 +11,7 @@ import pathlib
 import threading
 import typing
 
+from gpsd_dist.disk.reading import NotReadableNow
 from gpsd_dist.serving.artefact import CURRENT_NAME, ArtefactError, read_bytes
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,11 @@ class Versions:
 
     def poll(self) -> None:
         """Looks at `current.json` and changes the version if it has changed; never raises."""
-        pointer = self._read_pointer()
+        try:
+            pointer = self._read_pointer()
+        except NotReadableNow as error:  # the next poll may read it
+            log.warning("%s; version %s goes on", error, self._scorer.version)
+            return
         if pointer == self._pointer:
             return
         if not pointer:
@@ -58,7 +63,8 @@ class Versions:
                     scorer, outcome = self._load(self.root), "loaded"
             except Exception as error:  # a version may be damaged in any way; the server must outlive it
                 log.error("not loaded, version %s goes on: %s", self._scorer.version, error, exc_info=error)
-                self._pointer = pointer  # not tried again before the file changes
+                if not isinstance(error, NotReadableNow):
+                    self._pointer = pointer  # not tried again before the file changes
                 self._on_change("failed", self._scorer)
                 return
         before = self._scorer

@@ -6,6 +6,7 @@ import typing
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gpsd_dist.disk.writing import replacing
 from gpsd_dist.serving.request_log import ADDED, SCORE_PREFIX
 from gpsd_dist.serving.requests import RequestError, RequestReader
 from gpsd_dist.serving.tokens import Tokens
@@ -71,13 +72,9 @@ def claim(out_dir: pathlib.Path) -> None:
 def write(out_dir: pathlib.Path, schema: pa.Schema, parts: typing.Iterable[pa.Table]) -> int:
     """Writes one file, whole or not at all, into a folder that is new or empty; returns its number of rows."""
     claim(out_dir)
-    aside, rows = out_dir / f".{PART_NAME}.tmp", 0
-    try:
-        with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
-            for part in parts:
-                writer.write_table(part)
-                rows += len(part)
-        aside.replace(out_dir / PART_NAME)
-    finally:
-        aside.unlink(missing_ok=True)
+    rows = 0
+    with replacing(out_dir / PART_NAME) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for part in parts:
+            writer.write_table(part)
+            rows += len(part)
     return rows

@@ -29,6 +29,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from gpsd_dist.disk.text import say_error
+from gpsd_dist.disk.writing import check_place, replacing, write
+
 log = logging.getLogger(__name__)
 ADDED = ("logged_s", "version", "unknown_ids", "dropped_events")
 """Columns of a logged request beside those that came."""
@@ -61,6 +64,7 @@ def read_key(folder: pathlib.Path) -> bytes:
         with contextlib.suppress(FileExistsError):
             os.link(aside, path)
         aside.unlink()
+    check_place(path)
     return bytes.fromhex(path.read_text())
 
 
@@ -163,9 +167,8 @@ class RequestLog:
             return
         now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         target = self.folder / f"{now}-{os.getpid()}-{secrets.token_hex(4)}.parquet"
-        aside = target.with_suffix(".tmp")
-        pq.write_table(table, aside)
-        aside.replace(target)
+        with replacing(target) as file:
+            pq.write_table(table, file)
 
     def _delete_old(self) -> None:
         oldest_s = time.time() - self.keep_days * _DAY_S
@@ -183,9 +186,7 @@ def forget(folder: pathlib.Path, user_id: str) -> int:
     with _locked(folder) as forgotten:
         # Before the files: whoever ends in between has told the servers at least.
         recent = {user: since_s for user, since_s in forgotten.items() if since_s > now_s - _FORGOTTEN_KEPT_S}
-        aside = folder / f"{_FORGOTTEN_NAME}.tmp"
-        aside.write_text(json.dumps(recent | {hashed: now_s}))
-        aside.replace(folder / _FORGOTTEN_NAME)
+        write(folder / _FORGOTTEN_NAME, json.dumps(recent | {hashed: now_s}).encode())
         for path in sorted(folder.glob("*.parquet")):
             table = pq.read_table(path)
             if USER not in table.column_names:
@@ -195,10 +196,11 @@ def forget(folder: pathlib.Path, user_id: str) -> int:
             if not (count := pc.sum(is_user).as_py()):
                 continue
             deleted += count
-            aside, status = path.with_suffix(".tmp"), path.stat()
-            pq.write_table(table.filter(pc.invert(is_user)), aside)
-            os.utime(aside, ns=(status.st_atime_ns, status.st_mtime_ns))
-            aside.replace(path)
+            status = path.stat()
+            with replacing(path) as file:
+                pq.write_table(table.filter(pc.invert(is_user)), file)
+                file.flush()
+                os.utime(file.fileno(), ns=(status.st_atime_ns, status.st_mtime_ns))
     return deleted
 
 
@@ -214,8 +216,7 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"{args.folder} is no folder; give the one of --log_requests")
         count = forget(args.folder, args.forget)
     except (OSError, ValueError, pa.ArrowException) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return say_error(error)
     sys.stdout.write(f"deleted {count} logged requests\n")
     return 0
 

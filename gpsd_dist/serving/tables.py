@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from gpsd_dist.disk.reading import raise_if_passing
 from gpsd_dist.serving.artefact import ArtefactError
 
 DTYPES = ("fp32", "fp16", "int8")
@@ -136,4 +137,5 @@ def read_tensors(path: pathlib.Path) -> dict[str, torch.Tensor]:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise_if_passing(path, error)
         raise ArtefactError(f"{path} is no safetensors file of ours ({error}); copy or export it again") from error

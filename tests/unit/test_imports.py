@@ -37,7 +37,7 @@ ROOMS = (
     # parts of a run
     *("checkpoint", "tables", "metrics", "data", "distributed", "model", "optim"),
     # the ground
-    *("config", "batch", "features", "schema", "parameter_names", "validation"),
+    *("config", "batch", "features", "schema", "parameter_names", "validation", "disk"),
 )
 MAX_ROOT_FILES = 18
 # Third-party packages of single files; None: not restricted by name.
@@ -51,6 +51,9 @@ ALLOWED_LIBRARIES = {
     "gpsd_dist.config.tables": {"pydantic"},
     "gpsd_dist.config.training": {"pydantic"},
     "gpsd_dist.validation": {"pydantic"},
+    "gpsd_dist.disk.reading": set(),
+    "gpsd_dist.disk.text": set(),
+    "gpsd_dist.disk.writing": set(),
     "gpsd_dist.distributed.exit_codes": set(),
     "gpsd_dist.distributed.watchdog": set(),
     "gpsd_dist.features": {"numpy", "pyarrow"},
@@ -64,8 +67,8 @@ ALLOWED_LIBRARIES = {
     "gpsd_dist.model.transformer": {"torch"},
     "gpsd_dist.optim": {"torch"},
 }
-FOLDERS = ("gpsd_dist", "gpsd_dist.data")  # that those files are in
-FOR_THE_PIPELINE = ("gpsd_dist.schema.", "gpsd_dist.data.data_versions.", "gpsd_dist.features.")
+FOLDERS = ("gpsd_dist", "gpsd_dist.data", "gpsd_dist.disk")  # that those files are in
+FOR_THE_PIPELINE = ("gpsd_dist.schema.", "gpsd_dist.data.data_versions.", "gpsd_dist.features.", "gpsd_dist.disk.")
 GIN_USERS = ("gpsd_dist.config.gin_cli", "gpsd_dist.doctor.operations")
 HTTP_LIBRARIES = ("starlette", "uvicorn", "msgspec", "prometheus_client")
 HTTP_USERS = tuple(f"gpsd_dist.serving.{name}" for name in ("app", "messages", "metrics", "service"))

@@ -1,5 +1,7 @@
 """The exit status of the launcher, by how its ranks end. Ranks here are small scripts, torchrun is real."""
 
+import contextlib
+import os
 import pathlib
 import signal
 import subprocess
@@ -20,9 +22,9 @@ def start(folder: pathlib.Path, code: str, max_restarts: int = 1) -> subprocess.
     begin += f"open({str(folder / 'starts')!r}, 'a').write(attempt + '\\n')\n"
     script.write_text(begin + code)
     options = ["--nproc-per-node", "2", "--max-restarts", str(max_restarts), "--monitor-interval", "0.05"]
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    command = [sys.executable, "-m", "gpsd_dist.launcher", *options, *rendezvous, str(script)]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "gpsd_dist.launcher", "--standalone", *options, str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def attempts(folder: pathlib.Path) -> set[str]:
@@ -165,3 +167,42 @@ def test_node_that_nobody_answers_says_so(tmp_path):
     last = result.stderr.splitlines()[-1]
     assert "launcher: the nodes of this job do not reach each other: " in last and "192.0.2.1" in last, result.stderr
     assert "Traceback" not in result.stderr
+
+
+def listening(pid: int) -> list[str]:
+    """Local addresses, in hexadecimal, of the TCP sockets on which a process listens."""
+    inodes = set()
+    for path in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            inodes.add(os.readlink(path).removeprefix("socket:[").removesuffix("]"))
+    tables = [pathlib.Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:] for table in ("tcp", "tcp6")]
+    rows = [line.split() for table in tables for line in table]
+    return [row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes]
+
+
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}  # 127.0.0.1, ::1
+
+
+@pytest.mark.parametrize("how", ["launcher", pytest.param("alone", marks=pytest.mark.slow)])
+def test_nothing_listens_beyond_loopback_in_a_run_on_one_machine(tmp_path, how):
+    code = (
+        "import torch, torch.distributed as dist\nfrom gpsd_dist.distributed.runtime import process_group\n"
+        "with process_group(60) as runtime:\n    total = torch.ones(1)\n    dist.all_reduce(total)\n"
+        f"    open({str(tmp_path / 'up')!r}, 'a').write(f'{{os.getpid()}} {{int(total)}}\\n')\n    time.sleep(60)\n"
+    )
+    process = start(tmp_path, code) if how == "launcher" else None
+    if process is None:
+        script = "import os, time\n" + code
+        process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    num_ranks = 2 if how == "launcher" else 1
+    up = tmp_path / "up"
+    try:
+        wait_for(lambda: up.exists() and up.read_text().count("\n") == num_ranks, process)
+        ranks = [line.split() for line in up.read_text().splitlines()]
+        assert {int(total) for _, total in ranks} == {num_ranks}  # they have met
+        found = {pid: listening(pid) for pid in (process.pid, *(int(pid) for pid, _ in ranks))}
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+    assert set().union(*found.values()) <= LOOPBACK, found
+    assert num_ranks == 1 or any(found.values())  # gloo does listen

@@ -14,6 +14,7 @@ import pytest
 
 from gpsd_dist import schema
 from gpsd_dist.data import data_versions
+from gpsd_dist.disk import reading
 from tests.helpers.versions import publish
 from tests.unit.test_schema import MANIFEST
 
@@ -116,14 +117,14 @@ def test_a_reader_that_may_not_write_reads_all_the_same(root, monkeypatch, caplo
 
 
 def test_a_file_that_was_replaced_on_a_server_is_read_again(root, monkeypatch):
-    first, opened = [True], pathlib.Path.open
+    first, opened = [True], reading.open_read
 
-    def stale(self, *arguments, **options):
+    def stale(path):
         if first.pop() if first else False:
             raise OSError(errno.ESTALE, "Stale file handle")
-        return opened(self, *arguments, **options)
+        return opened(path)
 
-    monkeypatch.setattr(pathlib.Path, "open", stale)
+    monkeypatch.setattr(reading, "open_read", stale)
     assert data_versions.current(root).name == "0002-00000002" and not first
 
 
@@ -146,7 +147,7 @@ def test_a_version_behind_a_link_or_a_dot_is_marked(root, tmp_path, monkeypatch)
 def test_a_pipe_as_current_json_is_not_waited_for(root):
     (root / "current.json").unlink()
     os.mkfifo(root / "current.json")
-    with pytest.raises(ValueError, match="is not a file; remove it"):
+    with pytest.raises(OSError, match="is a pipe"):
         data_versions.opened(root)
 
 

@@ -194,7 +194,7 @@ def test_a_failure_at_the_last_moment_changes_nothing(raw, tmp_path, monkeypatch
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(publish, "_replace", full)
+    monkeypatch.setattr(publish, "write_json", full)
     assert run(*arguments(raw, out)) == build.NO_FILE_ACCESS
     assert "No space left on device" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
@@ -251,14 +251,14 @@ def test_what_stands_where_a_build_writes_is_removed_and_not_what_it_points_to(t
 def test_a_reader_that_comes_while_a_version_is_deleted_keeps_it(tmp_path, monkeypatch):
     """It marks the version after the build has looked for marks, and before it is gone: the reader still finds it."""
     first = published(tmp_path)
-    replace = publish._replace
+    replace = publish.write_json
 
     def read_meanwhile(path, content):
         (tmp_path / "in_use").mkdir()
         (tmp_path / "in_use" / f"{first.name}.host.1.aa").touch()
         replace(path, content)
 
-    monkeypatch.setattr(publish, "_replace", read_meanwhile)
+    monkeypatch.setattr(publish, "write_json", read_meanwhile)
     second = published(tmp_path, keep_versions=1)
     assert first.is_dir() and second.is_dir()
 

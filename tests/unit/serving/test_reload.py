@@ -104,7 +104,7 @@ def test_the_watching_thread_changes_the_version_inside_the_lock_and_ends(served
 
 def test_a_pipe_or_an_endless_file_in_place_of_the_pointer_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "current.json")
-    with pytest.raises(ArtefactError, match=r"current\.json is no file"):
+    with pytest.raises(ArtefactError, match=r"current\.json is a pipe"):
         Versions(tmp_path, open_version, lambda outcome, scorer: None, contextlib.nullcontext())
     (tmp_path / "current.json").unlink()
     (tmp_path / "current.json").symlink_to("/dev/zero")

@@ -1,0 +1,22 @@
+"""Shows text of files as text: control characters in it are no orders to a terminal."""
+
+import re
+import sys
+
+from gpsd_dist.disk.reading import why_passing
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""All but tab and line feed: ESC starts colours, titles and worse; the last ones turn the direction of writing."""
+_NO_FILE_ACCESS = 74  # `distributed.exit_codes`, which the data pipeline does not import
+
+
+def shown(text: object) -> str:
+    """Replaces control characters by their escapes: ESC becomes a backslash and x1b."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def say_error(error: BaseException, mistake: int = 2) -> int:
+    """Prints what ended a command, as text, and returns its status: `mistake`, or 74 for an error that passes."""
+    sys.stderr.write(f"error: {shown(error)}\n")
+    sys.stderr.flush()
+    return _NO_FILE_ACCESS if why_passing(error) else mistake
