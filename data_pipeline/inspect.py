@@ -15,13 +15,13 @@ import sys
 import tempfile
 
 import numpy as np
-import rich.console
 import rich.table
 import rich.text
 
 from data_pipeline import build, measures
 from gpsd_dist import schema
 from gpsd_dist.data import data_versions
+from gpsd_dist.disk.console import Console
 from gpsd_dist.disk.text import say_error
 from gpsd_dist.disk.writing import write
 
@@ -240,7 +240,7 @@ def _date(epoch_s: int | None) -> str:
 
 def show(sections: list[Section], verdict: list[str]) -> None:
     """Prints the page."""
-    console = rich.console.Console(soft_wrap=True)
+    console = Console(soft_wrap=True)
     for section in sections:
         table = rich.table.Table(*section.columns, title=section.title, title_justify="left", expand=False)
         for row in section.rows:
@@ -248,7 +248,7 @@ def show(sections: list[Section], verdict: list[str]) -> None:
         console.print(table)
     console.print("What to mend first:" if verdict else "Nothing to mend was found.")
     for number, text in enumerate(verdict, start=1):
-        console.print(f"  {number}. {text}", markup=False, highlight=False)
+        console.print(f"  {number}. {text}")
 
 
 def as_html(title: str, sections: list[Section], verdict: list[str]) -> str:

@@ -4,8 +4,9 @@ import contextlib
 import contextvars
 import typing
 
-import rich.console
 import rich.progress
+
+from gpsd_dist.disk.console import Console
 
 COLUMNS = (
     rich.progress.TextColumn("{task.description:<24}"),
@@ -18,7 +19,7 @@ COLUMNS = (
 
 def say(text: str) -> None:
     """Prints one line as it is, at once."""
-    rich.console.Console(soft_wrap=True).print(text, markup=False, highlight=False)
+    Console(soft_wrap=True).print(text)
 
 
 _warnings: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("warnings", default=None)

@@ -21,7 +21,6 @@ import logging
 import pathlib
 import typing
 
-import rich.console
 import rich.table
 
 from gpsd_dist.assembly import assemble, looked_up_tables, meta_model
@@ -33,6 +32,7 @@ from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import OptimizerConfig, RunConfig, run_config_from_dict
 from gpsd_dist.data import data_versions
 from gpsd_dist.data.run_manifest import read_run_manifest, with_data_version
+from gpsd_dist.disk.console import Console
 from gpsd_dist.disk.text import say_error
 from gpsd_dist.distributed.runtime import Runtime, process_group
 from gpsd_dist.metrics.classification import Predictions
@@ -173,7 +173,7 @@ def _print(metrics: Metrics) -> None:
         table = rich.table.Table("metric", task)
         for name, value in values.items():
             table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.5f}")
-        rich.console.Console().print(table)
+        Console().print(table)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

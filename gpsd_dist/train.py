@@ -41,7 +41,8 @@ def main(argv: list[str]) -> int:
             # Nothing after this can reject the run. Only now is run_config.json written: a folder that has one counts
             # as a run.
             trainer.load_weights()
-            if runtime.is_main:
+            # A finished run stays as it was described: by the command and commit that trained it.
+            if runtime.is_main and not trainer.early_stopping.is_finished:
                 lines = [_saved_by_freezing(trainer, runtime)] if run.freezes_tables else []
                 run_description.write(parsed.gin_text, trainer, runtime, lines)
             best = trainer.train()

@@ -17,7 +17,6 @@ import typing
 import warnings
 
 import rich.box
-import rich.console
 import rich.table
 import torch
 import torch.distributed.checkpoint as dcp
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from gpsd_dist.checkpoint import files, integrity, manager, resume, retention, state, storage
 from gpsd_dist.checkpoint.storage import Location
+from gpsd_dist.disk.console import Console
 from gpsd_dist.disk.text import say_error
 from gpsd_dist.validation import flattened
 
@@ -32,7 +32,7 @@ _SHOWN = ("auc", "gauc", "log_loss", "mrr")
 """`list` shows the metrics whose names end in these; run_state.json has all of them."""
 
 
-def list_checkpoints(run: str, console: rich.console.Console) -> int:
+def list_checkpoints(run: str, console: Console) -> int:
     """Prints one line per checkpoint folder, complete or not. Compares file sizes, reads no tensors. Returns 0."""
     folder = manager.checkpoint_folder(storage.location(run))
     best = retention.best(folder)
@@ -81,7 +81,7 @@ def _condition(path: Location) -> str:
     return "all there" if sums is not None else "no checksums (older version)"
 
 
-def verify(path: str, console: rich.console.Console) -> int:
+def verify(path: str, console: Console) -> int:
     """Compares every file of a checkpoint, or of all of a run, with its checksum. Returns 1 for damage, else 0."""
     place = storage.location(path)
     checkpoints = [place] if (place / retention.STATE_NAME).is_file() else []
@@ -107,7 +107,7 @@ def verify(path: str, console: rich.console.Console) -> int:
     return 1 if num_damaged else 0
 
 
-def diff(first: str, second: str, console: rich.console.Console) -> int:
+def diff(first: str, second: str, console: Console) -> int:
     """Prints which tensors and options differ between two checkpoints; for a run, its best one. Returns 1 if any does.
 
     Holds two tensors at a time in memory.
@@ -161,7 +161,7 @@ def _read(name: str, reader: files.Reader, entry: TensorStorageMetadata) -> torc
     return tensors[name]
 
 
-def prune(run: str, keep_last: int, keep_every_hours: float, is_dry: bool, console: rich.console.Console) -> int:
+def prune(run: str, keep_last: int, keep_every_hours: float, is_dry: bool, console: Console) -> int:
     """Deletes the checkpoints that `retention.removable` names, or prints them if `is_dry`. Returns 0."""
     if keep_last < 1 or keep_every_hours < 0:
         raise ValueError(f"--keep_last {keep_last} must be >= 1, --keep_every_hours {keep_every_hours} >= 0")
@@ -201,7 +201,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Runs a command. Returns exit status 1 for damage (`verify`) or differences (`diff`), 2 for wrong arguments."""
     args = _parse(argv)
-    console = rich.console.Console(soft_wrap=True, highlight=False, markup=False)
+    console = Console(soft_wrap=True)
     if not console.is_terminal:
         console.width = 200  # wide enough that a file holds whole lines
     try:

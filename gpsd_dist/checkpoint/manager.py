@@ -146,6 +146,7 @@ class Checkpoints:
         """Deletes what crashes left of this step. Returns the name of the folder to write into."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self.folder, pathlib.Path):
+            writing.sync(self.folder.parent)  # its name is new with the first save
             writing.remove_leftovers(self.folder)
             for leftover in self.folder.glob(".step_*.partial"):
                 storage.delete(leftover, STATE_NAME)
@@ -227,6 +228,21 @@ def find_together(path: "str | os.PathLike[str] | Remote", which: str = "best") 
     If each rank looked for itself while the other run goes on, ranks could load two different checkpoints.
     """
     return on_main(lambda: find(path, which))
+
+
+def doubts(checkpoint: Location) -> list[str]:
+    """Says why a checkpoint of a run may be no good start for another: the run still trains, or has a better one."""
+    folder = checkpoint.parent
+    done = complete(folder) if folder.name == retention.FOLDER_NAME else []
+    if checkpoint not in done:
+        return []  # a copy
+    found = []
+    best = retention.best(folder)
+    if best not in (None, checkpoint):
+        found.append(f"{checkpoint} is not the best checkpoint of its run, which is {best.name}")
+    if read_state(done[-1]).progress.get("is_finished") is False:
+        found.append(f"the run of {checkpoint} is not finished: its best checkpoint may become another one")
+    return found
 
 
 def checkpoint_folder(run: Location) -> Location:

@@ -10,6 +10,7 @@ from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import ModelConfig, RunConfig
 from gpsd_dist.config.model import MODELS
+from gpsd_dist.distributed.collectives import on_main
 from gpsd_dist.parameter_names import BACKBONE, DENSE, IDS, TABLE, dense_weight, is_weight, small_table, table_weight
 from gpsd_dist.schema import Manifest
 
@@ -27,6 +28,8 @@ def transfer(run: RunConfig, manifest: Manifest, own: loading.Tensors) -> str:
     """
     weights, dense = own[TABLE], own[DENSE]
     checkpoint = manager.find_together(run.init_checkpoint)
+    for doubt in on_main(lambda: manager.doubts(checkpoint)):
+        log.warning("%s", doubt)
     state = read_run(checkpoint)
     grown = _check_vocabularies(run, manifest, state, checkpoint)
     _check_width(run, state, checkpoint)

@@ -2,11 +2,9 @@
 
 import logging
 
-import rich.console
+from gpsd_dist.disk.console import Console
 
-from gpsd_dist.disk.text import shown
-
-CONSOLE = rich.console.Console(stderr=True)
+CONSOLE = Console(stderr=True)
 
 
 class ConsoleHandler(logging.Handler):
@@ -15,6 +13,6 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Prints one record. Lines are not wrapped: paths and commands in them are copied."""
         try:
-            CONSOLE.print(shown(self.format(record)), markup=False, highlight=False, emoji=False, soft_wrap=True)
+            CONSOLE.print(self.format(record), soft_wrap=True)
         except Exception:  # as every handler of `logging` does: a line that cannot be printed must not end a run
             self.handleError(record)

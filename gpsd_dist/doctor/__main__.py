@@ -236,9 +236,10 @@ def check_writable(folder: pathlib.Path) -> Check:
 def print_report(checks: list[Check]) -> None:
     """Prints a table, then each problem with its fix on an unwrapped line of its own, to be copied."""
     try:
-        import rich.console
         import rich.table
         import rich.text
+
+        from gpsd_dist.disk.console import Console
     except ImportError:
         for check in checks:
             print(f"{check.status:8} {check.name:16} {check.detail}")
@@ -247,7 +248,7 @@ def print_report(checks: list[Check]) -> None:
         for check in checks:
             status = rich.text.Text(check.status, _STATUS_STYLE[check.status])
             table.add_row(check.name, status, rich.text.Text(check.detail))
-        rich.console.Console().print(table)
+        Console().print(table)
     for check in checks:
         if check.status != OK:
             print(f"{check.status}: {check.name}: {check.detail}\n    fix: {check.fix}")

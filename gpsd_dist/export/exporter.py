@@ -52,6 +52,8 @@ def read_source(
     """
     folder = manager.find(checkpoint, which)
     integrity.check(folder)
+    for doubt in manager.doubts(folder):
+        log.warning("%s", doubt)
     state = read_run(folder)
     run = run_config_from_dict(state.run_config)
     if find(run.stage).with_candidates != with_candidates:

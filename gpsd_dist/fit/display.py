@@ -49,7 +49,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
-        CONSOLE.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        CONSOLE.print(text, soft_wrap=True)
 
     @contextlib.contextmanager
     def step(self, title: str) -> typing.Iterator["Step"]:

@@ -8,11 +8,11 @@ import pathlib
 import typing
 
 import rich.box
-import rich.console
 import rich.table
 
 from gpsd_dist.checkpoint import storage
 from gpsd_dist.commands import Command, shell
+from gpsd_dist.disk.console import Console
 from gpsd_dist.disk.writing import write
 from gpsd_dist.fit.data_check import Facts
 from gpsd_dist.fit.steps import Runner
@@ -111,15 +111,15 @@ def _cells(one: Judged, task: str, floor: Judged | None, is_best: bool) -> list[
 
 def show(made: Outcome, out_dir: pathlib.Path) -> None:
     """Prints tables, verdict and hints, and writes summary.json, commands.sh and report.html into `out_dir`."""
-    console = rich.console.Console()
-    console = console if console.is_terminal else rich.console.Console(width=100)
+    console = Console()
+    console = console if console.is_terminal else Console(width=100)
     for table in made.tables:
         console.print(_as_text(table))
-    console.print(CAPTION, markup=False, highlight=False)
+    console.print(CAPTION)
     for verdict_of_task in made.verdicts.values():
-        console.print(verdict_of_task, style="bold", markup=False, highlight=False, soft_wrap=True)
+        console.print(verdict_of_task, style="bold", soft_wrap=True)
     for hint in made.hints:
-        console.print(f"- {hint}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"- {hint}", soft_wrap=True)
     first = next(iter(made.verdicts.values()), "")
     parts = {"rows": made.rows, "floors": made.floors, "refit": made.refit, "chosen": made.chosen}
     written = {"verdict": first, "verdicts": made.verdicts, "next": made.hints}
@@ -131,7 +131,7 @@ def show(made: Outcome, out_dir: pathlib.Path) -> None:
         report = make_report([out_dir], words)
         write(out_dir / "report.html", report.html.encode())
         files.append("report.html")
-    console.print(f"in {out_dir}: {', '.join(files)}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"in {out_dir}: {', '.join(files)}", soft_wrap=True)
 
 
 def _as_text(table: Table) -> rich.table.Table:

@@ -18,7 +18,6 @@ import sys
 import typing
 
 import numpy as np
-import rich.console
 import rich.table
 
 from gpsd_dist.checkpoint.resume import saved_numbers
@@ -26,6 +25,7 @@ from gpsd_dist.config import RunConfig
 from gpsd_dist.config.from_data import resolve
 from gpsd_dist.config.gin_cli import load_run_config
 from gpsd_dist.data.run_manifest import read_run_manifest, with_data_version
+from gpsd_dist.disk.console import Console
 from gpsd_dist.disk.text import say_error
 from gpsd_dist.disk.writing import write
 from gpsd_dist.distributed.runtime import quiet_libraries
@@ -107,7 +107,7 @@ def _warnings(scenario: Scenario, found: Estimate) -> list[str]:
 
 
 def _print(scenario: Scenario, found: Estimate, options: list[Suggestion]) -> None:
-    console = rich.console.Console(highlight=False)
+    console = Console()
     console.width = max(console.width, _MIN_WIDTH)
     cluster, run, step = scenario.cluster, scenario.run, found.training
     machines = math.ceil(cluster.world_size / cluster.local_world_size)
@@ -133,9 +133,9 @@ def _print(scenario: Scenario, found: Estimate, options: list[Suggestion]) -> No
             soft_wrap=True,
         )
     for note in scenario.shape.notes:
-        console.print(f"assumed: {note}", markup=False, soft_wrap=True)
+        console.print(f"assumed: {note}", soft_wrap=True)
     for warning in _warnings(scenario, found):
-        console.print(f"note: {warning}", markup=False, soft_wrap=True)
+        console.print(f"note: {warning}", soft_wrap=True)
     _print_verdict(console, found, options)
 
 
@@ -178,7 +178,7 @@ def _traffic_table(found: Estimate) -> rich.table.Table:
     return table
 
 
-def _print_verdict(console: rich.console.Console, found: Estimate, options: list[Suggestion]) -> None:
+def _print_verdict(console: Console, found: Estimate, options: list[Suggestion]) -> None:
     peak, usable = found.memory.peak.max() / _GIB, found.usable_bytes / _GIB
     limit = f"{usable:.2f} GiB usable ({RESERVE:.0%} kept free for CUDA context, NCCL and fragmentation)"
     if found.fits:
@@ -187,14 +187,14 @@ def _print_verdict(console: rich.console.Console, found: Estimate, options: list
     console.print(f"does not fit: peak {peak:.2f} GiB, {limit}", soft_wrap=True)
     if found.layout.refusal:
         reason = found.layout.refusal.splitlines()[0]
-        console.print(f"TorchRec's planner refuses the tables: {reason}", markup=False, soft_wrap=True)
+        console.print(f"TorchRec's planner refuses the tables: {reason}", soft_wrap=True)
     if not any(option.fits for option in options):
         console.print("no single option is enough", soft_wrap=True)
     if options:
         console.print("one option at a time would make the peak", soft_wrap=True)
     for option in options:
         verdict = f"{'fits' if option.fits else 'no':<4} {option.peak_bytes / _GIB:>10.2f} GiB"
-        console.print(f"  {verdict}  {option.name}  {option.flags}", markup=False, soft_wrap=True)
+        console.print(f"  {verdict}  {option.name}  {option.flags}", soft_wrap=True)
 
 
 def as_dict(scenario: Scenario, found: Estimate, options: list[Suggestion]) -> dict[str, typing.Any]:

@@ -22,12 +22,12 @@ import statistics
 import sys
 import typing
 
-import rich.console
 import rich.table
 
 from gpsd_dist.checkpoint import integrity, storage
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.commands import add_overrides, execute, exit_status, shell
+from gpsd_dist.disk.console import Console
 from gpsd_dist.scaling import epochs, figures, runs
 from gpsd_dist.scaling.fit import LAWS, MIN_SIZES, fit_law
 from gpsd_dist.scaling.ladder import plan
@@ -127,7 +127,7 @@ def fit_all(points: collections.abc.Sequence[dict[str, typing.Any]]) -> tuple[fi
 
 
 def _print(points: list[dict[str, typing.Any]], fits: figures.Fits, notes: list[str], title: str) -> None:
-    console = rich.console.Console(width=120)
+    console = Console(width=120)
     for task, laws in fits.items():
         table = rich.table.Table("rung", "dense", "tower", "tables", "seeds", *laws, title=f"{title}: {task}")
         for rung in dict.fromkeys(point["rung"] for point in points):

@@ -3,18 +3,20 @@
 Every one ends with the run equal, bit for bit, to the run that was never disturbed.
 """
 
+import functools
 import itertools
 import json
+import pathlib
 import socket
 import typing
 
 from gpsd_dist.distributed import exit_codes
 from gpsd_dist.metrics.profiling import BACKWARD
-from tests.faults import file_cases
+from tests.faults import checkpoint_cases, data_cases, file_cases, reading_cases, serving_cases
 from tests.faults.jobs import SAVE_INTERVAL, Run, Workshop, finish, wait_until
 
 Case = typing.Callable[[Workshop], int]
-_HANG = ("--gin.TrainConfig.hang_timeout_s=8",)  # a step takes about 0.05 s; four times as long in the first step
+_HANG = reading_cases.HANG  # a step takes about 0.05 s; four times as long in the first step
 
 
 def _recovers(
@@ -66,6 +68,30 @@ def _stopped(workshop: Workshop, name: str, signal_name: str, status: int) -> in
     assert ended.stderr.splitlines()[-1].startswith("launcher: ")
     run.goes_on("weights: resumed from")
     return run.done(0)
+
+
+def kill_all_workers(workshop: Workshop) -> int:
+    """Both at once, in a backward pass."""
+    return _recovers(workshop, "kill_all", 2 * SAVE_INTERVAL, "kill_all_ranks", "backward", 10)
+
+
+def kill_worker_in_a_validation(workshop: Workshop) -> int:
+    return _recovers(workshop, "kill_validation", 2 * SAVE_INTERVAL, "kill_self", "validation", 12)
+
+
+def kill_worker_while_it_loads(workshop: Workshop) -> int:
+    """The run was stopped; its next life dies before it has weights."""
+    run = Run(workshop, "kill_loading")
+    run.stop_at(9)
+    ended = run.train(run.fault("kill_self", "load", 0), restarts=1)
+    assert ended.status == exit_codes.FINISHED, ended.stderr
+    ended.says("fault: kill_self at load", "weights: resumed from")
+    return run.done(0)
+
+
+def sighup(workshop: Workshop) -> int:
+    """The terminal is gone: as SIGTERM."""
+    return _stopped(workshop, "sighup", "SIGHUP", exit_codes.STOPPED)
 
 
 def sigterm(workshop: Workshop) -> int:
@@ -135,6 +161,19 @@ def two_jobs_on_one_folder(workshop: Workshop) -> int:
     return run.done(0)
 
 
+def _in_a_folder(case: typing.Callable[[pathlib.Path], None]) -> Case:
+    """Makes a case of a fault that needs no job and loses no step."""
+
+    @functools.wraps(case)
+    def run(workshop: Workshop) -> int:
+        folder = workshop.root / case.__name__
+        folder.mkdir()
+        case(folder)
+        return 0
+
+    return run
+
+
 CASES: dict[str, Case] = {
     case.__name__: case
     for case in (
@@ -143,7 +182,11 @@ CASES: dict[str, Case] = {
         kill_worker_mid_checkpoint,
         kill_worker_before_the_commit,
         kill_agent,
+        kill_all_workers,
+        kill_worker_in_a_validation,
+        kill_worker_while_it_loads,
         sigterm,
+        sighup,
         sigint,
         file_cases.disk_full_while_saving,
         file_cases.disk_full_to_the_last_byte,
@@ -160,6 +203,8 @@ CASES: dict[str, Case] = {
         nan_in_one_rank,
         clock_jumps_back,
         two_jobs_on_one_folder,
+        *reading_cases.CASES,
+        *(_in_a_folder(case) for case in (*data_cases.CASES, *checkpoint_cases.CASES, *serving_cases.CASES)),
     )
 }
 QUICK = ("kill_worker_mid_step",)

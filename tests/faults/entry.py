@@ -3,20 +3,24 @@
 The product knows nothing of this. TRACE: a folder in which every rank writes down the rows that it trains on. FAULT
 (JSON, may be absent): what (`ACTIONS`, or nan), rank, step, place (batch, loss, backward, save_tensors, save_commit),
 once: a file that is made when it happens, so that a restarted job is spared; slow_s: pause before every later step;
-wait_for: a file that must be there first; further keys are the action's.
+wait_for: a file that must be there first; further keys are the action's. Further places: start, load (of a checkpoint),
+validation.
 """
 
 import ctypes
 import json
 import os
 import pathlib
+import resource
 import signal
+import subprocess
 import sys
+import threading
 import time
 
 import torch
 
-from gpsd_dist import train
+from gpsd_dist import train, trainer
 from gpsd_dist.data.loader import Loader
 from gpsd_dist.training_step import TrainingStep
 
@@ -58,6 +62,61 @@ def set_clock_back(fault: dict) -> None:
     time.time = lambda: now_s() - 7 * 86_400
 
 
+def kill_all_ranks(fault: dict) -> None:
+    """At once, as the end of a machine does; the launcher lives."""
+    launcher = os.getppid()
+    for pid in pathlib.Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if int(pid) != os.getpid():
+            os.kill(int(pid), signal.SIGKILL)
+    kill_self(fault)
+
+
+def fail_opens(fault: dict) -> None:
+    """From now on the next `times` openings of files whose path holds `part` fail with `number`."""
+    left = [fault["times"]]
+
+    def hook(event: str, details: tuple) -> None:
+        if event == "open" and left[0] and fault["part"] in str(details[0]):
+            left[0] -= 1
+            raise OSError(fault["number"], os.strerror(fault["number"]))
+
+    sys.addaudithook(hook)
+
+
+def _each_sync(part: str, act) -> None:
+    fsync = os.fsync
+
+    def watched(descriptor):
+        if part in os.readlink(f"/proc/self/fd/{descriptor}"):
+            act()
+        fsync(descriptor)
+
+    os.fsync = watched
+
+
+def slow_sync(fault: dict) -> None:
+    _each_sync(fault["part"], lambda: time.sleep(fault["seconds"]))
+
+
+def fail_sync(fault: dict) -> None:
+    def fail():
+        raise OSError(fault["number"], os.strerror(fault["number"]))
+
+    _each_sync(fault["part"], fail)
+
+
+def run_out_of_descriptors(fault: dict) -> None:
+    """For `seconds`: nothing more can be opened."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+    threading.Timer(fault["seconds"], resource.setrlimit, (resource.RLIMIT_NOFILE, before)).start()
+
+
+def remount_read_only(fault: dict) -> None:
+    """What a file system does of itself after an error of its disk."""
+    subprocess.run(["mount", "-o", "remount,ro", fault["folder"]], check=True)
+
+
 ACTIONS = {
     action.__name__: action
     for action in (
@@ -69,6 +128,12 @@ ACTIONS = {
         fill_disk,
         move_away,
         set_clock_back,
+        kill_all_ranks,
+        fail_opens,
+        slow_sync,
+        fail_sync,
+        run_out_of_descriptors,
+        remount_read_only,
     )
 }
 
@@ -117,6 +182,16 @@ def install(fault: Fault, trace: pathlib.Path) -> None:
                     time.sleep(fault.description.get("slow_s", 0))
             yield parts
 
+    fill_tensors, evaluate_split = trainer.fill_tensors, trainer.evaluate_split
+
+    def faulty_fill(*args, **kwargs):
+        fault.maybe("load")
+        return fill_tensors(*args, **kwargs)
+
+    def faulty_evaluate(*args, **kwargs):
+        fault.maybe("validation")
+        return evaluate_split(*args, **kwargs)
+
     def faulty_backward(self, *args, **kwargs):
         backward(self, *args, **kwargs)
         fault.maybe("backward")
@@ -138,6 +213,8 @@ def install(fault: Fault, trace: pathlib.Path) -> None:
     Loader.__iter__, torch.Tensor.backward, torch.save = traced, faulty_backward, faulty_save
     TrainingStep._check_finite = faulty_check
     pathlib.Path.rename = faulty_rename
+    trainer.fill_tensors, trainer.evaluate_split = faulty_fill, faulty_evaluate
+    fault.maybe("start")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from tests.integration.tiny_data import step_folder
 
 
 @contextlib.contextmanager
-def _mounted(folder: pathlib.Path, *options: str) -> typing.Iterator[None]:
+def mounted(folder: pathlib.Path, *options: str) -> typing.Iterator[None]:
     folder.mkdir(exist_ok=True)
     result = subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", folder], capture_output=True)
     if result.returncode:
@@ -30,7 +30,7 @@ def _mounted(folder: pathlib.Path, *options: str) -> typing.Iterator[None]:
 
 def _disk_full(workshop: Workshop, name: str, bytes_left: int, *words: str) -> int:
     run = Run(workshop, name)
-    with _mounted(run.folder / "small", "size=8m"):
+    with mounted(run.folder / "small", "size=8m"):
         run.output = run.folder / "small" / "run"
         saved = str(step_folder(run.output, 6) / "run_state.json")
         folder = str(run.folder / "small")
@@ -59,7 +59,7 @@ def disk_full_to_the_last_byte(workshop: Workshop) -> int:
 def read_only_output(workshop: Workshop) -> int:
     """Known before anything is trained."""
     run = Run(workshop, "read_only")
-    with _mounted(run.folder / "fixed", "ro"):
+    with mounted(run.folder / "fixed", "ro"):
         run.output = run.folder / "fixed" / "run"
         ended = run.train()
     assert ended.status == exit_codes.NO_FILE_ACCESS, ended.stderr

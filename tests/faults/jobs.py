@@ -75,7 +75,7 @@ class Run:
 
     def start(self, fault: dict | None = None, *overrides: str, restarts: int = 0, env=None) -> subprocess.Popen:
         launcher = [sys.executable, "-m", "gpsd_dist.launcher", "--nproc-per-node", "2", "--monitor-interval", "0.1"]
-        launcher += ["--max-restarts", str(restarts), "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+        launcher += ["--max-restarts", str(restarts), "--standalone"]
         options = ["--gin_file", "configs/stage/pretrain.gin", "--gin_file", str(self.workshop.root / "options.gin")]
         options += [f"--gin.DATA_DIR={self.data_dir}", f"--gin.OUTPUT_DIR={self.output}"]
         options += [f"--gin.TrainConfig.save_interval_steps={SAVE_INTERVAL}"]

@@ -201,7 +201,7 @@ def test_slurm_job_that_got_sigterm_passes_it_on_and_waits(fake_bin, status, is_
 
 
 def test_kubernetes_starts_again_what_was_stopped_and_gives_up_on_mistakes():
-    _, job = yaml.safe_load_all((LAUNCH / "k8s" / "job.yaml").read_text())
+    _, job, _ = yaml.safe_load_all((LAUNCH / "k8s" / "job.yaml").read_text())
     spec = job["spec"]
     assert spec["template"]["spec"]["restartPolicy"] == "Never"  # podFailurePolicy needs it
     (container,) = spec["template"]["spec"]["containers"]
@@ -212,7 +212,7 @@ def test_kubernetes_starts_again_what_was_stopped_and_gives_up_on_mistakes():
 
 
 def test_kubernetes_manifest_agrees_with_itself():
-    service, job = yaml.safe_load_all((LAUNCH / "k8s" / "job.yaml").read_text())
+    service, job, _ = yaml.safe_load_all((LAUNCH / "k8s" / "job.yaml").read_text())
     spec = job["spec"]
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
@@ -230,9 +230,29 @@ def test_kubernetes_manifest_agrees_with_itself():
     assert pod["securityContext"]["runAsNonRoot"] is True
 
 
+def test_kubernetes_lets_nobody_else_in_and_gives_the_pod_no_more_than_it_needs():
+    _, job, policy = yaml.safe_load_all((LAUNCH / "k8s" / "job.yaml").read_text())
+    pods = {"podSelector": {"matchLabels": {"job-name": job["metadata"]["name"]}}}
+    assert policy["kind"] == "NetworkPolicy" and {"podSelector": policy["spec"]["podSelector"]} == pods
+    assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"] and policy["spec"]["ingress"] == [{"from": [pods]}]
+    to_pods, names = policy["spec"]["egress"]
+    assert to_pods == {"to": [pods]} and {port["port"] for port in names["ports"]} == {53}
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    allowed = container["securityContext"]
+    assert allowed["capabilities"] == {"drop": ["ALL"]} and allowed["allowPrivilegeEscalation"] is False
+    assert allowed["readOnlyRootFilesystem"] is True and "ephemeral-storage" in container["resources"]["limits"]
+    assert all("sizeLimit" in volume["emptyDir"] for volume in pod["volumes"] if "emptyDir" in volume)
+    mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+    env = {item["name"]: item.get("value") for item in container["env"]}
+    assert {env["HOME"], "/dev/shm"} <= mounts  # what is written beside the output
+
+
 def test_ranks_have_time_to_save_before_the_scheduler_kills_them(fake_bin):
     _, env = launched(LAUNCH / "local.sh", fake_bin)
-    _, job = yaml.safe_load_all((LAUNCH / "k8s" / "job.yaml").read_text())
+    _, job, _ = yaml.safe_load_all((LAUNCH / "k8s" / "job.yaml").read_text())
     grace_s = job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert 30 < int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < grace_s
     assert f"#SBATCH --signal=B:TERM@{grace_s}\n" in (LAUNCH / "slurm" / "train.sbatch").read_text()

@@ -1,12 +1,13 @@
 """`python -m gpsd_dist.checkpoint` beside a run that goes on, and deletes what is just being looked at."""
 
+import dataclasses
 import shutil
 
 import pytest
 
-from gpsd_dist.checkpoint import integrity, retention, state, storage
+from gpsd_dist.checkpoint import integrity, resume, retention, state, storage
 from gpsd_dist.checkpoint.__main__ import main
-from tests.unit.checkpoint.folders import add
+from tests.unit.checkpoint.folders import STATE, add
 
 
 @pytest.fixture
@@ -51,3 +52,14 @@ def test_list_shows_the_others(vanishing, tmp_path, capsys):
     vanishing(state, "read_run")
     assert main(["list", str(tmp_path)]) == 0
     assert "step_00000004" in capsys.readouterr().out
+
+
+def test_names_of_metrics_are_text_and_neither_markup_nor_orders(tmp_path, monkeypatch, capsys):
+    add(tmp_path, 2)
+    metrics = {"\x1b]0;title\x07\x1b[31mred/auc": 0.5, "[bold]x/auc": 0.3, ":smile:/auc": 0.2}
+    monkeypatch.setattr(state, "read_run", lambda _: dataclasses.replace(STATE, metrics=metrics))
+    monkeypatch.setattr(resume, "epochs_done", lambda _: 1.0)
+    assert main(["list", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "\\x1b]0;title" in shown and "\\x1b[31mred/auc" in shown
+    assert "[bold]x/auc" in shown and ":smile:/auc" in shown

@@ -268,3 +268,23 @@ def test_a_newer_version_of_checksums_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
     with pytest.raises(OSError, match="has version 2, this program knows 1"):
         integrity.check(folder)
+
+
+def test_a_start_from_what_is_unfinished_or_not_the_best_is_doubted(tmp_path):
+    first = add(tmp_path, 2, best_step=2)
+    last = add(tmp_path, 4, best_step=2)
+
+    def finish(is_finished: bool) -> None:
+        state = json.loads((last / "run_state.json").read_text())
+        state["progress"]["is_finished"] = is_finished
+        (last / "run_state.json").write_text(json.dumps(state))
+
+    finish(False)
+    assert len(manager.doubts(last)) == 2 and [*manager.doubts(first)] == [
+        f"the run of {first} is not finished: its best checkpoint may become another one"
+    ]
+    finish(True)
+    assert manager.doubts(first) == []
+    assert manager.doubts(last) == [f"{last} is not the best checkpoint of its run, which is {first.name}"]
+    shutil.copytree(last, tmp_path / "copy")
+    assert manager.doubts(tmp_path / "copy") == []

@@ -1,5 +1,6 @@
 """What counts as progress, and what a hang says. Real hangs of real ranks: tests/faults."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -7,8 +8,11 @@ import time
 
 import pytest
 
+from gpsd_dist.checkpoint import files, manager
+from gpsd_dist.config import TrainConfig
+from gpsd_dist.disk.writing import PIECE_BYTES
 from gpsd_dist.distributed import exit_codes
-from gpsd_dist.distributed.watchdog import FIRST_STEP_FACTOR, Watchdog
+from gpsd_dist.distributed.watchdog import FIRST_STEP_FACTOR, SYNC_TIMEOUT_S, Watchdog
 
 
 class Clock:
@@ -148,3 +152,42 @@ def test_a_rank_whose_launcher_died_is_told_so(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert (tmp_path / "told").read_text() == "1"
+
+
+def test_a_long_sync_is_no_hang_and_an_endless_one_is():
+    clock = Clock()
+    watchdog, messages, ended = watched(clock)
+    with watchdog.watching(0.2, first_step=0), watchdog.writing(), watchdog.syncing():
+        watchdog.note("train step", step=2)
+        clock.now_s += SYNC_TIMEOUT_S - 1
+        time.sleep(0.1)  # several polls
+        assert not messages
+        clock.now_s += 2
+        assert ended.wait(10)
+
+
+def test_sixty_gigabytes_on_a_slow_disk_pass_with_the_default_options(tmp_path, monkeypatch):
+    """A shard at 200 MB/s is 300 s of writing. Scaled down to 60 MB in pieces of 64 KB."""
+    clock = Clock()
+    watchdog, messages, _ = watched(clock)
+    default, scale = TrainConfig(), 1000
+    piece_bytes, bytes_per_s = PIECE_BYTES // scale, 200e6 / scale
+    monkeypatch.setattr(files, "PIECE_BYTES", piece_bytes)
+    silences = []
+
+    def slow_fsync(number):
+        size = os.fstat(number).st_size
+        silences.append((size - sum(silences) * bytes_per_s) / bytes_per_s)
+        clock.now_s += silences[-1]
+        time.sleep(0.0005)  # for the thread of the watchdog
+
+    monkeypatch.setattr(os, "fsync", slow_fsync)
+    content = memoryview(bytes(60_000_000))
+    with watchdog.watching(default.hang_timeout_s, first_step=9):
+        watchdog.note("train step", step=20)
+        with files._Files(watchdog).create_stream(tmp_path / "__0_0.distcp", "wb") as stream:
+            stream.write(content)  # one tensor in one call, as torch writes it
+    assert not messages and 299 < sum(silences) < 301
+    assert max(silences) < 1 < default.hang_timeout_s  # s between two signs of life
+    # The other ranks wait for this one no longer than gloo lets them.
+    assert sum(silences) < manager._LONGEST_WAIT_S and PIECE_BYTES / SYNC_TIMEOUT_S < 40_000  # bytes per second
