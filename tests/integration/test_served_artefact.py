@@ -1,17 +1,24 @@
 """A trained run, exported and served by the real process: scores of `evaluate`, hostile bodies, damage, versions."""
 
+import asyncio
 import concurrent.futures
 import json
+import os
 import pathlib
 import random
+import signal
+import socket
+from contextlib import ExitStack
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.open_loop import poisson_times, send_at
 from benchmarks.serving import copy_versions
 from benchmarks.serving import main as benchmark
-from benchmarks.serving_requests import make_requests
+from benchmarks.serving_requests import bodies, make_requests
 from gpsd_dist.export.exporter import export, read_source
 from gpsd_dist.export.raw_requests import RawRequests
 from gpsd_dist.serving import load
@@ -207,3 +214,76 @@ def test_a_soak_with_reloads_fails_no_request_and_keeps_its_memory(artefact, tmp
     measured = json.loads(out.read_text())
     assert measured["statuses"] == {"200": measured["requests"]} and measured["versions_seen"] == 3
     assert max(measured["private_mib"][8:]) < max(measured["private_mib"][:8]) + 20
+
+
+HEAD = b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HANGING = {  # what a client sends before it says nothing any more
+    "in its headers": b"POST /v1/score HTTP/1.1\r\nHost:",
+    "in its body": HEAD + b"Content-Length: 100\r\n\r\n{",
+    "in a chunk": HEAD + b"Transfer-Encoding: chunked\r\n\r\nff\r\n{",
+    "after no HTTP": b"\x16\x03\x01\x02\x00",
+    "before anything": b"",
+}
+EMPTY_REQUESTS = b'{"requests": [' + b"{}," * 500_000 + b"{}]}"
+
+
+def _children(server) -> list[int]:
+    return [child.pid for child in psutil.Process(server.process.pid).children()]
+
+
+def _kill_one(server, at: int = 0) -> None:
+    """Kills a worker, and waits until another one has taken its place."""
+    before = server.log.read_text().count("ready: ")
+    os.kill(_children(server)[at], signal.SIGKILL)
+    server.wait_for(lambda: server.log.read_text().count("ready: ") > before)
+
+
+@pytest.mark.slow
+def test_two_workers_outlive_kills_freezes_reloads_and_hostile_clients(artefact, tmp_path):
+    """Good requests get the right logits all the while; broken connections are those of killed workers alone."""
+    scorer = load(artefact)
+    requests = make_requests(scorer, 6, 4, 20)
+    expected = [answer.tasks["click"]["logit"] for answer in scorer.score(requests)]
+    versions = sorted(path.name for path in (artefact / "versions").iterdir())
+    options = ("--workers", 2, "--log_requests", tmp_path / "log", "--sample", 1, "--drain_s", 2, *PATIENT)
+    with serving(artefact, *options, "--history_cache_mib", 1, folder=tmp_path) as server, ExitStack() as clients:
+        server.wait_for(lambda: server.log.read_text().count("ready: ") == 2)
+
+        def hostile() -> None:
+            for sent in HANGING.values():
+                client = clients.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30))
+                client.sendall(sent)
+
+        def disturb() -> None:
+            hostile()
+            for number in range(4):
+                _kill_one(server, number % 2)
+                make_current(artefact, versions[number % 3])
+            make_current(artefact, versions[1])
+            _kill_one(server)  # in the midst of a change of version
+            frozen = _children(server)[0]
+            os.kill(frozen, signal.SIGSTOP)
+            assert server.ask("POST", "/v1/score", EMPTY_REQUESTS)[0] in (413, 503)
+            os.kill(frozen, signal.SIGCONT)
+            hostile()
+
+        async def load_beside() -> list:
+            sending = asyncio.create_task(send_at("127.0.0.1", server.port, bodies(requests), poisson_times(10, 40)))
+            await asyncio.to_thread(disturb)
+            return await sending
+
+        samples = asyncio.run(load_beside())
+        broken = [sample for sample in samples if sample.status == 0]
+        assert {sample.status for sample in samples} <= {0, 200} and len(broken) < len(samples) / 10
+        for number, sample in enumerate(samples):
+            if sample.status == 200:
+                [answer] = json.loads(sample.body)["answers"]
+                assert answer["version"] in versions
+                np.testing.assert_allclose(answer["tasks"]["click"]["logit"], expected[number % 20], atol=TOLERANCE)
+        server.wait_for(lambda: server.get("/v2/models/ctr")[1]["versions"] == [versions[1]])
+        assert server.end() == 0  # while the hostile ones hang
+        log = server.log.read_text()
+        assert "Traceback" not in log and log.count("ended with status -9") == 5
+    rows = sum(pq.read_metadata(path).num_rows for path in (tmp_path / "log").glob("*.parquet"))
+    assert 0 < rows <= len(samples) - len(broken)
+    print(f"{len(samples)} requests, {len(broken)} on connections of killed workers, {rows} logged")
