@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
 
 
 def _verify(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(usage="python -m gpsd_dist.export verify ARTEFACT", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.export verify", allow_abbrev=False)
     parser.add_argument("artefact", help="folder of the artefact (its current version), or of a version")
     args = parser.parse_args(argv)
     try:
@@ -62,7 +62,7 @@ def _verify(argv: list[str]) -> int:
 
 
 def _use(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(usage="python -m gpsd_dist.export use ARTEFACT VERSION", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.export use", allow_abbrev=False)
     parser.add_argument("artefact", help="folder of the artefact")
     parser.add_argument("version", help="name of a folder in its versions/")
     args = parser.parse_args(argv)
@@ -75,8 +75,7 @@ def _parity(argv: list[str]) -> int:
     from gpsd_dist.export.exporter import TOLERANCE, read_source
     from gpsd_dist.export.parity import largest_difference
 
-    usage = "python -m gpsd_dist.export parity ARTEFACT --checkpoint RUN --data DATA"
-    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.export parity", allow_abbrev=False)
     parser.add_argument("artefact", type=pathlib.Path, help="folder of the artefact; its current version is served")
     parser.add_argument("--checkpoint", required=True, help="the run that it was exported from")
     parser.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run folder")

@@ -50,7 +50,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     """Returns 0, or 2 for a mistake in the options or the data."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger("gpsd_dist").setLevel(logging.INFO)  # not what FBGEMM tells of its libraries
     args = _parse(argv)
     try:
         if args.command == "build":

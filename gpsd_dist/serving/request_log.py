@@ -214,6 +214,10 @@ def main(argv: list[str]) -> int:
     try:
         if not args.folder.is_dir():
             raise ValueError(f"{args.folder} is no folder; give the one of --log_requests")
+        if not (args.folder / _KEY_NAME).exists() and not any(args.folder.glob("*.parquet")):
+            raise ValueError(
+                f"{args.folder} has neither {_KEY_NAME} nor Parquet files; give the folder of --log_requests"
+            )
         count = forget(args.folder, args.forget)
     except (OSError, ValueError, pa.ArrowException) as error:
         return say_error(error)

@@ -50,14 +50,12 @@ class Service:
         self.log: RequestLog | None = None
         keep: typing.Callable[..., None] = lambda requests, answers: None  # noqa: E731
         if args.log_requests is not None:
-            self.log = RequestLog(
-                args.log_requests,
-                args.sample,
-                args.log_days,
-                not args.log_user_ids,
-                self._to_table,
-                self.metrics.log_failed,
-            )
+            options = (args.sample, args.log_days, not args.log_user_ids, self._to_table, self.metrics.log_failed)
+            try:
+                self.log = RequestLog(args.log_requests, *options)
+            except OSError as error:
+                given = f"--log_requests {args.log_requests} cannot be written ({error.strerror})"
+                raise OSError(f"{given}; choose another folder") from error
             keep = self.log.add
         self.scoring = ScoringThread(self.queue, self.versions.scorer, self.metrics, keep)
         limits = Limits(args.deadline_ms, int(args.max_body_mib * 2**20))

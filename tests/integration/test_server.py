@@ -301,11 +301,12 @@ def test_logged_requests_are_written_at_the_end_which_a_client_that_hangs_does_n
     ("options", "message"),
     [
         ((), "is damaged"),
+        (("--log_requests", "/proc/here"), "--log_requests /proc/here cannot be written"),
         (("--workers", "2"), "is damaged"),
     ],
 )
 def test_a_start_that_cannot_succeed_ends_with_its_reason(tmp_path, options, message):
-    write_version(tmp_path, "v1", is_corrupt=True)
+    write_version(tmp_path, "v1", is_corrupt="--log_requests" not in options)
     command = [sys.executable, "-m", FAKE, str(tmp_path), "--port", "0", *options]
     started_s = time.monotonic()
     result = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=90)

@@ -77,6 +77,8 @@ def test_a_user_is_deleted(tmp_path, hash_users, capsys):
     assert len(users) == 4 and users.count(None) == 2
     assert forget(tmp_path, "anna") == 0
     assert main([str(tmp_path / "absent"), "--forget", "anna"]) == 2
+    (tmp_path / "other").mkdir()
+    assert main([str(tmp_path / "other"), "--forget", "anna"]) == 2 and not any((tmp_path / "other").iterdir())
 
 
 @pytest.mark.parametrize("hash_users", [True, False])
