@@ -17,10 +17,10 @@ import torch.distributed as dist
 
 _GRACE_S = 5.0  # after one rank failed, its peers have this long to fail by themselves
 _START_S = 100.0  # for all ranks to begin: imports alone take 5 s, and much longer on a busy machine
-_RANK_ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+RANK_ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 # Ranks are forked from a server that has nothing but imports behind it: a rank of its own needs 4 s of CPU time for
 # these. The one thread that they start, jemalloc's in pyarrow, is made for forks.
-_IMPORTED_ONCE = ["torch", "torchrec", "gpsd_dist.trainer"]
+IMPORTED_ONCE = ["torch", "torchrec", "gpsd_dist.trainer"]
 
 
 def run_distributed(
@@ -35,8 +35,8 @@ def run_distributed(
     """
     folder = pathlib.Path(tempfile.mkdtemp(prefix="ranks_", dir=tmp_path))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_IMPORTED_ONCE)
-    with _environment(_RANK_ENV):
+    context.set_forkserver_preload(IMPORTED_ONCE)
+    with with_environment(RANK_ENV):
         call = (dict(os.environ), func, world_size, folder, timeout_s, args)
         ranks = [context.Process(target=_run_rank, args=(rank, *call), daemon=True) for rank in range(world_size)]
         for process in ranks:
@@ -107,7 +107,7 @@ def _write(path: pathlib.Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _environment(values: dict[str, str]) -> typing.Iterator[None]:
+def with_environment(values: dict[str, str]) -> typing.Iterator[None]:
     """Environment variables for the processes started inside the block; the old values come back after it."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)

@@ -1,4 +1,8 @@
-"""The real commands: `python -m gpsd_dist.train`, the same under torchrun, and `python -m gpsd_dist.evaluate`."""
+"""The real commands: `python -m gpsd_dist.train`, the same under torchrun, and `python -m gpsd_dist.evaluate`.
+
+One training, one evaluation, one mistake and one signal start Python; so do a pretraining and a signal under torchrun.
+All others are the same commands in processes that have done the imports (`helpers/forked.py`).
+"""
 
 import json
 import pathlib
@@ -14,6 +18,7 @@ import pytest
 from gpsd_dist.config import STRATEGIES, run_config_from_dict
 from gpsd_dist.distributed import exit_codes
 from gpsd_dist.schema import read_manifest
+from tests.helpers import forked
 from tests.helpers.commands import TINY_GIN, environment
 from tests.integration.tiny_data import differing, read_checkpoint, step_folder, train_losses
 
@@ -21,7 +26,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 TIMEOUT_S = 150
 STEPS = 7
 TINY = TINY_GIN + "EPOCHS = 2\n"
-IN_TORCHRUN = ("pretrain", "ST_SF")
+ON_TWO_RANKS = ("pretrain", "ST_SF")
 PLAIN = (sys.executable, "-m")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
             "--rdzv_endpoint", "localhost:0", "-m")  # fmt: skip
@@ -48,13 +53,20 @@ def _train(folder, data_dir, name: str, *overrides, launcher=PLAIN) -> subproces
     return _run("gpsd_dist.train", *_options(folder, data_dir, name, *overrides), launcher=launcher)
 
 
+def _train_forked(folder, data_dir, name: str, *overrides, ranks: int = 1) -> subprocess.CompletedProcess:
+    return forked.run("gpsd_dist.train", *_options(folder, data_dir, name, *overrides), ranks=ranks)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, data_dir):
-    """Runs `pretrain` and one per strategy."""
+    """Runs `pretrain` and one per strategy: NT and `pretrain` as a user starts them."""
     root = tmp_path_factory.mktemp("runs")
     (root / "tiny.gin").write_text(TINY)
     for name in ("pretrain", *STRATEGIES):
-        result = _train(root, data_dir, name, launcher=TORCHRUN if name in IN_TORCHRUN else PLAIN)
+        if name in ("pretrain", "NT"):
+            result = _train(root, data_dir, name, launcher=TORCHRUN if name in ON_TWO_RANKS else PLAIN)
+        else:
+            result = _train_forked(root, data_dir, name, ranks=2 if name in ON_TWO_RANKS else 1)
         assert result.returncode == 0, result.stderr
         (root / f"{name}.stderr").write_text(result.stderr)
     return root
@@ -71,7 +83,7 @@ def test_run_folder_is_complete(folder, data_dir, name):
     plan = (run / "plan.txt").read_text()
     assert ("table item: frozen" if name.endswith("SF") else "table item: trainable") in plan
     described = json.loads((run / "environment.json").read_text())
-    assert described["world_size"] == (2 if name in IN_TORCHRUN else 1) and described["versions"]["torch"]
+    assert described["world_size"] == (2 if name in ON_TWO_RANKS else 1) and described["versions"]["torch"]
     assert list(train_losses(run)) == list(range(1, STEPS + 1))
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert any(("valid/next_item/mrr" if name == "pretrain" else "valid/buy/gauc") in entry for entry in entries)
@@ -102,16 +114,16 @@ def test_log_says_what_freezing_saves(folder):
 @pytest.mark.timeout(600)
 def test_config_gin_reproduces_the_run(folder):
     again = folder / "NT_again"
-    result = _run("gpsd_dist.train", "--gin_file", folder / "NT/config.gin", f"--gin.OUTPUT_DIR={again}")
+    result = forked.run("gpsd_dist.train", "--gin_file", folder / "NT/config.gin", f"--gin.OUTPUT_DIR={again}")
     assert result.returncode == 0, result.stderr
     assert train_losses(again) == train_losses(folder / "NT")
     assert not differing(read_checkpoint(step_folder(again, STEPS)), read_checkpoint(step_folder(folder / "NT", STEPS)))
 
 
-def _evaluate(folder, data_dir, name: str, launcher=PLAIN) -> dict:
-    out = folder / f"{name}_{'one' if launcher is PLAIN else 'two'}.json"
+def _evaluate(folder, data_dir, name: str, run=forked.run, **how) -> dict:
+    out = folder / f"{name}.json"
     command = ("gpsd_dist.evaluate", "--checkpoint", folder / name, "--data", data_dir, "--metrics_out", out)
-    result = _run(*command, "--split", "test", launcher=launcher)
+    result = run(*command, "--split", "test", **how)
     assert result.returncode == 0, result.stderr
     return json.loads(out.read_text())
 
@@ -123,7 +135,7 @@ def _test_clicks(data_dir) -> list[float | None]:
 
 @pytest.mark.timeout(600)
 def test_evaluate_gives_the_same_result_on_one_and_two_ranks(folder, data_dir):
-    one, two = (_evaluate(folder, data_dir, "ST_SF", launcher) for launcher in (PLAIN, TORCHRUN))
+    one, two = _evaluate(folder, data_dir, "ST_SF", _run), _evaluate(folder, data_dir, "ST_SF", ranks=2)
     assert list(one) == list(two) == ["click", "buy"]
     for task, values in one.items():
         assert two[task] == pytest.approx(values, abs=1e-6, nan_ok=True)
@@ -140,10 +152,10 @@ def test_evaluate_ranks_items_with_a_pretrained_run(folder, data_dir):
 @pytest.mark.timeout(600)
 def test_report_finds_everything_that_the_commands_write(folder, data_dir):
     scores = folder / "ST_SF/test.json"
-    result = _run("gpsd_dist.evaluate", "--checkpoint", folder / "ST_SF", "--metrics_out", scores)
+    result = forked.run("gpsd_dist.evaluate", "--checkpoint", folder / "ST_SF", "--metrics_out", scores)
     assert result.returncode == 0, result.stderr
     out = folder / "report.html"
-    result = _run("gpsd_dist.report", *(folder / name for name in ("pretrain", *STRATEGIES)), "--out", out)
+    result = forked.run("gpsd_dist.report", *(folder / name for name in ("pretrain", *STRATEGIES)), "--out", out)
     assert result.returncode == 0 and f"{out}: {1 + len(STRATEGIES)} runs" in result.stdout, result.stderr
     page = out.read_text()
     problems = re.findall(r"<li>([^<]*/[^<]*)</li>", page)
@@ -152,8 +164,8 @@ def test_report_finds_everything_that_the_commands_write(folder, data_dir):
     assert f"{clicks['auc']:.4f}" in page and f"{clicks['log_loss']:.4f}" in page and "(best step)" in page
     for words in ("generalization gap, click", "valid MRR, next_item", "buy (given click)", "table item: frozen"):
         assert words in page, words
-    assert page.count("<pre>torchrun --nproc_per_node 2 -m gpsd_dist.train --gin_file") == len(IN_TORCHRUN)
-    assert page.count("<pre>python -m gpsd_dist.train --gin_file") == 1 + len(STRATEGIES) - len(IN_TORCHRUN)
+    assert page.count("<pre>torchrun --nproc_per_node 2 -m gpsd_dist.train --gin_file") == len(ON_TWO_RANKS)
+    assert page.count("<pre>python -m gpsd_dist.train --gin_file") == 1 + len(STRATEGIES) - len(ON_TWO_RANKS)
 
 
 MISTAKES = {
@@ -171,22 +183,14 @@ MISTAKES = {
 
 
 @pytest.mark.timeout(600)
-def test_mistakes_end_with_one_message_and_status_2(tmp_path, data_dir):
-    """All in one process: each start of Python costs seconds."""
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_end_with_one_message_and_status_2(tmp_path, data_dir, mistake):
     (tmp_path / "tiny.gin").write_text(TINY)
-    commands = [[str(a) for a in _options(tmp_path, data_dir, "NT", *extra)] for extra, _ in MISTAKES.values()]
-    code = (
-        "import json, sys\nfrom gpsd_dist.train import main\n"
-        "for command in json.load(sys.stdin):\n"
-        "    print('-----', file=sys.stderr)\n    print(main(command))\n"
-        "    import torch.distributed as dist\n    dist.is_initialized() and dist.destroy_process_group()\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), input=json.dumps(commands),
-                            capture_output=True, text=True, timeout=TIMEOUT_S)  # fmt: skip
-    assert result.stdout.split() == ["2"] * len(MISTAKES), result.stderr
+    extra, expected = MISTAKES[mistake]
+    result = _train_forked(tmp_path, data_dir, "NT", *extra)
+    assert result.returncode == 2 and result.stdout == "", result.stderr
     assert "Traceback" not in result.stderr
-    for (mistake, (_, expected)), text in zip(MISTAKES.items(), result.stderr.split("-----\n")[1:], strict=True):
-        assert expected in text and text.count("error: ") == 1, (mistake, text)
+    assert expected in result.stderr and result.stderr.count("error: ") == 1, result.stderr
 
 
 @pytest.mark.timeout(600)
@@ -202,22 +206,18 @@ def test_mistake_ends_the_command_with_status_2(tmp_path, data_dir):
 def test_refused_resume_leaves_the_run_folder_alone(folder, data_dir):
     run = folder / "ST"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    result = _train(folder, data_dir, "ST", "--gin.SEED=9")
+    result = _train_forked(folder, data_dir, "ST", "--gin.SEED=9")
     assert result.returncode == 2 and "seed: 0 there, 9 now" in result.stderr
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-
-
-def _diverging(folder, data_dir, launcher):
-    overrides = ["--gin.DENSE_LR=1e38", "--gin.TrainConfig.clip_norm=0.0", "--gin.TrainConfig.save_interval_steps=1"]
-    overrides += ["--gin.TrainConfig.warmup_fraction=0.0"]
-    return _train(folder, data_dir, "pretrain_diverging", *overrides, launcher=launcher)
 
 
 @pytest.mark.timeout(600)
 def test_nan_loss_stops_all_ranks_with_rank_step_and_last_checkpoint(tmp_path, data_dir):
     (tmp_path / "tiny.gin").write_text(TINY)
-    result = _diverging(tmp_path, data_dir, TORCHRUN)
-    assert result.returncode != 0
+    overrides = ["--gin.DENSE_LR=1e38", "--gin.TrainConfig.clip_norm=0.0", "--gin.TrainConfig.save_interval_steps=1"]
+    overrides += ["--gin.TrainConfig.warmup_fraction=0.0"]
+    result = _train_forked(tmp_path, data_dir, "pretrain_diverging", *overrides, ranks=2)
+    assert result.returncode == exit_codes.FAILED
     message = next(line for line in result.stderr.splitlines() if "the loss is not finite" in line)
     assert "error: rank " in message and "step 1:" in message
     assert f"last good checkpoint: {step_folder(tmp_path / 'pretrain_diverging', 1)}" in message
@@ -250,7 +250,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(data_dir, tmp_path, launcher
     stopped = max(train_losses(tmp_path / name))
     assert step_folder(tmp_path / name, stopped).is_dir()
     again = [part.replace("max_steps=100000", f"max_steps={stopped + 3}") for part in command]
-    result = subprocess.run(again, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S)
+    result = forked.run(*again[again.index("gpsd_dist.train") :], ranks=1 if launcher is PLAIN else 2)
     assert result.returncode == 0, result.stderr
     assert f"resumed from {step_folder(tmp_path / name, stopped)}" in result.stderr
     assert list(train_losses(tmp_path / name)) == list(range(1, stopped + 4))

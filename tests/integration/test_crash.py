@@ -1,12 +1,10 @@
 """kill -9 at any file operation of a save leaves the old or the new checkpoint, whole, and the best one with it."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
+from tests.helpers import forked
 from tests.integration.crash_points import NEXT, SCENARIOS
 
 pytestmark = pytest.mark.timeout(600)
@@ -27,9 +25,7 @@ TIMEOUT_S = 500
     ],
 )
 def test_a_kill_at_any_file_operation_leaves_the_old_or_the_new_state(tmp_path, scenario, store):
-    command = (sys.executable, "-W", "ignore", "-m", "tests.integration.crash_points", tmp_path / "r", scenario, store)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+    result = forked.run("tests.integration.crash_points", tmp_path / "r", scenario, store, timeout_s=TIMEOUT_S)
     assert result.returncode == 0, result.stderr
     points = json.loads(result.stdout)
     before, (step, best_step, value) = SCENARIOS[scenario].before, SCENARIOS[scenario].saved

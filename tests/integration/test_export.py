@@ -29,7 +29,7 @@ from gpsd_dist.serving.artefact import ArtefactError, open_version
 from gpsd_dist.serving.batches import taken
 from gpsd_dist.serving.examples import replay
 from gpsd_dist.serving.scorer import load
-from tests.helpers import synthetic
+from tests.helpers import forked, synthetic
 from tests.helpers.commands import environment
 from tests.helpers.distributed import run_distributed
 from tests.integration.tiny_data import read_checkpoint, tiny_run, train_runs, write_tiny_data
@@ -151,13 +151,14 @@ def artefact(finetuned, data_dir):
 
 
 def command(*arguments) -> subprocess.CompletedProcess:
-    made = [sys.executable, "-W", "ignore", "-m", "gpsd_dist.export", *map(str, arguments)]
-    return subprocess.run(made, env=environment(), capture_output=True, text=True, timeout=120)
+    return forked.run("gpsd_dist.export", *arguments)
 
 
 def test_the_command_exports_verifies_and_finds_damage(finetuned, data_dir, tmp_path):
     out = tmp_path / "ctr"
-    made = command("--checkpoint", finetuned / "s0", "--data", data_dir, "--out", out)
+    arguments = ("--checkpoint", finetuned / "s0", "--data", data_dir, "--out", out)
+    started = [sys.executable, "-W", "ignore", "-m", "gpsd_dist.export", *map(str, arguments)]
+    made = subprocess.run(started, env=environment(), capture_output=True, text=True, timeout=120)
     assert made.returncode == 0, made.stderr
     checked = command("verify", out)
     assert checked.returncode == 0 and "all as written; examples differ by" in checked.stdout, checked.stderr

@@ -1,5 +1,10 @@
-"""The real `python -m gpsd_dist.fit`: stopped in the middle, gone on, kept, refused for other data."""
+"""`python -m gpsd_dist.fit`: stopped in the middle, gone on, kept, refused for other data.
 
+The one that is stopped is started as a user does; what goes on does so in this process, with forked trainings.
+"""
+
+import contextlib
+import io
 import json
 import logging
 import pathlib
@@ -19,6 +24,7 @@ from gpsd_dist.fit.display import Display
 from gpsd_dist.fit.steps import FLOOR_NAMES
 from gpsd_dist.metrics.auc_interval import auc_by_user
 from gpsd_dist.metrics.scores import read_scores
+from tests.helpers import forked
 from tests.helpers.commands import TINY_GIN, environment
 from tests.integration.tiny_data import write_tiny_data
 
@@ -35,13 +41,27 @@ def root(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def own_logging():
-    """A fit that scores in this process sets the log up; other tests of it need theirs."""
+@pytest.fixture(scope="module", autouse=True)
+def forked_trainings():
+    with forked.children():
+        yield
+
+
+@contextlib.contextmanager
+def log_restored():
+    """A fit that scores in this process sets the log up; other tests need theirs."""
     logger = logging.getLogger("gpsd_dist")
     before = logger.handlers, logger.level, logger.propagate
-    yield
-    logger.handlers, logger.level, logger.propagate = before
+    try:
+        yield
+    finally:
+        logger.handlers, logger.level, logger.propagate = before
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+    with log_restored():
+        yield
 
 
 def options(root, *more: str) -> list[str]:
@@ -53,7 +73,7 @@ def options(root, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(root):
-    """Asked to stop while it pretrains, and run again; returns the two results."""
+    """Asked to stop while it pretrains, and run again: standard error of both, standard output of the second."""
     command = [sys.executable, "-m", "gpsd_dist.fit", *options(root)]
     with subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as child:
         log = root / "run/pretrain/metrics.jsonl"
@@ -62,16 +82,18 @@ def finished(root):
         child.send_signal(signal.SIGTERM)
         _, stopped = child.communicate(timeout=TIMEOUT_S)
     assert child.returncode == 130, stopped
-    again = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert again.returncode == 0, again.stderr
-    return stopped, again
+    out, error = io.StringIO(), io.StringIO()
+    with log_restored(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        status = fit.main(options(root))
+    assert status == 0, error.getvalue()
+    return stopped, error.getvalue(), out.getvalue()
 
 
 def test_a_stopped_fit_goes_on(finished):
-    stopped, again = finished
+    stopped, again, _ = finished
     assert stopped.splitlines()[-1] == "stopped; what was trained is saved, and the same command goes on from there"
-    assert "smoothed rates on valid: kept; click AUC 0." in again.stderr
-    assert "[5/14] NT: " in again.stderr and "chosen on valid: " in again.stderr
+    assert "smoothed rates on valid: kept; click AUC 0." in again
+    assert "[5/14] NT: " in again and "chosen on valid: " in again
 
 
 def test_the_result_is_complete(finished, root):
@@ -94,7 +116,7 @@ def test_the_result_is_complete(finished, root):
     assert chosen in summary["verdict"] and trees[0] not in summary["verdict"].replace(trees[1], "")
     page = (run / "report.html").read_text()
     assert summary["verdict"] in page and "What to try next" in page
-    assert f"\n{summary['verdict']}\n" in finished[1].stdout
+    assert f"\n{summary['verdict']}\n" in finished[2]
 
 
 def test_every_step_can_be_typed(finished, root):

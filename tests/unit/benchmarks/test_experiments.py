@@ -23,6 +23,7 @@ from benchmarks.expected import (
     read_experiments,
 )
 from gpsd_dist.config.gin_cli import load_run_config
+from tests.helpers import forked
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 GIN_FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs" / "experiments").glob("*.gin"))
@@ -211,7 +212,7 @@ def command(*options):
 
 
 def test_wrong_names_stop_before_anything_runs(tmp_path):
-    result = command("--names", "grocery/none", "--out_dir", tmp_path / "out")
+    result = forked.run("benchmarks.experiments", "--names", "grocery/none", "--out_dir", tmp_path / "out")
     assert result.returncode == 2 and "there is no experiment ['grocery/none']" in result.stderr
     assert not (tmp_path / "out").exists()
 

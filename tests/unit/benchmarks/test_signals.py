@@ -1,27 +1,13 @@
 """The table of signal sizes: what it measures of a model that trains, on a tiny log."""
 
-import os
-import subprocess
-import sys
-
+from tests.helpers import forked
 from tests.helpers.synthetic import write_dataset
 
 
 def test_a_vanishing_signal_shows_and_the_default_has_none(tmp_path):
-    """In a process of its own, because a run sets up logging for its whole process."""
+    """In a process of its own, because a run sets up logging for its whole process; forked, to import nothing anew."""
     write_dataset(tmp_path, seed=0, num_rows=200)
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.signals",
-        "--data_dir",
-        str(tmp_path),
-        "--models",
-        "din",
-        "--steps",
-        "3",
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    result = forked.run("benchmarks.signals", "--data_dir", tmp_path, "--models", "din", "--steps", 3)
     assert result.returncode == 0, result.stderr
     rows = {}
     for line in result.stdout.splitlines():
