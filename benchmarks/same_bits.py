@@ -218,8 +218,8 @@ def _hash_data(runs: pathlib.Path) -> Hashes:
             hashes[name] = _sha(path.read_bytes())
         elif path.name == "manifest.json":
             fields = json.loads(path.read_text())
-            for name in ("raw_dir", "fingerprint"):  # the latter is one of the pipeline's own code, too
-                fields["options"].pop(name, None)
+            for option in ("raw_dir", "fingerprint"):  # the latter is one of the pipeline's own code, too
+                fields["options"].pop(option, None)
             for field in set(fields) - set(_UNEQUAL_FIELDS):
                 hashes[f"{name} {field}"] = _sha(json.dumps(fields[field]).encode())
     return hashes

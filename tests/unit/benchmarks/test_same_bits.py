@@ -34,3 +34,13 @@ def test_a_commit_equals_itself_and_a_forged_hash_is_found(tmp_path, capsys):
 def test_an_unknown_commit_is_an_error(capsys):
     assert same_bits.main(["no_such_commit"]) == 2
     assert "no_such_commit" in capsys.readouterr().err
+
+
+def test_manifests_of_several_data_sets_are_kept_apart(tmp_path):
+    for name in ("plain", "hashed"):
+        (tmp_path / f"data_{name}").mkdir()
+        fields = {"features": name, "created": "now", "options": {"raw_dir": "raw", "fingerprint": name}}
+        (tmp_path / f"data_{name}" / "manifest.json").write_text(json.dumps(fields))
+    hashes = same_bits._hash_data(tmp_path)
+    kinds = ("features", "options")
+    assert set(hashes) == {f"data_{n}: data_{n}/manifest.json {kind}" for n in ("plain", "hashed") for kind in kinds}
