@@ -61,7 +61,7 @@ class Engine:
         """Runs the query once and returns the stored result; `name` must be new."""
         started = time.monotonic()
         stored = self.backend.create(name, table)
-        progress.say(f"  {name:<24} {stored.count().execute():>12,} rows  {time.monotonic() - started:6.1f} s")
+        progress.say(f"  {name:<24} {self.backend.count(name):>12,} rows  {time.monotonic() - started:6.1f} s")
         return stored
 
     def materialise_parts(self, name: str, parts: typing.Iterable[ir.Table]) -> ir.Table:
@@ -74,7 +74,7 @@ class Engine:
             else:
                 self.backend.append(name, part)
         stored = self.con.table(name)
-        progress.say(f"  {name:<24} {stored.count().execute():>12,} rows  {time.monotonic() - started:6.1f} s")
+        progress.say(f"  {name:<24} {self.backend.count(name):>12,} rows  {time.monotonic() - started:6.1f} s")
         return stored
 
     def store(self, table: ir.Table | pa.Table) -> ir.Table:

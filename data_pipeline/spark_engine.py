@@ -113,6 +113,10 @@ class Spark:
         self._paths[name] = path
         return self._view(name, path)
 
+    def count(self, name: str) -> int:
+        """Counts the rows of a stored table."""
+        return int(self.con.table(name).count().execute())
+
     def append(self, name: str, table: ir.Table) -> None:
         """Adds the query's rows to a stored table of the same columns."""
         path = self._paths[name]
