@@ -63,7 +63,7 @@ def plan(running: engine.Engine, log: canonical.Log, job: Job) -> Plan:
 
 
 def _unchanged_files(found: Previous) -> tuple[str, ...]:
-    """Names all files of the data set that stay: vocabularies, items, and all splits but a holdout of before."""
+    """Names all files of the data set that stay: vocabularies, items, and all splits but an earlier holdout."""
     words = [
         f"vocab/{table.name}.parquet" for table in found.manifest.tables if table.name not in found.manifest.unbounded
     ]

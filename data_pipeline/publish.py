@@ -1,9 +1,9 @@
 """Adds a version to a data folder, whose layout `data_versions` describes: nothing that a reader may read changes.
 
 A build holds `OUT/.build.lock`, writes into `OUT/versions/.building`, renames that folder to its name and then replaces
-`OUT/current.json`. A kill before the last of these steps leaves the version of before, and what lies around is removed
-by the next build: whoever has the lock knows that no other build lives, whatever its process id was. Old versions are
-deleted after that, unless they are among the newest or in use.
+`OUT/current.json`. A kill before the last of these steps leaves the previous version current; the next build removes
+what was left behind, because whoever holds the lock knows that no other build lives. After publishing, old versions are
+deleted, unless they are among the newest or in use.
 """
 
 import collections.abc
@@ -217,7 +217,7 @@ def _delete(out_dir: pathlib.Path, folder: pathlib.Path) -> bool:
 
 
 def _delete_root(out_dir: pathlib.Path) -> bool:
-    """Deletes a data set of before there were versions, like `_delete`: its manifest, then the files that it names."""
+    """Deletes a data set older than versions, like `_delete`: its manifest first, then the files that it names."""
     away, manifest_path = out_dir / f"{REMOVING}{ROOT}", out_dir / schema.MANIFEST_NAME
     away.mkdir(exist_ok=True)
     if manifest_path.is_file():

@@ -287,7 +287,7 @@ def request_rows(
 def _with_history(
     log: canonical.Log, rows: ir.Table, sequences: ir.Table, until: str, limit: int, kept: tuple[str, ...] = ()
 ) -> ir.Table:
-    """Adds the history columns: the last `limit` of the user's first events, as many as the column `until` says."""
+    """Adds the history columns: the user's first `rows[until]` events, cut to the last `limit` of them."""
     zero, size = ibis.literal(0, type="int64"), ibis.literal(limit, type="int64")
     block = (ibis.greatest(rows[until] - 1, zero) // size).cast("int64")
     rows = rows.select("user_id", *kept, _until=rows[until], _block=block)

@@ -230,7 +230,7 @@ class Trainer:
         # max_steps has then had the learning rates of the uninterrupted one.
         self.total_steps = min(self.schedule_steps, run.train.max_steps or self.schedule_steps)
         if run.refit_of:
-            # There is nothing left to validate on: the run of before tells how long to train.
+            # There is nothing left to validate on: the run that is repeated says how long to train.
             epochs = resume.epochs_to_best(dataclasses.asdict(run), dataclasses.asdict(self.manifest))
             self.total_steps = min(self.total_steps, max(1, round(epochs * steps_per_epoch)))
         self.eval_interval_steps = max(1, steps_per_epoch // run.train.eval_per_epoch)

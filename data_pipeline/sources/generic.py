@@ -127,7 +127,7 @@ def _check_joins(
         others = other.select(key).distinct()
         joined, num_others = int(every.semi_join(others, key).count().execute()), int(others.count().execute())
         shares.check_join(words, joined, int(every.count().execute()), is_allowed)
-        progress.say(f"  and {num_others - joined:,} of {num_others:,} there are in no log")
+        progress.say(f"  {num_others - joined:,} of the {num_others:,} in {words.split()[-1]} occur nowhere else")
 
     logs = [events] if exposures is None else [events, exposures]
     if items is not None and description.items.files:

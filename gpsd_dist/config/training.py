@@ -44,7 +44,7 @@ class DataConfig:
 
 
 def _some_negative_groups(pretrain: "PretrainConfig") -> collections.abc.Iterator[str]:
-    """Whoever asks for no group means the official GPSD, which has another option."""
+    """Refuses 0 groups, by which the official GPSD's set per request may be meant: that is another option."""
     if pretrain.num_negative_groups < 1:
         given = f"num_negative_groups {pretrain.num_negative_groups}"
         yield f"{given} must be >= 1; for one set per request set negatives_per='request'"

@@ -5,8 +5,8 @@
     OUT/in_use/0002-3fa9c1d2.HOST.*   one file per process that reads this version, touched while it lives
 
 A reader calls `opened` once, at its start, and reads from the folder that it returns, whatever is built meanwhile. A
-folder with `manifest.json` alone is one version without a name: a data set of before, a copy, or one of `versions/`.
-In a folder that has both, the data set of before is the version `ROOT`.
+folder without `current.json` is read as it is: a data set older than versions, a copy, or one of `versions/`. Where a
+data set older than versions was built again in its own folder, its files stay there as the version `ROOT`.
 
 Marks are files that a living process touches, because readers may sit on other hosts: a process id says nothing there,
 and locks of dead hosts stay on some file servers. Times are compared with that of a file just written on the same
@@ -97,7 +97,7 @@ def current(data_dir: str | os.PathLike[str]) -> pathlib.Path:
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """Says which version a reader needs that does not take the current one."""
+    """Describes the version that a reader needs where the current one may not do, such as that of a resumed run."""
 
     fits: collections.abc.Callable[[schema.Manifest], bool]
     first: str

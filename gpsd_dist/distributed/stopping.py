@@ -49,10 +49,10 @@ class StopRequests:
         self.note(signal.SIGTERM)
 
     def agreed(self) -> bool:
-        """Says whether a rank had got a signal when all called this the last time, so that all stop at one step.
+        """Says whether any rank had received a signal by the previous call: all stop at the same step. Collective.
 
-        Collective. The answer is one call late, because then no rank has to wait for it: the exchange, on the CPU, goes
-        on beside the step. A single rank is answered at once.
+        The answer is one call late, so that no rank waits for it: the exchange, on the CPU, goes on beside the step. A
+        single rank is answered at once.
         """
         asked, previous = torch.tensor([float(number in self._asked) for number in _SIGNALS]), self._exchange
         if dist.get_world_size() > 1:

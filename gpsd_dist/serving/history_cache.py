@@ -2,8 +2,8 @@
 
 Keys and values of a token depend on the tokens up to it alone; in HSTU, on their times and that of the next one too,
 which are columns of a history there. So what is kept under the hash of a whole prefix is exact for every history that
-begins with it, of any user, at any time. A window that is full slides: its first token is another one, so its hash is,
-and nothing stale is found.
+begins with it, of any user, at any time. When a full window slides, its first token changes, and with it every hash:
+nothing stale is found.
 
 Shape letters: L layers, H heads, W tokens, A channels of a head.
 """
