@@ -182,7 +182,7 @@ class _PlainSoftmax:
 
     @staticmethod
     def apply(
-        query_ME, unit_UE, target_row_M, target_item_M, negative_row_GN, negative_item_GN, group_offsets, bound
+        query_ME, unit_UE, target_row_M, target_item_M, negative_row_GN, negative_item_GN, group_offsets, *_
     ) -> torch.Tensor:
         total = query_ME.new_zeros(())
         for group, (start, stop) in enumerate(itertools.pairwise(group_offsets)):

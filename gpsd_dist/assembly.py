@@ -6,6 +6,7 @@ from torch import nn
 from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.dense_parallel import compile_tower, tower_of
 from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.model.ops.products import use_bf16_products
 from gpsd_dist.schema import Manifest, Table
 from gpsd_dist.stages.registry import find, make_stage
 from gpsd_dist.stages.stage import Components
@@ -34,6 +35,8 @@ def assemble(run: RunConfig, manifest: Manifest, runtime: Runtime) -> Components
     if run.model.compile:
         # Compiled in place: a wrapper would change the names of parameters, which checkpoints depend on.
         compile_tower(tower_of(model), by_block=run.execution.activation_checkpointing)
+    if run.execution.matmul_dtype == "bf16":
+        use_bf16_products(model)
     names = tuple(table.name for table in sharded)
     ids = _id_remapper(run, manifest, placed, names, runtime.device)
     return Components(placed, model.to(runtime.device), stage, names, ids, runtime)

@@ -100,7 +100,10 @@ def load_trained(
     """
     folder = manager.find_together(checkpoint, which)
     state = read_run(folder)
-    run = dataclasses.replace(run_config_from_dict(state.run_config), sparse=_ANY_SPARSE)
+    run = run_config_from_dict(state.run_config)
+    # In float32 on a CPU, however it was trained: any CPU gives these scores, and so does a server.
+    execution = dataclasses.replace(run.execution, matmul_dtype="fp32")
+    run = dataclasses.replace(run, sparse=_ANY_SPARSE, execution=execution)
     if data_dir:
         run = with_data_version(dataclasses.replace(run, data_dir=str(data_dir)))
     else:  # the version of the run, unless the split came later

@@ -17,6 +17,7 @@ from gpsd_dist.config import RunConfig
 from gpsd_dist.config.from_data import resolve
 from gpsd_dist.data.loaders import evaluation_loader, training_loader
 from gpsd_dist.data.run_manifest import read_run_manifest
+from gpsd_dist.distributed import matmul_dtype
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.distributed.stopping import StopRequests
 from gpsd_dist.metrics import profiling
@@ -51,10 +52,12 @@ class Trainer:
         # Options that cannot fit the data are refused before tables are allocated, which may take minutes.
         check_options_against_data(run, self.manifest)
         # A resumed run goes on with the numbers that it began with, though the data may have grown since.
-        run, chosen = resolve(run, self.manifest, resume.saved_numbers(run, self.start))
+        saved = resume.saved_numbers(run, self.start)
+        run, chosen = resolve(run, self.manifest, saved)
         if chosen:
             log.info("%s", chosen)
-        self.run = run = resume.in_saved_revision(run, self.start)
+        run = resume.in_saved_revision(run, self.start)
+        self.run = run = matmul_dtype.settle(run, saved, runtime)
         self.components = assemble(run, self.manifest, runtime)
         stage, names = self.components.stage, self.components.lookup_names
         self.loader = training_loader(run, self.manifest, names, runtime, with_candidates=stage.with_candidates)

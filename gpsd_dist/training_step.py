@@ -15,6 +15,7 @@ from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.collectives import all_sum
 from gpsd_dist.distributed.dense_parallel import clip_gradients, exchange_gradients, parallelize
+from gpsd_dist.distributed.matmul_dtype import autocast
 from gpsd_dist.distributed.runtime import seed_step
 from gpsd_dist.metrics import profiling
 from gpsd_dist.metrics.training_metrics import StepResult, divisor
@@ -143,8 +144,7 @@ class TrainingStep:
                 torch.compiler.cudagraph_mark_step_begin()
             # bf16 is for products of the dense model alone: weights, gradients, optimizer state and losses stay
             # float32.
-            autocast = torch.autocast(self.runtime.device.type, torch.bfloat16, enabled=self.run.train.bf16)
-            with autocast, self.profiler.range(profiling.FORWARD):
+            with autocast(self.run, self.runtime.device), self.profiler.range(profiling.FORWARD):
                 sums_L = self.components.stage.loss_sums(self.parallel, used, batch)
             done.loss_sums_L += sums_L.detach()
             if anchor is None:

@@ -9,6 +9,7 @@ from gpsd_dist.validation import MAY_CHANGE, AtLeast0, checked, one_of
 PIPELINES = ("plain", "sparse_dist")
 DENSE_PARALLEL = ("ddp", "fsdp2")
 EXCHANGE_TYPES = ("fp32", "fp16", "bf16")
+MATMUL_DTYPES = ("auto", "fp32", "bf16")
 
 
 def _graphs_need_few_shapes(execution: "ExecutionConfig") -> collections.abc.Iterator[str]:
@@ -49,6 +50,10 @@ class ExecutionConfig:
     """Compile the tower for each padded shape and replay it as a CUDA graph: for small towers, whose kernels take less
     time than their launch. Needs token_multiple, TrainConfig.bf16 (only flash attention has few shapes) and a batch in
     one part (micro_batches); not with options for large towers. On CPU: nothing."""
+    matmul_dtype: typing.Annotated[str, one_of(MATMUL_DTYPES)] = dataclasses.field(default="auto", metadata=MAY_CHANGE)
+    """auto | fp32 | bf16: operands of the dense part's products on a CPU. bf16 needs AVX512_BF16 or AMX and leaves
+    logits, norms, residuals and optimizer in float32. auto: fp32, or bf16 with TrainConfig.bf16. Settled at the start
+    and recorded; a resumed run goes on with what was recorded. On a GPU: nothing, use TrainConfig.bf16."""
 
 
 DEFAULT = ExecutionConfig()

@@ -115,7 +115,8 @@ class TrainConfig:
     micro_batches: AtLeast1 = 1
     """Gradient accumulation: the batch goes through the tower in this many parts, with one lookup and one step."""
     bf16: bool = False
-    """Autocast of the dense part. Slower on CPU at width 64 (0.56x), about even at 256."""
+    """GPU: autocast of the dense part. CPU: the same as ExecutionConfig.matmul_dtype = "bf16" where the CPU has bf16
+    products, and nothing elsewhere."""
     eval_per_epoch: AtLeast1 = 1
     """Validations per epoch, evenly spaced."""
     best_metric: str = ""

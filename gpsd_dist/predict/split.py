@@ -26,6 +26,7 @@ from gpsd_dist.data.row_order import EpochOrder
 from gpsd_dist.disk.reading import NotReadableNow, again
 from gpsd_dist.disk.writing import replacing
 from gpsd_dist.distributed.collectives import all_gather_rows, on_main
+from gpsd_dist.distributed.matmul_dtype import autocast
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.evaluate import TrainedRun
 from gpsd_dist.predict.output import SUMMARY_NAME, number_fields
@@ -70,7 +71,7 @@ def predict_split(
     with replacing(out_dir / name) as file, pq.ParquetWriter(file, make_rows.schema, compression="zstd") as writer:
         for (host_batch,) in evaluation_loader(run, trained.manifest, components.lookup_names, split, runtime):
             runtime.watchdog.alive()
-            with torch.no_grad(), torch.autocast(runtime.device.type, torch.bfloat16, enabled=run.train.bf16):
+            with torch.no_grad(), autocast(run, runtime.device):
                 _, logits = stage.score(components, host_batch)
             if host_batch.packing.num_requests:
                 writer.write_table(make_rows(host_batch, logits))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from gpsd_dist.model.heads import unit
+from gpsd_dist.model.ops.products import operand
 
 CHUNK_ELEMENTS = 1 << 21  # floats of gathered rows: 8 MiB stay in a cache; 0.04 s per 1000 positions x 128 on one core
 _MAX_EXPONENT = 80.0  # exp(-80) is still a normal float32
@@ -25,13 +26,16 @@ def sampled_softmax(
     negative_item_GN: torch.Tensor,
     group_offsets: tuple[int, ...] | None,
     temperature: float,
+    *,
+    rounds_operands: bool = False,
 ) -> torch.Tensor:
     """Sums the next-item loss: cosine / temperature against the target and the N negatives of the position's group.
 
     Positions [group_offsets[g], group_offsets[g + 1]) share group g; None: every position has its own (G = M). `*_row`
     point into the looked-up item rows, `*_item` are table indices; a negative that is the position's target (accidental
     hit) is masked. Uniform draws, so no log-Q term. arXiv:2506.03699, section 3.2; temperature 0.05 from its official
-    settings, and from those of HSTU (arXiv:2402.17152), which draws per position.
+    settings, and from those of HSTU (arXiv:2402.17152), which draws per position. `rounds_operands`: the two products
+    that give gradients have operands in bfloat16 (negatives per group or request); logits never do.
     """
     # A cosine over a temperature of 0.05 reaches 20, where neighbouring bf16 numbers are 0.125 apart: half precision
     # could not tell good negatives from the target.
@@ -41,7 +45,7 @@ def sampled_softmax(
         indices = (target_row_M, target_item_M, negative_row_GN, negative_item_GN)
         if group_offsets is None:
             return _OwnNegativesSoftmax.apply(query_ME, unit_UE, *indices)
-        return _SampledSoftmax.apply(query_ME, unit_UE, *indices, group_offsets, 1 / temperature)
+        return _SampledSoftmax.apply(query_ME, unit_UE, *indices, group_offsets, 1 / temperature, rounds_operands)
 
 
 class _SampledSoftmax(torch.autograd.Function):
@@ -54,7 +58,16 @@ class _SampledSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, query_ME, unit_UE, target_row_M, target_item_M, negative_row_GN, negative_item_GN, group_offsets, bound
+        ctx,
+        query_ME,
+        unit_UE,
+        target_row_M,
+        target_item_M,
+        negative_row_GN,
+        negative_item_GN,
+        group_offsets,
+        bound,
+        rounds_operands,
     ):
         grad_query, grad_unit = torch.empty_like(query_ME), torch.zeros_like(unit_UE)
         loss, shift = query_ME.new_zeros(()), query_ME.new_full((), -bound)
@@ -75,15 +88,17 @@ class _SampledSoftmax(torch.autograd.Function):
             # not the [m, N] weights, saves a pass over the largest tensor.
             scaled = query / total[:, None]
             residual = (positive_weight / total - 1)[:, None]
-            grad_query[start:stop] = torch.mm(weight, negative).div_(total[:, None]).addcmul_(residual, target)
+            weight, negative, scaled = (operand(side, rounds_operands) for side in (weight, negative, scaled))
+            of_negatives = torch.mm(weight, negative).to(query.dtype)
+            grad_query[start:stop] = of_negatives.div_(total[:, None]).addcmul_(residual, target)
             grad_unit.index_add_(0, target_row, residual * query)
-            grad_unit.index_add_(0, negative_row, torch.mm(weight.t(), scaled))
+            grad_unit.index_add_(0, negative_row, torch.mm(weight.t(), scaled).to(query.dtype))
         ctx.save_for_backward(grad_query, grad_unit)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return (*(grad * grad_loss for grad in ctx.saved_tensors), *[None] * 6)
+        return (*(grad * grad_loss for grad in ctx.saved_tensors), *[None] * 7)
 
 
 class _OwnNegativesSoftmax(torch.autograd.Function):

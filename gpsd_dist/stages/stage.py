@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from gpsd_dist.batch.batch import Batch
 from gpsd_dist.config import RunConfig
 from gpsd_dist.data.loaders import evaluation_loader
+from gpsd_dist.distributed.matmul_dtype import autocast
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.metrics.classification import Predictions
 from gpsd_dist.parameter_names import DENSE, IDS, TABLE
@@ -118,7 +119,7 @@ def evaluate_split(
     was_training = components.model.training
     components.model.eval()
     batches = evaluation_loader(run, manifest, components.lookup_names, split, runtime)
-    with torch.no_grad(), torch.autocast(runtime.device.type, torch.bfloat16, enabled=run.train.bf16):
+    with torch.no_grad(), autocast(run, runtime.device):
         metrics = components.stage.evaluate(components, batches, rank_cut, *([] if keep is None else [keep]))
     components.model.train(was_training)
     return metrics

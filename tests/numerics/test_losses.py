@@ -186,7 +186,7 @@ def test_gradients_of_the_autograd_function_in_float64(name, bound):
     indices = (p["target_row"], p["target_item"], p["negative_row"], p["negative_item"])
 
     def loss(query, rows):
-        return losses._SampledSoftmax.apply(query, rows, *indices, p["group_offsets"], bound)
+        return losses._SampledSoftmax.apply(query, rows, *indices, p["group_offsets"], bound, False)
 
     assert torch.autograd.gradcheck(loss, (query, rows), fast_mode=True)
 

@@ -11,8 +11,9 @@ Shape letters: S tokens, D width in, O width out.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from gpsd_dist.model.ops import products
 
 
 def normed_linear(x_SD: torch.Tensor, norm: nn.RMSNorm, linear: nn.Linear) -> torch.Tensor:
@@ -20,7 +21,7 @@ def normed_linear(x_SD: torch.Tensor, norm: nn.RMSNorm, linear: nn.Linear) -> to
     assert linear.bias is None and norm.eps is not None, (linear, norm)
     if x_SD.is_cuda or torch.compiler.is_compiling():
         return linear(norm(x_SD))
-    return F.linear(*folded(x_SD, norm, linear))
+    return products.linear(*folded(x_SD, norm, linear), products.rounds_operands(linear))
 
 
 def folded(x_SD: torch.Tensor, norm: nn.RMSNorm, linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:

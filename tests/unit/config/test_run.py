@@ -188,7 +188,10 @@ MAY_CHANGE = {
     "RunConfig": {"data_dir", "output_dir", "init_checkpoint"},
     "DataConfig": {"num_threads", "prefetch", "eval_batch_rows_per_rank"},
     "TablesConfig": {"sharding"},
-    "ExecutionConfig": {"activation_checkpointing", "pipeline", "dense_parallel", "token_multiple", "cuda_graphs"},
+    "ExecutionConfig": {
+        *("activation_checkpointing", "pipeline", "dense_parallel", "token_multiple", "cuda_graphs"),
+        "matmul_dtype",  # decides about numbers, but a run may have to go on where a CPU has no bf16 products
+    },
     "TrainConfig": {
         *("max_steps", "patience", "keep_last", "keep_every_hours", "async_checkpoints", "checkpoint_dir", "profile"),
         *("log_interval_steps", "save_interval_steps", "collective_timeout_s", "hang_timeout_s"),
@@ -289,7 +292,7 @@ def full_run():
         dense=OptimizerConfig("adamw", 0.2, 0.8, 0.7, 1e-6, 0.3),
         sparse=OptimizerConfig("sgd", 0.3, 0.5, 0.6, 1e-5, 0.0),
         train=TrainConfig(3, 9, 0.2, 0.3, 0.5, 2, True, 3, "click/auc", 4, 5, 6, 0.5, False, "s3://b", 7, 8, 10, True),
-        execution=ExecutionConfig(True, "bf16", "fp16", "sparse_dist", "fsdp2", 64, False),
+        execution=ExecutionConfig(True, "bf16", "fp16", "sparse_dist", "fsdp2", 64, False, "bf16"),
     )
 
 
@@ -324,6 +327,7 @@ def test_a_run_of_commit_14e4532_is_read(name):
     # Tower and tables are equally wide.
     raw["model"] |= {"revision": 2, "parametrization": "official", "matches": False}
     raw["finetune"] |= {"weighted_metrics": False}
+    raw["execution"] |= {"matmul_dtype": "auto"}
     assert json.loads(json.dumps(dataclasses.asdict(run))) == raw
     assert run.stage == ("pretrain" if name == "pretrain" else "finetune") and run.model.width == raw["model"]["width"]
 
