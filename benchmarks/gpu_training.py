@@ -113,7 +113,7 @@ def train(bench: Bench, name: str) -> dict[str, typing.Any]:
         loop_s = timed_steps(bench, training.steps())
         if training.run.execution.pipeline == "plain":
             batches = [next(training.source) for _ in range(4)]
-            tokens = statistics.mean(sum(part.packing.num_history_tokens for part in parts) for parts in batches)
+            tokens = statistics.mean(sum(part.num_read_tokens for part in parts) for parts in batches)
             cycled = itertools.cycle(batches)
             device_s = timed_steps(bench, training.train(cycled))
             flops = training_flops(training.run, model_size(training.run, training.data.manifest), workload(batches))
@@ -152,7 +152,8 @@ def timed_steps(bench: Bench, steps: typing.Iterator[typing.Any]) -> float:
 
 def workload(batches: list[tuple[Batch, ...]]) -> Workload:
     """Averages the batches into a Workload, the form that gpsd_dist.plan reads."""
-    lengths = [np.concatenate([part.packing.history_length_B for part in parts]) for parts in batches]
+    # In pretraining the tower does not see the last token of a history, which `training_flops` leaves out by itself.
+    lengths = [np.concatenate([part.packing.history_length_B + 1 for part in parts]) for parts in batches]
     tokens, pairs = (statistics.mean(float(f(n)) for n in lengths) for f in (np.sum, lambda n: np.sum(n * (n + 1) / 2)))
     return Workload(statistics.mean(len(n) for n in lengths), tokens, 0.0, pairs / tokens, 0, {})
 

@@ -83,7 +83,7 @@ class Product:
             if trainer.step % trainer.run.train.log_interval_steps == 0:
                 trainer.metrics.log(trainer.step)
             self._unique_rows.append(len(done.parts[0].lookup.values()))
-            num_tokens += sum(part.packing.num_history_tokens for part in done.parts)
+            num_tokens += sum(part.num_read_tokens for part in done.parts)
         return num_tokens
 
     def table_bytes_per_step(self) -> float:

@@ -19,7 +19,7 @@ from benchmarks.padded_baseline import PaddedBaseline, PaddedLoader
 from benchmarks.product import Product, Size, run_config
 from gpsd_dist.batch import packing
 from gpsd_dist.config import PretrainConfig
-from gpsd_dist.data import distinct
+from gpsd_dist.data import collate, distinct
 from gpsd_dist.distributed import allocator
 from gpsd_dist.distributed import runtime as runtime_module
 from gpsd_dist.model import transformer
@@ -41,6 +41,7 @@ VARIANTS = {
     "product + frozen item table in fp16": "kept in half precision",
     "product - shared rows": "attention in one row per request, by length buckets",
     "product - folded norms": "torch's RMSNorm in front of every linear layer",
+    "product - left-out token": "the last token of every history goes through the tower, though nothing is predicted",
     "product - shared negatives": f"{NUM_NEGATIVES} negatives per sequence",
     "product - fused softmax loss": "sampled softmax by autograd instead of gradients made in the forward",
     "product - deduplicated lookup": "every index looked up, exchanged and updated on its own",
@@ -50,6 +51,7 @@ VARIANTS = {
 PRETRAIN_ONLY = {
     "baseline + shared negatives",
     "product, 8 x 1024 negatives",
+    "product - left-out token",
     "product - shared negatives",
     "product - fused softmax loss",
 }
@@ -155,6 +157,8 @@ def _switch(name: str) -> None:
         transformer.normed_linear = lambda x, norm, linear: linear(norm(x))
         transformer.normed = lambda x, norm: norm(x)
         swiglu.folded = lambda x, norm, linear: (norm(x), linear.weight)
+    elif name == "left-out token":
+        collate._without_last = lambda offsets: (np.ones(int(offsets[-1]), bool), np.diff(offsets))
     elif name == "fused softmax loss":
         losses._SampledSoftmax = _PlainSoftmax
     elif name == "deduplicated lookup":

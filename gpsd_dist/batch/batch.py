@@ -39,10 +39,15 @@ class RawIds:
 
 @dataclasses.dataclass(frozen=True)
 class NextItem:
-    """Says where and what to predict in pretraining: the item after every history token that has a successor."""
+    """Says where and what to predict in pretraining: the item after every history token that has a successor.
+
+    Nothing is predicted from the last token of a history, and no other token sees it: so the batch's `history` and
+    `packing` leave it out, and it is here alone, as a target.
+    """
 
     token_M: torch.Tensor  # int64: history token whose hidden state predicts
-    target_token_M: torch.Tensor  # int64: history token that is to be predicted (the next one of the same request)
+    target: dict[str, torch.Tensor]
+    """Feature with one value -> [M]: that of the target, the next token of the same request; as in `Batch.history`."""
     item_M: torch.Tensor  # int64 item-table index of the target, to find accidental hits
     group_offsets: tuple[int, ...] | None
     """G + 1 cuts of M: positions [cut g, cut g + 1) see the negatives of group g. None: G = M, each has its own."""
@@ -69,12 +74,13 @@ class Batch:
     history_item_T: torch.Tensor  # int64 item-table indices
     candidate_item_C: torch.Tensor
     history_time_s_T: torch.Tensor  # int64, -1 where the log does not say
-    request_time_s_B: torch.Tensor  # int64, -1 in pretraining, which has no requests
+    request_time_s_B: torch.Tensor  # int64; in pretraining, the time of the event that the last token predicts
     user_hash_B: torch.Tensor
     source_row_B: torch.Tensor  # int64: position of each request in the Arrow table that the batch was made of
     next_item: NextItem | None = None
     padded: PaddedPacking | None = None  # Geometry that the tower runs in, if not that of `packing`
     epoch_and_step: tuple[int, int] = (0, 0)  # Epoch, and number of the batch in it
+    num_read_tokens: int = 0  # History tokens of all requests; in pretraining more than the tower runs on: `NextItem`
     raw_ids: dict[str, RawIds] = dataclasses.field(default_factory=dict)
     """Managed table -> its entries in `lookup`. Empty once rows are assigned."""
 

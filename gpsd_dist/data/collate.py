@@ -14,7 +14,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from gpsd_dist.batch.batch import Bag, Batch, NextItem, RawIds
-from gpsd_dist.batch.packing import Packing
+from gpsd_dist.batch.packing import Packing, cuts
 from gpsd_dist.batch.padding import pad_packing
 from gpsd_dist.data.columns import ColumnReader
 from gpsd_dist.data.distinct import Wanted, deduplicate
@@ -117,10 +117,15 @@ class Collate:
             labels = {task.name: reader.labels(f"label.{task.name}", counts) for task in self.manifest.tasks}
             sampling = {name: reader.sampling(f"sampling.{name}", counts) for name in self.manifest.sampling}
             scalars["request_time_s"] = reader.integers("request_time_s")
+        time_s, target_M, is_input_T = reader.history_time_s(kept), np.zeros(0, np.int64), None
+        if self.negatives_per:
+            offsets = cuts(length)
+            target_M = _targets(offsets, _indices(columns["history"][item]))
+            is_input_T, length = _without_last(offsets)
+            # HSTU sees at a token when the next event happens. For the new last token that is the one left out.
+            scalars["request_time_s"][length > 0] = time_s[offsets[1:][length > 0] - 1]
         packing = Packing.from_lengths(length, counts)
-        item_T = _indices(columns["history"][item])
-        target_M = _targets(packing, item_T) if self.negatives_per else np.zeros(0, np.int64)
-        return _MicroBatch(order, packing, columns, labels, sampling, scalars, reader.history_time_s(kept), target_M)
+        return _MicroBatch(order, packing, columns, labels, sampling, scalars, time_s, target_M, is_input_T)
 
     def _deduplicate(self, parts: list["_MicroBatch"]) -> tuple[KeyedJaggedTensor, dict[str, RawIds]]:
         """Collects the distinct indices of each table, and notes in the parts where their own stand among those."""
@@ -154,17 +159,21 @@ class Collate:
         empty, item, packing = np.zeros(0, np.int64), self.manifest.item_feature, micro_batch.packing
         # CUDA graphs replay fixed shapes: rounding the sizes up leaves few shapes to record.
         padded = pad_packing(packing, self.token_multiple, self.max_history_length) if self.token_multiple else None
+        rows = micro_batch.rows | {"history": micro_batch.of_tower(micro_batch.rows["history"])}
         columns = {
-            place: {name: _tensor(column) for name, column in features.items()}
-            for place, features in micro_batch.rows.items()
+            place: {name: _tensor(column) for name, column in features.items()} for place, features in rows.items()
         }
+        known = {"item": micro_batch.columns["history"][item], "time_s": micro_batch.history_time_s}
+        known = micro_batch.of_tower(known)
         target_M, negative_GN, next_item = micro_batch.target_token_M, micro_batch.negative_item_GN, None
         if negative_GN is not None and self.negatives_per is not None:
+            token_M = micro_batch.place_in_tower(target_M - 1)
+            targets = {name: row for name, row in micro_batch.rows["history"].items() if not isinstance(row, tuple)}
             next_item = NextItem(
-                token_M=torch.from_numpy(target_M - 1),
-                target_token_M=torch.from_numpy(target_M),
+                token_M=torch.from_numpy(token_M),
+                target={name: torch.from_numpy(row[target_M]) for name, row in targets.items()},
                 item_M=torch.from_numpy(micro_batch.columns["history"][item][target_M]),
-                group_offsets=group_offsets(self.negatives_per, target_M, packing, len(negative_GN)),
+                group_offsets=group_offsets(self.negatives_per, token_M, packing, len(negative_GN)),
                 negative_item_GN=torch.from_numpy(negative_GN),
                 negative_row_GN=torch.from_numpy(micro_batch.negative_row_GN),
             )
@@ -178,9 +187,9 @@ class Collate:
             sampling={name: _tensor(values) for name, values in micro_batch.sampling.items()},
             # Item indices stay beside their rows in the lookup: whether two items are the same (an accidental hit, an
             # item of the own history) is asked of indices, which are valid beyond this batch.
-            history_item_T=_tensor(micro_batch.columns["history"][item]),
+            history_item_T=_tensor(known["item"]),
             candidate_item_C=_tensor(micro_batch.columns["candidate"].get(item, empty)),
-            history_time_s_T=_tensor(micro_batch.history_time_s),
+            history_time_s_T=_tensor(known["time_s"]),
             request_time_s_B=_tensor(micro_batch.scalars["request_time_s"]),
             user_hash_B=_tensor(micro_batch.scalars["user_hash"]),
             source_row_B=torch.from_numpy(micro_batch.order),
@@ -188,6 +197,7 @@ class Collate:
             padded=padded,
             epoch_and_step=(key.epoch, key.step),
             raw_ids=raw_ids,
+            num_read_tokens=len(micro_batch.history_time_s),
         )
 
 
@@ -203,17 +213,42 @@ class _MicroBatch:
     scalars: dict[str, np.ndarray]  # Columns that are no features: column -> int64 [B]
     history_time_s: np.ndarray
     target_token_M: np.ndarray  # History tokens that the ones before them predict
+    is_input_T: np.ndarray | None  # bool: history tokens that the tower runs on; None: all
     rows: dict[str, dict] = dataclasses.field(default_factory=dict)
     """`columns` with indices replaced by rows of the lookup."""
     negative_item_GN: np.ndarray | None = None
     negative_row_GN: np.ndarray | None = None  # Rows of the negatives in the lookup
 
+    def of_tower(self, columns: dict[str, Values]) -> dict[str, Values]:
+        """Cuts columns of history tokens down to those that the tower runs on."""
+        if self.is_input_T is None:
+            return columns
+        return {name: _kept(column, self.is_input_T) for name, column in columns.items()}
 
-def _targets(packing: Packing, item_T: np.ndarray) -> np.ndarray:
+    def place_in_tower(self, token_M: np.ndarray) -> np.ndarray:
+        """Turns places among all history tokens into places among those that the tower runs on."""
+        return token_M if self.is_input_T is None else (np.cumsum(self.is_input_T) - 1)[token_M]
+
+
+def _without_last(offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Leaves out the last token of every history: (bool [T]: the others, their numbers [B])."""
+    is_input_T, length = np.ones(int(offsets[-1]), bool), np.diff(offsets)
+    is_input_T[offsets[1:][length > 0] - 1] = False
+    return is_input_T, np.maximum(length - 1, 0)
+
+
+def _kept(column: Values, is_kept_T: np.ndarray) -> Values:
+    if not isinstance(column, tuple):
+        return column[is_kept_T]
+    values, offsets = column
+    size_T = np.diff(offsets)
+    return values[np.repeat(is_kept_T, size_T)], cuts(size_T[is_kept_T])
+
+
+def _targets(offsets: np.ndarray, item_T: np.ndarray) -> np.ndarray:
     """Finds the history tokens that the token before them predicts, if their item is known: int64 [M]."""
     # An unknown item is no target: many items share that row, and predicting it would teach nothing.
     is_target = item_T >= NUM_RESERVED_ROWS
-    offsets = packing.history_offsets.numpy()
     # Nothing predicts a history's first token: the packed token before it is of another request.
     is_target[offsets[:-1][np.diff(offsets) > 0]] = False
     return np.flatnonzero(is_target)

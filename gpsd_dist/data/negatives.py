@@ -31,14 +31,12 @@ def draw_limit(manifest: Manifest) -> int:
     return _MANAGED_DRAW_LIMIT if is_managed else manifest.table(table).num_rows
 
 
-def group_offsets(
-    negatives_per: str, target_token_M: np.ndarray, packing: Packing, num_sets: int
-) -> tuple[int, ...] | None:
+def group_offsets(negatives_per: str, token_M: np.ndarray, packing: Packing, num_sets: int) -> tuple[int, ...] | None:
     """Returns G + 1 cuts of the M positions: those between two cuts share a set. None: each position has its own."""
     if negatives_per == "position":
         return None
     if negatives_per == "request":
-        return tuple(np.searchsorted(target_token_M - 1, packing.history_offsets.numpy()).tolist())
+        return tuple(np.searchsorted(token_M, packing.history_offsets.numpy()).tolist())
     # Any partition of the positions will do, because all sets are drawn alike. Equal parts keep the largest block of
     # logits small.
-    return tuple(np.linspace(0, len(target_token_M), num_sets + 1).astype(np.int64).tolist())
+    return tuple(np.linspace(0, len(token_M), num_sets + 1).astype(np.int64).tolist())

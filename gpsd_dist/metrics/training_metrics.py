@@ -87,7 +87,7 @@ class TrainingMetrics:
         since, now = self._since_validation, (done.loss_sums_L, done.counts_L)
         self._since_validation = now if since is None else (since[0] + now[0], since[1] + now[1])
         requests = sum(batch.packing.num_requests for batch in done.parts)
-        self.throughput.step(requests, sum(batch.packing.num_history_tokens for batch in done.parts))
+        self.throughput.step(requests, sum(batch.num_read_tokens for batch in done.parts))
         if self._bar is not None:
             self._bar.advance(done.number + 1)
 

@@ -160,7 +160,8 @@ def training_flops(run: RunConfig, size: ModelSize, step: Workload) -> Flops:
     layers, width = run.model.layers, run.model.width
     if run.stage == "pretrain":
         negatives = step.positions * run.pretrain.num_negatives + step.positions * size.auxiliary_rows
-        total = step.tokens * flops_per_token(layers, width, step.context) + 6 * width * negatives
+        tower = step.without_last()
+        total = tower.tokens * flops_per_token(layers, width, tower.context) + 6 * width * negatives
     else:
         seen = step.candidate_keys / max(step.candidates, 1e-9)
         unused = 6 * (width**2 + 3 * width * ffn_width(width)) + 12 * width * step.context

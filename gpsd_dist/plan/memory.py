@@ -82,7 +82,8 @@ def memory(
         optimizer[shard.rank] += table_state_bytes(run.sparse.name, shard)
     activations, working = None, 0.0
     if has_formula(run):
-        activations, working = transformer_bytes(run, training, cluster.device_type)
+        of_tower = training.without_last() if run.stage == "pretrain" else training
+        activations, working = transformer_bytes(run, of_tower, cluster.device_type)
     scored = np.zeros(cluster.world_size)
     if validation is not None:
         scored = validation_bytes(run, shards, cluster, validation, size.item_rows)

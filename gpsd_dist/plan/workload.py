@@ -43,6 +43,13 @@ class Workload:
         """Counts M, the history tokens with a next item to predict."""
         return max(self.tokens - self.requests, 0.0)
 
+    def without_last(self) -> "Workload":
+        """Leaves out the last token of every history, as the tower does in pretraining."""
+        kept = self.positions
+        # A history of n tokens has n (n + 1) / 2 pairs, and n fewer without its last token.
+        context = (self.context - 1) * self.tokens / kept if kept else 0.0
+        return dataclasses.replace(self, tokens=kept, context=context)
+
     @property
     def candidate_keys(self) -> float:
         """Counts the keys that all candidates attend to: each its history and itself."""

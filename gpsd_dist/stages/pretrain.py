@@ -55,7 +55,7 @@ class Pretrain:
                 hidden_ME,
                 # Input and output embeddings are one table: it is what the next stage takes over and may freeze.
                 embeddings[item.table],
-                batch.history[item.name][next_item.target_token_M],
+                next_item.target[item.name],
                 next_item.item_M,
                 next_item.negative_row_GN,
                 next_item.negative_item_GN,
@@ -65,11 +65,9 @@ class Pretrain:
             )
         ]
         for name in self.config.auxiliary:
-            target_M = batch.history[name][next_item.target_token_M]
             # The table is small enough to compete whole, and is the tower's input table too, as with the items.
-            sums.append(
-                losses.full_softmax(hidden_ME, outputs.auxiliary_weight[name], target_M, self.config.temperature)
-            )
+            weight, target_M = outputs.auxiliary_weight[name], next_item.target[name]
+            sums.append(losses.full_softmax(hidden_ME, weight, target_M, self.config.temperature))
         return torch.stack(sums)
 
     def evaluate(

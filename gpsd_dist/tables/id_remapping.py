@@ -103,13 +103,12 @@ class IdRemapper:
         """Replaces the ids of the item table by rows, wherever the batch holds them."""
         if item is None:
             return part
-        history = item.row_U[part.history[self._item_feature]]
         candidate = part.candidate.get(self._item_feature)
         return dataclasses.replace(
             part,
-            history_item_T=history,
+            history_item_T=item.row_U[part.history[self._item_feature]],
             candidate_item_C=part.candidate_item_C if candidate is None else item.row_U[candidate],
-            next_item=None if part.next_item is None else item.next_item(part.next_item, history),
+            next_item=None if part.next_item is None else item.next_item(part.next_item, self._item_feature),
         )
 
 
@@ -121,9 +120,9 @@ class _Assigned:
     drawn: torch.Tensor  # Distinct rows that were drawn
     place_N: torch.Tensor  # Index into `drawn` of every draw
 
-    def next_item(self, wanted: NextItem, history_item_T: torch.Tensor) -> NextItem:
+    def next_item(self, wanted: NextItem, item_feature: str) -> NextItem:
         """Remaps targets and negatives. A target without a row of its own is dropped: nothing could predict it."""
-        item_M = history_item_T[wanted.target_token_M]
+        item_M = self.row_U[wanted.target[item_feature]]
         keep = item_M != UNKNOWN_INDEX
         place_GN = self.place_N[wanted.negative_row_GN - len(self.row_U)]
         cuts = wanted.group_offsets
@@ -134,7 +133,7 @@ class _Assigned:
             cuts = tuple(kept_before[list(cuts)].tolist())
         return NextItem(
             token_M=wanted.token_M[keep],
-            target_token_M=wanted.target_token_M[keep],
+            target={name: value_M[keep] for name, value_M in wanted.target.items()},
             item_M=item_M[keep],
             group_offsets=cuts,
             negative_item_GN=self.drawn[place_GN],

@@ -210,7 +210,7 @@ def test_peak_of_a_step_is_as_planned(one_rank, tmp_path, stage):
     shape = data_shape(run, trainer.manifest, "pretrain" if stage == "pretrain" else "train")
     cluster = Cluster(1, 1, "cpu", 2**36)
     found = estimate(Scenario(run, trainer.manifest, shape, cluster))
-    assert found.training.tokens == pytest.approx(sum(b.packing.num_history_tokens for b in batches), rel=1e-6)
+    assert found.training.tokens == pytest.approx(sum(b.num_read_tokens for b in batches), rel=1e-6)
     gradients = 4 * found.size.parameters  # held, but freed by zero_grad before the step
     planned = found.memory.step[0] + gradients
     assert planned == pytest.approx(measured, rel=0.2)

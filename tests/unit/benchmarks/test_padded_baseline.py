@@ -41,21 +41,27 @@ def test_padded_tower_equals_packed_tower():
 def test_padded_item_loss_equals_the_product_with_one_group_per_request(small_source, tmp_path):
     data = datasets.prepare("pretrain", "grocery", tmp_path, tmp_path)
     collate = Collate(data.manifest, ("item",), 12, False, negatives_per="request", num_negatives=8)
+    whole = Collate(data.manifest, ("item",), 12, False)
+
+    def make_batch(rows, key):
+        return *collate(rows, key), *whole(rows, key)
+
     with_batch = Loader(
-        data.data_dir, data.manifest, "pretrain", make_batch=collate, columns=collate.columns(), global_batch_rows=16
+        data.data_dir, data.manifest, "pretrain", make_batch=make_batch, columns=collate.columns(), global_batch_rows=16
     )
-    (batch,) = next(iter(with_batch))
+    batch, histories = next(iter(with_batch))
     with_batch.close()
     torch.manual_seed(0)
     model = PaddedModel(data.manifest, 1, 16, 2)
-    length_B = batch.packing.history_offsets.diff()
+    length_B = histories.packing.history_offsets.diff()
     is_token = torch.arange(12) < length_B[:, None]
     item_BL = torch.zeros(len(length_B), 12, dtype=torch.int64)
-    item_BL[is_token] = batch.history_item_T
+    item_BL[is_token] = histories.history_item_T
+    predicts = torch.arange(12) < length_B[:, None] - 1
     hidden_BLD = torch.randn(len(length_B), 12, 16)
     next_item = batch.next_item
     expected = losses.sampled_softmax(
-        hidden_BLD[is_token][next_item.token_M],
+        hidden_BLD[predicts][next_item.token_M],
         model.item.weight,
         next_item.item_M,
         next_item.item_M,

@@ -175,9 +175,8 @@ def test_lookup_rows_reproduce_the_indices_of_every_feature(lookup, num_parts, s
 def test_no_row_is_looked_up_that_nobody_uses():
     options = {"num_parts": 2, "negatives_per": "group", "num_negatives": 3, "with_candidates": False}
     batches = make_collate(**options)(make_rows(MANIFEST, "pretrain", seed=1, num_rows=9), KEY)
-    used = torch.cat(
-        [batch.history["item"] for batch in batches] + [b.next_item.negative_row_GN.flatten() for b in batches]
-    )
+    used = [batch.history["item"] for batch in batches] + [batch.next_item.target["item"] for batch in batches]
+    used = torch.cat(used + [batch.next_item.negative_row_GN.flatten() for batch in batches])
     assert set(used.tolist()) == set(range(len(indices_of(batches[0], "item"))))
 
 
@@ -216,28 +215,56 @@ def collate_next(table=None, key=KEY, **options):
     return collate_one(table, key, **options)
 
 
+def whole_histories(rows):
+    """The batch as the tower would see it without next items to predict."""
+    return collate_one(rows, with_candidates=False, max_history_length=6)
+
+
 def test_next_item_pairs_by_hand():
     batch = collate_next()
     next_item = batch.next_item  # histories: none | 7 5 | 7 1 3
-    assert next_item.token_M.tolist() == [0, 3]  # 7 -> 5 and 1 -> 3; 7 -> 1 is unknown and no target
-    assert next_item.target_token_M.tolist() == [1, 4]
+    # Without their last tokens: none | 7 | 7 1. 7 -> 5 and 1 -> 3; 7 -> 1 is unknown and no target.
+    assert batch.history_item_T.tolist() == [7, 7, 1] and batch.packing.history_length_B.tolist() == [0, 1, 2]
+    assert batch.num_read_tokens == 5
+    assert next_item.token_M.tolist() == [0, 2]
     assert next_item.item_M.tolist() == [5, 3]
     item = indices_of(batch, "item")
-    assert item[batch.history["item"][next_item.target_token_M]].tolist() == [5, 3]
+    assert item[next_item.target["item"]].tolist() == [5, 3]
+    assert item[batch.history["item"]].tolist() == [7, 7, 1]
     assert torch.equal(item[next_item.negative_row_GN], next_item.negative_item_GN)
     assert batch.candidate == {} and batch.context == {} and batch.labels == {}
 
 
-def test_targets_never_cross_requests():
-    batch = collate_next(make_rows(MANIFEST, "pretrain", seed=5, num_rows=30), max_history_length=6)
-    owner = torch.repeat_interleave(torch.arange(30), batch.packing.history_offsets.diff())
-    next_item = batch.next_item
-    assert torch.equal(owner[next_item.token_M], owner[next_item.target_token_M])
-    assert torch.equal(next_item.target_token_M, next_item.token_M + 1)
-    lengths = batch.packing.history_offsets.diff()
-    targets = [i for i in range(len(owner)) if i not in set(batch.packing.history_offsets[:-1][lengths > 0].tolist())]
-    known = [i for i in targets if batch.history_item_T[i] >= 2]
-    assert next_item.target_token_M.tolist() == known
+def test_targets_are_the_next_known_items_of_the_same_request():
+    rows = make_rows(MANIFEST, "pretrain", seed=5, num_rows=30)
+    batch, whole = collate_next(rows, max_history_length=6), whole_histories(rows)
+    next_item, lengths = batch.next_item, whole.packing.history_offsets.diff()
+    assert batch.packing.history_length_B.tolist() == (lengths - 1).clamp(min=0).tolist()
+    histories = whole.history_item_T.split(lengths.tolist())
+    inputs = torch.cat([history[:-1] for history in histories])
+    targets = torch.cat([history[1:] for history in histories])
+    assert torch.equal(batch.history_item_T, inputs)
+    assert torch.equal(next_item.token_M, (targets >= 2).nonzero().flatten())
+    assert torch.equal(next_item.item_M, targets[targets >= 2])
+    for name, target_M in next_item.target.items():
+        assert target_M.shape == next_item.item_M.shape, name
+    category = torch.cat([part[1:] for part in whole.history["category"].split(lengths.tolist())])
+    assert torch.equal(next_item.target["category"], category[targets >= 2])
+
+
+def test_bags_and_times_lose_the_last_token_and_the_request_takes_its_time():
+    rows = make_rows(MANIFEST, "pretrain", seed=5, num_rows=30)
+    batch, whole = collate_next(rows, max_history_length=6), whole_histories(rows)
+    lengths = whole.packing.history_offsets.diff().tolist()
+    times = whole.history_time_s_T.split(lengths)
+    assert torch.equal(batch.history_time_s_T, torch.cat([part[:-1] for part in times]))
+    assert batch.request_time_s_B.tolist() == [int(part[-1]) if len(part) else -1 for part in times]
+    bags, kept = whole.history["tags"], batch.history["tags"]
+    ends = torch.stack((bags.offsets[:-1], bags.offsets[1:]), 1).split(lengths)
+    wanted = torch.cat([part[:-1] for part in ends])
+    index = [indices_of(source, "tag")[bag.rows] for source, bag in ((whole, bags), (batch, kept))]
+    assert torch.equal(index[1], torch.cat([index[0][a:b] for a, b in wanted.tolist()]))
+    assert torch.equal(kept.offsets.diff(), wanted.diff(dim=1).flatten())
 
 
 @pytest.mark.parametrize("groups", [1, 3, 100])

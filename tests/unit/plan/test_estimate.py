@@ -115,6 +115,9 @@ def test_flops_are_those_that_torch_counts(stage):
     run = _run(stage, model=ModelConfig(layers=layers, width=width, heads=4), pretrain={"num_negatives": 1})
     tokens, context = requests * history, (history + 1) / 2
     step = Workload(requests, tokens, candidates, context, 0, {})
+    if stage == "pretrain":  # the tower's tokens are those that remain without the last of each history
+        step = Workload(requests, tokens + requests, candidates, context + 0.5, 0, {})
+        assert step.without_last() == Workload(requests, tokens, candidates, context, 0, {})
     size = dataclasses.replace(model_size(run, make_manifest()), head_parameters=0, auxiliary_rows=0)
     if stage == "pretrain":
         attention = layers * 12 * width * context * tokens
@@ -124,7 +127,7 @@ def test_flops_are_those_that_torch_counts(stage):
         extra = 0
     found = training_flops(run, size, step)
     assert found.step - attention - extra == pytest.approx(counted, rel=1e-9)
-    assert found.token == found.step / tokens
+    assert found.token == found.step / step.tokens
 
 
 def test_options_that_would_help_are_recomputed():

@@ -200,19 +200,17 @@ def test_next_item_sums_compare_each_state_with_the_next_token(negatives_per):
     hidden = model(rows, batch).hidden_TE
     unit = nn.functional.normalize(tables.trainable.embeddings["item"].weight, dim=-1)
     category = nn.functional.normalize(model.backbone.embedder.small["category"].weight, dim=-1)
-    offsets = batch.packing.history_offsets.tolist()
     item_sum = category_sum = count = 0
-    pairs = [(t, t + 1) for start, stop in zip(offsets, offsets[1:]) for t in range(start, stop - 1)]  # noqa: RUF007
-    pairs = [(t, n) for t, n in pairs if batch.history_item_T[n] >= 2]
-    for position, (token, target) in enumerate(pairs):
+    targets = batch.next_item
+    pairs = zip(targets.token_M.tolist(), targets.item_M.tolist(), targets.target["category"].tolist(), strict=True)
+    for position, (token, item, next_category) in enumerate(pairs):
         query = nn.functional.normalize(hidden[token], dim=-1) / 0.2
         group = position
         if negatives_per == "group":
             group = next(g for g in range(3) if batch.next_item.group_offsets[g + 1] > position)
-        item = int(batch.history_item_T[target])
         others = [i for i in batch.next_item.negative_item_GN[group].tolist() if i != item]
         item_sum -= (unit[[item, *others]] @ query).log_softmax(0)[0]
-        category_sum -= (category @ query).log_softmax(0)[batch.history["category"][target]]
+        category_sum -= (category @ query).log_softmax(0)[next_category]
         count += 1
     assert stage.counts(batch).tolist() == [count, count] and count > 50
     torch.testing.assert_close(
@@ -244,8 +242,7 @@ def test_empty_batches_count_nothing_and_still_run(negatives_per):
 
 def test_pretraining_counts_the_tokens_that_another_one_follows():
     stage, _, _, [batch] = pretraining(make_rows(MANIFEST, "pretrain", seed=1, num_rows=6))
-    lengths = batch.packing.history_offsets.diff()
-    assert 0 < stage.counts(batch)[0] <= (lengths - 1).clamp(min=0).sum()
+    assert 0 < stage.counts(batch)[0] <= batch.packing.num_history_tokens < batch.num_read_tokens
     assert stage.counts(batch).tolist() == [len(batch.next_item.token_M)] * 2
 
 

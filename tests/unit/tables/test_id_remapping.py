@@ -19,7 +19,7 @@ MANIFEST = dataclasses.replace(make_manifest(), unbounded=dict.fromkeys(MANAGED,
 CPU = torch.device("cpu")
 
 
-def make_parts(split: str, per: str = "group", num_parts: int = 1, num_negatives: int = 40):
+def make_parts(split: str, per: str | None = "group", num_parts: int = 1, num_negatives: int = 40):
     is_pretraining = split == "pretrain"
     collate = Collate(
         MANIFEST,
@@ -86,7 +86,10 @@ def test_counts_are_the_tokens_of_the_whole_batch_and_no_negatives():
     parts = make_parts("pretrain", num_parts=2)
     raw = parts[0].raw_ids["item"]
     ids = parts[0].lookup["item"].values()[: len(raw.count_U)]
-    tokens = torch.cat([part.history_item_T for part in parts])
+    # Of whole histories, though the tower does not see their last tokens.
+    whole = make_parts("pretrain", per=None, num_parts=2)
+    tokens = torch.cat([part.history_item_T for part in whole])
+    assert len(tokens) > sum(len(part.history_item_T) for part in parts)
     expected = tokens.unique(return_counts=True)
     assert torch.equal(ids, expected[0]) and torch.equal(raw.count_U, expected[1])
     assert raw.num_draws == 2 * 3 * 40
@@ -100,7 +103,8 @@ def test_only_items_with_a_row_are_targets_and_negatives(per):
     occupied = assignment._maps["item"].occupied()
     keep = (old.item_M >= 50) & (old.item_M < 120)
     assert 0 < keep.sum() < len(keep)
-    assert torch.equal(new.token_M, old.token_M[keep]) and torch.equal(new.target_token_M, old.target_token_M[keep])
+    assert torch.equal(new.token_M, old.token_M[keep])
+    assert all(torch.equal(new.target[name], value_M[keep]) for name, value_M in old.target.items())
     assert torch.equal(new.item_M, assignment._maps["item"].rows(old.item_M[keep]))
     assert torch.isin(new.item_M, occupied).all() and torch.isin(new.negative_item_GN, occupied).all()
     assert torch.equal(after.lookup["item"].values()[new.negative_row_GN], new.negative_item_GN)
