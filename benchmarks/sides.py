@@ -23,7 +23,7 @@ from gpsd_dist.data import collate, distinct
 from gpsd_dist.distributed import allocator
 from gpsd_dist.distributed import runtime as runtime_module
 from gpsd_dist.model import transformer
-from gpsd_dist.model.ops import swiglu
+from gpsd_dist.model.ops import attention, row_attention, swiglu
 from gpsd_dist.stages import losses
 
 NUM_NEGATIVES = 4096
@@ -40,6 +40,7 @@ VARIANTS = {
     "product + frozen item table": "what ST&SF and FT&SF train",
     "product + frozen item table in fp16": "kept in half precision",
     "product - shared rows": "attention in one row per request, by length buckets",
+    "product - candidates alone": "histories attend in the last ranking layer too, and their output is thrown away",
     "product - folded norms": "torch's RMSNorm in front of every linear layer",
     "product - left-out token": "the last token of every history goes through the tower, though nothing is predicted",
     "product - shared negatives": f"{NUM_NEGATIVES} negatives per sequence",
@@ -55,7 +56,7 @@ PRETRAIN_ONLY = {
     "product - shared negatives",
     "product - fused softmax loss",
 }
-FINETUNE_ONLY = {name for name in VARIANTS if "frozen" in name}
+FINETUNE_ONLY = {name for name in VARIANTS if "frozen" in name or "candidates" in name}
 
 
 SIZES = {
@@ -153,6 +154,8 @@ def _switch(name: str) -> None:
     """Turns one part of the product off in this process."""
     if name == "shared rows":
         packing.plan_rows = lambda *lengths: None
+    elif name == "candidates alone":
+        attention._by_length = _with_histories
     elif name == "folded norms":
         transformer.normed_linear = lambda x, norm, linear: linear(norm(x))
         transformer.normed = lambda x, norm: norm(x)
@@ -166,6 +169,16 @@ def _switch(name: str) -> None:
     elif name == "kept memory":
         runtime_module.keep_freed_memory = lambda: False
         assert allocator.keep_freed_memory  # still there, not called
+
+
+def _with_histories(
+    qkv_S3HK: torch.Tensor, rows_of: packing.Packing, candidates_only: bool, dropout: float
+) -> torch.Tensor:
+    """Replaces `attention._by_length`: lets all tokens attend in shared rows."""
+    first = rows_of.num_history_tokens if candidates_only else 0
+    if rows_of.rows is None:
+        return attention.bucketed(qkv_S3HK, rows_of, False, dropout)[first:]
+    return row_attention.in_rows(qkv_S3HK, rows_of.rows, dropout)[first:]
 
 
 def _repeated(parts: list[distinct.Wanted], num_rows: int) -> np.ndarray:

@@ -153,10 +153,10 @@ def transformer_bytes(run: RunConfig, step: Workload, device_type: str) -> tuple
     behind_attention = value * width + norm + hidden + 2 * mask
     attention, once = _attention_bytes(run, step, device_type)
     every = last = (tokens + candidates) * (norm + behind_attention) + attention / parts
-    if is_ranking:
-        last = (tokens + candidates) * norm + candidates * behind_attention + attention / parts
-        if not _in_rows(step, device_type):  # a history's own attention is not computed
-            last -= tokens * (value * width + _FLOAT * model.heads)
+    if is_ranking:  # a history's own attention is not computed, so candidates attend in length buckets
+        in_buckets = _bucket_bytes(run, step, device_type) / parts - tokens * (value * width + _FLOAT * model.heads)
+        last = (tokens + candidates) * norm + candidates * behind_attention + in_buckets
+        once = once if layers > 1 else 0.0
     if is_cpu and not run.train.bf16:
         every += _gain_bytes(width, tokens + candidates, tokens + candidates)
         last += _gain_bytes(width, tokens + candidates, candidates if is_ranking else tokens)
@@ -192,29 +192,36 @@ def _attention_bytes(run: RunConfig, step: Workload, device_type: str) -> tuple[
     On CPU, sequences share rows: each slot counts, padding included. The mask of a slot is kept once; with autocast
     every layer keeps a copy in half precision instead. On CUDA, the padding of length buckets is not counted.
     """
-    value, width, heads = _HALF if run.train.bf16 else _FLOAT, run.model.width, run.model.heads
-    tokens, in_rows = step.tokens + step.candidates, _in_rows(step, device_type)
-    per_token = 4 * value * width + _FLOAT * heads
+    in_rows = _in_rows(step, device_type)
     if in_rows is None:
-        return tokens * per_token + _candidate_bytes(run, step, device_type), 0.0
-    slots, mask = tokens * in_rows[0], in_rows[1]
+        return _bucket_bytes(run, step, device_type), 0.0
+    slots, mask = (step.tokens + step.candidates) * in_rows[0], in_rows[1]
     half_masks = slots * mask * _HALF if run.train.bf16 else 0
-    return slots * per_token + half_masks, 0.0 if run.train.bf16 else slots * mask * _FLOAT
+    return slots * _token_bytes(run) + half_masks, 0.0 if run.train.bf16 else slots * mask * _FLOAT
+
+
+def _token_bytes(run: RunConfig) -> int:
+    return 4 * (_HALF if run.train.bf16 else _FLOAT) * run.model.width + _FLOAT * run.model.heads
+
+
+def _bucket_bytes(run: RunConfig, step: Workload, device_type: str) -> float:
+    return (step.tokens + step.candidates) * _token_bytes(run) + _candidate_bytes(run, step, device_type)
 
 
 def _candidate_bytes(run: RunConfig, step: Workload, device_type: str) -> float:
     """Counts what attention of candidates keeps in one layer: copies of keys and values, 2 v D per token.
 
     `attention.two_part` (CUDA with autocast) makes no copies. Above MAX_MASKED_CANDIDATES per request,
-    `attention.bucketed` also keeps a weight of 4 H bytes (6 H with autocast) for each pair of candidate and key.
+    `attention.bucketed` copies of candidates the query alone, and keeps two weights, (4 + v) H bytes, for each pair of
+    candidate and key.
     """
     value, width, heads = _HALF if run.train.bf16 else _FLOAT, run.model.width, run.model.heads
     if not step.candidates or (run.train.bf16 and device_type == "cuda"):
         return 0.0
     if step.candidates / step.requests <= MAX_MASKED_CANDIDATES:
         return 2 * value * width * (step.tokens + step.candidates)
-    scores = heads * step.candidate_keys * (_FLOAT + (value if run.train.bf16 else 0))
-    return 2 * value * width * (step.tokens + step.candidates) + scores
+    scores = heads * step.candidate_keys * (_FLOAT + value)
+    return value * width * (2 * step.tokens + step.candidates) + scores
 
 
 def loss_bytes(run: RunConfig, size: ModelSize, step: Workload) -> float:

@@ -13,15 +13,15 @@ from torch.autograd.function import once_differentiable
 from gpsd_dist.batch.row_layout import AttentionRows
 
 
-def in_rows(qkv_S3HK: torch.Tensor, rows: AttentionRows, num_skipped: int = 0, dropout: float = 0.0) -> torch.Tensor:
-    """Computes the attention output [S - num_skipped, H * K] of the last tokens in packed order."""
+def in_rows(qkv_S3HK: torch.Tensor, rows: AttentionRows, dropout: float = 0.0) -> torch.Tensor:
+    """Computes the attention output [S, H * K] of all tokens in packed order."""
     qkv, out = _ToSlots.apply(qkv_S3HK, rows), []
     for index, block in enumerate(rows.blocks):
         qkv_nHWK = qkv[3 * index : 3 * index + 3]
         mask = None if block.mask is None else block.mask.to(qkv_S3HK.dtype)
         out_nHWK = F.scaled_dot_product_attention(*qkv_nHWK, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
         out.append(out_nHWK.transpose(1, 2).flatten(0, 1).flatten(1))
-    return _FromSlots.apply(out[0] if len(out) == 1 else torch.cat(out), rows.slot_S[num_skipped:])
+    return _FromSlots.apply(out[0] if len(out) == 1 else torch.cat(out), rows.slot_S)
 
 
 class _ToSlots(torch.autograd.Function):
@@ -55,7 +55,7 @@ def _blocks(slots_R3HK: torch.Tensor, rows: AttentionRows) -> typing.Iterator[tu
 
 
 class _FromSlots(torch.autograd.Function):
-    """Moves slots back to tokens; slots that are not read get zero gradient."""
+    """Moves slots back to tokens; padding gets zero gradient."""
 
     @staticmethod
     def forward(ctx, x_R, slot_S):
