@@ -5,16 +5,19 @@ import dataclasses
 import gc
 import multiprocessing
 import multiprocessing.connection
+import os
 import resource
 import time
 import traceback
 import typing
+import unittest.mock
 
 import torch
 
 from benchmarks.product import Product
 from benchmarks.sides import Side, SideSpec, opened
 from benchmarks.step_split import Split
+from gpsd_dist.distributed import huge_pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,10 @@ class Remote:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, spec), daemon=True)
-        self.process.start()
+        # As the launchers start the product. The C library reads its variable only while a process starts.
+        has_huge_pages = spec.variant.startswith("product") and "huge pages" not in spec.variant
+        with unittest.mock.patch.dict(os.environ, huge_pages.environment() if has_huge_pages else {}):
+            self.process.start()
         theirs.close()
         self._receive()  # built
 

@@ -48,6 +48,7 @@ VARIANTS = {
     "product - deduplicated lookup": "every index looked up, exchanged and updated on its own",
     "product - columnar loader": "rows pass through Python objects",
     "product - kept memory": "freed memory goes back to the system",
+    "product - huge pages": "memory in pages of 4 KiB, as without a launcher",
 }
 PRETRAIN_ONLY = {
     "baseline + shared negatives",

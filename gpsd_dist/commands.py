@@ -16,7 +16,7 @@ import threading
 import time
 
 from gpsd_dist.disk.text import say_error, shown
-from gpsd_dist.distributed import exit_codes
+from gpsd_dist.distributed import exit_codes, huge_pages
 
 REPO_ROOT = pathlib.Path(__file__).resolve().parents[1]
 Command = tuple[str, ...]  # Arguments after `python`
@@ -92,7 +92,7 @@ def execute(
     if say is not None:
         say(f"$ {shell(command)}")
     search_path = os.pathsep.join(filter(None, (str(REPO_ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": search_path}
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ | huge_pages.environment() | {"PYTHONPATH": search_path}
     signals: list[int] = []
     with subprocess.Popen(
         [sys.executable, *command],

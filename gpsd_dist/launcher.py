@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
 
-from gpsd_dist.distributed import exit_codes
+from gpsd_dist.distributed import exit_codes, huge_pages
 from gpsd_dist.distributed.parent_watch import LAUNCHER_VARIABLE, STORE_VARIABLE
 
 _BY_IMPORTANCE = (exit_codes.MISTAKE, exit_codes.NO_FILE_ACCESS, exit_codes.HUNG, exit_codes.STOPPED)
@@ -67,6 +67,7 @@ def main(argv: list[str]) -> int:
     # PContext.start installs this function for PET_SIGNALS_TO_HANDLE; torch's own one raises at every signal.
     processes._terminate_process_handler = _first_signal
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
+    os.environ.update(huge_pages.environment())  # for the ranks: this process has started without them
     # By default all attempts share one store and its keys: a rank that is faster than its peers connects to addresses
     # of dead ranks, and the restart fails (https://github.com/pytorch/pytorch/issues/135712; seen with torch 2.13).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

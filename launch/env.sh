@@ -6,6 +6,13 @@
 # library default (all cores in every rank) makes ranks fight for them. NPROC is set by the launcher.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((num_cores / NPROC) > 1 ? (num_cores / NPROC) : 1))}"
 
+# glibc 2.35 and newer: memory in huge pages. Steps on a CPU take 1.05 - 1.11x less time (gpsd_dist/distributed/huge_pages.py).
+glibc_version=$(getconf GNU_LIBC_VERSION 2>/dev/null) || true
+if [[ ${GLIBC_TUNABLES-} != *glibc.malloc.hugetlb* && $glibc_version =~ ^glibc\ ([0-9]+)\.([0-9]+) ]] &&
+    ((BASH_REMATCH[1] > 2 || BASH_REMATCH[1] == 2 && BASH_REMATCH[2] >= 35)); then
+    export GLIBC_TUNABLES="${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}glibc.malloc.hugetlb=1"
+fi
+
 # Python's output reaches the log when it is written, not when a buffer is full; the last lines before a crash matter.
 export PYTHONUNBUFFERED="${PYTHONUNBUFFERED:-1}"
 
