@@ -56,6 +56,7 @@ class TrainingStep:
         # The optimizer comes after `parallelize`: FSDP2 replaces the parameters by shards of them.
         self.parallel = parallelize(self.model, run, self.runtime)
         self.optimizer = dense_optimizer(self.model, run.dense)
+        self._parameters = list(self.model.parameters())
         self.number = 0  # Number of the step under way, from 0 over the whole run
         # Made once, because each copy of host values to a GPU makes the host wait.
         self._loss_weights_L = torch.tensor(list(components.stage.loss_weights.values()), device=self.runtime.device)
@@ -159,7 +160,7 @@ class TrainingStep:
             # The dense part alone: the rows of the tables were updated in the backward, where no norm is known yet.
             if self.run.train.clip_norm:
                 assert self._done is not None
-                self._done.gradient_norm = clip_gradients(self.model, self.run.train.clip_norm)
+                self._done.gradient_norm = clip_gradients(self._parameters, self.run.train.clip_norm)
             self.optimizer.step()
 
     def _check_finite(self, done: StepResult) -> None:

@@ -103,8 +103,11 @@ class Batch:
 def to_device(value: typing.Any, device: torch.device) -> typing.Any:
     """Copies a batch, all parts of a step's batch, or a piece of one (a Packing, say) to a device.
 
-    Asynchronous if the tensors are pinned. What parts share (the lookup) is copied once.
+    Asynchronous if the tensors are pinned. What parts share (the lookup) is copied once. For a CPU it is the value itself,
+    because the loader's tensors are there already.
     """
+    if device.type == "cpu":
+        return value
     return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True), {})
 
 

@@ -58,9 +58,9 @@ def exchange_gradients(parallel: nn.Module, is_on: bool) -> None:
         parallel.set_requires_gradient_sync(is_on)
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
     """Clips the global gradient norm in place and returns it unclipped, float32 []. Collective with fsdp2."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
