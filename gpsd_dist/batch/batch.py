@@ -103,8 +103,8 @@ class Batch:
 def to_device(value: typing.Any, device: torch.device) -> typing.Any:
     """Copies a batch, all parts of a step's batch, or a piece of one (a Packing, say) to a device.
 
-    Asynchronous if the tensors are pinned. What parts share (the lookup) is copied once. For a CPU it is the value itself,
-    because the loader's tensors are there already.
+    Asynchronous if the tensors are pinned. What parts share (the lookup) is copied once. A CPU gets the value itself:
+    the loader's tensors are there already.
     """
     if device.type == "cpu":
         return value

@@ -102,7 +102,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     A checkpoint then needs no generator state, and a resumed run draws the numbers of the uninterrupted one.
     """
     number = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
-    # `torch.manual_seed` does the same for every kind of device, and takes the Python stack for those that are not there.
+    # `torch.manual_seed` also seeds kinds of devices that are not there, and takes the Python stack for each.
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(number)
