@@ -82,7 +82,7 @@ def _check_target(out_dir: pathlib.Path) -> None:
 
 
 def _move_back(out_dir: pathlib.Path) -> None:
-    """Moves a data set back that a build of the time before there were versions had moved away when it died."""
+    """Moves a data set back that a build older than versions had moved aside when it was killed."""
     for path in sorted(out_dir.parent.iterdir()) if out_dir.parent.is_dir() and not out_dir.exists() else ():
         if path.name.startswith(f".{out_dir.name}.old-") and (path / schema.MANIFEST_NAME).is_file():
             path.rename(out_dir)
@@ -161,7 +161,7 @@ def version(out_dir: pathlib.Path, keep_versions: int) -> typing.Iterator[pathli
 
 @contextlib.contextmanager
 def _undisturbed() -> typing.Iterator[None]:
-    """Lets no SIGTERM or Ctrl-C end the build in its last moments, when it could not say any more what holds."""
+    """Ignores SIGTERM and Ctrl-C while a version is made current: ended there, a build could not say which holds."""
     is_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT) if is_main}
     try:

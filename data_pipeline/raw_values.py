@@ -170,7 +170,7 @@ def label(array: pa.Array, notes: Notes) -> Converted:
 
 
 def weight(array: pa.Array, notes: Notes, at_most: float = MAX_WEIGHT) -> Converted:
-    """Reads how often a row counts, or with `at_most` 1 a share above 0. A missing one is bad: 1 were a guess."""
+    """Reads how often a row counts, or with `at_most` 1 a share above 0. A missing one is bad: 1 would be a guess."""
     found, is_bad = number(array, notes)
     values = pc.fill_null(found, np.nan).to_numpy()
     is_good = (values >= MIN_WEIGHT) & (values <= at_most) | (values == 0) & (at_most == MAX_WEIGHT)

@@ -50,7 +50,7 @@ def _managed_tables_are_whole(run: RunConfig, manifest: Manifest) -> _Problems:
 
 
 def _something_to_learn(run: RunConfig, manifest: Manifest) -> _Problems:
-    """A build with --allow_empty lets a data set through that nothing can be learnt from."""
+    """Refuses data that nothing can be learnt from, which a build with --allow_empty lets through."""
     name = "pretrain" if run.stage == "pretrain" else "train"
     split = next((split for split in manifest.splits if split.name == name), None)
     if split is None or not split.num_rows:

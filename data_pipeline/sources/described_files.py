@@ -240,7 +240,7 @@ class Reader:
         return self._one_spelling(section, rows, kinds, notes)
 
     def _check_lacking(self, section: str, lacking: dict[str, list], num_files: int) -> None:
-        """Warns of keys that some files of JSON lines have nowhere. ValueError for one that none of the files has."""
+        """Warns of keys that occur in no line of some JSON files. ValueError for a key that occurs in no file."""
         for column, files in lacking.items():
             path, keys = files[0]
             words = f"[{section}]: no line of {path} has the key {column!r} ({len(files)} of {num_files} files)"

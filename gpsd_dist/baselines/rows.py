@@ -45,7 +45,7 @@ class Sampling:
         return Sampling(*(None if part is None else part[is_used_N] for part in self._parts))
 
     def counts(self, is_weighted: bool = True) -> np.ndarray | None:
-        """Multiplies both, float64 [N]; `is_weighted` False: without sample weights, as metrics do by default."""
+        """Multiplies sample weights (if `is_weighted`) and 1 / rate: float64 [N]; None where there is neither."""
         parts = [part for part in self._parts[not is_weighted :] if part is not None]
         return np.prod(parts, axis=0) if parts else None
 

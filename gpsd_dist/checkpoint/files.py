@@ -294,7 +294,7 @@ def _copied(tensor: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
 
 
 def passing_failure(error: CheckpointException) -> BaseException | None:
-    """Returns the first failure of a rank that is none of the files, if there is one. All ranks get the same."""
+    """Returns the first failure of a rank that may pass by itself, if there is one. All ranks get the same."""
     failures = [failure for _, (failure, _) in sorted(error.failures.items())]
     return next(filter(why_passing, failures), None)
 

@@ -1,4 +1,4 @@
-"""Refuses versions by their AUC: tables in fewer bits that lose too much on `valid`, and what is worse than in use.
+"""Refuses a version whose smaller tables lose AUC on `valid`, or whose AUC is below that of the version in use.
 
 Shape letter: C candidates.
 """
@@ -69,7 +69,7 @@ def check_replaces(source: Source, scorer: Scorer, out: str | os.PathLike[str], 
 
 
 def managed(scorer: Scorer) -> Rows:
-    """Returns what gives rows to the ids of managed tables."""
+    """Returns managed table -> map from 64-bit ids to its rows."""
     names = [name for name, kind in scorer.manifest.unbounded.items() if kind == "managed"]
     return {name: scorer.vocabularies[name].rows for name in names}
 

@@ -23,7 +23,7 @@ Rows = collections.abc.Mapping[str, collections.abc.Callable[[np.ndarray], np.nd
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """Tokens of some rows, sorted by history length, with what the log says of them."""
+    """Holds the tokens of some rows, sorted by history length, with their labels, users and times."""
 
     tokens: Tokens
     labels: dict[str, np.ndarray]

@@ -66,9 +66,9 @@ class RawRequests:
 def read_requests(
     run: RunConfig, manifest: Manifest, split: str, reader: RequestReader, *, rows_at_once: int = 256
 ) -> collections.abc.Iterator[Labelled]:
-    """Reads a split as another version reads the raw requests that its rows were made of.
+    """Turns the rows of a split back into raw requests, and reads these by `reader`, that of another version.
 
-    ValueError where raw ids are lost.
+    ValueError for tables that keep no raw ids.
     """
     if manifest.unbounded:
         raise ValueError(

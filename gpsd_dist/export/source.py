@@ -1,4 +1,4 @@
-"""Says what is exported, and how."""
+"""Describes an export: the run, and the options."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from gpsd_dist.serving.requests import Limits
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Holds what is exported."""
+    """Holds the run that is exported: its checkpoint, options and data set."""
 
     checkpoint: Location
     state: RunState

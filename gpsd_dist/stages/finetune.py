@@ -107,7 +107,7 @@ class Finetune:
         return gather_metrics(predictions, keep)
 
     def score(self, components: Components, host_batch: Batch) -> tuple[Batch, dict[str, torch.Tensor]]:
-        """Scores a batch: itself on the device, and task -> logits [C], empty without requests. Collective."""
+        """Scores a batch; returns it on the device, and task -> logits [C] (empty without requests). Collective."""
         # `assign` and not `train`: scoring must not admit ids, or a second pass would see other tables.
         (batch,) = components.ids.assign((host_batch.to(components.runtime.device),))
         # Ranks may run out of rows at different batches. Those still have to join the lookup, and under FSDP2 the
