@@ -36,7 +36,8 @@ from gpsd_dist.serving.tokens import Tokens
 
 ITEM_VECTORS = "item vectors"
 """Names the table of unit vectors in the description of an artefact."""
-_REQUESTS_AT_ONCE, _BLOCK_ITEMS = 64, 1 << 16  # untuned: bound memory, 16 MiB of scores
+_REQUESTS_AT_ONCE, _BLOCK_SCORES = 64, 1 << 22  # untuned: bound memory, 16 MiB of scores
+_BLOCK_ITEMS = 1 << 18  # at most: ordering the first block takes long, each further one some calls
 CATALOGUE_NAME = "catalogue.parquet"
 """Raw id and row of each item that is searched, where those are not all rows of a vocabulary."""
 EXAMPLES_TOP = 20
@@ -186,16 +187,36 @@ def _preselected(
     query_N = torch.repeat_interleave(torch.tensor([len(rows) for rows in seen]))
     seen_N = torch.from_numpy(np.concatenate([*seen, np.zeros(0, np.int64)]))
     best_BP, row_BP = torch.empty(len(query_BE), 0), torch.empty(len(query_BE), 0, dtype=torch.int64)
-    for first in range(NUM_RESERVED_ROWS, vectors.num_rows, _BLOCK_ITEMS):
-        stop = min(first + _BLOCK_ITEMS, vectors.num_rows)
+    size = min(_BLOCK_ITEMS, max(1, _BLOCK_SCORES // max(1, len(query_BE))))
+    for first in range(NUM_RESERVED_ROWS, vectors.num_rows, size):
+        stop = min(first + size, vectors.num_rows)
         score_BR = query_BE @ vectors.block(first, stop).T
         is_here_N = (seen_N >= first) & (seen_N < stop)
         score_BR[query_N[is_here_N], seen_N[is_here_N] - first] = -torch.inf
-        block_BP, place_BP = score_BR.topk(min(wanted, stop - first), dim=1)
+        if best_BP.shape[1] < wanted:
+            block_BP, place_BP = score_BR.topk(min(wanted, stop - first), dim=1)
+        else:
+            block_BP, place_BP = _above(score_BR, best_BP[:, -1:])
+            if not block_BP.shape[1]:
+                continue
         both = torch.cat([best_BP, block_BP], 1), torch.cat([row_BP, place_BP + first], 1)
         best_BP, chosen_BP = both[0].topk(min(wanted, both[0].shape[1]), dim=1)
         row_BP = both[1].gather(1, chosen_BP)
     return best_BP, row_BP
+
+
+def _above(score_BR: torch.Tensor, least_B1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Finds the scores above `least_B1` of each query: scores [B, M], padded with -inf, and their places [B, M].
+
+    Few are, behind the first block of items, and to compare all takes a fifth of the time to order them.
+    """
+    query_N, place_N = (score_BR > least_B1).nonzero(as_tuple=True)
+    count_B = torch.bincount(query_N, minlength=len(score_BR))
+    slot_N = torch.arange(len(query_N)) - (count_B.cumsum(0) - count_B)[query_N]
+    shape = len(score_BR), int(count_B.max()) if len(count_B) else 0
+    found_BM, place_BM = score_BR.new_full(shape, -torch.inf), place_N.new_zeros(shape)
+    found_BM[query_N, slot_N], place_BM[query_N, slot_N] = score_BR[query_N, place_N], place_N
+    return found_BM, place_BM
 
 
 def load(path: str | os.PathLike[str], *, verify: bool = True) -> Retriever:
