@@ -19,6 +19,7 @@ Values: typing.TypeAlias = np.ndarray | tuple[np.ndarray, np.ndarray]
 # A numerical feature is standardised and cut here, so that an outlier does not outweigh the other features of a token.
 _MAX_DEVIATIONS = 5.0  # untuned
 _NO_TEXT = pa.scalar(None, pa.string())
+_FEW_IDS = 16  # up to here a dictionary costs more than what it saves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Rules:
 
 def plain(array: pa.Array | pa.ChunkedArray) -> pa.Array:
     """Returns the array without a dictionary or an extension, and every text as pa.string()."""
+    if isinstance(array, pa.StringArray):
+        return array
     array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
@@ -127,12 +130,19 @@ def id_of(raw: pa.Array) -> np.ndarray:
 
     Every engine of `data_pipeline` computes the same (`data_pipeline.hashing.id_of`).
     """
+    if len(raw) <= _FEW_IDS:
+        ids = (UNKNOWN_INDEX if text is None else _id_of_text(text) for text in raw.to_pylist())
+        return np.fromiter(ids, np.int64, len(raw))
     encoded = raw.dictionary_encode()  # an item often stands in a request twice, and md5 costs more than this
     texts = encoded.dictionary.to_pylist()
-    digits = (hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()[: ID_BITS // 4] for text in texts)
-    id_of_text = np.fromiter((int(text, 16) + NUM_RESERVED_ROWS for text in digits), np.int64, len(texts))
+    id_of_text = np.fromiter(map(_id_of_text, texts), np.int64, len(texts))
     place = pc.fill_null(encoded.indices, len(texts)).to_numpy()
     return np.append(id_of_text, UNKNOWN_INDEX)[place]
+
+
+def _id_of_text(text: str) -> int:
+    first_bits = int.from_bytes(hashlib.md5(text.encode(), usedforsecurity=False).digest()[:8])
+    return (first_bits >> (64 - ID_BITS)) + NUM_RESERVED_ROWS
 
 
 def standardise(feature: Feature, values: np.ndarray) -> np.ndarray:

@@ -212,7 +212,7 @@ class RequestReader:
         owner_E = np.repeat(np.arange(len(length_B)), length_B)
         time_E = reading.list_times(HISTORY_TIME, sent)
         known_E = time_E
-        if LATEST in reading.requests.column_names:
+        if reading.has(LATEST):
             known_E = np.where(np.isneginf(time_E), reading.list_times(LATEST, sent), time_E)
         order_E = np.lexsort((known_E, owner_E))  # stable: equal times stay as they come
         known_s_E, until_E = np.floor(known_E), time_B[owner_E]
@@ -246,7 +246,6 @@ class _Encoder:
     def tokens(self, place: str, item: _Lists, entry_N: np.ndarray | None) -> dict[str, Values]:
         """Reads the features of history or candidates at the entries of the item column (None: all)."""
         manifest, found = self.reader.manifest, {}
-        entry_N = np.arange(len(item.values)) if entry_N is None else entry_N
         item_feature = manifest.feature(manifest.item_feature)
         index_N = typing.cast(np.ndarray, self._encoded(item_feature, item, entry_N))
         for feature in manifest.features_in(place):
@@ -271,7 +270,7 @@ class _Encoder:
         for feature in self.reader.manifest.features_in("context"):
             column = self.reading.column(f"context.{feature.name}")
             lists = _Lists(f"context.{feature.name}", column, np.arange(len(column) + 1))
-            found[feature.name] = self._served(feature, self._encoded(feature, lists, np.arange(len(column))))
+            found[feature.name] = self._served(feature, self._encoded(feature, lists, None))
         return found
 
     def _served(self, feature: Feature, values: Values) -> Values:
@@ -279,9 +278,9 @@ class _Encoder:
             return self.reader.served(feature, values[0]), values[1]
         return self.reader.served(feature, values)
 
-    def _encoded(self, feature: Feature, column: _Lists, entry_N: np.ndarray) -> Values:
-        """Encodes raw values at the entries as the data set would hold them."""
-        array = column.values.take(pa.array(entry_N))
+    def _encoded(self, feature: Feature, column: _Lists, entry_N: np.ndarray | None) -> Values:
+        """Encodes raw values at the entries (None: all) as the data set would hold them."""
+        array = column.values if entry_N is None else column.values.take(pa.array(entry_N))
         chosen = _Chosen(column, entry_N)
         if feature.kind == "numerical":
             return self.reading.numbers(feature, array, chosen)
@@ -290,7 +289,7 @@ class _Encoder:
         if not _is_list(array.type):
             raise column.error(0, f"found {array.type}, expected a list of ids per value")
         owner_M = pc.list_parent_indices(array).to_numpy()
-        members = self.reading.ids(array.flatten(), _Chosen(column, entry_N[owner_M]))
+        members = self.reading.ids(array.flatten(), _Chosen(column, owner_M if entry_N is None else entry_N[owner_M]))
         size_N = np.bincount(owner_M, minlength=len(array))
         if len(size_N) and size_N.max() > self.reading.limits.max_bag_values:
             given = f"a bag of {size_N.max()} values, expected at most {self.reading.limits.max_bag_values}"
@@ -304,10 +303,12 @@ class _Chosen:
     """Remembers which entries of a column values were taken from, for error messages."""
 
     column: _Lists
-    entry_N: np.ndarray
+    entry_N: np.ndarray | None
+    """None: all of them."""
 
     def error(self, place: int, message: str) -> RequestError:
-        return self.column.error(int(self.entry_N[place]) if len(self.entry_N) else 0, message)
+        has_entry = self.entry_N is not None and len(self.entry_N) > 0
+        return self.column.error(int(self.entry_N[place]) if has_entry else place, message)
 
 
 class _Reading:
@@ -316,9 +317,10 @@ class _Reading:
     def __init__(self, requests: pa.Table, limits: Limits, rules: features.Rules):
         self.requests, self.limits, self.rules = requests, limits, rules
         self.counts: collections.Counter[str] = collections.Counter()
+        self._names = frozenset(requests.column_names)
 
     def has(self, name: str) -> bool:
-        return name in self.requests.column_names
+        return name in self._names
 
     def column(self, name: str) -> pa.Array:
         return one_chunk(self.requests[name])
@@ -373,6 +375,8 @@ class _Reading:
             found = self.rules.missing(features.raw_ids(array))
         except ValueError as error:
             raise chosen.error(0, str(error)) from error
+        if found.nbytes <= self.limits.max_id_bytes:  # of all together, offsets included
+            return found
         size = pc.max(pc.binary_length(found)).as_py() or 0
         if size > self.limits.max_id_bytes:
             place = pc.index(pc.binary_length(found), size).as_py()
@@ -430,9 +434,12 @@ def _either(is_first_N: np.ndarray, first: Values, second: Values) -> Values:
 
 def _unknown(values: Values, length_B: np.ndarray) -> np.ndarray:
     """Counts the values of each request that read the unknown row: int64 [B]."""
-    rows, ends = values if isinstance(values, tuple) else (values, np.arange(len(values) + 1))
-    so_far = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows == UNKNOWN_INDEX)])
-    return np.diff(so_far[ends[cuts(length_B)]])
+    rows, ends = values if isinstance(values, tuple) else (values, None)
+    is_unknown = rows == UNKNOWN_INDEX
+    if not is_unknown.any():
+        return np.zeros(len(length_B), np.int64)
+    stops = cuts(length_B)
+    return np.diff(cuts(is_unknown)[stops if ends is None else ends[stops]])
 
 
 def _column(name: str, values: list, feature: Feature | None) -> pa.Array:
