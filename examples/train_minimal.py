@@ -19,7 +19,7 @@ from gpsd_dist.data import data_versions
 from gpsd_dist.data.loaders import training_loader
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.schema import read_manifest
-from gpsd_dist.stages.registry import make_stage
+from gpsd_dist.stages.registry import find
 from gpsd_dist.tables.collections import Tables, lookup_tables
 
 ONE_PROCESS = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -52,7 +52,7 @@ def train(folder: pathlib.Path, num_steps: int) -> list[float]:
     """Returns the next-item loss of every step."""
     data = make_data(folder)
     manifest, run = read_manifest(data), options(folder, data)
-    stage = make_stage(run, manifest)  # the model, its losses and how it would be judged
+    stage = find(run.stage)(run, manifest)  # the model, its losses and how it would be judged
     torch.manual_seed(run.seed)
 
     # Big tables are TorchRec collections, which a real run shards over ranks. Small ones are part of the model.

@@ -8,7 +8,7 @@ from gpsd_dist.distributed.dense_parallel import compile_tower, tower_of
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.model.ops.products import use_bf16_products
 from gpsd_dist.schema import Manifest, Table
-from gpsd_dist.stages.registry import find, make_stage
+from gpsd_dist.stages.registry import find
 from gpsd_dist.stages.stage import Components
 from gpsd_dist.tables.collections import Tables, lookup_tables
 from gpsd_dist.tables.id_remapping import IdRemapper
@@ -26,7 +26,7 @@ def assemble(run: RunConfig, manifest: Manifest, runtime: Runtime) -> Components
     # On "meta", a table of a billion rows takes no memory until the planner has said which rank holds which part.
     tables = Tables(sharded, run.frozen_tables, run.tables, torch.device("meta"))
     placed = shard_tables(tables, run.tables, run.sparse, runtime, run.seed, run.execution)
-    stage = make_stage(run, manifest)
+    stage = find(run.stage)(run, manifest)
     # Seeded here, whatever the tables have drawn, so that the dense weights are the same on every rank and for every
     # number of ranks. Rows of tables have seeds of their own.
     torch.manual_seed(run.seed)
@@ -50,7 +50,7 @@ def looked_up_tables(run: RunConfig, manifest: Manifest) -> tuple[Table, ...]:
 def meta_model(run: RunConfig, manifest: Manifest, sharded: tuple[Table, ...]) -> nn.Module:
     """Builds the dense model of a run without memory, to count its parameters."""
     with torch.device("meta"):
-        return make_stage(run, manifest).model(sharded)
+        return find(run.stage)(run, manifest).model(sharded)
 
 
 def _check_has_tower(run: RunConfig, model: nn.Module) -> None:

@@ -14,9 +14,11 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 
 from gpsd_dist.disk.text import say_error, shown
 from gpsd_dist.distributed import exit_codes, huge_pages
+from gpsd_dist.distributed.fork_server import Forked, ForkServer
 
 REPO_ROOT = pathlib.Path(__file__).resolve().parents[1]
 Command = tuple[str, ...]  # Arguments after `python`
@@ -78,6 +80,7 @@ def execute(
     say: collections.abc.Callable[[str], None] | None = None,
     on_line: collections.abc.Callable[[str], None] | None = None,
     deadline_s: float = math.inf,
+    server: ForkServer | None = None,
 ) -> None:
     """Runs `python COMMAND` as a child. SIGTERM is passed on to it: a training saves and ends, and then so do we.
 
@@ -86,38 +89,28 @@ def execute(
         say: shows the command before it runs.
         on_line: gets every line that the child writes, in a thread; without it, the child sees our terminal.
         deadline_s: `time.monotonic()` at which the child is asked to stop.
+        server: forks the child, where it can.
 
     Raises OutOfTime after the deadline, Stopped if we were asked to stop, subprocess.CalledProcessError for a status.
     """
     if say is not None:
         say(f"$ {shell(command)}")
-    search_path = os.pathsep.join(filter(None, (str(REPO_ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ | huge_pages.environment() | {"PYTHONPATH": search_path}
     signals: list[int] = []
-    with subprocess.Popen(
-        [sys.executable, *command],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=None if on_line is None else subprocess.PIPE,
-        stderr=None if on_line is None else subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    ) as child:
+    output = _Output(on_line)
+    child = output.start(command, server)
 
-        def pass_on(number, frame) -> None:
-            signals.append(number)
-            child.terminate()
+    def pass_on(number, frame) -> None:
+        signals.append(number)
+        child.terminate()
 
-        reader = threading.Thread(target=_read, args=(child, on_line), daemon=True)
-        reader.start()
-        previous = signal.signal(signal.SIGTERM, pass_on)
-        try:
-            status, is_late = _wait(child, deadline_s)
-        finally:
-            # After Ctrl-C, which the child has got too, it still saves: its last lines are read, and it is waited for.
-            child.wait()
-            reader.join()
-            signal.signal(signal.SIGTERM, previous)
+    previous = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        status, is_late = _wait(child, deadline_s)
+    finally:
+        # After Ctrl-C, which the child has got too, it still saves: its last lines are read, and it is waited for.
+        child.wait()
+        output.close()
+        signal.signal(signal.SIGTERM, previous)
     if signals:
         raise Stopped(f"asked to stop during: {shell(command)}")
     if is_late and status:
@@ -126,13 +119,46 @@ def execute(
         raise subprocess.CalledProcessError(status, ["python", *command])
 
 
-def _read(child: subprocess.Popen, on_line: collections.abc.Callable[[str], None] | None) -> None:
-    for line in child.stdout or ():
-        if on_line is not None:
-            on_line(line.rstrip("\n"))
+def environment() -> dict[str, str]:
+    """Gives the variables of a child: one thread unless ours say otherwise, and the path to this package."""
+    search_path = os.pathsep.join(filter(None, (str(REPO_ROOT), os.environ.get("PYTHONPATH"))))
+    return {"OMP_NUM_THREADS": "1"} | os.environ | huge_pages.environment() | {"PYTHONPATH": search_path}
 
 
-def _wait(child: subprocess.Popen, deadline_s: float) -> tuple[int, bool]:
+class _Output:
+    """Reads the lines of a child in a thread, and hands them to `on_line`; None: the child sees our terminal."""
+
+    def __init__(self, on_line: collections.abc.Callable[[str], None] | None):
+        self._on_line, self._reader = on_line, threading.Thread()
+
+    def start(self, command: Command, server: ForkServer | None) -> subprocess.Popen | Forked:
+        """Starts the child."""
+        if self._on_line is None:
+            return self._start(command, server, None)
+        read, write = os.pipe()
+        with open(write, "wb") as pipe:
+            child = self._start(command, server, pipe)
+        self._reader = threading.Thread(target=self._read, args=(read,), daemon=True)
+        self._reader.start()
+        return child
+
+    def _start(self, command: Command, server: ForkServer | None, pipe: typing.Any) -> subprocess.Popen | Forked:
+        forked = server.start(command, environment(), pipe, pipe) if server is not None else None
+        streams = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe}
+        return forked or subprocess.Popen([sys.executable, *command], env=environment(), **streams)
+
+    def _read(self, read: int) -> None:
+        with open(read, errors="replace") as lines:
+            for line in lines:
+                self._on_line(line.rstrip("\n"))
+
+    def close(self) -> None:
+        """Waits for the last line."""
+        if self._on_line is not None:
+            self._reader.join()
+
+
+def _wait(child: subprocess.Popen | Forked, deadline_s: float) -> tuple[int, bool]:
     """Returns the status, and whether the child had to be asked to stop."""
     left_s = deadline_s - time.monotonic()
     try:

@@ -14,7 +14,6 @@ import time
 
 from gpsd_dist.checkpoint import storage
 from gpsd_dist.commands import execute, exit_status, shell
-from gpsd_dist.fit.__main__ import STATE_NAME
 from gpsd_dist.fit.__main__ import main as fit
 
 
@@ -62,7 +61,7 @@ def main(argv: list[str]) -> int:
 
 def serve(out_dir: pathlib.Path, data: pathlib.Path) -> None:
     """Exports the run that was chosen, verifies it, serves it, and compares 100 answers with `evaluate`."""
-    chosen = storage.read_json(out_dir / STATE_NAME)["chosen"]
+    chosen = storage.read_json(out_dir / "fit.json")["chosen"]
     if not chosen:
         return
     artefact, source = str(out_dir / "artefact"), ("--checkpoint", str(out_dir / chosen), "--data", str(data))

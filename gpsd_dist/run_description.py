@@ -15,23 +15,25 @@ import torch
 from gpsd_dist.checkpoint import storage
 from gpsd_dist.config.model import size_text
 from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.plan.frozen import expected_rows, frozen_line
+from gpsd_dist.tables.sharding import Cluster
 from gpsd_dist.trainer import Trainer
 
 log = logging.getLogger(__name__)
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy", "gin-config")
 
 
-def write(gin_text: str, trainer: Trainer, runtime: Runtime, plan_lines: list[str]) -> None:
+def write(gin_text: str, trainer: Trainer, runtime: Runtime) -> None:
     """Writes four files into OUTPUT_DIR, and a short form to the log. Only rank 0 may call it.
 
     config.gin is for running the command again, run_config.json has every option, plan.txt the layout of the tables and
-    then `plan_lines`, environment.json the command, commit, versions and hardware.
+    what freezing them saves, environment.json the command, commit, versions and hardware.
     """
     run = trainer.run
     folder = pathlib.Path(run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     tables = trainer.components.tables
-    plan = [*tables.plan.splitlines(), *plan_lines]
+    plan = [*tables.plan.splitlines(), *([_saved_by_freezing(trainer, runtime)] if run.freezes_tables else [])]
     texts = {
         "config.gin": gin_text,
         "run_config.json": json.dumps(dataclasses.asdict(run), indent=1),
@@ -51,6 +53,14 @@ def write(gin_text: str, trainer: Trainer, runtime: Runtime, plan_lines: list[st
         log.info("%s", line)
     epochs = f"{trainer.loader.steps_per_epoch} per epoch x {run.train.epochs} epochs"
     log.info("steps: %s, %d in all, warm-up %d", epochs, trainer.total_steps, trainer.warmup_steps)
+
+
+def _saved_by_freezing(trainer: Trainer, runtime: Runtime) -> str:
+    """Says in one line what freezing the transferred tables saves in memory and traffic."""
+    run, manifest, components = trainer.run, trainer.manifest, trainer.components
+    rows = expected_rows(run, manifest, components.lookup_names, runtime.world_size)
+    cluster = Cluster(runtime.world_size, runtime.local_world_size, runtime.device.type)
+    return frozen_line(run, manifest, components.tables.shards, rows, cluster)
 
 
 def environment(runtime: Runtime) -> dict[str, typing.Any]:

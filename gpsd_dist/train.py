@@ -8,19 +8,12 @@ import sys
 if not __package__:
     sys.exit("error: start it as a module, in the root of the repository: python -m gpsd_dist.train ...")
 
-from gpsd_dist import run_description, run_outcome
-from gpsd_dist.checkpoint import output_lock
-from gpsd_dist.checkpoint.manager import folder_of
 from gpsd_dist.config.gin_cli import load_run_config
 from gpsd_dist.disk.text import say_error, shown
 from gpsd_dist.distributed import exit_codes
+from gpsd_dist.distributed.exit_codes import LossNotFinite
 from gpsd_dist.distributed.parent_watch import LauncherGone
-from gpsd_dist.distributed.runtime import Runtime, process_group
-from gpsd_dist.plan.frozen import expected_rows, frozen_line
-from gpsd_dist.stages.registry import find as find_stage
-from gpsd_dist.tables.sharding import Cluster
-from gpsd_dist.trainer import Trainer
-from gpsd_dist.training_step import LossNotFinite
+from gpsd_dist.stages import registry
 
 
 def main(argv: list[str]) -> int:
@@ -29,13 +22,19 @@ def main(argv: list[str]) -> int:
     try:
         parsed = load_run_config(argv)
         run = parsed.run
-        find_stage(run.stage)  # a misspelt one is refused before the folder of the run is made
+        registry.check(run.stage)  # a misspelt one is refused before the folder of the run is made
+        # Imported here and not above: torch and TorchRec take seconds, and `--help` or a misspelt option needs neither.
+        from gpsd_dist import run_description, run_outcome
+        from gpsd_dist.checkpoint import output_lock
+        from gpsd_dist.checkpoint.manager import folder_of
+        from gpsd_dist.distributed.runtime import process_group
+        from gpsd_dist.trainer import Trainer
+
         # The lock is taken before anything is built: two jobs in one folder would mix their checkpoints, and the second
         # one must learn it in seconds, not after planning and reading.
-        checkpoints = folder_of(run.output_dir, run.train)
         with (
             process_group(run.train.collective_timeout_s) as runtime,
-            output_lock.held(run.output_dir, checkpoints=checkpoints),
+            output_lock.held(run.output_dir, checkpoints=folder_of(run.output_dir, run.train)),
         ):
             trainer = Trainer(run, runtime)
             # Nothing after this can reject the run. Only now is run_config.json written: a folder that has one counts
@@ -43,8 +42,7 @@ def main(argv: list[str]) -> int:
             trainer.load_weights()
             # A finished run stays as it was described: by the command and commit that trained it.
             if runtime.is_main and not trainer.early_stopping.is_finished:
-                lines = [_saved_by_freezing(trainer, runtime)] if run.freezes_tables else []
-                run_description.write(parsed.gin_text, trainer, runtime, lines)
+                run_description.write(parsed.gin_text, trainer, runtime)
             best = trainer.train()
         if not trainer.early_stopping.is_finished:
             return trainer.stops.exit_code
@@ -52,11 +50,9 @@ def main(argv: list[str]) -> int:
             # Outside of the group: the floors take rank 0 some seconds, in which the others need not wait.
             run_outcome.say(trainer, best, argv)
         return exit_codes.FINISHED
-    except LauncherGone as error:
-        return _failed(error, exit_codes.FAILED)
-    # FAILED and not MISTAKE, though it is a ValueError: the launcher may try once more. An unstable run shows it again,
-    # a broken device does not.
-    except LossNotFinite as error:
+    # A loss that is not finite is no MISTAKE, though a ValueError: the launcher may try once more. An unstable run
+    # shows it again, a broken device does not.
+    except (LauncherGone, LossNotFinite) as error:
         return _failed(error, exit_codes.FAILED)
     except ValueError as error:
         return say_error(error)
@@ -71,14 +67,6 @@ def main(argv: list[str]) -> int:
 def _failed(error: object, status: int) -> int:
     print(f"error: {shown(error)}", file=sys.stderr, flush=True)
     return status
-
-
-def _saved_by_freezing(trainer: Trainer, runtime: Runtime) -> str:
-    """Says in one line what freezing the transferred tables saves in memory and traffic."""
-    run, manifest, components = trainer.run, trainer.manifest, trainer.components
-    rows = expected_rows(run, manifest, components.lookup_names, runtime.world_size)
-    cluster = Cluster(runtime.world_size, runtime.local_world_size, runtime.device.type)
-    return frozen_line(run, manifest, components.tables.shards, rows, cluster)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import typing
 from gpsd_dist.assembly import assemble
 from gpsd_dist.checkpoint import resume
 from gpsd_dist.checkpoint.loading import fill_tensors
-from gpsd_dist.checkpoint.manager import Checkpoints, RunState, newest_intact
+from gpsd_dist.checkpoint.manager import RunState, newest_intact
+from gpsd_dist.checkpoint.saving import Checkpoints
 from gpsd_dist.checkpoint.state import read_run, read_state
 from gpsd_dist.checkpoint.transfer import transfer
 from gpsd_dist.config import RunConfig

@@ -15,6 +15,7 @@ from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.collectives import all_sum
 from gpsd_dist.distributed.dense_parallel import clip_gradients, exchange_gradients, parallelize
+from gpsd_dist.distributed.exit_codes import LossNotFinite
 from gpsd_dist.distributed.matmul_dtype import autocast
 from gpsd_dist.distributed.runtime import seed_step
 from gpsd_dist.metrics import profiling
@@ -25,10 +26,6 @@ from gpsd_dist.tables.prefetch import SparseDistPipeline
 
 Parts: typing.TypeAlias = tuple[Batch, ...]
 Embeddings: typing.TypeAlias = dict[str, torch.Tensor]  # Table -> [U, E]
-
-
-class LossNotFinite(ValueError):
-    """Names rank, step and the last good checkpoint."""
 
 
 class TrainingStep:

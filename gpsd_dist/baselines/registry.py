@@ -3,22 +3,13 @@
 import collections.abc
 import functools
 import os
+import typing
 
-from gpsd_dist import schema
-from gpsd_dist.baselines.gbdt import score_gbdt
-from gpsd_dist.baselines.next_item import rank_by_popularity
-from gpsd_dist.baselines.rates import score_popularity, score_rates
-from gpsd_dist.data import data_versions
-from gpsd_dist.metrics.classification import Predictions
+if typing.TYPE_CHECKING:
+    from gpsd_dist.metrics.classification import Predictions
 
-BASELINES: dict[str, collections.abc.Callable[..., Predictions]] = {
-    "gbdt": score_gbdt,
-    "gbdt_refit": functools.partial(score_gbdt, refit=True),
-    "popularity": score_popularity,
-    "rates": score_rates,
-}
 NEXT_ITEM = "next_item_popularity"
-NAMES = (*BASELINES, NEXT_ITEM)
+NAMES = ("gbdt", "gbdt_refit", "popularity", "rates", NEXT_ITEM)
 
 
 def evaluate_baseline(
@@ -30,7 +21,7 @@ def evaluate_baseline(
     rank_cut: int | None = None,
     max_history_length: int | None = None,
     window_days: float | None = None,
-    keep: dict[str, Predictions] | None = None,
+    keep: "dict[str, Predictions] | None" = None,
     is_weighted: bool = False,
 ) -> dict[str, dict[str, float | int]]:
     """Computes metrics per task (all tasks by default) of the baseline `name`, one of NAMES, on one split.
@@ -42,6 +33,11 @@ def evaluate_baseline(
     """
     if name not in NAMES:
         raise ValueError(f"there is no baseline {name!r}; choose one of {sorted(NAMES)}")
+    # Only now: the options of `evaluate` name the baselines, and are parsed before torch is imported.
+    from gpsd_dist import schema
+    from gpsd_dist.baselines.next_item import rank_by_popularity
+    from gpsd_dist.data import data_versions
+
     data_dir = data_versions.opened(data_dir)
     manifest = schema.read_manifest(data_dir)
     if not manifest.tasks:
@@ -52,7 +48,21 @@ def evaluate_baseline(
         options = (rank_cut, max_history_length, window_days)
         return {"next_item": rank_by_popularity(data_dir, manifest, split, *options)}
     tasks = [task.name for task in manifest.tasks] if tasks is None else tasks
-    predictions = {task: BASELINES[name](data_dir, manifest, split, task, is_weighted=is_weighted) for task in tasks}
+    score = _scorer(name)
+    predictions = {task: score(data_dir, manifest, split, task, is_weighted=is_weighted) for task in tasks}
     if keep is not None:
         keep |= predictions
     return {task: rows.metrics() for task, rows in predictions.items()}
+
+
+def _scorer(name: str) -> "collections.abc.Callable[..., Predictions]":
+    from gpsd_dist.baselines.gbdt import score_gbdt
+    from gpsd_dist.baselines.rates import score_popularity, score_rates
+
+    scorers: dict[str, collections.abc.Callable[..., Predictions]] = {
+        "gbdt": score_gbdt,
+        "gbdt_refit": functools.partial(score_gbdt, refit=True),
+        "popularity": score_popularity,
+        "rates": score_rates,
+    }
+    return scorers[name]

@@ -31,7 +31,7 @@ from gpsd_dist.checkpoint.integrity import FileSum, read_checksums
 from gpsd_dist.checkpoint.storage import Location, Remote
 from gpsd_dist.disk.reading import why_passing
 from gpsd_dist.disk.writing import PIECE_BYTES, create
-from gpsd_dist.distributed.collectives import described
+from gpsd_dist.distributed.main_rank import described
 from gpsd_dist.distributed.watchdog import Watchdog
 
 

@@ -15,7 +15,7 @@ import typing
 from gpsd_dist.checkpoint import storage
 from gpsd_dist.disk.reading import open_regular
 from gpsd_dist.disk.writing import remove_leftovers
-from gpsd_dist.distributed.collectives import on_main
+from gpsd_dist.distributed.main_rank import on_main
 
 log = logging.getLogger(__name__)
 LOCK_NAME = ".lock"

@@ -10,7 +10,7 @@ from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import ModelConfig, RunConfig
 from gpsd_dist.config.model import MODELS
-from gpsd_dist.distributed.collectives import on_main
+from gpsd_dist.distributed.main_rank import on_main
 from gpsd_dist.parameter_names import BACKBONE, DENSE, IDS, TABLE, dense_weight, is_weight, small_table, table_weight
 from gpsd_dist.schema import Manifest
 

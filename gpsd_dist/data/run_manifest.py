@@ -5,7 +5,7 @@ import dataclasses
 from gpsd_dist.config import RunConfig
 from gpsd_dist.config.ids import IdsConfig
 from gpsd_dist.data import data_versions
-from gpsd_dist.distributed.collectives import on_main
+from gpsd_dist.distributed.main_rank import on_main
 from gpsd_dist.schema import Manifest, Table, read_manifest, unbounded_fingerprint
 
 

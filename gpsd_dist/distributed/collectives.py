@@ -1,15 +1,8 @@
-"""Wraps the collectives that are called directly: sums, ragged gathers, and work that rank 0 does for all ranks."""
-
-import collections.abc
-import typing
+"""Wraps the collectives that are called directly: sums and ragged gathers."""
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-
-from gpsd_dist.disk.reading import NotReadableNow
-
-T = typing.TypeVar("T")
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -31,34 +24,3 @@ def all_gather_rows(tensor: torch.Tensor) -> list[torch.Tensor]:
     gathered = [tensor.new_empty((max(rows), *tensor.shape[1:])) for _ in rows]
     dist.all_gather(gathered, F.pad(tensor, padding).contiguous())
     return [part[:count] for part, count in zip(gathered, rows, strict=True)]
-
-
-class FailedOnMain(RuntimeError):
-    """Raised on all ranks for a failure of rank 0 that is neither a ValueError nor an OSError."""
-
-
-def on_main(work: collections.abc.Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Does `work` on rank 0 and returns its result on all ranks. Collective if there is a process group.
-
-    If it fails, all ranks raise alike: ValueError, OSError or FailedOnMain with its text.
-    """
-    outcome: list[typing.Any] = [None, None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            outcome[0] = work()
-        except (ValueError, OSError) as error:
-            kinds = (ValueError, NotReadableNow, OSError)
-            outcome[1] = next(kind for kind in kinds if isinstance(error, kind))(str(error))
-        except Exception as error:
-            outcome[1] = FailedOnMain(described(error))
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=0, group=group)
-    result, failure = outcome
-    if failure is not None:
-        raise failure
-    return result
-
-
-def described(error: BaseException) -> str:
-    """Returns the message of an error, with its type in front unless it is an OSError, whose message says enough."""
-    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"

@@ -19,3 +19,7 @@ MEANINGS = {
     HUNG: "hung",
     INTERRUPTED: "interrupted",
 }
+
+
+class LossNotFinite(ValueError):
+    """Names rank, step and the last good checkpoint. It ends with FAILED, and not as other ValueErrors with MISTAKE."""

@@ -16,11 +16,8 @@ import pathlib
 import sys
 
 from gpsd_dist.disk.text import say_error
-from gpsd_dist.serving.artefact import CURRENT_NAME, ENGINES, ArtefactError, make_current, open_version
-from gpsd_dist.serving.examples import EXPECTED_NAME, replay, replay_search
-from gpsd_dist.serving.retriever import ITEM_VECTORS, Retriever
-from gpsd_dist.serving.scorer import Scorer
-from gpsd_dist.serving.tables import DTYPES
+from gpsd_dist.export.options import Options
+from gpsd_dist.serving.artefact import CURRENT_NAME, DTYPES, ENGINES, ArtefactError, make_current, open_version
 
 
 def main(argv: list[str]) -> int:
@@ -43,6 +40,10 @@ def _verify(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m gpsd_dist.export verify", allow_abbrev=False)
     parser.add_argument("artefact", help="folder of the artefact (its current version), or of a version")
     args = parser.parse_args(argv)
+    from gpsd_dist.serving.examples import EXPECTED_NAME, replay, replay_search
+    from gpsd_dist.serving.retriever import ITEM_VECTORS, Retriever
+    from gpsd_dist.serving.scorer import Scorer
+
     try:
         artefact = open_version(args.artefact)
         artefact.check_hashes()
@@ -72,9 +73,6 @@ def _use(argv: list[str]) -> int:
 
 
 def _parity(argv: list[str]) -> int:
-    from gpsd_dist.export.exporter import TOLERANCE, read_source
-    from gpsd_dist.export.parity import largest_difference
-
     parser = argparse.ArgumentParser(prog="python -m gpsd_dist.export parity", allow_abbrev=False)
     parser.add_argument("artefact", type=pathlib.Path, help="folder of the artefact; its current version is served")
     parser.add_argument("--checkpoint", required=True, help="the run that it was exported from")
@@ -83,6 +81,9 @@ def _parity(argv: list[str]) -> int:
     parser.add_argument("--split", default="test", help="split to take requests from (default test)")
     parser.add_argument("--requests", type=int, default=100, help="how many (default 100)")
     args = parser.parse_args(argv)
+    from gpsd_dist.export.exporter import TOLERANCE, read_source
+    from gpsd_dist.export.parity import largest_difference
+
     source = read_source(args.checkpoint, args.data, args.which)
     requests, logits, difference = largest_difference(source, args.artefact, args.split, args.requests)
     verdict = "served = evaluated" if difference <= TOLERANCE else "served is not evaluated"
@@ -92,10 +93,6 @@ def _parity(argv: list[str]) -> int:
 
 
 def _export(argv: list[str]) -> int:
-    # They need TorchRec, which `verify` must not.
-    from gpsd_dist.export.exporter import export, read_source
-    from gpsd_dist.export.source import Options
-
     parser = argparse.ArgumentParser(prog="python -m gpsd_dist.export", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--checkpoint", required=True, help="folder of a finetuned run, or one checkpoint in it")
@@ -121,6 +118,8 @@ def _export(argv: list[str]) -> int:
     options = Options(
         args.table_dtype, args.engine, args.max_candidates, args.accept_loss, bool(args.replaces), args.accept_worse
     )
+    from gpsd_dist.export.exporter import export, read_source  # need TorchRec, which `verify` must not
+
     export(read_source(args.checkpoint, args.data, args.which), args.out, options)
     return 0
 

@@ -17,12 +17,12 @@ from gpsd_dist.checkpoint.files import Reader
 from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.config import run_config_from_dict
 from gpsd_dist.data.run_manifest import read_run_manifest, with_data_version
-from gpsd_dist.evaluate import check_same_schema, version_for
 from gpsd_dist.export import gates, weights
 from gpsd_dist.export.onnx_form import write_onnx
+from gpsd_dist.export.options import Options
 from gpsd_dist.export.parquet_tokens import read_split
 from gpsd_dist.export.raw_requests import examples
-from gpsd_dist.export.source import Options, Source
+from gpsd_dist.export.source import Source
 from gpsd_dist.export.vocabularies import write_vocabularies
 from gpsd_dist.serving import drift
 from gpsd_dist.serving.artefact import VERSIONS, drafting, make_current
@@ -32,6 +32,7 @@ from gpsd_dist.serving.requests import Limits
 from gpsd_dist.serving.scorer import Scorer
 from gpsd_dist.serving.tokens import Tokens
 from gpsd_dist.stages.registry import find
+from gpsd_dist.trained_run import check_same_schema, version_for
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-5

@@ -14,9 +14,10 @@ import numpy as np
 
 from gpsd_dist.checkpoint.files import Reader
 from gpsd_dist.export import weights
+from gpsd_dist.export.options import Options
 from gpsd_dist.export.parquet_tokens import Labelled, Rows, read_split
 from gpsd_dist.export.raw_requests import read_requests
-from gpsd_dist.export.source import Options, Source
+from gpsd_dist.export.source import Source
 from gpsd_dist.metrics.classification import SECONDS_PER_DAY, Predictions
 from gpsd_dist.schema import Manifest, Split
 from gpsd_dist.serving.artefact import Draft

@@ -1,4 +1,4 @@
-"""Describes an export: the run, and the options."""
+"""Describes an export: the run."""
 
 import dataclasses
 
@@ -6,7 +6,6 @@ from gpsd_dist.checkpoint.state import RunState
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import RunConfig
 from gpsd_dist.schema import Manifest
-from gpsd_dist.serving.requests import Limits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,15 +17,3 @@ class Source:
     run: RunConfig
     manifest: Manifest
     """Manifest as the run sees it, with the splits of the data."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Says how to export; `python -m gpsd_dist.export --help` has the words."""
-
-    table_dtype: str = "fp32"
-    engine: str = "eager"
-    max_candidates: int = Limits.max_candidates
-    accept_loss: bool = False
-    replaces_current: bool = False
-    accept_worse: bool = False

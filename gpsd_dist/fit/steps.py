@@ -14,8 +14,8 @@ from gpsd_dist.baselines.registry import evaluate_baseline
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.checkpoint.state import RunState, read_run
 from gpsd_dist.commands import Command, OutOfTime, execute, python_command
+from gpsd_dist.distributed.fork_server import ForkServer
 from gpsd_dist.distributed.runtime import Runtime, process_group
-from gpsd_dist.evaluate import evaluate_checkpoint, write_results
 from gpsd_dist.fit.data_check import Facts
 from gpsd_dist.fit.display import Display
 from gpsd_dist.fit.verdict import REFIT
@@ -24,6 +24,7 @@ from gpsd_dist.metrics.scores import read_scores
 from gpsd_dist.scaling.ladder import Training
 from gpsd_dist.scaling.runs import is_trained, read_result
 from gpsd_dist.stages.stage import Metrics
+from gpsd_dist.trained_run import evaluate_checkpoint, write_results
 
 MIN_TRAINING_S = 20.0  # no training gets less, and none less than MIN_STARTS times what starting one took (untuned)
 MIN_STARTS = 4
@@ -77,9 +78,18 @@ class Budget:
 class Runner:
     """Runs steps by the ordinary commands, or by the functions that those call."""
 
-    def __init__(self, data_dir: pathlib.Path, out_dir: pathlib.Path, facts: Facts, display: Display, budget: Budget):
+    def __init__(
+        self,
+        data_dir: pathlib.Path,
+        out_dir: pathlib.Path,
+        facts: Facts,
+        display: Display,
+        budget: Budget,
+        server: ForkServer | None = None,
+    ):
         self.data_dir, self.out_dir, self.facts = data_dir, out_dir, facts
         self.display, self.budget = display, budget
+        self._server = server  # forks trainings, where it can
         self.commands: list[tuple[str, Command]] = []
         """Title and command of every step so far, as one would type it."""
         self.cut: list[str] = []
@@ -102,7 +112,7 @@ class Runner:
                 return False
             if not step.is_kept:
                 try:
-                    execute(training.command, on_line=self.display.on_line, deadline_s=deadline_s or math.inf)
+                    self._execute(training.command, deadline_s or math.inf)
                 except OutOfTime:
                     if not checkpoints_of(training):
                         step.remark = "left out, the budget ended before its first step"
@@ -113,10 +123,13 @@ class Runner:
             step.remark = self._remark(training)
             return True
 
+    def _execute(self, command: Command, deadline_s: float = math.inf) -> None:
+        execute(command, on_line=self.display.on_line, deadline_s=deadline_s, server=self._server)
+
     def _finish_early(self, training: Training) -> None:
         """Lets a training that was stopped do one more step, at whose end it validates and counts as finished."""
         step = read_run(manager.find(training.folder, "last")).step
-        execute((*training.command, f"--gin.TrainConfig.max_steps={step + 1}"), on_line=self.display.on_line)
+        self._execute((*training.command, f"--gin.TrainConfig.max_steps={step + 1}"))
 
     def _remark(self, training: Training) -> str:
         """Says how far a training went, and its best validation."""

@@ -16,8 +16,6 @@ import pathlib
 import sys
 
 from gpsd_dist.disk.text import say_error
-from gpsd_dist.index import output
-from gpsd_dist.serving.retriever import load
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -59,6 +57,9 @@ def main(argv: list[str]) -> int:
 
             build(args.checkpoint, args.data, args.out, args.which, args.items)
             return 0
+        from gpsd_dist.index import output
+        from gpsd_dist.serving.retriever import load
+
         retriever = load(args.artefact)
         if args.command == "search":
             rows = output.search(retriever, args.requests, args.top, args.out)

@@ -18,8 +18,9 @@ from gpsd_dist import features
 from gpsd_dist.checkpoint.files import Reader
 from gpsd_dist.export import weights
 from gpsd_dist.export.exporter import facts_of, read_source
+from gpsd_dist.export.options import Options
 from gpsd_dist.export.raw_requests import examples
-from gpsd_dist.export.source import Options, Source
+from gpsd_dist.export.source import Source
 from gpsd_dist.export.vocabularies import write_vocabularies
 from gpsd_dist.model.heads import unit
 from gpsd_dist.schema import NUM_RESERVED_ROWS

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from gpsd_dist.distributed.collectives import on_main
+from gpsd_dist.distributed.main_rank import on_main
 
 COUNT_KEYS = ("rows", "gauc_users", "gauc_user_days")
 METRIC_KEYS = ("auc", "gauc", "gauc_user_day", "log_loss", "ne", "calibration", *COUNT_KEYS, "label_rate")

@@ -46,8 +46,8 @@ def main(argv: list[str]) -> int:
 
 def _of_split(args: argparse.Namespace, command: str) -> int:
     from gpsd_dist.distributed.runtime import process_group
-    from gpsd_dist.evaluate import TIMEOUT_S, load_trained
     from gpsd_dist.predict.split import predict_split
+    from gpsd_dist.trained_run import TIMEOUT_S, load_trained
 
     with process_group(TIMEOUT_S) as runtime:
         trained = load_trained(args.checkpoint, args.data, args.split, runtime, args.which)

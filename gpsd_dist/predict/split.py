@@ -25,13 +25,14 @@ from gpsd_dist.data.parquet_dataset import ParquetSplit
 from gpsd_dist.data.row_order import EpochOrder
 from gpsd_dist.disk.reading import NotReadableNow, again
 from gpsd_dist.disk.writing import replacing
-from gpsd_dist.distributed.collectives import all_gather_rows, on_main
+from gpsd_dist.distributed.collectives import all_gather_rows
+from gpsd_dist.distributed.main_rank import on_main
 from gpsd_dist.distributed.matmul_dtype import autocast
 from gpsd_dist.distributed.runtime import Runtime
-from gpsd_dist.evaluate import TrainedRun
 from gpsd_dist.predict.output import SUMMARY_NAME, number_fields
 from gpsd_dist.serving.request_files import claim
 from gpsd_dist.stages.finetune import Finetune
+from gpsd_dist.trained_run import TrainedRun
 
 FIRST_COLUMNS = (
     pa.field("user_id", pa.string()),

@@ -11,7 +11,6 @@ import sys
 
 from gpsd_dist.disk.text import say_error
 from gpsd_dist.disk.writing import write
-from gpsd_dist.report.page import make_report
 
 
 def main(argv: list[str]) -> int:
@@ -21,6 +20,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=pathlib.Path, help="run folder, or one above")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("report.html"), help="default: report.html")
     args = parser.parse_args(argv)
+    from gpsd_dist.report.page import make_report  # after the options: it imports Jinja and the readers of runs
+
     try:
         report = make_report(args.run_dirs)
         args.out.parent.mkdir(parents=True, exist_ok=True)

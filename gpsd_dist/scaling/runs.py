@@ -10,7 +10,7 @@ import json
 import pathlib
 import typing
 
-from gpsd_dist.checkpoint import loading, manager, storage
+from gpsd_dist.checkpoint import manager, storage
 from gpsd_dist.checkpoint.resume import check_resumable, version_of
 from gpsd_dist.checkpoint.state import read_run
 from gpsd_dist.commands import Stopped, execute
@@ -19,6 +19,7 @@ from gpsd_dist.config.from_data import left_to_data
 from gpsd_dist.data import data_versions
 from gpsd_dist.data.run_manifest import read_run_manifest, with_data_version
 from gpsd_dist.disk.reading import again
+from gpsd_dist.distributed.fork_server import ForkServer
 from gpsd_dist.parameter_names import TOWER, dense_weight, is_table, is_weight
 from gpsd_dist.scaling.ladder import Training, Trial, checkpoint_in
 from gpsd_dist.validation import flattened
@@ -111,8 +112,8 @@ def read_result(path: pathlib.Path) -> dict[str, dict[str, typing.Any]] | None:
     return result if isinstance(result, dict) and result else None
 
 
-def run_trial(trial: Trial, say: collections.abc.Callable[[str], None]) -> None:
-    """Runs the commands whose results are missing. subprocess.CalledProcessError, or Stopped."""
+def run_trial(trial: Trial, say: collections.abc.Callable[[str], None], server: ForkServer | None = None) -> None:
+    """Runs the commands whose results are missing, by `server` where it can. CalledProcessError, or Stopped."""
     name = f"{trial.rung.name}, seed {trial.seed}"
     if read_result(trial.result) is not None:
         say(f"{name}: finished, {trial.result}")
@@ -121,10 +122,10 @@ def run_trial(trial: Trial, say: collections.abc.Callable[[str], None]) -> None:
         if is_trained(training):
             say(f"{name}: {training.run.stage} is finished, {training.folder}")
             continue
-        execute(training.command, say=say)
+        execute(training.command, say=say, server=server)
         if not is_trained(training):
             raise Stopped(f"{training.folder} ended before its last step")
-    execute(trial.scoring, say=say)
+    execute(trial.scoring, say=say, server=server)
     if read_result(trial.result) is None:
         raise ValueError(f"{trial.result} is missing or broken after `python {' '.join(trial.scoring)}`")
 
@@ -149,6 +150,8 @@ def parameters_of(folder: pathlib.Path) -> dict[str, int]:
     """Counts parameters of a trained run; keeps them in its folder, because its checkpoints may be deleted later."""
     path = folder / PARAMETERS_NAME
     if not path.is_file():
+        from gpsd_dist.checkpoint import loading  # needs torch; the command that plans a ladder does not
+
         counts = count_parameters(loading.saved_sizes(manager.find(folder)))
         storage.write_json(path, counts)
     return json.loads(path.read_text())

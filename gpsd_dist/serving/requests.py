@@ -24,6 +24,7 @@ from gpsd_dist.data.gather import one_chunk
 from gpsd_dist.data.hashing import hashed_rows
 from gpsd_dist.features import Values
 from gpsd_dist.schema import PLACES, UNKNOWN_INDEX, Feature, Manifest
+from gpsd_dist.serving.artefact import MAX_CANDIDATES
 from gpsd_dist.serving.items import Items
 from gpsd_dist.serving.tokens import Tokens
 from gpsd_dist.serving.vocabulary import Vocabulary
@@ -48,7 +49,7 @@ class RequestError(ValueError):
 class Limits:
     """Bounds what one request may ask for. All untuned."""
 
-    max_candidates: int = 1_000
+    max_candidates: int = MAX_CANDIDATES
     max_events: int = 10_000
     """Events as sent; the model reads the last `max_history_length`."""
     max_bag_values: int = 1_000

@@ -15,9 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from gpsd_dist.disk.reading import raise_if_passing
-from gpsd_dist.serving.artefact import ArtefactError
+from gpsd_dist.serving.artefact import DTYPES, ArtefactError
 
-DTYPES = ("fp32", "fp16", "int8")
 PART_BYTES = 2**28  # of float32, untuned: a table of a billion rows of 64 has a thousand parts
 _LEVELS = 255
 _ROWS, _CODES, _SCALE, _OFFSET = "rows", "codes", "scale", "offset"

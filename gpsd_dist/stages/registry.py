@@ -1,22 +1,35 @@
-"""Lists the stages. A third one is one more file with a class like these, and one more line here."""
+"""Lists the stages. A third one is one more file with a class like these, and one more function here."""
 
-from gpsd_dist.config import RunConfig
-from gpsd_dist.schema import Manifest
-from gpsd_dist.stages.finetune import Finetune
-from gpsd_dist.stages.pretrain import Pretrain
-from gpsd_dist.stages.stage import Stage
+import typing
+
 from gpsd_dist.validation import did_you_mean
 
-STAGES: dict[str, type[Stage]] = {"pretrain": Pretrain, "finetune": Finetune}
+if typing.TYPE_CHECKING:
+    from gpsd_dist.stages.stage import Stage
 
 
-def find(name: str) -> type[Stage]:
-    """Returns the stage of this name. ValueError names the stages that there are."""
+def _pretrain() -> "type[Stage]":
+    from gpsd_dist.stages.pretrain import Pretrain
+
+    return Pretrain
+
+
+def _finetune() -> "type[Stage]":
+    from gpsd_dist.stages.finetune import Finetune
+
+    return Finetune
+
+
+STAGES = {"pretrain": _pretrain, "finetune": _finetune}  # functions: a name is checked before torch is imported
+
+
+def check(name: str) -> None:
+    """Raises ValueError if there is no stage of this name; it names those that there are."""
     if name not in STAGES:
         raise ValueError(f"stage {name!r} is not one of {tuple(STAGES)}{did_you_mean(name, STAGES)}")
-    return STAGES[name]
 
 
-def make_stage(run: RunConfig, manifest: Manifest) -> Stage:
-    """Builds the stage of a run. ValueError if its options do not fit the data set."""
-    return find(run.stage)(run, manifest)
+def find(name: str) -> "type[Stage]":
+    """Returns the stage of this name, to be built from a run and its manifest. ValueError as `check`."""
+    check(name)
+    return STAGES[name]()

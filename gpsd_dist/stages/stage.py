@@ -29,7 +29,7 @@ Metrics = dict[str, dict[str, float | int]]  # Task -> metric -> value
 
 
 class Stage(typing.Protocol):
-    """One stage of training. `registry.make_stage` builds it from a run and its data set."""
+    """One stage of training. `registry.find` names it; it is built from a run and its data set."""
 
     with_candidates: typing.ClassVar[bool]
     """Whether training reads candidates, context and labels; without, histories alone."""

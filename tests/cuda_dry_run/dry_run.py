@@ -36,7 +36,7 @@ from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.metrics.profiling import StepProfiler
 from gpsd_dist.model.ops import hstu_attention, hstu_triton
 from gpsd_dist.schema import Manifest
-from gpsd_dist.stages.registry import make_stage
+from gpsd_dist.stages.registry import find
 from gpsd_dist.stages.stage import Components
 from gpsd_dist.tables.id_remapping import IdRemapper
 from gpsd_dist.training_step import TrainingStep
@@ -183,7 +183,7 @@ def dry_run(run: RunConfig, manifest: Manifest, batches: list, frozen=(), plant=
     sharded = looked_up_tables(run, manifest)
     # Without a shape_env, an output whose size depends on data raises instead of getting a symbolic size.
     with FakeTensorMode() as mode, on_fake_cuda(launched):
-        stage = make_stage(run, manifest)
+        stage = find(run.stage)(run, manifest)
         with CUDA:  # torch refuses to move a model of fake tensors
             model = stage.model(sharded)
         names = tuple(table.name for table in sharded)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from fsspec.implementations.local import LocalFileSystem
 
-from gpsd_dist.checkpoint import files, integrity, manager, retention, storage
+from gpsd_dist.checkpoint import files, integrity, manager, retention, saving, storage
 from gpsd_dist.config import TrainConfig
 from gpsd_dist.distributed.runtime import Runtime
 
@@ -64,7 +64,7 @@ def save(place, keep_last: int, step: int, best_step: int, value: float, is_asyn
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     train = TrainConfig(keep_last=keep_last, async_checkpoints=is_async)
     state = manager.RunState(step, {}, {"best_step": best_step}, {"click/auc": value}, {}, {}, 1)
-    with manager.Checkpoints(place, Runtime(0, 1, 0, torch.device("cpu")), train) as checkpoints:
+    with saving.Checkpoints(place, Runtime(0, 1, 0, torch.device("cpu")), train) as checkpoints:
         checkpoints.save(
             {"table": {"item": torch.full((700, 8), value)}, "dense": {"w": torch.full((3,), value)}}, state
         )

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from gpsd_dist.checkpoint import files, integrity, loading, manager
+from gpsd_dist.checkpoint import files, integrity, loading, manager, saving
 from gpsd_dist.config import TrainConfig
 from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed
@@ -65,7 +65,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(data_dir, tmp_path, one_
 
 
 def test_at_most_one_save_is_under_way(tmp_path, one_rank, gate):
-    with manager.Checkpoints(tmp_path, one_rank, TrainConfig()) as checkpoints:
+    with saving.Checkpoints(tmp_path, one_rank, TrainConfig()) as checkpoints:
         checkpoints.save(_tensors(1.0), _state(1))
         stall_of_copy_s = checkpoints.stall_s
         assert not step_folder(tmp_path, 1).exists()
@@ -77,7 +77,7 @@ def test_at_most_one_save_is_under_way(tmp_path, one_rank, gate):
 
 
 def test_latest_counts_the_save_under_way(tmp_path, one_rank, gate):
-    checkpoints = manager.Checkpoints(tmp_path, one_rank, TrainConfig())
+    checkpoints = saving.Checkpoints(tmp_path, one_rank, TrainConfig())
     checkpoints.save(_tensors(1.0), _state(1))
     threading.Timer(0.2, gate.set).start()
     assert checkpoints.latest() == step_folder(tmp_path, 1)
@@ -102,13 +102,13 @@ def test_a_write_error_ends_the_run_with_rank_and_path(data_dir, tmp_path, one_r
 def test_an_error_of_the_last_save_is_not_lost(tmp_path, one_rank, monkeypatch):
     monkeypatch.setattr(files.Writer, "write_data", _full_disk)
     with pytest.raises(OSError, match="step_00000001 was not written"):
-        with manager.Checkpoints(tmp_path, one_rank, TrainConfig()) as checkpoints:
+        with saving.Checkpoints(tmp_path, one_rank, TrainConfig()) as checkpoints:
             checkpoints.save(_tensors(1.0), _state(1))
 
 
 def test_an_error_of_training_is_shown_and_the_save_finished(tmp_path, one_rank, gate):
     with pytest.raises(ValueError, match="the loss is not finite"):
-        with manager.Checkpoints(tmp_path, one_rank, TrainConfig()) as checkpoints:
+        with saving.Checkpoints(tmp_path, one_rank, TrainConfig()) as checkpoints:
             checkpoints.save(_tensors(1.0), _state(1))
             threading.Timer(0.2, gate.set).start()
             raise ValueError("the loss is not finite")
@@ -117,7 +117,7 @@ def test_an_error_of_training_is_shown_and_the_save_finished(tmp_path, one_rank,
 
 def test_a_step_saved_again_replaces_the_checkpoint_once_it_is_complete(tmp_path, one_rank, monkeypatch):
     train = TrainConfig(async_checkpoints=False)
-    checkpoints = manager.Checkpoints(tmp_path, one_rank, train)
+    checkpoints = saving.Checkpoints(tmp_path, one_rank, train)
     checkpoints.save(_tensors(1.0), _state(1))
     with monkeypatch.context() as patch:
         patch.setattr(files.Writer, "write_data", _full_disk)
@@ -135,7 +135,7 @@ def _fail_on_rank_1(rank: int, world_size: int, output_dir) -> list[str]:
     original = files.Writer.write_data
     if rank == 1:
         files.Writer.write_data = _full_disk
-    checkpoints = manager.Checkpoints(output_dir, cpu_runtime(rank, world_size), TrainConfig())
+    checkpoints = saving.Checkpoints(output_dir, cpu_runtime(rank, world_size), TrainConfig())
     checkpoints.save(_tensors(1.0), dataclasses.replace(_state(1), world_size=2))
     try:
         checkpoints.wait()

@@ -7,7 +7,7 @@ import pytest
 from gpsd_dist.checkpoint import integrity, manager, retention
 from gpsd_dist.checkpoint.__main__ import main
 from gpsd_dist.checkpoint.integrity import DamagedCheckpoint
-from gpsd_dist.evaluate import evaluate_checkpoint
+from gpsd_dist.trained_run import evaluate_checkpoint
 from gpsd_dist.trainer import Trainer
 from tests.integration.tiny_data import differing, edit_state, read_checkpoint, step_folder, tiny_run, train_losses
 

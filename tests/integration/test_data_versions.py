@@ -11,8 +11,9 @@ import pytest
 from gpsd_dist import schema
 from gpsd_dist.data import data_versions
 from gpsd_dist.data.run_manifest import with_data_version
-from gpsd_dist.evaluate import evaluate_checkpoint
 from gpsd_dist.fit import __main__ as fit
+from gpsd_dist.fit import procedure
+from gpsd_dist.trained_run import evaluate_checkpoint
 from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed
 from tests.helpers.versions import publish
@@ -91,12 +92,12 @@ def test_all_ranks_read_what_rank_0_has_found(root, tmp_path):
 
 def test_fit_goes_on_with_the_version_it_was_begun_with(root, tmp_path):
     args = fit.parse(["--data", str(root), "--out", str(tmp_path / "fit"), "--nproc", "1"])
-    first = args.data = fit._version(args)
-    facts = fit.look(first)
+    first = args.data = procedure._version(args)
+    facts = procedure.look(first)
     args.out.mkdir()
-    fit._state(args, facts)
+    procedure._state(args, facts)
     make_current(root, "0002-00000002")
     args.data = root
-    assert fit._version(args) == first
+    assert procedure._version(args) == first
     args.out = tmp_path / "another"
-    assert fit._version(args).name == "0002-00000002"
+    assert procedure._version(args).name == "0002-00000002"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gpsd_dist.export.exporter import export, read_source
-from gpsd_dist.export.source import Options
+from gpsd_dist.export.options import Options
 from gpsd_dist.serving.artefact import ArtefactError, open_version
 from gpsd_dist.serving.history_cache import MAX_NEW_EVENTS, Encoded, HistoryCache, prefix_hash
 from gpsd_dist.serving.scorer import load

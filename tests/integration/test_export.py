@@ -21,9 +21,9 @@ from gpsd_dist.export import gates
 from gpsd_dist.export.__main__ import main as export_command
 from gpsd_dist.export.exporter import export, read_source
 from gpsd_dist.export.gates import managed
+from gpsd_dist.export.options import Options
 from gpsd_dist.export.parquet_tokens import read_split
 from gpsd_dist.export.raw_requests import RawRequests, read_requests
-from gpsd_dist.export.source import Options
 from gpsd_dist.index.__main__ import main as index_command
 from gpsd_dist.serving.artefact import ArtefactError, open_version
 from gpsd_dist.serving.batches import taken

@@ -7,7 +7,7 @@ import torch
 
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.config import STRATEGIES
-from gpsd_dist.evaluate import evaluate_checkpoint
+from gpsd_dist.trained_run import evaluate_checkpoint
 from gpsd_dist.trainer import Trainer
 from tests.integration.tiny_data import read_checkpoint, step_folder, tiny_run, train_runs, write_tiny_data
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpsd_dist import evaluate
+from gpsd_dist import trained_run
 from gpsd_dist.baselines.registry import evaluate_baseline
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.config import OptimizerConfig
@@ -163,7 +163,7 @@ def test_a_checkpoint_scores_as_in_training_and_reading_changes_no_map(trained, 
     for run in ("pretrain", "ST", "ST_SF"):
         checkpoint = step_folder(trained / "one" / kind / run, STEPS)
         saved = manager.read_state(checkpoint).metrics
-        scored = evaluate.evaluate_checkpoint(checkpoint, None, "valid", one_rank)
+        scored = trained_run.evaluate_checkpoint(checkpoint, None, "valid", one_rank)
         flat = {f"{task}/{key}": value for task, values in scored.items() for key, value in values.items()}
         assert saved and flat == pytest.approx(saved, nan_ok=True)
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from gpsd_dist import evaluate
+from gpsd_dist import trained_run
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.config import run_config_from_dict
 from gpsd_dist.trainer import Trainer
@@ -49,12 +49,12 @@ def test_an_old_run_with_int8_rows_is_refused_with_the_commit_that_reads_it(old,
     with pytest.raises(ValueError, match="commit 14e4532"):
         Trainer(run_config_from_dict(saved), one_rank)
     with pytest.raises(ValueError, match="commit 14e4532"):
-        evaluate.evaluate_checkpoint(str(old / "st_sf"), str(old / "data"), "test", one_rank, "last")
+        trained_run.evaluate_checkpoint(str(old / "st_sf"), str(old / "data"), "test", one_rank, "last")
 
 
 @pytest.mark.parametrize(("name", "split"), [("pretrain", "valid"), ("st_sf", "test")])
 def test_an_old_checkpoint_is_evaluated(old, one_rank, name, split):
-    scores = evaluate.evaluate_checkpoint(str(old / name), str(old / "data"), split, one_rank, "last")
+    scores = trained_run.evaluate_checkpoint(str(old / name), str(old / "data"), split, one_rank, "last")
     assert set(scores) == set(EXPECTED[name]["scores"])
     for task, values in EXPECTED[name]["scores"].items():
         found = {name: scores[task][name] for name in values}  # newer code may know more metrics
@@ -104,7 +104,7 @@ def test_a_run_with_projections_keeps_its_norms_when_it_goes_on(projected, data_
     losses, scores = {}, {}
     for name, revision in (("old", None), ("first", 1), ("second", 2)):
         folder = saved_as(projected, tmp_path / name, revision)
-        scores[name] = evaluate.evaluate_checkpoint(str(folder), str(data_dir), "valid", one_rank, "last")
+        scores[name] = trained_run.evaluate_checkpoint(str(folder), str(data_dir), "valid", one_rank, "last")
         caplog.clear()
         trainer = Trainer(run_of("pretrain", data_dir, folder, MORE_STEPS), one_rank)
         assert ("ModelConfig.revision is 1, that of" in caplog.text) == (name != "second")
@@ -134,7 +134,7 @@ def test_a_model_with_other_layers_is_refused_with_the_commit_that_reads_it(name
     old = saved_as(tmp_path / "new", tmp_path / "old", None)
     refused = pytest.raises(ValueError, match=f"model '{name}' of revision 1 .* read such a run with commit 14e4532")
     with refused:
-        evaluate.evaluate_checkpoint(str(old), str(data_dir), "test", one_rank, "last")
+        trained_run.evaluate_checkpoint(str(old), str(data_dir), "test", one_rank, "last")
     with refused:
         Trainer(run_of("finetune", data_dir, old, 4, **model), one_rank)
     with refused:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from data_pipeline import build, write
-from gpsd_dist.evaluate import evaluate_checkpoint
 from gpsd_dist.metrics.classification import Predictions
+from gpsd_dist.trained_run import evaluate_checkpoint
 from gpsd_dist.trainer import Trainer
 from tests.assets.cases import logs
 from tests.helpers.distributed import run_distributed

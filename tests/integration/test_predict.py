@@ -8,9 +8,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from gpsd_dist.evaluate import evaluate_checkpoint, load_trained
 from gpsd_dist.metrics.classification import Predictions
 from gpsd_dist.predict import split as predict
+from gpsd_dist.trained_run import evaluate_checkpoint, load_trained
 from tests.helpers.distributed import run_distributed
 from tests.integration.tiny_data import cpu_runtime, tiny_run, train_runs, write_tiny_data
 from tests.integration.unbounded_data import write_unbounded_data

@@ -9,6 +9,7 @@ import pytest
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.checkpoint.resume import epochs_done
 from gpsd_dist.plan import __main__ as plan
+from gpsd_dist.plan.output import make_scenario
 from gpsd_dist.schema import read_manifest, write_manifest
 from gpsd_dist.trainer import Trainer
 from gpsd_dist.validation import AUTO
@@ -52,7 +53,7 @@ def test_the_plan_of_a_refit_takes_the_numbers_of_the_run_that_it_repeats(tuned,
     open_options = {"data": dataclasses.replace(tuned.data, global_batch_rows=AUTO)}
     open_options["train"] = dataclasses.replace(tuned.train, epochs=AUTO)
     args, _ = plan._parse(["--world_size", "2", "--hbm_gib", "80"])
-    scenario = plan._scenario(refit(tuned, tmp_path, **open_options), args)
+    scenario = make_scenario(refit(tuned, tmp_path, **open_options), args)
     assert scenario.run == refit(tuned, tmp_path)
     batch = tuned.data.global_batch_rows
     assert scenario.shape.notes[-1] == f"of the run before: global_batch_rows {batch}, epochs {EPOCHS}" and batch != 16

@@ -3,6 +3,7 @@
 import contextlib
 
 from gpsd_dist import train
+from gpsd_dist.distributed import runtime
 from gpsd_dist.report.run_folder import CONFIG_NAME
 from gpsd_dist.trainer import Trainer
 from tests.integration.tiny_data import tiny_run
@@ -29,7 +30,7 @@ def options(data_dir, folder, **more) -> list[str]:
 
 def test_a_refused_transfer_leaves_no_run_behind(data_dir, tmp_path, one_rank, monkeypatch, capsys):
     Trainer(tiny_run("pretrain", data_dir, tmp_path / "source", train={"max_steps": 1}), one_rank).train()
-    monkeypatch.setattr(train, "process_group", lambda timeout_s: contextlib.nullcontext(one_rank))  # there is one
+    monkeypatch.setattr(runtime, "process_group", lambda timeout_s: contextlib.nullcontext(one_rank))  # there is one
     run = tmp_path / "run"
     for mistake, message in (({"LAYERS": 2}, "layers 1 there, 2 here"), ({"WIDTH": 32}, "does not fit")):
         assert train.main(options(data_dir, tmp_path, **mistake)) == 2

@@ -9,12 +9,12 @@ import fsspec
 import pytest
 import torch.distributed as dist
 
-from gpsd_dist.checkpoint import integrity, manager, retention
+from gpsd_dist.checkpoint import integrity, manager, retention, saving
 from gpsd_dist.checkpoint.__main__ import main
 from gpsd_dist.checkpoint.integrity import DamagedCheckpoint
 from gpsd_dist.checkpoint.storage import location
 from gpsd_dist.config import TrainConfig
-from gpsd_dist.evaluate import evaluate_checkpoint
+from gpsd_dist.trained_run import evaluate_checkpoint
 from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed
 from tests.integration.test_async_checkpoints import _state, _tensors
@@ -84,7 +84,7 @@ def test_run_is_trained_killed_resumed_and_evaluated_in_a_bucket(bucket, data_di
 
 def test_damage_in_a_bucket_is_found_and_the_checkpoint_before_it_used(bucket, tmp_path, one_rank):
     place = f"{bucket}/damaged"
-    with manager.Checkpoints(place, one_rank, TrainConfig()) as checkpoints:
+    with saving.Checkpoints(place, one_rank, TrainConfig()) as checkpoints:
         for step in (1, 2):
             checkpoints.save(_tensors(float(step)), _state(step))
     older, newer = retention.complete(checkpoints.folder)
@@ -98,7 +98,7 @@ def test_damage_in_a_bucket_is_found_and_the_checkpoint_before_it_used(bucket, t
 
 def test_commands_work_on_a_bucket(bucket, one_rank, capsys):
     place = f"{bucket}/commands"
-    with manager.Checkpoints(place, one_rank, TrainConfig(keep_last=3)) as checkpoints:
+    with saving.Checkpoints(place, one_rank, TrainConfig(keep_last=3)) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(_tensors(float(step > 1)), _state(step, best_step=1))
     assert main(["verify", place]) == 0
@@ -114,7 +114,7 @@ def test_a_bucket_that_does_not_exist_is_an_error_with_its_name(bucket, one_rank
 
 
 def _save_from_ranks(rank: int, world_size: int, place: str) -> list[str]:
-    with manager.Checkpoints(place, cpu_runtime(rank, world_size), TrainConfig()) as checkpoints:
+    with saving.Checkpoints(place, cpu_runtime(rank, world_size), TrainConfig()) as checkpoints:
         tensors = _tensors(1.0) | {f"of_rank_{rank}": {"w": _tensors(2.0)["table"]["item"]}}
         checkpoints.save(tensors, _state(1))
     integrity.check(checkpoints.folder / "step_00000001")

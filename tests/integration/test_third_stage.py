@@ -58,7 +58,7 @@ class ItemBias:
 
 @pytest.mark.parametrize("pipeline", ["plain", "sparse_dist"])
 def test_a_registered_stage_trains_validates_saves_and_resumes(data_dir, tmp_path, one_rank, monkeypatch, pipeline):
-    monkeypatch.setitem(registry.STAGES, "item_bias", ItemBias)
+    monkeypatch.setitem(registry.STAGES, "item_bias", lambda: ItemBias)
 
     def run(name: str, max_steps: int) -> None:
         options = {"train": {"max_steps": max_steps, "profile": True}, "execution": {"pipeline": pipeline}}
@@ -82,7 +82,7 @@ def test_a_stage_that_is_not_registered_is_refused(data_dir, tmp_path, one_rank)
 
 
 def test_options_that_act_on_a_tower_are_refused_where_the_stage_has_none(data_dir, tmp_path, one_rank, monkeypatch):
-    monkeypatch.setitem(registry.STAGES, "item_bias", ItemBias)
+    monkeypatch.setitem(registry.STAGES, "item_bias", lambda: ItemBias)
     run = tiny_run("item_bias", data_dir, tmp_path, model={"compile": True},
                    execution={"activation_checkpointing": True})  # fmt: skip
     with pytest.raises(ValueError, match=r"compile, ExecutionConfig.activation_checkpointing: the model of"):

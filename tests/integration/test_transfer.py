@@ -10,8 +10,8 @@ import torch
 
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.config import STRATEGIES
-from gpsd_dist.evaluate import evaluate_checkpoint
 from gpsd_dist.schema import read_manifest, write_manifest
+from gpsd_dist.trained_run import evaluate_checkpoint
 from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed
 from tests.integration.tiny_data import (

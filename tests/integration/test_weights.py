@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpsd_dist import evaluate, schema
+from gpsd_dist import schema, trained_run
 from gpsd_dist.config import OptimizerConfig
 from tests.helpers.distributed import run_distributed
 from tests.integration.tiny_data import (
@@ -145,7 +145,7 @@ def _scored(rank: int, world_size: int, checkpoint: str, cases: list[tuple[str, 
     for data_dir, is_weighted in cases:
         try:
             options = (checkpoint, data_dir, "test", runtime, "last")
-            found.append(evaluate.evaluate_checkpoint(*options, is_weighted=is_weighted))
+            found.append(trained_run.evaluate_checkpoint(*options, is_weighted=is_weighted))
         except ValueError as error:
             found.append(str(error))
     return found

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from gpsd_dist import evaluate
+from gpsd_dist import evaluate, trained_run
 from gpsd_dist.checkpoint import storage
 
 
 def test_metrics_of_a_crashed_write_are_those_of_before(tmp_path, monkeypatch):
     out = tmp_path / "new/test.json"
-    evaluate.write_results({"click": {"auc": 0.5}}, out, None, None)
+    trained_run.write_results({"click": {"auc": 0.5}}, out, None, None)
 
     def crash(*args):
         raise RuntimeError("killed")
@@ -18,9 +18,9 @@ def test_metrics_of_a_crashed_write_are_those_of_before(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(storage.os, "fsync", crash)
         with pytest.raises(RuntimeError, match="killed"):
-            evaluate.write_results({"click": {"auc": 0.75}}, out, None, None)
+            trained_run.write_results({"click": {"auc": 0.75}}, out, None, None)
     assert json.loads(out.read_text()) == {"click": {"auc": 0.5}}
-    evaluate.write_results({"click": {"auc": 0.75}}, out, None, None)
+    trained_run.write_results({"click": {"auc": 0.75}}, out, None, None)
     assert json.loads(out.read_text()) == {"click": {"auc": 0.75}}
     assert [path.name for path in out.parent.iterdir()] == ["test.json"]
 

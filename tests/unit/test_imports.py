@@ -22,6 +22,7 @@ ROOMS = (
         "serve",
         "export",
         "evaluate",
+        "trained_run",
         "launcher",
         "run_description",
         "run_outcome",

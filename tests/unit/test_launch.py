@@ -273,7 +273,8 @@ def stub_package(tmp_path):
     (package / "distributed").mkdir(parents=True)
     for folder in (package, package / "distributed"):
         (folder / "__init__.py").touch()
-    for name in ("launcher.py", "distributed/exit_codes.py", "distributed/parent_watch.py"):
+    parts = ("elastic_agent", "exit_codes", "fork_server", "huge_pages", "parent_watch")
+    for name in ("launcher.py", *(f"distributed/{part}.py" for part in parts)):
         shutil.copy(REPO_ROOT / "gpsd_dist" / name, package / name)
     (package / "train.py").write_text(
         "import json, os, pathlib, sys\n"

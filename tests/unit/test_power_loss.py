@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline import build, validate
-from gpsd_dist.checkpoint import integrity, manager
+from gpsd_dist.checkpoint import integrity, manager, saving
 from gpsd_dist.config import TrainConfig
 from gpsd_dist.data import data_versions
 from gpsd_dist.disk import writing
@@ -28,7 +28,7 @@ def group():
 
 def train(output, first: int, last: int) -> None:
     """Steps that log a line each, with a save after every second one."""
-    checkpoints = manager.Checkpoints(
+    checkpoints = saving.Checkpoints(
         output, Runtime(0, 1, 0, torch.device("cpu")), TrainConfig(keep_last=1, async_checkpoints=False)
     )
     recorder = Recorder(output, 0, resume_step=first - 1 or None)

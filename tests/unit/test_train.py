@@ -29,7 +29,7 @@ def describe(tmp_path):
 
     def call(gin_text: str, seed: int) -> None:
         trainer.run = RunConfig("pretrain", "data", str(tmp_path), seed=seed)
-        run_description.write(gin_text, trainer, Runtime(0, 1, 0, torch.device("cpu")), [])
+        run_description.write(gin_text, trainer, Runtime(0, 1, 0, torch.device("cpu")))
 
     return call
 

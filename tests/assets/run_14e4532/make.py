@@ -13,7 +13,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from gpsd_dist.evaluate import evaluate_checkpoint
+from gpsd_dist.trained_run import evaluate_checkpoint
 from gpsd_dist.trainer import Trainer
 from tests.integration.tiny_data import cpu_runtime, tiny_run, train_losses, write_tiny_data
 

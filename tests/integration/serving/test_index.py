@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from gpsd_dist.assembly import assemble
 from gpsd_dist.checkpoint.loading import load_tensors
 from gpsd_dist.data.loaders import evaluation_loader
-from gpsd_dist.evaluate import evaluate_checkpoint
 from gpsd_dist.export.__main__ import main as verify
 from gpsd_dist.export.exporter import read_source
 from gpsd_dist.export.raw_requests import RawRequests
@@ -28,6 +27,7 @@ from gpsd_dist.serving import retriever as retrieving
 from gpsd_dist.serving.artefact import ArtefactError, sum_of
 from gpsd_dist.serving.retriever import load
 from gpsd_dist.serving.scorer import load as load_scorer
+from gpsd_dist.trained_run import evaluate_checkpoint
 from tests.helpers import synthetic
 from tests.integration.tiny_data import tiny_run, train_runs, write_tiny_data
 from tests.integration.unbounded_data import write_unbounded_data

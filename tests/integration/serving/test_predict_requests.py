@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpsd_dist.evaluate import load_trained
 from gpsd_dist.export.exporter import export, read_source
 from gpsd_dist.export.raw_requests import RawRequests
 from gpsd_dist.predict.__main__ import main
@@ -16,6 +15,7 @@ from gpsd_dist.predict.split import predict_split
 from gpsd_dist.schema import read_manifest
 from gpsd_dist.serving.request_log import RequestLog
 from gpsd_dist.serving.scorer import load
+from gpsd_dist.trained_run import load_trained
 from tests.helpers import synthetic
 from tests.integration.tiny_data import tiny_run, train_runs, write_tiny_data
 

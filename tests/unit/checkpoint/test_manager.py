@@ -9,15 +9,15 @@ import fsspec
 import pytest
 import torch
 
-from gpsd_dist.checkpoint import integrity, manager, retention, storage
+from gpsd_dist.checkpoint import integrity, manager, retention, saving, storage
 from gpsd_dist.checkpoint.state import OtherVersion, read_run
 from gpsd_dist.config import TrainConfig
 from gpsd_dist.distributed.runtime import Runtime
 from tests.unit.checkpoint.folders import STATE, add, mark_best
 
 
-def _checkpoints(output_dir, **train) -> manager.Checkpoints:
-    return manager.Checkpoints(output_dir, Runtime(0, 1, 0, torch.device("cpu")), TrainConfig(**train))
+def _checkpoints(output_dir, **train) -> saving.Checkpoints:
+    return saving.Checkpoints(output_dir, Runtime(0, 1, 0, torch.device("cpu")), TrainConfig(**train))
 
 
 def test_no_folder_has_no_checkpoint(tmp_path):
@@ -211,13 +211,13 @@ def test_all_ranks_take_what_rank_0_has_found(tmp_path, monkeypatch):
     """Here as rank 1, which would find a later one: the run that is looked at goes on."""
     first, later = add(tmp_path, 2, best_step=2), add(tmp_path, 4, best_step=4)
     of_rank_0 = [[first, None], [None, ValueError("nothing there")]]
-    monkeypatch.setattr(manager.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(manager.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
 
     def broadcast(found, src, group):
         found[:] = of_rank_0.pop(0)
 
-    monkeypatch.setattr(manager.dist, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
     assert manager.find(tmp_path) == later
     assert manager.find_together(tmp_path) == first
     with pytest.raises(ValueError, match="nothing there"):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from gpsd_dist.checkpoint import files, manager
+from gpsd_dist.checkpoint import files, saving
 from gpsd_dist.config import TrainConfig
 from gpsd_dist.disk.writing import PIECE_BYTES
 from gpsd_dist.distributed import exit_codes
@@ -190,4 +190,4 @@ def test_sixty_gigabytes_on_a_slow_disk_pass_with_the_default_options(tmp_path, 
     assert not messages and 299 < sum(silences) < 301
     assert max(silences) < 1 < default.hang_timeout_s  # s between two signs of life
     # The other ranks wait for this one no longer than gloo lets them.
-    assert sum(silences) < manager._LONGEST_WAIT_S and PIECE_BYTES / SYNC_TIMEOUT_S < 40_000  # bytes per second
+    assert sum(silences) < saving._LONGEST_WAIT_S and PIECE_BYTES / SYNC_TIMEOUT_S < 40_000  # bytes per second

@@ -219,6 +219,6 @@ def test_flops_per_token_follow_the_formula():
 
 
 def test_a_stage_without_formulas_is_planned_without_activations_and_flops(tmp_path, monkeypatch):
-    monkeypatch.setitem(registry.STAGES, "third", Finetune)
+    monkeypatch.setitem(registry.STAGES, "third", lambda: Finetune)
     found = estimate(_scenario(tiny_run("third", "data", tmp_path)))
     assert found.flops is None and found.memory.activations is None and found.memory.dense > 0

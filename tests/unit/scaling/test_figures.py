@@ -3,7 +3,7 @@ import pytest
 from matplotlib.image import imread
 
 from gpsd_dist.scaling import figures
-from gpsd_dist.scaling.__main__ import fit_all
+from gpsd_dist.scaling.summary import fit_all
 
 SIZES = {"l1h32a4": 13_000, "l4h32a4": 52_000, "l4h64a4": 210_000, "l4h128a4": 840_000}
 

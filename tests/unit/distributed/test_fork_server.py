@@ -1,0 +1,99 @@
+"""Commands that are forked: what they see of their request, how they end, and when nothing is forked. No torch here."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from tests.unit.test_imports import REPO_ROOT
+
+PROGRAM = """
+import os, sys, time
+print(sys.argv[1:], os.environ.get("MARK"), os.getcwd(), os.getsid(0) == os.getpid(), flush=True)
+if sys.argv[1] == "exit": sys.exit(int(sys.argv[2]))
+if sys.argv[1] == "words": sys.exit("a message")
+if sys.argv[1] == "raise": raise RuntimeError("broken")
+if sys.argv[1] == "atexit":
+    import atexit; atexit.register(lambda: print("goodbye"))
+if sys.argv[1] == "wait": time.sleep(60)
+"""
+BEGIN = """
+import os, signal, subprocess, sys, threading, time
+from gpsd_dist.distributed import fork_server as module
+module.COMMANDS, module._PRELOADED, module._is_built_for_gpu = ("program",), ("decimal",), lambda: False
+def run(server, *words, **options):
+    with open("out", "w") as out:
+        child = server.start(("-m", "program", *words), {**os.environ, "MARK": "x"}, out, out, **options)
+    return child, lambda: open("out").read()
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+
+    def call(code: str) -> None:
+        whole = BEGIN + textwrap.dedent(code)
+        env = {"PYTHONPATH": f"{REPO_ROOT}:{tmp_path}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+        found = subprocess.run([sys.executable, "-c", whole], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr
+
+    return call
+
+
+def test_a_forked_command_is_like_one_that_was_started(script):
+    script("""
+        with module.fork_server() as server:
+            child, said = run(server, "exit", "3")
+            assert child.wait(10) == 3 and said() == f"['exit', '3'] x {os.getcwd()} False\\n"
+            child, said = run(server, "words", in_new_session=True)
+            assert child.wait(10) == 1 and said() == f"['words'] x {os.getcwd()} True\\na message\\n"
+            child, said = run(server, "raise")
+            assert child.wait(10) == 1 and said().endswith("RuntimeError: broken\\n")
+            child, said = run(server, "atexit")
+            assert child.wait(10) == 0 and said().endswith("goodbye\\n")
+            assert "decimal" not in sys.modules  # the server has it
+    """)
+
+
+def test_a_forked_command_gets_signals_and_outlives_the_server(script):
+    script("""
+        with module.fork_server() as server:
+            child, _ = run(server, "wait")
+            try:
+                child.wait(0.2)
+            except subprocess.TimeoutExpired:
+                child.terminate()
+            assert child.wait(10) == -signal.SIGTERM
+            first, _ = run(server, "wait")
+            second, _ = run(server, "exit", "0")
+            assert second.wait(10) == 0 and first.poll() is None
+        os.kill(first.pid, 0)
+        os.kill(first.pid, signal.SIGKILL)
+    """)
+
+
+def test_a_server_that_is_killed_is_not_waited_for(script):
+    script("""
+        server = module.start_server({**os.environ, "PYTHONPATH": os.environ["PYTHONPATH"]})
+        server._program.kill()
+        server._program.wait()
+        assert run(server, "exit", "0")[0] is None
+        assert run(server, "exit", "0")[0] is None
+    """)
+
+
+def test_nothing_is_forked_where_it_is_not_safe(script):
+    script("""
+        with module.fork_server() as server:
+            assert server.start(("-c", "pass"), os.environ) is None  # not one of ours
+            assert server.start(("-m", "http.server"), os.environ) is None
+        threading.Thread(target=time.sleep, args=(5,), daemon=True).start()
+        assert module.fork_server() is None
+        module._threads, module._is_built_for_gpu = list, lambda: True
+        assert module.fork_server() is None and module.start_server(os.environ) is None
+        del os.environ["OMP_NUM_THREADS"]
+        module._is_built_for_gpu = lambda: False
+        assert module.fork_server() is None
+    """)
