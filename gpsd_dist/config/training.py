@@ -41,6 +41,10 @@ class DataConfig:
     """Threads per rank that read and collate."""
     prefetch: AtLeast1 = dataclasses.field(default=2, metadata=MAY_CHANGE)
     """Batches per thread that may wait."""
+    cache_dir: str = dataclasses.field(default="", metadata=MAY_CHANGE)
+    """Folder for decoded row groups that do not fit into memory. Empty: `.decoded` in the folder of the data."""
+    cache_gib: NotNegative = dataclasses.field(default=16.0, metadata=MAY_CHANGE)
+    """GiB of disk that decoded row groups of a data set may take; 0: none, they are decoded each time (untuned)."""
 
 
 def _some_negative_groups(pretrain: "PretrainConfig") -> collections.abc.Iterator[str]:

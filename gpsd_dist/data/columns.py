@@ -55,7 +55,7 @@ class ColumnReader:
             sizes = np.diff(ends)[kept]
             return array[ranges(ends[:-1][kept], sizes)], cuts(sizes)
         array = self._checked(name, feature, values, offsets)
-        return array if kept is None else array[kept]
+        return _as_index(array if kept is None else array[kept])
 
     def flat(self, name: str, feature: Feature) -> Values:
         """Reads a context column: one value, or one bag, per request."""
@@ -63,7 +63,7 @@ class ColumnReader:
         if not feature.is_bag:
             return self._checked(name, feature, values, np.arange(len(values) + 1))
         offsets = _offsets_of(values)
-        return self._checked(name, feature, values.flatten(), offsets), offsets
+        return _as_index(self._checked(name, feature, values.flatten(), offsets)), offsets
 
     def history_time_s(self, kept: np.ndarray | None) -> np.ndarray:
         """Reads the times of the history tokens at `kept` (None: all): int64 [T], -1 where null."""
@@ -71,7 +71,7 @@ class ColumnReader:
         self._check_lengths("history.time_s", _offsets_of(column), self.integers("history_length"))
         values = column.flatten()
         array = (pc.fill_null(values, -1) if values.null_count else values).to_numpy()
-        return array if kept is None else array[kept]
+        return _as_index(array if kept is None else array[kept])
 
     def integers(self, name: str) -> np.ndarray:
         """Reads a column with one integer per request: int64 [B]. A null is an error."""
@@ -125,7 +125,7 @@ class ColumnReader:
             is_bad = np.isnan(array) if values.null_count else (array < 1) | (array >= limit)
             self._raise_if(is_bad, array, name, f"outside 1 .. {limit - 1} of table {feature.table!r}", offsets)
         if self.manifest.unbounded.get(feature.table) == "hashed":
-            return hashed_rows(array, self.manifest.table(feature.table).num_rows)
+            return hashed_rows(_as_index(array), self.manifest.table(feature.table).num_rows)
         return array
 
     def _raise_if(self, is_bad: np.ndarray, values: np.ndarray, name: str, rule: str, offsets: np.ndarray) -> None:
@@ -134,6 +134,11 @@ class ColumnReader:
             entry = int(np.flatnonzero(is_bad)[0])
             row = int(np.searchsorted(offsets, entry, side="right")) - 1
             raise BadValue(name, int(self.order[row]), f"value {values[entry]} is wrong: {rule}")
+
+
+def _as_index(values: np.ndarray) -> np.ndarray:
+    """Widens int32, in which the cache on disk has lists of integers that fit, to int64; leaves other types alone."""
+    return values.astype(np.int64) if values.dtype == np.int32 else values
 
 
 def _offsets_of(column: pa.ListArray) -> np.ndarray:

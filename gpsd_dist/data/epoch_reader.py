@@ -39,7 +39,7 @@ class BatchPlan:
     def to_table(self) -> pa.Table:
         """Joins the rows to one table, one chunk per column; zero rows if this rank has none in this step."""
         slices = [window.table.slice(start, end - start) for window, start, end in self.pieces]
-        return pa.concat_tables(slices).combine_chunks() if slices else self.schema.empty_table()
+        return gather(slices, None) if slices else self.schema.empty_table()
 
     def locate(self, row_in_batch: int) -> tuple[int, int]:
         """Returns (row group, row in it) of a row of the batch."""

@@ -12,9 +12,9 @@ import pyarrow as pa
 def gather(parts: typing.Sequence[pa.Table], order: np.ndarray | None) -> pa.Table:
     """Takes rows `order` (int64, counted through `parts`; None: all as they stand), one chunk per column.
 
-    The tables have one schema.
+    The tables have one schema, but for int32 in place of int64 (`decoded_cache`), which is widened where they differ.
     """
-    table = pa.concat_tables(parts)
+    table = pa.concat_tables(parts, promote_options="permissive")
     if order is None:
         return table.combine_chunks()
     rows = pa.array(order)

@@ -52,6 +52,7 @@ class Loader(typing.Generic[T]):
         shuffle: False reads in file order, for evaluation.
         num_threads: threads that run `make_batch`; one more reads files.
         prefetch: finished batches that wait for the consumer.
+        disk_cache: folder and bytes for decoded row groups beyond `cache_bytes`; None: decode them again.
         window_rows: rows that are shuffled with each other inside a shard, a part of the order. None: see the code.
 
     ValueError if there are too few data shards or too many batches, or a file is wrong.
@@ -77,11 +78,14 @@ class Loader(typing.Generic[T]):
         prefetch: int = 2,
         window_rows: int | None = None,
         cache_bytes: int = parquet_dataset.DEFAULT_CACHE_BYTES,
+        disk_cache: tuple[pathlib.Path, int] | None = None,
     ):
         if not shuffle:
             num_data_shards = world_size
         _check_shards(rank, world_size, num_data_shards)
-        self._split = parquet_dataset.ParquetSplit(data_dir, manifest, split, columns, cache_bytes=cache_bytes)
+        self._split = parquet_dataset.ParquetSplit(
+            data_dir, manifest, split, columns, cache_bytes=cache_bytes, disk_cache=disk_cache
+        )
         self._make_batch = make_batch
         self._rank = rank
         self._num_data_shards = num_data_shards

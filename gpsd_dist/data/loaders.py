@@ -1,11 +1,20 @@
 """Builds the loaders of a run: shuffled batches to train on, and a split in file order to score."""
 
+import pathlib
+
 from gpsd_dist.batch.batch import Batch, pinned
 from gpsd_dist.config import RunConfig
 from gpsd_dist.data.collate import Collate
+from gpsd_dist.data.decoded_cache import base_folder
 from gpsd_dist.data.loader import Loader
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.schema import Manifest
+
+
+def _disk_cache(run: RunConfig) -> tuple[pathlib.Path, int] | None:
+    """Says where decoded row groups go that do not fit into memory, and how many bytes they may take there."""
+    max_bytes = round(run.data.cache_gib * 2**30)
+    return (base_folder(pathlib.Path(run.data_dir), run.data.cache_dir), max_bytes) if max_bytes else None
 
 
 def training_loader(
@@ -46,6 +55,7 @@ def training_loader(
         seed=run.seed,
         num_threads=run.data.num_threads,
         prefetch=run.data.prefetch,
+        disk_cache=_disk_cache(run),
     )
 
 
@@ -72,4 +82,5 @@ def evaluation_loader(
         shuffle=False,
         num_threads=run.data.num_threads,
         prefetch=run.data.prefetch,
+        disk_cache=_disk_cache(run),
     )

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from gpsd_dist import schema
 from gpsd_dist.data import parquet_footer
+from gpsd_dist.data.decoded_cache import DecodedCache, narrowed
 from gpsd_dist.disk import reading
 from gpsd_dist.disk.reading import why_passing
 
@@ -62,7 +63,7 @@ class ParquetSplit:
     """Reads row groups of one split. Not thread-safe: one reader at a time.
 
     Keeps at most `MAX_OPEN_FILES` files open and the most recently used decoded row groups up to `cache_bytes`, so a
-    data set that fits is decoded once, not once per data shard and epoch.
+    data set that fits is decoded once, not once per data shard and epoch. What does not fit goes to the cache on disk.
     """
 
     def __init__(
@@ -73,8 +74,12 @@ class ParquetSplit:
         columns: typing.Sequence[str] | None = None,
         *,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        disk_cache: tuple[pathlib.Path, int] | None = None,
     ):
         """Reads all footers, no data. `columns`: what `read_group` returns, None means all columns of the split.
+
+        `disk_cache`: folder and bytes for what does not stay in memory (`decoded_cache`). With it, lists of int64
+        come as int32 where all values of a row group fit.
 
         Raises:
             ValueError: listing every missing, empty, unreadable or wrongly typed file, or a row count that differs
@@ -92,6 +97,10 @@ class ParquetSplit:
         self.group_rows_G = np.array([group.num_rows for group in self.groups], np.int64)
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
+        self._disk: DecodedCache | None = None
+        if disk_cache is not None:
+            files = {group.path: group.footer_sha256 for group in self.groups}
+            self._disk = DecodedCache(*disk_cache, split, files.items(), self.schema)
         self._cache: collections.OrderedDict[int, pa.Table] = collections.OrderedDict()
         self._open: collections.OrderedDict[pathlib.Path, pq.ParquetFile] = collections.OrderedDict()
 
@@ -123,12 +132,20 @@ class ParquetSplit:
         if group in self._cache:
             self._cache.move_to_end(group)
             return self._cache[group]
-        table = self._decode(group, self.schema)
+        table = self._disk.read(group) if self._disk is not None else None
+        if table is None:
+            table = self._decode(group, self.schema)
+            table = narrowed(table) if self._disk is not None else table
+        dropped = [(group, table)]
         if table.nbytes <= self._cache_bytes:
-            self._cache[group] = table
+            self._cache[group], dropped = table, []
             self._cached_bytes += table.nbytes
             while self._cached_bytes > self._cache_bytes:
-                self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+                dropped.append(self._cache.popitem(last=False))
+                self._cached_bytes -= dropped[-1][1].nbytes
+        if self._disk is not None:  # what stays in memory needs no file: small data sets leave none
+            for number, rows in dropped:
+                self._disk.write(number, rows)
         return table
 
     def read_history_length(self, group: int) -> np.ndarray:

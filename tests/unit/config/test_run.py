@@ -38,6 +38,7 @@ GRAPHS: dict[str, typing.Any] = {"cuda_graphs": True, "token_multiple": 64}
 INVALID = [
     (RunConfig, {"seed": -1}, "seed -1 must be >= 0"),
     (DataConfig, {"global_batch_rows": 0}, "set exactly one"),
+    (DataConfig, {"cache_gib": -1.0}, "cache_gib -1.0 must be >= 0"),
     (DataConfig, {"global_batch_tokens": 100}, "set exactly one"),
     (DataConfig, {"global_batch_rows": -1, "global_batch_tokens": 0}, "set exactly one"),
     *[
@@ -186,7 +187,7 @@ def test_options_are_dataclasses_like_any_other():
 
 MAY_CHANGE = {
     "RunConfig": {"data_dir", "output_dir", "init_checkpoint"},
-    "DataConfig": {"num_threads", "prefetch", "eval_batch_rows_per_rank"},
+    "DataConfig": {"num_threads", "prefetch", "eval_batch_rows_per_rank", "cache_dir", "cache_gib"},
     "TablesConfig": {"sharding"},
     "ExecutionConfig": {
         *("activation_checkpointing", "pipeline", "dense_parallel", "token_multiple", "cuda_graphs"),
@@ -283,7 +284,7 @@ def full_run():
         strategy="FT_SF",
         init_checkpoint="runs/p",
         seed=7,
-        data=DataConfig(7, 0, 640, 9, 8, 3, 4),
+        data=DataConfig(7, 0, 640, 9, 8, 3, 4, "cache", 0.5),
         tables=TablesConfig(32, 9, {"item": "table_wise"}, ("item", "tag"), 0.1, "fp16"),
         ids=IdsConfig({"item": "managed"}, {"item": 50}, 5, "lru"),
         model=ModelConfig("hstu", 2, 32, 2, 0.1, 0.05, 8, False, 99, 5, 7, False, 1, "by_width", True),
@@ -328,6 +329,7 @@ def test_a_run_of_commit_14e4532_is_read(name):
     raw["model"] |= {"revision": 2, "parametrization": "official", "matches": False}
     raw["finetune"] |= {"weighted_metrics": False}
     raw["execution"] |= {"matmul_dtype": "auto"}
+    raw["data"] |= {"cache_dir": "", "cache_gib": 16.0}
     assert json.loads(json.dumps(dataclasses.asdict(run))) == raw
     assert run.stage == ("pretrain" if name == "pretrain" else "finetune") and run.model.width == raw["model"]["width"]
 
