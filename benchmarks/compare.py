@@ -11,6 +11,7 @@ from benchmarks.remote import Block, Facts, interleave, running
 from benchmarks.sides import SIZES, VARIANTS, SideSpec, Size, variants_of
 from benchmarks.step_split import split_table
 from benchmarks.tables import Table
+from gpsd_dist.model.ops.products import has_bf16_products
 from gpsd_dist.model.transformer import ffn_width
 
 _SPLIT_STEPS = 20
@@ -147,6 +148,8 @@ def ablation(name: str, seconds: float, data_root: pathlib.Path, folder: pathlib
     for variant in variants_of(kind):
         if variant in ("baseline", "product") or " in " in variant:  # kinds of frozen tables: suite `frozen`
             continue
+        if "bf16" in variant and not has_bf16_products():
+            continue  # such a run is refused there
         specs = {v: _spec(v, data, size, folder) for v in ("baseline", "product", variant)}
         with running(specs) as sides:
             blocks = interleave(sides, 3 * seconds / 2, shortest_s=1.0)

@@ -28,6 +28,7 @@ class Size:
     layers: int
     width: int
     heads: int
+    model: str = "transformer"  # Others have sizes of their own, but for the width
 
 
 def run_config(
@@ -40,7 +41,11 @@ def run_config(
         output_dir=str(output_dir),
         data=DataConfig(max_history_length=data.source.max_history_length, global_batch_rows=batch_rows),
         tables=TablesConfig(embedding_dim=size.width),
-        model=ModelConfig(layers=size.layers, width=size.width, heads=size.heads),
+        model=(
+            ModelConfig(layers=size.layers, width=size.width, heads=size.heads)
+            if size.model == "transformer"
+            else ModelConfig(size.model, width=size.width)
+        ),
         pretrain=pretrain,
         dense=OptimizerConfig("adamw", 1e-3, weight_decay=0.1),
         train=TrainConfig(epochs=1000),

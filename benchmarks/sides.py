@@ -19,6 +19,7 @@ from benchmarks.padded_baseline import PaddedBaseline, PaddedLoader
 from benchmarks.product import Product, Size, run_config
 from gpsd_dist.batch import packing
 from gpsd_dist.config import PretrainConfig
+from gpsd_dist.config.execution import ExecutionConfig
 from gpsd_dist.data import collate, distinct
 from gpsd_dist.distributed import allocator
 from gpsd_dist.distributed import runtime as runtime_module
@@ -37,6 +38,7 @@ VARIANTS = {
     "baseline + kept memory": "an option of the C library, no part of the scheme: freed memory stays in the process",
     "product": "everything on",
     "product, 8 x 1024 negatives": "the default of the product instead of 8 x 4096",
+    "product + bf16 operands": "operands of products in bfloat16: linear layers, SwiGLU, gradients of the loss",
     "product + frozen item table": "what ST&SF and FT&SF train",
     "product + frozen item table in fp16": "kept in half precision",
     "product - shared rows": "attention in one row per request, by length buckets",
@@ -140,6 +142,8 @@ def _product_config(spec: SideSpec, switch: str):
     per = "request" if switch == "shared negatives" else "group"
     pretrain = PretrainConfig(num_negatives=negatives, negatives_per=per, auxiliary=("category",))
     run = run_config(spec.data, spec.size, spec.batch_rows, pretrain, spec.folder)
+    if switch == "bf16 operands":
+        run = dataclasses.replace(run, execution=ExecutionConfig(matmul_dtype="bf16"))
     if switch.startswith("frozen item table"):
         _, _, dtype = switch.partition(" in ")
         run = dataclasses.replace(
