@@ -5,6 +5,7 @@
 #   requirements-dev.txt   what tests and checks add      from requirements-dev.in
 #   requirements-serve.txt what a server alone needs, CPU from requirements-serve.in
 # Pins that still fit are kept; delete a line of a lock (or pass --upgrade) to let it move.
+# Hashes are those that the index gives for every file of a version. setup_venv.sh says which package has none.
 # Only metadata is resolved, so the CUDA wheels are not downloaded. Needs uv: on PATH, or UV=/path/to/uv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,7 +17,7 @@ if ! command -v "$uv" >/dev/null; then
 fi
 
 compile() {
-    "$uv" pip compile --quiet --no-config --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+    "$uv" pip compile --quiet --generate-hashes --no-config --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
         --custom-compile-command "make lock" "$@" >/dev/null
 }
 
@@ -26,8 +27,8 @@ compile requirements-cpu.in --override .ci/lock-overrides.txt --output-file requ
 cuda_dir=$(mktemp -d)
 trap 'rm -rf "$cuda_dir"' EXIT
 sed 's/^fbgemm-gpu-cpu==/fbgemm-gpu==/' requirements-cpu.in >"$cuda_dir/requirements-cuda.in"
-{ cat requirements-cpu.txt; grep '==' requirements.txt 2>/dev/null || true; } >"$cuda_dir/start.txt"
-awk -F'==' '!/==/ || !seen[$1]++' "$cuda_dir/start.txt" >"$cuda_dir/requirements.txt"
+{ grep -h '^[^ ]*==' requirements-cpu.txt requirements.txt 2>/dev/null || true; } | sed 's/ *\\$//' >"$cuda_dir/start.txt"
+awk -F'==' '!seen[$1]++' "$cuda_dir/start.txt" >"$cuda_dir/requirements.txt"
 grep '^python-dateutil' .ci/lock-overrides.txt >"$cuda_dir/overrides.txt"
 (
     cd "$cuda_dir"

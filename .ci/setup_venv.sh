@@ -9,6 +9,9 @@
 # complete lock is installed with --no-deps. And PyPI's torch for Linux is the CUDA build: the CPU build has the local
 # version +cpu. Asking for that version by name makes pip's configured sources either deliver it or fail without
 # downloading anything; then PyTorch's CPU index is asked.
+#
+# Every package must have one of the hashes of its lock, but for torch's CPU build: it is not on PyPI, whose hashes the lock
+# has, and is installed before. Whoever wants it checked as well serves it from a place of his own (pip's find-links).
 set -euo pipefail
 
 readonly TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
@@ -102,7 +105,7 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
 for each in "${locks[@]}"; do
     ! is_installed "$each" || continue
     [[ $(uname -s) != Linux || $each != */requirements-@(cpu|serve).txt ]] || install_torch_cpu
-    "${pip[@]}" install --no-deps -r "$each"
+    "${pip[@]}" install --no-deps --require-hashes -r "$each"
     cp "$each" "$(stamp_of "$each")" # after its packages, so that an interrupted installation is repeated
     echo "setup: $venv holds $(basename "$each") after $((SECONDS - start_s)) s"
 done

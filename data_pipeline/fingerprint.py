@@ -5,17 +5,17 @@ import json
 import pathlib
 
 from gpsd_dist import features, schema
-
-CHUNK_BYTES = 1 << 22
+from gpsd_dist.disk import reading
 
 
 def file_sha256(path: pathlib.Path) -> str:
     """Computes the hexadecimal sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+
+    def read() -> str:
+        with reading.open_read(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return reading.again(path, read)
 
 
 def describe(files: dict[str, pathlib.Path], options: dict, source: str) -> dict:

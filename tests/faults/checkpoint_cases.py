@@ -7,6 +7,7 @@ import typing
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 
 from gpsd_dist.checkpoint import files, integrity, loading, manager, retention, state, storage
 from gpsd_dist.checkpoint.__main__ import main
@@ -109,7 +110,7 @@ def link_in_place_of_a_save(folder: pathlib.Path) -> None:
     (folder / "saved" / "__0_0.distcp").symlink_to(victim)
     try:
         dcp.save({"w": torch.ones(3)}, storage_writer=files.Writer(folder / "saved"), no_dist=True)
-    except Exception as error:
+    except CheckpointException as error:
         assert victim.read_text() == "precious", error
     else:
         raise AssertionError("it was written through the link")

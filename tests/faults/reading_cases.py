@@ -73,11 +73,12 @@ def _unreadable(workshop: Workshop, name: str, place: str, part: str, **more) ->
     """Status 74 and no damage; later the same command goes on, from the newest checkpoint."""
     run = Run(workshop, name)
     run.stop_at(9)
+    newest = max((run.output / "checkpoints").glob("step_*"))
     ended = run.train(run.fault("fail_opens", place, 0, part=part, number=errno.EIO, times=999, **more))
     assert ended.status == exit_codes.NO_FILE_ACCESS, ended.stderr
     ended.says(_NOW, os.strerror(errno.EIO), "the same command goes on")
     assert "trying the checkpoint before it" not in ended.stderr and "build the data set again" not in ended.stderr
-    run.goes_on(f"weights: resumed from {step_folder(run.output, 9)}")
+    run.goes_on(f"weights: resumed from {newest}")
     return run.done(0)
 
 

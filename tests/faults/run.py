@@ -10,7 +10,9 @@ import time
 import traceback
 
 import pytest
+from torch.distributed.checkpoint import CheckpointException
 
+from tests.faults import soak, storm
 from tests.faults.cases import CASES
 from tests.faults.jobs import Workshop
 
@@ -18,7 +20,10 @@ from tests.faults.jobs import Workshop
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CASES)}")
-    names = parser.parse_args(argv).names or list(CASES)
+    parser.add_argument("--soak", nargs="?", type=float, const=30.0, metavar="MINUTES", help="then a long run (30)")
+    parser.add_argument("--storm", nargs="?", type=int, const=52, metavar="MOMENTS", help="then kills at random (52)")
+    args = parser.parse_args(argv)
+    names = args.names or list(CASES)
     unknown = [name for name in names if name not in CASES]
     if unknown:
         parser.error(f"{unknown} are no faults; there are {list(CASES)}")
@@ -33,13 +38,18 @@ def main(argv: list[str]) -> int:
             except pytest.skip.Exception as reason:
                 print(f"{name}: not tried: {reason}", flush=True)
                 continue
-            except Exception:
+            except (Exception, CheckpointException):  # the latter is none of the former
                 traceback.print_exc()
                 outcome = "NOT SURVIVED"
             tried += 1
             print(f"{name}: {outcome} ({time.monotonic() - begin_s:.0f} s)", flush=True)
     print(f"{tried} faults tried, {survived} survived, {lost} steps lost")
-    return 0 if tried == survived else 1
+    is_good = tried == survived
+    if args.storm:
+        is_good &= storm.main(["--moments", str(args.storm)]) == 0
+    if args.soak:
+        is_good &= soak.main(args.soak)
+    return 0 if is_good else 1
 
 
 if __name__ == "__main__":

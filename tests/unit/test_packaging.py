@@ -30,11 +30,12 @@ def normalized(name: str) -> str:
 
 
 def pins(lock: str) -> dict[str, str]:
-    lines = [
-        line for line in LOCKS[lock].read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")
-    ]
-    parsed = [re.fullmatch(r"([A-Za-z0-9_.-]+)==([A-Za-z0-9.]+)", line.strip()) for line in lines]
-    assert all(parsed), f"not a pin: {[line for line, match in zip(lines, parsed, strict=True) if not match]}"
+    """Name -> version; each has the hash of a file at least."""
+    text = LOCKS[lock].read_text().replace(" \\\n", " ")
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    pin = re.compile(r"([A-Za-z0-9_.-]+)==([A-Za-z0-9.]+)(?: ;[^-]*)?( +--hash=sha256:[0-9a-f]{64})+")
+    parsed = [pin.fullmatch(line.strip()) for line in lines]
+    assert all(parsed), f"not a pin: {[line[:80] for line, match in zip(lines, parsed, strict=True) if not match]}"
     return {normalized(match[1]): match[2] for match in parsed}
 
 
@@ -208,7 +209,7 @@ def test_setup_installs_cpu_torch_then_the_lock_then_nothing(fake_venv, tmp_path
     assert result.returncode == 0, result.stderr
     torch_call, lock_call = installs(tmp_path)
     assert torch_call.endswith("install --no-deps torch==2.13.0+cpu")
-    assert lock_call.endswith(f"install --no-deps -r {LOCKS['cpu']}")
+    assert lock_call.endswith(f"install --no-deps --require-hashes -r {LOCKS['cpu']}")
     (tmp_path / "calls.txt").unlink()
     assert run_setup(venv).returncode == 0
     assert not (tmp_path / "calls.txt").exists()
@@ -234,7 +235,7 @@ def test_setup_for_developers_adds_the_dev_lock_once(fake_venv, tmp_path):
     (tmp_path / "calls.txt").unlink()
     assert run_setup(venv, "cpu", "dev").returncode == 0
     (call,) = installs(tmp_path)  # what a run needs is there already
-    assert call.endswith(f"install --no-deps -r {LOCKS['dev']}")
+    assert call.endswith(f"install --no-deps --require-hashes -r {LOCKS['dev']}")
     (tmp_path / "calls.txt").unlink()
     assert run_setup(venv, "cpu", "dev").returncode == run_setup(venv).returncode == 0
     assert not (tmp_path / "calls.txt").exists()

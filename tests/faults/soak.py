@@ -1,0 +1,107 @@
+"""A long run of two ranks: memory, open files and threads of every process, as slopes with bounds.
+
+`python -m tests.faults.run --soak [MINUTES]` runs it after the faults; `python -m tests.faults.soak MINUTES` alone.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+import statistics
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+from gpsd_dist.distributed import exit_codes
+from tests.faults.jobs import Run, Workshop, finish
+
+WARM_UP = 0.4  # of the time: allocators and caches fill
+SAMPLE_S = 2.0
+MAX_MB_PER_1000_STEPS = 0.5  # in the second part: 36 bytes a step and row would be a leak of 1 MB in 1000 steps here
+_OPTIONS = ("--gin.EPOCHS=1000000", "--gin.PATIENCE=0", "--gin.TrainConfig.log_interval_steps=5")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One look at a process."""
+
+    time_s: float
+    step: int
+    memory_mb: float
+    num_files: int
+    num_threads: int
+
+
+def main(minutes: float) -> bool:
+    """Runs the soak, prints a line per process, and returns whether all bounds were kept."""
+    with tempfile.TemporaryDirectory(prefix="soak_") as folder:
+        run = Run(Workshop(pathlib.Path(folder)), "soak")
+        job = run.start(None, *_OPTIONS)
+        samples: dict[str, list[Sample]] = {}
+        end_s = time.monotonic() + 60 * minutes
+        while time.monotonic() < end_s:
+            time.sleep(SAMPLE_S)
+            assert job.poll() is None, finish(job).stderr
+            step = _step(run.output / "metrics.jsonl")
+            for name, pid in _processes(job.pid).items():
+                if step:
+                    samples.setdefault(name, []).append(_look(pid, step))
+        job.terminate()
+        ended = finish(job)
+    assert ended.status == exit_codes.STOPPED, ended.stderr
+    are_kept = [_judged(name, found) for name, found in samples.items()]
+    return all(are_kept)
+
+
+def _processes(launcher: int) -> dict[str, int]:
+    children = pathlib.Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    ranks = {}
+    for pid in children:
+        found = re.search(rb"\0RANK=(\d+)\0", b"\0" + pathlib.Path(f"/proc/{pid}/environ").read_bytes())
+        if found:
+            ranks[f"rank {int(found[1])}"] = int(pid)
+    return {"launcher": launcher} | dict(sorted(ranks.items()))
+
+
+def _step(metrics: pathlib.Path) -> int:
+    lines = metrics.read_bytes()[-5000:].splitlines() if metrics.exists() else []
+    return json.loads(lines[-2])["step"] if len(lines) > 2 else 0
+
+
+def _look(pid: int, step: int) -> Sample:
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    memory_kb, threads = (int(re.search(rf"{name}:\s+(\d+)", status)[1]) for name in ("VmRSS", "Threads"))
+    return Sample(
+        time.monotonic(), step, memory_kb / 1024, len(list(pathlib.Path(f"/proc/{pid}/fd").iterdir())), threads
+    )
+
+
+def _judged(name: str, samples: list[Sample]) -> bool:
+    """Prints what a process did after its warm-up, and returns whether that is within the bounds."""
+    first, last = samples[0], samples[-1]
+    late = [sample for sample in samples if sample.time_s > first.time_s + WARM_UP * (last.time_s - first.time_s)]
+    slopes = [_slope(part) for part in (samples, late, late[len(late) // 2 :])]
+    files, threads = ([getattr(sample, what) for sample in late] for what in ("num_files", "num_threads"))
+    grown = [statistics.median(values[-10:]) - statistics.median(values[:10]) for values in (files, threads)]
+    is_good = slopes[1] <= MAX_MB_PER_1000_STEPS and max(grown) <= 0
+    print(
+        f"soak, {name}: {last.step} steps in {(last.time_s - first.time_s) / 60:.0f} min; memory {first.memory_mb:.1f} "
+        f"to {last.memory_mb:.1f} MB, {slopes[0]:+.3f} MB per 1000 steps, {slopes[1]:+.3f} after the warm-up (at most "
+        f"{MAX_MB_PER_1000_STEPS}), {slopes[2]:+.3f} in the last part; {files[-1]} open files ({grown[0]:+.0f}), "
+        f"{threads[-1]} threads ({grown[1]:+.0f}): {'kept' if is_good else 'NOT KEPT'}",
+        flush=True,
+    )
+    return is_good
+
+
+def _slope(samples: list[Sample]) -> float:
+    """Megabytes per 1000 steps, by least squares."""
+    steps = np.array([sample.step for sample in samples], float)
+    memory = np.array([sample.memory_mb for sample in samples])
+    return float(np.polyfit(steps / 1000, memory, 1)[0]) if np.ptp(steps) else 0.0
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main(float(sys.argv[1])) else 1)
