@@ -166,7 +166,7 @@ def _switch(name: str) -> None:
         transformer.normed = lambda x, norm: norm(x)
         swiglu.folded = lambda x, norm, linear: (norm(x), linear.weight)
     elif name == "left-out token":
-        collate._without_last = lambda offsets: (np.ones(int(offsets[-1]), bool), np.diff(offsets))
+        collate.without_last = lambda offsets: (np.ones(int(offsets[-1]), bool), np.diff(offsets))
     elif name == "fused softmax loss":
         losses._SampledSoftmax = _PlainSoftmax
     elif name == "deduplicated lookup":
@@ -203,9 +203,8 @@ class _PlainSoftmax:
     """Computes `losses._SampledSoftmax` one group after the other, with gradients by autograd."""
 
     @staticmethod
-    def apply(
-        query_ME, unit_UE, target_row_M, target_item_M, negative_row_GN, negative_item_GN, group_offsets, *_
-    ) -> torch.Tensor:
+    def apply(query_ME, unit_UE, indices, group_offsets, *_) -> torch.Tensor:
+        target_row_M, target_item_M, negative_row_GN, negative_item_GN = indices
         total = query_ME.new_zeros(())
         for group, (start, stop) in enumerate(itertools.pairwise(group_offsets)):
             query, item = query_ME[start:stop], target_item_M[start:stop, None]

@@ -19,10 +19,11 @@ from gpsd_dist.batch.padding import pad_packing
 from gpsd_dist.data.columns import ColumnReader
 from gpsd_dist.data.distinct import Wanted, deduplicate
 from gpsd_dist.data.gather import gather, one_chunk
+from gpsd_dist.data.micro_batch import MicroBatch, indices, next_item_targets, without_last
 from gpsd_dist.data.negatives import Sampler, draw_limit, group_offsets, uniform
 from gpsd_dist.data.parquet_dataset import BadValue, BatchKey
 from gpsd_dist.features import Values
-from gpsd_dist.schema import NUM_RESERVED_ROWS, Manifest
+from gpsd_dist.schema import Manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Collate:
         order = np.argsort(length, kind="stable")
         return order, length[order]
 
-    def _read(self, rows: pa.Table, order: np.ndarray, length: np.ndarray) -> "_MicroBatch":
+    def _read(self, rows: pa.Table, order: np.ndarray, length: np.ndarray) -> MicroBatch:
         """Reads and checks the columns of some requests, as table indices and numbers."""
         reader = ColumnReader(self.manifest, rows, order)
         item = self.manifest.item_feature
@@ -120,14 +121,14 @@ class Collate:
         time_s, target_M, is_input_T = reader.history_time_s(kept), np.zeros(0, np.int64), None
         if self.negatives_per:
             offsets = cuts(length)
-            target_M = _targets(offsets, _indices(columns["history"][item]))
-            is_input_T, length = _without_last(offsets)
+            target_M = next_item_targets(offsets, indices(columns["history"][item]))
+            is_input_T, length = without_last(offsets)
             # HSTU sees at a token when the next event happens. For the new last token that is the one left out.
             scalars["request_time_s"][length > 0] = time_s[offsets[1:][length > 0] - 1]
         packing = Packing.from_lengths(length, counts)
-        return _MicroBatch(order, packing, columns, labels, sampling, scalars, time_s, target_M, is_input_T)
+        return MicroBatch(order, packing, columns, labels, sampling, scalars, time_s, target_M, is_input_T)
 
-    def _deduplicate(self, parts: list["_MicroBatch"]) -> tuple[KeyedJaggedTensor, dict[str, RawIds]]:
+    def _deduplicate(self, parts: list[MicroBatch]) -> tuple[KeyedJaggedTensor, dict[str, RawIds]]:
         """Collects the distinct indices of each table, and notes in the parts where their own stand among those."""
         item_table = self.manifest.feature(self.manifest.item_feature).table
         wanted: dict[str, list[Wanted]] = {table: [] for table in self.lookup_tables}
@@ -138,7 +139,7 @@ class Collate:
                 for name, column in features.items():
                     table = self.manifest.feature(name).table
                     if table in wanted:
-                        wanted[table].append(Wanted(_indices(column)))
+                        wanted[table].append(Wanted(indices(column)))
                         users.append((micro_batch.rows[place], name, wanted[table][-1]))
         drawn = [(m, Wanted(m.negative_item_GN, is_draw=True)) for m in parts if m.negative_item_GN is not None]
         if drawn:
@@ -154,17 +155,15 @@ class Collate:
         return lookup, raw_ids
 
     def _batch(
-        self, micro_batch: "_MicroBatch", key: BatchKey, lookup: KeyedJaggedTensor, raw_ids: dict[str, RawIds]
+        self, micro_batch: MicroBatch, key: BatchKey, lookup: KeyedJaggedTensor, raw_ids: dict[str, RawIds]
     ) -> Batch:
         empty, item, packing = np.zeros(0, np.int64), self.manifest.item_feature, micro_batch.packing
         # CUDA graphs replay fixed shapes: rounding the sizes up leaves few shapes to record.
         padded = pad_packing(packing, self.token_multiple, self.max_history_length) if self.token_multiple else None
         rows = micro_batch.rows | {"history": micro_batch.of_tower(micro_batch.rows["history"])}
-        columns = {
-            place: {name: _tensor(column) for name, column in features.items()} for place, features in rows.items()
-        }
-        known = {"item": micro_batch.columns["history"][item], "time_s": micro_batch.history_time_s}
-        known = micro_batch.of_tower(known)
+        columns = {place: {name: _tensor(c) for name, c in features.items()} for place, features in rows.items()}
+        item_T = micro_batch.columns["history"][item]
+        known = micro_batch.of_tower({"item": item_T, "time_s": micro_batch.history_time_s})
         target_M, negative_GN, next_item = micro_batch.target_token_M, micro_batch.negative_item_GN, None
         if negative_GN is not None and self.negatives_per is not None:
             token_M = micro_batch.place_in_tower(target_M - 1)
@@ -172,7 +171,7 @@ class Collate:
             next_item = NextItem(
                 token_M=torch.from_numpy(token_M),
                 target={name: torch.from_numpy(row[target_M]) for name, row in targets.items()},
-                item_M=torch.from_numpy(micro_batch.columns["history"][item][target_M]),
+                item_M=torch.from_numpy(item_T[target_M]),
                 group_offsets=group_offsets(self.negatives_per, token_M, packing, len(negative_GN)),
                 negative_item_GN=torch.from_numpy(negative_GN),
                 negative_row_GN=torch.from_numpy(micro_batch.negative_row_GN),
@@ -199,63 +198,6 @@ class Collate:
             raw_ids=raw_ids,
             num_read_tokens=len(micro_batch.history_time_s),
         )
-
-
-@dataclasses.dataclass
-class _MicroBatch:
-    """Holds the columns of one batch while it is made."""
-
-    order: np.ndarray
-    packing: Packing
-    columns: dict[str, dict]  # place -> feature -> table indices or numbers (`Values`)
-    labels: dict[str, np.ndarray]
-    sampling: dict[str, np.ndarray]
-    scalars: dict[str, np.ndarray]  # Columns that are no features: column -> int64 [B]
-    history_time_s: np.ndarray
-    target_token_M: np.ndarray  # History tokens that the ones before them predict
-    is_input_T: np.ndarray | None  # bool: history tokens that the tower runs on; None: all
-    rows: dict[str, dict] = dataclasses.field(default_factory=dict)
-    """`columns` with indices replaced by rows of the lookup."""
-    negative_item_GN: np.ndarray | None = None
-    negative_row_GN: np.ndarray | None = None  # Rows of the negatives in the lookup
-
-    def of_tower(self, columns: dict[str, Values]) -> dict[str, Values]:
-        """Cuts columns of history tokens down to those that the tower runs on."""
-        if self.is_input_T is None:
-            return columns
-        return {name: _kept(column, self.is_input_T) for name, column in columns.items()}
-
-    def place_in_tower(self, token_M: np.ndarray) -> np.ndarray:
-        """Turns places among all history tokens into places among those that the tower runs on."""
-        return token_M if self.is_input_T is None else (np.cumsum(self.is_input_T) - 1)[token_M]
-
-
-def _without_last(offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Leaves out the last token of every history: (bool [T]: the others, their numbers [B])."""
-    is_input_T, length = np.ones(int(offsets[-1]), bool), np.diff(offsets)
-    is_input_T[offsets[1:][length > 0] - 1] = False
-    return is_input_T, np.maximum(length - 1, 0)
-
-
-def _kept(column: Values, is_kept_T: np.ndarray) -> Values:
-    if not isinstance(column, tuple):
-        return column[is_kept_T]
-    values, offsets = column
-    size_T = np.diff(offsets)
-    return values[np.repeat(is_kept_T, size_T)], cuts(size_T[is_kept_T])
-
-
-def _targets(offsets: np.ndarray, item_T: np.ndarray) -> np.ndarray:
-    """Finds the history tokens that the token before them predicts, if their item is known: int64 [M]."""
-    # An unknown item is no target: many items share that row, and predicting it would teach nothing.
-    is_target = item_T >= NUM_RESERVED_ROWS
-    # Nothing predicts a history's first token: the packed token before it is of another request.
-    is_target[offsets[:-1][np.diff(offsets) > 0]] = False
-    return np.flatnonzero(is_target)
-
-
-def _indices(column: Values) -> np.ndarray:
-    return column[0] if isinstance(column, tuple) else column
 
 
 def _tensor(column: Values) -> torch.Tensor | Bag:

@@ -44,8 +44,8 @@ def sampled_softmax(
         unit_UE, query_ME = unit(rows_UE), unit(hidden_ME) / temperature
         indices = (target_row_M, target_item_M, negative_row_GN, negative_item_GN)
         if group_offsets is None:
-            return _OwnNegativesSoftmax.apply(query_ME, unit_UE, *indices)
-        return _SampledSoftmax.apply(query_ME, unit_UE, *indices, group_offsets, 1 / temperature, rounds_operands)
+            return _OwnNegativesSoftmax.apply(query_ME, unit_UE, indices)
+        return _SampledSoftmax.apply(query_ME, unit_UE, indices, group_offsets, 1 / temperature, rounds_operands)
 
 
 class _SampledSoftmax(torch.autograd.Function):
@@ -57,18 +57,8 @@ class _SampledSoftmax(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        query_ME,
-        unit_UE,
-        target_row_M,
-        target_item_M,
-        negative_row_GN,
-        negative_item_GN,
-        group_offsets,
-        bound,
-        rounds_operands,
-    ):
+    def forward(ctx, query_ME, unit_UE, indices, group_offsets, bound, rounds_operands):
+        target_row_M, target_item_M, negative_row_GN, negative_item_GN = indices
         grad_query, grad_unit = torch.empty_like(query_ME), torch.zeros_like(unit_UE)
         loss, shift = query_ME.new_zeros(()), query_ME.new_full((), -bound)
         for group, (start, stop) in enumerate(itertools.pairwise(group_offsets)):
@@ -98,7 +88,7 @@ class _SampledSoftmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return (*(grad * grad_loss for grad in ctx.saved_tensors), *[None] * 7)
+        return (*(grad * grad_loss for grad in ctx.saved_tensors), *[None] * 4)
 
 
 class _OwnNegativesSoftmax(torch.autograd.Function):
@@ -109,7 +99,8 @@ class _OwnNegativesSoftmax(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query_ME, unit_UE, target_row_M, target_item_M, negative_row_MN, negative_item_MN):
+    def forward(ctx, query_ME, unit_UE, indices):
+        target_row_M, target_item_M, negative_row_MN, negative_item_MN = indices
         grad_query, grad_unit = torch.empty_like(query_ME), torch.zeros_like(unit_UE)
         loss = query_ME.new_zeros(())
         size = max(1, CHUNK_ELEMENTS // ((1 + negative_row_MN.shape[1]) * unit_UE.shape[1]))
@@ -134,7 +125,7 @@ class _OwnNegativesSoftmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return (*(grad * grad_loss for grad in ctx.saved_tensors), *[None] * 4)
+        return (*(grad * grad_loss for grad in ctx.saved_tensors), None)
 
 
 def _mask_hits(logits_MN: torch.Tensor, target_M: torch.Tensor, negative_N: torch.Tensor) -> None:

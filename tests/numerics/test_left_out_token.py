@@ -51,7 +51,7 @@ def sums_and_gradients(model_config, negatives_per, token_multiple):
 def test_losses_and_gradients_are_those_of_whole_histories(monkeypatch, name, token_multiple, negatives_per):
     model = ModelConfig(name=name, layers=2, width=16, heads=2)
     short, sums, gradients = sums_and_gradients(model, negatives_per, token_multiple)
-    monkeypatch.setattr(collate, "_without_last", keep_all)
+    monkeypatch.setattr(collate, "without_last", keep_all)
     whole, wanted_sums, wanted = sums_and_gradients(model, negatives_per, token_multiple)
     assert whole.num_read_tokens == short.num_read_tokens == whole.packing.num_history_tokens
     assert short.packing.num_history_tokens == short.num_read_tokens - int((whole.packing.history_length_B > 0).sum())

@@ -164,7 +164,7 @@ def test_gradients_of_own_negatives_in_float64():
     assert (p["negative_item"] == p["target_item"][:, None]).any()
     query, rows = (2.0 * p["hidden"].double()).requires_grad_(), p["rows"].double().requires_grad_()
     loss = losses._OwnNegativesSoftmax.apply
-    assert torch.autograd.gradcheck(lambda q, r: loss(q, r, *indices), (query, rows), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda q, r: loss(q, r, indices), (query, rows), fast_mode=True)
 
 
 def test_problems_hold_hits_and_duplicates():
@@ -186,7 +186,7 @@ def test_gradients_of_the_autograd_function_in_float64(name, bound):
     indices = (p["target_row"], p["target_item"], p["negative_row"], p["negative_item"])
 
     def loss(query, rows):
-        return losses._SampledSoftmax.apply(query, rows, *indices, p["group_offsets"], bound, False)
+        return losses._SampledSoftmax.apply(query, rows, indices, p["group_offsets"], bound, False)
 
     assert torch.autograd.gradcheck(loss, (query, rows), fast_mode=True)
 

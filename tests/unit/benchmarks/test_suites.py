@@ -85,7 +85,7 @@ def test_plain_softmax_is_the_fused_one():
     torch.manual_seed(0)
     query, unit = torch.randn(6, 8), torch.nn.functional.normalize(torch.randn(20, 8), dim=-1)
     target, negative = torch.randint(20, (6,)), torch.randint(20, (2, 5))
-    arguments = (query, unit, target, target, negative, negative, (0, 3, 6), 20.0)
+    arguments = (query, unit, (target, target, negative, negative), (0, 3, 6), 20.0)
     plain = sides._PlainSoftmax.apply(*arguments)
     torch.testing.assert_close(plain, sides.losses._SampledSoftmax.apply(*arguments, False))
 
