@@ -1,6 +1,6 @@
 """`python -m gpsd_dist.fit`: stopped in the middle, gone on, kept, refused for other data.
 
-The one that is stopped is started as a user does; what goes on does so in this process, with forked trainings.
+The one that is stopped is started as a user does; what goes on does so in this process.
 """
 
 import contextlib
@@ -24,7 +24,6 @@ from gpsd_dist.fit.display import Display
 from gpsd_dist.fit.steps import FLOOR_NAMES
 from gpsd_dist.metrics.auc_interval import auc_by_user
 from gpsd_dist.metrics.scores import read_scores
-from tests.helpers import forked
 from tests.helpers.commands import TINY_GIN, environment
 from tests.integration.tiny_data import write_tiny_data
 
@@ -39,12 +38,6 @@ def root(tmp_path_factory):
     write_tiny_data(folder / "data", rows={"train": 60, "valid": 40, "test": 40})
     (folder / "tiny.gin").write_text(TINY_GIN + "EPOCHS = 2\n")
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forked_trainings():
-    with forked.children():
-        yield
 
 
 @contextlib.contextmanager

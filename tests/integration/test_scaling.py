@@ -1,4 +1,4 @@
-"""A ladder that is really trained, by the commands that it shows: started by the slow test, forked by the other."""
+"""A ladder that is really trained, by the commands that it shows."""
 
 import json
 import shlex
@@ -8,7 +8,6 @@ import pytest
 from gpsd_dist.checkpoint import loading, manager
 from gpsd_dist.scaling import __main__ as scaling
 from gpsd_dist.trainer import Trainer
-from tests.helpers import forked
 from tests.integration.test_command_line import TINY
 from tests.integration.tiny_data import NUM_ITEMS, NUM_TAGS, tiny_run
 
@@ -33,11 +32,6 @@ def saved_at(out_dir) -> dict:
 
 @pytest.mark.timeout(900)
 def test_ladder_is_trained_once(tmp_path, data_dir, one_rank, capfd):
-    with forked.children():
-        trained_once(tmp_path, data_dir, one_rank, capfd)
-
-
-def trained_once(tmp_path, data_dir, one_rank, capfd) -> None:
     start = tmp_path / "pretrain"
     Trainer(tiny_run("pretrain", data_dir, start, train={"max_steps": 2}), one_rank).train()
     out = tmp_path / "out"
