@@ -24,7 +24,7 @@ from gpsd_dist.distributed.runtime import Runtime, process_group
 from gpsd_dist.export.raw_requests import RawRequests, Request
 from gpsd_dist.export.source import Source
 
-_START_S, _ANSWER_S, _REQUESTS_A_BODY = 180.0, 60.0, 10
+_START_S, _ANSWER_S, _REQUESTS_A_BODY = 600.0, 60.0, 10
 Logits = dict[str, np.ndarray]
 """Task -> one logit per candidate of a request."""
 
@@ -88,8 +88,10 @@ def served(artefact: pathlib.Path) -> collections.abc.Iterator[int]:
             try:
                 until_s = time.monotonic() + _START_S
                 while not (found := re.search(r"ready: .*:(\d+)$", output.read_text(), re.MULTILINE)):
-                    if server.poll() is not None or time.monotonic() > until_s:
+                    if server.poll() is not None:
                         raise OSError(f"the server did not start: {output.read_text()[-2000:]}")
+                    if time.monotonic() > until_s:
+                        raise OSError(f"the server was not ready within {_START_S:.0f} s: is the machine overloaded?")
                     time.sleep(0.05)
                 yield int(found[1])
             finally:
