@@ -10,6 +10,8 @@ import copy
 import hashlib
 import io
 import itertools
+import logging
+import mmap
 import os
 import pathlib
 import typing
@@ -33,6 +35,9 @@ from gpsd_dist.disk.reading import why_passing
 from gpsd_dist.disk.writing import PIECE_BYTES, create
 from gpsd_dist.distributed.main_rank import described
 from gpsd_dist.distributed.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+_ALIGNMENT = 64  # bytes: a cache line
 
 
 class _HashedStream:
@@ -257,40 +262,98 @@ def _check_places(checkpoint: Location, index: Metadata) -> None:
             raise ValueError(f"the index of {checkpoint} speaks of {end:,} bytes of {name}, which has {num_bytes:,}")
 
 
-def staged(tensors: dict[str, typing.Any], before: dict[str, typing.Any] | None) -> dict[str, typing.Any]:
-    """Copies nested dicts of tensors, ShardedTensors and DTensors to the CPU, local shards only.
+class Staging:
+    """Copies the tensors of a run to the host, for a thread that writes them while training goes on.
 
-    `before`: the result of an earlier call. Its memory is used again where shapes agree, because fresh pages cost more
-    than the copy. Waits for the GPU. Not collective.
+    All copies lie in one block of memory that is used again: fresh pages cost more than the copy. For a GPU the block
+    is page-locked. torch's own allocator of such memory rounds each tensor up to a power of two: 64 GiB for 33.
     """
-    copies = {}
-    for key, value in tensors.items():
-        old = (before or {}).get(key)
+
+    def __init__(self) -> None:
+        self._layout: list[tuple[torch.Size, torch.dtype]] = []
+        self._copies: list[torch.Tensor] = []
+        self._locked: torch.Tensor | None = None  # Any tensor at the start of the block
+
+    def copy(self, tensors: dict[str, typing.Any]) -> dict[str, typing.Any]:
+        """Copies nested dicts of tensors, ShardedTensors and DTensors, local shards only. Not collective.
+
+        Waits for the GPU, once. The result of the call before is overwritten.
+        """
+        live = [part.detach() for part in _local_parts(tensors)]
+        layout = [(part.shape, part.dtype) for part in live]
+        is_cuda = any(part.is_cuda for part in live)
+        if layout != self._layout:
+            self._unlock()
+            self._copies = host_block(layout)
+            self._layout = layout
+            if is_cuda:
+                self._lock()
+        for copy, part in zip(self._copies, live, strict=True):
+            copy.copy_(part, non_blocking=is_cuda)
+        if is_cuda:
+            torch.cuda.current_stream().synchronize()
+        return _rebuilt(tensors, iter(self._copies))
+
+    def _lock(self) -> None:
+        filled = [copy for copy in self._copies if copy.numel()]
+        num_bytes = filled[-1].data_ptr() + filled[-1].nbytes - filled[0].data_ptr()
+        if (status := int(torch.cuda.cudart().cudaHostRegister(filled[0].data_ptr(), num_bytes, 0))) != 0:
+            log.warning(
+                "%.1f GiB could not be page-locked for checkpoints (CUDA error %d, see `ulimit -l`): copies from the "
+                "GPU are slower",
+                num_bytes / 2**30,
+                status,
+            )
+            return
+        self._locked = filled[0]
+
+    def _unlock(self) -> None:
+        if self._locked is not None:
+            torch.cuda.cudart().cudaHostUnregister(self._locked.data_ptr())
+            self._locked = None
+
+
+def host_block(layout: list[tuple[torch.Size, torch.dtype]]) -> list[torch.Tensor]:
+    """Allocates tensors side by side in one block, each with a storage of its own, without which DCP would copy it."""
+    sizes = [shape.numel() * dtype.itemsize for shape, dtype in layout]
+    starts = list(itertools.accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
+    block = mmap.mmap(-1, max(starts[-1], 1))  # begins on a page, as page-locking wants it
+    return [
+        torch.frombuffer(block, dtype=dtype, count=shape.numel(), offset=start).view(shape)
+        if shape.numel()
+        else torch.empty(shape, dtype=dtype)
+        for (shape, dtype), start in zip(layout, starts)
+    ]
+
+
+def _local_parts(tensors: dict[str, typing.Any]) -> collections.abc.Iterator[torch.Tensor]:
+    for value in tensors.values():
         if isinstance(value, dict):
-            copies[key] = staged(value, old)
+            yield from _local_parts(value)
         elif isinstance(value, ShardedTensor):
-            old_shards = old.local_shards() if old is not None else []
-            shards = [
-                Shard(_copied(shard.tensor, old_shards[i].tensor if i < len(old_shards) else None), shard.metadata)
-                for i, shard in enumerate(value.local_shards())
-            ]
+            yield from (shard.tensor for shard in value.local_shards())
+        else:
+            yield value.to_local() if isinstance(value, DTensor) else value
+
+
+def _rebuilt(tensors: dict[str, typing.Any], copies: collections.abc.Iterator[torch.Tensor]) -> dict[str, typing.Any]:
+    """Puts copies in the place of the local parts, in their order."""
+    rebuilt = {}
+    for key, value in tensors.items():
+        if isinstance(value, dict):
+            rebuilt[key] = _rebuilt(value, copies)
+        elif isinstance(value, ShardedTensor):
+            shards = [Shard(next(copies), shard.metadata) for shard in value.local_shards()]
             # The base class asks no other rank, and takes CPU copies of shards whose metadata name a GPU:
             # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/_shard/sharded_tensor/api.py
-            copies[key] = ShardedTensorBase._init_from_local_shards_and_global_metadata(shards, value.metadata())
+            rebuilt[key] = ShardedTensorBase._init_from_local_shards_and_global_metadata(shards, value.metadata())
         elif isinstance(value, DTensor):
-            local = _copied(value.to_local(), old.to_local() if old is not None else None)
             # `DTensor.from_local` would move the copy back to the device of the mesh:
             # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/tensor/_api.py
-            copies[key] = DTensor(local, value._spec, requires_grad=False)
+            rebuilt[key] = DTensor(next(copies), value._spec, requires_grad=False)
         else:
-            copies[key] = _copied(value, old)
-    return copies
-
-
-def _copied(tensor: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
-    if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
-        old = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
-    return old.copy_(tensor.detach())
+            rebuilt[key] = next(copies)
+    return rebuilt
 
 
 def passing_failure(error: CheckpointException) -> BaseException | None:

@@ -43,7 +43,7 @@ class Checkpoints:
         self.stall_s = 0.0  # How long the last `save` kept its caller, in seconds
         self._runtime, self._train = runtime, train
         self._group: dist.ProcessGroup | None = None
-        self._copies: Tensors | None = None
+        self._staging = files.Staging()
         self._writing: concurrent.futures.Future[None] | None = None
 
     def __enter__(self) -> "Checkpoints":
@@ -69,8 +69,8 @@ class Checkpoints:
             self._group = dist.new_group(backend="gloo", timeout=timeout)
         content = json.dumps(dataclasses.asdict(state) | {"has_checksums": True}, indent=1).encode()
         if self._train.async_checkpoints:
-            self._copies = files.staged(tensors, self._copies)
-            self._writing = _in_thread(lambda: self._write(self._copies, state.step, content, start_s))
+            copies = self._staging.copy(tensors)
+            self._writing = _in_thread(lambda: self._write(copies, state.step, content, start_s))
         else:
             with self._runtime.watchdog.waiting():
                 self._write(tensors, state.step, content, start_s)
@@ -107,9 +107,8 @@ class Checkpoints:
             log.warning("%s is damaged and set aside: %s in it says so", later, retention.DAMAGED_NAME)
         retention.write_best(self.folder)
 
-    def _write(self, tensors: Tensors | None, step: int, content: bytes, start_s: float) -> None:
+    def _write(self, tensors: Tensors, step: int, content: bytes, start_s: float) -> None:
         """Writes and commits one checkpoint. Collective on the group of this object."""
-        assert tensors is not None
         waited_s = time.perf_counter() - start_s
         target = self.folder / retention.folder_name(step)
         try:

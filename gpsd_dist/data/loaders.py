@@ -1,6 +1,7 @@
 """Builds the loaders of a run: shuffled batches to train on, and a split in file order to score."""
 
 import pathlib
+import typing
 
 from gpsd_dist.batch.batch import Batch, pinned
 from gpsd_dist.config import RunConfig
@@ -15,6 +16,11 @@ def _disk_cache(run: RunConfig) -> tuple[pathlib.Path, int] | None:
     """Says where decoded row groups go that do not fit into memory, and how many bytes they may take there."""
     max_bytes = round(run.data.cache_gib * 2**30)
     return (base_folder(pathlib.Path(run.data_dir), run.data.cache_dir), max_bytes) if max_bytes else None
+
+
+def _for_device(collate: Collate, runtime: Runtime) -> typing.Callable[..., tuple[Batch, ...]]:
+    """Makes batches page-locked where they go to a GPU, in the loader's threads."""
+    return (lambda rows, key: pinned(collate(rows, key))) if runtime.device.type == "cuda" else collate
 
 
 def training_loader(
@@ -37,14 +43,11 @@ def training_loader(
         token_multiple=run.execution.token_multiple,
     )
 
-    def make_pinned(rows, key):
-        return pinned(collate(rows, key))
-
     return Loader(
         run.data_dir,
         manifest,
         run.training_split,
-        make_batch=make_pinned if runtime.device.type == "cuda" else collate,
+        make_batch=_for_device(collate, runtime),
         columns=collate.columns(),
         rank=runtime.rank,
         world_size=runtime.world_size,
@@ -73,7 +76,7 @@ def evaluation_loader(
         run.data_dir,
         manifest,
         split,
-        make_batch=collate,
+        make_batch=_for_device(collate, runtime),
         columns=collate.columns(),
         rank=runtime.rank,
         world_size=runtime.world_size,

@@ -28,7 +28,7 @@ def folder(request, tmp_path):
 
 def _save(folder) -> files.Writer:
     writer = files.Writer(folder)
-    dcp.save(files.staged(TENSORS, None), storage_writer=writer, no_dist=True)
+    dcp.save(files.Staging().copy(TENSORS), storage_writer=writer, no_dist=True)
     return writer
 
 
@@ -100,17 +100,33 @@ def test_a_full_disk_is_named_at_every_write_of_a_tensor():
 
 
 def test_staged_copies_do_not_change_with_the_live_tensors():
-    live = _zeros()
-    first = files.staged(live, None)
+    live, staging = _zeros(), files.Staging()
+    first = staging.copy(live)
     live["table"]["item"].fill_(1.0)
     assert not first["table"]["item"].any()
     memory = first["table"]["item"].data_ptr()
-    second = files.staged(live, first)
+    second = staging.copy(live)
     assert second["table"]["item"].data_ptr() == memory and bool((second["table"]["item"] == 1).all())
     live["table"]["item"] = torch.zeros(9)  # another shape: fresh memory
-    assert files.staged(live, second)["table"]["item"].shape == (9,)
+    assert staging.copy(live)["table"]["item"].shape == (9,)
 
 
 def test_staged_has_what_is_there_now():
-    copies = files.staged({"a": {"x": torch.ones(1)}, "b": {}}, {"a": {"y": torch.ones(1)}, "c": {}})
+    staging = files.Staging()
+    staging.copy({"a": {"y": torch.ones(1)}, "c": {}})
+    copies = staging.copy({"a": {"x": torch.ones(1)}, "b": {}})
     assert copies == {"a": {"x": torch.ones(1)}, "b": {}}
+
+
+def test_staged_tensors_lie_side_by_side_without_rounding_each_up():
+    """Page-locked memory of torch's own is rounded up to a power of two for each tensor."""
+    sizes = [1025, 3, 0, 4097, 1]
+    live = {str(number): torch.arange(size, dtype=torch.float32) for number, size in enumerate(sizes)}
+    copies = files.Staging().copy(live | {"scalar": torch.tensor(7.0), "half": torch.ones(3, dtype=torch.bfloat16)})
+    for name, value in live.items():
+        assert torch.equal(copies[name], value)
+        assert copies[name].untyped_storage().nbytes() == value.nbytes  # or DCP would copy it again
+    assert copies["scalar"].shape == () and copies["half"].dtype == torch.bfloat16
+    filled = [copy for copy in copies.values() if copy.numel()]
+    span = max(copy.data_ptr() + copy.nbytes for copy in filled) - min(copy.data_ptr() for copy in filled)
+    assert span < sum(copy.nbytes for copy in filled) + 64 * len(filled)
