@@ -83,3 +83,23 @@ def _stop_one(rank: int, world_size: int) -> list:
 
 def test_all_ranks_stop_when_one_is_asked(tmp_path):
     assert run_distributed(_stop_one, 2, tmp_path) == [[False, False, True, exit_codes.STOPPED]] * 2  # one call late
+
+
+def _count_exchanges(rank: int, world_size: int) -> tuple[int, list[bool]]:
+    original, calls = dist.all_reduce, []
+    dist.all_reduce = lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    with StopRequests() as stops:
+        for _ in range(200):  # of microseconds each
+            assert not stops.agreed()
+        num_quiet = len(calls)
+        if rank == 1:
+            stops.note(signal.SIGTERM)
+        answers = [stops.agreed() for _ in range(3 * stopping._MOST_STEPS)]
+    return num_quiet, answers
+
+
+def test_short_steps_share_an_exchange(tmp_path):
+    """An exchange in each step would cost a small model more than its signals are worth."""
+    (first, answers), (second, same) = run_distributed(_count_exchanges, 2, tmp_path)
+    assert first == second < 200 / 4 and answers == same
+    assert any(answers[: 2 * stopping._MOST_STEPS + 1])
