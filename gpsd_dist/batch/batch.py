@@ -97,18 +97,18 @@ class Batch:
             tensor.record_stream(stream)
             return tensor
 
-        _map_tensors(self, record, {})
+        _map_tensors(self, record, {}, stays=(Bucket,))
 
 
 def to_device(value: typing.Any, device: torch.device) -> typing.Any:
     """Copies a batch, all parts of a step's batch, or a piece of one (a Packing, say) to a device.
 
-    Asynchronous if the tensors are pinned. What parts share (the lookup) is copied once. A CPU gets the value itself:
-    the loader's tensors are there already.
+    Asynchronous if the tensors are pinned. What parts share (the lookup) is copied once. Length buckets stay where they
+    are: `Packing.device_buckets` copies them for the kernels that read them. A CPU gets the value itself.
     """
     if device.type == "cpu":
         return value
-    return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True), {})
+    return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True), {}, stays=(Bucket,))
 
 
 def pinned(value: typing.Any) -> typing.Any:
@@ -124,10 +124,12 @@ def _map_tensors(
     value: typing.Any,
     fn: typing.Callable[[torch.Tensor], torch.Tensor],
     done: dict[int, tuple[torch.Tensor, torch.Tensor]],
+    stays: tuple[type, ...] = (),
 ) -> typing.Any:
     """Applies `fn` to every tensor inside dataclasses, dicts, tuples and KeyedJaggedTensors; leaves the rest alone.
 
-    A tensor that stands in several places goes through it once: `done`, empty at first, has the results by id.
+    Objects of the types `stays` are left alone, too. A tensor that stands in several places goes through it once:
+    `done`, empty at first, has the results by id.
     """
     if isinstance(value, torch.Tensor):
         if id(value) not in done:
@@ -142,11 +144,11 @@ def _map_tensors(
             lengths=_map_tensors(value.lengths(), fn, done),
             length_per_key=value.length_per_key_or_none(),
         )
-    if isinstance(value, _CONTAINERS):
+    if isinstance(value, _CONTAINERS) and not isinstance(value, stays):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return type(value)(**{name: _map_tensors(entry, fn, done) for name, entry in fields.items()})
+        return type(value)(**{name: _map_tensors(entry, fn, done, stays) for name, entry in fields.items()})
     if isinstance(value, dict):
-        return {key: _map_tensors(entry, fn, done) for key, entry in value.items()}
+        return {key: _map_tensors(entry, fn, done, stays) for key, entry in value.items()}
     if isinstance(value, tuple):
-        return tuple(_map_tensors(entry, fn, done) for entry in value)
+        return tuple(_map_tensors(entry, fn, done, stays) for entry in value)
     return value

@@ -34,6 +34,12 @@ class Bucket:
     candidate_mask: torch.Tensor | None
     """bool [n, 1, K, W + K]: keys of a candidate: its history and itself; None for no or many candidates."""
 
+    def to(self, device: torch.device) -> "Bucket":
+        """Copies the tensors to a device; asynchronous if they are pinned."""
+        history, candidate = (part and part.to(device) for part in (self.history, self.candidate))
+        mask = None if self.candidate_mask is None else self.candidate_mask.to(device, non_blocking=True)
+        return dataclasses.replace(self, history=history, candidate=candidate, candidate_mask=mask)
+
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
@@ -43,6 +49,10 @@ class Slots:
     """int64 [n * width]: the entry in each slot, counted from the bucket's first; any valid entry where padded."""
     is_entry: torch.Tensor  # bool [n, width]: the slot is not padding
     slot: torch.Tensor  # int64 [entries]: slot of each entry
+
+    def to(self, device: torch.device) -> "Slots":
+        """Copies the tensors to a device; asynchronous if they are pinned."""
+        return Slots(*(part.to(device, non_blocking=True) for part in (self.entry, self.is_entry, self.slot)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +70,8 @@ class Packing:
     max_candidates: int  # The most candidates of a request
     candidate_key_count: int  # Sum over candidates of history length + 1: keys that candidates attend to
     buckets: tuple[Bucket, ...]
-    """Consecutive, covering all requests. Always filled, even where only CUDA kernels run: that takes microseconds."""
+    """Consecutive, covering all requests. Always filled, even where only CUDA kernels run: that takes microseconds.
+    Their tensors stay on the host; whoever reads them takes `device_buckets`."""
     history_length_B: np.ndarray
     """int64 [B], ascending. Stays on the host: recurrent models need sizes there without asking the GPU."""
     candidate_count_B: np.ndarray  # int64 [B]. Stays on the host.
@@ -95,6 +106,11 @@ class Packing:
     def rows(self) -> AttentionRows | None:
         """Lays attention out for a CPU, when it is first needed; None: attend in `buckets`."""
         return plan_rows(self.history_length_B, self.candidate_count_B)
+
+    @functools.cached_property
+    def device_buckets(self) -> tuple[Bucket, ...]:
+        """Copies the buckets to the device of the batch, when they are first read: flash and HSTU kernels never do."""
+        return tuple(bucket.to(self.history_offsets.device) for bucket in self.buckets)
 
     @property
     def num_requests(self) -> int:

@@ -288,8 +288,8 @@ class Staging:
             self._layout = layout
             if is_cuda:
                 self._lock()
-        for copy, part in zip(self._copies, live, strict=True):
-            copy.copy_(part, non_blocking=is_cuda)
+        for target, part in zip(self._copies, live, strict=True):
+            target.copy_(part, non_blocking=is_cuda)
         if is_cuda:
             torch.cuda.current_stream().synchronize()
         return _rebuilt(tensors, iter(self._copies))

@@ -7,7 +7,7 @@ import typing
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -39,8 +39,12 @@ def parallelize(model: nn.Module, run: RunConfig, runtime: Runtime) -> nn.Module
     if run.execution.dense_parallel == "ddp":
         return DistributedDataParallel(model)
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
+    # Blocks are gathered in the type that autocast would cast their matrices to anyway: half the bytes. States between
+    # blocks keep their type, and gradients are summed in float32, as with DDP.
+    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = half if run.train.bf16 else MixedPrecisionPolicy()
     for block in getattr(tower_of(model), "blocks", ()):
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     # Shard what is in no block. It stays gathered between forward and backward, because the loss reads tied weights.
     return fully_shard(model, mesh=mesh, reshard_after_forward=False)
 

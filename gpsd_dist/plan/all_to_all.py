@@ -57,8 +57,10 @@ def step_traffic(
     cluster: Cluster,
     execution: ExecutionConfig = DEFAULT,
     micro_batches: int = 1,
+    *,
+    is_half: bool = False,
 ) -> StepTraffic:
-    """Estimates the traffic of a step; `unique_rows` maps a table to U."""
+    """Estimates the traffic of a step; `unique_rows` maps a table to U. `is_half`: the dense part has bf16 autocast."""
     row_bytes, gradient_bytes = (_SENT_BYTES[t] for t in (execution.exchange_forward, execution.exchange_backward))
     indices, rows, gradients = (np.zeros(cluster.world_size) for _ in range(3))
     num_bags = bags_per_table(cluster.device_type, cluster.world_size)
@@ -67,8 +69,10 @@ def step_traffic(
         rows[shard.rank] += count * shard.columns * row_bytes
         gradients[shard.rank] += 0 if shard.is_frozen else count * shard.columns * gradient_bytes
     # DDP: an all-reduce is two passes of a ring. FSDP2: every forward and every backward gathers the weights of the
-    # blocks, and the gradients are scattered once; weights outside of blocks are gathered less often, not counted here.
-    passes = 2 * micro_batches + 1 if execution.dense_parallel == "fsdp2" else 2
+    # blocks, in half precision with autocast, and the float32 gradients are scattered once. Weights outside of blocks
+    # are gathered less often; that is not counted here.
+    gathered = micro_batches if is_half else 2 * micro_batches
+    passes = gathered + 1 if execution.dense_parallel == "fsdp2" else 2
     return StepTraffic(
         indices=_to_owners(indices, cluster),
         rows=_from_owners(rows, cluster),

@@ -89,7 +89,13 @@ def estimate(scenario: Scenario, layout: Layout | None = None) -> Estimate:
         size=size,
         memory=memory(run, layout.shards, size, cluster, training, validation),
         traffic=step_traffic(
-            layout.shards, training.unique_rows, size.parameters, cluster, run.execution, run.train.micro_batches
+            layout.shards,
+            training.unique_rows,
+            size.parameters,
+            cluster,
+            run.execution,
+            run.train.micro_batches,
+            is_half=run.train.bf16,
         ),
         flops=training_flops(run, size, training) if has_formula(run) else None,
         saved=frozen_line(run, manifest, layout.shards, training.unique_rows, cluster),

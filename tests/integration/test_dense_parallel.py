@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpsd_dist.config import OptimizerConfig
 from gpsd_dist.data.loaders import evaluation_loader
@@ -82,6 +83,47 @@ def trained(tmp_path_factory, data_dir, one_rank):
     sizes = run_distributed(_train, 2, folder, first + second, timeout_s=240)[1]
     _train(0, 1, [_run("pretrain", data_dir, folder / "fsdp2_then_one", "ddp")])
     return folder, dict(zip(FIRST, sizes))
+
+
+class Gathered(TorchDispatchMode):
+    """Counts what is gathered, by type."""
+
+    def __init__(self):
+        super().__init__()
+        self.values: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._overloadpacket.__name__ == "_allgather_base_":
+            self.values[args[1].dtype] = self.values.get(args[1].dtype, 0) + args[1].numel()
+        return func(*args, **(kwargs or {}))
+
+
+def _gathers_of_a_step(rank: int, world_size: int, runs) -> list[tuple[dict[torch.dtype, int], float]]:
+    """Per run: values that a rank gives to gathers in its first step, and the loss after three."""
+    found = []
+    for run in runs:
+        trainer = Trainer(run, cpu_runtime(rank, world_size))
+        batches = trainer.batches()
+        with fixed_negatives(), Gathered() as gathered:
+            list(trainer.training_step.run_steps(batches, 0, 1))
+        with fixed_negatives():
+            *_, last = trainer.training_step.run_steps(batches, 1, 2)
+        found.append((gathered.values, float(last.loss_sums_L[0] / last.counts_L[0])))
+        trainer.loader.close()
+    return found
+
+
+def test_blocks_are_gathered_in_half_precision_under_autocast(data_dir, tmp_path):
+    runs = [
+        _run("pretrain", data_dir, tmp_path / kind, kind, bf16=bf16)
+        for kind, bf16 in (("fsdp2", False), ("fsdp2", True), ("ddp", True))
+    ]
+    (wide, _), (half, loss), (_, ddp_loss) = run_distributed(_gathers_of_a_step, 2, tmp_path, runs, timeout_s=120)[0]
+    assert set(wide) == {torch.float32}
+    assert half[torch.bfloat16] + half[torch.float32] == wide[torch.float32]
+    assert half[torch.bfloat16] > half[torch.float32]  # what is in no block stays in float32
+    # Gains of norms are rounded to 8 bits as well, matrices by both: eps of bf16 is 0.008.
+    assert loss == pytest.approx(ddp_loss, rel=0.008)
 
 
 def test_every_rank_keeps_half_of_the_dense_part(trained):

@@ -43,7 +43,7 @@ def bucketed(
     qkv_S3HK: torch.Tensor, packing: Packing, candidates_only: bool = False, dropout: float = 0.0
 ) -> torch.Tensor:
     """Attends bucket by bucket. Padding is to the right of every token, so the causal mask hides it."""
-    buckets = packing.buckets
+    buckets = packing.device_buckets
     if not (packing.num_candidates or (packing.num_history_tokens and not candidates_only)):
         return qkv_S3HK[:0, 0].flatten(1)  # no token to attend
     # The backward of one split is one concatenation; that of a slice per bucket would write all S tokens every time.

@@ -62,7 +62,7 @@ def _pairs(
     requests = request_B.split([bucket.num_requests for bucket in packing.buckets])
     pairs = []
     for bucket, query_t, key_t, request_n in zip(
-        packing.buckets, queries, history_T.split(sizes), requests, strict=True
+        packing.device_buckets, queries, history_T.split(sizes), requests, strict=True
     ):
         query_nW, key_nW = (_slots(part, bucket) for part in (query_t, key_t))
         history_nWW = time_bucket(query_nW[:, :, None], key_nW[:, None])
@@ -121,7 +121,7 @@ def bucketed(
     of the candidates if there are any. Pads only inside a length bucket.
     """
     packing, pairs = relations.packing, relations.pairs
-    buckets = packing.buckets
+    buckets = packing.device_buckets
     parts = qkv_S3HK.split([b.num_tokens for b in buckets] + [b.num_candidates for b in buckets])
     history_parts, candidate_parts = [], []
     for index, bucket in enumerate(buckets):

@@ -69,3 +69,6 @@ def test_dense_ring_by_hand(world_size, local, intra, inter):
 def test_fsdp2_gathers_weights_twice_for_every_part_of_a_batch(micro_batches, passes):
     found = step_traffic((), {}, 100, FOUR, ExecutionConfig(dense_parallel="fsdp2"), micro_batches).dense
     assert found.total.tolist() == [passes * 3 / 4 * 400] * 4
+    options = ExecutionConfig(dense_parallel="fsdp2"), micro_batches
+    half = step_traffic((), {}, 100, FOUR, *options, is_half=True).dense
+    assert half.total.tolist() == [(micro_batches + 1) * 3 / 4 * 400] * 4  # gathered in bf16, scattered in float32

@@ -63,6 +63,8 @@ def test_dense_part_by_hand():
     assert memories.dense_bytes(deep, SIZE, world_size=1) == 1000 * 16
     parts = dataclasses.replace(deep, train=dataclasses.replace(run.train, micro_batches=2))  # gradients stay whole
     assert memories.dense_bytes(parts, SIZE, world_size=8) == 1000 * 16 / 8 + 4 * (300 + 600 + 2 * 400)
+    half = dataclasses.replace(deep, train=dataclasses.replace(run.train, bf16=True))
+    assert memories.dense_bytes(half, SIZE, world_size=8) == 1000 * 16 / 8 + 2 * (2 * 300) + 4 * (2 * 400)
 
 
 def test_buffers_by_hand():
