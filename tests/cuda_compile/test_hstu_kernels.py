@@ -37,6 +37,8 @@ def signature(kernel, dtype: str, constants: dict) -> dict[str, str]:
             return "i32"
         if name.endswith("_offsets") or name in ("query_time", "key_time"):
             return "*i64"
+        if name in ("bucket", "buckets"):
+            return "*u8"
         return "*fp32" if "position" in name or name in ("time_weight", "grad_time") else f"*{dtype}"
 
     return {name: kind(name) for name in kernel.arg_names}

@@ -158,7 +158,7 @@ def on_fake_cuda(launched: set[str]) -> typing.Iterator[None]:
         unittest.mock.patch.object(hstu_attention, "_has_triton", lambda: True),
         unittest.mock.patch.object(hstu_triton, "_generation", lambda _: 9),
     ]
-    for name in ("_forward", "_backward_queries", "_backward_keys"):
+    for name in ("_forward", "_backward_queries", "_backward_keys", "_fill_buckets"):
         patches.append(unittest.mock.patch.object(hstu_triton, name, Launch(getattr(hstu_triton, name), launched)))
     with contextlib.ExitStack() as stack:
         for entry in patches:

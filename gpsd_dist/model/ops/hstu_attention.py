@@ -49,7 +49,11 @@ def _has_triton() -> bool:
 def relate(packing: Packing, history_T: torch.Tensor, request_B: torch.Tensor, for_kernel: bool) -> Relations:
     """Relates the tokens of a batch for a model with a time bias. Times are int64 seconds, -1 unknown."""
     times = event_times(history_T, request_B, packing)
-    return Relations(packing, times, None if for_kernel else _pairs(times, packing, history_T, request_B))
+    if not for_kernel:
+        return Relations(packing, times, _pairs(times, packing, history_T, request_B))
+    from gpsd_dist.model.ops import hstu_triton  # Triton comes with CUDA builds of torch alone
+
+    return Relations(packing, times, hstu_triton.pair_buckets(times, packing, request_B))
 
 
 @uncompiled

@@ -52,13 +52,22 @@ class BucketPairs:
 
 
 @dataclasses.dataclass(frozen=True)
+class PackedBuckets:
+    """Holds the time buckets of all pairs of a batch for the kernel: uint8, request after request."""
+
+    history: torch.Tensor  # of each history token with all tokens of its request: [sum of squared lengths]
+    history_offsets: torch.Tensor  # int64 [B + 1]: where each request begins
+    candidate: torch.Tensor  # of the request's time with each token of its history: [T]
+
+
+@dataclasses.dataclass(frozen=True)
 class Relations:
     """Relates the tokens of a batch to each other; all layers share it."""
 
     packing: Packing
     times: EventTimes | None  # None without a time bias
-    pairs: tuple[BucketPairs, ...] | None
-    """Input of `bucketed`, one per length bucket; None without a time bias, or for the kernel."""
+    pairs: tuple[BucketPairs, ...] | PackedBuckets | None
+    """For `bucketed` one per length bucket; for the kernel all in one; None without a time bias."""
 
 
 def num_positions(bias: BiasWeights) -> int:

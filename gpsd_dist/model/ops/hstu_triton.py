@@ -1,7 +1,8 @@
-"""Implements HSTU's attention in Triton, with its backward: no padding, no scores or time buckets in memory.
+"""Implements HSTU's attention in Triton, with its backward: no padding, no scores in memory.
 
 One kernel serves both kinds of queries: history tokens (causal, over their own history) and candidates (over the whole
-history of their request). The reference is `hstu_attention.bucketed`. Bias gradients are sums of atomic adds, so their
+history of their request). Time buckets take a byte for each pair: a logarithm that all layers, heads and both passes
+share. The reference is `hstu_attention.bucketed`. Bias gradients are sums of atomic adds, so their
 last bits vary from run to run. So far it was compiled for sm_90 and run in Triton's interpreter, never on a GPU.
 
 Shape letters: M queries, N keys, H heads, K head width, B requests, P positions.
@@ -13,13 +14,23 @@ import torch
 import triton
 import triton.language as tl
 
-from gpsd_dist.model.ops.hstu_bias import LOG_STEP, UNKNOWN_BUCKET, BiasWeights, Relations, num_positions
+from gpsd_dist.batch.packing import Packing
+from gpsd_dist.model.ops.hstu_bias import (
+    LOG_STEP,
+    UNKNOWN_BUCKET,
+    BiasWeights,
+    EventTimes,
+    PackedBuckets,
+    Relations,
+    num_positions,
+)
 
 _LOG_STEP = tl.constexpr(LOG_STEP)
 _UNKNOWN = tl.constexpr(UNKNOWN_BUCKET)
 _GRADIENT_COPIES = 64  # of each bias gradient, so that atomic adds spread over addresses
 _MIN_DOT_WIDTH = 16  # the smallest that tl.dot takes
 _NUM_WARPS = 8
+_BUCKET_BLOCK = 32  # rows and columns of time buckets that a program writes at a time
 # float32 products by three of TF32: 21 bits of mantissa, on tensor cores. "ieee" takes none, and its products fill the
 # registers: the backward for keys then spilt 5.5 - 18 KB per thread.
 _PRECISION = tl.constexpr("tf32x3")
@@ -75,6 +86,31 @@ def _time_buckets(query_time, key_time):
 
 
 @triton.jit
+def _fill_buckets(query_time, key_time, bucket, query_offsets, key_offsets, pair_offsets, BLOCK: tl.constexpr):
+    """Writes the bucket of every query of a request with every key of it, row by row from `pair_offsets`."""
+    request, block = tl.program_id(0), tl.program_id(1)
+    first_q, first_k = tl.load(query_offsets + request), tl.load(key_offsets + request)
+    num_q = (tl.load(query_offsets + request + 1) - first_q).to(tl.int32)
+    num_k = (tl.load(key_offsets + request + 1) - first_k).to(tl.int32)
+    m, first_pair = block * BLOCK + tl.arange(0, BLOCK), tl.load(pair_offsets + request)
+    if block * BLOCK < num_q:
+        q_time = tl.load(query_time + first_q + m, mask=m < num_q, other=0)
+        for start in range(0, num_k, BLOCK):
+            n = start + tl.arange(0, BLOCK)
+            k_time = tl.load(key_time + first_k + n, mask=n < num_k, other=0)
+            place = bucket + first_pair + m[:, None] * num_k + n[None, :]
+            is_pair = (m < num_q)[:, None] & (n < num_k)[None, :]
+            tl.store(place, _time_buckets(q_time, k_time).to(tl.uint8), mask=is_pair)
+
+
+@triton.jit
+def _load_buckets(bucket, first_pair, m, n, num_k, is_pair, IS_CAUSAL: tl.constexpr):
+    """Loads the buckets of a tile. All candidates of a request have its time, and so one row of buckets."""
+    row = m * num_k if IS_CAUSAL else tl.zeros_like(m)
+    return tl.load(bucket + first_pair + row[:, None] + n[None, :], mask=is_pair, other=0).to(tl.int32)
+
+
+@triton.jit
 def _scores(q, k, position, bucket, is_pair, position_weight, time_weight, HAS_TIME: tl.constexpr):
     """Computes q k + bias in float32, without the bias where no pair attends."""
     score = tl.dot(q, tl.trans(k), input_precision=_PRECISION)
@@ -86,7 +122,7 @@ def _scores(q, k, position, bucket, is_pair, position_weight, time_weight, HAS_T
 
 @triton.jit
 def _forward(
-    query, key, value, out, query_offsets, key_offsets, query_time, key_time, position_weight, time_weight, P,
+    query, key, value, out, query_offsets, key_offsets, buckets, pair_offsets, position_weight, time_weight, P,
     H: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_TIME: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +133,7 @@ def _forward(
     m = block * BLOCK + tl.arange(0, BLOCK)
     if block * BLOCK < num_q:
         q = _load_rows(query, first_q + m, m < num_q, head, H, K, WIDTH)
-        q_time = tl.load(query_time + first_q + m, mask=m < num_q, other=0) if HAS_TIME else m
+        first_pair = tl.load(pair_offsets + request) if HAS_TIME else first_k
         total = tl.zeros([BLOCK, WIDTH], tl.float32)
         stop = tl.minimum(num_k, (block + 1) * BLOCK) if IS_CAUSAL else num_k
         for start in range(0, stop, BLOCK):
@@ -107,7 +143,7 @@ def _forward(
             is_pair, position = _pairs(m, n, num_q, num_k, P, IS_CAUSAL)
             bucket = position
             if HAS_TIME:
-                bucket = _time_buckets(q_time, tl.load(key_time + first_k + n, mask=n < num_k, other=0))
+                bucket = _load_buckets(buckets, first_pair, m, n, num_k, is_pair, IS_CAUSAL)
             score = _scores(q, k, position, bucket, is_pair, position_weight, time_weight, HAS_TIME)
             weight = tl.where(is_pair, score * tl.sigmoid(score) / P, 0.0)
             total += tl.dot(weight.to(v.dtype), v, input_precision=_PRECISION)
@@ -124,7 +160,7 @@ def _weights_and_slopes(score, grad_weight, is_pair, P):
 
 @triton.jit
 def _backward_queries(
-    query, key, value, grad_out, grad_query, query_offsets, key_offsets, query_time, key_time, position_weight,
+    query, key, value, grad_out, grad_query, query_offsets, key_offsets, buckets, pair_offsets, position_weight,
     time_weight, grad_position, grad_time, P, NUM_TIME, COPIES: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_TIME: tl.constexpr,
@@ -139,7 +175,7 @@ def _backward_queries(
     if block * BLOCK < num_q:
         q = _load_rows(query, first_q + m, m < num_q, head, H, K, WIDTH)
         g = _load_rows(grad_out, first_q + m, m < num_q, head, H, K, WIDTH)
-        q_time = tl.load(query_time + first_q + m, mask=m < num_q, other=0) if HAS_TIME else m
+        first_pair = tl.load(pair_offsets + request) if HAS_TIME else first_k
         total = tl.zeros([BLOCK, WIDTH], tl.float32)
         stop = tl.minimum(num_k, (block + 1) * BLOCK) if IS_CAUSAL else num_k
         for start in range(0, stop, BLOCK):
@@ -149,7 +185,7 @@ def _backward_queries(
             is_pair, position = _pairs(m, n, num_q, num_k, P, IS_CAUSAL)
             bucket = position
             if HAS_TIME:
-                bucket = _time_buckets(q_time, tl.load(key_time + first_k + n, mask=n < num_k, other=0))
+                bucket = _load_buckets(buckets, first_pair, m, n, num_k, is_pair, IS_CAUSAL)
             score = _scores(q, k, position, bucket, is_pair, position_weight, time_weight, HAS_TIME)
             grad_weight = tl.dot(g, tl.trans(v), input_precision=_PRECISION)
             _, slope = _weights_and_slopes(score, grad_weight, is_pair, P)
@@ -162,7 +198,7 @@ def _backward_queries(
 
 @triton.jit
 def _backward_keys(
-    query, key, value, grad_out, grad_key, grad_value, query_offsets, key_offsets, query_time, key_time,
+    query, key, value, grad_out, grad_key, grad_value, query_offsets, key_offsets, buckets, pair_offsets,
     position_weight, time_weight, P,
     H: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_TIME: tl.constexpr,
@@ -176,7 +212,7 @@ def _backward_keys(
     if block * BLOCK < num_k:
         k = _load_rows(key, first_k + n, n < num_k, head, H, K, WIDTH)
         v = _load_rows(value, first_k + n, n < num_k, head, H, K, WIDTH)
-        k_time = tl.load(key_time + first_k + n, mask=n < num_k, other=0) if HAS_TIME else n
+        first_pair = tl.load(pair_offsets + request) if HAS_TIME else first_k
         total_k, total_v = tl.zeros([BLOCK, WIDTH], tl.float32), tl.zeros([BLOCK, WIDTH], tl.float32)
         begin = block * BLOCK if IS_CAUSAL else 0
         for start in range(begin, num_q, BLOCK):
@@ -186,7 +222,7 @@ def _backward_keys(
             is_pair, position = _pairs(m, n, num_q, num_k, P, IS_CAUSAL)
             bucket = position
             if HAS_TIME:
-                bucket = _time_buckets(tl.load(query_time + first_q + m, mask=m < num_q, other=0), k_time)
+                bucket = _load_buckets(buckets, first_pair, m, n, num_k, is_pair, IS_CAUSAL)
             score = _scores(q, k, position, bucket, is_pair, position_weight, time_weight, HAS_TIME)
             grad_weight = tl.dot(g, tl.trans(v), input_precision=_PRECISION)
             weight, slope = _weights_and_slopes(score, grad_weight, is_pair, P)
@@ -201,8 +237,8 @@ class Segments(typing.NamedTuple):
 
     query_offsets: torch.Tensor
     key_offsets: torch.Tensor
-    query_time: torch.Tensor | None  # int64 [M] seconds, -1 unknown; None without a time bias
-    key_time: torch.Tensor | None
+    buckets: torch.Tensor | None  # uint8, from `pair_buckets`; None without a time bias
+    pair_offsets: torch.Tensor | None  # int64 [B]: first bucket of each request
     max_queries: int  # of a request
     max_keys: int
     is_causal: bool  # queries and keys are the same tokens; else queries come after all keys of their request
@@ -279,31 +315,48 @@ def _options(query: torch.Tensor, weights: list, segments: Segments) -> dict[str
 
 
 def _pointers(weights: list, segments: Segments) -> tuple:
-    """Returns the arguments that all kernels share; without a time bias, any tensor stands in for unread times."""
+    """Returns the arguments that all kernels share; without a time bias, any tensor stands in for unread buckets."""
     position, time = weights
     offsets = segments.query_offsets, segments.key_offsets
-    times = offsets if time is None else (segments.query_time.contiguous(), segments.key_time.contiguous())
-    return *offsets, *times, position, position if time is None else time, (len(position) + 1) // 2
+    buckets = offsets if time is None else (segments.buckets, segments.pair_offsets)
+    return *offsets, *buckets, position, position if time is None else time, (len(position) + 1) // 2
+
+
+def pair_buckets(times: EventTimes, packing: Packing, request_B: torch.Tensor) -> PackedBuckets:
+    """Computes the time buckets of a batch: those of its histories, and those of the request with each event."""
+    offsets, num_tokens, key_time = packing.history_offsets, packing.num_history_tokens, times.key_S
+    length_B = offsets.diff()
+    pair_offsets = torch.nn.functional.pad((length_B * length_B).cumsum(0), (1, 0))
+    num_pairs = int((packing.history_length_B**2).sum())  # known to the host, so that it need not wait for the GPU
+    history, candidate = (key_time.new_empty(size, dtype=torch.uint8) for size in (num_pairs, num_tokens))
+    if num_tokens:
+        blocks = triton.cdiv(packing.max_history_length, _BUCKET_BLOCK)
+        arguments = times.query_S, key_time, history, offsets, offsets, pair_offsets
+        _fill_buckets[(packing.num_requests, blocks)](*arguments, BLOCK=_BUCKET_BLOCK)
+        request = torch.arange(packing.num_requests + 1, device=offsets.device)
+        _fill_buckets[(packing.num_requests, 1)](
+            request_B.contiguous(), key_time, candidate, request, offsets, offsets, BLOCK=_BUCKET_BLOCK
+        )
+    return PackedBuckets(history, pair_offsets, candidate)
 
 
 def attend_to_histories(
     qkv_S3HK: torch.Tensor, bias: BiasWeights, relations: Relations, candidates_only: bool = False
 ) -> list[torch.Tensor]:
     """Returns the parts that `hstu_attention.bucketed` returns."""
-    packing, times = relations.packing, relations.times
+    packing, pairs = relations.packing, relations.pairs
     assert num_positions(bias) > packing.max_history_length, "positions outside the bias table"
     query, key, value = qkv_S3HK.unbind(1)
     num_tokens, offsets, longest = packing.num_history_tokens, packing.history_offsets, packing.max_history_length
-    history_time, candidate_time = (None, None) if times is None else times.query_S.tensor_split([num_tokens])
-    key_time = None if times is None else times.key_S[:num_tokens]
     history = key[:num_tokens], value[:num_tokens], bias.position, bias.time
     outputs = []
     if num_tokens and not candidates_only:
-        segments = Segments(offsets, offsets, history_time, key_time, longest, longest, is_causal=True)
+        buckets = (None, None) if pairs is None else (pairs.history, pairs.history_offsets)
+        segments = Segments(offsets, offsets, *buckets, longest, longest, is_causal=True)
         outputs.append(_Attention.apply(query[:num_tokens], *history, segments).flatten(1))
     if packing.num_candidates:
-        most = max(bucket.max_candidates for bucket in packing.buckets)
-        candidates = packing.candidate_offsets, offsets, candidate_time, key_time, most, longest
-        segments = Segments(*candidates, is_causal=False)
+        buckets = (None, None) if pairs is None else (pairs.candidate, offsets)
+        sizes = packing.max_candidates, longest
+        segments = Segments(packing.candidate_offsets, offsets, *buckets, *sizes, is_causal=False)
         outputs.append(_Attention.apply(query[num_tokens:], *history, segments).flatten(1))
     return outputs
