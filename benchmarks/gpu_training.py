@@ -7,13 +7,11 @@ import time
 import typing
 import warnings
 
-import numpy as np
 import torch
 
 from benchmarks.datasets import BenchData, prepare, without_validation
 from benchmarks.gpu_bench import TRAINED, Bench, Sizes
 from benchmarks.step_split import Split, split_steps
-from gpsd_dist.batch.batch import Batch
 from gpsd_dist.config import (
     DataConfig,
     ModelConfig,
@@ -24,23 +22,8 @@ from gpsd_dist.config import (
     TrainConfig,
 )
 from gpsd_dist.config.execution import ExecutionConfig
-from gpsd_dist.plan.estimate import model_size, training_flops
-from gpsd_dist.plan.workload import Workload
+from gpsd_dist.metrics.flops import peak_bf16_flops
 from gpsd_dist.trainer import Trainer
-
-# Dense bf16 peak by part of the device name, NVIDIA data sheets (without sparsity).
-_PEAK_BF16_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
-
-
-def mfu(tokens_per_s: float, flops_per_token: float, peak_flops_per_s: float) -> float:
-    """Returns the model FLOPs utilisation in [0, 1]; all three are for the same set of devices."""
-    return tokens_per_s * flops_per_token / peak_flops_per_s
-
-
-def peak_bf16_flops(device_name: str) -> float | None:
-    """Returns the dense bf16 peak in FLOP/s of a GPU by its name; None if it is not listed."""
-    words = device_name.upper().replace("-", " ").split()
-    return next((peak for part, peak in _PEAK_BF16_FLOPS.items() if part in words), None)
 
 
 def run_config(
@@ -116,11 +99,11 @@ def train(bench: Bench, name: str) -> dict[str, typing.Any]:
             tokens = statistics.mean(sum(part.num_read_tokens for part in parts) for parts in batches)
             cycled = itertools.cycle(batches)
             device_s = timed_steps(bench, training.train(cycled))
-            flops = training_flops(training.run, model_size(training.run, training.data.manifest), workload(batches))
+            flops = statistics.mean(training.trainer.metrics.flops(parts) for parts in batches)
             found |= {"device_step_ms": 1000 * device_s, "device_tokens_per_s": tokens / device_s}
             peak = peak_bf16_flops(torch.cuda.get_device_name()) if bench.is_cuda else None
-            found["tflops_per_s"] = flops.step / device_s / 1e12
-            found["mfu"] = mfu(tokens / device_s, flops.token, peak) if peak else None
+            found["tflops_per_s"] = flops / device_s / 1e12
+            found["mfu"] = flops / device_s / peak if peak else None
             found["step_split_ms"] = _split(bench, training)
     finally:
         training.close()
@@ -148,14 +131,6 @@ def timed_steps(bench: Bench, steps: typing.Iterator[typing.Any]) -> float:
         next(steps)
     bench.wait()
     return (time.perf_counter() - begin) / bench.sizes.steps
-
-
-def workload(batches: list[tuple[Batch, ...]]) -> Workload:
-    """Averages the batches into a Workload, the form that gpsd_dist.plan reads."""
-    # In pretraining the tower does not see the last token of a history, which `training_flops` leaves out by itself.
-    lengths = [np.concatenate([part.packing.history_length_B + 1 for part in parts]) for parts in batches]
-    tokens, pairs = (statistics.mean(float(f(n)) for n in lengths) for f in (np.sum, lambda n: np.sum(n * (n + 1) / 2)))
-    return Workload(statistics.mean(len(n) for n in lengths), tokens, 0.0, pairs / tokens, 0, {})
 
 
 def host_syncs(bench: Bench, name: str) -> dict[str, typing.Any]:

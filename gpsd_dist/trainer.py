@@ -82,9 +82,7 @@ class Trainer:
         )
         self.training_step = TrainingStep(run, self.components, self.profiler, lr_factor, self.checkpoints.latest)
         self.model, self.optimizer = self.training_step.model, self.training_step.optimizer
-        self.metrics = TrainingMetrics(
-            run, runtime, stage.loss_weights, stage.scored_losses, self.loader.steps_per_epoch
-        )
+        self.metrics = TrainingMetrics(run, runtime, stage, self.components.model, self.loader.steps_per_epoch)
         self.early_stopping = EarlyStopping()
         self.step = 0
         self.position: dict[str, int] = {}

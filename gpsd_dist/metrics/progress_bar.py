@@ -17,7 +17,7 @@ _WINDOW = 20  # log steps over which the time left is estimated; untuned
 
 
 class ProgressBar:
-    """Shows loss, examples/s, tokens/s, step of total and time left. For rank 0 only."""
+    """Shows loss, rates, MFU, peak memory of a GPU, step of total and time left. For rank 0 only."""
 
     def __init__(self, total_steps: int, *, first_step: int = 0, is_terminal: bool | None = None):
         """Starts the bar at `first_step`, the steps of a resumed run. `is_terminal` None asks standard error."""
@@ -59,6 +59,10 @@ class ProgressBar:
         for name, unit in (("perf/examples_per_s", "examples/s"), ("perf/tokens_per_s", "tokens/s")):
             if name in self._shown:
                 parts.append(f"{self._shown[name]:,.0f} {unit}")
+        if "perf/mfu" in self._shown:
+            parts.append(f"MFU {self._shown['perf/mfu']:.1%}")
+        if "perf/peak_cuda_gib" in self._shown:
+            parts.append(f"peak {self._shown['perf/peak_cuda_gib']:.1f} GiB")
         left_s = self.left_s()
         if math.isfinite(left_s):
             parts.append(f"{datetime.timedelta(seconds=round(left_s))} left")

@@ -7,11 +7,13 @@ import dataclasses
 import typing
 
 import torch
+from torch import nn
 
 from gpsd_dist.batch.batch import Batch
 from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.collectives import all_sum
 from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.metrics.flops import StepFlops
 from gpsd_dist.metrics.progress_bar import ProgressBar
 from gpsd_dist.metrics.recorder import Recorder
 from gpsd_dist.metrics.throughput import Throughput
@@ -38,21 +40,22 @@ def divisor(count_L: torch.Tensor) -> torch.Tensor:
     return torch.where(count_L > 0, count_L, 1.0)
 
 
+class Losses(typing.Protocol):
+    """Names the losses of a stage."""
+
+    loss_weights: dict[str, float]  # Name -> weight
+    scored_losses: tuple[str, ...]  # Those with a task of that name, for the generalization gap
+
+
 class TrainingMetrics:
     """Collects the metrics of one training run; every rank has one, rank 0 writes and shows them."""
 
-    def __init__(
-        self,
-        run: RunConfig,
-        runtime: Runtime,
-        loss_weights: dict[str, float],
-        scored_losses: tuple[str, ...],
-        steps_per_epoch: int,
-    ):
-        """`scored_losses` names the losses that have a task of that name, for the generalization gap."""
+    def __init__(self, run: RunConfig, runtime: Runtime, losses: Losses, model: nn.Module, steps_per_epoch: int):
+        """`losses` is the stage; `model` is not wrapped yet, and its sizes are counted."""
         self.run, self.runtime, self.steps_per_epoch = run, runtime, steps_per_epoch
-        self.loss_weights, self.scored_losses = loss_weights, scored_losses
-        self.throughput = Throughput()
+        self.loss_weights, self.scored_losses = losses.loss_weights, losses.scored_losses
+        self.flops = StepFlops(run, model, runtime.device)
+        self.throughput = Throughput(peak_flops_per_s=self.flops.peak)
         self.recorder: Recorder | None = None
         self._bar: ProgressBar | None = None
         self._since_validation: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -87,7 +90,8 @@ class TrainingMetrics:
         since, now = self._since_validation, (done.loss_sums_L, done.counts_L)
         self._since_validation = now if since is None else (since[0] + now[0], since[1] + now[1])
         requests = sum(batch.packing.num_requests for batch in done.parts)
-        self.throughput.step(requests, sum(batch.num_read_tokens for batch in done.parts))
+        tokens = sum(batch.num_read_tokens for batch in done.parts)
+        self.throughput.step(requests, tokens, self.flops(done.parts))
         if self._bar is not None:
             self._bar.advance(done.number + 1)
 

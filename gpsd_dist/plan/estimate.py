@@ -7,11 +7,11 @@ from torch import nn
 
 from gpsd_dist.assembly import looked_up_tables, meta_model
 from gpsd_dist.config import RunConfig
+from gpsd_dist.metrics.flops import Work, step_flops
 from gpsd_dist.model.gpsd import NextItemModel, RankingModel
-from gpsd_dist.model.transformer import ffn_width
 from gpsd_dist.plan.all_to_all import StepTraffic, step_traffic
 from gpsd_dist.plan.frozen import frozen_line
-from gpsd_dist.plan.memory import Memory, ModelSize, has_formula, memory
+from gpsd_dist.plan.memory import Memory, ModelSize, memory
 from gpsd_dist.plan.workload import DataShape, Workload, training_requests, workload
 from gpsd_dist.schema import Manifest
 from gpsd_dist.tables.collections import Tables
@@ -97,7 +97,7 @@ def estimate(scenario: Scenario, layout: Layout | None = None) -> Estimate:
             run.train.micro_batches,
             is_half=run.train.bf16,
         ),
-        flops=training_flops(run, size, training) if has_formula(run) else None,
+        flops=training_flops(run, size, training),
         saved=frozen_line(run, manifest, layout.shards, training.unique_rows, cluster),
         usable_bytes=(1 - RESERVE) * cluster.memory_bytes,
     )
@@ -132,7 +132,7 @@ def model_size(run: RunConfig, manifest: Manifest) -> ModelSize:
         matrix_parameters=sum(weight.numel() for weight in matrices),
         item_table=item_table,
         item_rows=manifest.table(item_table).num_rows,
-        auxiliary_rows=max((manifest.table(table).num_rows for table in auxiliary), default=0),
+        auxiliary_rows=sum(manifest.table(table).num_rows for table in auxiliary),
         head_parameters=sum(p.numel() for p in model.heads.parameters()) if isinstance(model, RankingModel) else 0,
         head_values=_head_values(model) if isinstance(model, RankingModel) else 0,
         map_bytes=sum(
@@ -148,29 +148,10 @@ def _head_values(model: RankingModel) -> int:
     return model.backbone.tower.out_width + model.context.width + sum(hidden)
 
 
-def flops_per_token(layers: int, width: int, mean_context: float) -> float:
-    """Counts forward and backward FLOPs per real token: 6 L P + 12 L H c, with P = 4 H^2 + 3 H F.
-
-    `mean_context` c is the mean number of tokens that a token attends to. The count is PaLM's (arXiv:2204.02311,
-    appendix B) with causal attention; recomputation does not count.
-    """
-    return layers * (6 * (4 * width**2 + 3 * width * ffn_width(width)) + 12 * width * mean_context)
-
-
-def training_flops(run: RunConfig, size: ModelSize, step: Workload) -> Flops:
-    """Applies `flops_per_token` to histories and candidates, and adds 6 FLOPs per head weight.
-
-    When ranking, histories only give queries, keys and values in the last layer. Embedding sums, norms, rotary
-    positions and the projection of a table width that differs from the model's are not counted.
-    """
-    layers, width = run.model.layers, run.model.width
-    if run.stage == "pretrain":
-        negatives = step.positions * run.pretrain.num_negatives + step.positions * size.auxiliary_rows
-        tower = step.without_last()
-        total = tower.tokens * flops_per_token(layers, width, tower.context) + 6 * width * negatives
-    else:
-        seen = step.candidate_keys / max(step.candidates, 1e-9)
-        unused = 6 * (width**2 + 3 * width * ffn_width(width)) + 12 * width * step.context
-        total = step.tokens * (flops_per_token(layers, width, step.context) - unused)
-        total += step.candidates * (flops_per_token(layers, width, seen) + 6 * size.head_parameters)
-    return Flops(total, total / max(step.tokens, 1e-9))
+def training_flops(run: RunConfig, size: ModelSize, step: Workload) -> Flops | None:
+    """Applies `metrics.flops.step_flops` to the mean step of a rank; None where that has no formula."""
+    tower = step.without_last() if run.stage == "pretrain" else step
+    keys = step.candidate_keys if step.candidates else 0.0
+    work = Work(tower.tokens, tower.tokens * tower.context, step.candidates, keys, step.positions)
+    total = step_flops(run, work, size.head_parameters, size.auxiliary_rows)
+    return None if total is None else Flops(total, total / max(step.tokens, 1e-9))

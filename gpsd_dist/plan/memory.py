@@ -26,7 +26,7 @@ class ModelSize:
     matrix_parameters: int  # weights of linear layers: bf16 autocast keeps a copy of each in half precision
     item_table: str
     item_rows: int  # V, rows of the item table
-    auxiliary_rows: int  # rows of the largest table that pretraining predicts with a full softmax; 0 without one
+    auxiliary_rows: int  # rows of the tables that pretraining predicts with a full softmax
     head_parameters: int  # weights of the ranking MLPs
     head_values: int  # values that the ranking MLPs keep per candidate: input and hidden layers
     map_bytes: int = 0  # maps of managed tables (docs/ids.md); every rank holds all of them

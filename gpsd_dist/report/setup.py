@@ -12,7 +12,7 @@ from gpsd_dist.validation import flattened
 
 _ABSENT = "(absent)"
 _SPEEDS = {"perf/examples_per_s": "examples/s", "perf/tokens_per_s": "tokens/s", "perf/step_ms": "step ms"}
-_PEAKS = (("perf/peak_rss_gib", "peak RSS GiB"), ("perf/peak_cuda_gib", "peak CUDA GiB"))
+_PEAKS = (("perf/peak_rss_gib", "peak RSS GiB"), ("perf/peak_cuda_gib", "peak CUDA GiB"), ("perf/mfu", "best MFU"))
 
 
 def option_differences(family: Family) -> Table | None:
@@ -120,7 +120,7 @@ def throughput(families: typing.Sequence[Family]) -> Table:
     for family in families:
         rows = [Row(tuple(_speed_cells(run, peaks))) for run in family.runs]
         groups.append(tuple(rows))
-    return Table(columns, tuple(groups), caption="medians over the log steps; peaks are the largest value")
+    return Table(columns, tuple(groups), caption="medians over the log steps; peaks and MFU are the largest value")
 
 
 def _speed_cells(run: Run, peaks: typing.Sequence[tuple[str, str]]) -> list[Cell]:

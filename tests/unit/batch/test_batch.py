@@ -6,7 +6,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from gpsd_dist.batch.batch import Batch, pinned, to_device
-from gpsd_dist.batch.packing import Packing
+from gpsd_dist.batch.packing import Bucket, Packing
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.parquet_dataset import BatchKey
 from gpsd_dist.tables.prefetch import PrefetchedParts
@@ -32,8 +32,10 @@ def make_batch(split):
     return batch if is_pretraining else dataclasses.replace(batch, sampling=weights)
 
 
-def tensors(value, path="batch"):
+def tensors(value, path="batch", *, with_buckets=True):
     """(path, tensor) of everything reachable, by generic recursion over attributes."""
+    if isinstance(value, Bucket) and not with_buckets:
+        return
     if isinstance(value, torch.Tensor):
         yield path, value
     elif isinstance(value, KeyedJaggedTensor):
@@ -41,13 +43,13 @@ def tensors(value, path="batch"):
         yield f"{path}.lengths", value.lengths()
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
-            yield from tensors(getattr(value, field.name), f"{path}.{field.name}")
+            yield from tensors(getattr(value, field.name), f"{path}.{field.name}", with_buckets=with_buckets)
     elif isinstance(value, dict):
         for key, entry in value.items():
-            yield from tensors(entry, f"{path}[{key}]")
+            yield from tensors(entry, f"{path}[{key}]", with_buckets=with_buckets)
     elif isinstance(value, tuple | list):
         for index, entry in enumerate(value):
-            yield from tensors(entry, f"{path}[{index}]")
+            yield from tensors(entry, f"{path}[{index}]", with_buckets=with_buckets)
     elif not isinstance(value, np.ndarray):  # stays on the host
         assert value is None or isinstance(value, int | str | float), f"{path} is a {type(value)}: how is it copied?"
 
@@ -55,13 +57,25 @@ def tensors(value, path="batch"):
 @pytest.mark.parametrize("split", ["pretrain", "train"])
 def test_to_moves_every_tensor_and_keeps_everything_else(split):
     batch = make_batch(split)
-    before, moved = dict(tensors(batch)), dict(tensors(batch.to(META)))
+    before, moved = (dict(tensors(b, with_buckets=False)) for b in (batch, batch.to(META)))
     assert len(before) > 20 and list(before) == list(moved)
     for path, tensor in moved.items():
         assert tensor.device == META, path
         assert (tensor.shape, tensor.dtype) == (before[path].shape, before[path].dtype), path
     assert batch.to(META).lookup.keys() == batch.lookup.keys()
     assert all(tensor.device.type == "cpu" for tensor in before.values())
+
+
+def test_length_buckets_go_to_the_device_when_they_are_read():
+    """Flash attention and HSTU's kernels need none: there they would be copied for nothing."""
+    packing = make_batch("train").packing
+    moved = to_device(packing, META)
+    assert {tensor.device.type for _, tensor in tensors(moved.buckets)} == {"cpu"}
+    read = moved.device_buckets
+    assert {tensor.device.type for _, tensor in tensors(read)} == {"meta"} and read is moved.device_buckets
+    assert [path for path, _ in tensors(read)] == [path for path, _ in tensors(packing.buckets)]
+    shapes = [(t.shape, t.dtype) for _, t in tensors(read)]
+    assert shapes == [(t.shape, t.dtype) for _, t in tensors(packing.buckets)] and len(shapes) > 5
 
 
 @pytest.mark.parametrize("split", ["pretrain", "train"])
@@ -109,7 +123,9 @@ def test_pinning_and_streams_touch_every_tensor_once(split, action, monkeypatch)
     batch = spied(make_batch(split))
     monkeypatch.setattr(Spy, "seen", [])
     pinned(batch) if action == "pin_memory" else batch.record_stream(None)
-    expected = sorted(tensor.data_ptr() for _, tensor in tensors(batch))
+    # Buckets are pinned, but copied by whoever reads them.
+    read = tensors(batch, with_buckets=action == "pin_memory")
+    expected = sorted(tensor.data_ptr() for _, tensor in read)
     assert sorted(Spy.seen) == expected and len(expected) > 20
 
 
