@@ -62,7 +62,9 @@ def layer_weights(model: ModelConfig) -> tuple[int, int, int] | None:
     if model.name == "hstu":
         channels = model.heads * (model.head_width or width // model.heads)
         return 4 * width * channels, channels * width, channels
-    behind = {"transformer": 3 * width * ffn_width(width), "sasrec": 2 * width * model.ffn_width}.get(model.name)
+    behind = {"transformer": 3 * width * ffn_width(width), "sasrec": 2 * width * (model.ffn_width or width)}.get(
+        model.name
+    )
     return None if behind is None else (3 * width**2, width**2 + behind, width)
 
 

@@ -11,7 +11,8 @@ from gpsd_dist.metrics.flops import Work, step_flops
 from gpsd_dist.model.gpsd import NextItemModel, RankingModel
 from gpsd_dist.plan.all_to_all import StepTraffic, step_traffic
 from gpsd_dist.plan.frozen import frozen_line
-from gpsd_dist.plan.memory import Memory, ModelSize, memory
+from gpsd_dist.plan.measured import tower_bytes
+from gpsd_dist.plan.memory import Memory, ModelSize, memory, transformer_bytes
 from gpsd_dist.plan.workload import DataShape, Workload, training_requests, workload
 from gpsd_dist.schema import Manifest
 from gpsd_dist.tables.collections import Tables
@@ -82,12 +83,18 @@ def estimate(scenario: Scenario, layout: Layout | None = None) -> Estimate:
     validation = None
     if not run.refit_of and manifest.split("valid").num_rows:
         validation = workload(run, manifest, names, scenario.shape, run.data.eval_batch_rows_per_rank)
-    size = model_size(run, manifest)
+    size, tower = model_size(run, manifest), None
+    if run.stage in ("pretrain", "finetune"):
+        seen = training.without_last() if run.stage == "pretrain" else training
+        if run.model.name == "transformer":
+            tower = transformer_bytes(run, seen, cluster.device_type)
+        else:
+            tower = tower_bytes(run, manifest, seen, cluster.device_type)
     return Estimate(
         layout=layout,
         training=training,
         size=size,
-        memory=memory(run, layout.shards, size, cluster, training, validation),
+        memory=memory(run, layout.shards, size, cluster, training, validation, tower),
         traffic=step_traffic(
             layout.shards,
             training.unique_rows,

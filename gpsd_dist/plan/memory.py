@@ -40,8 +40,8 @@ class Memory:
     optimizer: np.ndarray  # state of the tables' optimizer; 0 for frozen tables
     dense: int  # on every rank: weights, gradients, two AdamW moments, and DDP's buckets with more than one rank
     maps: int  # on every rank: maps of managed tables
-    activations: float | None  # kept for the backward of one micro-batch; None: no formula for this tower or stage
-    working: float  # gradients inside the backward: two of feed-forward and two of model width per token
+    activations: float | None  # kept for the backward of one micro-batch; None: a stage that the plan does not know
+    working: float  # gradients inside the backward of the tower
     loss: float  # logits and gradients of the loss, and what the ranking heads keep
     buffers: np.ndarray  # looked-up rows, as sent and received; for trained tables their gradients, too
     validation: np.ndarray  # replaces activations, working, loss and buffers while `valid` is scored
@@ -62,11 +62,6 @@ class Memory:
         return (self.activations or 0.0) + self.working + self.loss + self.buffers
 
 
-def has_formula(run: RunConfig) -> bool:
-    """Whether the plan knows what a step of this tower in this stage computes and keeps."""
-    return run.model.name == "transformer" and run.stage in ("pretrain", "finetune")
-
-
 def memory(
     run: RunConfig,
     shards: tuple[Shard, ...],
@@ -74,16 +69,17 @@ def memory(
     cluster: Cluster,
     training: Workload,
     validation: Workload | None,
+    tower: tuple[float, float] | None = None,
 ) -> Memory:
-    """Estimates the memory of every rank from the work of one; `validation` is None where nothing is validated."""
+    """Estimates the memory of every rank from the work of one; `validation` is None where nothing is validated.
+
+    `tower`: bytes that it keeps for its backward, and gradients inside that; None where they are not known.
+    """
     tables, optimizer = np.zeros(cluster.world_size), np.zeros(cluster.world_size)
     for shard in shards:
         tables[shard.rank] += shard.rows * shard.columns * shard.value_bytes
         optimizer[shard.rank] += table_state_bytes(run.sparse.name, shard)
-    activations, working = None, 0.0
-    if has_formula(run):
-        of_tower = training.without_last() if run.stage == "pretrain" else training
-        activations, working = transformer_bytes(run, of_tower, cluster.device_type)
+    activations, working = (None, 0.0) if tower is None else tower
     scored = np.zeros(cluster.world_size)
     if validation is not None:
         scored = validation_bytes(run, shards, cluster, validation, size.item_rows)

@@ -80,9 +80,18 @@ def _warnings(scenario: Scenario, found: Estimate) -> list[str]:
         lines.append(f"training on {world_size} ranks also needs --gin.DataConfig.num_data_shards={world_size}")
     if found.training.requests < 1:
         lines.append(f"a rank has {found.training.requests:.2f} requests per step: a larger global batch is due")
+    given = f"tower {run.model.name!r} in stage {run.stage!r}"
     if found.memory.activations is None:
-        given = f"tower {run.model.name!r} in stage {run.stage!r}"
-        lines.append(f"there is no formula for {given}: its activations and FLOPs are not counted")
+        lines.append(f"the plan does not know {given}: its activations and FLOPs are not counted")
+    elif found.flops is None:
+        lines.append(f"there is no formula for {given}: its FLOPs are not counted")
+    left = found.usable_bytes - found.memory.held.max()
+    if left > 0 and found.memory.peak.max() > found.usable_bytes:
+        needed = (found.memory.peak - found.memory.held).max()
+        lines.append(
+            f"tables and weights fit, and TorchRec's planner looks at tables alone, but activations do not fit: "
+            f"{left / _GIB:.2f} GiB of a rank are left, and a step or a validation takes {needed / _GIB:.2f} GiB on top"
+        )
     return lines
 
 
