@@ -37,6 +37,10 @@ export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # (PYTORCH_CUDA_ALLOC_CONF is the name of before torch 2.9, which still counts where somebody has set it.)
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}"
 
+# Only on Hopper (H100, H200) for HSTU in bf16: ptxas of CUDA 12.8 and 12.9, which Triton brings, miscompiles some kernels;
+# `python -m gpsd_dist.doctor` says which one is used. That of CUDA 13.3 or later:
+#   export TRITON_PTXAS_PATH=/usr/local/cuda/bin/ptxas
+
 # Only where the automatic choice is wrong (several networks, docker0 picked): name the interface that reaches the other
 # nodes, for NCCL's set-up traffic and for gloo. `ip route get <other node>` shows it.
 #   export NCCL_SOCKET_IFNAME=eth0

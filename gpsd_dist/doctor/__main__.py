@@ -7,12 +7,14 @@ line of the report. Does not look at data or configuration files.
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -202,7 +204,30 @@ def check_gpu(versions: dict[str, str]) -> list[Check]:
     checks.append(_judged("NCCL", bool(nccl), nccl or "not in this torch build", install_command("cuda"), FAILED))
     has_flash = torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability() >= (8, 0)
     detail = "flash kernel" if has_flash else "no flash kernel (sm80 or newer, CUDA build): bf16 runs will fail"
-    return [*checks, _judged("attention", has_flash, detail, "set bf16=False")]
+    checks.append(_judged("attention", has_flash, detail, "set bf16=False"))
+    return [*checks, *(check_ptxas() if torch.cuda.get_device_capability()[0] == 9 else [])]
+
+
+def check_ptxas() -> list[Check]:
+    """Checks the assembler that Triton uses, on Hopper; empty without one.
+
+    ptxas of CUDA 12.8 and 12.9 miscompiles some products whose operands come from registers, as HSTU's do in bf16
+    (https://github.com/triton-lang/triton/pull/11781); it is said to be mended in CUDA 13.3.
+    """
+    spec = importlib.util.find_spec("triton")
+    bundled = spec and pathlib.Path(spec.submodule_search_locations[0], "backends", "nvidia", "bin", "ptxas")
+    path = os.environ.get("TRITON_PTXAS_PATH") or bundled
+    try:
+        text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60).stdout
+        version = tuple(map(int, re.search(r"release (\d+)\.(\d+)", text).groups()))
+    except (OSError, TypeError, AttributeError, subprocess.SubprocessError):
+        return []
+    test = "python -m pytest -m gpu tests/numerics/test_hstu_kernel.py"
+    fix = f"export TRITON_PTXAS_PATH=PTXAS_OF_CUDA_13.3; before training HSTU, in any case: {test}"
+    detail = f"ptxas {version[0]}.{version[1]} at {path}"
+    if version >= (13, 3):
+        return [Check("ptxas", OK, detail)]
+    return [Check("ptxas", WARNING, f"{detail} may miscompile HSTU's kernels in bf16 on Hopper", fix)]
 
 
 def _check_machine() -> list[Check]:

@@ -145,3 +145,20 @@ def test_exit_status_and_report_follow_the_checks(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "run_checks", lambda: [doctor.Check("a", doctor.FAILED, "gone", "bring it back")])
     assert doctor.main(["--json"]) == 1
     assert json.loads(capsys.readouterr().out)["healthy"] is False
+
+
+@pytest.mark.parametrize(
+    ("release", "status"), [("12.8", doctor.WARNING), ("12.9", doctor.WARNING), ("13.3", doctor.OK)]
+)
+def test_an_assembler_that_miscompiles_is_named(tmp_path, monkeypatch, release, status):
+    tool = tmp_path / "ptxas"
+    tool.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(tool))
+    [check] = doctor.check_ptxas()
+    assert check.status == status and f"ptxas {release} at {tool}" in check.detail
+
+
+def test_a_missing_assembler_is_no_problem(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(tmp_path / "none"))
+    assert doctor.check_ptxas() == []
