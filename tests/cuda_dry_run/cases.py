@@ -21,6 +21,11 @@ CASES: dict[str, tuple[str, dict]] = {
         BF16 | {"model": {"name": "hstu", "max_positions": 11, "time_bias": False}},
     ),
     **{
+        f"{stage}/bf16/{kind}": (stage, BF16 | {"model": {"layers": 2}, "execution": {"dense_parallel": kind}})
+        for stage in ("pretrain", "finetune")
+        for kind in ("ddp", "fsdp2")
+    },
+    **{
         f"{stage}{suffix}/{name}": (stage, change | {"model": {"name": name, "max_positions": 11}})
         for name in ("hstu", "sasrec")
         for stage in ("pretrain", "finetune")

@@ -2,10 +2,11 @@
 
     python -m tests.cuda_dry_run.dry_run RESULTS.json [case ...]
 
-The step is the product's own `TrainingStep`. Replaced are the tables' rows (TorchRec), launches of Triton kernels,
-cuDNN's GRU and pinning. FakeTensorMode raises for operands on different devices and for what needs a number on the host
-(`.item()`, `bool(tensor)`, `nonzero`, boolean masks); `Watch` adds copies that wait, and counts products by dtype. What
-it cannot see: values, races, NCCL, FBGEMM's kernels.
+The step is the product's own `TrainingStep`, and so are what copies a checkpoint to the host and the loop of a
+validation. Replaced are the tables' rows (TorchRec), launches of Triton kernels, cuDNN's GRU, pinning, and for two
+ranks what `parallel.py` says. FakeTensorMode raises for operands on different devices and for what needs a number on
+the host (`.item()`, `bool(tensor)`, `nonzero`, boolean masks); `Watch` adds copies that wait, and counts products by
+dtype. What it cannot see: values, races, NCCL, FBGEMM's kernels.
 """
 
 # ruff: noqa: E402, I001
@@ -31,10 +32,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpsd_dist.assembly import looked_up_tables
 from gpsd_dist.batch.batch import _map_tensors, pinned
+from gpsd_dist.checkpoint import files
 from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.metrics.classification import Predictions
 from gpsd_dist.metrics.profiling import StepProfiler
 from gpsd_dist.model.ops import hstu_attention, hstu_triton
+from gpsd_dist.optim import named_state
 from gpsd_dist.schema import Manifest
 from gpsd_dist.stages.registry import find
 from gpsd_dist.stages.stage import Components
@@ -42,6 +46,7 @@ from gpsd_dist.tables.id_remapping import IdRemapper
 from gpsd_dist.training_step import TrainingStep
 from gpsd_dist.trainer import Trainer
 from tests.cuda_dry_run.cases import BF16, CASES, PLANTS, is_scored
+from tests.cuda_dry_run.parallel import Stream, two_ranks
 from tests.integration.tiny_data import tiny_run, write_tiny_data
 
 CUDA = torch.device("cuda", 0)
@@ -78,7 +83,8 @@ class Watch(TorchDispatchMode):
         if source.device.type == target.device.type:
             return
         if source.is_cuda:
-            self._note(f"device to host, {tuple(source.shape)}")
+            if not (non_blocking and getattr(target, _PINNED, False)):
+                self._note(f"device to host, {tuple(source.shape)}")
         elif not (non_blocking and getattr(source, _PINNED, False)):
             self._note(f"host to device, {tuple(source.shape)}, " + ("not pinned" if non_blocking else "blocking"))
 
@@ -130,6 +136,14 @@ class Launch:
         return call
 
 
+def host_block(layout: list) -> list[torch.Tensor]:
+    """Stands for `files.host_block`, whose memory is page-locked afterwards."""
+    block = [torch.empty(shape, dtype=dtype) for shape, dtype in layout]
+    for tensor in block:
+        setattr(tensor, _PINNED, True)
+    return block
+
+
 @contextlib.contextmanager
 def on_fake_cuda(launched: set[str]) -> typing.Iterator[None]:
     """Replaces what would ask a driver, or a number of a tensor."""
@@ -155,6 +169,9 @@ def on_fake_cuda(launched: set[str]) -> typing.Iterator[None]:
         # Autocast switches itself off where there is no CUDA: a dry run of bf16 would be one of float32.
         unittest.mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         unittest.mock.patch("torch.cuda.is_bf16_supported", lambda *_: True),
+        unittest.mock.patch("torch.cuda.current_stream", lambda *_: Stream()),
+        unittest.mock.patch("torch.cuda.cudart", lambda: unittest.mock.Mock(cudaHostRegister=lambda *_: 0)),
+        unittest.mock.patch.object(files, "host_block", host_block),
         unittest.mock.patch.object(hstu_attention, "_has_triton", lambda: True),
         unittest.mock.patch.object(hstu_triton, "_generation", lambda _: 9),
     ]
@@ -175,11 +192,12 @@ class Result:
     products: dict[str, int] = dataclasses.field(default_factory=dict)
     without_gradient: list[str] = dataclasses.field(default_factory=list)
     launched: list[str] = dataclasses.field(default_factory=list)
+    staging_syncs: int = 0  # Waits of a checkpoint's copy to the host
 
 
 def dry_run(run: RunConfig, manifest: Manifest, batches: list, frozen=(), plant=None, scores: bool = False) -> Result:
     """Trains on `batches`, or scores them, on fake CUDA tensors. `plant(stage, batch)` is called before each loss."""
-    runtime, result, launched = Runtime(0, 1, 0, CUDA), Result(), set()
+    runtime, result, launched = Runtime(0, dist.get_world_size(), 0, CUDA), Result(), set()
     sharded = looked_up_tables(run, manifest)
     # Without a shape_env, an output whose size depends on data raises instead of getting a symbolic size.
     with FakeTensorMode() as mode, on_fake_cuda(launched):
@@ -202,6 +220,7 @@ def dry_run(run: RunConfig, manifest: Manifest, batches: list, frozen=(), plant=
                 for done in step.run_steps(iter(parts), 0, len(parts)):
                     assert done.loss_sums_L.is_cuda and done.counts_L.is_cuda
                 result.without_gradient = [name for name, p in model.named_parameters() if p.grad is None]
+                result.staging_syncs = _stage_checkpoint(step)
         for name, parameter in model.named_parameters():
             assert parameter.is_cuda and (parameter.grad is None or parameter.grad.is_cuda), name
     result.waits, result.products, result.launched = sorted(watch.waits), watch.products, sorted(launched)
@@ -209,12 +228,33 @@ def dry_run(run: RunConfig, manifest: Manifest, batches: list, frozen=(), plant=
 
 
 def _score(run: RunConfig, components: Components, parts: list) -> None:
-    """Scores as validation does, up to the copy of the scores to the host."""
+    """Validates up to the copy of the scores to the host, which has to wait."""
+    added = []
+
+    def add(self, *columns) -> None:
+        assert all(column.is_cuda for column in columns if column is not None), [c.device for c in columns]
+        added.append(len(columns[0]))
+
     components.model.eval()
-    for (batch,) in parts:
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=run.train.bf16):
-            _, logits = components.stage.score(components, batch)
-        assert all(value.is_cuda for value in logits.values())
+    with (
+        torch.no_grad(),
+        torch.autocast("cuda", torch.bfloat16, enabled=run.train.bf16),
+        unittest.mock.patch.object(Predictions, "add", add),
+        unittest.mock.patch("gpsd_dist.stages.finetune.gather_metrics", lambda *_: {}),
+    ):
+        components.stage.evaluate(components, parts, None)
+    assert len(added) == len(parts) * len(components.stage.tasks)
+
+
+def _stage_checkpoint(step: TrainingStep) -> int:
+    """Copies weights and optimizer state to the host, as a save does; returns how often the host waited."""
+    before = Stream.syncs
+    tensors = {"dense": dict(step.model.state_dict()), "optimizer": named_state(step.optimizer, step.model)}
+    staging = files.Staging()
+    for _ in range(2):
+        copies = staging.copy(tensors)
+    assert not any(copy.is_cuda for copy in files._local_parts(copies))
+    return Stream.syncs - before
 
 
 def planted_item(batch):
@@ -254,8 +294,12 @@ def main(argv: list[str]) -> int:
         loader = Trainer(run, Runtime(0, 1, 0, torch.device("cpu"))).loader
         batches = [parts for parts, _ in zip(iter(loader), range(2), strict=False)]
         loader.close()
+        kind = changes.get("execution", {}).get("dense_parallel")
+        if kind == "ddp":  # before its second step it makes new buckets, by numbers of a tensor
+            batches = batches[:1]
         try:
-            result = dry_run(run, manifest, batches, **options)
+            with contextlib.nullcontext() if kind is None else two_ranks():
+                result = dry_run(run, manifest, batches, **options)
         except Exception as error:
             first_line = (str(error).splitlines() or [""])[0][:300]
             where = place(traceback.extract_tb(error.__traceback__))
@@ -270,6 +314,12 @@ def main(argv: list[str]) -> int:
         go("frozen", "finetune", BF16, frozen=("item", "tag"))
         for name in PLANTS:
             go(f"planted {name}", "finetune", BF16, plant=globals()[f"planted_{name}"])
+        pageable = lambda layout: [torch.empty(shape, dtype=dtype) for shape, dtype in layout]  # noqa: E731
+        with unittest.mock.patch.dict(globals(), host_block=pageable):
+            go("planted pageable checkpoint", "finetune", BF16)
+        from tests.cuda_dry_run import roofline
+
+        pathlib.Path(argv[0]).with_name("roofline.json").write_text(json.dumps(roofline.results(), indent=1))
         autocast = torch.autocast
         with unittest.mock.patch(
             "torch.autocast", lambda device, dtype, enabled: autocast(device, dtype, enabled=False)

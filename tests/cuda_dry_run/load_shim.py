@@ -14,10 +14,13 @@ import sysconfig
 import tempfile
 
 SOURCE = pathlib.Path(__file__).with_name("shim.cpp")
+_LOADED: list[ctypes.CDLL] = []
 
 
 def load_shim() -> None:
-    """Builds the shim if need be and loads it."""
+    """Builds the shim if need be and loads it, once in a process."""
+    if _LOADED:
+        return
     assert "torch" not in sys.modules, "torch asks the hooks once, when it is imported"
     torch = pathlib.Path(sysconfig.get_paths()["purelib"], "torch")
     # The library finds torch's own by their folder, which is gone as soon as another clone's environment is deleted.
@@ -30,4 +33,4 @@ def load_shim() -> None:
         flags += [f"-Wl,-rpath,{torch}/lib"]
         subprocess.run(["g++", *flags, SOURCE, "-o", aside, "-lc10", "-ltorch_cpu"], check=True)
         aside.replace(library)
-    ctypes.CDLL(str(library))
+    _LOADED.append(ctypes.CDLL(str(library)))

@@ -26,7 +26,7 @@ def results(tmp_path_factory):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(path.read_text())
+    return json.loads(path.read_text()) | json.loads(path.with_name("roofline.json").read_text())
 
 
 @pytest.mark.parametrize("label", [*CASES, "frozen", *(f"{label} scored" for label in SCORED)])
@@ -34,6 +34,7 @@ def test_nothing_waits_and_no_devices_mix(results, label):
     result = results[label]
     assert not result["error"] and not result["waits"], result
     assert not result["without_gradient"]
+    assert result["staging_syncs"] == (0 if label.endswith(" scored") else 2)  # one for each of two saves
     is_half = "bf16" in label or label == "frozen"
     assert (result["products"].get("bfloat16", 0) > 0) == is_half
     if is_half and not label.startswith("pretrain"):  # there, the products of the losses stay in float32
@@ -59,5 +60,36 @@ def test_planted_faults_are_found(results, name):
     assert found in result["error"] + " ".join(result["waits"]), result
 
 
+def test_a_checkpoint_that_is_copied_to_pageable_memory_is_found(results):
+    assert "device to host" in " ".join(results["planted pageable checkpoint"]["waits"])
+
+
 def test_autocast_that_is_off_is_found(results):
     assert BF16 and set(results["planted no autocast"]["products"]) == {"float32"}
+
+
+TOWERS = [f"{stage}/{name}" for name in ("transformer", "sasrec", "hstu") for stage in ("pretrain", "finetune")]
+MAX_OPERATIONS, MAX_OTHER_GB = 434, 41.5  # of a step of L4H256A4; 434 and 41.1 when written
+
+
+@pytest.mark.parametrize("name", [*TOWERS, "l4h256a4"])
+def test_the_plan_counts_the_flops_of_a_step(results, name):
+    """0.1 %: without last layers of heads, of one output each."""
+    counted = results[f"roofline {name}"]
+    assert counted["planned_flops"] == pytest.approx(counted["product_flops"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", [*TOWERS, "l4h256a4"])
+def test_the_plan_counts_what_a_tower_keeps(results, name):
+    """The Transformer's formula counts 3 % too much. Others are measured on a CPU, where attention copies otherwise:
+    SASRec 0.97 and 1.12, HSTU 0.90 and 0.94. `plan` keeps 15 % of the memory free.
+    """
+    counted = results[f"roofline {name}"]
+    least, most = (0.88, 1.15) if name.endswith(("sasrec", "hstu")) else (1.0, 1.06)
+    assert least <= counted["planned_kept_bytes"] / counted["kept_bytes"] <= most, counted
+
+
+def test_a_step_stays_within_its_roofline(results):
+    found, planted = results["roofline l4h256a4"], results["roofline planted pass"]
+    assert found["operations"] <= MAX_OPERATIONS and found["other_bytes"] <= MAX_OTHER_GB * 1e9, found
+    assert planted["operations"] > MAX_OPERATIONS and planted["other_bytes"] > MAX_OTHER_GB * 1e9, planted
