@@ -7,7 +7,8 @@ lookup                    sharded lookup of table rows against a plain copy of a
 host_syncs                calls of a training step that make the host wait for the GPU, by place
 train/<size>[/<option>]   pretraining in bf16 at 64k tokens a step with 4096 shared negatives: real tokens/s, MFU,
                           memory; the same batches over and over (`device`), and with the loader (`loop`); without
-                          `sparse_dist` also the phases of a step with the loader, see step_split.py
+                          `sparse_dist` also the phases of a step with the loader, see step_split.py; peak memory beside
+                          what gpsd_dist.plan says
 hstu_kernel               HSTU's Triton kernel against length buckets
 
 The order is the safest part first and compiling last. After an error on the device, every later call in the same
@@ -40,13 +41,18 @@ PARTS = {
 }
 """First word of a name -> the function that measures it: (Bench, name) -> figures by name."""
 _EAGER = ("", "/activation_checkpointing", "/sparse_dist")
+_OTHERS = ("ranking", "frozen", "sasrec", "profile")
+"""Ranking of two candidates, the same with frozen tables, another tower, a profile of three steps; L4H256A4 alone."""
 NAMES = (
     "attention",
     "lookup",
     "host_syncs",
     *(f"train/{size}{option}" for size in reversed(TRAINED) for option in _EAGER),
+    *(f"train/l4h256a4/{option}" for option in _OTHERS),
     "hstu_kernel",
+    "train/l4h256a4/hstu",
     *(f"train/{size}/compile" for size in reversed(TRAINED)),
+    "train/l4h256a4/cuda_graphs",
 )
 GOALS = {
     "train/l24h1024a16": "mfu >= 0.45",

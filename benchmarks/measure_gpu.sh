@@ -81,8 +81,13 @@ main() {
     check hstu_tests 90 tests/numerics/test_hstu_kernel.py
     measure hstu 60 hstu_kernel
     if $fbgemm; then
+        measure others 150 train/l4h256a4/ranking,train/l4h256a4/frozen,train/l4h256a4/sasrec,train/l4h256a4/profile
+        measure hstu_training 60 train/l4h256a4/hstu
+    fi
+    if $fbgemm; then
         check graph_tests 90 tests/integration/test_padded_training.py
         measure compiled 300 train/l4h256a4/compile,train/l24h1024a16/compile
+        measure graphs 120 train/l4h256a4/cuda_graphs
     fi
     if ((${#failed[@]})); then
         printf '== failed or left out: %s\n' "${failed[@]}"

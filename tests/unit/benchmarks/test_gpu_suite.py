@@ -41,6 +41,14 @@ def test_training_is_measured():
     for option in ("sparse_dist", "activation_checkpointing"):
         found = measured(f"train/l4h256a4/{option}")
         assert found["loop_tokens_per_s"] > 0 and ("step_split_ms" in found) == (option != "sparse_dist")
+    assert plain["planned_peak_gib"] > 0
+
+
+@pytest.mark.parametrize("option", ["ranking", "frozen", "hstu", "sasrec", "cuda_graphs", "profile"])
+def test_other_runs_are_measured(option):
+    found = measured(f"train/l4h256a4/{option}")
+    assert found["device_tokens_per_s"] > 0 and found["planned_peak_gib"] > 0 and found["tflops_per_s"] > 0
+    assert ("profile" in found) == (option == "profile")
 
 
 def test_lookup_and_kernels_are_measured():
