@@ -143,7 +143,8 @@ def count_step(run: RunConfig, manifest: Manifest, lengths: np.ndarray, shown: i
             model = stage.model(sharded)
         shape = UNIQUE_ROWS, run.tables.embedding_dim
         rows = {table.name: torch.empty(*shape, device="cuda", requires_grad=True) for table in sharded}
-        host = stand_in(manifest, lengths, shown, negatives)
+        # In pretraining the tower does not run on the last token of a history, which is only predicted.
+        host = stand_in(manifest, lengths if shown else lengths - 1, shown, negatives)
         optimizer = dense_optimizer(model, run.dense)
         named_state(optimizer, model)  # made in the first step alone
         batch = to_device(_map_tensors(host, mode.from_tensor, {}), dry_run.CUDA)
@@ -160,8 +161,8 @@ def count_step(run: RunConfig, manifest: Manifest, lengths: np.ndarray, shown: i
     context = float((lengths * (lengths + 1) / 2).sum() / tokens)
     of_tables = dict.fromkeys(rows, float(UNIQUE_ROWS))
     step = Workload(len(lengths), tokens, len(lengths) * shown, context, negatives, of_tables)
-    is_formula = run.model.name == "transformer"
-    tower, _ = transformer_bytes(run, step, "cuda") if is_formula else tower_bytes(run, manifest, step, "cuda")
+    seen, is_formula = step if shown else step.without_last(), run.model.name == "transformer"
+    tower, _ = transformer_bytes(run, seen, "cuda") if is_formula else tower_bytes(run, manifest, seen, "cuda")
     # autocast's copies of the weights count as the dense part
     matrices = size.matrix_parameters - size.head_parameters
     counted.kept_bytes, counted.planned_kept_bytes = kept.num_bytes - 2 * matrices * run.train.bf16, tower
@@ -213,7 +214,7 @@ def results() -> dict[str, dict]:
 def main() -> None:
     for size, (layers, width, _) in TRAINED.items():
         c = trained(size)
-        attention = layers * 12 * width * 70_094 * 30.5
+        attention = layers * 12 * width * (70_094 - 1_170) * 30.0
         products_s = (c.product_flops + attention) / PEAK_FLOPS_PER_S
         print(
             f"{size}: {(c.product_flops + attention) / 1e12:.2f} TFLOP, products {1e3 * products_s:.1f} ms, other "

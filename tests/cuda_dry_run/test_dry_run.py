@@ -69,7 +69,7 @@ def test_autocast_that_is_off_is_found(results):
 
 
 TOWERS = [f"{stage}/{name}" for name in ("transformer", "sasrec", "hstu") for stage in ("pretrain", "finetune")]
-MAX_OPERATIONS, MAX_OTHER_GB = 434, 41.5  # of a step of L4H256A4; 434 and 41.1 when written
+MAX_OPERATIONS, MAX_OTHER_GB = 432, 41.0  # of a step of L4H256A4; 432 and 40.6 when written
 
 
 @pytest.mark.parametrize("name", [*TOWERS, "l4h256a4"])
@@ -82,7 +82,7 @@ def test_the_plan_counts_the_flops_of_a_step(results, name):
 @pytest.mark.parametrize("name", [*TOWERS, "l4h256a4"])
 def test_the_plan_counts_what_a_tower_keeps(results, name):
     """The Transformer's formula counts 3 % too much. Others are measured on a CPU, where attention copies otherwise:
-    SASRec 0.97 and 1.12, HSTU 0.90 and 0.94. `plan` keeps 15 % of the memory free.
+    SASRec 1.04 and 1.12, HSTU 0.90 and 0.94. `plan` keeps 15 % of the memory free.
     """
     counted = results[f"roofline {name}"]
     least, most = (0.88, 1.15) if name.endswith(("sasrec", "hstu")) else (1.0, 1.06)
