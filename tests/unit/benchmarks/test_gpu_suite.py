@@ -97,10 +97,11 @@ def test_a_part_that_hangs_is_killed_and_recorded(monkeypatch):
 
 
 def test_parts_come_in_order_of_risk_and_goals_name_them():
-    assert set(gpu_suite.GOALS) <= set(gpu_suite.NAMES) and len(set(gpu_suite.NAMES)) == len(gpu_suite.NAMES) == 12
+    assert set(gpu_suite.GOALS) <= set(gpu_suite.NAMES) and len(set(gpu_suite.NAMES)) == len(gpu_suite.NAMES) == 18
     assert {name.split("/")[0] for name in gpu_suite.NAMES} == set(gpu_suite.PARTS)
-    is_compiled = [name.endswith("/compile") for name in gpu_suite.NAMES]
-    assert is_compiled == sorted(is_compiled) and gpu_suite.NAMES.index("hstu_kernel") == is_compiled.index(True) - 1
+    is_compiled = [name.endswith(("/compile", "/cuda_graphs")) for name in gpu_suite.NAMES]
+    assert is_compiled == sorted(is_compiled) and gpu_suite.NAMES.index("hstu_kernel") == is_compiled.index(True) - 2
+    assert gpu_suite.NAMES[is_compiled.index(True) - 1] == "train/l4h256a4/hstu"
 
 
 def test_without_a_gpu_the_command_says_so(tmp_path, capsys, monkeypatch):
