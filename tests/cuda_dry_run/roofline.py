@@ -30,7 +30,7 @@ from gpsd_dist.plan.measured import Kept, stand_in, tower_bytes
 from gpsd_dist.plan.memory import transformer_bytes
 from gpsd_dist.plan.workload import Workload
 from gpsd_dist.schema import Manifest
-from gpsd_dist.stages.registry import make_stage
+from gpsd_dist.stages.registry import find
 from tests.helpers.synthetic import make_manifest
 from tests.integration.tiny_data import tiny_run
 
@@ -138,7 +138,7 @@ def count_step(run: RunConfig, manifest: Manifest, lengths: np.ndarray, shown: i
     has_norm = unittest.mock.patch.object(torch.nn.RMSNorm, "forward", lambda self, x: _norm(x, self.weight)[0])
     has_silu = unittest.mock.patch("torch.nn.functional.silu", _silu)
     with FakeTensorMode() as mode, dry_run.on_fake_cuda(set()), has_norm, has_silu:
-        stage = make_stage(run, manifest)
+        stage = find(run.stage)(run, manifest)
         with dry_run.CUDA:
             model = stage.model(sharded)
         shape = UNIQUE_ROWS, run.tables.embedding_dim
