@@ -147,8 +147,13 @@ class Watchdog:
 
 def _end_process(message: str) -> None:
     """Ends the process without clean-up, which could hang too; half-written files are never picked up."""
-    sys.stderr.write(f"watchdog: {message}\n")
-    sys.stderr.flush()
-    faulthandler.dump_traceback(all_threads=True)
+
+    def say() -> None:
+        sys.stderr.write(f"watchdog: {message}\n")
+        sys.stderr.flush()
+        faulthandler.dump_traceback(all_threads=True)
+
+    # In a thread: where nobody reads our standard error any more, its pipe is full, and that may be the hang.
+    threading.Thread(target=say, daemon=True).start()
     time.sleep(_LAST_WORDS_S)
     os._exit(exit_codes.HUNG)

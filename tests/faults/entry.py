@@ -13,7 +13,6 @@ import os
 import pathlib
 import resource
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -112,11 +111,6 @@ def run_out_of_descriptors(fault: dict) -> None:
     threading.Timer(fault["seconds"], resource.setrlimit, (resource.RLIMIT_NOFILE, before)).start()
 
 
-def remount_read_only(fault: dict) -> None:
-    """What a file system does of itself after an error of its disk."""
-    subprocess.run(["mount", "-o", "remount,ro", fault["folder"]], check=True)
-
-
 ACTIONS = {
     action.__name__: action
     for action in (
@@ -133,7 +127,6 @@ ACTIONS = {
         slow_sync,
         fail_sync,
         run_out_of_descriptors,
-        remount_read_only,
     )
 }
 

@@ -130,6 +130,20 @@ def test_a_hanging_process_ends_with_stacks(kind):
     assert words in result.stderr and "stuck_here" in result.stderr
 
 
+def test_a_process_whose_standard_error_nobody_reads_is_ended():
+    """Its last words would wait for ever, and with them the end."""
+    code = (
+        "import os, sys, time\nfrom gpsd_dist.distributed.watchdog import Watchdog\n"
+        "with Watchdog(1, os.getppid()).watching(0.3, first_step=0):\n    sys.stderr.write('x' * 1_000_000)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    try:
+        assert process.wait(timeout=50) == exit_codes.HUNG
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
 def test_a_rank_whose_launcher_died_is_told_so(tmp_path):
     """The parent of the watched process ends at once; no torchrun is needed to be orphaned."""
     child = (
