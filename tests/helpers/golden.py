@@ -368,8 +368,9 @@ def pretraining(golden: Golden) -> tuple[dict[str, torch.Tensor], Weights]:
     if "pretraining/output/states" in golden.arrays:
         hidden_TE = called(embeddings, batch).hidden_TE
         padded = torch.zeros(len(length), golden.max_length, hidden_TE.shape[1])
-        for row, part in zip(order, hidden_TE.split(length[order].tolist())):
-            padded[row, : max(len(part) - 1, 0)] = part[:-1].detach()  # nothing follows the last one
+        # Nothing follows the last token of a history, so it has no state.
+        for row, part in zip(order, hidden_TE.split(np.maximum(length[order] - 1, 0).tolist())):
+            padded[row, : len(part)] = part.detach()
         outputs["states"] = padded
     return outputs, golden.gradients(loss.sum())
 

@@ -59,7 +59,7 @@ CHANGED_CODE = {
     "norm eps of the Transformer": ("transformer", transformer, "_NORM_EPS", 1.1e-5),
     "base of the rotation": ("transformer", transformer, "ROPE_THETA", 10_010.0),
     "accidental hits": ("transformer", losses, "_mask_hits", lambda *_: None),
-    "norm eps of HSTU": ("hstu", hstu, "_NORM_EPS", 1.1e-6),
+    "norm eps of HSTU": ("hstu", hstu, "NORM_EPS", 1.1e-6),
     "norm eps of SASRec": ("sasrec", sasrec, "_NORM_EPS", 1e-6),
     "ReLU before DeepFM's output": ("deepfm", torch.nn.Identity, "forward", lambda self, x: x.relu()),
     "activation of DIN": ("din", din.Dice, "forward", lambda self, x: x * torch.sigmoid(x)),
