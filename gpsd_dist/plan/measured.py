@@ -106,10 +106,22 @@ def stand_in(manifest: Manifest, lengths: np.ndarray, shown: int, negatives: int
         drawn = torch.zeros(1, negatives, dtype=torch.int64)
         targets = {name: value for name, value in columns["history"].items() if isinstance(value, torch.Tensor)}
         next_item = NextItem(history, targets, history, (0, len(history)), drawn, drawn)
-    labels = {task.name: torch.zeros(packing.num_candidates) for task in manifest.tasks}
-    items = {"history_item_T": history, "candidate_item_C": candidate, "history_time_s_T": history}
-    of_requests = dict.fromkeys(("request_time_s_B", "user_hash_B", "source_row_B"), requests)
-    return Batch(None, packing, **columns, labels=labels, sampling={}, **items, **of_requests, next_item=next_item)
+    return Batch(
+        lookup=None,
+        packing=packing,
+        history=columns["history"],
+        candidate=columns["candidate"],
+        context=columns["context"],
+        labels={task.name: torch.zeros(packing.num_candidates) for task in manifest.tasks},
+        sampling={},
+        history_item_T=history,
+        candidate_item_C=candidate,
+        history_time_s_T=history,
+        request_time_s_B=requests,
+        user_hash_B=requests,
+        source_row_B=requests,
+        next_item=next_item,
+    )
 
 
 def _column(feature: Feature, size: int) -> Column:
