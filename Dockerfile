@@ -14,7 +14,7 @@ USER 1000
 WORKDIR /app
 COPY --chown=gpsd:gpsd requirements-serve.txt ./
 COPY --chown=gpsd:gpsd .ci/setup_venv.sh .ci/
-RUN .ci/setup_venv.sh /opt/venv serve
+RUN UV_COMPILE_BYTECODE=1 .ci/setup_venv.sh /opt/venv serve
 COPY --chown=gpsd:gpsd gpsd_dist gpsd_dist
 RUN python -m gpsd_dist.serve --help
 # The artefact is mounted read-only; a container has to listen on its own address, not on its loopback.
@@ -46,7 +46,7 @@ WORKDIR /app
 # The requirements first: a change of the code does not install them again.
 COPY --chown=gpsd:gpsd requirements.txt requirements-cpu.txt ./
 COPY --chown=gpsd:gpsd .ci/setup_venv.sh .ci/
-RUN .ci/setup_venv.sh "$VENV" "$FLAVOR"
+RUN UV_COMPILE_BYTECODE=1 .ci/setup_venv.sh "$VENV" "$FLAVOR"
 
 COPY --chown=gpsd:gpsd . .
 

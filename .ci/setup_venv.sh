@@ -3,7 +3,7 @@
 # Makes VENV hold the pins of requirements-cpu.txt (requirements.txt for cuda; requirements-serve.txt for serve, the
 # part of the CPU pins that a server needs), with `dev` also those of
 # requirements-dev.txt (tests and checks). Does nothing when it already does.
-# PYTHON=/path/to/python3.11 chooses the interpreter of a new VENV.
+# PYTHON=/path/to/python3.11 chooses the interpreter of a new VENV. UV=/path/to/uv chooses uv, UV=none does without it.
 #
 # Why not plain `pip install -r`: torchrec requires the CUDA build of fbgemm, which overwrites the CPU build, so a
 # complete lock is installed with --no-deps. And PyPI's torch for Linux is the CUDA build: the CPU build has the local
@@ -12,6 +12,10 @@
 #
 # Every package must have one of the hashes of its lock, but for torch's CPU build: it is not on PyPI, whose hashes the lock
 # has, and is installed before. Whoever wants it checked as well serves it from a place of his own (pip's find-links).
+#
+# The rest of a CPU lock is installed by uv, for some 4 CPU seconds. uv does not read pip's configuration, and
+# asked for torch it would take the CUDA build and 3 GB with it. So torch stays with pip, uv gets the lock without that
+# line and with --no-deps, and indexes and folders of wheels are handed on. Where there is no uv, or it fails, pip does it.
 set -euo pipefail
 
 readonly TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
@@ -66,6 +70,34 @@ install_torch_cpu() {
     fi
 }
 
+find_uv() {
+    if [[ ${UV:-} == none ]]; then return 1; fi
+    if command -v "${UV:-uv}"; then return; fi
+    if [[ ! -x $venv/.uv/bin/uv ]]; then
+        "${pip[@]}" install --quiet --target "$venv/.uv" uv >/dev/null 2>&1 || true
+    fi
+    [[ -x $venv/.uv/bin/uv ]] && echo "$venv/.uv/bin/uv"
+}
+
+# Hands on what pip is told by variables or by its configuration.
+install_by_uv() {
+    local uv name variable value cert options=()
+    uv=$(find_uv) || return 1
+    for name in index-url extra-index-url find-links; do
+        variable=PIP_${name^^}
+        variable=${variable//-/_}
+        for value in ${!variable:-$("${pip[@]}" config get "global.$name" 2>/dev/null || true)}; do
+            options+=("--$name" "$value")
+        done
+    done
+    cert=${SSL_CERT_FILE:-${PIP_CERT:-$("${pip[@]}" config get global.cert 2>/dev/null || true)}}
+    [[ -z $cert ]] || export SSL_CERT_FILE=$cert
+    # The best of all indexes, as pip does: by default uv stops at the first that knows a package.
+    awk '/^torch==/ { skip = 1; next } /^[^ ]/ { skip = 0 } !skip' "$1" |
+        "$uv" pip install --quiet --python "$venv/bin/python" --no-config --no-deps --require-hashes \
+            --index-strategy unsafe-best-match "${options[@]}" -r - || return 1
+}
+
 # A lock that was installed is copied into the virtual environment: equal to its copy means nothing to do.
 stamp_of() {
     case $1 in
@@ -105,7 +137,10 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
 for each in "${locks[@]}"; do
     ! is_installed "$each" || continue
     [[ $(uname -s) != Linux || $each != */requirements-@(cpu|serve).txt ]] || install_torch_cpu
-    "${pip[@]}" install --no-deps --require-hashes -r "$each"
+    # The CUDA lock has torch in it, with what torch needs there: that is pip's as a whole.
+    if [[ $each == */requirements.txt ]] || ! install_by_uv "$each"; then
+        "${pip[@]}" install --no-deps --require-hashes -r "$each"
+    fi
     cp "$each" "$(stamp_of "$each")" # after its packages, so that an interrupted installation is repeated
     echo "setup: $venv holds $(basename "$each") after $((SECONDS - start_s)) s"
 done

@@ -26,6 +26,7 @@ class Size:
 
 
 FULL = Size((), ())
+_PARTS = ("log and data", "fit, to the table", "export, serving and comparison")  # whose times are printed
 _TINY = "configs/model/l1h32a4.gin"
 SMALL = Size(
     ("--num_users", "1500", "--num_items", "1600", "--requests_per_day", "600"),
@@ -41,19 +42,23 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--small", action="store_true", help="a tenth of the data, a tiny model: does it run at all?")
     parser.add_argument("--nproc", type=int, default=2, help="training processes (default 2)")
     args = parser.parse_args(argv)
-    started_s, size = time.monotonic(), SMALL if args.small else FULL
+    size, ends_s = SMALL if args.small else FULL, [time.monotonic()]
     raw, data = args.out_dir.absolute() / "raw", args.out_dir.absolute() / "data"
     if status := exit_status(lambda: prepare(raw, data, size)):
         return status
+    ends_s.append(time.monotonic())
     options = ["--data", str(data), "--out", str(args.out_dir), "--nproc", str(args.nproc)]
     for stage, option in (("finetune", "--gin_file"), ("pretrain", "--pretrain_gin_file")):
         options += [option, f"configs/experiments/quickstart_{stage}.gin"]
     print(f"\n$ {shell(('-m', 'gpsd_dist.fit', *options, *size.fit))}", flush=True)
     if status := fit([*options, *size.fit]):
         return status
+    ends_s.append(time.monotonic())
     if status := exit_status(lambda: serve(args.out_dir, data)):
         return status
-    print(f"{args.out_dir / 'summary.json'} written after {time.monotonic() - started_s:.0f} s")
+    ends_s.append(time.monotonic())
+    took = (f"{name} {end - begin:.0f} s" for name, begin, end in zip(_PARTS, ends_s, ends_s[1:], strict=True))
+    print(f"{args.out_dir / 'summary.json'}: {', '.join(took)}; {ends_s[-1] - ends_s[0]:.0f} s in all")
     print(f"curves: {sys.executable} -m tensorboard.main --logdir {args.out_dir}")
     print("your own log: python -m data_pipeline.build --source generic ..., then python -m gpsd_dist.fit (README.md)")
     return 0

@@ -196,6 +196,7 @@ def fake_venv(tmp_path):
 
 def run_setup(*args: object, **env: str) -> subprocess.CompletedProcess:
     command = [str(SETUP), *map(str, args)]
+    env = {"UV": "none"} | env
     return subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=60)
 
 
@@ -213,6 +214,28 @@ def test_setup_installs_cpu_torch_then_the_lock_then_nothing(fake_venv, tmp_path
     (tmp_path / "calls.txt").unlink()
     assert run_setup(venv).returncode == 0
     assert not (tmp_path / "calls.txt").exists()
+
+
+@pytest.mark.parametrize(("flavor", "status"), [("cpu", 0), ("serve", 0), ("cpu", 1), ("cuda", 0)])
+def test_uv_gets_all_of_a_cpu_lock_but_torch_and_what_it_needs(fake_venv, tmp_path, flavor, status):
+    """Asked for torch, uv would take the CUDA build: it does not read the configuration by which pip finds another."""
+    uv, said, got = (tmp_path / name for name in ("uv", "uv_options", "uv_packages"))
+    uv.write_text(f'#!/bin/sh\necho "$@" >> {said}\ncat >> {got}\nexit {status}\n')
+    uv.chmod(0o755)
+    result = run_setup(fake_venv(), flavor, UV=str(uv), PIP_EXTRA_INDEX_URL="https://a/simple https://b/simple")
+    assert result.returncode == 0, result.stderr
+    by_pip = [call for call in installs(tmp_path) if "-r " in call]
+    if flavor == "cuda":
+        assert not said.exists() and len(by_pip) == 1
+        return
+    options, packages = said.read_text(), got.read_text()
+    assert "--no-deps --require-hashes" in options and "--no-config" in options and str(tmp_path) in options
+    assert "--extra-index-url https://a/simple --extra-index-url https://b/simple" in options
+    lock = LOCKS[flavor].read_text()
+    named = [{line.split()[0] for line in text.splitlines() if "==" in line[:40]} for text in (lock, packages)]
+    assert named[0] - named[1] == {"torch==2.13.0"} and named[1] < named[0]
+    assert not re.search(r"^(torch|nvidia|triton|fbgemm-gpu)==", packages, re.MULTILINE)
+    assert len(by_pip) == status  # pip, where uv has failed
 
 
 def test_setup_falls_back_to_pytorchs_index(fake_venv, tmp_path):
