@@ -35,8 +35,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal
 class ForkServer:
     """Belongs to the process that asks for commands. Use as a context: leaving it ends the server, not its commands."""
 
-    def __init__(self, channel: socket.socket, program: subprocess.Popen | None = None):
-        self._channel, self._program = channel, program
+    def __init__(self, channel: socket.socket, launch: collections.abc.Callable[[], subprocess.Popen] | None = None):
+        """`launch` starts the server at the other end of `channel`, when it is asked for the first time."""
+        self._channel, self._launch = channel, launch
+        self._program: subprocess.Popen | None = None
         self._is_gone = False
         self.statuses: dict[int, int] = {}
         """Exit status by process id, of commands that have ended; negative for signals, as Popen has it."""
@@ -65,6 +67,8 @@ class ForkServer:
         words = [word for word in command if word != "-u"]
         if words[:1] != ["-m"] or words[1] not in COMMANDS or self._is_gone:
             return None
+        if self._launch is not None:
+            self._program, self._launch = self._launch(), None
         request = {"command": words[1:], "environment": dict(environment), "in_new_session": in_new_session}
         message = json.dumps(request | {"folder": os.getcwd()}).encode()
         streams = [1 if stdout is None else stdout.fileno(), 2 if stderr is None else stderr.fileno()]
@@ -140,14 +144,17 @@ class Forked:
 
 
 def start_server(environment: collections.abc.Mapping[str, str]) -> ForkServer | None:
-    """Starts a server as a process of its own, with these variables; None where forking is not safe."""
+    """Gives a server that is a process of its own, with these variables; None where forking is not safe."""
     if "OMP_NUM_THREADS" not in environment or _is_built_for_gpu():
         return None
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        command = [sys.executable, "-m", "gpsd_dist.distributed.fork_server", str(theirs.fileno())]
-        program = subprocess.Popen(command, env=dict(environment), pass_fds=[theirs.fileno()])
-    return ForkServer(ours, program)
+
+    def launch() -> subprocess.Popen:
+        with theirs:
+            command = [sys.executable, "-m", "gpsd_dist.distributed.fork_server", str(theirs.fileno())]
+            return subprocess.Popen(command, env=dict(environment), pass_fds=[theirs.fileno()])
+
+    return ForkServer(ours, launch)
 
 
 def fork_server() -> ForkServer | None:

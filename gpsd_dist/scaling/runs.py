@@ -86,6 +86,8 @@ def differences(training: Training, saved: dict[str, typing.Any], moves: bool = 
     """
     ignored = {"output_dir", "init_checkpoint"} if moves else {"output_dir"}
     ignored |= {f"{part}.{name}" for part, name in left_to_data(training.run)}  # its folder has the numbers chosen
+    if training.run.execution.matmul_dtype == "auto":
+        ignored.add("execution.matmul_dtype")  # its folder has what the CPU could do
     runs = (run_config_from_dict(saved), training.run)
     if len({data_versions.root_of(run.data_dir) for run in runs}) == 1:  # whether the version fits is said elsewhere
         ignored.add("data_dir")

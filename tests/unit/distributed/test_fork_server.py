@@ -77,6 +77,8 @@ def test_a_forked_command_gets_signals_and_outlives_the_server(script):
 def test_a_server_that_is_killed_is_not_waited_for(script):
     script("""
         server = module.start_server({**os.environ, "PYTHONPATH": os.environ["PYTHONPATH"]})
+        assert server._program is None  # it is not started before it is asked
+        server._program, server._launch = server._launch(), None
         server._program.kill()
         server._program.wait()
         assert run(server, "exit", "0")[0] is None
