@@ -89,7 +89,7 @@ def plan(running: engine.Engine, log: canonical.Log, job: Job) -> Plan:
     num_buckets = splits.num_buckets(log, job.options.num_buckets)
     events = splits.number_events(running, log, num_buckets)
     cut = splits.cut(running, log, events, is_holdout=False)
-    day = cut.candidates.filter(cut.candidates.split == "test")
+    day = running.materialise("candidates", cut.candidates.filter(cut.candidates.split == "test"))
     lengths = _new_lengths(log, events, cut, old)
     users = day.select("user_id").union(lengths.select("user_id")).distinct()
     folder = f"appended-{len(parent.manifest.options.get(CHAIN, [])) + 1:04d}"

@@ -12,6 +12,7 @@ import time
 import typing
 
 import ibis
+import ibis.expr.operations as ops
 import ibis.expr.types as ir
 import pyarrow as pa
 
@@ -63,6 +64,10 @@ class Engine:
         stored = self.backend.create(name, table)
         progress.say(f"  {name:<24} {self.backend.count(name):>12,} rows  {time.monotonic() - started:6.1f} s")
         return stored
+
+    def stored(self, name: str, table: ir.Table) -> ir.Table:
+        """Materialises the query, unless it is a stored table already."""
+        return table if isinstance(table.op(), ops.DatabaseTable) else self.materialise(name, table)
 
     def materialise_parts(self, name: str, parts: typing.Iterable[ir.Table]) -> ir.Table:
         """Runs the queries one after the other and returns their union, stored under the new `name`."""

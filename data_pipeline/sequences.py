@@ -181,8 +181,10 @@ def user_sequences(encoder: Encoder, events: ir.Table, items: ir.Table, limit: i
     token = ibis.struct(
         {"rank": encoded["rank"]} | {name: encoded[f"_{name}"] for name in names} | {"time_s": encoded.time_s}
     )
+    collected = encoded.group_by("user_id", "block").agg(sequence=token.collect().sort())
+    # A user has many requests and few blocks, and the hash costs as much as a request's history.
     return encoder.engine.materialise(
-        f"sequences{encoder.suffix}", encoded.group_by("user_id", "block").agg(sequence=token.collect().sort())
+        f"sequences{encoder.suffix}", collected.mutate(user_hash=hashing.user_hash(collected.user_id))
     )
 
 
@@ -210,6 +212,8 @@ def rows_in_buckets(
     memory: buckets bound it, and do not change any row.
     """
     engine, users = encoder.engine, encoder.users()
+    if rows.num_buckets > 1:  # each bucket reads them again
+        rows = dataclasses.replace(rows, candidates=engine.stored("candidates", rows.candidates))
     for number in range(rows.num_buckets):
         part, here = encoder, rows
         if rows.num_buckets > 1:
@@ -230,7 +234,7 @@ def rows_in_buckets(
                 engine.backend.create(name, table)
             else:
                 engine.backend.append(name, table)
-        for name in ("events_encoded", "sequences", "candidates_encoded"):
+        for name in ("events_encoded", "sequences", *["candidates_encoded"] * bool(part.suffix)):
             engine.backend.drop(f"{name}{part.suffix}")
     pretrain, requests = engine.con.table("rows_pretrain"), engine.con.table("rows_requests")
     return lambda split: pretrain if split == "pretrain" else requests.filter(requests.split == split)
@@ -266,7 +270,8 @@ def request_rows(
     columns |= {f"label_{task.name}": shown[task.name] for task in log.tasks} | {"time_s": shown.time_s}
     columns |= {f"sampling_{name}": shown[f"sampling_{name}"] for name in log.sampling}
     shown = shown.select(*splits.REQUEST_KEY, "position", **columns)
-    shown = encoder.engine.materialise(f"candidates_encoded{encoder.suffix}", shown)
+    if encoder.suffix:  # a large log: joins and windows leave the memory before requests are collected
+        shown = encoder.engine.materialise(f"candidates_encoded{encoder.suffix}", shown)
     token = ibis.struct({"position": shown.position} | {name: shown[name] for name in columns})
     requests = shown.group_by(list(splits.REQUEST_KEY)).agg(shown=token.collect().sort())
     kept = ("split", "num_before", "shown")
@@ -299,14 +304,13 @@ def _with_history(
         *[rows[name] for name in kept],
         _length=length,
         _window=sequences.sequence[end - length : end],
+        user_hash=ibis.coalesce(sequences.user_hash, hashing.user_hash(rows.user_id)),  # null without any event
     )
     columns = {
         f"history.{spec.name}": _field_or_empty(sliced["_window"], spec.name) for spec in log.specs_in("history")
     }
     columns["history.time_s"] = _field_or_empty(sliced["_window"], "time_s")
-    return sliced.select(
-        "user_id", *kept, user_hash=hashing.user_hash(sliced.user_id), history_length=sliced["_length"], **columns
-    )
+    return sliced.select("user_id", *kept, "user_hash", history_length=sliced["_length"], **columns)
 
 
 def _field(tokens: ir.ArrayValue, name: str) -> ir.ArrayValue:

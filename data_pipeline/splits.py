@@ -90,7 +90,7 @@ def cut(engine: Engine, log: canonical.Log, events: ir.Table, is_holdout: bool) 
 
 def _cut_by_time(engine: Engine, log: canonical.Log, events: ir.Table, is_holdout: bool) -> Cut:
     rule = log.split
-    exposures = log.exposures
+    exposures = engine.stored("exposures", log.exposures)
     if is_holdout and rule.test_until_s is None:
         raise ValueError(
             "--split holdout scores what lies after the test period, and the split rule of this log has no end of it; "
@@ -101,11 +101,12 @@ def _cut_by_time(engine: Engine, log: canonical.Log, events: ir.Table, is_holdou
     )
     if rule.test_until_s is not None:
         split = ibis.cases((exposures.time_s >= rule.test_until_s, "holdout"), else_=split)
-    labelled = engine.materialise("exposures", exposures.mutate(split=split))
+    labelled = exposures.mutate(split=split)
     is_used = labelled.split == "holdout" if is_holdout else labelled.split != "holdout"
     used = labelled.filter(is_used)
-    num_other = labelled.count().execute() - used.count().execute()
-    if is_holdout and used.count().execute() == 0:
+    counts = labelled.agg(used=is_used.sum().fill_null(0), every=labelled.count()).execute().iloc[0]
+    num_other = int(counts["every"]) - int(counts["used"])
+    if is_holdout and not counts["used"]:
         raise ValueError(
             f"no exposure lies at or after {rule.test_until_s} (epoch s), the end of the test period; --split holdout "
             "needs a later log"
@@ -115,25 +116,29 @@ def _cut_by_time(engine: Engine, log: canonical.Log, events: ir.Table, is_holdou
         if is_holdout
         else "exposures after the test period"
     )
-    counted = _count_earlier_events(events, used)
+    counted = _count_earlier_events(engine, events, used)
     in_order = ibis.window(group_by=list(REQUEST_KEY), order_by=[counted.time_s, counted.order, counted.item_id])
     candidates = counted.mutate(position=ibis.row_number().over(in_order).cast("int64"))
     until_s = rule.valid_from_s if rule.pretrain_until_s is None else rule.pretrain_until_s
     early = events.filter(events.known_s < until_s)
     return Cut(
-        candidates=engine.materialise("candidates", candidates),
+        candidates=candidates,
         pretrain=early.group_by("user_id").agg(num_events=early.count().cast("int64")),
         training_events=events.filter(events.known_s < rule.valid_from_s),
         training_exposures=labelled.filter(labelled.split == "train"),
         counts_exposed_items=True,
         words=rule.words
         or f"train < {rule.valid_from_s} <= valid < {rule.test_from_s} <= test < {rule.test_until_s} (epoch s)",
-        skipped={reason: int(num_other)} if num_other else {},
+        skipped={reason: num_other} if num_other else {},
     )
 
 
-def _count_earlier_events(events: ir.Table, exposures: ir.Table) -> ir.Table:
+def _count_earlier_events(engine: Engine, events: ir.Table, exposures: ir.Table) -> ir.Table:
     """Adds num_before: the user's events strictly earlier (in whole seconds) than the exposure."""
+    if engine.name == "duckdb":  # Spark has no such join
+        ranked = events.group_by("user_id", moment_s=events.known_s).agg(last=events["rank"].max())
+        joined = exposures.asof_join(ranked, on=exposures.time_s > ranked.moment_s, predicates="user_id")
+        return joined.select(exposures, num_before=ibis.coalesce(ranked["last"] + 1, ibis.literal(0, type="int64")))
     # The sum is float64, exact below 2^53: DuckDB sums int64 to HUGEINT, and Ibis would drop a cast back to int64.
     one, zero = ibis.literal(1.0), ibis.literal(0.0)
     moments = events.select("user_id", moment_s=events.known_s, num=one).union(

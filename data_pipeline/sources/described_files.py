@@ -8,6 +8,7 @@ import typing
 import urllib.parse
 
 import ibis
+import ibis.expr.operations as ops
 import ibis.expr.types as ir
 
 from data_pipeline import progress, raw_files, raw_values
@@ -317,12 +318,18 @@ class Reader:
         return rows
 
     def _complete(self, rows: ir.Table, section: str, needed: tuple[str, ...], skipped: dict[str, int]) -> ir.Table:
-        """Stores the rows that have every key, and counts the others."""
-        rows = self.engine.materialise(f"raw_{section}", rows)
+        """Selects the rows that have every key, and counts the others."""
+        if rows.op().find((ops.Union, ops.RegexReplace)):  # else it is one stored table, whatever was cast
+            rows = self.engine.materialise(f"raw_{section}", rows)
+        is_whole, lacks = ibis.literal(True), {}
         for name in needed:
-            _count(skipped, f"{section} rows without {name}", int(rows[name].isnull().sum().fill_null(0).execute()))
-            rows = rows.filter(rows[name].notnull())
-        if not rows.count().execute():
+            lacks[name] = (is_whole & rows[name].isnull()).sum().fill_null(0)
+            is_whole &= rows[name].notnull()
+        counts = rows.agg(**lacks, num=is_whole.sum().fill_null(0)).execute().iloc[0]
+        for name in needed:
+            _count(skipped, f"{section} rows without {name}", int(counts[name]))
+        rows = rows.filter(is_whole)
+        if not counts["num"]:
             raise ValueError(f"[{section}]: every row lacks one of {needed}; check the columns that the schema names")
         for feature in getattr(self.description, section).feature:
             if feature.clip_quantile:
