@@ -5,13 +5,17 @@ python -m data_pipeline.inspect OUT --html page.html     # the same page for a b
 python -m data_pipeline.inspect RAW                      # a raw log with a schema.toml: built aside, and removed
 """
 
+import sys
+
+if not __package__:
+    sys.exit("error: start it as a module, in the root of the repository: python -m data_pipeline.inspect ...")
+
 import argparse
 import collections.abc
 import dataclasses
 import datetime
 import html
 import pathlib
-import sys
 import tempfile
 
 import numpy as np

@@ -6,12 +6,16 @@ Everything is drawn from `--seed` (`data_pipeline/synthetic_log.py`): the same o
 probabilities never reach the log; `about.json` holds the AUC that they would score, which is the ceiling of any model.
 """
 
+import sys
+
+if not __package__:
+    sys.exit("error: start it as a module, in the root of the repository: python -m data_pipeline.synthesize ...")
+
 import argparse
 import dataclasses
 import datetime
 import json
 import pathlib
-import sys
 import typing
 
 import numpy as np

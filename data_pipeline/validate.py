@@ -5,10 +5,14 @@
 Each problem is reported once, at its first offender: file, column and row (0-based in the file).
 """
 
+import sys
+
+if not __package__:
+    sys.exit("error: start it as a module, in the root of the repository: python -m data_pipeline.validate ...")
+
 import argparse
 import itertools
 import pathlib
-import sys
 
 import numpy as np
 import pyarrow as pa

@@ -6,8 +6,12 @@ The arguments are those of torchrun: `torchrun --help`. The status is one of gps
 CPUs the ranks of this host are forked from one process, which imports torch and TorchRec once for all of them.
 """
 
-import os
 import sys
+
+if not __package__:
+    sys.exit("error: start it as a module, in the root of the repository: python -m gpsd_dist.launcher ...")
+
+import os
 
 from gpsd_dist.distributed import fork_server, huge_pages
 

@@ -5,11 +5,15 @@ FT&SF, choice, test, verdict. Then it exports the chosen run, serves it, and com
 rerun goes on where the last one stopped: it keeps prepared data and finished runs. Delete the folder to start over.
 """
 
+import sys
+
+if not __package__:
+    sys.exit("error: start it as a module, in the root of the repository: python -m gpsd_dist.quickstart ...")
+
 import argparse
 import dataclasses
 import functools
 import pathlib
-import sys
 import time
 
 from gpsd_dist.checkpoint import storage

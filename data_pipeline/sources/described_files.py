@@ -40,6 +40,11 @@ def find(raw_dir: pathlib.Path, section: str, pattern: str) -> dict[str, pathlib
     if hidden:
         names = ", ".join(str(path.relative_to(raw_dir)) for path in hidden[:5])
         progress.warn(f"[{section}]: {len(hidden)} hidden files are left out (names with . or _ in front): {names}")
+    if not paths and (raw_dir / pattern).is_dir():
+        raise ValueError(
+            f"[{section}] files = {pattern!r} is a folder without a table in it (.csv, .json, .parquet, ...); name the "
+            "one that has the log"
+        )
     if not paths:
         found = sorted(path.name for path in raw_dir.iterdir())[:20]
         raise ValueError(

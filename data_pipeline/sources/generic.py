@@ -230,18 +230,25 @@ def _split(
             _time_at(exposures, 1 - rule.test_fraction - options.valid_fraction),
             _time_at(exposures, 1 - rule.test_fraction),
         )
+    if not rule.valid_from and not bounds[0] < bounds[1]:
+        raise ValueError(
+            f"[split]: {int(exposures.count().execute()):,} exposures are too few, or too many are of one second, to "
+            f"cut off the {words}; bring a longer log, or state `valid_from` and `test_from` in [split]"
+        )
     if not bounds[0] < bounds[1] or (until_s is not None and until_s <= bounds[1]):
         shown = [_in_words(bound, rule.time_zone) for bound in (*bounds, until_s) if bound is not None]
         raise ValueError(f"[split]: the boundaries {words} do not ascend ({', '.join(shown)}); correct them")
     earliest, latest = (
         int(value) for value in exposures.agg(low=exposures.time_s.min(), high=exposures.time_s.max()).execute().iloc[0]
     )
-    if not earliest < bounds[0] or not latest >= bounds[1]:
+    empty = ["train"] * (not earliest < bounds[0]) + ["test"] * (not latest >= bounds[1])
+    if empty:
         raise ValueError(
             f"[split]: the exposures run from {_in_words(earliest, rule.time_zone)} to "
-            f"{_in_words(latest, rule.time_zone)}, so that train or test is empty with valid from "
-            f"{_in_words(bounds[0], rule.time_zone)} and test from {_in_words(bounds[1], rule.time_zone)}; correct the "
-            "boundaries, or exposure.time_unit"
+            f"{_in_words(latest, rule.time_zone)}, so that {' and '.join(empty)} is empty with valid from "
+            f"{_in_words(bounds[0], rule.time_zone)} and test from {_in_words(bounds[1], rule.time_zone)}; choose both "
+            "dates inside of that period (or leave them out: the latest 10 % are test then), or correct "
+            "exposure.time_unit"
         )
     words = f"{words}, time zone {rule.time_zone}: {bounds} (epoch s)"
     return canonical.TimeBoundaries(valid_from_s=bounds[0], test_from_s=bounds[1], test_until_s=until_s, words=words)

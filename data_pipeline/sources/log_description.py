@@ -258,6 +258,11 @@ def _in_words(problem: explain.Problem) -> str:
     if problem.is_missing:
         return f"key {problem.key!r} is missing"
     expected = f"{problem.expected} [{problem.key}]" if problem.expected == "a table" else problem.expected
+    if problem.key in ("split.valid_from", "split.test_from", "split.test_until"):
+        expected = "a date or an ISO time, such as 2024-05-01 or 2024-05-01T12:00:00"
+        if isinstance(problem.given, int) and 0 < problem.given < raw_values.END_OF_TIME_S:
+            moment = datetime.datetime.fromtimestamp(problem.given, datetime.UTC)
+            expected += f"; as epoch seconds that would be {moment:%Y-%m-%dT%H:%M:%S}+00:00: write this"
     return f"{problem.key!r} is {problem.given!r}, expected {expected}"
 
 

@@ -8,11 +8,15 @@
 A run is its folder, or what its TrainConfig.checkpoint_dir names.
 """
 
+import sys
+
+if not __package__:
+    sys.exit("error: start it as a module, in the root of the repository: python -m gpsd_dist.checkpoint ...")
+
 import argparse
 import contextlib
 import datetime
 import json
-import sys
 
 import rich.box
 import rich.table

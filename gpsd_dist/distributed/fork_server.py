@@ -5,6 +5,13 @@ nothing else, and commands are started anew, as without it, where it has threads
 for a GPU: a driver that was begun with does not survive a fork.
 """
 
+import sys
+
+if not __package__:
+    sys.exit(
+        "error: start it as a module, in the root of the repository: python -m gpsd_dist.distributed.fork_server ..."
+    )
+
 import atexit
 import collections.abc
 import gc
@@ -18,7 +25,6 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import traceback

@@ -5,6 +5,11 @@ status 0 if nothing failed, else 1. Every import happens inside a check, so that
 line of the report. Does not look at data or configuration files.
 """
 
+import sys
+
+if not __package__:
+    sys.exit("error: start it as a module, in the root of the repository: python -m gpsd_dist.doctor ...")
+
 import argparse
 import dataclasses
 import importlib.util
@@ -15,7 +20,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from importlib import metadata

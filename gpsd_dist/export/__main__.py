@@ -10,10 +10,14 @@ needs no TorchRec. `parity` serves the artefact, and ends with status 1 if raw r
 gives their rows. An export that is refused (worse, or less exact than allowed) or has a mistake ends with status 2.
 """
 
+import sys
+
+if not __package__:
+    sys.exit("error: start it as a module, in the root of the repository: python -m gpsd_dist.export ...")
+
 import argparse
 import logging
 import pathlib
-import sys
 
 from gpsd_dist.disk.text import say_error
 from gpsd_dist.export.options import Options

@@ -15,9 +15,13 @@ Options of training are those of the stage and model files; `--gin.X=Y` changes 
 report.html, summary.json, commands.sh (every step as one would type it), a log file per step, and the run folders.
 """
 
+import sys
+
+if not __package__:
+    sys.exit("error: start it as a module, in the root of the repository: python -m gpsd_dist.fit ...")
+
 import argparse
 import pathlib
-import sys
 
 from gpsd_dist.commands import add_overrides, exit_status
 from gpsd_dist.fit.plan import DEFAULT_MODEL, make_plan

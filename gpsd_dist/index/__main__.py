@@ -10,10 +10,14 @@ leaves out those of the visible history. `users` and `items` write the unit vect
 `build` need no TorchRec.
 """
 
+import sys
+
+if not __package__:
+    sys.exit("error: start it as a module, in the root of the repository: python -m gpsd_dist.index ...")
+
 import argparse
 import logging
 import pathlib
-import sys
 
 from gpsd_dist.disk.text import say_error
 

@@ -8,11 +8,15 @@ and memory, traffic and FLOPs of a rank; if the run does not fit, what would hel
 of gpsd_dist/plan/. Exit status: 0 fits, 3 does not fit, 2 for a mistake in the options or the data.
 """
 
+import sys
+
+if not __package__:
+    sys.exit("error: start it as a module, in the root of the repository: python -m gpsd_dist.plan ...")
+
 import argparse
 import logging
 import math
 import pathlib
-import sys
 
 from gpsd_dist.config.gin_cli import load_run_config
 from gpsd_dist.disk.text import say_error

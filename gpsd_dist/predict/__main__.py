@@ -8,10 +8,14 @@ second needs no TorchRec. Its requests are a Parquet file, or a folder of them s
 `gpsd_dist.serve --log_requests`, with the columns of docs/serving.md; logged scores are compared with the new ones.
 """
 
+import sys
+
+if not __package__:
+    sys.exit("error: start it as a module, in the root of the repository: python -m gpsd_dist.predict ...")
+
 import argparse
 import pathlib
 import shlex
-import sys
 
 from gpsd_dist.disk.text import say_error
 

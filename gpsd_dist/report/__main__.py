@@ -5,9 +5,13 @@
 RUN_DIR is a run folder of gpsd_dist.train, or a folder that contains some. The page needs no network and no script.
 """
 
+import sys
+
+if not __package__:
+    sys.exit("error: start it as a module, in the root of the repository: python -m gpsd_dist.report ...")
+
 import argparse
 import pathlib
-import sys
 
 from gpsd_dist.disk.text import say_error
 from gpsd_dist.disk.writing import write

@@ -13,9 +13,13 @@ finetuning, `--pretrain_gin.X=Y` pretraining; layers, width, heads, seed, strate
 The second reads finished runs only: epochs.json, .png, .svg.
 """
 
+import sys
+
+if not __package__:
+    sys.exit("error: start it as a module, in the root of the repository: python -m gpsd_dist.scaling ...")
+
 import argparse
 import pathlib
-import sys
 
 from gpsd_dist.commands import add_overrides, exit_status
 from gpsd_dist.scaling.ladder import plan

@@ -8,13 +8,17 @@ is watched: an export or a rollback changes the version without a failed request
 under way are answered, then exit status 0. Binds to 127.0.0.1 unless told otherwise: there is no TLS and no login here.
 """
 
+import sys
+
+if not __package__:
+    sys.exit("error: start it as a module, in the root of the repository: python -m gpsd_dist.serve ...")
+
 import argparse
 import contextlib
 import logging
 import math
 import pathlib
 import socket
-import sys
 
 from gpsd_dist.disk.text import say_error
 from gpsd_dist.serve.workers import run_worker, run_workers

@@ -8,6 +8,11 @@ folder, unless told otherwise; files older than the limit are deleted. A user is
 which also tells the servers that log to this folder: what they keep in memory of that user is never written.
 """
 
+import sys
+
+if not __package__:
+    sys.exit("error: start it as a module, in the root of the repository: python -m gpsd_dist.serving.request_log ...")
+
 import argparse
 import collections.abc
 import contextlib
@@ -19,7 +24,6 @@ import os
 import pathlib
 import random
 import secrets
-import sys
 import threading
 import time
 import typing

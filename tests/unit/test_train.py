@@ -50,9 +50,17 @@ def test_a_full_disk_leaves_the_description_that_was_there(describe, tmp_path):
         assert (tmp_path / name).read_bytes() == content, name
 
 
-@pytest.mark.parametrize("path", ["gpsd_dist/train.py", "gpsd_dist/evaluate.py", "data_pipeline/build.py"])
+COMMANDS = sorted(
+    str(path.relative_to(REPO_ROOT))
+    for package in ("gpsd_dist", "data_pipeline")
+    for path in (REPO_ROOT / package).rglob("*.py")
+    if '__name__ == "__main__"' in path.read_text()
+)
+
+
+@pytest.mark.parametrize("path", COMMANDS)
 def test_a_command_that_is_started_as_a_file_says_how_it_is_started(path, tmp_path):
     found = subprocess.run([sys.executable, REPO_ROOT / path], cwd=tmp_path, capture_output=True, text=True)
-    module = path.removesuffix(".py").replace("/", ".")
+    module = path.removesuffix(".py").removesuffix("/__main__").replace("/", ".")
     assert found.returncode == 1
     assert found.stderr == f"error: start it as a module, in the root of the repository: python -m {module} ...\n"

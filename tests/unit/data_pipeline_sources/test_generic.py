@@ -214,7 +214,11 @@ CHANGES = {
     "outside": ("schema.toml", SCHEMA.replace('"items.csv"', '"../items.csv"'), ["../items.csv", "leaves the folder"]),
     "ending": ("schema.toml", SCHEMA.replace("items.csv", "schema.toml"), ["schema.toml", "ending"]),
     "boundaries": ("schema.toml", SCHEMA.replace("2024-01-03", "2024-01-01"), ["do not ascend"]),
-    "empty train": ("schema.toml", SCHEMA.replace("2024-01-02", "2023-01-02"), ["train or test is empty"]),
+    "empty train": (
+        "schema.toml",
+        SCHEMA.replace("2024-01-02", "2023-01-02"),
+        ["so that train is empty", "the latest 10 % are test"],
+    ),
     "text bag": ("schema.toml", SCHEMA.replace(', separator = "|"', ""), ["items.csv", "'tags'", "separator"]),
 }
 
@@ -345,4 +349,19 @@ def test_a_key_that_a_whole_shard_lacks_is_null_there(raw, prepare, capsys):
 def test_ids_that_a_whole_shard_lacks_are_refused(raw, read_log):
     _two_shards(raw, ("u", "t", "cat"))
     with pytest.raises(ValueError, match=r"2\.jsonl: no line has the key 'i'"):
+        read_log("generic")
+
+
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_a_handful_of_rows_is_said_to_be_too_few(read_log, tmp_path, num_rows):
+    path = logs.shown(tmp_path / "raw", 'extends_history = "click"\n') / "shown.parquet"
+    pq.write_table(pq.read_table(path).slice(2, num_rows), path)
+    with pytest.raises(ValueError, match=rf"{num_rows} exposures are too few.*bring a longer log"):
+        read_log("generic")
+
+
+def test_a_folder_without_files_is_named(read_log, raw, tmp_path):
+    raw("schema.toml", LABELLESS.replace("log.parquet", "logs"))
+    (tmp_path / "raw" / "logs").mkdir()
+    with pytest.raises(ValueError, match="'logs' is a folder without a table in it"):
         read_log("generic")

@@ -50,6 +50,10 @@ WRONG = [
         HISTORY + '[split]\nvalid_from = "soon"\ntest_from = 2024-01-01\n',
         "'split.valid_from' is 'soon', expected a date",
     ),
+    (
+        HISTORY + "[split]\nvalid_from = 1700000000\ntest_from = 2024-01-01\n",
+        "as epoch seconds that would be 2023-11-14T22:13:20+00:00: write this",
+    ),
     (HISTORY + "[split]\nvalid_fraction = 0.6\ntest_fraction = 0.5\n", "sum to less than 1"),
     (HISTORY + '[split]\ntime_zone = "Mars"\n', "'split.time_zone' is 'Mars'"),
     (HISTORY + "[options]\nmin_count = 0\n", "'options.min_count' is 0, expected at least 1"),
