@@ -58,10 +58,6 @@ class DuckDB:
         """Adds the query's rows to a stored table of the same columns."""
         self.con.raw_sql(f'INSERT INTO "{name}" {self.con.compile(table)}')
 
-    def count(self, name: str) -> int:
-        """Counts the rows of a stored table; without Ibis, whose compilation costs ten times the query."""
-        return int(self.con.con.execute(f'SELECT count(*) FROM "{name}"').fetchall()[0][0])
-
     def drop(self, name: str) -> None:
         """Removes a stored table."""
         self.con.raw_sql(f'DROP TABLE "{name}"')  # Ibis 12 would write DROP TABLE TABLE with this sqlglot

@@ -123,10 +123,6 @@ class Spark:
         self._query(table).write.mode("append").parquet(str(path))
         self._view(name, path)  # a view lists its files when it is made
 
-    def count(self, name: str) -> int:
-        """Counts the rows of a stored table."""
-        return int(self.con.table(name).count().execute())
-
     def drop(self, name: str) -> None:
         """Removes a stored table."""
         self._session.catalog.dropTempView(name)
