@@ -23,6 +23,7 @@ from gpsd_dist.data.loaders import evaluation_loader
 from gpsd_dist.distributed.runtime import Runtime, process_group
 from gpsd_dist.export.raw_requests import RawRequests, Request
 from gpsd_dist.export.source import Source
+from gpsd_dist.serving.examples import largest_distance
 
 _START_S, _ANSWER_S, _REQUESTS_A_BODY = 600.0, 60.0, 10
 Logits = dict[str, np.ndarray]
@@ -30,7 +31,7 @@ Logits = dict[str, np.ndarray]
 
 
 def largest_difference(source: Source, artefact: pathlib.Path, split: str, count: int) -> tuple[int, int, float]:
-    """Scores the first requests of a split both ways: (requests, logits, largest difference).
+    """Scores the first requests of a split both ways: (requests, logits, largest distance of a logit).
 
     ValueError where the data keep no raw ids, or the server refuses a request; OSError if it does not start.
     """
@@ -42,14 +43,14 @@ def largest_difference(source: Source, artefact: pathlib.Path, split: str, count
     with process_group(int(_START_S)) as runtime:
         expected = list(itertools.islice(evaluated(source, split, runtime), count))
     differences = [
-        np.abs(found[task] - logit_K).max(initial=0)
+        largest_distance(found[task], logit_K)
         for found, logits in zip(answers, expected, strict=True)
         for task, logit_K in logits.items()
     ]
     return (
         len(requests),
         sum(len(v) for logits in expected for v in logits.values()),
-        float(max(differences, default=0)),
+        float(np.max(differences, initial=0)),
     )
 
 

@@ -74,7 +74,7 @@ class Description:
     """Features, tables, tasks, history limit, as the run saw them; without files of data."""
     engine: str
     tolerance: float
-    """Largest difference of a logit that replayed examples may have."""
+    """Largest difference of a replayed logit, as a share of max(1, its size)."""
     limits: dict[str, int]
     tables: dict[str, dict[str, typing.Any]]
     """Looked-up table -> {"dtype", "num_rows", "width", "blobs": [sha256 of each part]}"""

@@ -63,8 +63,17 @@ def tensors_of_search(retriever: typing.Any, tokens: Tokens) -> dict[str, torch.
     }
 
 
+def largest_distance(found: np.ndarray, expected: np.ndarray) -> float:
+    """Returns the largest |found - expected| / max(1, |expected|); NaN if there is one.
+
+    Rounding grows with the size of a logit. A probability moves by at most 0.25 times this: where a logit is large, its
+    derivative p (1 - p) is small.
+    """
+    return float((np.abs(found - expected) / np.maximum(1, np.abs(expected))).max(initial=0))
+
+
 def replay(scorer: _Scorer) -> float:
-    """Scores the examples; returns the largest difference of a logit.
+    """Scores the examples; returns the largest distance of a logit (see `largest_distance`).
 
     ArtefactError names the tokens that differ, or the task whose logits do by more than the artefact's tolerance.
     """
@@ -73,7 +82,7 @@ def replay(scorer: _Scorer) -> float:
 
 
 def replay_search(retriever: typing.Any) -> float:
-    """Searches for the examples; returns the largest difference of a component of a user's vector, or of a score.
+    """Searches for the examples; returns the largest distance of a component of a user's vector, or of a score.
 
     The best scores must be those of the export, and the items found there must have them here: so what is found is
     equal but for the order of equal items. ArtefactError as `replay` has it.
@@ -100,7 +109,7 @@ def _read(served: typing.Any) -> tuple[Tokens, dict[str, torch.Tensor]]:
 def _largest(
     artefact: Artefact, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], prefix: str
 ) -> float:
-    """Compares tokens exactly, and what begins with `prefix` within the tolerance; returns the largest difference."""
+    """Compares tokens exactly, and what begins with `prefix` within the tolerance; returns the largest distance."""
     if {name: value.shape for name, value in found.items()} != {name: v.shape for name, v in expected.items()}:
         raise ArtefactError(f"{artefact.path(EXPECTED_NAME)} has other columns than this program makes: export again")
     different = [name for name in found if not name.startswith(prefix) and not torch.equal(found[name], expected[name])]
@@ -111,7 +120,7 @@ def _largest(
         )
     worst, tolerance = 0.0, artefact.description.tolerance
     for name in (name for name in found if name.startswith(prefix)):
-        distance = float((found[name] - expected[name]).abs().max()) if found[name].numel() else 0.0
+        distance = largest_distance(found[name].numpy(), expected[name].numpy())
         if not distance <= tolerance:
             what = "logits of task" if prefix == _LOGIT else "values of"
             raise ArtefactError(

@@ -27,7 +27,7 @@ from gpsd_dist.export.raw_requests import RawRequests, read_requests
 from gpsd_dist.index.__main__ import main as index_command
 from gpsd_dist.serving.artefact import ArtefactError, open_version
 from gpsd_dist.serving.batches import taken
-from gpsd_dist.serving.examples import replay
+from gpsd_dist.serving.examples import largest_distance, replay
 from gpsd_dist.serving.scorer import load
 from tests.helpers import forked, synthetic
 from tests.helpers.commands import environment
@@ -293,6 +293,14 @@ def test_other_examples_are_not_served(artefact, tmp_path):
     object.__setattr__(scorer.reader.limits, "max_candidates", 5)
     with pytest.raises(ArtefactError, match="not read any more: request"):
         replay(scorer)
+
+
+def test_rounding_may_grow_with_a_logit_but_not_beyond():
+    expected = np.float32([0.5, -30.0])
+    assert largest_distance(expected + np.float32([0, 9e-5]), expected) < 1e-5
+    assert largest_distance(expected + np.float32([9e-5, 0]), expected) > 1e-5
+    assert np.isnan(largest_distance(expected * np.float32(np.nan), expected))
+    assert largest_distance(expected[:0], expected[:0]) == 0
 
 
 def test_mistakes_in_the_command_are_named(artefact, finetuned, data_dir, tmp_path, capsys):
