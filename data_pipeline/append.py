@@ -174,7 +174,7 @@ def _finish(
         "test_rows": written["test"].num_rows,
     }
     options = {name: value for name, value in parent.options.items() if name != holdout.NAME}
-    steps = {CHAIN: [*parent.options.get(CHAIN, []), step], fresh.BOUNDARIES: boundaries}
+    steps: dict[str, typing.Any] = {CHAIN: [*parent.options.get(CHAIN, []), step], fresh.BOUNDARIES: boundaries}
     steps |= {"reading": reading} if reading else {}
     return dataclasses.replace(manifest, splits=_moved_splits(parent, written), options=options | steps)
 

@@ -110,10 +110,11 @@ def _labels(manifest: schema.Manifest, samples: dict[str, measures.Sample]) -> S
             if (labels := found.values.get(f"label.{task.name}")) is not None:
                 known = labels[~np.isnan(labels)]
                 rate = f"{known.mean():.2%}" if len(known) else "none"
-                rows.append((task.name, name, f"{len(known):,}", f"{int(known.sum()):,}", rate))
+                row: tuple[str, ...] = (task.name, name, f"{len(known):,}", f"{int(known.sum()):,}", rate)
                 if (counts := measures.counts_of(found, task)) is not None:
                     counts = counts[~np.isnan(labels)]
-                    rows[-1] += (f"{(counts * known).sum() / counts.sum():.2%}" if counts.sum() else "none",)
+                    row += (f"{(counts * known).sum() / counts.sum():.2%}" if counts.sum() else "none",)
+                rows.append(row)
     columns = ("task", "split", "observed", "positive", "rate", "rate with weights, of the whole log")
     return Section("Labels", columns[: len(rows[0]) if rows else 0], rows)
 

@@ -6,6 +6,7 @@ What does not pass within seconds is raised as `NotReadableNow`, an OSError: tra
 
 import collections.abc
 import errno
+import io
 import itertools
 import logging
 import os
@@ -134,6 +135,6 @@ def not_a_file(path: "str | os.PathLike[str]") -> OSError:
     return OSError(f"{os.fspath(path)} is {kind}, expected a plain file; remove it, or name another place")
 
 
-def open_read(path: pathlib.Path) -> typing.BinaryIO:
+def open_read(path: pathlib.Path) -> io.BufferedReader:
     """Opens a file for reading; links to files are followed. OSError at once for anything but a file."""
     return os.fdopen(open_regular(path), "rb")
