@@ -13,6 +13,7 @@ if not __package__:
 import argparse
 import dataclasses
 import functools
+import itertools
 import pathlib
 import time
 
@@ -61,7 +62,8 @@ def main(argv: list[str]) -> int:
     if status := exit_status(lambda: serve(args.out_dir, data)):
         return status
     ends_s.append(time.monotonic())
-    took = (f"{name} {end - begin:.0f} s" for name, begin, end in zip(_PARTS, ends_s, ends_s[1:], strict=True))
+    parts = zip(_PARTS, itertools.pairwise(ends_s), strict=True)
+    took = (f"{name} {end - begin:.0f} s" for name, (begin, end) in parts)
     print(f"{args.out_dir / 'summary.json'}: {', '.join(took)}; {ends_s[-1] - ends_s[0]:.0f} s in all")
     print(f"curves: {sys.executable} -m tensorboard.main --logdir {args.out_dir}")
     print("your own log: python -m data_pipeline.build --source generic ..., then python -m gpsd_dist.fit (README.md)")
