@@ -46,6 +46,7 @@ class Throughput:
         self._marks = collections.deque(maxlen=window_steps + 1)  # (time, examples, tokens, waited, FLOPs) cumulated
         self._examples = self._tokens = 0
         self._waited_s = self._flops = 0.0
+        self._has_flops = False
         self.restart()
 
     def restart(self) -> None:
@@ -61,10 +62,14 @@ class Throughput:
         self._waited_s += self._clock() - start_s
 
     def step(self, num_examples_local: int, num_tokens_local: int, flops_local: float | None = None) -> None:
-        """Counts a finished step with its real (not padded) examples, tokens and FLOPs on this rank."""
+        """Counts a finished step with its real (not padded) examples, tokens and FLOPs on this rank.
+
+        `flops_local` is 0 on a rank without rows and None where the model's FLOPs are not known, on all ranks.
+        """
         self._examples += num_examples_local
         self._tokens += num_tokens_local
         self._flops += flops_local or 0.0
+        self._has_flops |= flops_local is not None
         self._marks.append((self._clock(), self._examples, self._tokens, self._waited_s, self._flops))
 
     def rates(self) -> dict[str, float]:
@@ -80,7 +85,7 @@ class Throughput:
         elapsed_s, *amounts, flops = (last - first for first, last in zip(self._marks[0], self._marks[-1]))
         metrics = {name: amount / elapsed_s if elapsed_s > 0 else math.nan for name, amount in zip(names, amounts)}
         metrics["perf/step_ms"] = 1000 * elapsed_s / steps if steps else math.nan
-        if self._flops:
+        if self._has_flops:
             flops_per_s = flops / elapsed_s if elapsed_s > 0 else math.nan
             metrics["perf/tflops_per_s"] = flops_per_s / 1e12
             if self._peak:

@@ -11,6 +11,7 @@ import pytest
 import torch.distributed.checkpoint as dcp
 
 from gpsd_dist.checkpoint.loading import load_tensors
+from gpsd_dist.distributed import stopping
 from gpsd_dist.schema import read_manifest, write_manifest
 from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed
@@ -56,7 +57,8 @@ def _load_and_save(rank: int, world_size: int, run, checkpoint, saved) -> None:
 
 
 def _stop_one_rank(rank: int, world_size: int, run) -> None:
-    """Trains; the signal reaches rank 1 alone."""
+    """Trains; the signal reaches rank 1 alone, and the ranks exchange their signals at every step."""
+    stopping._MOST_STEPS = 1
     trainer = Trainer(run, cpu_runtime(rank, world_size))
     check = trainer.training_step._check_finite
 

@@ -47,3 +47,11 @@ def test_every_rate_has_a_reduction(tmp_path):
     speed.record_to(recorded)
     assert set(recorded.log(1, 0)) <= set(throughput.REDUCTIONS)
     recorded.close()
+
+
+def test_a_rank_without_rows_records_the_names_of_the_others():
+    """Names are compared over ranks, so FLOPs of 0 have to be there, too."""
+    speeds = [throughput.Throughput(), throughput.Throughput()]
+    speeds[0].step(1, 1, 1e9)
+    speeds[1].step(0, 0, 0.0)
+    assert set(speeds[0].rates()) == set(speeds[1].rates()) >= {"perf/tflops_per_s"}
