@@ -14,6 +14,7 @@ if not __package__:
 
 import atexit
 import collections.abc
+import fcntl
 import gc
 import importlib
 import importlib.util
@@ -35,6 +36,7 @@ _PRELOADED = ("gpsd_dist.trainer", "gpsd_dist.trained_run")
 _HARMLESS_THREADS = {"jemalloc_bg_thd"}  # Arrow's allocator; it has handlers for forks
 _MAX_BYTES = 2**17  # of a request: command and environment
 _POLL_S = 0.02
+_NOT_FLUSHED = 120  # as Python ends where the last output cannot be written
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -78,9 +80,11 @@ class ForkServer:
         request = {"command": words[1:], "environment": dict(environment), "in_new_session": in_new_session}
         message = json.dumps(request | {"folder": os.getcwd()}).encode()
         streams = [1 if stdout is None else stdout.fileno(), 2 if stderr is None else stderr.fileno()]
+        if len(message) > _MAX_BYTES:  # the server would read its beginning alone
+            return None
         try:
             socket.send_fds(self._channel, [message], streams)
-        except OSError:  # a longer environment than fits, or no server any more
+        except OSError:  # no server any more, or less room in a socket than we take
             return None
         while not self._is_gone:
             for pid, status in self.receive(None):
@@ -121,7 +125,9 @@ class Forked:
         if self.returncode is None:
             self.returncode = self._server.statuses.pop(self.pid, None)
         if self.returncode is None and not self._is_there():
-            self._server.receive(1.0)  # its status may be under way; if not, the server was killed
+            # Its status may be under way, behind those of others; if not, the server was killed.
+            while self.pid not in self._server.statuses and self._server.receive(1.0):
+                pass
             self.returncode = self._server.statuses.pop(self.pid, -signal.SIGKILL)
         return self.returncode
 
@@ -183,8 +189,11 @@ def fork_server() -> ForkServer | None:
 
 def serve(channel: socket.socket) -> None:
     """Imports, then forks a command for each request, until the other end is closed."""
-    # A signal to the whole job is for the commands, which save; the server lives as long as who asks it.
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in _SIGNALS}
+    # A signal to the whole job is for the commands, which save; the server lives as long as who asks it. Signals are
+    # blocked and not ignored: what a command is sent in its first moments then waits until it can act on it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    hang_up = select.poll()
+    hang_up.register(channel, 0)
     for module in _PRELOADED:
         try:
             importlib.import_module(module)
@@ -195,14 +204,19 @@ def serve(channel: socket.socket) -> None:
     while True:
         if select.select([channel], [], [], _POLL_S if num_running else None)[0]:
             message, streams, _, _ = socket.recv_fds(channel, _MAX_BYTES, 2)
-            if not message:
+            # Who asked may have left since, by Ctrl-C: nobody would stop the command.
+            if not message or hang_up.poll(0):
                 return
+            waiting, begun = os.pipe()
             pid = os.fork() if is_safe else -1
             if pid == 0:
                 channel.close()
-                _become(json.loads(message), streams, handlers)
-            for stream in streams:
+                os.close(waiting)
+                _become(message, streams, begun, before)
+            for stream in (*streams, begun):
                 os.close(stream)
+            os.read(waiting, 1)  # until it has a session of its own, by which its launcher signals it, or has ended
+            os.close(waiting)
             num_running += is_safe
             channel.send(json.dumps([max(pid, 0), None]).encode())
         while num_running:
@@ -213,19 +227,27 @@ def serve(channel: socket.socket) -> None:
             channel.send(json.dumps([pid, os.waitstatus_to_exitcode(status)]).encode())
 
 
-def _become(request: dict[str, typing.Any], streams: list[int], handlers: dict[signal.Signals, typing.Any]) -> None:
-    """Turns this process into one that runs the command of the request, and ends it as Python would end."""
+def _become(message: bytes, streams: list[int], begun: int, signals: set[signal.Signals]) -> None:
+    """Turns this process into one that runs the command of the request, and ends it as Python would end.
+
+    `begun` is closed when it can be signalled. `signals`: those that the command has blocked.
+    """
     status = 1
     try:
+        request = json.loads(message)
         if request["in_new_session"]:
             os.setsid()
+        os.close(begun)
         streams.insert(0, os.open(os.devnull, os.O_RDONLY))
-        for number, stream in enumerate(streams):
+        # They come with the numbers of standard streams, perhaps of others, where the server was started without these.
+        copies = [fcntl.fcntl(stream, fcntl.F_DUPFD_CLOEXEC, len(streams)) for stream in streams]
+        for stream in streams:
+            os.close(stream)
+        for number, stream in enumerate(copies):
             os.dup2(stream, number)
             os.close(stream)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         atexit._clear()
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
         os.environ.clear()
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
@@ -235,9 +257,13 @@ def _become(request: dict[str, typing.Any], streams: list[int], handlers: dict[s
         threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
         atexit._run_exitfuncs()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except (OSError, ValueError):  # a full disk, or closed
+            status = _NOT_FLUSHED
+        finally:
+            os._exit(status)
 
 
 def _run(command: list[str]) -> int:

@@ -74,6 +74,58 @@ def test_a_forked_command_gets_signals_and_outlives_the_server(script):
     """)
 
 
+def test_signals_reach_a_command_that_has_just_begun(script):
+    script("""
+        with module.fork_server() as server:
+            for _ in range(10):
+                child, _ = run(server, "wait", in_new_session=True)
+                os.killpg(child.pid, signal.SIGTERM)
+                assert child.wait(10) == -signal.SIGTERM
+    """)
+
+
+def test_the_status_of_another_command_does_not_hide_the_own_one(script):
+    script("""
+        import json, socket
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        server = module.ForkServer(ours)
+        child = module.Forked(2, server)
+        # Both have ended between its look at the channel and that at the process.
+        child._is_there = lambda: [theirs.send(json.dumps([pid, 0]).encode()) for pid in (1, 2)] == []
+        assert child.poll() == 0
+    """)
+
+
+def test_output_that_cannot_be_written_is_an_error_as_in_python(script):
+    script("""
+        with module.fork_server() as server, open("/dev/full", "w") as full:
+            child = server.start(("-m", "program", "exit", "0"), os.environ, full)
+            assert child.wait(10) == 120
+    """)
+
+
+def test_streams_are_right_where_the_server_has_no_standard_input(script):
+    script("""
+        os.close(0)
+        with module.fork_server() as server:
+            child, said = run(server, "words")
+            assert child.wait(10) == 1 and said().endswith("a message\\n")
+    """)
+
+
+def test_nothing_is_forked_for_a_request_that_nobody_waits_for_or_that_does_not_fit(script):
+    script("""
+        import json, socket
+        with module.fork_server() as server:
+            assert server.start(("-m", "program", "exit", "3"), {**os.environ, "LONG": "x" * module._MAX_BYTES}) is None
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        socket.send_fds(ours, [json.dumps({"command": ["program", "exit", "0"]}).encode()], [1, 2])
+        ours.close()  # Ctrl-C while the server imports
+        os.fork = lambda: 1 / 0
+        module.serve(theirs)
+    """)
+
+
 def test_a_server_that_is_killed_is_not_waited_for(script):
     script("""
         server = module.start_server({**os.environ, "PYTHONPATH": os.environ["PYTHONPATH"]})
