@@ -110,10 +110,11 @@ def _sentence(what: object, why: str, took: str) -> str:
     return f"{what} cannot be read now ({why}){took}. That is no damage; once it can be read, the same command goes on"
 
 
-def open_regular(path: "str | os.PathLike[str]", flags: int = os.O_RDONLY, mode: int = 0o644) -> int:
+def open_regular(path: "str | os.PathLike[str]", flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
     """Opens a file and returns its descriptor. OSError at once for a folder, a pipe or a device in its place.
 
-    With `os.O_NOFOLLOW` among the flags, a link in its place is such an error, too.
+    With `os.O_NOFOLLOW` among the flags, a link in its place is such an error, too. The umask has the last word on the
+    mode of a new file, so that a group with umask 002 shares its runs.
     """
     try:
         # Without O_NONBLOCK, opening a pipe waits for its other end.

@@ -22,13 +22,17 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
         raise ZeroDivisionError
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
     writing.write(path, b"new")
-    assert path.read_bytes() == b"new" and stat.S_IMODE(path.stat().st_mode) == 0o644 & ~_umask()
+    assert path.read_bytes() == b"new"
 
 
-def _umask() -> int:
-    found = os.umask(0)
-    os.umask(found)
-    return found
+@pytest.mark.parametrize("umask", [0o002, 0o027])
+def test_the_umask_says_who_may_use_a_file(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        writing.write(tmp_path / "a", b"x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o666 & ~umask
 
 
 def test_the_content_is_synced_before_the_name_and_the_name_after(tmp_path, monkeypatch):
