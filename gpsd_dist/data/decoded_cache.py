@@ -84,9 +84,11 @@ class DecodedCache:
     def write(self, group: int, table: pa.Table) -> None:
         """Writes a row group, if it is not there and there is room."""
         path = self._path(group)
-        if not self._is_writable or path.exists():
+        if not self._is_writable:
             return
         with self._unharmed():
+            if path.exists():
+                return
             self._folder.mkdir(parents=True, exist_ok=True)
             sink = pa.BufferOutputStream()
             with pa.ipc.new_stream(sink, table.schema) as writer:

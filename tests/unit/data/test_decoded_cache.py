@@ -143,6 +143,20 @@ def test_a_place_that_cannot_be_written_costs_one_line(data, tmp_path, caplog):
     assert caplog.text.count("cannot be written") == 1 and "DataConfig.cache_dir" in caplog.text
 
 
+def test_a_file_server_that_fails_costs_one_line(data, tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    expected, exists = rows_of(data, None), pathlib.Path.exists
+
+    def stale(path, **options):
+        if path.suffix == ".arrow":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return exists(path, **options)
+
+    monkeypatch.setattr(pathlib.Path, "exists", stale)
+    assert rows_of(data, tmp_path / "cache") == expected
+    assert caplog.text.count("cannot be written") == 1
+
+
 def test_a_full_disk_costs_one_line(data, tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
 
