@@ -90,6 +90,8 @@ install_by_uv() {
             options+=("--$name" "$value")
         done
     done
+    value=${PIP_NO_INDEX:-$("${pip[@]}" config get global.no-index 2>/dev/null || true)}
+    [[ ! ${value,,} =~ ^(1|y|yes|t|true|on)$ ]] || options+=(--no-index) # else uv asks PyPI
     cert=${SSL_CERT_FILE:-${PIP_CERT:-$("${pip[@]}" config get global.cert 2>/dev/null || true)}}
     [[ -z $cert ]] || export SSL_CERT_FILE=$cert
     # The best of all indexes, as pip does: by default uv stops at the first that knows a package.

@@ -222,7 +222,13 @@ def test_uv_gets_all_of_a_cpu_lock_but_torch_and_what_it_needs(fake_venv, tmp_pa
     uv, said, got = (tmp_path / name for name in ("uv", "uv_options", "uv_packages"))
     uv.write_text(f'#!/bin/sh\necho "$@" >> {said}\ncat >> {got}\nexit {status}\n')
     uv.chmod(0o755)
-    result = run_setup(fake_venv(), flavor, UV=str(uv), PIP_EXTRA_INDEX_URL="https://a/simple https://b/simple")
+    result = run_setup(
+        fake_venv(),
+        flavor,
+        UV=str(uv),
+        PIP_EXTRA_INDEX_URL="https://a/simple https://b/simple",
+        PIP_NO_INDEX="1" if flavor == "serve" else "",
+    )
     assert result.returncode == 0, result.stderr
     by_pip = [call for call in installs(tmp_path) if "-r " in call]
     if flavor == "cuda":
@@ -231,6 +237,7 @@ def test_uv_gets_all_of_a_cpu_lock_but_torch_and_what_it_needs(fake_venv, tmp_pa
     options, packages = said.read_text(), got.read_text()
     assert "--no-deps --require-hashes" in options and "--no-config" in options and str(tmp_path) in options
     assert "--extra-index-url https://a/simple --extra-index-url https://b/simple" in options
+    assert ("--no-index" in options.split()) == (flavor == "serve")
     lock = LOCKS[flavor].read_text()
     named = [{line.split()[0] for line in text.splitlines() if "==" in line[:40]} for text in (lock, packages)]
     assert named[0] - named[1] == {"torch==2.13.0"} and named[1] < named[0]
