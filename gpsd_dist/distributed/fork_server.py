@@ -47,7 +47,7 @@ class ForkServer:
         """`launch` starts the server at the other end of `channel`, when it is asked for the first time."""
         self._channel, self._launch = channel, launch
         self._program: subprocess.Popen | None = None
-        self._is_gone = False
+        self.is_gone = False  # the server
         self.statuses: dict[int, int] = {}
         """Exit status by process id, of commands that have ended; negative for signals, as Popen has it."""
 
@@ -73,7 +73,7 @@ class ForkServer:
         `stdout`, `stderr`: what has a file descriptor, or None for ours.
         """
         words = [word for word in command if word != "-u"]
-        if words[:1] != ["-m"] or words[1] not in COMMANDS or self._is_gone:
+        if words[:1] != ["-m"] or words[1] not in COMMANDS or self.is_gone:
             return None
         if self._launch is not None:
             self._program, self._launch = self._launch(), None
@@ -86,7 +86,7 @@ class ForkServer:
             socket.send_fds(self._channel, [message], streams)
         except OSError:  # no server any more, or less room in a socket than we take
             return None
-        while not self._is_gone:
+        while not self.is_gone:
             for pid, status in self.receive(None):
                 if status is None:
                     return Forked(pid, self) if pid else None
@@ -94,7 +94,10 @@ class ForkServer:
 
     def receive(self, timeout_s: float | None) -> list[tuple[int, int | None]]:
         """Waits for a message; returns (process id, exit status or None for a start) and keeps the statuses."""
-        if self._is_gone or not select.select([self._channel], [], [], timeout_s)[0]:
+        if self.is_gone:  # whoever asks again and again does so at leisure
+            time.sleep(min(timeout_s or 0.0, _POLL_S))
+            return []
+        if not select.select([self._channel], [], [], timeout_s)[0]:
             return []
         try:
             message = self._channel.recv(_MAX_BYTES, socket.MSG_DONTWAIT)
@@ -102,7 +105,7 @@ class ForkServer:
             return []
         except ConnectionError:
             message = b""
-        self._is_gone = not message
+        self.is_gone = not message
         if not message:
             return []
         pid, status = json.loads(message)
@@ -133,10 +136,11 @@ class Forked:
 
     def _is_there(self) -> bool:
         try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
+            state = pathlib.Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
             return False
-        return True
+        # Without its server, nobody may ask for its status: process 1 of a container need not.
+        return not (self._server.is_gone and state in "ZX")
 
     def wait(self, timeout: float | None = None) -> int:
         """Waits for the end. subprocess.TimeoutExpired if it does not come in time."""

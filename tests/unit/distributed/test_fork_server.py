@@ -138,6 +138,22 @@ def test_a_server_that_is_killed_is_not_waited_for(script):
     """)
 
 
+def test_a_command_whose_server_was_killed_is_waited_for_at_leisure(script):
+    script("""
+        fork, pids = os.fork, []
+        os.fork = lambda: pids.append(fork()) or pids[-1]
+        server, os.fork = module.fork_server(), fork
+        child, _ = run(server, "wait")
+        os.kill(pids[0], signal.SIGKILL)
+        begin_s = time.process_time()
+        try:
+            child.wait(1.0)
+        except subprocess.TimeoutExpired:
+            child.terminate()
+        assert child.wait(10) == -signal.SIGKILL and time.process_time() - begin_s < 0.5
+    """)
+
+
 def test_nothing_is_forked_where_it_is_not_safe(script):
     script("""
         with module.fork_server() as server:
