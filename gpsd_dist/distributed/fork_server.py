@@ -231,7 +231,7 @@ def serve(channel: socket.socket) -> None:
             channel.send(json.dumps([pid, os.waitstatus_to_exitcode(status)]).encode())
 
 
-def _become(message: bytes, streams: list[int], begun: int, signals: set[signal.Signals]) -> None:
+def _become(message: bytes, streams: list[int], begun: int, signals: set[int | signal.Signals]) -> None:
     """Turns this process into one that runs the command of the request, and ends it as Python would end.
 
     `begun` is closed when it can be signalled. `signals`: those that the command has blocked.
