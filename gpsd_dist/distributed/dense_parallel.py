@@ -39,10 +39,12 @@ def parallelize(model: nn.Module, run: RunConfig, runtime: Runtime) -> nn.Module
     if run.execution.dense_parallel == "ddp":
         return DistributedDataParallel(model)
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
-    # Blocks are gathered in the type that autocast would cast their matrices to anyway: half the bytes. States between
-    # blocks keep their type, and gradients are summed in float32, as with DDP.
+    # Blocks are gathered in the type that their matrices are rounded to anyway: half the bytes. States between blocks
+    # keep their type, and gradients are summed in float32, as with DDP. A CPU may multiply in float32 in spite of
+    # `TrainConfig.bf16`, and then the weights have to come in float32.
+    is_half = run.train.bf16 and (runtime.device.type == "cuda" or run.execution.matmul_dtype == "bf16")
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    policy = half if run.train.bf16 else MixedPrecisionPolicy()
+    policy = half if is_half else MixedPrecisionPolicy()
     for block in getattr(tower_of(model), "blocks", ()):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # Shard what is in no block. It stays gathered between forward and backward, because the loss reads tied weights.
