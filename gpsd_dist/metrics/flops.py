@@ -18,20 +18,21 @@ from gpsd_dist.parameter_names import module_key
 PEAK_BF16_FLOPS_PER_S = {
     "B200": 2250e12,  # NVIDIA Blackwell architecture technical brief, HGX B200
     "H200": 989e12,  # NVIDIA H200 data sheet, SXM
-    "H100": 989e12,  # NVIDIA H100 data sheet, SXM; the PCIe card reaches 756e12
+    "H100": 989e12,  # NVIDIA H100 data sheet, SXM; cards are below
     "A100": 312e12,  # NVIDIA A100 data sheet
     "L40S": 362e12,  # NVIDIA L40S data sheet
     "L4": 121e12,  # NVIDIA L4 data sheet
 }
 """Dense products (without sparsity) of bf16 with float32 sums, by a word of the device's name."""
+_PEAK_OF_CARDS = {"PCIE": {"H100": 756e12, "A100": 312e12}, "NVL": {"H100": 835e12, "H200": 835e12}}
+"""Peaks of boards with other clocks and fewer units than the SXM ones, from NVIDIA's data sheets."""
 
 
 def peak_bf16_flops(device_name: str) -> float | None:
     """Returns the peak in FLOP/s of a GPU by its name; None if it is not listed."""
     words = device_name.upper().replace("-", " ").split()
-    if "PCIE" in words:  # other clocks and fewer units than the SXM boards above
-        return {"H100": 756e12, "A100": 312e12}.get(next((word for word in words if word in ("H100", "A100")), ""))
-    return next((peak for part, peak in PEAK_BF16_FLOPS_PER_S.items() if part in words), None)
+    peaks = next((cards for board, cards in _PEAK_OF_CARDS.items() if board in words), PEAK_BF16_FLOPS_PER_S)
+    return next((peak for part, peak in peaks.items() if part in words), None)
 
 
 class Work(typing.NamedTuple):
