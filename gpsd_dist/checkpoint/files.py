@@ -304,6 +304,9 @@ class Staging:
                 num_bytes / 2**30,
                 status,
             )
+            # CUDA remembers the error until it is asked for, and torch asks behind each kernel: this one, not a step's.
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device="cuda")
             return
         self._locked = filled[0]
 

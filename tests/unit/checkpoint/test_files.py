@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import types
 
 import pytest
 import torch
@@ -116,6 +117,28 @@ def test_staged_has_what_is_there_now():
     staging.copy({"a": {"y": torch.ones(1)}, "c": {}})
     copies = staging.copy({"a": {"x": torch.ones(1)}, "b": {}})
     assert copies == {"a": {"x": torch.ones(1)}, "b": {}}
+
+
+def test_memory_that_cannot_be_page_locked_is_a_warning_and_ends_no_later_step(monkeypatch):
+    """CUDA remembers an error until it is asked for it, which torch does behind each kernel."""
+    remembered, warned = [], []
+
+    def lock(*_):
+        remembered.append(2)
+        return 2
+
+    def launch(*_, **__):
+        if remembered:
+            raise RuntimeError(f"CUDA error {remembered.pop()}")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: types.SimpleNamespace(cudaHostRegister=lock))
+    monkeypatch.setattr(files.log, "warning", lambda *args: warned.append(args))
+    staging = files.Staging()
+    staging.copy({"w": torch.ones(3)})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", launch)
+        staging._lock()
+    assert warned and not remembered
 
 
 def test_staged_tensors_lie_side_by_side_without_rounding_each_up():
