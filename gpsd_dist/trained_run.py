@@ -100,6 +100,8 @@ def load_trained(
     manifest = read_run_manifest(run)
     check_same_schema(manifest, state.manifest, folder, run.data_dir)
     manifest.split(split)
+    if is_weighted and run.stage == "pretrain":
+        raise ValueError("--weighted: a pretrained run ranks items, which have no sample weights: leave it out")
     if is_weighted and "weight" not in manifest.sampling:
         raise ValueError(f"--weighted: {run.data_dir} has no weights; name their column (`weight`) and build it again")
     if is_weighted:

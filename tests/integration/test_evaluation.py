@@ -112,6 +112,8 @@ def test_models_and_baselines_count_items_on_the_same_rows(scored, one_rank):
 def test_scores_that_are_not_there(scored, one_rank, tmp_path):
     with pytest.raises(ValueError, match="ranks items and scores no candidates: leave out --scores_out"):
         evaluate_checkpoint(scored["root"] / "pretrain", None, "valid", one_rank, keep={})
+    with pytest.raises(ValueError, match="ranks items, which have no sample weights"):
+        evaluate_checkpoint(scored["root"] / "pretrain", None, "valid", one_rank, is_weighted=True)
     (tmp_path / "no").write_text("scores")
     for path in (tmp_path / "no", tmp_path / "missing"):
         with pytest.raises(ValueError, match="holds no scores"):
