@@ -232,6 +232,7 @@ def _delete_root(out_dir: pathlib.Path) -> bool:
         named += [out_dir / "vocab" / f"{table.name}.parquet" for table in manifest.tables]
         for path in [*named, out_dir / "items.parquet"]:
             path.unlink(missing_ok=True)
+        shutil.rmtree(out_dir / ".decoded", ignore_errors=True)  # `data.decoded_cache` of this version
         for folder in {path.parent for path in named} - {out_dir}:
             with contextlib.suppress(OSError):  # it holds a file of somebody else
                 folder.rmdir()

@@ -13,7 +13,7 @@ import pytest
 
 from data_pipeline import build, publish
 from gpsd_dist import schema
-from gpsd_dist.data import data_versions
+from gpsd_dist.data import data_versions, decoded_cache
 from tests.assets.cases import logs
 from tests.unit.data_pipeline.conftest import run
 from tests.unit.test_imports import REPO_ROOT
@@ -171,6 +171,7 @@ def test_a_data_set_of_before_stays_one_version_of_the_folder(raw, tmp_path, cap
     assert {path: path.read_bytes() for path in before} == before
     assert data_versions.current(out).parent == out / "versions"
     (out / "notes.txt").write_text("mine")
+    (out / decoded_cache.FOLDER_NAME).mkdir()
     assert run(*arguments(raw, out)) == 0
     assert set(os.listdir(out)) == {"current.json", "versions", "notes.txt"}
 
