@@ -75,13 +75,13 @@ main() {
             tests/unit/benchmarks/test_step_split.py
         measure l4 110 train/l4h256a4,train/l4h256a4/activation_checkpointing,train/l4h256a4/sparse_dist
         measure l24 190 train/l24h1024a16,train/l24h1024a16/activation_checkpointing,train/l24h1024a16/sparse_dist
+        measure others 150 train/l4h256a4/ranking,train/l4h256a4/frozen,train/l4h256a4/sasrec,train/l4h256a4/profile
     else
         echo "== FBGEMM or TorchRec does not work here (see above): left out are the parts that need them"
     fi
     check hstu_tests 90 tests/numerics/test_hstu_kernel.py
     measure hstu 60 hstu_kernel
     if $fbgemm; then
-        measure others 150 train/l4h256a4/ranking,train/l4h256a4/frozen,train/l4h256a4/sasrec,train/l4h256a4/profile
         measure hstu_training 60 train/l4h256a4/hstu
     fi
     if $fbgemm; then
