@@ -22,6 +22,7 @@ def describe(files: dict[str, pathlib.Path], options: dict, source: str) -> dict
     """Hashes the raw files, the options and this package's code.
 
     Returns "sources": entries for the manifest, "options": JSON-able options, "fingerprint": one hash over everything.
+    The hash has no path of an option: it says where a raw file lies, and that file's content is hashed.
     """
     entries = [
         {"name": name, "path": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
@@ -31,7 +32,7 @@ def describe(files: dict[str, pathlib.Path], options: dict, source: str) -> dict
     identity = {
         "source": source,
         "files": sorted((entry["name"], entry["sha256"]) for entry in entries),
-        "options": plain,
+        "options": {name: None if isinstance(options[name], pathlib.Path) else plain[name] for name in plain},
         "code": _code_sha256(),
         "schema_version": schema.SCHEMA_VERSION,
     }

@@ -69,7 +69,7 @@ RECORDED = [
     (
         "--source generic --schema raw/schema.toml",
         BY_TOML | {"schema": "raw/schema.toml"},
-        "dbfdff11da42f98f609a5096eb3dd4ff",
+        "8677aeb4a65fe4c80fa9e90c25b9ca2f",
     ),
 ]
 
@@ -99,6 +99,18 @@ def test_recorded_options_and_fingerprint_are_those_of_earlier_data_sets(
     assert prints["options"] == DEFAULTS | changed
     assert list(prints["options"]) == list(DEFAULTS | changed)  # the manifest keeps this order
     assert prints["fingerprint"] == expected
+
+
+def test_a_schema_is_the_same_option_named_or_found(folder):
+    def fingerprint_of(words: str) -> str:
+        source, options = sources.load("generic"), parse(f"--source generic {words}")
+        return fingerprint.describe(source.find_files(options), options.recorded(), "generic")["fingerprint"]
+
+    path = folder / "raw" / "schema.toml"
+    found = {fingerprint_of(words) for words in ("", "--schema raw/schema.toml", f"--schema {path}")}
+    assert len(found) == 1
+    path.write_text(SCHEMA + "# another file\n")
+    assert fingerprint_of("") not in found
 
 
 def test_every_source_has_options_with_a_rule_about_recording():
