@@ -321,6 +321,19 @@ def test_target_does_its_own_setup_in_the_chosen_environment(target, tmp_path):
     assert all(f"{tmp_path}/v/bin/" in line for line in planned[1:])
 
 
+@pytest.mark.parametrize("venv", [".venv", "/some where/venv"])
+def test_a_folder_with_a_space_in_its_name_does(venv, tmp_path):
+    folder = tmp_path / "my clone"
+    folder.mkdir()
+    shutil.copy(REPO_ROOT / "Makefile", folder)
+    for target in TOOLS_OF:
+        command = ["make", "--no-print-directory", "--dry-run", target, f"VENV={venv}"]
+        planned = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=True).stdout
+        words = [shlex.split(line) for line in planned.splitlines()]
+        assert words[0][1] == venv
+        assert all(any(word.startswith(f"{folder / venv}/bin/") for word in line) for line in words[1:]), planned
+
+
 def test_a_misspelt_kernel_is_refused():
     command = ["make", "--dry-run", "test-kernels"]
     for kernel, status in (("avx2", 0), ("avx513", 2), ("", 2)):
@@ -403,7 +416,7 @@ def test_pre_commit_calls_the_pinned_tools():
 
 
 def test_pre_commit_looks_at_the_shell_scripts_that_make_check_looks_at():
-    checked = re.search(r"shellcheck -x (.*)", make("--dry-run", "check"))[1].split()
+    checked = re.search(r'shellcheck" -x (.*)', make("--dry-run", "check"))[1].split()
     files = re.compile(pre_commit_hooks()["shellcheck"]["files"])
     assert "benchmarks/measure_gpu.sh" in checked and all(files.search(path) for path in checked)
 
