@@ -32,7 +32,7 @@ def _recovers(
 
 def kill_worker_mid_step(workshop: Workshop) -> int:
     """Dense gradients are there, the tables are not updated yet. The newest checkpoint may still be in the making."""
-    return _recovers(workshop, "kill_mid_step", 2 * SAVE_INTERVAL, "kill_self", "backward", 7, "exitcode: -9")
+    return _recovers(workshop, "kill_mid_step", 2 * SAVE_INTERVAL, "kill_self", "backward", 7, "failed (exitcode: ")
 
 
 def kill_main_worker_mid_step(workshop: Workshop) -> int:

@@ -10,6 +10,7 @@ import sys
 import time
 
 from gpsd_dist.distributed import exit_codes
+from tests.helpers import forked
 from tests.helpers.commands import TINY_GIN, environment
 from tests.integration.tiny_data import differing, read_checkpoint, step_folder, train_losses, write_tiny_data
 
@@ -35,6 +36,8 @@ class Ended:
 class Workshop:
     """Data and the uninterrupted run that all others are compared with."""
 
+    launcher = "gpsd_dist.launcher"
+
     def __init__(self, root: pathlib.Path):
         self.root = root
         self.data_dir = root / "data"
@@ -44,8 +47,8 @@ class Workshop:
     @functools.cached_property
     def reference(self) -> "Run":
         run = Run(self, "reference")
-        ended = run.train()
-        assert ended.status == 0, ended.stderr
+        ended = forked.run("gpsd_dist.train", *run.options(), ranks=2, timeout_s=TIMEOUT_S)
+        assert ended.returncode == 0, ended.stderr
         return run
 
 
@@ -73,13 +76,16 @@ class Run:
         once = str(self.folder / f"{what}_happened")
         return {"what": what, "place": place, "step": step, "rank": rank, "once": once} | more
 
-    def start(self, fault: dict | None = None, *overrides: str, restarts: int = 0, env=None) -> subprocess.Popen:
-        launcher = [sys.executable, "-m", "gpsd_dist.launcher", "--nproc-per-node", "2", "--monitor-interval", "0.1"]
-        launcher += ["--max-restarts", str(restarts), "--standalone"]
+    def options(self) -> list[str]:
+        """Arguments of gpsd_dist.train."""
         options = ["--gin_file", "configs/stage/pretrain.gin", "--gin_file", str(self.workshop.root / "options.gin")]
         options += [f"--gin.DATA_DIR={self.data_dir}", f"--gin.OUTPUT_DIR={self.output}"]
-        options += [f"--gin.TrainConfig.save_interval_steps={SAVE_INTERVAL}"]
-        command = [*launcher, "-m", "tests.faults.entry", *options, *overrides]
+        return [*options, f"--gin.TrainConfig.save_interval_steps={SAVE_INTERVAL}"]
+
+    def start(self, fault: dict | None = None, *overrides: str, restarts: int = 0, env=None) -> subprocess.Popen:
+        launcher = [sys.executable, "-m", self.workshop.launcher, "--nproc-per-node", "2", "--monitor-interval", "0.1"]
+        launcher += ["--max-restarts", str(restarts), "--standalone"]
+        command = [*launcher, "-m", "tests.faults.entry", *self.options(), *overrides]
         variables = environment_of_a_job() | {"TRACE": str(self.folder / "trace")} | (env or {})
         if fault:
             variables["FAULT"] = json.dumps(fault)

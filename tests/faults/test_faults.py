@@ -15,5 +15,7 @@ def workshop(tmp_path_factory):
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
-def test_run_survives(workshop, name):
+def test_run_survives(workshop, name, monkeypatch):
+    if name in QUICK:
+        monkeypatch.setattr(workshop, "launcher", "tests.faults.forking_launcher")
     assert CASES[name](workshop) >= 0  # steps lost; how many may be is up to the case

@@ -9,14 +9,17 @@ import multiprocessing
 import os
 import pathlib
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import typing
 
 import torch
 import torch.distributed as dist
 
+from gpsd_dist.distributed import fork_server
 from tests.helpers.commands import environment
 from tests.helpers.distributed import IMPORTED_ONCE, RANK_ENV, with_environment
 
@@ -24,20 +27,58 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 _GRACE_S = 30.0  # after one rank failed, its peers have this long to fail by themselves
 
 
-class _Forked:
-    """Starts one command; its output goes to files of `folder`."""
+class Forked:
+    """Starts one command; its output goes to files of `folder`. Has what tests use of `subprocess.Popen`."""
 
     def __init__(self, command: list[str], variables: dict[str, str], folder: pathlib.Path):
         self._streams = [folder / name for name in ("stdout", "stderr")]
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(IMPORTED_ONCE)
-        self.process = context.Process(target=_run, args=(command, variables, self._streams))
-        with with_environment(RANK_ENV):
-            self.process.start()
+        self.process = start(_run, command, variables, self._streams)
+
+    def poll(self) -> int | None:
+        """Returns the exit status; None while it runs."""
+        return self.process.exitcode
+
+    returncode = property(poll)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def communicate(self, timeout: float) -> list[str]:
+        """Waits for the end, and returns what it wrote."""
+        self.process.join(timeout)
+        return self.said()
+
+    def kill(self) -> None:
+        """Ends it, if it has not ended, and waits for that."""
+        self.process.kill()
+        self.process.join()
 
     def said(self) -> list[str]:
         """Returns what it wrote to standard output and to standard error."""
         return [path.read_text(errors="replace") if path.is_file() else "" for path in self._streams]
+
+
+def start(target: typing.Callable, *arguments: object) -> multiprocessing.Process:
+    """Calls `target`, a function of a module, in a process with the imports done; its environment is an earlier one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED_ONCE)
+    process = context.Process(target=target, args=arguments)
+    with with_environment(RANK_ENV):
+        process.start()
+    return process
+
+
+def command_server(*_: object) -> fork_server.ForkServer:
+    """Stands for `fork_server.start_server`, without the imports of a process of its own."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        start(_serve, theirs)
+    return fork_server.ForkServer(ours)
+
+
+def _serve(channel: socket.socket) -> None:
+    torch.set_num_threads(1)
+    fork_server.serve(channel)
 
 
 def run(module: str, *arguments: object, ranks: int = 1, timeout_s: float = 150.0) -> subprocess.CompletedProcess:
@@ -54,12 +95,11 @@ def run(module: str, *arguments: object, ranks: int = 1, timeout_s: float = 150.
         try:
             for folder, own in zip(folders, facts, strict=True):
                 folder.mkdir()
-                started.append(_Forked(command, environment(**own), folder))
+                started.append(Forked(command, environment(**own), folder))
             _wait([one.process for one in started], timeout_s)
         finally:
             for one in started:
-                one.process.kill()
-                one.process.join()
+                one.kill()
         outs, errors = zip(*(one.said() for one in started), strict=True)
     status = next((one.process.exitcode for one in started if one.process.exitcode), 0)
     return subprocess.CompletedProcess([sys.executable, "-m", *command], status, "".join(outs), "".join(errors))

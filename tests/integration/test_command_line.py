@@ -1,7 +1,7 @@
 """The real commands: `python -m gpsd_dist.train`, the same under torchrun, and `python -m gpsd_dist.evaluate`.
 
-One training, one evaluation, one mistake and one signal start Python; so do a pretraining and a signal under torchrun.
-All others are the same commands in processes that have done the imports (`helpers/forked.py`).
+One training, one evaluation, one mistake and, under torchrun, one signal start Python. All others are the same commands
+in processes that have done the imports (`helpers/forked.py`).
 """
 
 import json
@@ -27,13 +27,12 @@ TIMEOUT_S = 150
 STEPS = 7
 TINY = TINY_GIN + "EPOCHS = 2\n"
 ON_TWO_RANKS = ("pretrain", "ST_SF")
-PLAIN = (sys.executable, "-m")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
             "--rdzv_endpoint", "localhost:0", "-m")  # fmt: skip
 
 
-def _run(*command, launcher=PLAIN) -> subprocess.CompletedProcess:
-    command = [*launcher, *map(str, command)]
+def _run(*command) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", *map(str, command)]
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S)
 
 
@@ -49,8 +48,8 @@ def _options(folder, data_dir, name: str, *overrides) -> list:
     return [*options, *overrides]
 
 
-def _train(folder, data_dir, name: str, *overrides, launcher=PLAIN) -> subprocess.CompletedProcess:
-    return _run("gpsd_dist.train", *_options(folder, data_dir, name, *overrides), launcher=launcher)
+def _train(folder, data_dir, name: str, *overrides) -> subprocess.CompletedProcess:
+    return _run("gpsd_dist.train", *_options(folder, data_dir, name, *overrides))
 
 
 def _train_forked(folder, data_dir, name: str, *overrides, ranks: int = 1) -> subprocess.CompletedProcess:
@@ -59,12 +58,12 @@ def _train_forked(folder, data_dir, name: str, *overrides, ranks: int = 1) -> su
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, data_dir):
-    """Runs `pretrain` and one per strategy: NT and `pretrain` as a user starts them."""
+    """Runs `pretrain` and one per strategy: NT as a user starts it."""
     root = tmp_path_factory.mktemp("runs")
     (root / "tiny.gin").write_text(TINY)
     for name in ("pretrain", *STRATEGIES):
-        if name in ("pretrain", "NT"):
-            result = _train(root, data_dir, name, launcher=TORCHRUN if name in ON_TWO_RANKS else PLAIN)
+        if name == "NT":
+            result = _train(root, data_dir, name)
         else:
             result = _train_forked(root, data_dir, name, ranks=2 if name in ON_TWO_RANKS else 1)
         assert result.returncode == 0, result.stderr
@@ -225,16 +224,21 @@ def test_nan_loss_stops_all_ranks_with_rank_step_and_last_checkpoint(tmp_path, d
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("launcher", [PLAIN, TORCHRUN], ids=["plain", "torchrun"])
-def test_sigterm_saves_and_the_same_command_goes_on(data_dir, tmp_path, launcher):
-    """The signal reaches ranks at different moments; the run after it equals one that was never stopped."""
+@pytest.mark.parametrize("ranks", [1, 2], ids=["plain", "torchrun"])
+def test_sigterm_saves_and_the_same_command_goes_on(data_dir, tmp_path, ranks):
+    """The signal reaches ranks at different moments; no step is lost or done twice."""
     (tmp_path / "tiny.gin").write_text(TINY)
     overrides = ("--gin.EPOCHS=400", "--gin.ModelConfig.dropout=0.1", "--gin.TrainConfig.eval_per_epoch=1")
     name = "pretrain_stopped"
-    command = [*launcher, "gpsd_dist.train", *map(str, _options(tmp_path, data_dir, name, *overrides))]
-    command = [part.replace("max_steps=7", "max_steps=100000") for part in command]
+    command = ["gpsd_dist.train", *map(str, _options(tmp_path, data_dir, name, *overrides))]
+    endless = [part.replace("max_steps=7", "max_steps=100000") for part in command]
     metrics = tmp_path / name / "metrics.jsonl"
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    if ranks == 1:
+        process = forked.Forked(endless, environment(), tmp_path)
+    else:
+        process = subprocess.Popen(
+            [*TORCHRUN, *endless], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+        )
     try:
         deadline = time.monotonic() + TIMEOUT_S
         while not (metrics.is_file() and metrics.read_text().count("\n") > 20):
@@ -245,12 +249,12 @@ def test_sigterm_saves_and_the_same_command_goes_on(data_dir, tmp_path, launcher
     finally:
         process.kill()
     assert "asked to stop: saved step" in stderr, stderr
-    if launcher is PLAIN:  # torchrun has a status of its own
+    if ranks == 1:  # torchrun has a status of its own
         assert process.returncode == exit_codes.STOPPED
     stopped = max(train_losses(tmp_path / name))
     assert step_folder(tmp_path / name, stopped).is_dir()
-    again = [part.replace("max_steps=100000", f"max_steps={stopped + 3}") for part in command]
-    result = forked.run(*again[again.index("gpsd_dist.train") :], ranks=1 if launcher is PLAIN else 2)
+    again = [part.replace("max_steps=7", f"max_steps={stopped + 3}") for part in command]
+    result = forked.run(*again, ranks=ranks)
     assert result.returncode == 0, result.stderr
     assert f"resumed from {step_folder(tmp_path / name, stopped)}" in result.stderr
     assert list(train_losses(tmp_path / name)) == list(range(1, stopped + 4))

@@ -1,6 +1,7 @@
 """`python -m gpsd_dist.fit`: stopped in the middle, gone on, kept, refused for other data.
 
-The one that is stopped is started as a user does; what goes on does so in this process.
+The one that is stopped is started as a user does; what goes on does so in this process, and forks its trainings from
+one that has done the imports.
 """
 
 import contextlib
@@ -20,10 +21,12 @@ from gpsd_dist import commands
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.config import run_config_from_dict
 from gpsd_dist.fit import __main__ as fit
+from gpsd_dist.fit import procedure
 from gpsd_dist.fit.display import Display
 from gpsd_dist.fit.steps import FLOOR_NAMES
 from gpsd_dist.metrics.auc_interval import auc_by_user
 from gpsd_dist.metrics.scores import read_scores
+from tests.helpers import forked
 from tests.helpers.commands import TINY_GIN, environment
 from tests.integration.tiny_data import write_tiny_data
 
@@ -38,6 +41,13 @@ def root(tmp_path_factory):
     write_tiny_data(folder / "data", rows={"train": 60, "valid": 40, "test": 40})
     (folder / "tiny.gin").write_text(TINY_GIN + "EPOCHS = 2\n")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_starts():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(procedure, "start_server", forked.command_server)
+        yield
 
 
 @contextlib.contextmanager

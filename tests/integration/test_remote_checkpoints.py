@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-import multiprocessing
+import os
 import time
 
 import fsspec
@@ -16,6 +16,7 @@ from gpsd_dist.checkpoint.storage import location
 from gpsd_dist.config import TrainConfig
 from gpsd_dist.trained_run import evaluate_checkpoint
 from gpsd_dist.trainer import Trainer
+from tests.helpers import forked
 from tests.helpers.distributed import run_distributed
 from tests.integration.test_async_checkpoints import _state, _tensors
 from tests.integration.tiny_data import cpu_runtime, differing, read_checkpoint, step_folder, tiny_run, train_runs
@@ -43,8 +44,9 @@ def bucket():
     server.stop()
 
 
-def _train_alone(run) -> None:
+def _train_alone(run, variables) -> None:
     """Target of a process of its own, which the test kills."""
+    os.environ.update(variables)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     train_runs(0, 1, [run])
 
@@ -54,8 +56,7 @@ def test_run_is_trained_killed_resumed_and_evaluated_in_a_bucket(bucket, data_di
     folder = location(f"{bucket}/killed") / "checkpoints"
     train = {"epochs": 10**6, "save_interval_steps": 1, "keep_last": 2, "checkpoint_dir": f"{bucket}/killed"}
     endless = tiny_run("finetune", data_dir, tmp_path / "killed", train=train)
-    process = multiprocessing.get_context("spawn").Process(target=_train_alone, args=(endless,))
-    process.start()
+    process = forked.start(_train_alone, endless, dict(os.environ))
     deadline = time.monotonic() + WAIT_S
     while len(retention.complete(folder)) < 2:
         assert process.is_alive() and time.monotonic() < deadline

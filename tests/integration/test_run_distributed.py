@@ -39,4 +39,4 @@ def test_error_names_rank_and_shows_traceback(tmp_path):
 
 def test_deadlock_is_a_failure_with_stacks(tmp_path):
     with pytest.raises(TimeoutError, match=r"(?s)\[0, 1\] still ran.*_one_leaves"):
-        distributed.run_distributed(_one_leaves, 2, tmp_path, timeout_s=10.0)
+        distributed.run_distributed(_one_leaves, 2, tmp_path, timeout_s=4.0)

@@ -7,7 +7,9 @@ import pytest
 
 from gpsd_dist.checkpoint import loading, manager
 from gpsd_dist.scaling import __main__ as scaling
+from gpsd_dist.scaling import summary as summaries
 from gpsd_dist.trainer import Trainer
+from tests.helpers import forked
 from tests.integration.test_command_line import TINY
 from tests.integration.tiny_data import NUM_ITEMS, NUM_TAGS, tiny_run
 
@@ -31,7 +33,8 @@ def saved_at(out_dir) -> dict:
 
 
 @pytest.mark.timeout(900)
-def test_ladder_is_trained_once(tmp_path, data_dir, one_rank, capfd):
+def test_ladder_is_trained_once(tmp_path, data_dir, one_rank, capfd, monkeypatch):
+    monkeypatch.setattr(summaries, "start_server", forked.command_server)
     start = tmp_path / "pretrain"
     Trainer(tiny_run("pretrain", data_dir, start, train={"max_steps": 2}), one_rank).train()
     out = tmp_path / "out"
