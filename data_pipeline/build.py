@@ -40,6 +40,7 @@ from data_pipeline import (
 from data_pipeline.options import BuildOptions
 from data_pipeline.plan import Job, Plan
 from gpsd_dist import schema
+from gpsd_dist.cli.main import run_main
 from gpsd_dist.data import data_versions
 from gpsd_dist.disk.text import shown
 
@@ -184,4 +185,4 @@ def report(manifest: schema.Manifest) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

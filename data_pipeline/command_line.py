@@ -3,6 +3,7 @@
 import argparse
 
 from data_pipeline import options, sources
+from gpsd_dist.cli.names import Parser
 
 
 def parse(argv: list[str], description: str | None = None) -> options.BuildOptions:
@@ -11,7 +12,7 @@ def parse(argv: list[str], description: str | None = None) -> options.BuildOptio
     An unknown option, or a value of the wrong type, ends the process with status 2 (argparse). Values out of range come
     together in one ValueError.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data_pipeline.build",
         description=description,
         allow_abbrev=False,

@@ -24,6 +24,8 @@ import rich.text
 
 from data_pipeline import build, measures
 from gpsd_dist import schema
+from gpsd_dist.cli.main import run_main
+from gpsd_dist.cli.names import Parser
 from gpsd_dist.data import data_versions
 from gpsd_dist.disk.console import Console
 from gpsd_dist.disk.text import say_error
@@ -273,7 +275,7 @@ def as_html(title: str, sections: list[Section], verdict: list[str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns 0, or 2 with one line if the folder cannot be read."""
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.inspect", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m data_pipeline.inspect", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", type=pathlib.Path, help="a built data set, or raw files with a schema")
     parser.add_argument("--schema", type=pathlib.Path, help="of raw files; default schema.toml in the folder")
@@ -299,4 +301,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -11,7 +11,6 @@ import sys
 if not __package__:
     sys.exit("error: start it as a module, in the root of the repository: python -m data_pipeline.synthesize ...")
 
-import argparse
 import dataclasses
 import datetime
 import json
@@ -22,6 +21,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from data_pipeline import synthetic_log
+from gpsd_dist.cli.main import run_main
+from gpsd_dist.cli.names import Parser
 from gpsd_dist.disk import writing
 from gpsd_dist.disk.text import say_error
 
@@ -153,7 +154,7 @@ def area_under_curve(score: np.ndarray, label: np.ndarray) -> float | None:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line: one option per field of `synthetic_log.SyntheticConfig`. Status 2: sizes do not fit."""
     summary = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.synthesize", description=summary, allow_abbrev=False)
+    parser = Parser(prog="python -m data_pipeline.synthesize", description=summary, allow_abbrev=False)
     parser.add_argument("--out_dir", required=True, type=pathlib.Path)
     for field in dataclasses.fields(synthetic_log.SyntheticConfig):
         parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=f"default {field.default}")
@@ -168,4 +169,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

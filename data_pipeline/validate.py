@@ -21,6 +21,8 @@ import pyarrow.parquet as pq
 
 from data_pipeline import validate_rows, vocab
 from gpsd_dist import schema
+from gpsd_dist.cli.main import run_main
+from gpsd_dist.cli.names import Parser
 from gpsd_dist.data import data_versions
 from gpsd_dist.disk.reading import raise_if_passing
 from gpsd_dist.disk.text import say_error
@@ -203,7 +205,7 @@ def _check_order(manifest: schema.Manifest, users: dict[str, np.ndarray], proble
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; exit status 0 if all is well, 1 with the list of problems otherwise."""
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.validate", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m data_pipeline.validate", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("out_dir", type=pathlib.Path)
     options = parser.parse_args(argv)
@@ -219,4 +221,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

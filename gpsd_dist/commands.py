@@ -12,10 +12,12 @@ import shlex
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 import typing
 
+from gpsd_dist.cli.names import as_typed
 from gpsd_dist.disk.text import say_error, shown
 from gpsd_dist.distributed import exit_codes, huge_pages
 from gpsd_dist.distributed.fork_server import Forked, ForkServer
@@ -40,7 +42,7 @@ def python_command(num_processes: int, module: str, *arguments: str) -> Command:
 
 def shell(command: Command) -> str:
     """Quotes the command so that it can be typed."""
-    return shlex.join(["python", *command])
+    return as_typed(shlex.join(["python", *command]))
 
 
 def exit_status(work: collections.abc.Callable[[], object]) -> int:
@@ -121,7 +123,9 @@ def execute(
 
 def environment() -> dict[str, str]:
     """Gives the variables of a child: one thread unless ours say otherwise, and the path to this package."""
-    search_path = os.pathsep.join(filter(None, (str(REPO_ROOT), os.environ.get("PYTHONPATH"))))
+    # An installed package is found without, and PYTHONPATH would put its neighbours before the standard library.
+    here = "" if str(REPO_ROOT) == sysconfig.get_path("purelib") else str(REPO_ROOT)
+    search_path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     return {"OMP_NUM_THREADS": "1"} | os.environ | huge_pages.environment() | {"PYTHONPATH": search_path}
 
 

@@ -19,6 +19,8 @@ import pathlib
 import typing
 
 from gpsd_dist.baselines.registry import NAMES, NEXT_ITEM
+from gpsd_dist.cli.main import run_main
+from gpsd_dist.cli.names import Parser
 from gpsd_dist.disk.text import say_error
 
 if typing.TYPE_CHECKING:
@@ -38,8 +40,9 @@ def _print(metrics: "Metrics") -> None:
         Console().print(table)
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.evaluate", description=__doc__, allow_abbrev=False)
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parses the options; ends the program with status 2 for those that cannot be meant."""
+    parser = Parser(prog="python -m gpsd_dist.evaluate", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawTextHelpFormatter
     scorer = parser.add_mutually_exclusive_group(required=True)
     scorer.add_argument("--checkpoint", help="run folder, or one checkpoint in it; or the URL of one")
@@ -82,7 +85,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     """Returns 0, or 2 for a mistake in the options or the data."""
-    args = _parse(argv)
+    args = parse(argv)
     keep: dict[str, Predictions] | None = {} if args.scores_out or args.min_item_count else None
     try:
         metrics = _of_baseline(args, keep) if args.baseline else _of_checkpoint(args, keep)
@@ -136,4 +139,4 @@ def _of_checkpoint(args: argparse.Namespace, keep: "dict[str, Predictions] | Non
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main))

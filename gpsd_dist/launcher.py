@@ -13,6 +13,7 @@ if not __package__:
 
 import os
 
+from gpsd_dist.cli.main import run_main
 from gpsd_dist.distributed import fork_server, huge_pages
 
 
@@ -35,4 +36,4 @@ def _server() -> fork_server.ForkServer | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main))

@@ -18,6 +18,8 @@ import pathlib
 import time
 
 from gpsd_dist.checkpoint import storage
+from gpsd_dist.cli.main import run_main
+from gpsd_dist.cli.names import Parser, as_typed
 from gpsd_dist.commands import execute, exit_status, shell
 from gpsd_dist.fit.__main__ import main as fit
 
@@ -41,7 +43,7 @@ SMALL = Size(
 
 def main(argv: list[str]) -> int:
     """Returns 0, or the exit status of the first command that failed."""
-    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.quickstart", description=__doc__)
+    parser = Parser(prog="python -m gpsd_dist.quickstart", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out_dir", type=pathlib.Path, default=pathlib.Path("runs/quickstart"))
     parser.add_argument("--small", action="store_true", help="a tenth of the data, a tiny model: does it run at all?")
@@ -66,7 +68,8 @@ def main(argv: list[str]) -> int:
     took = (f"{name} {end - begin:.0f} s" for name, (begin, end) in parts)
     print(f"{args.out_dir / 'summary.json'}: {', '.join(took)}; {ends_s[-1] - ends_s[0]:.0f} s in all")
     print(f"curves: {sys.executable} -m tensorboard.main --logdir {args.out_dir}")
-    print("your own log: python -m data_pipeline.build --source generic ..., then python -m gpsd_dist.fit (README.md)")
+    own = "your own log: python -m data_pipeline.build --source generic ..., then python -m gpsd_dist.fit (README.md)"
+    print(as_typed(own))
     return 0
 
 
@@ -92,4 +95,4 @@ def prepare(raw: pathlib.Path, data: pathlib.Path, size: Size) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main))

@@ -8,6 +8,7 @@ import re
 import shlex
 
 from gpsd_dist.baselines.registry import NEXT_ITEM, evaluate_baseline
+from gpsd_dist.config import gin_files
 from gpsd_dist.config.gin_cli import joined_values
 from gpsd_dist.metrics.auc_interval import half_width_of_counts
 from gpsd_dist.stages.stage import Metrics
@@ -18,7 +19,6 @@ MAX_COUNTED = 3_000_000  # candidates whose floors are computed without being as
 MAX_RANKED = 2 * 10**9  # targets x items, for the floor of next-item ranking
 THIN = 0.05  # half width of an AUC's 95 % interval from which on runs hardly differ visibly
 FLOORS = {"rates": "smoothed rates", "popularity": "popularity"}
-_REPO_ROOT = pathlib.Path(__file__).resolve().parents[1]
 _FINETUNE = "configs/stage/finetune.gin"
 _OF_THE_MODEL = re.compile(
     r"--gin\.(LAYERS|WIDTH|HEADS|EMBEDDING_DIM|MAX_HISTORY_LENGTH|TRANSFER_TABLES|(Model|Tables|Ids)Config\.\w+)="
@@ -134,7 +134,7 @@ def next_command(trainer: Trainer, argv: list[str]) -> str:
     files = [argument.removeprefix("--gin_file=") for argument in argv if argument.startswith("--gin_file=")]
     mine = pathlib.PurePath(files[0] if files else "-")
     mine = mine.with_name(mine.name.replace("pretrain", "finetune"))
-    is_there = str(mine) not in files and any((root / mine).is_file() for root in (pathlib.Path(), _REPO_ROOT))
+    is_there = str(mine) not in files and gin_files.find(str(mine)) is not None
     options = [part for file in (mine if is_there else _FINETUNE, *files[1:]) for part in ("--gin_file", str(file))]
     options += [argument for argument in argv if _OF_THE_MODEL.match(argument)]
     options += [f"--gin.DATA_DIR={run.data_dir}", "--gin.STRATEGY=FT_SF", f"--gin.INIT_CHECKPOINT={run.output_dir}"]

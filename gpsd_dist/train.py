@@ -8,21 +8,28 @@ import sys
 if not __package__:
     sys.exit("error: start it as a module, in the root of the repository: python -m gpsd_dist.train ...")
 
-from gpsd_dist.config.gin_cli import load_run_config
-from gpsd_dist.disk.text import say_error, shown
+from gpsd_dist.cli.main import run_main
+from gpsd_dist.config.gin_cli import ParsedRun, load_run_config
+from gpsd_dist.disk.text import say_error
 from gpsd_dist.distributed import exit_codes
 from gpsd_dist.distributed.exit_codes import LossNotFinite
 from gpsd_dist.distributed.parent_watch import LauncherGone
 from gpsd_dist.stages import registry
 
 
+def parse(argv: list[str]) -> ParsedRun:
+    """Parses the options, without importing torch. ValueError for a mistake in them."""
+    parsed = load_run_config(argv)
+    registry.check(parsed.run.stage)  # a misspelt one is refused before the folder of the run is made
+    return parsed
+
+
 def main(argv: list[str]) -> int:
     """Trains the run that the options describe, and returns the exit status: one of `exit_codes`."""
     trainer = None
     try:
-        parsed = load_run_config(argv)
+        parsed = parse(argv)
         run = parsed.run
-        registry.check(run.stage)  # a misspelt one is refused before the folder of the run is made
         # Imported here and not above: torch and TorchRec take seconds, and `--help` or a misspelt option needs neither.
         from gpsd_dist import run_description, run_outcome
         from gpsd_dist.checkpoint import output_lock
@@ -53,7 +60,7 @@ def main(argv: list[str]) -> int:
     # A loss that is not finite is no MISTAKE, though a ValueError: the launcher may try once more. An unstable run
     # shows it again, a broken device does not.
     except (LauncherGone, LossNotFinite) as error:
-        return _failed(error, exit_codes.FAILED)
+        return say_error(error, exit_codes.FAILED)
     except ValueError as error:
         return say_error(error)
     except OSError as error:
@@ -61,13 +68,8 @@ def main(argv: list[str]) -> int:
         # same command goes on.
         last = trainer.checkpoints.latest() if trainer is not None else None
         safe = f". Safe: {last}; the same command goes on from there" if last is not None else ""
-        return _failed(f"{error}{safe}", exit_codes.NO_FILE_ACCESS)
-
-
-def _failed(error: object, status: int) -> int:
-    print(f"error: {shown(error)}", file=sys.stderr, flush=True)
-    return status
+        return say_error(OSError(f"{error}{safe}"), exit_codes.NO_FILE_ACCESS)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main))

@@ -23,6 +23,8 @@ import rich.table
 
 from gpsd_dist.checkpoint import integrity, manager, resume, retention, state, storage
 from gpsd_dist.checkpoint.storage import Location
+from gpsd_dist.cli.main import run_main
+from gpsd_dist.cli.names import Parser
 from gpsd_dist.disk.console import Console
 from gpsd_dist.disk.text import say_error
 
@@ -124,7 +126,7 @@ def prune(run: str, keep_last: int, keep_every_hours: float, is_dry: bool, conso
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.checkpoint", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m gpsd_dist.checkpoint", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawTextHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="step, epoch, time, size, metrics of each").add_argument("run")
@@ -163,4 +165,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main))

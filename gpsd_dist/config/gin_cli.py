@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import contextlib
 import dataclasses
 import importlib.util  # noqa: F401  gin 0.5.0 uses importlib.util without importing it
 import pathlib
@@ -14,17 +13,24 @@ import gin
 from gin import config_parser
 
 from gpsd_dist import config
+from gpsd_dist.cli.names import Parser
+from gpsd_dist.config import gin_files, option_list
 from gpsd_dist.config.model import MODELS
 from gpsd_dist.disk.reading import raise_if_passing
 from gpsd_dist.validation import did_you_mean
 
 MAX_FILE_BYTES = 2**20  # untuned: a config.gin takes some 5 kB
-_REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _BINDING = re.compile(r"^(?:(?P<scope>[\w/]+)/)?(?P<leaf>\w+(?:\.\w+)?) = ", re.MULTILINE)
 _ASSIGNMENT = re.compile(r"^\s*(?:[\w/]+/)?\w+(?:\.\w+)?(?=\s*=)", re.MULTILINE)
 _NAME = re.compile(r"(?:[\w/]+/)?\w+(?:\.\w+)?")
 _REQUIRED = "gin.REQUIRED"
-_USAGE = "python -m gpsd_dist.train --gin_file configs/stage/pretrain.gin --gin_file configs/data/grocery.gin ..."
+_USAGE = "python -m gpsd_dist.train --gin_file configs/stage/pretrain.gin --gin_file FILE ... --gin.OPTION=VALUE ..."
+_LAUNCHER_HELP = """gpsd-dist train also takes
+  --nproc N          run on N processes of this machine (default 1)
+  --max_restarts N   start them again after a failure, from the last checkpoint, up to N times (default 0)
+  --plugin FILE      a Python file that registers models of your own"""
+_GIN_FILE_HELP = """repeatable, later files win; the first may include. A file is looked for as given, in the folder
+configs of the working directory, and in the package"""
 
 for _cls in config.GIN_CLASSES:
     gin.external_configurable(_cls, module="gpsd_dist")
@@ -41,12 +47,10 @@ class ParsedRun:
 
 def load_run_config(argv: list[str]) -> ParsedRun:
     """Parses `argv` and builds the whole config tree once. ValueError for what has no effect or does not fit."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, usage=_USAGE, description="Options: docstrings of the files in gpsd_dist/config"
-    )
-    parser.add_argument(
-        "--gin_file", action="append", required=True, help="repeatable, later files win; the first may include"
-    )
+    epilog = _all_options() if {"-h", "--help"} & {*argv} else None
+    parser = Parser(usage=_USAGE, description=_LAUNCHER_HELP, epilog=epilog, allow_abbrev=False)
+    parser.formatter_class = argparse.RawTextHelpFormatter
+    parser.add_argument("--gin_file", metavar="FILE", action="append", required=True, help=_GIN_FILE_HELP)
     args, rest = parser.parse_known_args(joined_values(argv))
     unknown = [argument for argument in rest if not (argument.startswith("--gin.") and "=" in argument)]
     if unknown:
@@ -54,23 +58,32 @@ def load_run_config(argv: list[str]) -> ParsedRun:
     bindings = [_binding(argument.removeprefix("--gin.")) for argument in rest]
     files = [_checked_file(file, is_first=index == 0) for index, file in enumerate(args.gin_file)]
     scanned = _Scanned()
-    for file in files:
-        _scan_file(file, scanned)
+    texts = [_scan_file(file, scanned) for file in files]
     for binding in bindings:
         _scan(binding, f"override `{binding}`", scanned)
     _check_macros_are_set(scanned, bindings)
 
     gin.clear_config()
     try:
-        with contextlib.chdir(_REPO_ROOT):  # `include 'configs/...'` resolves against the working directory
-            gin.parse_config_files_and_bindings([str(file) for file in files], bindings, finalize_config=True)
-            run = gin.get_configurable("gpsd_dist.RunConfig")()
+        for text in (*texts, "\n".join(bindings)):
+            gin.parse_config(text)
+        gin.finalize()
+        run = gin.get_configurable("gpsd_dist.RunConfig")()
     except (ValueError, AttributeError, SyntaxError, NameError, TypeError, RuntimeError, OSError) as error:
         raise_if_passing("a gin file", error)
         raise ValueError(_explain(error, bindings, scanned)) from error
     _check_overrides(bindings, run)
     _check_files_are_read(scanned)
     return ParsedRun(run, gin.config_str())
+
+
+def _all_options() -> str:
+    """Lists every option with its defaults in both stages."""
+    required = ["--gin.DATA_DIR=(required)", "--gin.OUTPUT_DIR=(required)"]
+    stages = ("pretrain", "finetune")
+    runs = {stage: load_run_config([f"--gin_file=configs/stage/{stage}.gin", *required]).run for stage in stages}
+    macros = dict(re.findall(r"^([\w/]+\.\w+) = %(\w+)$", gin.config_str(), re.MULTILINE))
+    return option_list.text(option_list.options(runs, macros))
 
 
 def joined_values(argv: list[str]) -> list[str]:
@@ -100,13 +113,10 @@ def _binding(override: str) -> str:
 
 
 def _checked_file(file: str, is_first: bool) -> pathlib.Path:
-    """Finds a file as given, or relative to the repository. ValueError if it is missing, or sets a name twice."""
-    path = pathlib.Path(file).resolve()
-    if not path.is_file():
-        path = _REPO_ROOT / file
-    if not path.is_file():
-        folder = _REPO_ROOT / "configs"
-        known = sorted(str(p.relative_to(_REPO_ROOT)) for p in folder.rglob("*.gin"))
+    """Finds a file (`gin_files`). ValueError if it is missing, or sets a name twice."""
+    path = gin_files.find(file)
+    if path is None:
+        known = gin_files.known()
         by_stem = {pathlib.Path(name).stem: name for name in known}
         near = did_you_mean(by_stem.get(pathlib.Path(file).stem, file), known)
         raise ValueError(f"--gin_file {file} does not exist{near}; there are {known}")
@@ -170,20 +180,23 @@ def _check_is_ours(selector: str, option: str, shown: str, where: str) -> None:
         raise ValueError(f"{where}: {name} has no option {option!r}{did_you_mean(option, options)}; it has {options}")
 
 
-def _scan_file(path: pathlib.Path, scanned: _Scanned) -> None:
-    """Scans a file and what it includes."""
+def _scan_file(path: pathlib.Path, scanned: _Scanned) -> str:
+    """Scans a file and what it includes; returns its text with each included one in the place of its `include`."""
     scanned.files.append(path)
-    for statement in _scan(_text_of(path), str(path), scanned):
+    text = _text_of(path)
+    lines = text.split("\n")
+    for statement in _scan(text, str(path), scanned):
         if isinstance(statement, config_parser.IncludeStatement):
-            included = _REPO_ROOT / statement.filename
-            if not included.is_file() or included.suffix != ".gin":
-                raise ValueError(f"{path} includes {statement.filename!r}, which is no .gin file below {_REPO_ROOT}")
+            included = gin_files.find(statement.filename, path)
+            if included is None or included.suffix != ".gin":
+                raise ValueError(f"{path} includes {statement.filename!r}, which is no .gin file that is found")
             if included in scanned.files:
                 raise ValueError(f"{path} includes {statement.filename!r}, which is read already")
-            _scan_file(included, scanned)
+            lines[statement.location.line_num - 1] = _scan_file(included, scanned)
         elif isinstance(statement, config_parser.BindingStatement):
             name = f"{statement.selector}.{statement.arg_name}" if statement.arg_name else statement.selector
             scanned.bindings.append((statement.scope, name, f"{path}, line {statement.location.line_num}"))
+    return "\n".join(lines)
 
 
 def _scan(text: str, where: str, scanned: _Scanned) -> list[typing.Any]:

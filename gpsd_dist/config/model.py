@@ -3,11 +3,15 @@
 import collections
 import collections.abc
 import dataclasses
+import importlib.util
+import os
+import sys
 import typing
 
 import pydantic
 
-from gpsd_dist.validation import AtLeast0, AtLeast1, NotNegative, OrAuto, checked, one_of
+from gpsd_dist.cli.names import PLUGIN
+from gpsd_dist.validation import AtLeast0, AtLeast1, NotNegative, OrAuto, checked, did_you_mean, one_of
 
 _EVERY_MODEL = frozenset(
     {"name", "width", "dropout", "init_std", "parametrization", "context_dim", "compile", "revision", "matches"}
@@ -56,6 +60,29 @@ MODELS: dict[str, Traits] = {
     "wukong": Traits("layers max_positions"),
 }
 """Every value of `ModelConfig.name`. `gpsd_dist.model.registry.TOWERS` has the classes of these names."""
+_PLUGIN_NAME = "gpsd_plugin"
+
+
+def _check_name(name: str) -> str:
+    """Accepts the names in MODELS; before it refuses another one, it runs the file that may register it.
+
+    The file is named by the user's command line or environment alone: no configuration and no checkpoint names code.
+    """
+    path = os.environ.get(PLUGIN)
+    if name not in MODELS and path and _PLUGIN_NAME not in sys.modules:
+        spec = importlib.util.spec_from_file_location(_PLUGIN_NAME, path)
+        if spec is None or spec.loader is None:
+            raise ValueError(f"{PLUGIN}={path}: expected a Python file")
+        sys.modules[_PLUGIN_NAME] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[_PLUGIN_NAME]  # asked again, it fails again, and says why
+            raise
+    if name not in MODELS:
+        more = "" if path else f"; a model of your own: --plugin FILE, or {PLUGIN}=FILE"
+        raise ValueError(f"{name!r} is not one of {tuple(MODELS)}{did_you_mean(name, MODELS)}{more}")
+    return name
 
 
 def saved_revision(raw: collections.abc.Mapping[str, typing.Any], embedding_dim: typing.Any) -> int:
@@ -86,12 +113,14 @@ def _heads_divide_the_width(model: "ModelConfig") -> collections.abc.Iterator[st
 class ModelConfig:
     """Sizes the dense tower and its heads; `l{layers}h{width}a{heads}` in the paper."""
 
-    name: typing.Annotated[str, one_of(tuple(MODELS))] = "transformer"
+    name: typing.Annotated[str, pydantic.AfterValidator(_check_name)] = "transformer"
     """transformer | sasrec | hstu | deepfm | din | dien | dmin | wukong: `gpsd_dist.model.registry.TOWERS`."""
     layers: AtLeast1 = 4
+    """Blocks of a transformer, sasrec or hstu, layers of a wukong."""
     width: AtLeast1 = 64
-    """D"""
+    """D, width of a token's state."""
     heads: AtLeast1 = 4
+    """Attention heads, which share the width. transformer, sasrec, hstu, dmin."""
     dropout: typing.Annotated[float, pydantic.Field(ge=0, lt=1), OrAuto] = 0.0
     """On token embeddings, and on what attention and feed-forward add; off in evaluation. The paper uses none; 'auto':
     `config.from_data`."""

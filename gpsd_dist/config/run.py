@@ -133,7 +133,9 @@ class RunConfig:
     stage: str
     """pretrain | finetune: `gpsd_dist.stages.registry`, which is where a name is checked."""
     data_dir: str = dataclasses.field(metadata=MAY_CHANGE)
+    """Folder that `data_pipeline.build` wrote, or one of its versions."""
     output_dir: str = dataclasses.field(metadata=MAY_CHANGE)
+    """Folder of the run; the same command on one that is there goes on from its last checkpoint."""
     strategy: typing.Annotated[str, one_of(STRATEGIES)] = "NT"
     """Finetuning only: NT | ST | FT | ST_SF | FT_SF"""
     init_checkpoint: str = dataclasses.field(default="", metadata=MAY_CHANGE)
@@ -143,6 +145,7 @@ class RunConfig:
     """Finetuning only: a finished run folder of the same options. Trains on `train` and `valid` for as many epochs as
     that run took to its best validation; nothing is left to validate on, and the last checkpoint is the result."""
     seed: AtLeast0 = 0
+    """Seed of initial weights, order of the data, negatives and dropout."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     tables: TablesConfig = dataclasses.field(default_factory=TablesConfig)
     ids: IdsConfig = dataclasses.field(default_factory=IdsConfig)

@@ -70,6 +70,7 @@ class PretrainConfig:
     auxiliary: Names = ()
     """Token features (not bags) that are predicted too, e.g. ("category",)."""
     auxiliary_weight: float = 1.0
+    """Weight of the losses of `auxiliary` beside that of the next item."""
 
 
 @checked()
@@ -95,11 +96,15 @@ class OptimizerConfig:
     name: typing.Annotated[str, one_of(("adamw", *SPARSE_OPTIMIZERS))]
     """dense: adamw. sparse: one of SPARSE_OPTIMIZERS (the Adam family and LAMB need CUDA)."""
     peak_lr: typing.Annotated[NotNegative, OrAuto]
-    """'auto' (dense): `config.from_data`."""
+    """Learning rate after warm-up, where the cosine begins. 'auto' (dense): `config.from_data`."""
     beta1: float = 0.9
+    """Decay of the mean of gradients per step; Adam family and LAMB."""
     beta2: float = 0.98
+    """Decay of the mean of squared gradients per step; Adam family and LAMB."""
     eps: NotNegative = 1e-8
+    """Number that is added to the root of squared gradients before a step is divided by it."""
     weight_decay: NotNegative = 0.0
+    """Decoupled decay per step, times the learning rate; dense: of linear matrices alone."""
 
 
 @checked()

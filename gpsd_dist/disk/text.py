@@ -3,6 +3,7 @@
 import re
 import sys
 
+from gpsd_dist.cli.names import as_typed
 from gpsd_dist.disk.reading import why_passing
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -11,8 +12,8 @@ _NO_FILE_ACCESS = 74  # `distributed.exit_codes`, which the data pipeline does n
 
 
 def shown(text: object) -> str:
-    """Replaces control characters by their escapes: ESC becomes a backslash and x1b."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+    """Replaces control characters by their escapes, ESC by a backslash and x1b, and words commands as the user does."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), as_typed(str(text)))
 
 
 def say_error(error: BaseException, mistake: int = 2) -> int:

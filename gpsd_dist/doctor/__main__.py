@@ -10,7 +10,6 @@ import sys
 if not __package__:
     sys.exit("error: start it as a module, in the root of the repository: python -m gpsd_dist.doctor ...")
 
-import argparse
 import dataclasses
 import importlib.util
 import json
@@ -18,12 +17,16 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
 from importlib import metadata
 
+from gpsd_dist.cli.main import run_main
+from gpsd_dist.cli.missing import EXTRAS, how_to_install
+from gpsd_dist.cli.names import PROGRAM, Parser
 from gpsd_dist.doctor import operations
 
 _REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -39,6 +42,8 @@ DEPENDENCIES = (
     *("torch", "torchrec", *FBGEMM_BUILDS.values(), "numpy", "pyarrow", "ibis-framework", "duckdb", "gin-config"),
     *("pydantic", "lightgbm", "tensorboard", "fsspec", "psutil", "rich", "scipy", "jinja2", "matplotlib"),
 )
+OPTIONAL = {"ibis-framework": "ibis", "duckdb": "duckdb", "lightgbm": "lightgbm", "matplotlib": "matplotlib"}
+"""Distributions of extras, and their modules: an installation may go without; a lock has them all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,15 +90,39 @@ def installed_versions() -> dict[str, str]:
 
 
 def pinned_versions(flavor: str) -> dict[str, str]:
-    """Maps distributions to versions in the lock of `flavor` ("cpu" or "cuda"); empty outside a checkout or image."""
+    """Maps distributions to versions in the lock of `flavor`, "cpu" or "cuda"; without a checkout, of the engine."""
     lock = _REPO_ROOT / ("requirements.txt" if flavor == "cuda" else "requirements-cpu.txt")
-    if not lock.is_file():
-        return {}
-    return dict(re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;]+)", lock.read_text(), re.MULTILINE))
+    text = (lock if lock.is_file() else engine_file(flavor)).read_text()
+    return dict(re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;+]+)", text, re.MULTILINE))
+
+
+def engine_file(flavor: str) -> pathlib.Path:
+    """Returns the list of what training needs besides the package: torch, torchrec, fbgemm and what they need."""
+    return pathlib.Path(__file__).with_name(f"engine-{flavor}.txt")
+
+
+def engine_commands(flavor: str, versions: dict[str, str]) -> list[list[str]]:
+    """Returns the commands of `--fix`. The other build of fbgemm goes first: both write the same files."""
+    pip = [sys.executable, "-m", "pip"]
+    others = [name for build, name in FBGEMM_BUILDS.items() if build != flavor and name in versions]
+    uninstall = [[*pip, "uninstall", "-y", "torch", *others]] if others else []
+    return [*uninstall, [*pip, "install", "--no-deps", "-r", str(engine_file(flavor))]]
+
+
+def install_engine(flavor: str, is_sure: bool) -> int:
+    """Prints the commands that install the engine, and runs them if `is_sure`. Returns the status of the last one."""
+    commands = engine_commands(flavor, installed_versions())
+    print(" && \\\n".join(map(shlex.join, commands)), flush=True)
+    if not is_sure:
+        print("nothing was installed: add --yes, or run this yourself", file=sys.stderr)
+        return 0
+    return next((status for command in commands if (status := subprocess.run(command).returncode)), 0)
 
 
 def install_command(flavor: str) -> str:
     """Returns the command that installs the pinned requirements into the environment of this interpreter."""
+    if not (_REPO_ROOT / ".ci").is_dir():
+        return f"{PROGRAM} doctor --fix {flavor} --yes"
     if sys.prefix != sys.base_prefix:
         # The set-up script does nothing in an environment that has its stamp (a copy of the lock): remove that first.
         return f"rm -f {sys.prefix}/.installed-lock && .ci/setup_venv.sh {sys.prefix} {flavor}"
@@ -113,7 +142,10 @@ def check_versions(versions: dict[str, str], pins: dict[str, str], reinstall: st
         if name.startswith("fbgemm-gpu"):
             continue  # check_fbgemm compares both builds
         installed, pinned = versions.get(name), pins.get(name)
-        if installed is None:
+        extra = how_to_install(OPTIONAL[name]) if name in OPTIONAL and pinned is None else ""
+        if installed is None and extra:
+            checks.append(Check(name, WARNING, "not installed", extra))
+        elif installed is None:
             checks.append(Check(name, FAILED, f"not installed (pinned: {pinned or 'no lock found'})", reinstall))
         elif pinned is not None and installed.split("+")[0] != pinned:
             checks.append(Check(name, WARNING, f"{installed}, but {pinned} is pinned", reinstall))
@@ -162,7 +194,9 @@ def check_operation(name: str, distribution: str, operation: Callable[[], str], 
     try:
         return Check(name, OK, operation())
     except ModuleNotFoundError as error:
-        return Check(name, FAILED, f"{error}", reinstall)
+        is_optional = error.name in EXTRAS and not (_REPO_ROOT / ".ci").is_dir()
+        fix = how_to_install(error.name or "") if is_optional else reinstall
+        return Check(name, WARNING if is_optional else FAILED, f"{error}", fix)
     except Exception as error:
         detail = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
         # Uninstalled first, because pip keeps a package whose version is right even if its files are broken.
@@ -287,9 +321,16 @@ def print_report(checks: list[Check]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the checks, prints the report and returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.doctor", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="python -m gpsd_dist.doctor", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object instead of a table")
+    fix_help = "print the command that installs torch, torchrec and fbgemm for a CPU or for NVIDIA GPUs"
+    parser.add_argument("--fix", choices=tuple(FBGEMM_BUILDS), help=fix_help)
+    parser.add_argument("--yes", action="store_true", help="with --fix: run that command")
     args = parser.parse_args(argv)
+    if args.yes and not args.fix:
+        parser.error("--yes goes with --fix")
+    if args.fix:
+        return install_engine(args.fix, args.yes)
     checks = run_checks()
     is_healthy = all(check.status != FAILED for check in checks)
     if args.json:
@@ -300,4 +341,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -19,6 +19,8 @@ import argparse
 import logging
 import pathlib
 
+from gpsd_dist.cli.main import run_main
+from gpsd_dist.cli.names import Parser
 from gpsd_dist.disk.text import say_error
 from gpsd_dist.export.options import Options
 from gpsd_dist.serving.artefact import CURRENT_NAME, DTYPES, ENGINES, ArtefactError, make_current, open_version
@@ -41,7 +43,7 @@ def main(argv: list[str]) -> int:
 
 
 def _verify(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.export verify", allow_abbrev=False)
+    parser = Parser(prog="python -m gpsd_dist.export verify", allow_abbrev=False)
     parser.add_argument("artefact", help="folder of the artefact (its current version), or of a version")
     args = parser.parse_args(argv)
     from gpsd_dist.serving.examples import EXPECTED_NAME, replay, replay_search
@@ -67,7 +69,7 @@ def _verify(argv: list[str]) -> int:
 
 
 def _use(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.export use", allow_abbrev=False)
+    parser = Parser(prog="python -m gpsd_dist.export use", allow_abbrev=False)
     parser.add_argument("artefact", help="folder of the artefact")
     parser.add_argument("version", help="name of a folder in its versions/")
     args = parser.parse_args(argv)
@@ -77,7 +79,7 @@ def _use(argv: list[str]) -> int:
 
 
 def _parity(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.export parity", allow_abbrev=False)
+    parser = Parser(prog="python -m gpsd_dist.export parity", allow_abbrev=False)
     parser.add_argument("artefact", type=pathlib.Path, help="folder of the artefact; its current version is served")
     parser.add_argument("--checkpoint", required=True, help="the run that it was exported from")
     parser.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run folder")
@@ -97,7 +99,7 @@ def _parity(argv: list[str]) -> int:
 
 
 def _export(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.export", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m gpsd_dist.export", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--checkpoint", required=True, help="folder of a finetuned run, or one checkpoint in it")
     parser.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run folder")
@@ -129,4 +131,4 @@ def _export(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main))

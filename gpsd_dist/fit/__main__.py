@@ -23,6 +23,8 @@ if not __package__:
 import argparse
 import pathlib
 
+from gpsd_dist.cli.main import run_main
+from gpsd_dist.cli.names import Parser
 from gpsd_dist.commands import add_overrides, exit_status
 from gpsd_dist.fit.plan import DEFAULT_MODEL, make_plan
 
@@ -43,7 +45,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.fit", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m gpsd_dist.fit", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--data", type=pathlib.Path, required=True, help="folder that data_pipeline.build wrote")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for everything that is written")
@@ -68,4 +70,4 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main))

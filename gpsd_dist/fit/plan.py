@@ -4,8 +4,7 @@ import argparse
 import dataclasses
 import pathlib
 
-from gpsd_dist.commands import REPO_ROOT
-from gpsd_dist.config import STRATEGIES, RunConfig
+from gpsd_dist.config import STRATEGIES, RunConfig, gin_files
 from gpsd_dist.config.model import MODELS
 from gpsd_dist.scaling.ladder import Training, make_training
 from gpsd_dist.validation import did_you_mean
@@ -76,7 +75,7 @@ def _models(args: argparse.Namespace) -> tuple[str, ...]:
     if args.models is None:
         return ("",) if args.gin_file else (DEFAULT_MODEL,)
     names = tuple(dict.fromkeys(part.strip() for part in args.models.split(",")))
-    known = sorted(path.stem for path in (REPO_ROOT / "configs/model").glob("*.gin"))
+    known = sorted(path.stem for path in (gin_files.CONFIGS / "model").glob("*.gin"))
     wrong = [f"{name!r}{did_you_mean(name, known)}" for name in names if name not in known]
     if wrong:
         raise ValueError(f"--models: there is no {', '.join(wrong)}; configs/model has {', '.join(known)}")

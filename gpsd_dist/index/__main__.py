@@ -19,11 +19,13 @@ import argparse
 import logging
 import pathlib
 
+from gpsd_dist.cli.main import run_main
+from gpsd_dist.cli.names import Parser
 from gpsd_dist.disk.text import say_error
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.index", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m gpsd_dist.index", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="write an artefact of a pretrained run", allow_abbrev=False)
@@ -78,4 +80,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main))

@@ -18,6 +18,8 @@ import logging
 import math
 import pathlib
 
+from gpsd_dist.cli.main import run_main
+from gpsd_dist.cli.names import Parser
 from gpsd_dist.config.gin_cli import load_run_config
 from gpsd_dist.disk.text import say_error
 
@@ -39,7 +41,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.plan", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m gpsd_dist.plan", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawTextHelpFormatter
     parser.add_argument("--world_size", type=int, required=True, help="ranks (GPUs) of the cluster")
     parser.add_argument(
@@ -64,4 +66,4 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(message)s")
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main))

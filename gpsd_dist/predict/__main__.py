@@ -17,11 +17,14 @@ import argparse
 import pathlib
 import shlex
 
+from gpsd_dist.cli.main import run_main
+from gpsd_dist.cli.names import Parser
 from gpsd_dist.disk.text import say_error
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.predict", description=__doc__, allow_abbrev=False)
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parses the options; ends the program with status 2 for those that cannot be meant."""
+    parser = Parser(prog="python -m gpsd_dist.predict", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawTextHelpFormatter
     scorer = parser.add_mutually_exclusive_group(required=True)
     scorer.add_argument("--checkpoint", help="run folder, or one checkpoint in it; or the URL of one")
@@ -40,7 +43,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     """Returns 0, or 2 for a mistake in the options or the data."""
-    args = _parse(argv)
+    args = parse(argv)
     command = shlex.join(["python", "-m", "gpsd_dist.predict", *argv])
     try:
         return _of_requests(args, command) if args.artefact else _of_split(args, command)
@@ -77,4 +80,4 @@ def _of_requests(args: argparse.Namespace, command: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main))

@@ -13,13 +13,15 @@ if not __package__:
 import argparse
 import pathlib
 
+from gpsd_dist.cli.main import run_main
+from gpsd_dist.cli.names import Parser
 from gpsd_dist.disk.text import say_error
 from gpsd_dist.disk.writing import write
 
 
 def main(argv: list[str]) -> int:
     """Returns 0, or 2 if a folder holds no run or the page cannot be written."""
-    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.report", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m gpsd_dist.report", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=pathlib.Path, help="run folder, or one above")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("report.html"), help="default: report.html")
@@ -38,4 +40,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main))

@@ -21,6 +21,8 @@ if not __package__:
 import argparse
 import pathlib
 
+from gpsd_dist.cli.main import run_main
+from gpsd_dist.cli.names import Parser
 from gpsd_dist.commands import add_overrides, exit_status
 from gpsd_dist.scaling.ladder import plan
 
@@ -45,7 +47,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.scaling", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m gpsd_dist.scaling", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out_dir", type=pathlib.Path, required=True)
     ladder = parser.add_argument_group("ladder")
@@ -78,4 +80,4 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main))

@@ -20,13 +20,15 @@ import math
 import pathlib
 import socket
 
+from gpsd_dist.cli.main import run_main
+from gpsd_dist.cli.names import Parser
 from gpsd_dist.disk.text import say_error
 from gpsd_dist.serve.workers import run_worker, run_workers
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parses the options; ends the program with status 2 for those that cannot be meant."""
-    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.serve", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m gpsd_dist.serve", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("artefact", type=pathlib.Path, help="folder that python -m gpsd_dist.export wrote")
@@ -96,4 +98,4 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main))

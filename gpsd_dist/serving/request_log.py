@@ -33,6 +33,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from gpsd_dist.cli.main import run_main
+from gpsd_dist.cli.names import Parser
 from gpsd_dist.disk.text import say_error
 from gpsd_dist.disk.writing import check_place, replacing, write
 
@@ -210,7 +212,7 @@ def forget(folder: pathlib.Path, user_id: str) -> int:
 
 def main(argv: list[str]) -> int:
     """Returns 0, or 2 if the folder cannot be read."""
-    parser = argparse.ArgumentParser(prog="python -m gpsd_dist.serving.request_log", description=__doc__)
+    parser = Parser(prog="python -m gpsd_dist.serving.request_log", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", type=pathlib.Path, help="folder of --log_requests")
     parser.add_argument("--forget", required=True, metavar="USER", help="user id as it came in the requests")
@@ -230,4 +232,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main))

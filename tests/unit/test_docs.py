@@ -91,7 +91,7 @@ def test_usage_names_the_command_that_was_typed():
     for path in [*(REPO_ROOT / "gpsd_dist").rglob("*.py"), *(REPO_ROOT / "data_pipeline").rglob("*.py")]:
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         for call in calls:
-            if ast.unparse(call.func) == "argparse.ArgumentParser":
+            if ast.unparse(call.func) in ("argparse.ArgumentParser", "Parser"):
                 texts = {key.arg: ast.unparse(key.value).strip("'") for key in call.keywords}
                 package = ".".join(path.relative_to(REPO_ROOT).with_suffix("").parts).removesuffix(".__main__")
                 owners = {"data_pipeline.command_line": "data_pipeline.build"}

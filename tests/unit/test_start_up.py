@@ -43,6 +43,11 @@ CASES = {  # command -> mistakes, each a command line and words of the answer
     "report": [((), "required: RUN_DIR")],
     "quickstart": [(("--nothing",), "unrecognized arguments")],
     "launcher": [],
+    "cli.main": [
+        (("fti",), "did you mean 'fit'?"),
+        (("train", "--nproc", "2", *FINETUNE, "--gin.LAYRES=2"), "did you mean"),
+        (("evaluate", "--nproc", "2", "--baseline", "gbdt"), "--baseline needs --data"),
+    ],
 }
 # Runs every command line of one module in this process, and says after each what was imported.
 CODE = """

@@ -411,8 +411,8 @@ def test_files_with_what_nothing_reads_or_what_would_run_code_are_refused(tmp_pa
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("include 'configs/nowhere.gin'", "which is no .gin file below"),
-        ("include '/etc/passwd'", "which is no .gin file below"),
+        ("include 'configs/nowhere.gin'", "which is no .gin file"),
+        ("include '/etc/passwd'", "which is no .gin file"),
         ("include 'configs/base.gin'\ninclude 'configs/stage/finetune.gin'", "which is read already"),
     ],
 )
@@ -468,3 +468,39 @@ def test_a_config_gin_of_commit_14e4532_means_the_run_that_it_meant_then():
     for part, names in younger.items():
         run[part] = {name: value for name, value in run[part].items() if name not in names}
     assert run == saved
+
+
+# ---- where files are found ------------------------------------------------------------------------------------------
+
+
+def test_files_are_found_in_the_package_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = (OUT, "--gin.DATA_DIR=d", "--gin.EPOCHS=7")
+    long, short = (load([f"{before}stage/finetune.gin"], *given) for before in ("configs/", ""))
+    assert long.run == short.run and long.run.train.epochs == 7
+
+
+def test_a_file_of_the_working_directory_goes_before_that_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs/model").mkdir(parents=True)
+    (tmp_path / "configs/model/l1h32a4.gin").write_text("WIDTH = 48\n")
+    files = ["stage/finetune.gin", "model/l1h32a4.gin"]
+    assert load(files, OUT, "--gin.DATA_DIR=d").run.model.width == 48
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/l1h32a4.gin").write_text("WIDTH = 56\n")
+    assert load(files, OUT, "--gin.DATA_DIR=d").run.model.width == 56
+
+
+def test_an_include_in_a_file_of_the_package_is_not_caught_by_a_users_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/base.gin").write_text("nonsense = 1\n")
+    assert load(["stage/finetune.gin"], OUT, "--gin.DATA_DIR=d").run.stage == "finetune"
+
+
+def test_a_users_file_includes_another_one_and_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.gin").write_text("include 'stage/finetune.gin'\ninclude 'sizes.gin'\nWIDTH = 24\nHEADS = 2\n")
+    (tmp_path / "sizes.gin").write_text("WIDTH = 16\nLAYERS = 3")
+    model = load(["mine.gin"], OUT, "--gin.DATA_DIR=d").run.model
+    assert (model.width, model.layers, model.heads) == (24, 3, 2)

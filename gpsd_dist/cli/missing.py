@@ -1,0 +1,33 @@
+"""Says in one sentence which package a command lacks, and the command that installs it."""
+
+import sys
+
+from gpsd_dist.cli.names import PROGRAM
+
+ENGINE = ("torch", "torchrec", "fbgemm_gpu", "tensordict", "torchmetrics", "pyre_extensions")
+EXTRAS = {  # module -> extra of the package that brings it
+    **dict.fromkeys(("ibis", "duckdb"), "data"),
+    **dict.fromkeys(("jinja2", "matplotlib"), "report"),
+    "lightgbm": "baselines",
+    **dict.fromkeys(("safetensors", "starlette", "uvicorn", "httptools", "msgspec", "prometheus_client"), "serve"),
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"),
+    "s3fs": "s3",
+    "pyspark": "spark",
+}
+
+
+def how_to_install(module: str) -> str:
+    """Gives the command that installs a module that the core of the package goes without; empty for others."""
+    top = module.partition(".")[0]
+    if top in ENGINE:
+        return f"{PROGRAM} doctor --fix cpu --yes (with NVIDIA GPUs: --fix cuda)"
+    return f"pip install '{PROGRAM}[{EXTRAS[top]}]'" if top in EXTRAS else ""
+
+
+def say_missing(error: ModuleNotFoundError) -> int:
+    """Prints what to install, and returns status 2. Raises `error` again if it is about anything else."""
+    fix = how_to_install(error.name or "")
+    if not fix:
+        raise error
+    sys.stderr.write(f"error: {(error.name or '').partition('.')[0]} is not installed, which this needs: {fix}\n")
+    return 2
