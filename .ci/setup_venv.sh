@@ -129,10 +129,19 @@ esac
 locks=("$lock")
 [[ $# -lt 3 ]] || locks+=("$root/requirements-dev.txt")
 
+# The command of this checkout, which works in every folder; an installed package brings its own.
+write_command() {
+    [[ -x $venv/bin/python && ! -e $venv/bin/gpsd-dist ]] || return 0
+    printf '#!/usr/bin/env bash\nPYTHONPATH=%q${PYTHONPATH:+:$PYTHONPATH} exec %q -m gpsd_dist "$@"\n' \
+        "$root" "$(realpath -s "$venv")/bin/python" >"$venv/bin/gpsd-dist"
+    chmod +x "$venv/bin/gpsd-dist"
+}
+
 is_complete=true
 for each in "${locks[@]}"; do
     is_installed "$each" || is_complete=false
 done
+write_command
 [[ $is_complete == false ]] || exit 0
 
 start_s=$SECONDS
@@ -148,3 +157,4 @@ for each in "${locks[@]}"; do
     cp "$each" "$(stamp_of "$each")" # after its packages, so that an interrupted installation is repeated
     echo "setup: $venv holds $(basename "$each") after $((SECONDS - start_s)) s"
 done
+write_command

@@ -6,6 +6,7 @@ import torch
 
 from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig
+from gpsd_dist.config.model import MODELS, Traits
 from gpsd_dist.model.deepfm import DeepFM
 from gpsd_dist.model.dien import DIEN
 from gpsd_dist.model.din import DIN
@@ -74,3 +75,15 @@ TOWERS: dict[str, type[Tower]] = {
     "wukong": Wukong,
 }
 """One line per model; what else the program must know of it, without torch, is in `gpsd_dist.config.model.MODELS`."""
+
+
+def register(name: str, tower: type[Tower], traits: Traits | None = None) -> None:
+    """Adds a model of a user: `ModelConfig.name = name` then builds `tower`. `examples/own_model.py` does it.
+
+    Every command finds it in the file of `--plugin FILE` (or of the environment variable GPSD_PLUGIN). `traits`: what
+    it can do, and the options of ModelConfig that it reads besides those that every model reads. ValueError if the
+    name is taken.
+    """
+    if name in TOWERS:
+        raise ValueError(f"there is a model {name!r} already; choose another name")
+    MODELS[name], TOWERS[name] = traits or Traits(), tower

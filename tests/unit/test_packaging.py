@@ -16,6 +16,7 @@ import yaml
 import gpsd_dist
 
 REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIGS = REPO_ROOT / "configs"
 SETUP = REPO_ROOT / ".ci" / "setup_venv.sh"
 LOCKS = {
     "cpu": REPO_ROOT / "requirements-cpu.txt",
@@ -136,9 +137,17 @@ def test_both_locks_agree_and_hold_one_torch_family():
     )
 
 
+# uvicorn takes httptools where it is; torch's exporter takes onnxscript; export_onnx names onnx in a text.
+WITHOUT_IMPORT = {"httptools", "onnx", "onnxscript"}
+
+
 def test_the_package_uses_every_dependency_that_it_has():
-    names = direct_names(tomllib.loads((REPO_ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    project = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    of_extras = [line for name in ("data", "report", "baselines", "serve", "onnx") for line in extras[name]]
+    names = direct_names([*project["dependencies"], *of_extras]) - WITHOUT_IMPORT
     modules = {"gin-config": "gin", "ibis-framework": "ibis", "tensorboard": "torch.utils.tensorboard"}
+    modules["prometheus-client"] = "prometheus_client"
     sources = [path for folder in ("gpsd_dist", "data_pipeline") for path in (REPO_ROOT / folder).rglob("*.py")]
     text = "\n".join(path.read_text() for path in sources)
     wanted = {name: modules.get(name, name) for name in names}
@@ -155,7 +164,7 @@ def test_package_dependencies_are_pinned_and_version_is_the_package_version():
 
 def test_built_package_holds_every_file_that_the_code_reads(tmp_path):
     """The report's templates are no modules: without package data an installed package would lack them."""
-    for name in ("gpsd_dist", "data_pipeline", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("gpsd_dist", "data_pipeline", "configs", "pyproject.toml", "setup.py", "README.md", "LICENSE"):
         source = REPO_ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     code = "import setuptools.build_meta as backend; print(backend.build_wheel('wheels'))"
@@ -168,6 +177,38 @@ def test_built_package_holds_every_file_that_the_code_reads(tmp_path):
     needed = {path for path in paths if path.suffix in (".py", ".jinja", ".css", ".typed")}
     assert len(needed) > 50 and {folder / "py.typed" for folder in folders} <= needed
     assert {path.relative_to(REPO_ROOT).as_posix() for path in needed} <= packed
+    configs = {f"gpsd_dist/configs/{path.relative_to(CONFIGS)}" for path in CONFIGS.rglob("*.gin")}
+    engine = {f"gpsd_dist/doctor/engine-{flavor}.txt" for flavor in ("cpu", "cuda")}
+    assert len(configs) > 20 and configs | engine <= packed
+    assert not [name for name in packed if not name.startswith(("gpsd_dist/", "data_pipeline/", "gpsd_dist-"))]
+    with zipfile.ZipFile(wheel) as files:
+        (info,) = {name.partition("/")[0] for name in packed if ".dist-info/" in name}
+        entry_points, metadata = (files.read(f"{info}/{name}").decode() for name in ("entry_points.txt", "METADATA"))
+    assert "gpsd-dist = gpsd_dist.cli.main:main" in entry_points
+    required = re.findall(r"^Requires-Dist: (.*)", metadata, re.MULTILINE)
+    core = {normalized(re.split(r"[\[><=; ]", name)[0]) for name in required if "extra ==" not in name}
+    assert "numpy" in core and not core & {"torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu"}
+    assert "torch" not in core and 'Requires-Dist: torch>=2.11; extra == "serve"' in metadata
+
+
+@pytest.mark.parametrize(("flavor", "build"), [("cpu", "fbgemm-gpu-cpu"), ("cuda", "fbgemm-gpu")])
+def test_engine_list_is_what_the_lock_installs_for_torchrec(flavor, build):
+    """`doctor --fix` installs it with --no-deps, so it holds everything that torch, torchrec and fbgemm need."""
+    needed, parents = {"torch", "torchrec", build}, needed_by(flavor)
+    while more := {name for name, by in parents.items() if by & needed} - needed:
+        needed |= more
+    needed -= {"numpy", "fsspec"}  # in the core
+    listed = (REPO_ROOT / f"gpsd_dist/doctor/engine-{flavor}.txt").read_text()
+    found = dict(re.findall(r"^([\w.-]+)==([\w.]+)", listed, re.MULTILINE))
+    assert found == {name: pins(flavor)[name] for name in needed}
+
+
+def needed_by(lock: str) -> dict[str, set[str]]:
+    """Package -> packages that require it, by the comments of the lock."""
+    entries = re.findall(r"^([\w.-]+)==.*\n((?:    .*\n)*)", LOCKS[lock].read_text(), re.MULTILINE)
+    return {
+        name: set(re.findall(r"^    #(?: via)? +([\w.-]+)$", text, re.MULTILINE)) - {"via"} for name, text in entries
+    }
 
 
 # ---- set-up script --------------------------------------------------------------------------------------------------

@@ -1,0 +1,43 @@
+"""Fits a small log from Python, looks at the outcome, exports the chosen model and scores a request with it.
+
+    python -m examples.notebook
+
+Each paragraph of `main` is what one would type into a cell of a notebook. `gpsd_dist/api.py` documents the calls.
+"""
+
+import pathlib
+import tempfile
+
+from examples.train_minimal import make_data
+from gpsd_dist import api
+
+
+def main(folder: pathlib.Path) -> api.Fit:
+    """Returns the outcome of the fit."""
+    data = make_data(folder)
+
+    options = {"EPOCHS": 1, "TrainConfig.max_steps": 60}
+    run = api.fit(
+        data,
+        folder / "fit",
+        strategies=["NT", "FT_SF"],
+        nproc=1,
+        refit=False,
+        options=options,
+        pretrain_options=options,
+    )
+
+    print(run.table)
+    print(run.verdict)
+    print("test AUC:", run.evaluate("test")["click"]["auc"])
+
+    scorer = run.export(folder / "artefact")
+    history = [{"item_id": "1", "time_s": 1_700_000_000}]
+    (answer,) = scorer.score([{"history": history, "candidates": [{"item_id": "2"}, {"item_id": "3"}]}])
+    print("probabilities of a click:", answer.tasks["click"]["probability"])
+    return run
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        main(pathlib.Path(scratch))
