@@ -56,7 +56,7 @@ def test_every_command_is_there(name):
     assert len(names.COMMANDS[name].summary) < 100
 
 
-@pytest.mark.parametrize(("typed", "words"), [("trian", "did you mean 'train'?"), ("zzz", "gpsd-dist --help lists")])
+@pytest.mark.parametrize(("typed", "words"), [("tarin", "did you mean 'train'?"), ("zzz", "gpsd-dist --help lists")])
 def test_a_misspelt_command_is_told_what_was_meant(typed, words, capsys, started):
     assert cli.main([typed]) == 2
     assert words in capsys.readouterr().err
