@@ -1,7 +1,11 @@
 """Exports the two parts of a tower to ONNX, for `--engine onnx`."""
 
+import collections.abc
+import contextlib
 import importlib.util
+import logging
 import pathlib
+import warnings
 
 import torch
 
@@ -47,14 +51,36 @@ def write_onnx(model: RankingModel, tasks: tuple[str, ...], folder: pathlib.Path
 
 
 def _write(part: torch.nn.Module, example: tuple, free: tuple, names: tuple[str, ...], path: pathlib.Path) -> None:
-    program = torch.onnx.export(
-        part.eval(),
-        example,
-        dynamo=True,
-        dynamic_shapes=free,
-        opset_version=_OPSET,
-        input_names=list(names),
-        verbose=False,
-    )
+    with _without_torchs_own_warnings():
+        program = torch.onnx.export(
+            part.eval(),
+            example,
+            dynamo=True,
+            dynamic_shapes=free,
+            opset_version=_OPSET,
+            input_names=list(names),
+            verbose=False,
+        )
     assert program is not None
     program.save(path, include_initializers=True)
+
+
+@contextlib.contextmanager
+def _without_torchs_own_warnings() -> collections.abc.Iterator[None]:
+    """Drops two warnings of the exporter that no user can mend; all others are still shown.
+
+    One names the operators of torchvision, which it looks for and no model here has. The other is of its own use of a
+    deprecated class.
+    """
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    logger.addFilter(_is_not_of_torchvision)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+            yield
+    finally:
+        logger.removeFilter(_is_not_of_torchvision)
+
+
+def _is_not_of_torchvision(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("torchvision is not installed")
