@@ -25,7 +25,7 @@ class Packed:
     embeddings: dict[str, torch.Tensor]
     """Looked-up table -> float32 [U, E]"""
     batch: Batch
-    history: dict[str, Values]
+    history: list[Values]
     """Its columns in the order of the batch, as rows of tables: what a history is."""
     candidate_C: np.ndarray
     """int64: the caller's place of each candidate of the batch."""
@@ -36,7 +36,7 @@ def pack(tokens: Tokens, manifest: Manifest, tables: collections.abc.Mapping[str
     order = np.argsort(tokens.history_length_B, kind="stable")
     ordered, item = taken(tokens, order), manifest.item_feature
     columns, items = ordered.columns, [ordered.columns[place][item] for place in ("history", "candidate")]
-    history = dict(columns["history"])
+    history = list(columns["history"].values())
     embeddings = {name: _look_up(table, manifest, columns) for name, table in tables.items()}
     tensors = {
         place: {name: _tensor(values) for name, values in features.items()} for place, features in columns.items()

@@ -50,7 +50,7 @@ class HistoryCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def longest(self, columns: dict[str, Values], length: int) -> tuple[int, Encoded | None]:
+    def longest(self, columns: list[Values], length: int) -> tuple[int, Encoded | None]:
         """Finds the longest known prefix of a history of `length` events: (its length, what is kept of it)."""
         with self._lock:
             for num_new in range(min(length, MAX_NEW_EVENTS + 1)):
@@ -62,7 +62,7 @@ class HistoryCache:
             self.misses += length > 0
         return 0, None
 
-    def put(self, columns: dict[str, Values], length: int, encoded: Encoded) -> None:
+    def put(self, columns: list[Values], length: int, encoded: Encoded) -> None:
         """Keeps a history; forgets others until all fit."""
         if encoded.num_bytes > self.max_bytes or not length:
             return
@@ -77,10 +77,10 @@ class HistoryCache:
                 self.num_bytes -= forgotten.num_bytes
 
 
-def prefix_hash(columns: dict[str, Values], length: int) -> bytes:
-    """Hashes the first `length` events of a history: every feature of each."""
+def prefix_hash(columns: list[Values], length: int) -> bytes:
+    """Hashes the first `length` events of a history: every feature of each, in the order that an artefact has them."""
     digest = hashlib.blake2b(digest_size=16)
-    for values in columns.values():
+    for values in columns:
         if isinstance(values, tuple):
             offsets = values[1][: length + 1] - values[1][0]
             digest.update(offsets.tobytes())

@@ -38,7 +38,7 @@ class TwoPart:
         self.cache = HistoryCache(cache_bytes) if cache_bytes else None
 
     def __call__(
-        self, embeddings: dict[str, torch.Tensor], batch: Batch, history: dict[str, Values]
+        self, embeddings: dict[str, torch.Tensor], batch: Batch, history: list[Values]
     ) -> dict[str, torch.Tensor]:
         """Returns task -> logits [C] in the order of the batch. `history`: its columns, as rows of tables."""
         x_SD, packing = self.model.backbone.tokens(embeddings, batch), batch.packing
@@ -50,13 +50,13 @@ class TwoPart:
             relations = relate(packing, batch.history_time_s_T, request_B, for_kernel=False)
             # What is encoded of an event depends on its time and on that of the next one, as on its features.
             next_T = relations.times.query_S[: packing.num_history_tokens]
-            history = history | {"time_s": batch.history_time_s_T.numpy(), "next_time_s": next_T.numpy()}
+            history = [*history, batch.history_time_s_T.numpy(), next_T.numpy()]
         parts, request, token, candidate = [], 0, 0, 0
         for index, bucket in enumerate(packing.buckets):
             last = request + bucket.num_requests, token + bucket.num_tokens, candidate + bucket.num_candidates
             if bucket.num_candidates:
                 length_n = packing.history_length_B[request : last[0]]
-                columns = {name: _slice(values, token, last[1]) for name, values in history.items()}
+                columns = [_slice(values, token, last[1]) for values in history]
                 x_nWD = _padded(history_TD[token : last[1]], bucket.history, bucket.num_requests, bucket.width)
                 times = () if relations is None else _times(relations.pairs[index], request_B[request : last[0], None])
                 encoded = self._encoded(x_nWD, length_n, columns, *times[:1])
@@ -68,7 +68,7 @@ class TwoPart:
         return dict(zip(self.tasks, torch.cat(parts, 1), strict=True))
 
     def _encoded(
-        self, x_nWD: torch.Tensor, length_n: np.ndarray, columns: dict[str, Values], *times: torch.Tensor
+        self, x_nWD: torch.Tensor, length_n: np.ndarray, columns: list[Values], *times: torch.Tensor
     ) -> Encoded:
         """Encodes the histories of a bucket: keys and values [L, n, H, W, A], W >= 1. `times`: none or [n, W, W]."""
         if x_nWD.shape[1] == 0:
@@ -79,7 +79,7 @@ class TwoPart:
         ends = np.cumsum(length_n)
         found = []
         for place, (x_WD, end, length) in enumerate(zip(x_nWD, ends, length_n, strict=True)):
-            own = {name: _slice(values, end - length, end) for name, values in columns.items()}
+            own = [_slice(values, end - length, end) for values in columns]
             known, encoded = self.cache.longest(own, int(length))
             if encoded is None or known < length:
                 stop = max(int(length), 1)  # a history without events is one token that nobody attends to

@@ -1,6 +1,9 @@
 """Transformer, SASRec and HSTU in two parts (torch, ONNX, cached histories) score as they do in one."""
 
 import functools
+import logging
+import logging.handlers
+import warnings
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 from gpsd_dist.export.exporter import export, read_source
 from gpsd_dist.export.options import Options
 from gpsd_dist.serving.artefact import ArtefactError, open_version
+from gpsd_dist.serving.batches import pack
 from gpsd_dist.serving.history_cache import MAX_NEW_EVENTS, Encoded, HistoryCache, prefix_hash
 from gpsd_dist.serving.scorer import load
 from tests.integration.test_export import data_dir as data_dir
@@ -49,7 +53,13 @@ def artefacts(sources, tmp_path_factory):
 
     @functools.cache
     def made(name: str, engine: str):
-        export(sources[name], folder / name / engine, Options(engine=engine))
+        heard, exporter = logging.handlers.BufferingHandler(1000), logging.getLogger("torch.onnx")
+        exporter.addHandler(heard)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", FutureWarning)
+            export(sources[name], folder / name / engine, Options(engine=engine))
+        exporter.removeHandler(heard)
+        foreign[name, engine] = [str(entry.message) for entry in caught] + [log.getMessage() for log in heard.buffer]
         return folder / name / engine
 
     return made
@@ -58,6 +68,18 @@ def artefacts(sources, tmp_path_factory):
 @pytest.fixture
 def artefact(artefacts):
     return artefacts("transformer", "onnx")
+
+
+foreign: dict[tuple[str, str], list[str]] = {}
+"""Artefact -> the warnings that its export raised."""
+
+
+def test_an_export_shows_no_warnings_of_torchs_own(artefacts, caplog):
+    artefacts("transformer", "onnx")
+    heard = foreign["transformer", "onnx"]
+    assert heard and not [text for text in heard if "LeafSpec" in text or "torchvision" in text]
+    logging.getLogger("torch.onnx._internal.exporter._registration").warning("torchvision is not installed. Skipping x")
+    assert "torchvision" in caplog.text  # no longer than the export
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -118,9 +140,22 @@ def test_a_history_is_encoded_once_and_extended(name, engine, artefacts):
         assert np.abs(np.subtract(found.tasks["click"]["logit"], expected.tasks["click"]["logit"])).max() <= TOLERANCE
 
 
+def test_a_feature_of_any_name_is_part_of_the_key(artefacts):
+    """HSTU adds the times of events to the key; a feature that is called as they were once took their place."""
+    scorer, cut = load(artefacts("hstu", "eager"), history_cache_mib=4), requests_of(artefacts("hstu", "eager"))
+    tokens = scorer.reader(scorer.reader.from_json([cut(0, 6)]))
+    cache = scorer.two_part.cache
+    cache.__init__(4 << 20)  # the examples were replayed
+    for value in (1, 2, 1):
+        packed = pack(tokens, scorer.manifest, scorer.tables)
+        with torch.inference_mode():
+            scorer.two_part(packed.embeddings, packed.batch, [*packed.history, np.full(6, value)])
+    assert (cache.misses, cache.extended) == (2, 1)
+
+
 def columns(*items, bag=False):
     item = np.array(items, np.int64)
-    return {"item": item, "tags": (np.repeat(item, 2), np.arange(0, 2 * len(item) + 1, 2))} if bag else {"item": item}
+    return [item, (np.repeat(item, 2), np.arange(0, 2 * len(item) + 1, 2))] if bag else [item]
 
 
 @pytest.mark.parametrize("bag", [False, True])
@@ -129,8 +164,8 @@ def test_the_key_is_what_the_history_is(bag):
     assert prefix_hash(whole, 2) == prefix_hash(columns(5, 6, 9, bag=bag), 2)
     keys = [prefix_hash(whole, n) for n in (1, 2, 3)] + [prefix_hash(columns(6, 5, bag=bag), 2)]
     assert len(set(keys)) == 4
-    other = {"item": np.array([5, 6]), "price": np.array([0.5, 1.0], np.float32)}
-    assert prefix_hash(other, 2) != prefix_hash(other | {"price": np.array([0.5, 1.5], np.float32)}, 2)
+    item, prices = np.array([5, 6]), np.array([[0.5, 1.0], [0.5, 1.5]], np.float32)
+    assert prefix_hash([item, prices[0]], 2) != prefix_hash([item, prices[1]], 2)
 
 
 def test_the_cache_stays_within_its_memory():
