@@ -1,5 +1,6 @@
 """An index finds what `evaluate` ranks: the same hit rates to the last digit, from raw histories to raw items."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -17,6 +18,7 @@ from gpsd_dist.checkpoint.loading import load_tensors
 from gpsd_dist.data.loaders import evaluation_loader
 from gpsd_dist.export.__main__ import main as verify
 from gpsd_dist.export.exporter import read_source
+from gpsd_dist.export.raw_requests import _UNKNOWN as UNKNOWN
 from gpsd_dist.export.raw_requests import RawRequests
 from gpsd_dist.features import id_of
 from gpsd_dist.index.__main__ import main
@@ -37,12 +39,20 @@ NUM_ITEMS = 700
 TOWERS = ("transformer", "hstu", "sasrec")
 
 
+@contextlib.contextmanager
+def bags_of_the_pipeline():
+    """Writes bags as the pipeline does: in order, and the unknown id instead of nothing."""
+    original = synthetic._bag
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic, "_bag", lambda *arguments: sorted(original(*arguments)) or [1])
+        yield
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, one_rank):
     """Data, a pretrained run and index of each tower, and the rows of `valid` as raw requests."""
-    root, original = tmp_path_factory.mktemp("index"), synthetic._bag
-    with pytest.MonkeyPatch.context() as patch:  # bags as the pipeline writes them
-        patch.setattr(synthetic, "_bag", lambda *arguments: sorted(original(*arguments)) or [1])
+    root = tmp_path_factory.mktemp("index")
+    with bags_of_the_pipeline():
         write_tiny_data(root / "data", num_items=NUM_ITEMS)
     for name in TOWERS:
         train_runs(
@@ -63,25 +73,33 @@ def root(tmp_path_factory, one_rank):
     return root
 
 
+def hit_rates(retriever, rows: list[dict], requests: list[dict], num_items: int) -> tuple[int, dict[int, float]]:
+    """Searches for every positive of some rows by their raw requests: how many there are, and HR@K.
+
+    Items that share a hashed row have one place, as the row has in `evaluate`.
+    """
+    item, ranks = retriever.manifest.feature("item"), []
+    for row, request in zip(rows, requests, strict=True):
+        [tokens] = retriever.reader.batches(retriever.reader.from_json([request]), 1)
+        for value, label in zip(row["candidate.item"], row["label.click"], strict=True):
+            if label == 1:
+                target_1 = retriever.reader.served(item, np.array([value]))
+                [found], _ = retriever.search_tokens(tokens, len(retriever.raw_ids), target_1)
+                found = found[found >= 0]
+                in_order = [*dict.fromkeys(found if retriever._row_V is None else retriever._row_V[found - 2])]
+                ranks.append(in_order.index(target_1[0]) + 1 if target_1[0] in in_order else num_items)
+    return len(ranks), {cut: float(np.mean(np.array(ranks) <= cut)) for cut in HR_CUTS if cut < num_items / 2}
+
+
 @pytest.mark.equivalence
 @pytest.mark.parametrize("name", TOWERS)
 def test_hit_rates_are_those_of_evaluate(root, name, one_rank):
     expected = evaluate_checkpoint(root / name, None, "valid", one_rank)["next_item"]
-    retriever = load(root / f"a_{name}")
     rows = pq.read_table(root / "data/valid/part-00000.parquet").to_pylist()
     requests = pq.read_table(root / "raw.parquet").to_pylist()
-    ranks = []
-    for row, request in zip(rows, requests, strict=True):
-        [tokens] = retriever.reader.batches(retriever.reader.from_json([request]), 1)
-        for target, label in zip(row["candidate.item"], row["label.click"], strict=True):
-            if label == 1:
-                [found], _ = retriever.search_tokens(tokens, NUM_ITEMS, np.array([target]))
-                place = np.flatnonzero(found == target)
-                ranks.append(place[0] + 1 if len(place) and target > 1 else NUM_ITEMS)
-    assert len(ranks) == expected["rows"] > 10
-    cuts = [cut for cut in HR_CUTS if cut < NUM_ITEMS / 2]
-    assert {cut: np.mean(np.array(ranks) <= cut) for cut in cuts} == {cut: expected[f"hr@{cut}"] for cut in cuts}
-    assert len({expected[f"hr@{cut}"] for cut in cuts}) > 2
+    count, found = hit_rates(load(root / f"a_{name}"), rows, requests, NUM_ITEMS)
+    assert count == expected["rows"] > 10
+    assert found == {cut: expected[f"hr@{cut}"] for cut in found} and len(set(found.values())) > 2
 
 
 def test_commands_write_raw_ids(root, tmp_path):
@@ -160,7 +178,8 @@ def unbounded(request, tmp_path_factory, one_rank):
         return index if index < 2 else int(id_of(pa.array([raw_id(index)]))[0])
 
     tables = {"item": (request.param, 32), "tag": ("hashed", 14)}
-    manifest = write_unbounded_data(folder / "data", tables, convert)
+    with bags_of_the_pipeline():
+        manifest = write_unbounded_data(folder / "data", tables, convert)
     train_runs(0, 1, [tiny_run("pretrain", folder / "data", folder / "run", train={"max_steps": 9})])
     ids = [raw_id(index) for index in range(2, 61)]
     pq.write_table(pa.table({"item_id": [*ids, "new one", " new two ", None, ids[0]]}), folder / "items.parquet")
@@ -196,6 +215,28 @@ def test_items_without_a_vocabulary_are_searched_by_the_raw_ids_of_a_file(unboun
     assert set(found.item_ids) == expected
     np.testing.assert_allclose(found.scores, [user @ vector[raw] for raw in found.item_ids], atol=1e-6)
     assert found.scores == sorted(found.scores, reverse=True)
+
+
+@pytest.mark.equivalence
+def test_hit_rates_without_a_vocabulary_are_those_of_evaluate(unbounded, one_rank):
+    """Requests have the raw ids that the log had; the file of items names one or more for every row that competes."""
+    _, folder, manifest, ids = unbounded
+    pq.write_table(pa.table({"item_id": [*ids, *(f"new {n}" for n in range(400))]}), folder / "all.parquet")
+    assert build_index(folder, "--items", folder / "all.parquet") == 0
+    expected = evaluate_checkpoint(folder / "run", None, "valid", one_rank)["next_item"]
+    rows = pq.read_table(folder / "data/valid/part-00000.parquet")
+    # A number stands for the raw id there. What is not known would have a row of its own where ids are hashed.
+    raw_of = {f"id {id_of(pa.array([raw]))[0]}": raw for raw in ids} | {UNKNOWN: None}
+
+    def as_logged(value):
+        if isinstance(value, dict):
+            return {name: as_logged(entry) for name, entry in value.items()}
+        return [as_logged(entry) for entry in value] if isinstance(value, list) else raw_of.get(value, value)
+
+    requests = as_logged(RawRequests(folder / "data", manifest)(rows).to_pylist())
+    count, found = hit_rates(load(folder / "index"), rows.to_pylist(), requests, manifest.table("item").num_rows)
+    assert count == expected["rows"] > 10
+    assert found == {cut: expected[f"hr@{cut}"] for cut in found} and len(set(found.values())) > 1
 
 
 def test_items_of_a_vocabulary_may_be_restricted_to_some(root, tmp_path):
