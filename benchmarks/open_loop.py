@@ -22,6 +22,8 @@ class Sample:
     status: int
     latency_s: float
     body: bytes = b""
+    late_s: float = 0.0
+    """Seconds from the planned time until this program got to it: a part of `latency_s` that is not the server's"""
 
 
 def poisson_times(rate_per_s: float, duration_s: float, seed: int = 0) -> list[float]:
@@ -81,8 +83,9 @@ async def send_at(
     client, start_s = Client(host, port), time.perf_counter()
 
     async def one(body: bytes, at_s: float) -> Sample:
+        late_s = time.perf_counter() - start_s - at_s
         status, answer = await client.post(body)
-        return Sample(status, time.perf_counter() - start_s - at_s, answer[:keep_bytes])
+        return Sample(status, time.perf_counter() - start_s - at_s, answer[:keep_bytes], late_s)
 
     tasks = []
     for number, at_s in enumerate(times_s):

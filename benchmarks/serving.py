@@ -24,6 +24,7 @@ import time
 import typing
 
 import msgspec
+import numpy as np
 import psutil
 
 from benchmarks.open_loop import percentile_ms, poisson_times, send_at
@@ -193,6 +194,7 @@ def overload(args: argparse.Namespace) -> dict[str, typing.Any]:
         "served_p99_ms": percentile_ms(samples, 99, 200),
         "refused_p99_ms": percentile_ms(samples, 99, 503),
         "late_p99_ms": percentile_ms(samples, 99, 504),
+        "client_late_p99_ms": float(np.percentile([sample.late_s * 1000 for sample in samples], 99)),
     }
 
 

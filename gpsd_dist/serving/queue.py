@@ -31,6 +31,8 @@ class TokenQueue:
     def __init__(self, max_tokens: int, batch_tokens: int) -> None:
         self.max_tokens, self.batch_tokens = max_tokens, batch_tokens
         self.num_tokens = 0
+        self.num_taken = 0
+        """Batches handed out: whoever was refused may fit once this has changed."""
         self._waiting: collections.deque[Waiting] = collections.deque()
         self._changed = threading.Condition()
         self._is_closed = False
@@ -62,6 +64,7 @@ class TokenQueue:
             late = self._pop_late(time.monotonic())
             batch = self._pop_batch() if self._waiting else []
             self.num_tokens -= sum(waiting.num_tokens for waiting in (*late, *batch))
+            self.num_taken += 1
             return batch, late
 
     def close(self) -> None:

@@ -207,6 +207,32 @@ def test_refusal_says_when_to_come_back(tmp_path):
         assert first.result()[0] == second.result()[0] == 200
 
 
+def test_a_body_as_long_as_one_that_did_not_fit_is_refused_before_it_is_there(tmp_path):
+    """The connection can be used on, and what is shorter still gets its place."""
+    write_version(tmp_path, "v1", us_per_token=1_000_000)
+    options = ("--queue_tokens", 4, "--batch_tokens", 1, "--deadline_ms", 30_000)
+    with (
+        serving(tmp_path, *options, module=FAKE, folder=tmp_path) as server,
+        concurrent.futures.ThreadPoolExecutor(3) as pool,
+        socket.create_connection(("127.0.0.1", server.port), timeout=30) as raw,
+    ):
+        accepted = [pool.submit(server.score, request("a", "b", "c", history=0))]
+        server.wait_for(lambda: server.metric('gpsd_phase_seconds_count{phase="queue"}') == 1)
+        accepted.append(pool.submit(server.score, request("a", "b", "c", history=0)))
+        server.wait_for(lambda: server.metric("gpsd_queue_tokens") == 3)
+        body = json.dumps({"requests": [request("a", "b", history=0)]}).encode()
+        decoded = server.metric('gpsd_phase_seconds_count{phase="decode"}')
+        assert server.ask("POST", "/v1/score", body)[0] == 503
+        raw.sendall(b"POST /v1/score HTTP/1.1\r\nHost: x\r\ncontent-type: application/json\r\n")
+        raw.sendall(b"content-length: %d\r\n\r\n" % len(body))
+        assert raw.recv(4096).startswith(b"HTTP/1.1 503 ")
+        assert server.metric('gpsd_phase_seconds_count{phase="decode"}') == decoded + 1
+        raw.sendall(body + b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert raw.recv(4096).startswith(b"HTTP/1.1 200 ")
+        accepted.append(pool.submit(server.score, request("a", history=0)))
+        assert [future.result()[0] for future in accepted] == [200, 200, 200]
+
+
 def test_reloads_under_load_fail_no_request_and_a_corrupt_version_never_serves(tmp_path):
     write_version(tmp_path, "v0", offset=0, us_per_token=500)
     body = json.dumps({"requests": [request("a", history=3)]}).encode()
