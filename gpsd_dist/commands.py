@@ -99,18 +99,23 @@ def execute(
         say(f"$ {shell(command)}")
     signals: list[int] = []
     output = _Output(on_line)
-    child = output.start(command, server)
+    children: list[subprocess.Popen | Forked] = []  # none while the only one is being started
 
     def pass_on(number, frame) -> None:
         signals.append(number)
-        child.terminate()
+        for child in children:
+            child.terminate()
 
     previous = signal.signal(signal.SIGTERM, pass_on)
     try:
-        status, is_late = _wait(child, deadline_s)
+        children.append(output.start(command, server))
+        if signals:
+            children[0].terminate()
+        status, is_late = _wait(children[0], deadline_s)
     finally:
         # After Ctrl-C, which the child has got too, it still saves: its last lines are read, and it is waited for.
-        child.wait()
+        for child in children:
+            child.wait()
         output.close()
         signal.signal(signal.SIGTERM, previous)
     if signals:
@@ -158,7 +163,7 @@ class _Output:
 
     def close(self) -> None:
         """Waits for the last line."""
-        if self._on_line is not None:
+        if self._reader.ident is not None:
             self._reader.join()
 
 

@@ -1,11 +1,14 @@
 """Children whose lines are read and whose time may end; that SIGTERM reaches them: scaling/test_runs.py."""
 
+import os
+import signal
 import subprocess
 import time
 
 import pytest
 
-from gpsd_dist.commands import OutOfTime, execute, python_command, shell
+from gpsd_dist import commands
+from gpsd_dist.commands import OutOfTime, Stopped, execute, python_command, shell
 
 WAITS = (
     "import signal, sys, time\n"
@@ -34,6 +37,21 @@ def test_a_child_that_finishes_in_time_has_no_deadline():
     with pytest.raises(subprocess.CalledProcessError) as caught:
         execute(("-c", "raise SystemExit(3)"), deadline_s=time.monotonic() + 60)
     assert caught.value.returncode == 3
+
+
+def test_sigterm_while_a_child_is_started_reaches_it(monkeypatch):
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            started.append(self)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(commands.subprocess, "Popen", Interrupted)
+    with pytest.raises(Stopped):
+        execute(("-c", "import time; time.sleep(60)"))
+    assert started[0].returncode == -signal.SIGTERM and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_commands_can_be_typed():
