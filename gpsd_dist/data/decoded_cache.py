@@ -5,7 +5,8 @@
 BASE is `.decoded` in the folder of the data, which a version of `versions/` takes with it when it is deleted, or a
 folder in `cache_dir`. `<data>` names the files by their footers, sizes and times: a folder of other data is deleted.
 Files are written whole and never change, so ranks and jobs share them. Nothing here can fail a run: where the cache
-cannot be read or written, one line says so, and Parquet is decoded as without it.
+cannot be read or written, one line says so, and Parquet is decoded as without it. On file systems that other machines
+write to, files are read and not mapped: a mapped file that another client deletes ends the process (SIGBUS).
 """
 
 import collections.abc
@@ -14,11 +15,14 @@ import hashlib
 import logging
 import os
 import pathlib
+import re
 import secrets
 import shutil
 
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from gpsd_dist.disk.reading import why_passing
 
 FOLDER_NAME = ".decoded"
 _FORMAT = 1
@@ -26,6 +30,7 @@ _HASH_BYTES = 32
 _MIN_FREE = 0.05  # share of the disk that is left to others (untuned)
 _RECOUNT_SHARE = 16  # other ranks write too: count again after each 1/16 of what is allowed
 _MAX_INT32 = 2**31 - 1
+_LOCAL = frozenset(("btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"))
 
 log = logging.getLogger(__name__)
 
@@ -55,28 +60,31 @@ class DecodedCache:
         self._folder = base / f"{split}.{data}.{columns}"
         self._is_writable, self._left_bytes, self._until_recount = True, 0, 0
         self._verified: set[int] = set()
+        self._open = pa.memory_map if _is_local(base) else pa.OSFile
         with self._unharmed():
             for other in base.glob(f"{split}.*"):
                 if other.name.split(".")[-2] != data:
                     shutil.rmtree(other, ignore_errors=True)
 
     def read(self, group: int) -> pa.Table | None:
-        """Maps a row group. None if it is not there, or damaged."""
+        """Maps or reads a row group. None if it is not there, cannot be read now, or is damaged and so removed."""
         path = self._path(group)
         try:
-            with pa.memory_map(str(path)) as file:
+            with self._open(str(path)) as file:
                 content = file.read_buffer()
             stream, sum_of_stream = content[:-_HASH_BYTES], content[-_HASH_BYTES:]
             # Once for each process: page checksums of Parquet do not reach here.
             if group not in self._verified and hashlib.sha256(stream).digest() != sum_of_stream.to_pybytes():
-                raise OSError("it differs from its checksum")
+                raise ValueError("it differs from its checksum")
             self._verified.add(group)
             with pa.ipc.open_stream(stream) as reader:
                 return reader.read_all()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, pa.ArrowException, ValueError) as error:
+        except (MemoryError, OSError, pa.ArrowException, ValueError) as error:
             log.warning("%s is decoded again: %s", path, error)
+            if why_passing(error) or getattr(error, "errno", None):
+                return None  # says nothing about the bytes
             with self._unharmed():
                 path.unlink(missing_ok=True)
             return None
@@ -138,6 +146,18 @@ class DecodedCache:
             return
         log.info("cache of decoded data: %s %s", self._base, why)
         self._is_writable = False  # what is there is read all the same
+
+
+def _is_local(folder: pathlib.Path) -> bool:
+    """Says whether a folder, which need not be there yet, is on a file system that this machine alone writes to."""
+    path, found = os.path.realpath(folder), ("", "")
+    with contextlib.suppress(OSError), open("/proc/self/mounts") as mounts:
+        for line in mounts:
+            _, place, kind, *_ = line.split(" ")
+            place = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), place)
+            if len(place) >= len(found[0]) and os.path.commonpath((path, place)) == place:
+                found = place, kind
+    return found[1] in _LOCAL
 
 
 def narrowed(table: pa.Table) -> pa.Table:

@@ -109,6 +109,32 @@ def test_a_damaged_file_is_decoded_again(data, tmp_path, caplog):
     assert rows_of(data, tmp_path / "cache") == first and not caplog.records
 
 
+def test_a_file_that_cannot_be_read_now_stays(data, tmp_path, caplog, monkeypatch):
+    first, files = rows_of(data, tmp_path / "cache"), files_in(tmp_path / "cache")
+    for error in (
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        OSError(errno.ESTALE, "Stale"),
+        pa.ArrowMemoryError(),
+    ):
+
+        def fail(path, error=error):
+            raise error
+
+        monkeypatch.setattr(pa, "memory_map", fail)
+        assert rows_of(data, tmp_path / "cache") == first and files_in(tmp_path / "cache") == files
+    assert caplog.text.count("is decoded again") == 3 * NUM_GROUPS
+
+
+def test_files_of_a_file_server_are_read_and_not_mapped(data, tmp_path, monkeypatch):
+    first = rows_of(data, tmp_path / "cache")
+    assert decoded_cache._is_local(tmp_path / "not there yet")
+    monkeypatch.setattr(decoded_cache, "_LOCAL", {"proc"})
+    assert decoded_cache._is_local(pathlib.Path("/proc/self")) and not decoded_cache._is_local(tmp_path)
+    monkeypatch.setattr(ParquetSplit, "_decode", None)
+    monkeypatch.setattr(pa, "memory_map", None)
+    assert rows_of(data, tmp_path / "cache") == first
+
+
 def test_other_data_drop_the_files(data, tmp_path):
     base = tmp_path / "cache"
     rows_of(data, base)
