@@ -250,7 +250,6 @@ def _become(message: bytes, streams: list[int], begun: int, signals: set[int | s
         for number, stream in enumerate(copies):
             os.dup2(stream, number)
             os.close(stream)
-        atexit._clear()
         signal.pthread_sigmask(signal.SIG_SETMASK, signals)
         os.environ.clear()
         os.environ.update(request["environment"])

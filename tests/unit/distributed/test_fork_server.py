@@ -57,6 +57,17 @@ def test_a_forked_command_is_like_one_that_was_started(script):
     """)
 
 
+def test_what_imports_register_for_the_end_is_done(script):
+    script("""
+        with open("registers.py", "w") as file:
+            file.write("import atexit; atexit.register(lambda: print('of an import', flush=True))")
+        module._PRELOADED = ("registers",)
+        with module.fork_server() as server:
+            child, said = run(server, "exit", "0")
+            assert child.wait(10) == 0 and said().count("of an import") == 1
+    """)
+
+
 def test_a_forked_command_gets_signals_and_outlives_the_server(script):
     script("""
         with module.fork_server() as server:
