@@ -12,10 +12,8 @@ import torch.distributed as dist
 from gpsd_dist.distributed import exit_codes
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # sent by a scheduler, by a lost terminal, by Ctrl-C
-_EXCHANGE_EVERY_S, _MOST_STEPS = (
-    0.1,
-    16,
-)  # ranks exchange their signals about so often, but not rarer than that; untuned
+# Ranks exchange their signals about so often, but not rarer than that; untuned. Clocks of ranks differ, steps do not.
+_EXCHANGE_EVERY_S, _MOST_STEPS = 0.1, 16
 _IMPATIENT_AFTER_S = 2.0  # one Ctrl-C reaches a rank twice within that time: from the terminal and through torchrun
 
 
@@ -30,8 +28,9 @@ class StopRequests:
         """STOPPED or INTERRUPTED once the ranks have agreed to stop; the same on all ranks."""
         self._asked: dict[int, float] = {}
         self._previous: dict[int, typing.Any] = {}
-        self._exchange: tuple[torch.Tensor, typing.Any] | None = None  # The last exchange: signals and step time, work
-        self._interval = self._steps = 1  # Calls from one exchange to the next, and those that are left
+        # The exchange that the call before has begun: signals and seconds of a step, work.
+        self._exchange: tuple[torch.Tensor, typing.Any] | None = None
+        self._interval, self._calls = 1, 0  # From one exchange to the next, and since the last one began
         self._exchanged_s = -math.inf
 
     def __enter__(self) -> "StopRequests":
@@ -56,31 +55,34 @@ class StopRequests:
         self.note(signal.SIGTERM)
 
     def agreed(self) -> bool:
-        """Says whether any rank had received a signal by the exchange before: all stop at the same step. Collective.
+        """Says whether any rank had a signal when the last exchange began: all stop at the same step. Collective.
 
-        No rank waits for an answer: the exchange, on the CPU, goes on beside the steps, and its answer counts at the
-        next one. Short steps share one exchange. A single rank is answered at once.
+        No rank waits for an answer: the exchange, on the CPU, goes on beside the next step, and the call after it reads
+        the answer. Short steps share an exchange, so a signal is obeyed after at most _MOST_STEPS + 1 of them. A single
+        rank is answered at once.
         """
-        asked = torch.tensor([float(number in self._asked) for number in _SIGNALS])
+        asked = [float(number in self._asked) for number in _SIGNALS]
         if dist.get_world_size() > 1:
-            self._steps -= 1
-            if self._steps:
-                return False
-            now_s, previous = time.monotonic(), self._exchange
-            # The interval comes from a sum over ranks, so that all of them count the same number of steps.
-            step_s = torch.tensor([min((now_s - self._exchanged_s) / self._interval, _EXCHANGE_EVERY_S)])
-            self._exchanged_s, message = now_s, torch.cat((asked, step_s))
-            self._exchange = message, dist.all_reduce(message, async_op=True)
-            if previous is not None:
-                previous[1].wait()
-                *asked, step_s = previous[0].unbind()
-                mean_s = max(float(step_s) / dist.get_world_size(), 1e-9)
-                self._interval = min(math.ceil(_EXCHANGE_EVERY_S / mean_s), _MOST_STEPS)
-            self._steps = self._interval
-            if previous is None:
-                return False
+            asked = self._heard(asked)
         if any(asked[:-1]):
             self.exit_code = exit_codes.STOPPED
         elif asked[-1]:
             self.exit_code = exit_codes.INTERRUPTED
         return self.exit_code != exit_codes.FINISHED
+
+    def _heard(self, asked: list[float]) -> list[float]:
+        """Reads what all ranks were asked, if the call before began an exchange, and begins one where it is due."""
+        heard = [0.0] * len(asked)
+        if self._exchange is not None:
+            message, work = self._exchange
+            work.wait()
+            self._exchange, (*heard, step_s) = None, message.tolist()
+            # From a sum over ranks, so that all of them count the same number of steps.
+            self._interval = min(math.ceil(_EXCHANGE_EVERY_S * dist.get_world_size() / max(step_s, 1e-9)), _MOST_STEPS)
+        self._calls += 1
+        if self._calls >= self._interval:
+            now_s = time.monotonic()
+            step_s = min((now_s - self._exchanged_s) / self._calls, _EXCHANGE_EVERY_S)
+            self._exchanged_s, self._calls, message = now_s, 0, torch.tensor([*asked, step_s])
+            self._exchange = message, dist.all_reduce(message, async_op=True)
+        return heard
