@@ -2,8 +2,10 @@
 #   docker build -t gpsd .                               CUDA (torch's wheels carry the CUDA libraries; the host needs a driver)
 #   docker build -t gpsd:cpu --build-arg FLAVOR=cpu .    CPU
 #   docker build -t gpsd:serve --target serve .          a server alone, CPU: no torchrec, no tools of training
+#   docker build --build-arg BASE=IMAGE ...             another base image with Python 3.11 and its venv module
 #   docker run --gpus all --shm-size 16g -v "$PWD/runs:/app/runs" gpsd launch/local.sh --gin_file ...
-FROM python:3.11-slim-bookworm AS serve
+ARG BASE=python:3.11-slim-bookworm
+FROM $BASE AS serve
 ENV PATH=/opt/venv/bin:$PATH \
     PIP_NO_CACHE_DIR=1 \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -13,7 +15,7 @@ RUN useradd --create-home --uid 1000 gpsd \
 USER 1000
 WORKDIR /app
 COPY --chown=gpsd:gpsd requirements-serve.txt ./
-COPY --chown=gpsd:gpsd .ci/setup_venv.sh .ci/
+COPY --chown=gpsd:gpsd .ci/setup_venv.sh .ci/uv.txt .ci/
 RUN UV_COMPILE_BYTECODE=1 .ci/setup_venv.sh /opt/venv serve
 COPY --chown=gpsd:gpsd gpsd_dist gpsd_dist
 RUN python -m gpsd_dist.serve --help
@@ -21,7 +23,7 @@ RUN python -m gpsd_dist.serve --help
 ENTRYPOINT ["python", "-m", "gpsd_dist.serve"]
 CMD ["/artefact", "--host", "0.0.0.0"]
 
-FROM python:3.11-slim-bookworm
+FROM $BASE AS train
 
 ARG FLAVOR=cuda
 # VENV and FLAVOR are also what make reads in a container.
@@ -45,7 +47,7 @@ WORKDIR /app
 
 # The requirements first: a change of the code does not install them again.
 COPY --chown=gpsd:gpsd requirements.txt requirements-cpu.txt ./
-COPY --chown=gpsd:gpsd .ci/setup_venv.sh .ci/
+COPY --chown=gpsd:gpsd .ci/setup_venv.sh .ci/uv.txt .ci/
 RUN UV_COMPILE_BYTECODE=1 .ci/setup_venv.sh "$VENV" "$FLAVOR"
 
 COPY --chown=gpsd:gpsd . .

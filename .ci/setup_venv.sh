@@ -12,7 +12,7 @@
 #
 # Every package must have one of the hashes of its lock, but for torch's CPU build: it is not on PyPI, whose hashes the lock
 # has, and is installed before. Whoever wants it checked as well serves it from a place of his own (pip's find-links).
-# uv itself is pinned, not hashed; UV=path names one that you trust.
+# uv itself is held to the hashes of .ci/uv.txt; UV=path names one that you trust.
 #
 # The rest of a CPU lock is installed by uv, for some 4 CPU seconds. uv does not read pip's configuration, and
 # asked for torch it would take the CUDA build and 3 GB with it. So torch stays with pip, uv gets the lock without that
@@ -20,7 +20,6 @@
 set -euo pipefail
 
 readonly TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
-readonly UV_PIN=uv==0.13.9
 
 die() {
     echo "setup: $*" >&2
@@ -76,7 +75,8 @@ find_uv() {
     if [[ ${UV:-} == none ]]; then return 1; fi
     if command -v "${UV:-uv}"; then return; fi
     if [[ ! -x $venv/.uv/bin/uv ]]; then
-        "${pip[@]}" install --quiet --target "$venv/.uv" "$UV_PIN" >/dev/null 2>&1 || true
+        "${pip[@]}" install --quiet --no-deps --require-hashes --target "$venv/.uv" -r "$root/.ci/uv.txt" >/dev/null 2>&1 ||
+            echo "setup: pip cannot install uv as .ci/uv.txt has it, and installs all by itself" >&2
     fi
     [[ -x $venv/.uv/bin/uv ]] && echo "$venv/.uv/bin/uv"
 }

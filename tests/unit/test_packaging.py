@@ -286,6 +286,16 @@ def test_uv_gets_all_of_a_cpu_lock_but_torch_and_what_it_needs(fake_venv, tmp_pa
     assert len(by_pip) == status  # pip, where uv has failed
 
 
+def test_uv_itself_must_have_a_hash_of_its_lock(fake_venv, tmp_path):
+    result = run_setup(fake_venv(), UV="uv-that-is-not-there")
+    assert result.returncode == 0 and "pip cannot install uv" not in result.stderr
+    _, call, _ = installs(tmp_path)
+    assert call.endswith(f"-r {REPO_ROOT}/.ci/uv.txt") and "--no-deps --require-hashes" in call
+    lock = (REPO_ROOT / ".ci/uv.txt").read_text()
+    assert len(re.findall(r"^uv==[\d.]+ \\$", lock, re.MULTILINE)) == 1 and lock.count("--hash=sha256:") > 10
+    assert run_setup(fake_venv(fail_if="uv.txt"), "serve", UV="uv-that-is-not-there").returncode == 0
+
+
 def test_setup_falls_back_to_pytorchs_index(fake_venv, tmp_path):
     result = run_setup(fake_venv(fail_if="torch=="))
     assert result.returncode == 0, result.stderr
@@ -489,8 +499,9 @@ STAGES = ("serve", "train")  # of the Dockerfile, in their order
 def docker_steps(stage: str | None = None) -> list[tuple[str, str]]:
     """(instruction, rest) of every step of the Dockerfile or of one stage, continuation lines joined."""
     text = re.sub(r"^#.*\n", "", (REPO_ROOT / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
-    parts = [part for part in re.split(r"^(?=FROM )", text, flags=re.MULTILINE) if part.strip()]
-    assert len(parts) == len(STAGES)
+    base, *parts = re.split(r"^(?=FROM )", text, flags=re.MULTILINE)
+    assert re.findall("^FROM .*", text, flags=re.MULTILINE) == [f"FROM $BASE AS {name}" for name in STAGES]
+    assert re.fullmatch(r"\s*ARG BASE=python:[\d.]+-slim-bookworm\s*", base)
     text = text if stage is None else parts[STAGES.index(stage)]
     return [tuple(line.split(maxsplit=1)) for line in text.splitlines() if line.strip()]
 
@@ -500,7 +511,7 @@ def test_docker_copies_what_exists():
         word for step, rest in docker_steps() if step == "COPY" for word in rest.split()[:-1] if word[:2] != "--"
     ]
     locks = {"requirements.txt", "requirements-cpu.txt", "requirements-serve.txt"}
-    assert {*locks, ".ci/setup_venv.sh", "gpsd_dist", "."} == set(sources)
+    assert {*locks, ".ci/setup_venv.sh", ".ci/uv.txt", "gpsd_dist", "."} == set(sources)
     assert all((REPO_ROOT / source).exists() for source in sources)
     ignored = (REPO_ROOT / ".dockerignore").read_text().split()
     assert not set(sources) & set(ignored) and ".venv" in ignored and ".git" in ignored
