@@ -1,11 +1,17 @@
 """A long run of two ranks: memory, open files and threads of every process, as slopes with bounds.
 
+Resident memory also moves because freed pages lie between used ones. So what a rank has allocated is watched, too: what
+malloc and Arrow have given out, and blocks of Python's own allocator. A leak shows in one of them.
+
 `python -m tests.faults.run --soak [MINUTES]` runs it after the faults; `python -m tests.faults.soak MINUTES` alone.
 """
 
 import collections
+import collections.abc
+import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import re
 import statistics
@@ -22,6 +28,7 @@ from tests.faults.jobs import Run, Workshop
 WARM_UP = 0.4  # of the time: allocators and caches fill
 SAMPLE_S = 2.0
 MAX_MB_PER_1000_STEPS = 0.5  # in the second part: 36 bytes a step and row would be a leak of 1 MB in 1000 steps here
+MAX_PER_1000_STEPS = {"used_mb": 0.1, "arrow_mb": 0.1, "blocks": 1000.0}  # 100 bytes, one block a step
 _OPTIONS = ("--gin.EPOCHS=1000000", "--gin.PATIENCE=0", "--gin.TrainConfig.log_interval_steps=5")
 
 
@@ -34,13 +41,16 @@ class Sample:
     memory_mb: float
     num_files: int
     num_threads: int
+    heap: dict[str, float]  # of a rank: as `entry.watch_heap` writes it
 
 
 def main(minutes: float) -> bool:
     """Runs the soak, prints a line per process, and returns whether all bounds were kept."""
     with tempfile.TemporaryDirectory(prefix="soak_") as folder:
         run = Run(Workshop(pathlib.Path(folder)), "soak")
-        job = run.start(None, *_OPTIONS)
+        heaps = run.folder / "heaps"
+        heaps.mkdir()
+        job = run.start(None, *_OPTIONS, env={"HEAP": str(heaps)})
         last_lines = collections.deque[str](maxlen=20)  # a pipe that nobody reads would stop the job
         threading.Thread(target=last_lines.extend, args=(job.stderr,), daemon=True).start()
         samples: dict[str, list[Sample]] = {}
@@ -51,7 +61,7 @@ def main(minutes: float) -> bool:
             step = _step(run.output / "metrics.jsonl")
             for name, pid in _processes(job.pid).items():
                 if step:
-                    samples.setdefault(name, []).append(_look(pid, step))
+                    samples.setdefault(name, []).append(_look(pid, step, heaps / name.replace(" ", "")))
         job.terminate()
         assert job.wait(timeout=120) == exit_codes.STOPPED, "".join(last_lines)
     are_kept = [_judged(name, found) for name, found in samples.items()]
@@ -73,12 +83,13 @@ def _step(metrics: pathlib.Path) -> int:
     return json.loads(lines[-2])["step"] if len(lines) > 2 else 0
 
 
-def _look(pid: int, step: int) -> Sample:
+def _look(pid: int, step: int, heap: pathlib.Path) -> Sample:
     status = pathlib.Path(f"/proc/{pid}/status").read_text()
     memory_kb, threads = (int(re.search(rf"{name}:\s+(\d+)", status)[1]) for name in ("VmRSS", "Threads"))
-    return Sample(
-        time.monotonic(), step, memory_kb / 1024, len(list(pathlib.Path(f"/proc/{pid}/fd").iterdir())), threads
-    )
+    files = len(list(pathlib.Path(f"/proc/{pid}/fd").iterdir()))
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # the launcher has none; being written
+        return Sample(time.monotonic(), step, memory_kb / 1024, files, threads, json.loads(heap.read_text()))
+    return Sample(time.monotonic(), step, memory_kb / 1024, files, threads, {})
 
 
 def _judged(name: str, samples: list[Sample]) -> bool:
@@ -96,14 +107,26 @@ def _judged(name: str, samples: list[Sample]) -> bool:
         f"{threads[-1]} threads ({grown[1]:+.0f}): {'kept' if is_good else 'NOT KEPT'}",
         flush=True,
     )
+    return _is_heap_flat(name, [sample for sample in late if sample.heap]) and is_good
+
+
+def _is_heap_flat(name: str, samples: list[Sample]) -> bool:
+    """Prints what a rank has allocated per 1000 steps, and returns whether that is within the bounds."""
+    if not samples:  # the launcher
+        return True
+    slopes = {what: _slope(samples, lambda sample, what=what: sample.heap[what]) for what in samples[0].heap}
+    is_good = all(slope <= MAX_PER_1000_STEPS.get(what, math.inf) for what, slope in slopes.items())
+    found = ", ".join(f"{what} {samples[-1].heap[what]:.1f} ({slope:+.3f})" for what, slope in slopes.items())
+    print(f"soak, {name}: allocated, and per 1000 steps: {found}: {'kept' if is_good else 'NOT KEPT'}", flush=True)
     return is_good
 
 
-def _slope(samples: list[Sample]) -> float:
-    """Megabytes per 1000 steps, by least squares."""
+def _slope(
+    samples: list[Sample], value: collections.abc.Callable[[Sample], float] = lambda sample: sample.memory_mb
+) -> float:
+    """Megabytes, or what `value` gives, per 1000 steps, by least squares."""
     steps = np.array([sample.step for sample in samples], float)
-    memory = np.array([sample.memory_mb for sample in samples])
-    return float(np.polyfit(steps / 1000, memory, 1)[0]) if np.ptp(steps) else 0.0
+    return float(np.polyfit(steps / 1000, np.array(list(map(value, samples))), 1)[0]) if np.ptp(steps) else 0.0
 
 
 if __name__ == "__main__":
