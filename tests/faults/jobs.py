@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -39,6 +40,10 @@ class Workshop:
     launcher = "gpsd_dist.launcher"
 
     def __init__(self, root: pathlib.Path):
+        # Under nohup, or as a background job of a shell, these are ignored, and jobs would inherit that.
+        for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+            if signal.getsignal(number) == signal.SIG_IGN:
+                signal.signal(number, handler)
         self.root = root
         self.data_dir = root / "data"
         write_tiny_data(self.data_dir)
