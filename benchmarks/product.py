@@ -16,6 +16,7 @@ from gpsd_dist.config import (
     TrainConfig,
 )
 from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.stages.stage import evaluate_split
 from gpsd_dist.trainer import Trainer
 
 _DRAIN_S = 0.1  # longer than a batch takes to make: the loader's threads come to rest inside the block they worked for
@@ -104,3 +105,17 @@ class Product:
     def close(self) -> None:
         self.trainer.loader.close()
         self.trainer.metrics.close()
+
+
+class Evaluation:
+    """Scores the rows that a product trains on: a "step" is a whole pass."""
+
+    def __init__(self, product: Product, split: str):
+        self._trainer, self._split = product.trainer, split
+
+    def run_steps(self, count: int) -> int:
+        """Makes `count` passes; returns the history tokens of their requests, each request counted once."""
+        trainer = self._trainer
+        for _ in range(count):
+            evaluate_split(trainer.run, trainer.manifest, trainer.components, self._split)
+        return count * trainer.manifest.split(self._split).num_history_tokens

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.datasets import BenchData
 from benchmarks.padded_baseline import PaddedBaseline, PaddedLoader
-from benchmarks.product import Product, Size, run_config
+from benchmarks.product import Evaluation, Product, Size, run_config
 from gpsd_dist.batch import packing
 from gpsd_dist.config import PretrainConfig
 from gpsd_dist.config.execution import ExecutionConfig
@@ -41,6 +41,8 @@ VARIANTS = {
     "product + bf16 operands": "operands of products in bfloat16: linear layers, SwiGLU, gradients of the loss",
     "product + frozen item table": "what ST&SF and FT&SF train",
     "product + frozen item table in fp16": "kept in half precision",
+    "product, evaluating": "scores the same rows, metrics included; nothing is trained",
+    "product, evaluating - blocks": "SwiGLU of a whole batch at once, so that hidden values leave the cache",
     "product - shared rows": "attention in one row per request, by length buckets",
     "product - candidates alone": "histories attend in the last ranking layer too, and their output is thrown away",
     "product - folded norms": "torch's RMSNorm in front of every linear layer",
@@ -59,7 +61,7 @@ PRETRAIN_ONLY = {
     "product - shared negatives",
     "product - fused softmax loss",
 }
-FINETUNE_ONLY = {name for name in VARIANTS if "frozen" in name or "candidates" in name}
+FINETUNE_ONLY = {name for name in VARIANTS if any(word in name for word in ("frozen", "candidates", "evaluating"))}
 
 
 SIZES = {
@@ -108,7 +110,7 @@ def opened(spec: SideSpec) -> typing.Iterator[Side]:
         product = Product(_product_config(spec, switch), runtime)
         if switch == "columnar loader":
             _pass_through_python(product)
-        yield product
+        yield Evaluation(product, spec.data.split) if switch.startswith("evaluating") else product
         product.close()
 
 
@@ -171,6 +173,8 @@ def _switch(name: str) -> None:
         losses._SampledSoftmax = _PlainSoftmax
     elif name == "deduplicated lookup":
         distinct._distinct = _repeated
+    elif name == "evaluating - blocks":
+        swiglu._SCORED_TOKENS = 1 << 40
     elif name == "kept memory":
         runtime_module.keep_freed_memory = lambda: False
         assert allocator.keep_freed_memory  # still there, not called

@@ -53,7 +53,7 @@ class Rotation(typing.NamedTuple):
     """Holds a rotation for every pair of channels of queries, keys and (by 1: left alone) values, for all layers."""
 
     turn: torch.Tensor  # float32 [S, 3, H or 1, K / 2, 2]: cosine and sine
-    back: torch.Tensor  # The opposite rotation, for the backward
+    back: torch.Tensor | None  # The opposite rotation, for the backward
 
 
 class RotaryPositions(nn.Module):
@@ -65,6 +65,14 @@ class RotaryPositions(nn.Module):
 
     def forward(self, position_S: torch.Tensor) -> Rotation:
         """Turns positions int64 [S] into rotations."""
+        # Many tokens share a position, so a CPU computes each position once. A GPU would have to wait for the largest.
+        if position_S.is_cuda or torch.compiler.is_compiling() or not len(position_S):
+            return self._of(position_S)
+        turn, back = self._of(torch.arange(int(position_S.max()) + 1))
+        back_S = back.index_select(0, position_S) if back is not None and torch.is_grad_enabled() else None
+        return Rotation(turn.index_select(0, position_S), back_S)
+
+    def _of(self, position_S: torch.Tensor) -> Rotation:
         exponent = torch.arange(0, self.head_width, 2, device=position_S.device, dtype=torch.float32) / self.head_width
         angle = position_S[:, None].float() * ROPE_THETA**-exponent
         if position_S.is_cuda:  # complex numbers, here or below, end what a compiler fuses

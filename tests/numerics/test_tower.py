@@ -127,6 +127,15 @@ def test_rotation_is_the_official_layout():
     assert torch.equal(rotated[:, 2], x[:, 2])
 
 
+def test_a_cpu_computes_each_position_once_and_the_backward_rotation_for_training_alone():
+    rotary, position = RotaryPositions(16, heads=4), torch.tensor([3, 0, 51, 3, 7])
+    each, shared = rotary._of(position), rotary(position)
+    assert torch.equal(each.turn, shared.turn) and torch.equal(each.back, shared.back)
+    with torch.no_grad():
+        assert torch.equal(rotary(position).turn, each.turn) and rotary(position).back is None
+        assert rotary(position[:0]).turn.shape == (0, 3, 4, 8, 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_gpu_turns_pairs_as_a_cpu_does(dtype):
     """In real numbers: two products and a sum per channel, each rounded once."""

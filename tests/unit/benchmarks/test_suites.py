@@ -155,3 +155,11 @@ def test_markdown_has_a_line_per_row():
     table = Table("Title", ("name", "x"))
     table.add("a", "1")
     assert table.markdown() == "Title:\n\n| name | x |\n|---|--:|\n| a | 1 |"
+
+
+def test_evaluation_counts_the_tokens_of_whole_passes(data, tmp_path):
+    prepared = data("discriminative")
+    spec = SideSpec("product, evaluating - blocks", prepared, SIZE, 16, tmp_path / "run")
+    with running({"one": spec}) as remotes:
+        block = remotes["one"].block(2)
+    assert block.num_tokens == 2 * prepared.manifest.split("train").num_history_tokens > 0
