@@ -5,6 +5,7 @@
     ids.<table>.<tensor>                  which id has which row, for a table with managed ids
     table_optimizer.<table>.<state>       state of the fused table optimizer
     dense_optimizer.<parameter>.<state>   state of AdamW
+    dense_last.<parameter>                the last weights, which training goes on from, where `dense` has their mean
 
 Names are an interface: checkpoints of earlier versions are found by them.
 """
@@ -13,6 +14,7 @@ import functools
 
 TABLE, DENSE, IDS = "table", "dense", "ids"
 TABLE_OPTIMIZER, DENSE_OPTIMIZER = "table_optimizer", "dense_optimizer"
+DENSE_LAST = "dense_last"
 BACKBONE = "backbone."
 """Prefix of token embedder (small tables, segment), projection in and tower: what full transfer moves."""
 TOWER = f"{BACKBONE}tower."

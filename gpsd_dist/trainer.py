@@ -26,7 +26,7 @@ from gpsd_dist.metrics.classification import LOSS_KEYS
 from gpsd_dist.metrics.early_stopping import EarlyStopping
 from gpsd_dist.metrics.training_metrics import TrainingMetrics
 from gpsd_dist.optim import learning_rate_factor, named_state
-from gpsd_dist.parameter_names import DENSE_OPTIMIZER, TABLE_OPTIMIZER
+from gpsd_dist.parameter_names import DENSE_LAST, DENSE_OPTIMIZER, TABLE_OPTIMIZER
 from gpsd_dist.preflight import check_options_against_data
 from gpsd_dist.stages.stage import evaluate_split
 from gpsd_dist.training_step import Parts, TrainingStep
@@ -152,7 +152,8 @@ class Trainer:
         self.runtime.watchdog.note("validation", is_collective=True)
         # On a GPU the losses of most steps were not looked at. Weights that are NaN must be neither scored nor saved.
         self.training_step.check_last()
-        metrics = evaluate_split(self.run, self.manifest, self.components, "valid")
+        with self.training_step.average.in_place():
+            metrics = evaluate_split(self.run, self.manifest, self.components, "valid")
         self.metrics.record_validation(metrics)
         name = self.run.train.best_metric or self.components.stage.default_metric(metrics)
         flat = {f"{task}/{key}": value for task, values in metrics.items() for key, value in values.items()}
@@ -195,7 +196,9 @@ class Trainer:
             manifest=dataclasses.asdict(self.manifest),
             world_size=self.runtime.world_size,
         )
-        self.checkpoints.save(self._tensors(), state)
+        # Whoever reads the checkpoint finds the weights that were validated under the names of weights.
+        with self.training_step.average.in_place():
+            self.checkpoints.save(self._tensors(), state)
 
     def load_weights(self) -> None:
         """Loads the own checkpoint, else transfers, else keeps random weights, and says which. Collective.
@@ -212,7 +215,8 @@ class Trainer:
                     f"{self.start} was judged on other rows: the files of split 'valid' in {self.run.data_dir} have "
                     "changed; use those of that run, or another OUTPUT_DIR"
                 )
-            fill_tensors(self.start, self._tensors())
+            with self.training_step.average.in_place():
+                fill_tensors(self.start, self._tensors())
             # Later checkpoints, if any, are damaged. Set aside, they cannot be taken for the newest one again.
             self.checkpoints.go_back_to(self.start)
             self.loader.load_state_dict(state.data_position)
@@ -271,6 +275,7 @@ class Trainer:
         parts = self.components.weights() | {
             TABLE_OPTIMIZER: self.components.tables.optimizer_state(),
             DENSE_OPTIMIZER: named_state(self.optimizer, self.model),
+            DENSE_LAST: self.training_step.average.other,
         }
         # An empty part (a rank without a piece of a trainable table) would be looked for under its own name by DCP.
         return {name: part for name, part in parts.items() if part}

@@ -20,7 +20,7 @@ from gpsd_dist.distributed.matmul_dtype import autocast
 from gpsd_dist.distributed.runtime import seed_step
 from gpsd_dist.metrics import profiling
 from gpsd_dist.metrics.training_metrics import StepResult, divisor
-from gpsd_dist.optim import dense_optimizer
+from gpsd_dist.optim import WeightAverage, dense_optimizer
 from gpsd_dist.stages.stage import Components
 from gpsd_dist.tables.prefetch import SparseDistPipeline
 
@@ -54,6 +54,7 @@ class TrainingStep:
         self.parallel = parallelize(self.model, run, self.runtime)
         self.optimizer = dense_optimizer(self.model, run.dense)
         self._parameters = list(self.model.parameters())
+        self.average = WeightAverage(self.model, run.train.average_fraction)
         self.number = 0  # Number of the step under way, from 0 over the whole run
         # Made once, because each copy of host values to a GPU makes the host wait.
         self._loss_weights_L = torch.tensor(list(components.stage.loss_weights.values()), device=self.runtime.device)
@@ -152,13 +153,14 @@ class TrainingStep:
         return (sums_L * scale_L).sum() + anchor, done
 
     def step(self) -> None:
-        """Ends a step: clips the gradients of the dense part, and updates it."""
+        """Ends a step: clips the gradients of the dense part, updates it, and adds it to its mean."""
         with self.profiler.range(profiling.OPTIMIZER):
             # The dense part alone: the rows of the tables were updated in the backward, where no norm is known yet.
             if self.run.train.clip_norm:
                 assert self._done is not None
                 self._done.gradient_norm = clip_gradients(self._parameters, self.run.train.clip_norm)
             self.optimizer.step()
+            self.average.update(self.number)
 
     def _check_finite(self, done: StepResult) -> None:
         """Looks at the losses before weights move; on a GPU only in steps that log."""

@@ -1,4 +1,4 @@
-"""Chooses what a user leaves to the data: batch, epochs, warm-up, patience, dropout, dense rate, matches.
+"""Chooses what a user leaves to the data: batch, epochs, warm-up, patience, average, dropout, dense rate, matches.
 
 A stranger's log may have a thousand requests or a billion. A batch of 512 makes four steps of an epoch of the first,
 and ten epochs take weeks of the second; the rules below aim at a number of steps instead. docs/learning.md has the runs
@@ -20,6 +20,7 @@ _OPTIONS = (
     ("train", "epochs"),
     ("train", "warmup_fraction"),
     ("train", "patience"),
+    ("train", "average_fraction"),
     ("model", "dropout"),
     ("model", "matches"),
     ("dense", "peak_lr"),
@@ -29,6 +30,7 @@ _RATE_WIDTH = 64  # up to this width the peak rate is _RATE; above, it falls as 
 _RATE, _MIN_RATE = 3e-3, 5e-4
 _DROPOUT_PER_DOUBLING = 0.05
 _MIN_PATIENCE = 3
+_AVERAGE_FRACTION = 0.1  # whatever the data; 'auto', so that a run from before there was one goes on without
 _MIN_BATCH_ROWS = 16
 _MATCHES_UP_TO = 4096  # requests. Up to 2,019 it helped; at 3,000 - 8,771 it cost frozen tables 0.002 - 0.006 of valid
 _BLOCK_SQUARES = 12  # parameters of a Transformer block over the square of its width
@@ -120,7 +122,12 @@ def _choose(run: RunConfig, manifest: Manifest) -> _Numbers:
     rate = max(_MIN_RATE, _RATE * min(1.0, _RATE_WIDTH / run.model.width))
     return {
         "data": {"global_batch_rows": batch},
-        "train": {"epochs": epochs, "warmup_fraction": warmup, "patience": _patience(run, manifest, epochs)},
+        "train": {
+            "epochs": epochs,
+            "warmup_fraction": warmup,
+            "patience": _patience(run, manifest, epochs),
+            "average_fraction": _AVERAGE_FRACTION,
+        },
         "model": {"dropout": _dropout(run, manifest), "matches": split.num_rows <= _MATCHES_UP_TO},
         "dense": {"peak_lr": rate},
     }

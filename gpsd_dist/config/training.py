@@ -154,3 +154,6 @@ class TrainConfig:
     so that the rank that hangs speaks, and not only those that wait for it."""
     profile: bool = dataclasses.field(default=False, metadata=MAY_CHANGE)
     """Trace steps 10 to 12 (torch.profiler) into OUTPUT_DIR/profile, with a page of text for each rank."""
+    average_fraction: typing.Annotated[_UpTo1, OrAuto] = 0.0
+    """Validate, save and serve a mean of the dense weights over about this last part of the steps done, because a batch
+    moves them by noise, too; tables are left alone. 0: the last weights; 'auto': `config.from_data`."""

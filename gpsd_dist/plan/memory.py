@@ -112,20 +112,21 @@ def table_state_bytes(optimizer: str, shard: Shard) -> int:
 
 
 def dense_bytes(run: RunConfig, size: ModelSize, world_size: int) -> int:
-    """Counts float32 weights, gradients, exp_avg and exp_avg_sq, DDP's buckets, and autocast's bf16 copies of matrices.
+    """Counts float32 weights, gradients, state, DDP's buckets, and autocast's bf16 copies of matrices.
 
-    With FSDP2 a rank keeps its part of these four. Gathered are weights and gradients of two blocks, in half precision
+    State: exp_avg and exp_avg_sq, and with `TrainConfig.average_fraction` the mean of the weights. With FSDP2 a rank
+    keeps its part of weights, gradients and state. Gathered are weights and gradients of two blocks, in half precision
     with autocast, and all that is in no block. With micro-batches, the gradients of all blocks stay gathered, in
     float32, until the last one.
     """
     half = _HALF * size.matrix_parameters if run.train.bf16 else 0
+    copies = 5 if run.train.average_fraction else 4
     if run.execution.dense_parallel == "fsdp2" and world_size > 1:
         of_blocks, value = min(1.0, 2 / run.model.layers) * size.matrix_parameters, _HALF if run.train.bf16 else _FLOAT
         gradients = _FLOAT * size.matrix_parameters if run.train.micro_batches > 1 else value * of_blocks
         around = 2 * _FLOAT * (size.parameters - size.matrix_parameters)
-        return round(4 * _FLOAT * size.parameters / world_size + value * of_blocks + gradients + around)
-    copies = 5 if world_size > 1 else 4
-    return copies * _FLOAT * size.parameters + half
+        return round(copies * _FLOAT * size.parameters / world_size + value * of_blocks + gradients + around)
+    return (copies + (world_size > 1)) * _FLOAT * size.parameters + half
 
 
 def transformer_bytes(run: RunConfig, step: Workload, device_type: str) -> tuple[float, float]:

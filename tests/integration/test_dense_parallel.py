@@ -32,7 +32,13 @@ STEPS, MIDDLE = 6, 3
 
 
 def _run(stage, data_dir, output_dir, dense_parallel, *, execution=None, **train):
-    train = {"max_steps": STEPS, "save_interval_steps": 1, "keep_last": 100, "micro_batches": 2} | train
+    train = {
+        "max_steps": STEPS,
+        "save_interval_steps": 1,
+        "keep_last": 100,
+        "micro_batches": 2,
+        "average_fraction": 0.5,
+    } | train
     run = tiny_run(
         stage,
         data_dir,

@@ -45,6 +45,8 @@ def _run(kind: str, data_dir, source, output_dir, max_steps: int, **changes):
     is_pretraining = kind in ("pretrain", "hstu")
     stage, strategy = ("pretrain", "NT") if is_pretraining else ("finetune", kind)
     options = {"train": {"max_steps": max_steps}} | (HSTU if kind == "hstu" else {"model": {"dropout": 0.2}})
+    if kind == "ST":
+        options["train"] |= {"average_fraction": 0.3}
     return tiny_run(stage, data_dir, output_dir, strategy, "" if is_pretraining else source, **options | changes)
 
 

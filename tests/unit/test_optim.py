@@ -7,7 +7,7 @@ from torch import nn
 
 from gpsd_dist.config import ModelConfig, OptimizerConfig, TablesConfig
 from gpsd_dist.model.gpsd import RankingModel
-from gpsd_dist.optim import dense_optimizer, learning_rate_factor, named_state
+from gpsd_dist.optim import WeightAverage, dense_optimizer, learning_rate_factor, named_state
 from gpsd_dist.tables.collections import lookup_tables
 from tests.helpers.synthetic import make_manifest
 
@@ -128,3 +128,40 @@ def test_a_warmup_as_long_as_the_run_divides_by_nothing(total):
 
 def test_a_final_fraction_of_one_keeps_the_rate_to_the_bit():
     assert {learning_rate_factor(step, 50, 0, 1.0) for step in range(60)} == {1.0}
+
+
+def test_the_mean_of_weights_reaches_back_over_a_fraction_of_the_steps():
+    layer = nn.Linear(1, 1, bias=False)
+    average = WeightAverage(layer, 0.1)
+    for step in range(1000):
+        layer.weight.data.fill_(step)
+        average.update(step)
+        if step == 0:
+            assert average.other["weight"].item() == 0  # what the model was built with has no part in it
+    # Step n of N counts as n^9: the mean of n is 10/11 N.
+    assert average.other["weight"].item() == pytest.approx(1000 * 10 / 11, rel=0.01)
+
+
+def test_means_stand_in_the_place_of_weights_for_a_while(model):
+    average = WeightAverage(model, 0.5)
+    last = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    means = {name: torch.randn_like(value) for name, value in last.items()}
+    for name, value in means.items():
+        average.other[name].copy_(value)
+
+    def holds(found, expected):
+        return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+    with pytest.raises(KeyError, match="in the middle"), average.in_place():
+        assert holds(dict(model.named_parameters()), means) and holds(average.other, last)
+        raise KeyError("in the middle")
+    assert holds(dict(model.named_parameters()), last) and holds(average.other, means)
+
+
+def test_without_a_fraction_weights_stay_and_nothing_is_kept(model):
+    average = WeightAverage(model, 0.0)
+    average.update(0)
+    last = [parameter.detach().clone() for parameter in model.parameters()]
+    with average.in_place():
+        assert all(map(torch.equal, last, model.parameters()))
+    assert not average.other

@@ -92,6 +92,14 @@ def test_small_logs_get_matches_for_the_heads():
     assert resolve(run_of(model=left), manifest_of(9), saved)[0].model.matches is False  # a run of before
 
 
+def test_a_run_from_before_weights_were_averaged_goes_on_without():
+    left = run_of(train=TrainConfig(average_fraction=AUTO))
+    new = resolve(left, manifest_of(9))[0]
+    assert new.train.average_fraction == 0.1
+    saved = dataclasses.asdict(new) | {"train": {**dataclasses.asdict(new.train), "average_fraction": 0.0}}
+    assert resolve(left, manifest_of(9), saved)[0].train.average_fraction == 0.0
+
+
 def test_the_rate_falls_with_the_width():
     rates = [
         resolve(run_of(model=ModelConfig(width=width, heads=4)), manifest_of(100))[0].dense.peak_lr

@@ -464,7 +464,7 @@ def test_a_config_gin_of_commit_14e4532_means_the_run_that_it_meant_then():
     saved = json.loads((folder / "run_config.json").read_text())
     run = json.loads(json.dumps(dataclasses.asdict(load([str(folder / "config.gin")]).run)))
     younger = {"model": {"revision", "parametrization", "matches"}, "finetune": {"weighted_metrics"}}
-    younger |= {"data": {"cache_dir", "cache_gib"}, "execution": {"matmul_dtype"}}
+    younger |= {"train": {"average_fraction"}, "data": {"cache_dir", "cache_gib"}, "execution": {"matmul_dtype"}}
     for part, names in younger.items():
         run[part] = {name: value for name, value in run[part].items() if name not in names}
     assert run == saved

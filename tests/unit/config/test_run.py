@@ -292,7 +292,9 @@ def full_run():
         finetune=FinetuneConfig({"click": 0.5, "buy": 2}, True, True, 0.5),
         dense=OptimizerConfig("adamw", 0.2, 0.8, 0.7, 1e-6, 0.3),
         sparse=OptimizerConfig("sgd", 0.3, 0.5, 0.6, 1e-5, 0.0),
-        train=TrainConfig(3, 9, 0.2, 0.3, 0.5, 2, True, 3, "click/auc", 4, 5, 6, 0.5, False, "s3://b", 7, 8, 10, True),
+        train=TrainConfig(
+            3, 9, 0.2, 0.3, 0.5, 2, True, 3, "click/auc", 4, 5, 6, 0.5, False, "s3://b", 7, 8, 10, True, 0.6
+        ),
         execution=ExecutionConfig(True, "bf16", "fp16", "sparse_dist", "fsdp2", 64, False, "bf16"),
     )
 
@@ -328,6 +330,7 @@ def test_a_run_of_commit_14e4532_is_read(name):
     # Tower and tables are equally wide.
     raw["model"] |= {"revision": 2, "parametrization": "official", "matches": False}
     raw["finetune"] |= {"weighted_metrics": False}
+    raw["train"] |= {"average_fraction": 0.0}
     raw["execution"] |= {"matmul_dtype": "auto"}
     raw["data"] |= {"cache_dir": "", "cache_gib": 16.0}
     assert json.loads(json.dumps(dataclasses.asdict(run))) == raw

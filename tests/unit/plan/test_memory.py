@@ -55,6 +55,8 @@ def test_dense_part_by_hand():
     run = tiny_run("finetune", "x", "y")
     assert memories.dense_bytes(run, SIZE, world_size=1) == 1000 * 16
     assert memories.dense_bytes(run, SIZE, world_size=8) == 1000 * 20
+    averaged = tiny_run("finetune", "x", "y", train=TrainConfig(average_fraction=0.1))
+    assert memories.dense_bytes(averaged, SIZE, world_size=1) == 1000 * 20
     half = tiny_run("finetune", "x", "y", train=TrainConfig(bf16=True))
     assert memories.dense_bytes(half, SIZE, world_size=8) == 1000 * 20 + 600 * 2
     sharded = dataclasses.replace(run, execution=ExecutionConfig(dense_parallel="fsdp2"))
