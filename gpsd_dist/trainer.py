@@ -180,10 +180,7 @@ class Trainer:
         self.metrics.throughput.restart()
 
     def save(self, metrics: dict[str, float]) -> None:
-        """Saves weights, optimizers, position in the data and options, in the background. Collective.
-
-        `metrics`: those of `valid` at this step, or none.
-        """
+        """Saves weights, optimizers, place in the data, options and `metrics` in the background. Collective."""
         self.runtime.watchdog.note("checkpoint", is_collective=True)
         self.training_step.check_last()
         state = RunState(
@@ -203,8 +200,7 @@ class Trainer:
     def load_weights(self) -> None:
         """Loads the own checkpoint, else transfers, else keeps random weights, and says which. Collective.
 
-        Raises ValueError if they do not fit this run. `train` calls it where nobody did before, to know that the run is
-        accepted.
+        ValueError if they do not fit this run. `train` calls it where nobody did, to know that the run is accepted.
         """
         self._has_weights = True
         # The own checkpoint comes first: a restarted finetuning goes on, and does not begin again from pretraining.

@@ -169,10 +169,9 @@ class TrainingStep:
             self.check_last()
 
     def check_last(self) -> None:
-        """Raises LossNotFinite if the last step's losses are not finite.
+        """Raises LossNotFinite if the last step's losses are not finite: call it before weights are scored or saved.
 
-        To be called before weights are scored or saved, because on a GPU most steps are not looked at. What one of
-        them has spoilt makes the losses of all later ones NaN, too.
+        On a GPU most steps are not looked at, but what one has spoilt makes the losses of all later ones NaN.
         """
         done = self._done
         if done is not None and not torch.isfinite(done.loss_sums_L).all():
