@@ -32,8 +32,8 @@ def main(folder: pathlib.Path) -> api.Fit:
     print("test AUC:", run.evaluate("test")["click"]["auc"])
 
     scorer = run.export(folder / "artefact")
-    history = [{"item_id": "1", "time_s": 1_700_000_000}]
-    (answer,) = scorer.score([{"history": history, "candidates": [{"item_id": "2"}, {"item_id": "3"}]}])
+    request = {"user_id": "7", "request_time_s": 1_700_000_000, "candidate.item": ["2", "3"], "candidate.slot": [0, 1]}
+    (answer,) = scorer.score([request | {"history.item": ["1"], "history.time_s": [1_699_990_000]}])
     print("probabilities of a click:", answer.tasks["click"]["probability"])
     return run
 

@@ -6,7 +6,7 @@
     run.table                         # every model and baseline with its metrics; a table in a notebook
     run.evaluate("test")              # {"click": {"auc": ..., "log_loss": ...}}
     run.export("artefacts/ctr")
-    api.load("artefacts/ctr").score([{"history": [...], "candidates": [...]}])
+    api.load("artefacts/ctr").score([{"history.item": ["8001"], ..., "candidate.item": ["4", "17"]}])
 
 Mistakes are ValueErrors with the words of the command line. Importing this module imports no torch.
 """

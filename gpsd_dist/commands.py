@@ -17,7 +17,7 @@ import threading
 import time
 import typing
 
-from gpsd_dist.cli.names import as_typed
+from gpsd_dist.cli.names import as_typed, with_plugin
 from gpsd_dist.disk.text import say_error, shown
 from gpsd_dist.distributed import exit_codes, huge_pages
 from gpsd_dist.distributed.fork_server import Forked, ForkServer
@@ -42,7 +42,7 @@ def python_command(num_processes: int, module: str, *arguments: str) -> Command:
 
 def shell(command: Command) -> str:
     """Quotes the command so that it can be typed."""
-    return as_typed(shlex.join(["python", *command]))
+    return with_plugin(as_typed(shlex.join(["python", *command])))
 
 
 def exit_status(work: collections.abc.Callable[[], object]) -> int:

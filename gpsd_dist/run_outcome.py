@@ -8,6 +8,7 @@ import re
 import shlex
 
 from gpsd_dist.baselines.registry import NEXT_ITEM, evaluate_baseline
+from gpsd_dist.cli.names import with_plugin
 from gpsd_dist.config import gin_files
 from gpsd_dist.config.gin_cli import joined_values
 from gpsd_dist.metrics.auc_interval import half_width_of_counts
@@ -31,7 +32,7 @@ def say(trainer: Trainer, best: dict[str, float], argv: list[str]) -> None:
     log.info("%s", how_it_ended(trainer, name))
     for level, line in _quality(trainer, best, name) if best else ():
         log.log(level, "%s", line)
-    log.info("next: %s", next_command(trainer, argv))
+    log.info("next: %s", with_plugin(next_command(trainer, argv)))
 
 
 def best_metric(trainer: Trainer, best: dict[str, float]) -> str:

@@ -7,6 +7,7 @@ Code and documentation of modules say `python -m gpsd_dist.train`, which always 
 import argparse
 import os
 import re
+import shlex
 import typing
 
 PROGRAM = "gpsd-dist"
@@ -64,6 +65,12 @@ def _replacement(found: re.Match[str]) -> str:
     if name is None:
         return found[0]
     return f"{PROGRAM} {name} --nproc {found['n']}" if found["n"] else f"{PROGRAM} {name}"
+
+
+def with_plugin(command: str) -> str:
+    """Puts the user's file of models in front of a command that he is to type, where there is one."""
+    path = os.environ.get(PLUGIN)
+    return f"{PLUGIN}={shlex.quote(path)} {command}" if path else command
 
 
 class Parser(argparse.ArgumentParser):
