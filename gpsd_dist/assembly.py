@@ -35,7 +35,7 @@ def assemble(run: RunConfig, manifest: Manifest, runtime: Runtime) -> Components
     if run.model.compile:
         # Compiled in place: a wrapper would change the names of parameters, which checkpoints depend on.
         compile_tower(tower_of(model), by_block=run.execution.activation_checkpointing)
-    if run.execution.matmul_dtype == "bf16":
+    if run.execution.matmul_dtype == "bf16" and runtime.device.type == "cpu":
         use_bf16_products(model)
     names = tuple(table.name for table in sharded)
     ids = _id_remapper(run, manifest, placed, names, runtime.device)

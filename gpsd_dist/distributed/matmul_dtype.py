@@ -18,19 +18,25 @@ def settle(run: RunConfig, saved: dict[str, typing.Any] | None, runtime: Runtime
     """Returns the run with "fp32" or "bf16" for `matmul_dtype`, and logs which. Collective.
 
     `saved`: options of the run that this one resumes. ValueError if "bf16" is asked for where a rank's CPU cannot; a
-    resumed run, and one that has it from `TrainConfig.bf16` alone, goes on in float32 and says so.
+    resumed run, and one that has it from `TrainConfig.bf16` alone, goes on in float32 and says so. On GPUs the option
+    does nothing and stays as it was given, and ValueError says where `TrainConfig.bf16` cannot run.
     """
     asked = run.execution.matmul_dtype
     recorded = (saved or {}).get("execution", {}).get("matmul_dtype", "auto")
     if runtime.device.type == "cuda":
-        chosen = "fp32"  # of products outside autocast, which has its own option
-    elif asked != "auto":
+        if run.train.bf16 and not _everywhere(torch.cuda.get_device_capability(runtime.device) >= (8, 0)):
+            raise ValueError(
+                "TrainConfig.bf16: a GPU of this run is older than Ampere (compute capability 8.0) and has neither "
+                "bf16 products nor the attention kernel; leave bf16 out, or use newer GPUs"
+            )
+        return run
+    if asked != "auto":
         chosen = asked
     elif recorded != "auto":
         chosen = recorded
     else:
         chosen = "bf16" if run.train.bf16 else "fp32"
-    if chosen == "bf16" and not _everywhere(runtime):
+    if chosen == "bf16" and not _everywhere(has_bf16_products()):
         lacking = "a CPU of this run has neither AVX512_BF16 nor AMX"
         if asked == "bf16" and recorded != "bf16":
             raise ValueError(
@@ -41,14 +47,13 @@ def settle(run: RunConfig, saved: dict[str, typing.Any] | None, runtime: Runtime
         chosen = "fp32"
     elif saved and recorded not in ("auto", chosen):
         log.warning("products are in %s from here on; this run was in %s", chosen, recorded)
-    if runtime.device.type == "cpu":
-        log.info("products of the dense part: %s", "bfloat16 operands" if chosen == "bf16" else "float32")
+    log.info("products of the dense part: %s", "bfloat16 operands" if chosen == "bf16" else "float32")
     return dataclasses.replace(run, execution=dataclasses.replace(run.execution, matmul_dtype=chosen))
 
 
-def _everywhere(runtime: Runtime) -> bool:
-    able = torch.tensor(int(has_bf16_products()), device=runtime.device)
-    return int(all_sum(able)) == runtime.world_size
+def _everywhere(is_able: bool) -> bool:
+    """Says whether all ranks are able. Collective."""
+    return not int(all_sum(torch.tensor(int(not is_able))))
 
 
 def autocast(run: RunConfig, device: torch.device) -> torch.autocast:

@@ -47,17 +47,13 @@ class Runtime:
 def process_group(timeout_s: int) -> typing.Iterator[Runtime]:
     """Joins the group that torchrun describes, or a group of one outside torchrun. Collective.
 
-    LauncherGone if the launcher dies before all ranks have joined. After an error inside the block the group is not
-    destroyed, since that is a collective, which could hang; the launcher sees the exit and stops the other ranks.
+    LauncherGone if the launcher dies before all ranks have joined; ValueError if there are too few GPUs. After an error
+    inside the block the group is not destroyed, since that is a collective, which could hang; the launcher sees the
+    exit and stops the other ranks.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
+    device = _device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
     launcher_pid = parent_watch.launcher_pid()
@@ -75,6 +71,29 @@ def process_group(timeout_s: int) -> typing.Iterator[Runtime]:
     # TorchRec holds the group in a cycle, and with it gloo's threads. One of them that lets go of the last collective
     # only while the interpreter ends would abort the process, after its work was done. Now it is waited for.
     atexit.register(gc.collect)
+
+
+def _device(local_rank: int) -> torch.device:
+    """Returns the GPU of this process, made the current one, or the CPU if there is no GPU.
+
+    ValueError if this machine has more ranks than visible GPUs: NCCL cannot put two ranks on one.
+    """
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+        return torch.device("cpu")
+    ranks, gpus = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), local_rank + 1), torch.cuda.device_count()
+    if ranks > gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        raise ValueError(
+            f"{ranks} ranks on this machine, {gpus} visible GPUs (CUDA_VISIBLE_DEVICES: {visible}): each rank takes "
+            f"the one with its LOCAL_RANK; start {gpus} ranks (NPROC), or show every rank all of them (Slurm: "
+            "--gpus-per-node, not --gpus-per-task)"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    # cuDNN's GRU would round float32 to 10 bits, which products do only where `TrainConfig.bf16` lets them.
+    torch.backends.cudnn.allow_tf32 = False
+    return device
 
 
 def _store_of_one_machine(world_size: int, timeout: datetime.timedelta) -> dist.Store | None:

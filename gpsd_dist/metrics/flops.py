@@ -4,6 +4,7 @@ The count is PaLM's (arXiv:2204.02311, appendix B): 6 per weight and token, 12 p
 and backward; recomputation does not count. Not counted: embedding sums, norms, positions, projections to another width.
 """
 
+import math
 import typing
 
 import torch
@@ -29,8 +30,10 @@ _PEAK_OF_CARDS = {"PCIE": {"H100": 756e12, "A100": 312e12}, "NVL": {"H100": 835e
 
 
 def peak_bf16_flops(device_name: str) -> float | None:
-    """Returns the peak in FLOP/s of a GPU by its name; None if it is not listed."""
+    """Returns the peak in FLOP/s of a GPU by its name; None if it is not listed, or is a part of one (MIG)."""
     words = device_name.upper().replace("-", " ").split()
+    if "MIG" in words:
+        return None
     peaks = next((cards for board, cards in _PEAK_OF_CARDS.items() if board in words), PEAK_BF16_FLOPS_PER_S)
     return next((peak for part, peak in peaks.items() if part in words), None)
 
@@ -90,7 +93,10 @@ class StepFlops:
     """Counts the FLOPs of each step of a run on this rank."""
 
     def __init__(self, run: RunConfig, model: nn.Module, device: torch.device):
-        self.peak = peak_bf16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self.peak: float | None = None
+        """FLOP/s of this device; NaN for a GPU that is not listed, None for a CPU."""
+        if device.type == "cuda":  # NaN, so that ranks with a GPU record the same names, whichever it is
+            self.peak = peak_bf16_flops(torch.cuda.get_device_name(device)) or math.nan
         is_ranking = isinstance(model, RankingModel)
         self._heads = sum(p.numel() for p in model.heads.parameters()) if is_ranking else 0
         tables = model.auxiliary_table.values() if isinstance(model, NextItemModel) else ()

@@ -59,7 +59,7 @@ class ProgressBar:
         for name, unit in (("perf/examples_per_s", "examples/s"), ("perf/tokens_per_s", "tokens/s")):
             if name in self._shown:
                 parts.append(f"{self._shown[name]:,.0f} {unit}")
-        if "perf/mfu" in self._shown:
+        if math.isfinite(self._shown.get("perf/mfu", math.nan)):
             parts.append(f"MFU {self._shown['perf/mfu']:.1%}")
         if "perf/peak_cuda_gib" in self._shown:
             parts.append(f"peak {self._shown['perf/peak_cuda_gib']:.1f} GiB")

@@ -40,7 +40,7 @@ class Throughput:
     ):
         """Sets the window of the rates, in steps since the last pause; `clock` returns seconds.
 
-        `peak_flops_per_s`: what the device can do; None, as for a CPU, gives no MFU.
+        `peak_flops_per_s`: what the device can do; None, as for a CPU, gives no MFU, and NaN one that is NaN.
         """
         self._clock, self._peak = clock, peak_flops_per_s
         self._marks = collections.deque(maxlen=window_steps + 1)  # (time, examples, tokens, waited, FLOPs) cumulated
@@ -88,7 +88,7 @@ class Throughput:
         if self._has_flops:
             flops_per_s = flops / elapsed_s if elapsed_s > 0 else math.nan
             metrics["perf/tflops_per_s"] = flops_per_s / 1e12
-            if self._peak:
+            if self._peak is not None:
                 metrics["perf/mfu"] = flops_per_s / self._peak
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         metrics["perf/cpu_s"] = sum(usage.ru_utime + usage.ru_stime for usage in used)

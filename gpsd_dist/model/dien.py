@@ -105,13 +105,16 @@ class DIEN(nn.Module):
     @uncompiled
     def _extract(self, history_TN: torch.Tensor, packing: Packing) -> torch.Tensor:
         """Extracts interests, once per request for all its candidates: [T, N] -> [T, N]"""
-        if not packing.num_history_tokens:  # torch's GRU refuses empty batches, but DDP needs its weights in the graph.
-            return self.extractor(history_TN.new_zeros(1, history_TN.shape[1]))[0][:0]
-        order = time_major(packing.history_length_B, packing.history_offsets.diff())
-        token_T = packing.history_offsets[order.row_N] + order.step_N
-        packed = PackedSequence(history_TN.index_select(0, token_T), torch.from_numpy(order.alive_L))
-        state = self.extractor(packed)[0].data
-        return torch.zeros_like(state).index_copy(0, token_T, state)
+        # In float32: autocast hands cuDNN a GRU in float16, whatever it was told, where small gradients vanish.
+        history_TN = history_TN.to(self.extractor.weight_ih_l0.dtype)
+        with torch.autocast(history_TN.device.type, enabled=False):
+            if not packing.num_history_tokens:  # torch's GRU refuses empty batches, but DDP needs its weights.
+                return self.extractor(history_TN.new_zeros(1, history_TN.shape[1]))[0][:0]
+            order = time_major(packing.history_length_B, packing.history_offsets.diff())
+            token_T = packing.history_offsets[order.row_N] + order.step_N
+            packed = PackedSequence(history_TN.index_select(0, token_T), torch.from_numpy(order.alive_L))
+            state = self.extractor(packed)[0].data
+            return torch.zeros_like(state).index_copy(0, token_T, state)
 
     def _evolve(self, candidate_CN: torch.Tensor, state_TN: torch.Tensor, packing: Packing) -> torch.Tensor:
         """Evolves interests per candidate, with input gates computed once per token: [C, N], [T, N] -> [C, N]"""

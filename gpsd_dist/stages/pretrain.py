@@ -61,7 +61,7 @@ class Pretrain:
                 next_item.negative_item_GN,
                 next_item.group_offsets,
                 self.config.temperature,
-                rounds_operands=self.run.execution.matmul_dtype == "bf16",
+                rounds_operands=self.run.execution.matmul_dtype == "bf16" and not hidden_ME.is_cuda,
             )
         ]
         for name in self.config.auxiliary:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from gpsd_dist.batch.packing import Packing
+from gpsd_dist.batch.uncompiled import uncompiled
 from gpsd_dist.model.ops.hstu_bias import (
     LOG_STEP,
     UNKNOWN_BUCKET,
@@ -322,6 +323,7 @@ def _pointers(weights: list, segments: Segments) -> tuple:
     return *offsets, *buckets, position, position if time is None else time, (len(position) + 1) // 2
 
 
+@uncompiled
 def pair_buckets(times: EventTimes, packing: Packing, request_B: torch.Tensor) -> PackedBuckets:
     """Computes the time buckets of a batch: those of its histories, and those of the request with each event."""
     offsets, num_tokens, key_time = packing.history_offsets, packing.num_history_tokens, times.key_S
