@@ -1,6 +1,5 @@
 """Measures attention kernels on one GPU against the length buckets. Imports neither TorchRec nor FBGEMM."""
 
-import dataclasses
 import statistics
 import typing
 
@@ -9,6 +8,7 @@ import torch
 
 from benchmarks.gpu_bench import Bench
 from gpsd_dist.batch.packing import Packing
+from gpsd_dist.batch.transfer import to_device
 from gpsd_dist.model.ops import attention, hstu_attention, hstu_bias
 
 
@@ -52,17 +52,7 @@ def _requests(bench: Bench, candidates: int, heads: int, width: int) -> tuple[Pa
     tokens = host.num_history_tokens + host.num_candidates
     qkv = torch.randn(tokens, 3, heads, width, generator=torch.Generator().manual_seed(0))
     dtype = torch.bfloat16 if bench.is_cuda else torch.float32
-    return _on_device(host, bench.device), qkv.to(bench.device, dtype).requires_grad_()
-
-
-def _on_device(value: typing.Any, device: torch.device) -> typing.Any:
-    """Copies a Packing, or a piece of one; `batch.to_device` does the same for whole batches, and needs TorchRec."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if dataclasses.is_dataclass(value):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return type(value)(**{name: _on_device(entry, device) for name, entry in fields.items()})
-    return tuple(_on_device(entry, device) for entry in value) if isinstance(value, tuple) else value
+    return to_device(host, bench.device), qkv.to(bench.device, dtype).requires_grad_()
 
 
 def _compared(bench: Bench, sides: dict, qkv: torch.Tensor, packing: Packing, key: str) -> dict[str, typing.Any]:

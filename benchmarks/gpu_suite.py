@@ -11,10 +11,10 @@ train/<size>[/<option>]   pretraining in bf16 at 64k tokens a step with 4096 sha
                           what gpsd_dist.plan says
 hstu_kernel               HSTU's Triton kernel against length buckets
 
-The order is the safest part first and compiling last. After an error on the device, every later call in the same
-process fails, too: hence the processes. A part that dies is recorded with its exit status and the end of its stderr;
-the JSON is rewritten after every part. `attention` and `hstu_kernel` need neither TorchRec nor FBGEMM, nor does this
-module import them.
+The order is what is worth most first, which are the parts with goals, and compiling last. After an error on the device,
+every later call in the same process fails, too: hence the processes. A part that dies is recorded with its exit status
+and the end of its stderr; the JSON is rewritten after every part. `attention` and `hstu_kernel` need neither TorchRec
+nor FBGEMM, nor does this module import them.
 """
 
 import json
@@ -30,8 +30,6 @@ import rich.markup
 import rich.table
 import torch
 
-from benchmarks.gpu_bench import TRAINED
-
 PARTS = {
     "attention": "benchmarks.gpu_kernels:attention_kernels",
     "lookup": "benchmarks.gpu_lookup:lookup",
@@ -40,19 +38,26 @@ PARTS = {
     "hstu_kernel": "benchmarks.gpu_kernels:hstu_kernel",
 }
 """First word of a name -> the function that measures it: (Bench, name) -> figures by name."""
-_EAGER = ("", "/activation_checkpointing", "/sparse_dist")
-_OTHERS = ("ranking", "frozen", "sasrec", "profile")
-"""Ranking of two candidates, the same with frozen tables, another tower, a profile of three steps; L4H256A4 alone."""
+_SMALL, _LARGE = "train/l4h256a4", "train/l24h1024a16"
 NAMES = (
-    "attention",
     "lookup",
     "host_syncs",
-    *(f"train/{size}{option}" for size in reversed(TRAINED) for option in _EAGER),
-    *(f"train/l4h256a4/{option}" for option in _OTHERS),
+    _SMALL,
+    _LARGE,
+    "attention",
     "hstu_kernel",
-    "train/l4h256a4/hstu",
-    *(f"train/{size}/compile" for size in reversed(TRAINED)),
-    "train/l4h256a4/cuda_graphs",
+    f"{_SMALL}/sparse_dist",
+    f"{_LARGE}/activation_checkpointing",
+    f"{_LARGE}/sparse_dist",
+    f"{_SMALL}/profile",  # of three steps
+    f"{_SMALL}/ranking",  # of two candidates
+    f"{_SMALL}/frozen",  # the same with frozen tables
+    f"{_SMALL}/activation_checkpointing",
+    f"{_SMALL}/sasrec",
+    f"{_SMALL}/hstu",
+    f"{_SMALL}/compile",
+    f"{_LARGE}/compile",
+    f"{_SMALL}/cuda_graphs",
 )
 GOALS = {
     "train/l24h1024a16": "mfu >= 0.45",

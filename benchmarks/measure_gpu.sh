@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Measures the CUDA path in one go, the safest part first: speeds by the GPU suite, and the tests marked `gpu`.
+# Measures the CUDA path, what is worth most first and compiling last: speeds by the GPU suite, and the tests marked `gpu`.
 #
-#     [OUT=runs/gpu] [LIMIT_S=585] [KIT=.gpu] benchmarks/measure_gpu.sh
+#     [OUT=runs/gpu] [LIMIT_S=585] [ONLY="GROUP ..."] [KIT=.gpu] benchmarks/measure_gpu.sh
 #
 # Needs one GPU, and torch, pyarrow, rich and pytest. Libraries that the machine lacks can be brought in the folder KIT,
 # which git ignores: KIT/fbgemm_gpu-*.tar.xz (FBGEMM for this GPU, packed as it lies in site-packages) and
@@ -9,26 +9,28 @@
 # none of it still run.
 #
 # $OUT gets log.txt and a JSON file for each group, rewritten after every part. Every group has its own process and time
-# limit, and LIMIT_S seconds are the limit of all together: what has no time left is named. Exit status 1 if a group
-# failed or was left out.
+# limit. A group whose limit does not fit into what is left of LIMIT_S seconds is cut, and a shorter one behind it may
+# still run. The last line says which groups were cut: ONLY with their names is the next call. Exit status 1 if a group
+# failed or was cut.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
-OUT=${OUT:-runs/gpu} LIMIT_S=${LIMIT_S:-585} KIT=${KIT:-.gpu}
+OUT=${OUT:-runs/gpu} LIMIT_S=${LIMIT_S:-585} ONLY=${ONLY:-} KIT=${KIT:-.gpu}
 SITE=$(mktemp -d)
 trap 'rm -rf "$SITE"' EXIT
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1
-failed=()
+failed=() cut=() known=()
 
 run() { # NAME SECONDS COMMAND...
     local name=$1 seconds=$2 left=$((LIMIT_S - SECONDS)) status=0
     shift 2
-    if ((left < 20)); then
-        echo "== $name: left out, $left of $LIMIT_S s remain"
-        failed+=("$name")
+    known+=("$name")
+    [[ -z $ONLY || " $ONLY " == *" $name "* ]] || return 0
+    if ((left < seconds)); then
+        echo "== $name: cut, its limit is $seconds s and $left of $LIMIT_S s remain"
+        cut+=("$name")
         return
     fi
-    ((seconds < left)) || seconds=$left
     echo "== $name: starts at $SECONDS s, limit $seconds s"
     timeout -k 5 "$seconds" "$@" || status=$?
     echo "== $name: ends at $SECONDS s, exit status $status"
@@ -61,38 +63,48 @@ torch.ops.fbgemm.asynchronous_complete_cumsum(torch.tensor([1, 2], device="cuda"
 }
 
 main() {
-    local fbgemm=false
+    local fbgemm=false name
     unpack_kit
     nvidia-smi
     python3 -m pip list --format freeze
     command -v ptxas nvcc
     if has_fbgemm; then fbgemm=true; else failed+=("FBGEMM"); fi
 
-    measure attention 60 attention
     if $fbgemm; then
-        measure lookup 90 lookup,host_syncs
-        check tests 150 tests/numerics/test_two_part_attention.py tests/integration/test_host_syncs.py \
-            tests/unit/benchmarks/test_step_split.py
-        measure l4 110 train/l4h256a4,train/l4h256a4/activation_checkpointing,train/l4h256a4/sparse_dist
-        measure l24 190 train/l24h1024a16,train/l24h1024a16/activation_checkpointing,train/l24h1024a16/sparse_dist
-        measure others 150 train/l4h256a4/ranking,train/l4h256a4/frozen,train/l4h256a4/sasrec,train/l4h256a4/profile
+        measure lookup 75 lookup,host_syncs
+        measure l4 50 train/l4h256a4
+        measure l24 75 train/l24h1024a16
     else
         echo "== FBGEMM or TorchRec does not work here (see above): left out are the parts that need them"
     fi
-    check hstu_tests 90 tests/numerics/test_hstu_kernel.py
-    measure hstu 60 hstu_kernel
+    measure attention 50 attention
     if $fbgemm; then
-        measure hstu_training 60 train/l4h256a4/hstu
+        check tests 90 tests/numerics/test_two_part_attention.py tests/integration/test_host_syncs.py \
+            tests/unit/benchmarks/test_step_split.py
     fi
+    check hstu_tests 80 tests/numerics/test_hstu_kernel.py
+    measure hstu 50 hstu_kernel
     if $fbgemm; then
+        measure l4_sparse_dist 45 train/l4h256a4/sparse_dist
+        measure l24_recomputed 65 train/l24h1024a16/activation_checkpointing
+        measure l24_sparse_dist 65 train/l24h1024a16/sparse_dist
+        measure l4_profile 45 train/l4h256a4/profile
+        measure l4_ranking 45 train/l4h256a4/ranking
+        measure l4_frozen 45 train/l4h256a4/frozen
+        measure l4_recomputed 45 train/l4h256a4/activation_checkpointing
+        measure l4_sasrec 45 train/l4h256a4/sasrec
+        measure l4_hstu 60 train/l4h256a4/hstu
         check graph_tests 90 tests/integration/test_padded_training.py
-        measure compiled 300 train/l4h256a4/compile,train/l24h1024a16/compile
-        measure graphs 120 train/l4h256a4/cuda_graphs
+        measure l4_compiled 120 train/l4h256a4/compile
+        measure l24_compiled 200 train/l24h1024a16/compile
+        measure l4_graphs 120 train/l4h256a4/cuda_graphs
     fi
-    if ((${#failed[@]})); then
-        printf '== failed or left out: %s\n' "${failed[@]}"
-        return 1
-    fi
+    for name in $ONLY; do
+        [[ " ${known[*]} " == *" $name "* ]] || failed+=("ONLY names $name, which is no group; there are ${known[*]}")
+    done
+    if ((${#failed[@]})); then printf '== failed: %s\n' "${failed[@]}"; fi
+    if ((${#cut[@]})); then echo "== cut, for the next call: ONLY=\"${cut[*]}\" benchmarks/measure_gpu.sh"; fi
+    ((${#failed[@]} + ${#cut[@]} == 0))
 }
 
 main 2>&1 | tee "$OUT/log.txt"

@@ -10,7 +10,8 @@ import typing
 
 import torch
 
-from gpsd_dist.batch.batch import Batch, to_device
+from gpsd_dist.batch.batch import Batch
+from gpsd_dist.batch.transfer import to_device
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.collectives import all_sum
@@ -49,6 +50,7 @@ class TrainingStep:
             # The losses' products stay in float32, outside autocast: TF32 puts them on tensor cores with 10 bits, where
             # bf16 would leave 7.
             torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.allow_tf32 = True
         self.model = components.model.train()
         # The optimizer comes after `parallelize`: FSDP2 replaces the parameters by shards of them.
         self.parallel = parallelize(self.model, run, self.runtime)

@@ -9,8 +9,9 @@ import typing
 
 import torch
 
-from gpsd_dist.batch.packing import Bucket, Packing, Slots
+from gpsd_dist.batch.packing import Packing
 from gpsd_dist.batch.padding import PaddedPacking
+from gpsd_dist.batch.transfer import map_tensors, to_device
 
 if typing.TYPE_CHECKING:  # serving makes batches too, whose rows come from mapped files: it must not need TorchRec
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -85,7 +86,7 @@ class Batch:
     """Managed table -> its entries in `lookup`. Empty once rows are assigned."""
 
     def to(self, device: torch.device) -> "Batch":
-        """Copies everything the device needs; asynchronous if the tensors are pinned."""
+        """Copies everything the device needs, in one copy if the batch is `transfer.pinned`."""
         return to_device(self, device)
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -93,62 +94,8 @@ class Batch:
         # They were copied on another stream: without this the allocator could hand their memory out again while the
         # step still reads it.
 
-        def record(tensor):
+        def record(tensor: torch.Tensor) -> torch.Tensor:
             tensor.record_stream(stream)
             return tensor
 
-        _map_tensors(self, record, {}, stays=(Bucket,))
-
-
-def to_device(value: typing.Any, device: torch.device) -> typing.Any:
-    """Copies a batch, all parts of a step's batch, or a piece of one (a Packing, say) to a device.
-
-    Asynchronous if the tensors are pinned. What parts share (the lookup) is copied once. Length buckets stay where they
-    are: `Packing.device_buckets` copies them for the kernels that read them. A CPU gets the value itself.
-    """
-    if device.type == "cpu":
-        return value
-    return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True), {}, stays=(Bucket,))
-
-
-def pinned(value: typing.Any) -> typing.Any:
-    """Copies every tensor into page-locked memory; what parts share, once."""
-    # A GPU copies from page-locked memory by itself; from other memory the host waits for each copy.
-    return _map_tensors(value, lambda tensor: tensor.pin_memory(), {})
-
-
-_CONTAINERS = (Bag, RawIds, NextItem, Packing, PaddedPacking, Bucket, Slots, Batch)
-
-
-def _map_tensors(
-    value: typing.Any,
-    fn: typing.Callable[[torch.Tensor], torch.Tensor],
-    done: dict[int, tuple[torch.Tensor, torch.Tensor]],
-    stays: tuple[type, ...] = (),
-) -> typing.Any:
-    """Applies `fn` to every tensor inside dataclasses, dicts, tuples and KeyedJaggedTensors; leaves the rest alone.
-
-    Objects of the types `stays` are left alone, too. A tensor that stands in several places goes through it once:
-    `done`, empty at first, has the results by id.
-    """
-    if isinstance(value, torch.Tensor):
-        if id(value) not in done:
-            # The tensor is kept too: were it freed, another one could get its id.
-            done[id(value)] = value, fn(value)
-        return done[id(value)][1]
-    if hasattr(value, "length_per_key_or_none"):  # only a KeyedJaggedTensor has it
-        # `length_per_key` goes along, or TorchRec would ask the GPU for it and make the host wait.
-        return type(value)(
-            keys=value.keys(),
-            values=_map_tensors(value.values(), fn, done),
-            lengths=_map_tensors(value.lengths(), fn, done),
-            length_per_key=value.length_per_key_or_none(),
-        )
-    if isinstance(value, _CONTAINERS) and not isinstance(value, stays):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return type(value)(**{name: _map_tensors(entry, fn, done, stays) for name, entry in fields.items()})
-    if isinstance(value, dict):
-        return {key: _map_tensors(entry, fn, done, stays) for key, entry in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_map_tensors(entry, fn, done, stays) for entry in value)
-    return value
+        map_tensors(self, record, {}, with_host_parts=False)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from gpsd_dist.batch.row_layout import AttentionRows, plan_rows
+from gpsd_dist.batch.transfer import to_device
 from gpsd_dist.batch.uncompiled import uncompiled
 
 _FIRST_WIDTH, _GROWTH = 8, 1.5  # bucket widths 8, 12, 18, 27, ...: 1.1-2x faster than exact lengths, ~15 % padding
@@ -24,6 +25,7 @@ MAX_MASKED_CANDIDATES = 8  # up to here one masked call over history and candida
 class Bucket:
     """Groups consecutive requests whose histories fit into W slots; only attention in the bucket sees padded slots."""
 
+    stays_on_host: typing.ClassVar = True  # `Packing.device_buckets` copies it
     num_requests: int  # n
     width: int  # W, the longest history in the bucket (tokens); may be 0
     num_tokens: int  # t, history tokens of the bucket; consecutive in the batch
@@ -34,12 +36,6 @@ class Bucket:
     candidate_mask: torch.Tensor | None
     """bool [n, 1, K, W + K]: keys of a candidate: its history and itself; None for no or many candidates."""
 
-    def to(self, device: torch.device) -> "Bucket":
-        """Copies the tensors to a device; asynchronous if they are pinned."""
-        history, candidate = (part and part.to(device) for part in (self.history, self.candidate))
-        mask = None if self.candidate_mask is None else self.candidate_mask.to(device, non_blocking=True)
-        return dataclasses.replace(self, history=history, candidate=candidate, candidate_mask=mask)
-
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
@@ -49,10 +45,6 @@ class Slots:
     """int64 [n * width]: the entry in each slot, counted from the bucket's first; any valid entry where padded."""
     is_entry: torch.Tensor  # bool [n, width]: the slot is not padding
     slot: torch.Tensor  # int64 [entries]: slot of each entry
-
-    def to(self, device: torch.device) -> "Slots":
-        """Copies the tensors to a device; asynchronous if they are pinned."""
-        return Slots(*(part.to(device, non_blocking=True) for part in (self.entry, self.is_entry, self.slot)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +102,7 @@ class Packing:
     @functools.cached_property
     def device_buckets(self) -> tuple[Bucket, ...]:
         """Copies the buckets to the device of the batch, when they are first read: flash and HSTU kernels never do."""
-        return tuple(bucket.to(self.history_offsets.device) for bucket in self.buckets)
+        return to_device(self.buckets, self.history_offsets.device, with_host_parts=True)
 
     @property
     def num_requests(self) -> int:

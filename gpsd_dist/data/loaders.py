@@ -3,7 +3,8 @@
 import pathlib
 import typing
 
-from gpsd_dist.batch.batch import Batch, pinned
+from gpsd_dist.batch.batch import Batch
+from gpsd_dist.batch.transfer import pinned
 from gpsd_dist.config import RunConfig
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.decoded_cache import base_folder

@@ -13,7 +13,8 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardedModule
 from torchrec.streamable import Pipelineable
 
-from gpsd_dist.batch.batch import Batch, to_device
+from gpsd_dist.batch.batch import Batch
+from gpsd_dist.batch.transfer import to_device
 from gpsd_dist.tables.sharding import ShardedTables
 
 Parts: typing.TypeAlias = tuple[Batch, ...]

@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from gpsd_dist.batch.batch import _map_tensors, to_device
+from gpsd_dist.batch.transfer import map_tensors, to_device
 from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig
 from gpsd_dist.model import transformer
@@ -108,7 +108,7 @@ def tower_code(shown: int, layers: int = 2) -> list[str]:
     with FakeTensorMode() as mode, dry_run.on_fake_cuda(set()), _for_h200(codes):
         with dry_run.CUDA:
             tower = transformer.Transformer(ModelConfig(layers=layers, width=WIDTH, heads=4), 1)
-        packing = to_device(_map_tensors(packing, mode.from_tensor, {}), dry_run.CUDA)
+        packing = to_device(map_tensors(packing, mode.from_tensor, {}), dry_run.CUDA)
         weights = dict(tower.named_parameters())
 
         def run(x_SD, *rest):

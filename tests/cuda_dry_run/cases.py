@@ -49,7 +49,12 @@ PLANTS = ("item", "mask", "copy", "host_tensor")
 """Faults that the dry run has to find: `dry_run.planted_<name>`."""
 
 
-def is_scored(label: str) -> bool:
-    """Whether the model of a case is scored, too; a batch that is scored has one part."""
-    stage, changes = CASES[label]
-    return stage == "finetune" and "micro_batches" not in changes.get("train", {})
+STEPS_TWICE = ("pretrain/bf16", "finetune/bf16", "finetune/bf16/fsdp2", "finetune/bf16/hstu")
+SAVED = ("pretrain", "finetune/bf16", "finetune/bf16/ddp", "finetune/bf16/fsdp2")
+SCORED = (
+    "finetune",
+    "finetune/bf16",
+    "finetune/bf16/fsdp2",
+    *(f"finetune/bf16/{name}" for name in ("hstu", "sasrec", "deepfm", "din", "dien", "dmin", "wukong")),
+)
+"""Which cases take two steps, are saved, and are scored: one for each piece of code that differs there."""

@@ -6,7 +6,7 @@ The step is the product's own `TrainingStep`, and so are what copies a checkpoin
 validation. Replaced are the tables' rows (TorchRec), launches of Triton kernels, cuDNN's GRU, pinning, and for two
 ranks what `parallel.py` says. FakeTensorMode raises for operands on different devices and for what needs a number on
 the host (`.item()`, `bool(tensor)`, `nonzero`, boolean masks); `Watch` adds copies that wait, and counts products by
-dtype. What it cannot see: values, races, NCCL, FBGEMM's kernels.
+dtype. What may wait, and needs numbers for it, is in `evaluated.py`. Neither sees races, NCCL and FBGEMM's kernels.
 """
 
 # ruff: noqa: E402, I001
@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpsd_dist.assembly import looked_up_tables
-from gpsd_dist.batch.batch import _map_tensors, pinned
+from gpsd_dist.batch import transfer
 from gpsd_dist.checkpoint import files
 from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.runtime import Runtime
@@ -45,7 +45,7 @@ from gpsd_dist.stages.stage import Components
 from gpsd_dist.tables.id_remapping import IdRemapper
 from gpsd_dist.training_step import TrainingStep
 from gpsd_dist.trainer import Trainer
-from tests.cuda_dry_run.cases import BF16, CASES, PLANTS, is_scored
+from tests.cuda_dry_run.cases import BF16, CASES, PLANTS, SAVED, SCORED, STEPS_TWICE
 from tests.cuda_dry_run.parallel import Stream, two_ranks
 from tests.integration.tiny_data import tiny_run, write_tiny_data
 
@@ -61,6 +61,7 @@ class Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.waits: set[str] = set()
+        self.copies = 0  # from host to device
         self.products: dict[str, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -85,7 +86,9 @@ class Watch(TorchDispatchMode):
         if source.is_cuda:
             if not (non_blocking and getattr(target, _PINNED, False)):
                 self._note(f"device to host, {tuple(source.shape)}")
-        elif not (non_blocking and getattr(source, _PINNED, False)):
+            return
+        self.copies += 1
+        if not (non_blocking and getattr(source, _PINNED, False)):
             self._note(f"host to device, {tuple(source.shape)}, " + ("not pinned" if non_blocking else "blocking"))
 
     def _note(self, what: str) -> None:
@@ -155,12 +158,13 @@ def on_fake_cuda(launched: set[str]) -> typing.Iterator[None]:
 
     def gru(self, packed, *_):
         # cuDNN reads the number of living sequences per step on the host, where it is; a fake tensor has no numbers.
-        if not isinstance(packed, torch.nn.utils.rnn.PackedSequence):
-            return packed.new_empty(len(packed), self.hidden_size) * sum(p.sum() for p in self.parameters()), None
-        assert not packed.batch_sizes.is_cuda and packed.data.is_cuda
-        gates = packed.data @ self.weight_ih_l0.t() + self.bias_ih_l0 + self.bias_hh_l0
-        out = gates[:, : self.hidden_size]
-        return packed._replace(data=out + (out @ self.weight_hh_l0.t())[:, : self.hidden_size]), None
+        is_packed = isinstance(packed, torch.nn.utils.rnn.PackedSequence)
+        x = packed.data if is_packed else packed
+        assert x.is_cuda and not (is_packed and packed.batch_sizes.is_cuda)
+        # autocast hands cuDNN float16, whatever it was told
+        assert x.dtype == torch.float32 and not torch.is_autocast_enabled("cuda"), "a GRU under autocast"
+        out = x[:, : self.hidden_size] * sum(p.sum() for p in self.parameters())
+        return (packed._replace(data=out) if is_packed else out), None
 
     patches = [
         unittest.mock.patch.object(torch.Tensor, "pin_memory", pin),
@@ -192,10 +196,36 @@ class Result:
     products: dict[str, int] = dataclasses.field(default_factory=dict)
     without_gradient: list[str] = dataclasses.field(default_factory=list)
     launched: list[str] = dataclasses.field(default_factory=list)
+    copies: list[int] = dataclasses.field(default_factory=list)  # from host to device, by step
     staging_syncs: int = 0  # Waits of a checkpoint's copy to the host
 
 
-def dry_run(run: RunConfig, manifest: Manifest, batches: list, frozen=(), plant=None, scores: bool = False) -> Result:
+def page_locked(num_bytes: int) -> torch.Tensor:
+    """Stands for `transfer.page_locked`."""
+    block = torch.empty(num_bytes, dtype=torch.uint8)
+    setattr(block, _PINNED, True)
+    return block
+
+
+def faked(value, mode: FakeTensorMode):
+    """Makes fake tensors of a batch that is pinned, in fake blocks."""
+    blocks: dict[int, torch.Tensor] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        block, copy = getattr(tensor, transfer._BLOCK, None), mode.from_tensor(tensor)
+        if block is not None and id(block) not in blocks:
+            blocks[id(block)] = mode.from_tensor(block)
+            setattr(blocks[id(block)], _PINNED, getattr(block, _PINNED, False))
+        if block is not None:
+            setattr(copy, transfer._BLOCK, blocks[id(block)])
+        return copy
+
+    return transfer.map_tensors(value, fake, {})
+
+
+def dry_run(
+    run: RunConfig, manifest: Manifest, batches: list, frozen=(), plant=None, scores: bool = False, saves: bool = False
+) -> Result:
     """Trains on `batches`, or scores them, on fake CUDA tensors. `plant(stage, batch)` is called before each loss."""
     runtime, result, launched = Runtime(0, dist.get_world_size(), 0, CUDA), Result(), set()
     sharded = looked_up_tables(run, manifest)
@@ -211,7 +241,7 @@ def dry_run(run: RunConfig, manifest: Manifest, batches: list, frozen=(), plant=
             loss_sums = stage.loss_sums
             stage.loss_sums = lambda model, rows, batch: loss_sums(model, rows, plant(batch))
         step = TrainingStep(run, components, StepProfiler(run, runtime, model), lambda _: 1.0, lambda: None)
-        parts = [pinned(_map_tensors(batch, mode.from_tensor, {})) for batch in batches]
+        parts = [faked(batch, mode) for batch in batches]
         with Watch() as watch, warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*CUDA is not available.*")
             if scores:
@@ -219,8 +249,11 @@ def dry_run(run: RunConfig, manifest: Manifest, batches: list, frozen=(), plant=
             else:
                 for done in step.run_steps(iter(parts), 0, len(parts)):
                     assert done.loss_sums_L.is_cuda and done.counts_L.is_cuda
+                    result.copies.append(watch.copies)
+                    watch.copies = 0
                 result.without_gradient = [name for name, p in model.named_parameters() if p.grad is None]
-                result.staging_syncs = _stage_checkpoint(step)
+                if saves:
+                    result.staging_syncs = _stage_checkpoint(step)
         for name, parameter in model.named_parameters():
             assert parameter.is_cuda and (parameter.grad is None or parameter.grad.is_cuda), name
     result.waits, result.products, result.launched = sorted(watch.waits), watch.products, sorted(launched)
@@ -287,19 +320,26 @@ def main(argv: list[str]) -> int:
     manifest = write_tiny_data(folder / "data")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
-    def go(label: str, stage: str, changes: dict, **options) -> None:
+    made: dict[str, list] = {}
+
+    def batches_of(run: RunConfig) -> list:
+        """Two steps' batches, pinned; runs that differ in the model alone share them."""
+        key = repr((run.stage, run.pretrain, run.train.micro_batches, run.execution.token_multiple))
+        if key not in made:
+            loader = Trainer(run, Runtime(0, 1, 0, torch.device("cpu"))).loader
+            with unittest.mock.patch.object(transfer, "page_locked", page_locked):
+                made[key] = [transfer.pinned(parts) for parts, _ in zip(iter(loader), range(2), strict=False)]
+            loader.close()
+        return made[key]
+
+    def go(label: str, stage: str, changes: dict, num_steps: int = 1, **options) -> None:
         changes = {part: dict(fields) for part, fields in changes.items()}
         changes["train"] = {"log_interval_steps": 1000} | changes.get("train", {})  # a step that logs may wait
         run = tiny_run(stage, folder / "data", folder / label.replace("/", "_"), **changes)
-        loader = Trainer(run, Runtime(0, 1, 0, torch.device("cpu"))).loader
-        batches = [parts for parts, _ in zip(iter(loader), range(2), strict=False)]
-        loader.close()
         kind = changes.get("execution", {}).get("dense_parallel")
-        if kind == "ddp":  # before its second step it makes new buckets, by numbers of a tensor
-            batches = batches[:1]
         try:
             with contextlib.nullcontext() if kind is None else two_ranks():
-                result = dry_run(run, manifest, batches, **options)
+                result = dry_run(run, manifest, batches_of(run)[:num_steps], **options)
         except Exception as error:
             first_line = (str(error).splitlines() or [""])[0][:300]
             where = place(traceback.extract_tb(error.__traceback__))
@@ -307,8 +347,9 @@ def main(argv: list[str]) -> int:
         results[label] = dataclasses.asdict(result)
 
     for label in argv[1:] or CASES:
-        go(label, *CASES[label])
-        if is_scored(label) and not argv[1:]:
+        # Two steps where the second could differ. DDP's second step makes new buckets, by numbers of a tensor.
+        go(label, *CASES[label], num_steps=2 if label in STEPS_TWICE else 1, saves=label in SAVED)
+        if label in SCORED and not argv[1:]:
             go(f"{label} scored", *CASES[label], scores=True)
     if not argv[1:]:
         go("frozen", "finetune", BF16, frozen=("item", "tag"))
@@ -316,10 +357,17 @@ def main(argv: list[str]) -> int:
             go(f"planted {name}", "finetune", BF16, plant=globals()[f"planted_{name}"])
         pageable = lambda layout: [torch.empty(shape, dtype=dtype) for shape, dtype in layout]  # noqa: E731
         with unittest.mock.patch.dict(globals(), host_block=pageable):
-            go("planted pageable checkpoint", "finetune", BF16)
-        from tests.cuda_dry_run import roofline
+            go("planted pageable checkpoint", "finetune", BF16, saves=True)
+        with unittest.mock.patch.object(transfer, "_BLOCK", "no block"):
+            go("planted copies", "finetune", BF16)
+        made.clear()
+        with unittest.mock.patch.dict(globals(), page_locked=lambda size: torch.empty(size, dtype=torch.uint8)):
+            go("planted pageable batch", "finetune", BF16)
+        made.clear()
+        from tests.cuda_dry_run import evaluated, roofline
 
-        pathlib.Path(argv[0]).with_name("roofline.json").write_text(json.dumps(roofline.results(), indent=1))
+        others = roofline.results() | evaluated.results(folder)
+        pathlib.Path(argv[0]).with_name("others.json").write_text(json.dumps(others, indent=1))
         autocast = torch.autocast
         with unittest.mock.patch(
             "torch.autocast", lambda device, dtype, enabled: autocast(device, dtype, enabled=False)

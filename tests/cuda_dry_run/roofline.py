@@ -9,6 +9,7 @@ as in the GPU suite.
 # ruff: noqa: I001
 from tests.cuda_dry_run import dry_run  # loads the shim: before torch
 
+import contextlib
 import dataclasses
 import typing
 import unittest.mock
@@ -19,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpsd_dist.assembly import looked_up_tables
-from gpsd_dist.batch.batch import _map_tensors, to_device
+from gpsd_dist.batch.transfer import map_tensors, to_device
 from gpsd_dist.metrics.flops import step_flops, work_of
 from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.dense_parallel import clip_gradients
@@ -35,6 +36,7 @@ from tests.helpers.synthetic import make_manifest
 from tests.integration.tiny_data import tiny_run
 
 UNIQUE_ROWS = 40_000
+EMBED, TOWER, LOSS, CLIP, UPDATE = "embedding", "tower", "head + loss", "clipping", "update"
 PEAK_FLOPS_PER_S, PEAK_BYTES_PER_S = 790e12, 4.3e12
 """80 % of an H200's data sheet in bf16, and 90 % of its memory bandwidth: what well-made kernels reach."""
 TRAINED = {"l24h1024a16": (24, 1024, 16), "l4h256a4": (4, 256, 4)}
@@ -50,6 +52,9 @@ class Counted:
     """Every operation that is no view reads its inputs and writes its outputs once."""
     operations: int = 0
     """What is launched, but for operations over lists of tensors, which a CPU build takes apart."""
+    of_parts: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Operations of each part of the step, forward and backward together."""
+    part: str = ""
     kept_bytes: float = 0.0  # by embedder and tower
     planned_flops: float = 0.0  # without attention, whose products hide in an operation of their own
     planned_kept_bytes: float = 0.0
@@ -69,6 +74,7 @@ class Count(TorchDispatchMode):
         if is_idle or not any(tensor.is_cuda for tensor in (*inputs, *outputs)):
             return out
         self.counted.operations += 1
+        self.counted.of_parts[self.counted.part] = self.counted.of_parts.get(self.counted.part, 0) + 1
         moved = sum(_bytes(tensor) for tensor in {id(t): t for t in (*inputs, *outputs)}.values())
         if func._overloadpacket.__name__ in dry_run._PRODUCTS:
             left = args[-2]
@@ -132,6 +138,25 @@ def _bytes(tensor: torch.Tensor) -> int:
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())  # less where it is expanded
 
 
+@contextlib.contextmanager
+def _named_parts(model: torch.nn.Module, counted: Counted) -> typing.Iterator[None]:
+    """Tells `counted` where the tower begins and ends, forward and backward."""
+    forward = model.backbone.tower.forward
+
+    def named(part: str, tensor: torch.Tensor) -> torch.Tensor:
+        tensor.register_hook(lambda _: setattr(counted, "part", part))
+        return tensor
+
+    def tower(x, *args, **kwargs):
+        counted.part = TOWER
+        out = forward(named(EMBED, x), *args, **kwargs)
+        counted.part = LOSS
+        return named(TOWER, out)
+
+    with unittest.mock.patch.object(model.backbone.tower, "forward", tower):
+        yield
+
+
 def count_step(run: RunConfig, manifest: Manifest, lengths: np.ndarray, shown: int, negatives: int) -> Counted:
     """Counts one step of the dense part: forward, backward, clip, update. `lengths` ascend."""
     counted, sharded = Counted(), looked_up_tables(run, manifest)
@@ -147,15 +172,18 @@ def count_step(run: RunConfig, manifest: Manifest, lengths: np.ndarray, shown: i
         host = stand_in(manifest, lengths if shown else lengths - 1, shown, negatives)
         optimizer = dense_optimizer(model, run.dense)
         named_state(optimizer, model)  # made in the first step alone
-        batch = to_device(_map_tensors(host, mode.from_tensor, {}), dry_run.CUDA)
+        batch = to_device(map_tensors(host, mode.from_tensor, {}), dry_run.CUDA)
         autocast = torch.autocast("cuda", torch.bfloat16, enabled=run.train.bf16)
         with (kept := Kept(model)), autocast:
             model.backbone(rows, batch, candidates_only=shown > 0)
-        with Count(counted):
+        with Count(counted), _named_parts(model, counted):
+            counted.part = EMBED
             with autocast:
                 loss = stage.loss_sums(model, rows, batch).sum()
             loss.backward()
+            counted.part = CLIP
             clip_gradients(list(model.parameters()), 1.0)
+            counted.part = UPDATE
             optimizer.step()
     size, tokens = model_size(run, manifest), int(lengths.sum())
     context = float((lengths * (lengths + 1) / 2).sum() / tokens)
@@ -220,7 +248,7 @@ def main() -> None:
             f"{size}: {(c.product_flops + attention) / 1e12:.2f} TFLOP, products {1e3 * products_s:.1f} ms, other "
             f"{c.other_bytes / 1e9:.1f} GB = {1e3 * c.other_bytes / PEAK_BYTES_PER_S:.1f} ms, kept "
             f"{c.kept_bytes / 2**30:.1f} GiB (plan {c.planned_kept_bytes / 2**30:.1f}), {c.operations} operations; "
-            f"plan's FLOPs / counted {c.planned_flops / c.product_flops:.4f}"
+            f"plan's FLOPs / counted {c.planned_flops / c.product_flops:.4f}; {c.of_parts}"
         )
     for name, c in towers().items():
         print(name, c)

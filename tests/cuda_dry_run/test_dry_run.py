@@ -8,13 +8,12 @@ import sys
 
 import pytest
 
-from tests.cuda_dry_run.cases import BF16, CASES, PLANTS, is_scored
+from tests.cuda_dry_run.cases import BF16, CASES, PLANTS, SAVED, SCORED, STEPS_TWICE
 
 pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ for the shim that stands for a CUDA driver"),
 ]
-SCORED = [label for label in CASES if is_scored(label)]
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +25,7 @@ def results(tmp_path_factory):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(path.read_text()) | json.loads(path.with_name("roofline.json").read_text())
+    return json.loads(path.read_text()) | json.loads(path.with_name("others.json").read_text())
 
 
 @pytest.mark.parametrize("label", [*CASES, "frozen", *(f"{label} scored" for label in SCORED)])
@@ -34,11 +33,18 @@ def test_nothing_waits_and_no_devices_mix(results, label):
     result = results[label]
     assert not result["error"] and not result["waits"], result
     assert not result["without_gradient"]
-    assert result["staging_syncs"] == (0 if label.endswith(" scored") else 2)  # one for each of two saves
+    assert result["staging_syncs"] == (2 if label in SAVED else 0)  # one for each of two saves
     is_half = "bf16" in label or label == "frozen"
     assert (result["products"].get("bfloat16", 0) > 0) == is_half
     if is_half and not label.startswith("pretrain"):  # there, the products of the losses stay in float32
         assert set(result["products"]) == {"bfloat16"}
+
+
+@pytest.mark.parametrize("label", CASES)
+def test_a_batch_travels_in_one_copy(results, label):
+    """Attention in length buckets, in float32, reads one block more."""
+    reads_buckets = label in ("pretrain", "finetune", "pretrain/sasrec", "finetune/sasrec", "finetune/dmin")
+    assert results[label]["copies"] == [1 + reads_buckets] * (1 + (label in STEPS_TWICE))
 
 
 @pytest.mark.parametrize("label", [label for label in CASES if "hstu" in label])
@@ -64,8 +70,29 @@ def test_a_checkpoint_that_is_copied_to_pageable_memory_is_found(results):
     assert "device to host" in " ".join(results["planted pageable checkpoint"]["waits"])
 
 
+def test_a_batch_in_pageable_memory_or_in_many_pieces_is_found(results):
+    assert "host to device" in " ".join(results["planted pageable batch"]["waits"])
+    assert results["planted copies"]["copies"][0] > 20
+
+
 def test_autocast_that_is_off_is_found(results):
     assert BF16 and set(results["planted no autocast"]["products"]) == {"float32"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["validation of pretraining", "validation of finetuning", "predictions", "managed ids", "metrics", "resuming"],
+)
+def test_what_needs_numbers_has_those_of_the_cpu(results, name):
+    """On tensors that say they are on CUDA; the counts show that the device was asked at all."""
+    assert results[f"labelled {name}"]["right"] and results[f"labelled {name}"]["waits"], results[f"labelled {name}"]
+
+
+def test_mixed_devices_and_wrong_numbers_are_found_there(results):
+    planted = results["labelled planted sums on the host"]
+    assert "operands on cuda:0 and on the CPU, [(7,)] at ranking.py" in planted["error"], planted
+    planted = results["labelled planted wrong rows"]
+    assert not planted["right"] and not planted["error"], planted
 
 
 TOWERS = [f"{stage}/{name}" for name in ("transformer", "sasrec", "hstu") for stage in ("pretrain", "finetune")]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from gpsd_dist.batch.batch import to_device
 from gpsd_dist.batch.packing import Packing
+from gpsd_dist.batch.transfer import to_device
 from gpsd_dist.config import ModelConfig
 from gpsd_dist.model import transformer
 from gpsd_dist.model.ops import flash_attention

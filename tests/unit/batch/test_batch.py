@@ -5,8 +5,10 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from gpsd_dist.batch.batch import Batch, pinned, to_device
+from gpsd_dist.batch import transfer
+from gpsd_dist.batch.batch import Batch
 from gpsd_dist.batch.packing import Bucket, Packing
+from gpsd_dist.batch.transfer import pinned, to_device
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.parquet_dataset import BatchKey
 from gpsd_dist.tables.prefetch import PrefetchedParts
@@ -90,13 +92,9 @@ def test_to_the_same_device_changes_no_value(split):
 
 
 class Spy(torch.Tensor):
-    """Records what pinning and streams touch: this machine need not have a GPU."""
+    """Records what streams touch: this machine need not have a GPU."""
 
     seen: list = []  # noqa: RUF012
-
-    def pin_memory(self):
-        Spy.seen.append(self.data_ptr())
-        return self
 
     def record_stream(self, stream):
         Spy.seen.append(self.data_ptr())
@@ -104,32 +102,84 @@ class Spy(torch.Tensor):
 
 def spied(value):
     """The same structure with every tensor a Spy."""
-    if isinstance(value, torch.Tensor):
-        return value.clone().as_subclass(Spy)
-    if isinstance(value, KeyedJaggedTensor):
-        return KeyedJaggedTensor(value.keys(), spied(value.values()), lengths=spied(value.lengths()))
-    if dataclasses.is_dataclass(value):
-        return type(value)(**{field.name: spied(getattr(value, field.name)) for field in dataclasses.fields(value)})
-    if isinstance(value, dict):
-        return {key: spied(entry) for key, entry in value.items()}
-    if isinstance(value, tuple):
-        return tuple(spied(entry) for entry in value)
-    return value
+    return transfer.map_tensors(value, lambda tensor: tensor.clone().as_subclass(Spy), {})
 
 
 @pytest.mark.parametrize("split", ["pretrain", "train"])
-@pytest.mark.parametrize("action", ["pin_memory", "record_stream"])
-def test_pinning_and_streams_touch_every_tensor_once(split, action, monkeypatch):
+def test_streams_touch_every_tensor_once(split, monkeypatch):
     batch = spied(make_batch(split))
     monkeypatch.setattr(Spy, "seen", [])
-    pinned(batch) if action == "pin_memory" else batch.record_stream(None)
-    # Buckets are pinned, but copied by whoever reads them.
-    read = tensors(batch, with_buckets=action == "pin_memory")
-    expected = sorted(tensor.data_ptr() for _, tensor in read)
+    batch.record_stream(None)
+    expected = sorted(tensor.data_ptr() for _, tensor in tensors(batch, with_buckets=False))
     assert sorted(Spy.seen) == expected and len(expected) > 20
 
 
-def test_what_parts_share_is_pinned_and_copied_once(monkeypatch):
+@pytest.fixture
+def blocks(monkeypatch):
+    """Blocks that `pinned` makes, in memory that is not page-locked."""
+    made = []
+
+    def page_locked(num_bytes):
+        made.append(torch.empty(num_bytes, dtype=torch.uint8))
+        return made[-1]
+
+    monkeypatch.setattr(transfer, "page_locked", page_locked)
+    return made
+
+
+def copies_to(device, value, monkeypatch, *, with_host_parts=False):
+    """(value on the device, bytes of each copy)."""
+    copies, to = [], torch.Tensor.to
+
+    def noting(tensor, *args, **kwargs):
+        copies.append(tensor.nbytes)
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", noting)
+    moved = to_device(value, device, with_host_parts=with_host_parts)
+    monkeypatch.undo()
+    return moved, copies
+
+
+@pytest.mark.parametrize("split", ["pretrain", "train"])
+def test_a_pinned_batch_has_the_same_values_in_one_block_and_travels_in_one_copy(split, blocks, monkeypatch):
+    batch = make_batch(split)
+    locked = pinned(batch)
+    before, after = dict(tensors(batch)), dict(tensors(locked))
+    assert list(before) == list(after)
+    for path, tensor in after.items():
+        torch.testing.assert_close(tensor, before[path], rtol=0, atol=0, equal_nan=True)
+        assert tensor.is_contiguous() and tensor.data_ptr() % transfer._ALIGNMENT == blocks[0].data_ptr() % 64, path
+        assert any(getattr(tensor, transfer._BLOCK) is block for block in blocks), path
+    assert len(blocks) == 3  # what every step reads, and the buckets of the batch and of the padded one
+    moved, copies = copies_to(META, locked, monkeypatch)
+    assert copies == [blocks[0].nbytes]
+    shapes = [(path, tensor.shape, tensor.dtype) for path, tensor in tensors(moved, with_buckets=False)]
+    assert shapes == [(path, tensor.shape, tensor.dtype) for path, tensor in tensors(batch, with_buckets=False)]
+    _, copies = copies_to(META, locked.packing.buckets, monkeypatch, with_host_parts=True)
+    assert len(copies) == 1 and copies[0] in [block.nbytes for block in blocks[1:]]
+
+
+def test_a_block_that_has_arrived_holds_every_tensor_at_its_place(blocks):
+    """Meta tensors have no values, so the device is this one under another name."""
+    batch = make_batch("train")
+    locked = pinned(batch)
+
+    class Elsewhere:
+        type = "elsewhere"
+
+    to = torch.Tensor.to
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", lambda tensor, device, **kwargs: to(tensor, "cpu", copy=True))
+        moved = to_device(locked, Elsewhere())
+    for block in blocks:
+        block.fill_(255)  # what was copied must not be read from here
+    before = dict(tensors(batch, with_buckets=False))
+    for path, tensor in tensors(moved, with_buckets=False):
+        torch.testing.assert_close(tensor, before[path], rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_parts_share_is_pinned_and_copied_once(blocks, monkeypatch):
     """Gradient accumulation: the lookup of the step stands in every part, and the ids of managed tables with it."""
     collate = Collate(MANIFEST, ("item", "tag"), 20, True, num_parts=3)
     parts = collate(make_rows(MANIFEST, "train", seed=0, num_rows=12), BatchKey(0, 0, 0))
@@ -139,10 +189,12 @@ def test_what_parts_share_is_pinned_and_copied_once(monkeypatch):
         assert len({id(tensor) for _, tensor in tensors(moved)}) == len(different)
         assert moved[2].lookup.values() is moved[0].lookup.values()
         assert [path for path, _ in tensors(moved)] == [path for path, _ in tensors(parts)]
-    calls = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: calls.append(id(tensor)) or tensor)
-    pinned(parts)
-    assert sorted(calls) == sorted(different)
+    locked = pinned(parts)
+    assert locked[2].lookup.values() is locked[0].lookup.values()
+    assert len({id(tensor) for _, tensor in tensors(locked)}) == len(different)
+    moved, copies = copies_to(META, locked, monkeypatch)
+    assert copies == [blocks[0].nbytes] and moved[2].lookup.values() is moved[0].lookup.values()
+    assert len(blocks) == 4  # one, and the buckets of each part
 
 
 def test_every_field_of_a_batch_occurs_in_these_tests():

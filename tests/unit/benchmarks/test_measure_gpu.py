@@ -53,7 +53,7 @@ sys.exit(pytest.main(["-q", "-m", "gpu", "--collect-only", "-p", "no:cacheprovid
         assert f"{file}::" in done.stdout, file
 
 
-def run_script(tmp_path, *, fails="no such word", limit_s=585):
+def run_script(tmp_path, *, fails="no such word", limit_s=585, only=""):
     """Runs it with a Python that only notes its calls and fails at one word; -> (exit status, log, calls)."""
     programs, calls = tmp_path / "programs", tmp_path / "calls.jsonl"
     programs.mkdir()
@@ -65,6 +65,7 @@ def run_script(tmp_path, *, fails="no such word", limit_s=585):
         "OUT": str(tmp_path / "out"),
         "KIT": str(tmp_path / "kit"),
         "LIMIT_S": str(limit_s),
+        "ONLY": only,
     }
     done = subprocess.run([SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
     log = (tmp_path / "out/log.txt").read_text()
@@ -91,18 +92,35 @@ def test_a_failing_kit_costs_only_what_needs_it(tmp_path, cause):
         (tmp_path / "kit/fbgemm_gpu-1.6.0.tar.xz").write_bytes(b"no archive")
     status, log, _ = run_script(tmp_path, fails="fbgemm_gpu")
     assert status == 1 and groups(log) == NEEDS_NO_FBGEMM
-    assert "== FBGEMM or TorchRec does not work here" in log and "failed or left out: FBGEMM" in log
-    assert ("failed or left out: unpacking" in log) == (cause == "broken archive")
+    assert "== FBGEMM or TorchRec does not work here" in log and "failed: FBGEMM" in log
+    assert ("failed: unpacking" in log) == (cause == "broken archive")
 
 
 def test_a_failing_group_does_not_end_the_others(tmp_path):
     status, log, _ = run_script(tmp_path, fails="lookup,host_syncs")
     assert status == 1 and len(groups(log)) == len(MEASURED + CHECKED)
-    assert log.count("failed or left out:") == 1 and "failed or left out: lookup" in log
+    assert log.count("== failed:") == 1 and "== failed: lookup\n" in log and "cut" not in log
 
 
-def test_what_has_no_time_left_is_named(tmp_path):
-    status, log, calls = run_script(tmp_path, limit_s=10)
-    assert status == 1 and not groups(log) and not [call for call in calls if "benchmarks.run" in call]
-    for group, *_ in MEASURED + CHECKED:
-        assert f"failed or left out: {group}\n" in log
+def test_what_has_no_time_left_is_named_and_the_next_call_goes_on_with_it(tmp_path):
+    """A group that does not fit is cut, and a shorter one behind it runs."""
+    (tmp_path / "first").mkdir()
+    status, log, _ = run_script(tmp_path / "first", limit_s=115)
+    fitting = [group for group, seconds, *_ in MEASURED + CHECKED if int(seconds) <= 90]
+    assert status == 1 and "== failed" not in log and sorted(groups(log)) == sorted(fitting)
+    [only] = re.findall(r'== cut, for the next call: ONLY="([\w ]+)" benchmarks/measure_gpu.sh', log)
+    assert sorted([*only.split(), *fitting]) == sorted(group for group, *_ in MEASURED + CHECKED)
+    (tmp_path / "second").mkdir()
+    status, log, _ = run_script(tmp_path / "second", only=only)
+    assert status == 0 and groups(log) == only.split() and "cut" not in log
+
+
+def test_a_group_that_does_not_exist_is_refused(tmp_path):
+    status, log, _ = run_script(tmp_path, only="attention l42")
+    assert status == 1 and groups(log) == ["attention"]
+    assert "failed: ONLY names l42, which is no group; there are lookup l4 l24" in log
+
+
+def test_the_limits_of_the_goals_fit_into_one_call():
+    goals = [int(seconds) for _, seconds, parts in MEASURED if set(parts.split(",")) & set(gpu_suite.GOALS)]
+    assert sum(goals) < 300 and all(0 < int(seconds) <= 200 for _, seconds, *_ in MEASURED + CHECKED)
