@@ -89,3 +89,11 @@ def test_batches_with_other_buckets_are_not_compiled_anew(name):
         assert max(graphs) < 4, graphs
     finally:
         torch._dynamo.reset()
+
+
+def test_the_time_buckets_of_hstus_kernels_are_not_traced():
+    """Their number is read in numpy, so that Dynamo would compile anew for every batch."""
+    pytest.importorskip("triton")
+    from gpsd_dist.model.ops import hstu_triton
+
+    assert hstu_triton.pair_buckets._torchdynamo_disable

@@ -1,8 +1,10 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
+from gpsd_dist.distributed import runtime
 from gpsd_dist.distributed.runtime import Runtime, seed_step
 
 
@@ -21,6 +23,30 @@ def test_random_numbers_are_a_function_of_seed_step_and_rank():
 
 def test_only_rank_0_is_main():
     assert [Runtime(rank, 2, rank, torch.device("cpu")).is_main for rank in (0, 1)] == [True, False]
+
+
+@pytest.mark.parametrize(("ranks", "local_rank", "found"), [("4", 0, 4), ("4", 3, 4), (None, 2, 3)])
+def test_more_ranks_than_visible_gpus_are_refused_on_every_rank(ranks, local_rank, found, monkeypatch):
+    """A scheduler that shows each rank a GPU of its own: only rank 0 would find one, and wait for the rest."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    with pytest.raises(ValueError, match=f"{found} ranks on this machine, 1 visible GPUs .CUDA_VISIBLE_DEVICES: 5."):
+        runtime._device(local_rank)
+
+
+def test_a_rank_takes_the_gpu_of_its_number_and_float32_stays_float32(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        assert runtime._device(1) == torch.device("cuda", 1) and taken == [torch.device("cuda", 1)]
+        assert not torch.backends.cudnn.allow_tf32
 
 
 _LATE = """

@@ -1,11 +1,18 @@
 """FLOPs of a step by hand, and the utilisation of a device that is known by its name."""
 
+import json
+import math
+
 import pytest
+import torch
 
 from gpsd_dist.config import ModelConfig
-from gpsd_dist.metrics.flops import Work, layer_weights, peak_bf16_flops, step_flops
+from gpsd_dist.metrics.flops import StepFlops, Work, layer_weights, peak_bf16_flops, step_flops
+from gpsd_dist.metrics.progress_bar import ProgressBar
+from gpsd_dist.metrics.recorder import Recorder
 from gpsd_dist.metrics.throughput import Throughput
 from gpsd_dist.model.transformer import ffn_width
+from tests.helpers.distributed import run_distributed
 from tests.integration.tiny_data import tiny_run
 
 
@@ -18,6 +25,7 @@ from tests.integration.tiny_data import tiny_run
         ("NVIDIA H200 NVL", 835e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA L4", 121e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("CPU", None),
     ],
 )
@@ -56,3 +64,28 @@ def test_mfu_is_work_over_time_and_peak():
     unknown = Throughput(clock=lambda: now[0])
     unknown.step(1, 1, 4e12)
     assert "perf/mfu" not in unknown.rates()  # a CPU
+
+
+def _logged(rank, world_size, folder):
+    speed = Throughput(peak_flops_per_s=(1e15, math.nan)[rank])
+    speed.step(1, 1, 4e12)
+    recorder = Recorder(folder, rank)
+    speed.record_to(recorder)
+    return recorder.log(1, 0.0)["perf/mfu"]
+
+
+def test_ranks_whose_gpu_is_not_listed_record_the_names_of_the_others(tmp_path):
+    """It was RuntimeError at the first log step: "ranks [1] recorded other metrics than rank 0"."""
+    assert all(math.isnan(mfu) for mfu in run_distributed(_logged, 2, tmp_path, tmp_path / "run"))
+    [entry] = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert json.loads(entry)["perf/mfu"] is None
+    bar = ProgressBar(10)
+    bar.show(1, {"perf/mfu": math.nan})
+    assert "MFU" not in bar._text()
+
+
+def test_a_gpu_that_is_not_listed_has_a_peak_that_is_not_a_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GB300")
+    run, model = tiny_run("finetune", "x", "y"), torch.nn.Linear(1, 1)
+    assert math.isnan(StepFlops(run, model, torch.device("cuda")).peak)
+    assert StepFlops(run, model, torch.device("cpu")).peak is None
