@@ -23,6 +23,7 @@ from data_pipeline import (
     append,
     canonical,
     command_line,
+    counters,
     engine,
     fingerprint,
     fresh,
@@ -137,6 +138,7 @@ def _build(options: BuildOptions, command: str, warnings: list[str]) -> bool:
             log = canonical.checked(source.read(running, files, options))
             split = canonical.without_valid(log.split) if options.no_valid else log.split
             log = dataclasses.replace(log, split=split, all_items_known=options.vocabulary == "all_items")
+            log = counters.described(log, options)
             prints["sources"] = fingerprint.with_rows(prints["sources"], running.rows_of)
             plan = mode.plan(running, log, Job(options, found, prints, command))
             if found is not None:
@@ -161,13 +163,15 @@ def _write(running: engine.Engine, plan: Plan, aside: pathlib.Path, options: Bui
     encoder = sequences.Encoder(running, plan.rows.log, words)
     # The log is encoded with one set of vocabularies for all splits; a split is a selection of these rows.
     items = encoder.items()
-    rows_of = sequences.rows_in_buckets(encoder, plan.rows, items, manifest.max_history_length)
+    rows = counters.add(running, plan.rows)
+    rows_of = sequences.rows_in_buckets(encoder, rows, items, manifest.max_history_length)
     written = {
         name: write.write_split(running, rows_of(name), manifest, name, aside / folder, options)
         for name, folder in plan.splits.items()
     }
     if MODES[options.mode].ONLY is None:
         write.write_items(running, sequences.item_rows(encoder, items), encoder.log, aside, options)
+    counters.write(running, encoder.log, aside)
     return plan.finish(manifest, written, aside)
 
 

@@ -24,7 +24,7 @@ import ibis.expr.types as ir
 
 from gpsd_dist import schema
 
-ORIGINS = ("item_id", "items", "log", "users")
+ORIGINS = ("item_id", "items", "log", "users", "counts")
 BEFORE_EVERYTHING_S = -(2**62)
 EVENT_COLUMNS = {"user_id": "string", "item_id": "string", "time_s": "int64", "order": "int64"}
 
@@ -38,7 +38,8 @@ class FeatureSpec:
     origin: str
     """"item_id": the item itself. "items": a column of `Log.items`. "users": a column of `Log.users` (context only).
     "log": a column of the log row: of `events` for history, of `exposures` for candidate and context (the value at the
-    first candidate of the request); where the log has no exposures, a context value is that of the target event."""
+    first candidate of the request); where the log has no exposures, a context value is that of the target event.
+    "counts": made by `counters`, for candidates."""
     kind: str = "categorical"
     table: str | None = None
     """Names the vocabulary; None means one of its own, named after the feature. Two features may share one."""
@@ -46,6 +47,11 @@ class FeatureSpec:
     """The column is array<string>: several raw ids per item."""
     min_count: int | None = None
     """Raw ids with fewer occurrences in the training period become unknown; None means the option --min_count."""
+    log: bool = False
+    """The model sees the logarithm of the number, as `schema.Feature.log` says."""
+    counts: str | None = None
+    """Names the feature whose earlier events are counted."""
+    window_s: int = 0
 
     def __post_init__(self):
         if self.origin not in ORIGINS:
@@ -68,7 +74,8 @@ class FeatureSpec:
     def feature(self) -> schema.Feature:
         """Describes the feature for the manifest."""
         table = (self.table or self.name) if self.kind == "categorical" else None
-        return schema.Feature(self.name, self.places, self.kind, table, self.is_bag)
+        more = {"log": self.log, "counts": self.counts, "window_s": self.window_s}
+        return schema.Feature(self.name, self.places, self.kind, table, self.is_bag, **more)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ leave the rows alone, and are not recorded. A source keeps its own options in a 
 import argparse
 import dataclasses
 import pathlib
+import re
 import types
 import typing
 
@@ -23,6 +24,7 @@ Vocabulary = typing.Literal["training", "all_items"]
 Compression = typing.Literal["zstd", "lz4", "snappy", "none"]
 EngineName = typing.Literal["duckdb", "spark"]
 _NO_VOCABULARY = "these features get no vocabulary but 64-bit ids; the table has ROWS rows unless a run says otherwise"
+TOTAL = "total"
 Count = typing.Annotated[int, pydantic.Field(ge=1)]
 
 
@@ -45,6 +47,25 @@ def _check_fraction(value: float) -> float:
     if not 0 < value < 1:
         raise ValueError("between 0 and 1")
     return value
+
+
+def windows(text: str) -> dict[str, int]:
+    """Reads "7d,30d,total" as window -> seconds, 0 for "total". ValueError says what is expected."""
+    names = [name for name in text.split(",") if text]
+    found = {name: 0 if name == TOTAL else _window_s(name) for name in names}
+    if len(found) < len(names) or any(size_s is None for size_s in found.values()):
+        raise ValueError(f"windows such as 7d,30d,{TOTAL}, each once")
+    return typing.cast(dict[str, int], found)
+
+
+def _window_s(name: str) -> int | None:
+    parts = re.fullmatch(r"([1-9]\d{0,4})([hdw])", name)
+    return None if parts is None else int(parts[1]) * {"h": 3600, "d": 86_400, "w": 604_800}[parts[2]]
+
+
+def _check_counts(text: str) -> str:
+    windows(text)
+    return text
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=explain.STRICT)
@@ -70,6 +91,17 @@ class BuildOptions:
     negatives: Negatives = option("uniform")
     hashed_features: str = option("", _NO_VOCABULARY, metavar="NAME:ROWS,...")
     managed_features: str = option("", _NO_VOCABULARY, metavar="NAME:ROWS,...")
+    counts: typing.Annotated[str, pydantic.AfterValidator(_check_counts)] = option(
+        "",
+        "candidates get the number of earlier events of their item, and of each of its attributes, in these windows "
+        "before the request; w, d and h are weeks, days and hours",
+        metavar="7d,30d,total",
+    )
+    user_counts: bool = option(
+        False,
+        "with --counts, also the user's own events, up to the midnight (UTC) before the request: up to the second they "
+        "order a user's day against its labels (docs/results.md, section 2)",
+    )
     seed: int = option(0, "of the drawn negatives")
     compression: Compression = option("zstd")
     row_group_rows: Count = option(4096, "small groups shuffle better, large ones read faster")

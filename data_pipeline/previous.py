@@ -71,7 +71,9 @@ def as_built(options: BuildOptions, previous: Previous) -> BuildOptions:
 def check_same_contract(log: canonical.Log, previous: Previous) -> None:
     """Raises ValueError unless the log has features and tasks of the previous data set, and values are read alike."""
     written = previous.manifest.features
-    unmeasured = tuple(dataclasses.replace(feature, mean=0.0, std=1.0, low=None, high=None) for feature in written)
+    unmeasured = tuple(
+        dataclasses.replace(feature, mean=0.0, std=1.0, low=None, high=None, quantiles=()) for feature in written
+    )
     then = unmeasured, previous.manifest.tasks, previous.manifest.sampling
     if (tuple(spec.feature() for spec in log.features), log.tasks, log.sampling) != then:
         raise ValueError(

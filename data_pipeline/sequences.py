@@ -112,7 +112,7 @@ class Encoder:
         return self.engine.materialise("users_encoded", encoded.select("user_id", **columns))
 
     def attach(self, rows: ir.Table, items: ir.Table, place: str) -> ir.Table:
-        """Adds `_<feature>` to `rows` (with item_id) for the item and log features of `place`; 1 without attributes."""
+        """Adds `_<feature>` to `rows` (with item_id) for the features of `place`, but those of users; 1 if unknown."""
         specs = [spec for spec in self.log.specs_in(place) if spec.origin in ("item_id", "items")]
         found = items.select(_key=items.item_id, **{f"_{spec.name}": items[spec.name] for spec in specs})
         joined = rows.left_join(found, rows.item_id == found["_key"])
@@ -123,7 +123,8 @@ class Encoder:
             for spec in specs
         }
         table = joined.select(rows, **filled)
-        return self.encode(table, [spec for spec in self.log.specs_in(place) if spec.origin == "log"], prefix="_")
+        own = [spec for spec in self.log.specs_in(place) if spec.origin in ("log", "counts")]
+        return self.encode(table, own, prefix="_")
 
     def encode(self, table: ir.Table, specs: list[canonical.FeatureSpec], prefix: str) -> ir.Table:
         """Adds `<prefix><feature>` for every feature that is no bag.
@@ -263,9 +264,10 @@ def request_rows(
     log = encoder.log
     names = [spec.name for spec in log.specs_in("candidate")]
     shown = encoder.attach(candidates, items, "candidate")
-    only_context = [spec for spec in log.specs_in("context") if spec.origin == "log" and spec.name not in names]
+    of_request = [spec for spec in log.specs_in("context") if spec.origin in ("log", "counts")]
+    only_context = [spec for spec in of_request if spec.name not in names]
     shown = encoder.encode(shown, only_context, prefix="_")
-    context_names = [spec.name for spec in log.specs_in("context") if spec.origin == "log"]
+    context_names = [spec.name for spec in of_request]
     columns = {name: shown[f"_{name}"] for name in dict.fromkeys([*names, *context_names])}
     columns |= {f"label_{task.name}": shown[task.name] for task in log.tasks} | {"time_s": shown.time_s}
     columns |= {f"sampling_{name}": shown[f"sampling_{name}"] for name in log.sampling}

@@ -15,10 +15,12 @@ from data_pipeline import canonical, progress
 from data_pipeline.engine import Engine
 from data_pipeline.options import BuildOptions
 from gpsd_dist import schema
+from gpsd_dist.features import logarithm
 
 FENCE = 3.0
 """A number is cut off that many ranges of its middle 98 % beyond it: data_pipeline/README.md, "Outliers"."""
 QUANTILE_VALUES = 1 << 22
+BUCKETS = 16  # of a number, by quantiles; untuned
 ORDER_COLUMNS = ("shuffle_key", "split")
 
 
@@ -163,9 +165,9 @@ def with_statistics(manifest: schema.Manifest, train: schema.Split, root: pathli
         if feature.kind == "numerical":
             place = next(place for place in ("candidate", "context", "history") if place in feature.places)
             column = f"{place}.{feature.name}"
-            low, high = _bounds(root, train.files, column)
-            mean, std = _mean_and_std(root, train.files, column, low, high)
-            feature = dataclasses.replace(feature, mean=mean, std=std, low=low, high=high)
+            low, high, edges = _bounds(root, train.files, column, feature.log)
+            mean, std = _mean_and_std(root, train.files, column, low, high, feature.log)
+            feature = dataclasses.replace(feature, mean=mean, std=std, low=low, high=high, quantiles=edges)
             if low is not None or high is not None:
                 shown = " to ".join("..." if bound is None else f"{bound:.6g}" for bound in (low, high))
                 progress.warn(f"{column}: a model sees it from {shown}; the few values beyond are cut off there")
@@ -173,44 +175,51 @@ def with_statistics(manifest: schema.Manifest, train: schema.Split, root: pathli
     return tuple(features)
 
 
-def _bounds(root: pathlib.Path, files: tuple[str, ...], column: str) -> tuple[float | None, float | None]:
-    """Finds where to cut a number off: FENCE times the range of its middle 98 % beyond that range.
+def _bounds(
+    root: pathlib.Path, files: tuple[str, ...], column: str, is_log: bool
+) -> tuple[float | None, float | None, tuple[float, ...]]:
+    """Finds where to cut a number, or its log, off, and the edges of its buckets (never of its log).
+
+    It is cut off FENCE times the range of its middle 98 % beyond that range.
 
     None where no value lies beyond, or where 98 % are equal: a rare flag must not be cut off. Quantiles are those of
     the first QUANTILE_VALUES values; rows lie in the order of a hash, so these are a random sample.
     """
     sample, num, least, most = [], 0, math.inf, -math.inf
-    for values in _values(root, files, column):
+    for values in _values(root, files, column, is_log):
         least, most = min(least, values.min()), max(most, values.max())
         if num < QUANTILE_VALUES:
             sample.append(values)
             num += len(values)
     if not num:
-        return None, None
+        return None, None, ()
     known = np.sort(np.concatenate(sample))
+    edges = known[len(known) * np.arange(1, BUCKETS) // BUCKETS]
+    edges = np.copysign(np.expm1(np.abs(edges)), edges) if is_log else edges
     place = min(max(len(known) // 100, 1), (len(known) - 1) // 2)
     low, high = known[place], known[-1 - place]
     below, above = float(low - FENCE * (high - low)), float(high + FENCE * (high - low))
-    return (below if least < below < high else None), (above if most > above > low else None)
+    bounds = (below if least < below < high else None), (above if most > above > low else None)
+    return *bounds, tuple(map(float, np.unique(edges.astype(np.float32))))  # as the columns hold them
 
 
-def _values(root: pathlib.Path, files: tuple[str, ...], column: str) -> typing.Iterator[np.ndarray]:
-    """Yields the values of a numerical column, float64, one row group in memory."""
+def _values(root: pathlib.Path, files: tuple[str, ...], column: str, is_log: bool) -> typing.Iterator[np.ndarray]:
+    """Yields the values of a numerical column, or their logs, float64, one row group in memory."""
     for name in files:
         file = pq.ParquetFile(root / name)
         for group in range(file.num_row_groups):
             values = file.read_row_group(group, columns=[column])[column].combine_chunks()
             values = values.flatten() if pa.types.is_list(values.type) else values
             if len(part := values.drop_null().to_numpy(zero_copy_only=False).astype("float64")):
-                yield part
+                yield logarithm(part) if is_log else part
 
 
 def _mean_and_std(
-    root: pathlib.Path, files: tuple[str, ...], column: str, low: float | None, high: float | None
+    root: pathlib.Path, files: tuple[str, ...], column: str, low: float | None, high: float | None, is_log: bool
 ) -> tuple[float, float]:
     """Measures the values of a column, cut off at the bounds; Chan's merge of moments is stable for large values."""
     count, mean, squares = 0, 0.0, 0.0
-    for part in _values(root, files, column):
+    for part in _values(root, files, column, is_log):
         part = part if low is high is None else np.clip(part, low, high)
         delta, total = part.mean() - mean, count + len(part)
         squares += ((part - part.mean()) ** 2).sum() + delta**2 * count * len(part) / total

@@ -145,8 +145,15 @@ def _id_of_text(text: str) -> int:
     return (first_bits >> (64 - ID_BITS)) + NUM_RESERVED_ROWS
 
 
+def logarithm(values: np.ndarray) -> np.ndarray:
+    """Computes sign(x) log(1 + |x|), which keeps the order, and 0."""
+    return np.copysign(np.log1p(np.abs(values)), values)
+
+
 def standardise(feature: Feature, values: np.ndarray) -> np.ndarray:
     """Standardises the finite numbers of a feature by the training split, and cuts outliers: float32 [N]."""
+    if feature.log:
+        values = logarithm(values)
     if feature.low is not None or feature.high is not None:
         values = np.clip(values, feature.low, feature.high)
     standard = (values - feature.mean) / feature.std

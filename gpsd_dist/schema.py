@@ -61,6 +61,14 @@ class Feature:
     low: float | None = None
     high: float | None = None
     """The model sees a number cut off at these bounds; None: there is none. `mean` and `std` are of cut-off numbers."""
+    log: bool = False
+    """The model sees sign(x) log(1 + |x|) of a number; `mean`, `std`, `low` and `high` are of that."""
+    quantiles: tuple[float, ...] = ()
+    """Distinct inner quantiles of a number over the training split, ascending: the edges of its buckets."""
+    counts: str | None = None
+    """The number counts earlier events with the value that the candidate has of this other feature."""
+    window_s: int = 0
+    """How far back a count goes; 0: to the beginning."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -74,6 +82,12 @@ class Feature:
         bounds = [bound for bound in (self.low, self.high) if bound is not None]
         if any(not abs(bound) < _FLOAT32_MAX for bound in bounds) or bounds != sorted(bounds):
             raise ValueError(f"feature {self.name!r}: low {self.low} and high {self.high} must be finite, and ascend")
+        if any(not abs(q) < _FLOAT32_MAX for q in self.quantiles) or list(self.quantiles) != sorted(self.quantiles):
+            raise ValueError(f"feature {self.name!r}: quantiles {self.quantiles} must be finite, and ascend")
+        if self.window_s < 0 or ((self.counts or self.log or self.quantiles) and self.kind != "numerical"):
+            raise ValueError(
+                f"feature {self.name!r}: only a number counts, has a log, quantiles, and a window of 0 s up"
+            )
         if self.is_bag and self.kind != "categorical":
             raise ValueError(f"feature {self.name!r}: only a categorical feature can be a bag")
 
@@ -323,6 +337,10 @@ def _check(manifest: Manifest) -> None:
         problems.append(f"item feature {manifest.item_feature!r} must occur in history and candidate")
     if not 1 <= manifest.max_history_length <= MAX_HISTORY_LENGTH:
         problems.append(f"max_history_length {manifest.max_history_length} is not in 1 .. {MAX_HISTORY_LENGTH}")
+    named = {feature.name for feature in manifest.features_in("candidate")}
+    for feature in manifest.features:
+        if feature.counts is not None and (feature.counts not in named or feature.places != ("candidate",)):
+            problems.append(f"feature {feature.name!r} counts {feature.counts!r}: both must be features of candidates")
     problems += [problem for split in manifest.splits for problem in _problems_of(split, manifest.max_history_length)]
     chain = manifest.options.get("chain", [])
     for step in chain if isinstance(chain, list) else [chain]:

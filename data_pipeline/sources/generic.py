@@ -203,7 +203,8 @@ def _features(description: log_description.LogDescription) -> tuple[canonical.Fe
         for feature in () if part is None else part.feature:
             kind = "numerical" if feature.kind == "numerical" else "categorical"
             is_bag = feature.kind == "bag"
-            specs.append(canonical.FeatureSpec(feature.label, places or (feature.place,), origin, kind, is_bag=is_bag))
+            where = places or (feature.place,)
+            specs.append(canonical.FeatureSpec(feature.label, where, origin, kind, is_bag=is_bag, log=feature.log))
     action = "" if description.exposure is None else description.exposure.history_action
     if action and action not in [spec.name for spec in specs]:
         specs.append(canonical.FeatureSpec(action, ("history",), "log"))

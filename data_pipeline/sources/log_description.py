@@ -47,6 +47,8 @@ class FeatureColumn:
     """Parts a bag in a string column; a list column needs none."""
     clip_quantile: float = 0.0
     """Cuts a number off at its lowest and highest values: 0.001 moves the 0.1 % at each end to the next one."""
+    log: bool = False
+    """A model sees the logarithm of the number, sign(x) log(1 + |x|): for prices and counts."""
     place: str = ""
     """Only in [exposure]: "candidate" (a value per row) or "context" (that of the first row with a history)."""
 
@@ -319,6 +321,8 @@ def _check_feature(section: str, where: str, feature: FeatureColumn) -> list[str
     if feature.clip_quantile and (feature.kind != "numerical" or not 0 < feature.clip_quantile < 0.5):
         given = feature.clip_quantile
         problems.append(f"'{where}.clip_quantile' is {given}, expected a number in (0, 0.5), of kind 'numerical'")
+    if feature.log and feature.kind != "numerical":
+        problems.append(f"'{where}.log' is set, but kind is {feature.kind!r}; only a number has a logarithm")
     if feature.kind == "bag" and section != "items":
         problems.append(f"'{where}.kind' is 'bag'; only [[items.feature]] can be one")
     if section == "exposure" and feature.place not in ("candidate", "context"):

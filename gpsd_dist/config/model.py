@@ -14,7 +14,18 @@ from gpsd_dist.cli.names import PLUGIN
 from gpsd_dist.validation import AtLeast0, AtLeast1, NotNegative, OrAuto, checked, did_you_mean, one_of
 
 _EVERY_MODEL = frozenset(
-    {"name", "width", "dropout", "init_std", "parametrization", "context_dim", "compile", "revision", "matches"}
+    {
+        "name",
+        "width",
+        "dropout",
+        "init_std",
+        "parametrization",
+        "context_dim",
+        "compile",
+        "revision",
+        "matches",
+        "number_buckets",
+    }
 )
 PARAMETRIZATIONS = ("official", "by_width")
 _SIZES = {"layers": "L", "width": "H", "heads": "A"}  # letters of the paper
@@ -152,6 +163,10 @@ class ModelConfig:
     """Ranking heads also get, for each categorical feature that candidates and events share, how often the candidate's
     value is in its history, the share of the events, and how long ago it was last (no official setting; bags give
     none). Few requests are too few to learn a comparison by; 'auto': `config.from_data`."""
+
+    number_buckets: bool = False
+    """Ranking heads also get an embedding of the bucket that each number lies in, 16 by its quantiles in the training
+    split (no official setting)."""
 
     @property
     def starts_by_width(self) -> bool:

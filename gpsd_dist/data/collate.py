@@ -23,7 +23,7 @@ from gpsd_dist.data.micro_batch import MicroBatch, indices, next_item_targets, w
 from gpsd_dist.data.negatives import Sampler, draw_limit, group_offsets, uniform
 from gpsd_dist.data.parquet_dataset import BadValue, BatchKey
 from gpsd_dist.features import Values
-from gpsd_dist.schema import Manifest
+from gpsd_dist.schema import NUM_RESERVED_ROWS, UNKNOWN_INDEX, Manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Collate:
     num_parts: int = 1  # Rows are dealt round over this many batches by length, so that all cost about the same
     token_multiple: int = 0  # Also plan a padded geometry with numbers of tokens that are multiples of this; 0: do not
     sampler: Sampler = uniform
+    unknown_rate: float = 0.0
+    """Share of the known ids that are read as unknown, of features whose table is not hashed."""
 
     def columns(self) -> tuple[str, ...]:
         """Lists the Parquet columns that a batch needs."""
@@ -69,7 +71,7 @@ class Collate:
             # Every num_parts-th request of the sorted ones: micro-batches of consecutive requests would differ in
             # cost by as much as the shortest and the longest histories do.
             take = slice(part, None, self.num_parts)
-            micro_batch = self._read(gather([rows], order[take]), order[take], length[take])
+            micro_batch = self._read(gather([rows], order[take]), order[take], length[take], random)
             # Negatives are drawn here and not in the step, so that their rows are deduplicated, and prefetched by
             # TorchRec, together with all others. Those of managed items are numbers that become rows in the step.
             if self.negatives_per is not None:
@@ -98,8 +100,10 @@ class Collate:
         order = np.argsort(length, kind="stable")
         return order, length[order]
 
-    def _read(self, rows: pa.Table, order: np.ndarray, length: np.ndarray) -> MicroBatch:
-        """Reads and checks the columns of some requests, as table indices and numbers."""
+    def _read(
+        self, rows: pa.Table, order: np.ndarray, length: np.ndarray, random: np.random.Generator | None = None
+    ) -> MicroBatch:
+        """Reads and checks the columns of some requests, as table indices and numbers; `random` drops known ids."""
         reader = ColumnReader(self.manifest, rows, order)
         item = self.manifest.item_feature
         # The most recent events are kept: they say the most about what comes next.
@@ -118,6 +122,8 @@ class Collate:
             labels = {task.name: reader.labels(f"label.{task.name}", counts) for task in self.manifest.tasks}
             sampling = {name: reader.sampling(f"sampling.{name}", counts) for name in self.manifest.sampling}
             scalars["request_time_s"] = reader.integers("request_time_s")
+        if self.unknown_rate and random is not None:
+            self._forget(columns, random)
         time_s, target_M, is_input_T = reader.history_time_s(kept), np.zeros(0, np.int64), None
         if self.negatives_per:
             offsets = cuts(length)
@@ -127,6 +133,18 @@ class Collate:
             scalars["request_time_s"][length > 0] = time_s[offsets[1:][length > 0] - 1]
         packing = Packing.from_lengths(length, counts)
         return MicroBatch(order, packing, columns, labels, sampling, scalars, time_s, target_M, is_input_T)
+
+    def _forget(self, columns: dict[str, dict[str, Values]], random: np.random.Generator) -> None:
+        """Replaces a share of the known ids by the unknown one; in pretraining these are no targets then."""
+        for features in columns.values():
+            for name, column in features.items():
+                table = self.manifest.feature(name).table
+                if table is None or self.manifest.unbounded.get(table) == "hashed":
+                    continue
+                value_N = indices(column)
+                is_lost_N = (random.random(len(value_N)) < self.unknown_rate) & (value_N >= NUM_RESERVED_ROWS)
+                value_N = np.where(is_lost_N, UNKNOWN_INDEX, value_N)
+                features[name] = (value_N, column[1]) if isinstance(column, tuple) else value_N
 
     def _deduplicate(self, parts: list[MicroBatch]) -> tuple[KeyedJaggedTensor, dict[str, RawIds]]:
         """Collects the distinct indices of each table, and notes in the parts where their own stand among those."""

@@ -40,6 +40,7 @@ def training_loader(
         num_negative_groups=run.pretrain.num_negative_groups,
         num_negatives=run.pretrain.num_negatives,
         seed=run.seed,
+        unknown_rate=run.data.unknown_rate,
         num_parts=run.train.micro_batches,
         token_multiple=run.execution.token_multiple,
     )

@@ -24,7 +24,7 @@ from gpsd_dist.export.parquet_tokens import read_split
 from gpsd_dist.export.raw_requests import examples
 from gpsd_dist.export.source import Source
 from gpsd_dist.export.vocabularies import write_vocabularies
-from gpsd_dist.serving import drift
+from gpsd_dist.serving import counters, drift
 from gpsd_dist.serving.artefact import VERSIONS, drafting, make_current
 from gpsd_dist.serving.drift import STATISTICS_NAME
 from gpsd_dist.serving.examples import EXPECTED_NAME, REQUESTS_NAME, replay, tensors_of
@@ -77,6 +77,8 @@ def export(source: Source, out: str | os.PathLike[str], options: Options = DEFAU
     run, manifest, data_dir = source.run, source.manifest, pathlib.Path(source.run.data_dir)
     reader = Reader(source.checkpoint)
     with drafting(out) as draft:
+        if counters.needs(manifest):
+            counters.publish(draft.root, counters.from_data(data_dir, manifest))
         weights.write_dense(draft, reader, run, manifest)
         write_vocabularies(draft, data_dir, manifest, reader)
         tables = weights.write_tables(draft, reader, run, manifest, options.table_dtype)

@@ -3,12 +3,14 @@
 Shape letters: U distinct rows of a table, S tokens in packed order, B requests, C candidates, E embedding width.
 """
 
+import numpy as np
 import torch
 from torch import nn
 
 from gpsd_dist.batch.batch import Bag, Batch, Column
 from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig, TablesConfig
+from gpsd_dist.features import standardise
 from gpsd_dist.parameter_names import module_key
 from gpsd_dist.schema import Feature, Manifest, Table
 
@@ -119,7 +121,11 @@ class ContextEmbedder(nn.Module):
                 if f.kind == "categorical" and f.table not in sharded_names
             }
         )
-        for embedding in self.small.values():
+        shown = (*self.request_features, *manifest.features_in("candidate"))
+        numbers = {f.name: f for f in shown if f.kind == "numerical"} if model.number_buckets else {}
+        self.numbers = tuple(numbers)
+        self.buckets = nn.ModuleDict({module_key(f.name): Buckets(f, context_dim) for f in numbers.values()})
+        for embedding in (*self.small.values(), *(bucket.embedding for bucket in self.buckets.values())):
             nn.init.normal_(embedding.weight, std=context_dim**-0.5 if model.starts_by_width else tables.init_std)
         self.numerical_scale = nn.ParameterDict(
             {module_key(f.name): torch.ones(1) for f in features if f.kind == "numerical"}
@@ -131,13 +137,17 @@ class ContextEmbedder(nn.Module):
         shared = [f for f in manifest.features_in("candidate") if "history" in f.places]
         matched = [f for f in shared if model.matches and f.kind == "categorical" and not f.is_bag]
         self.matched = tuple(f.name for f in matched)
-        self.width = sum(widths) + NUM_MATCHES * len(matched)  # 0 if the data set has no such feature
+        self.width = (
+            sum(widths) + NUM_MATCHES * len(matched) + context_dim * len(self.buckets)
+        )  # 0 if the data set has no such feature
 
     def forward(self, embeddings: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
         """Returns [C, self.width]; request features are repeated for the request's candidates."""
         request = [self._embed(embeddings, f, batch.context[f.name]) for f in self.request_features]
+        request += [self.buckets[module_key(n)](batch.context[n]) for n in self.numbers if n in batch.context]
         parts = [torch.cat(request, dim=-1)[batch.packing.request_C]] if request else []
         parts += [self._embed(embeddings, f, batch.candidate[f.name]) for f in self.candidate_features]
+        parts += [self.buckets[module_key(n)](batch.candidate[n]) for n in self.numbers if n not in batch.context]
         parts += [matches(batch.history[name], batch.candidate[name], batch.packing) for name in self.matched]
         return torch.cat(parts, dim=-1)
 
@@ -146,6 +156,26 @@ class ContextEmbedder(nn.Module):
             return column[:, None] * self.numerical_scale[module_key(feature.name)]
         key = module_key(feature.name)
         return embed(self.small[key].weight if key in self.small else embeddings[feature.table], column)
+
+
+class Buckets(nn.Module):
+    """Embeds the bucket of a number, between two of its quantiles over the training split."""
+
+    def __init__(self, feature: Feature, width: int):
+        """ValueError where the data have no quantiles of the feature."""
+        super().__init__()
+        if not feature.quantiles:
+            raise ValueError(
+                f"ModelConfig.number_buckets: the data have no quantiles of {feature.name!r}, because an older version "
+                "built them: build the data again, or leave the option out"
+            )
+        edges = np.unique(standardise(feature, np.array(feature.quantiles, np.float32)))
+        self.register_buffer("edges", torch.tensor(edges.tolist()))
+        self.embedding = nn.Embedding(len(edges) + 1, width)
+
+    def forward(self, number_N: torch.Tensor) -> torch.Tensor:
+        """Embeds standardised numbers: float32 [N, width]. A number at an edge lies above it."""
+        return self.embedding((number_N[:, None] >= self.edges).sum(dim=1))
 
 
 def matches(value_T: Column, value_C: Column, packing: Packing) -> torch.Tensor:

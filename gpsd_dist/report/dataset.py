@@ -102,7 +102,7 @@ def _content(manifest: Manifest | None) -> collections.abc.Hashable:
     """Keeps what is equal in two builds of equal data: no commands, options or paths; mean and std follow from rows."""
     if manifest is None:
         return None
-    features = tuple(dataclasses.replace(feature, mean=0.0, std=1.0) for feature in manifest.features)
+    features = tuple(dataclasses.replace(feature, mean=0.0, std=1.0, quantiles=()) for feature in manifest.features)
     sizes = (manifest.max_history_length, manifest.item_feature)
     return features, manifest.tables, manifest.tasks, manifest.splits, sizes
 

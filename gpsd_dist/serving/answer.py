@@ -15,3 +15,5 @@ class Answer:
     """Values of history, candidates and context that read the unknown row of their table."""
     dropped_events: int
     """Events at or after the time of the request, which the model must not see."""
+    counters_age_s: int | None = None
+    """How long before the request the counters of earlier events end; null where the model reads none."""

@@ -13,6 +13,7 @@ import typing
 
 from gpsd_dist.disk.reading import NotReadableNow
 from gpsd_dist.serving.artefact import CURRENT_NAME, ArtefactError, read_bytes
+from gpsd_dist.serving.counters import POINTER_NAME
 
 log = logging.getLogger(__name__)
 _NICENESS = 10  # of the loading thread: requests come first
@@ -89,6 +90,9 @@ class Versions:
 
     def _read_pointer(self) -> bytes:
         try:
-            return read_bytes(self.root / CURRENT_NAME)
+            pointer = read_bytes(self.root / CURRENT_NAME)
         except ArtefactError:
             return b""
+        with contextlib.suppress(ArtefactError):  # most artefacts have no counters
+            pointer += read_bytes(self.root / POINTER_NAME)  # new counters are loaded like a new version
+        return pointer

@@ -25,6 +25,7 @@ from gpsd_dist.data.hashing import hashed_rows
 from gpsd_dist.features import Values
 from gpsd_dist.schema import PLACES, UNKNOWN_INDEX, Feature, Manifest
 from gpsd_dist.serving.artefact import MAX_CANDIDATES
+from gpsd_dist.serving.counters import Counters
 from gpsd_dist.serving.items import Items
 from gpsd_dist.serving.tokens import Tokens
 from gpsd_dist.serving.vocabulary import Vocabulary
@@ -86,13 +87,15 @@ class RequestReader:
         items: Items,
         limits: Limits,
         with_candidates: bool = True,
+        counters: Counters | None = None,
     ):
         """`manifest`: as served. `vocabularies`: of all tables but hashed ones, whose rows need none.
 
+        `counters` give the counts of earlier events that a request does not bring.
         `with_candidates` False: reads users and histories alone; columns of candidates and context are passed over.
         """
         self.manifest, self._vocabularies, self._items, self.limits = manifest, vocabularies, items, limits
-        self.rules = features.Rules.of(manifest)
+        self.rules, self.counters = features.Rules.of(manifest), counters
         self._is_cut_by_time = manifest.options.get("split_rule", "TimeBoundaries") == "TimeBoundaries"
         every = {f"{place}.{f.name}": f for place in PLACES for f in manifest.features_in(place)}
         self._with_candidates = with_candidates
@@ -101,7 +104,8 @@ class RequestReader:
         self._optional = {
             column
             for column, feature in self._features.items()
-            if feature.name in items.attributes and not column.startswith("context.")
+            if (feature.name in items.attributes and not column.startswith("context."))
+            or (feature.counts is not None and counters is not None)
         } | {USER, LATEST}
         self.columns = (USER, REQUEST_TIME, HISTORY_TIME, LATEST, *self._features)
         """Names of all columns that a request may have."""
@@ -132,7 +136,7 @@ class RequestReader:
         sent = reading.lists(f"history.{item}", self.limits.max_events)
         history = self._visible(reading, sent, time_B)
         encoder = _Encoder(self, reading)
-        columns: dict[str, dict[str, Values]] = {"history": encoder.tokens("history", sent, history.entry_T)}
+        columns: dict[str, dict[str, Values]] = {"history": encoder.tokens("history", sent, history.entry_T, time_B)}
         columns |= {"candidate": {item: np.zeros(0, np.int64)}, "context": {}}
         count_B = np.zeros(len(time_B), np.int64)
         if self._with_candidates:
@@ -140,7 +144,7 @@ class RequestReader:
             count_B = np.diff(shown.offsets)
             if len(count_B) and not count_B.min():
                 raise RequestError(shown.name, int(np.argmin(count_B)), "found no candidate, expected at least one")
-            columns |= {"candidate": encoder.tokens("candidate", shown, None), "context": encoder.context()}
+            columns |= {"candidate": encoder.tokens("candidate", shown, None, time_B), "context": encoder.context()}
         lengths = {"history": history.length_B, "candidate": count_B, "context": np.ones(len(count_B), np.int64)}
         unknown_B = np.zeros(len(count_B), np.int64)
         for place, found in columns.items():
@@ -171,7 +175,14 @@ class RequestReader:
 
     def encode(self, feature: Feature, raw: pa.StringArray) -> np.ndarray:
         """Finds spelled ids' indices, or 64-bit ids where the table has no vocabulary, as the data hold them: int64."""
-        id_N = features.id_of(self.rules.spelled(feature, raw))
+        return self.indexed(feature, self.hashed(feature, raw))
+
+    def hashed(self, feature: Feature, raw: pa.StringArray) -> np.ndarray:
+        """Hashes spelled ids: int64 [N]."""
+        return features.id_of(self.rules.spelled(feature, raw))
+
+    def indexed(self, feature: Feature, id_N: np.ndarray) -> np.ndarray:
+        """Finds the indices of hashed ids, as `encode` does."""
         is_unbounded = feature.table in self.manifest.unbounded
         return id_N if is_unbounded else self._vocabularies[typing.cast(str, feature.table)].rows(id_N)
 
@@ -244,11 +255,13 @@ class _Encoder:
     def __init__(self, reader: RequestReader, reading: "_Reading"):
         self.reader, self.reading = reader, reading
 
-    def tokens(self, place: str, item: _Lists, entry_N: np.ndarray | None) -> dict[str, Values]:
+    def tokens(self, place: str, item: _Lists, entry_N: np.ndarray | None, time_B: np.ndarray) -> dict[str, Values]:
         """Reads the features of history or candidates at the entries of the item column (None: all)."""
-        manifest, found = self.reader.manifest, {}
+        manifest, counters, found = self.reader.manifest, self.reader.counters, {}
         item_feature = manifest.feature(manifest.item_feature)
-        index_N = typing.cast(np.ndarray, self._encoded(item_feature, item, entry_N))
+        raw_N = item.values if entry_N is None else item.values.take(pa.array(entry_N))
+        id_N = self.reader.hashed(item_feature, self.reading.ids(raw_N, _Chosen(item, entry_N)))
+        index_N = self.reader.indexed(item_feature, id_N)
         for feature in manifest.features_in(place):
             column = f"{place}.{feature.name}"
             brought: Values | None = None
@@ -260,6 +273,8 @@ class _Encoder:
             elif self.reader.is_attribute(feature):
                 values, is_known_N = self.reader.attributes(feature, index_N)
                 values = values if brought is None else _either(is_known_N, values, brought)
+            elif brought is None and feature.counts is not None and counters is not None:
+                values = counters.count(feature, id_N, np.repeat(time_B, np.diff(item.offsets)))
             else:
                 values = brought
             found[feature.name] = self._served(feature, values)

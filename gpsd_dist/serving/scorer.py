@@ -31,6 +31,7 @@ from gpsd_dist.schema import Manifest, Table
 from gpsd_dist.serving.answer import Answer as Answer
 from gpsd_dist.serving.artefact import BLOBS, Artefact, ArtefactError, open_version
 from gpsd_dist.serving.batches import pack
+from gpsd_dist.serving.counters import open_counters
 from gpsd_dist.serving.drift import STATISTICS_NAME, reference
 from gpsd_dist.serving.examples import replay
 from gpsd_dist.serving.items import Items
@@ -118,8 +119,9 @@ class Scorer:
 
     def answers(self, tokens: Tokens, logits: collections.abc.Mapping[str, np.ndarray]) -> list[Answer]:
         """Words the logits of `score_tokens`, one answer per request."""
-        columns = self.numbers(logits)
-        facts = zip(tokens.candidate_count_B, tokens.unknown_ids_B, tokens.dropped_events_B, strict=True)
+        columns, counters = self.numbers(logits), self.reader.counters
+        age_B = [None] * len(tokens) if counters is None else counters.age_s(tokens.request_time_s_B).tolist()
+        facts = zip(tokens.candidate_count_B, tokens.unknown_ids_B, tokens.dropped_events_B, age_B, strict=True)
         stops = np.cumsum(tokens.candidate_count_B)
         return [
             Answer(
@@ -130,8 +132,9 @@ class Scorer:
                 },
                 int(unknown),
                 int(dropped),
+                age_s,
             )
-            for stop, (count, unknown, dropped) in zip(stops, facts, strict=True)
+            for stop, (count, unknown, dropped, age_s) in zip(stops, facts, strict=True)
         ]
 
 
@@ -210,7 +213,10 @@ def open_reader(artefact: Artefact, vocabularies: dict[str, Vocabulary], with_ca
     """Opens what turns raw requests into tokens."""
     try:
         limits, items = Limits(**artefact.description.limits), Items.open(artefact.path(ITEMS_NAME))
-        return RequestReader(artefact.manifest, vocabularies, items, limits, with_candidates)
+        counters = open_counters(artefact.root, artefact.manifest) if with_candidates else None
+        return RequestReader(artefact.manifest, vocabularies, items, limits, with_candidates, counters)
+    except ArtefactError:
+        raise
     except (TypeError, ValueError) as error:
         raise ArtefactError(f"{artefact.folder} cannot read requests: {error}") from error
 

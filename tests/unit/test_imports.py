@@ -23,6 +23,7 @@ ROOMS = (
         "index",
         "serve",
         "export",
+        "counters",
         "evaluate",
         "trained_run",
         "launcher",

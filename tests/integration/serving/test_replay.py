@@ -15,6 +15,7 @@ import pytest
 from gpsd_dist import features, schema
 from gpsd_dist.data import data_versions
 from gpsd_dist.data.columns import ColumnReader
+from gpsd_dist.serving import counters
 from gpsd_dist.serving.items import Items
 from gpsd_dist.serving.requests import Limits, RequestReader
 from gpsd_dist.serving.tokens import Tokens
@@ -27,7 +28,7 @@ from tests.unit.data_pipeline.conftest import make_grocery, make_kuairand, real_
 LABELLED = ("train", "valid", "test", "holdout")
 KINDS = {
     "synthetic": (folders.make_synthetic, raw_logs.described, ("--min_count", 2)),
-    "generic": (folders.make_generic, raw_logs.described, ()),
+    "generic": (folders.make_generic, raw_logs.described, ("--counts", "7d,30d,total")),
     "generic_unbounded": (
         folders.make_generic,
         raw_logs.described,
@@ -36,11 +37,11 @@ KINDS = {
     "movielens": (folders.make_movielens, raw_logs.movielens, ("--num_negatives", 1, "--negatives", "popularity")),
     "taobao": (folders.make_taobao, raw_logs.taobao, ("--num_negatives", 2, "--allow_empty")),
     "amazon_reviews": (folders.make_amazon_reviews, raw_logs.amazon_reviews, ("--all_categories", "--allow_empty")),
-    "amazon_grocery": (make_grocery, raw_logs.amazon_grocery, ("--valid_fraction", 0.25)),
-    "kuairand_pure": (make_kuairand, raw_logs.kuairand, ()),
+    "amazon_grocery": (make_grocery, raw_logs.amazon_grocery, ("--valid_fraction", 0.25, "--counts", "1d,total")),
+    "kuairand_pure": (make_kuairand, raw_logs.kuairand, ("--counts", "1h,2d,total")),
 }
 REAL = {
-    "amazon_grocery": ("amazon_grocery", raw_logs.amazon_grocery, ()),
+    "amazon_grocery": ("amazon_grocery", raw_logs.amazon_grocery, ("--counts", "7d,30d,total")),
     "kuairand_pure": ("kuairand_pure", raw_logs.kuairand, ()),
     "movielens": ("movietweetings", raw_logs.movielens, ("--num_negatives", 2)),
 }
@@ -118,7 +119,12 @@ class Data:
             if kind != "hashed":
                 vocabularies[table.name] = Vocabulary.open(file)
         Items.write(artefact / "items", path / "items.parquet", self.manifest)
-        self.reader = RequestReader(self.manifest, vocabularies, Items.open(artefact / "items"), Limits())
+        counted = None
+        if counters.needs(self.manifest):  # through the files, as a server does
+            assert counters.publish(artefact, counters.from_data(path, self.manifest))
+            counted = counters.open_counters(artefact, self.manifest)
+        items = Items.open(artefact / "items")
+        self.reader = RequestReader(self.manifest, vocabularies, items, Limits(), counters=counted)
         self.vocabularies = vocabularies
 
     def _ids_of(self, table: str):

@@ -496,3 +496,23 @@ def test_loader_names_file_and_row_of_a_bad_value(tmp_path, name, shuffle):
 def test_features_of_the_test_data_cover_every_kind():
     kinds = {(f.places, f.kind, f.is_bag) for f in FEATURES}
     assert len(kinds) == 9 and [f.name for f in FEATURES if "history" in f.places] == list(TOKEN_FEATURES)
+
+
+def test_a_share_of_known_ids_is_read_as_unknown_in_training_alone():
+    rows = pa.concat_tables([make_table()] * 200)
+    [plain], [lossy], [again] = (make_collate(unknown_rate=rate)(rows, KEY) for rate in (0.0, 0.2, 0.2))
+    for name in ("item", "tags"):
+        before, after, same = (_values(batch, "candidate", name) for batch in (plain, lossy, again))
+        is_lost = before != after
+        assert (after[is_lost] == schema.UNKNOWN_INDEX).all() and torch.equal(after, same)
+        share = is_lost.sum() / (before >= schema.NUM_RESERVED_ROWS).sum()
+        assert 0.15 < share < 0.25
+    assert torch.equal(plain.candidate["price"], lossy.candidate["price"])
+    [drawn] = make_collate(unknown_rate=0.2, with_candidates=False, negatives_per="group", num_negatives=4)(rows, KEY)
+    assert (drawn.next_item.item_M >= schema.NUM_RESERVED_ROWS).all()  # what is unknown is no target
+
+
+def _values(batch, place, name):
+    column = getattr(batch, place)[name]
+    rows = indices_of(batch, MANIFEST.feature(name).table)
+    return rows[column.rows if isinstance(column, Bag) else column]

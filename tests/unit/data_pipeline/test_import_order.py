@@ -6,7 +6,7 @@ from tests.unit.test_imports import imported_names, modules, rings, room
 
 ORDER = (
     # the command, and the three modes that plan what it writes
-    *("inspect", "measures", "build", "append", "holdout", "fresh", "plan", "previous"),
+    *("inspect", "measures", "build", "append", "holdout", "fresh", "plan", "previous", "counters"),
     # what a plan is made of and how it is written
     *("validate", "validate_rows", "publish", "write", "sequences", "negatives", "unbounded", "splits", "vocab"),
     # raw files to a canonical log

@@ -333,8 +333,8 @@ def test_a_rare_flag_and_wide_numbers_are_left_alone(tmp_path, value):
     wide.append(value)
     flag.append(0.0)
     pq.write_table(pa.table({"context.flag": flag, "context.wide": wide}), tmp_path / "t.parquet")
-    assert write._bounds(tmp_path, ("t.parquet",), "context.flag") == (None, None)
-    low, high = write._bounds(tmp_path, ("t.parquet",), "context.wide")
+    assert write._bounds(tmp_path, ("t.parquet",), "context.flag", is_log=False)[:2] == (None, None)
+    low, high, _ = write._bounds(tmp_path, ("t.parquet",), "context.wide", is_log=False)
     assert (low is None) == (value > 0) and (high is None) == (value < 0)
     assert (high or -low) > 20 and sum(entry > (high or 100) for entry in wide[:1000]) <= 1
 

@@ -1,0 +1,149 @@
+"""Counts earlier events of items by raw id, as of any moment. Counters are of an artefact, and change without a model.
+
+    artefacts/ctr/counters.json                     {"file", "bytes", "sha256", "as_of_s"}; replaced atomically
+    artefacts/ctr/counters/<as of>-<hash>.safetensors
+
+A request is counted as of its own time, or as of the newest event that the counters know, whichever is earlier: what an
+older counter does not know yet makes it late, never empty.
+
+Shape letters: I items, T distinct seconds, M pairs of a value and a second, N candidates.
+"""
+
+import collections.abc
+import contextlib
+import pathlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from safetensors.numpy import save_file
+
+from gpsd_dist.data.gather import one_chunk
+from gpsd_dist.disk import writing
+from gpsd_dist.features import id_of
+from gpsd_dist.schema import Feature, Manifest
+from gpsd_dist.serving.artefact import ArtefactError, FileSum, read_json, sum_of
+from gpsd_dist.serving.tables import read_tensors
+
+POINTER_NAME, FOLDER = "counters.json", "counters"
+_EVENTS, _ITEMS, _AS_OF = "events.parquet", "items.parquet", b"as_of_s"  # as `data_pipeline.counters` writes them
+_ITEM, _NO_SLOT = "item_id", -1
+_KEPT = 2
+"""Newest files that stay: a server may be opening the one before."""
+
+
+class Counters:
+    """Gives the number of events before a moment, of an item or of one of its attributes. Immutable."""
+
+    def __init__(self, arrays: collections.abc.Mapping[str, np.ndarray], as_of_s: int):
+        self._arrays, self.as_of_s = arrays, as_of_s
+
+    def age_s(self, time_s_B: np.ndarray) -> np.ndarray:
+        """Returns how long before each request the counters end: int64 [B] seconds, 0 where they reach it."""
+        return np.maximum(time_s_B - self.as_of_s, 0)
+
+    def count(self, feature: Feature, id_N: np.ndarray, time_s_N: np.ndarray) -> np.ndarray:
+        """Counts as `feature` says, for items by id (`features.id_of`), strictly before a second each: float32 [N]."""
+        a, name = self._arrays, feature.counts
+        known_I, time_T, code_M = a["id"], a["time_s"], a[f"{name}.code"]
+        if not len(known_I):
+            return np.zeros(len(id_N), np.float32)
+        place_N = np.minimum(np.searchsorted(known_I, id_N), len(known_I) - 1)
+        slot_N = np.where(known_I[place_N] == id_N, a[f"{name}.slot"][place_N], _NO_SLOT)
+        until_N, first_N = np.minimum(time_s_N, self.as_of_s), slot_N * (len(time_T) + 1)
+        from_N = np.searchsorted(time_T, until_N - feature.window_s) if feature.window_s else 0
+        begin_N = np.searchsorted(code_M, first_N + from_N)
+        end_N = np.searchsorted(code_M, first_N + np.searchsorted(time_T, until_N))
+        sum_M = a[f"{name}.num_timed" if feature.window_s else f"{name}.num"]  # of the pairs before each: [M + 1]
+        return np.where(slot_N == _NO_SLOT, 0, sum_M[end_N] - sum_M[begin_N]).astype(np.float32)
+
+
+def needs(manifest: Manifest) -> bool:
+    """Says whether the data set has features that count."""
+    return any(feature.counts is not None for feature in manifest.features)
+
+
+def from_data(data_dir: pathlib.Path, manifest: Manifest) -> Counters:
+    """Makes counters of the events of a data set. ValueError where it has none, or two ids share their 60 bits."""
+    folder = data_dir / FOLDER
+    if not needs(manifest) or not (folder / _EVENTS).is_file():
+        raise ValueError(f"{data_dir} has no counters; build it with --counts 7d,30d,total")
+    events, items = pq.read_table(folder / _EVENTS), pq.read_table(folder / _ITEMS)
+    raw = one_chunk(pc.unique(pa.chunked_array([*items[_ITEM].chunks, *events[_ITEM].chunks], pa.string())))
+    id_R = id_of(raw)
+    order = np.argsort(id_R, kind="stable")
+    known_I = id_R[order]
+    if len(same := np.flatnonzero(known_I[1:] == known_I[:-1])):
+        pair = raw.take(pa.array(order[same[0] : same[0] + 2])).to_pylist()
+        raise ValueError(f"the items {pair} have one id, as 60 bits of md5; expected different ids: rename one of them")
+    place_R = np.argsort(order)
+    item_E = place_R[pc.index_in(one_chunk(events[_ITEM]), raw).to_numpy()]
+    described_X = place_R[pc.index_in(one_chunk(items[_ITEM]), raw).to_numpy()]
+    time_T, rank_E = np.unique(events["moment_s"].to_numpy(), return_inverse=True)
+    arrays = {"id": known_I, "time_s": time_T}
+    for name in dict.fromkeys(feature.counts for feature in manifest.features if feature.counts is not None):
+        slot_I = np.arange(len(known_I))
+        if name != manifest.item_feature:
+            slot_I = np.full(len(known_I), _NO_SLOT)
+            slot_I[described_X] = pc.fill_null(one_chunk(items[name]).dictionary_encode().indices, _NO_SLOT).to_numpy()
+        arrays |= {
+            f"{name}.{part}": array for part, array in _pairs(slot_I, item_E, rank_E, len(time_T), events).items()
+        }
+    return Counters(arrays, int(events.schema.metadata[_AS_OF]))
+
+
+def _pairs(slot_I: np.ndarray, item_E: np.ndarray, rank_E: np.ndarray, num_times: int, events: pa.Table) -> dict:
+    """Sums the events of each value and second: the arrays of one feature."""
+    is_counted_E = slot_I[item_E] != _NO_SLOT
+    code_E = (slot_I[item_E] * (num_times + 1) + rank_E)[is_counted_E]
+    code_M, pair_E = np.unique(code_E, return_inverse=True)
+    sums = {"slot": slot_I.astype(np.int64), "code": code_M}
+    for part in ("num", "num_timed"):
+        number_M = np.bincount(pair_E, events[part].to_numpy()[is_counted_E], len(code_M)).astype(np.int64)
+        sums[part] = np.append(0, np.cumsum(number_M))
+    return sums
+
+
+def publish(root: pathlib.Path, counters: Counters) -> bool:
+    """Makes these the counters of an artefact, unless it has newer ones; returns whether it did.
+
+    The file is there and whole before the pointer names it.
+    """
+    with contextlib.suppress(ArtefactError):
+        if int(read_json(root / POINTER_NAME)["as_of_s"]) > counters.as_of_s:
+            return False
+    folder = root / FOLDER
+    folder.mkdir(exist_ok=True)
+    aside = folder / f".partial-{counters.as_of_s}"
+    save_file({name: np.ascontiguousarray(array) for name, array in counters._arrays.items()}, aside)
+    writing.sync(aside)
+    made = sum_of(aside)
+    target = folder / f"{counters.as_of_s:012d}-{made.sha256[:12]}.safetensors"
+    aside.replace(target)
+    writing.sync(folder)
+    entry = {"file": target.name, "bytes": made.num_bytes, "sha256": made.sha256, "as_of_s": counters.as_of_s}
+    writing.write_json(root / POINTER_NAME, entry)
+    for path in sorted(folder.glob("*.safetensors"))[:-_KEPT]:
+        path.unlink()
+    return True
+
+
+def open_counters(root: pathlib.Path, manifest: Manifest) -> Counters | None:
+    """Maps the counters of an artefact; None where no feature counts. ArtefactError if they are missing or damaged."""
+    if not needs(manifest):
+        return None
+    place = root / POINTER_NAME
+    entry = read_json(place)
+    name, as_of_s = entry.get("file"), entry.get("as_of_s")
+    if not isinstance(name, str) or pathlib.PurePath(name).name != name or type(as_of_s) is not int:
+        raise ArtefactError(f"{place} names no counters; make them anew: python -m gpsd_dist.counters")
+    path = root / FOLDER / name
+    if sum_of(path) != FileSum(entry.get("bytes"), entry.get("sha256")):
+        raise ArtefactError(f"{path} is not what was written; make it anew: python -m gpsd_dist.counters")
+    arrays = {name: tensor.numpy() for name, tensor in read_tensors(path).items()}
+    parts = ("slot", "code", "num", "num_timed")
+    wanted = {f"{f.counts}.{part}" for f in manifest.features if f.counts is not None for part in parts}
+    if missing := sorted((wanted | {"id", "time_s"}) - arrays.keys()):
+        raise ArtefactError(f"{path} lacks {missing}; make it of data that count them: python -m gpsd_dist.counters")
+    return Counters(arrays, as_of_s)
