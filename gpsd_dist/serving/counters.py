@@ -70,7 +70,7 @@ def from_data(data_dir: pathlib.Path, manifest: Manifest) -> Counters:
     if not needs(manifest) or not (folder / _EVENTS).is_file():
         raise ValueError(f"{data_dir} has no counters; build it with --counts 7d,30d,total")
     events, items = pq.read_table(folder / _EVENTS), pq.read_table(folder / _ITEMS)
-    raw = one_chunk(pc.unique(pa.chunked_array([*items[_ITEM].chunks, *events[_ITEM].chunks], pa.string())))
+    raw = pc.unique(pa.chunked_array([*items[_ITEM].chunks, *events[_ITEM].chunks], pa.string()))
     id_R = id_of(raw)
     order = np.argsort(id_R, kind="stable")
     known_I = id_R[order]
