@@ -35,9 +35,6 @@ class DataConfig:
     """History tokens per optimizer step over all ranks; 0 if `global_batch_rows` is used."""
     eval_batch_rows_per_rank: AtLeast1 = dataclasses.field(default=1024, metadata=MAY_CHANGE)
     """Requests per evaluation batch of one rank."""
-    unknown_rate: _Below1 = 0.0
-    """Share of the known ids of features with a vocabulary that training reads as unknown, each occurrence by itself:
-    so the unknown rows are trained, which new items are scored by. Hashed tables have none."""
     num_data_shards: AtLeast1 = 16
     """Fixed parts of an epoch that ranks share out; at least the world size, and fixed for the life of a run."""
     num_threads: AtLeast1 = dataclasses.field(default=1, metadata=MAY_CHANGE)
@@ -48,6 +45,9 @@ class DataConfig:
     """Folder for decoded row groups that do not fit into memory. Empty: `.decoded` in the folder of the data."""
     cache_gib: NotNegative = dataclasses.field(default=16.0, metadata=MAY_CHANGE)
     """GiB of disk that decoded row groups of a data set may take; 0: none, they are decoded each time (untuned)."""
+    unknown_rate: _Below1 = 0.0
+    """Share of the known ids of features with a vocabulary that training reads as unknown, each occurrence by itself:
+    so the unknown rows are trained, which new items are scored by. Hashed tables have none."""
 
 
 def _some_negative_groups(pretrain: "PretrainConfig") -> collections.abc.Iterator[str]:

@@ -167,7 +167,7 @@ def test_overrides_without_effect_are_errors(name):
         (
             "dmin",
             "LAYERS=1",
-            "reads ['compile', 'context_dim', 'dropout', 'heads', 'init_std', 'matches', 'parametrization', ",
+            "reads ['compile', 'context_dim', 'dropout', 'heads', 'init_std', 'matches', 'number_buckets', ",
         ),
         ("wukong", "HEADS=2", "model 'wukong' does not read it"),
         ("l4h64a4", "ModelConfig.max_positions=99", "model 'transformer' does not read it"),
@@ -463,8 +463,9 @@ def test_a_config_gin_of_commit_14e4532_means_the_run_that_it_meant_then():
     folder = pathlib.Path(__file__).resolve().parents[2] / "assets" / "gin_14e4532"
     saved = json.loads((folder / "run_config.json").read_text())
     run = json.loads(json.dumps(dataclasses.asdict(load([str(folder / "config.gin")]).run)))
-    younger = {"model": {"revision", "parametrization", "matches"}, "finetune": {"weighted_metrics"}}
-    younger |= {"train": {"average_fraction"}, "data": {"cache_dir", "cache_gib"}, "execution": {"matmul_dtype"}}
+    younger = {"model": {"revision", "parametrization", "matches", "number_buckets"}, "finetune": {"weighted_metrics"}}
+    younger |= {"data": {"cache_dir", "cache_gib", "unknown_rate"}, "execution": {"matmul_dtype"}}
+    younger |= {"train": {"average_fraction"}}
     for part, names in younger.items():
         run[part] = {name: value for name, value in run[part].items() if name not in names}
     assert run == saved

@@ -284,10 +284,10 @@ def full_run():
         strategy="FT_SF",
         init_checkpoint="runs/p",
         seed=7,
-        data=DataConfig(7, 0, 640, 9, 8, 3, 4, "cache", 0.5),
+        data=DataConfig(7, 0, 640, 9, 8, 3, 4, "cache", 0.5, 0.02),
         tables=TablesConfig(32, 9, {"item": "table_wise"}, ("item", "tag"), 0.1, "fp16"),
         ids=IdsConfig({"item": "managed"}, {"item": 50}, 5, "lru"),
-        model=ModelConfig("hstu", 2, 32, 2, 0.1, 0.05, 8, False, 99, 5, 7, False, 1, "by_width", True),
+        model=ModelConfig("hstu", 2, 32, 2, 0.1, 0.05, 8, False, 99, 5, 7, False, 1, "by_width", True, True),
         pretrain=PretrainConfig(0.1, "position", 3, 5, ("category", "brand"), 0.5),
         finetune=FinetuneConfig({"click": 0.5, "buy": 2}, True, True, 0.5),
         dense=OptimizerConfig("adamw", 0.2, 0.8, 0.7, 1e-6, 0.3),
@@ -328,11 +328,11 @@ def test_a_run_of_commit_14e4532_is_read(name):
     raw = json.loads((ASSET / name / "run_config.json").read_text())
     run = run_config_from_dict(raw)
     # Tower and tables are equally wide.
-    raw["model"] |= {"revision": 2, "parametrization": "official", "matches": False}
+    raw["model"] |= {"revision": 2, "parametrization": "official", "matches": False, "number_buckets": False}
     raw["finetune"] |= {"weighted_metrics": False}
     raw["train"] |= {"average_fraction": 0.0}
     raw["execution"] |= {"matmul_dtype": "auto"}
-    raw["data"] |= {"cache_dir": "", "cache_gib": 16.0}
+    raw["data"] |= {"cache_dir": "", "cache_gib": 16.0, "unknown_rate": 0.0}
     assert json.loads(json.dumps(dataclasses.asdict(run))) == raw
     assert run.stage == ("pretrain" if name == "pretrain" else "finetune") and run.model.width == raw["model"]["width"]
 

@@ -32,5 +32,5 @@ def test_heads_get_a_bucket_of_every_number():
     plain = ContextEmbedder(manifest, tables, dataclasses.replace(model, number_buckets=False), ())
     full = ContextEmbedder(dataclasses.replace(manifest, features=measured), tables, model, ())
     assert numbers and full.width == plain.width + 4 * len(numbers)
-    with pytest.raises(ValueError, match="no quantiles of 'price', because an older version built them"):
+    with pytest.raises(ValueError, match="no quantiles of 'age', because an older version built them"):
         ContextEmbedder(manifest, tables, model, ())
