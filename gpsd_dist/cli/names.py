@@ -37,6 +37,7 @@ COMMANDS = {  # in the order of use
     "predict": Command("gpsd_dist.predict", "scores of a split, or of raw requests, as Parquet"),
     "report": Command("gpsd_dist.report", "one HTML page about runs"),
     "export": Command("gpsd_dist.export", "trained run -> artefact that scores raw requests"),
+    "counters": Command("gpsd_dist.counters", "newer counts of earlier events for an artefact"),
     "serve": Command("gpsd_dist.serve", "scores over HTTP"),
     "index": Command("gpsd_dist.index", "item vectors of a pretrained run, and search in them"),
     "plan": Command("gpsd_dist.plan", "does a run fit a cluster?"),
