@@ -46,7 +46,12 @@ class DuckDB:
 
     def create(self, name: str, table: ir.Table) -> ir.Table:
         """Runs the query and stores the result under a new name."""
-        return self.con.create_table(name, table)
+        # Not by Ibis's create_table, which copies the query's syntax tree: an eighth of the CPU time of a small build.
+        columns = table.schema().to_sqlglot_column_defs("duckdb")
+        names = ", ".join(column.this.sql("duckdb") for column in columns)
+        self.con.raw_sql(f'CREATE TABLE "{name}" ({", ".join(column.sql("duckdb") for column in columns)})')
+        self.con.raw_sql(f'INSERT INTO "{name}" ({names}) {self.con.compile(table)}')
+        return self.con.table(name)
 
     def count(self, name: str) -> int:
         """Counts the rows of a stored table."""
