@@ -58,11 +58,16 @@ class Forked:
         return [path.read_text(errors="replace") if path.is_file() else "" for path in self._streams]
 
 
+def context(_: str = "") -> multiprocessing.context.ForkServerContext:
+    """Gives what starts processes with the imports done; can stand for `multiprocessing.get_context`."""
+    forking = multiprocessing.context._default_context.get_context("forkserver")
+    forking.set_forkserver_preload(IMPORTED_ONCE)
+    return forking
+
+
 def start(target: typing.Callable, *arguments: object) -> multiprocessing.Process:
     """Calls `target`, a function of a module, in a process with the imports done; its environment is an earlier one."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED_ONCE)
-    process = context.Process(target=target, args=arguments)
+    process = context().Process(target=target, args=arguments)
     with with_environment(RANK_ENV):
         process.start()
     return process

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from benchmarks import gpu_suite
+from tests.helpers import forked
 
 ROOT = pathlib.Path(__file__).parents[3]
 SCRIPT = ROOT / "benchmarks/measure_gpu.sh"
@@ -42,12 +43,10 @@ def test_gpu_tests_are_collected_without_the_libraries_of_other_parts():
     """Where it measures there may be no ibis, duckdb or lightgbm."""
     files = [file for _, _, *files in CHECKED for file in files]
     code = f"""
-import sys
-sys.modules.update(dict.fromkeys(("ibis", "duckdb", "lightgbm", "pyspark")))
-import pytest
+import sys, pytest
 sys.exit(pytest.main(["-q", "-m", "gpu", "--collect-only", "-p", "no:cacheprovider", *{files}]))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = forked.run("tests.helpers.without", "ibis,duckdb,lightgbm,pyspark", code)
     assert done.returncode == 0, done.stdout + done.stderr
     for file in files:
         assert f"{file}::" in done.stdout, file

@@ -6,13 +6,14 @@ import logging
 import pytest
 import torch
 
-from benchmarks import compare, datasets, growth, sides
+from benchmarks import compare, datasets, growth, remote, sides
 from benchmarks.padded_baseline import PaddedBaseline, PaddedLoader
 from benchmarks.remote import Block, running
 from benchmarks.run import selected
 from benchmarks.sides import VARIANTS, SideSpec, Size, variants_of
 from benchmarks.step_split import PHASES
 from benchmarks.tables import Table
+from tests.helpers import forked
 
 SIZE = Size(1, 16, 2)
 
@@ -40,7 +41,8 @@ def test_a_side_trains_in_a_process_of_its_own(data, tmp_path):
     assert not remotes["one"].process.is_alive()
 
 
-def test_a_side_that_fails_says_why(data, tmp_path):
+def test_a_side_that_fails_says_why(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote.multiprocessing, "get_context", forked.context)
     spec = SideSpec("product + wings", data("discriminative"), SIZE, 16, tmp_path / "run")
     with pytest.raises(RuntimeError, match="variant 'product \\+ wings' is not one of"), running({"one": spec}):
         pass
