@@ -19,7 +19,6 @@ Values: typing.TypeAlias = np.ndarray | tuple[np.ndarray, np.ndarray]
 # A numerical feature is standardised and cut here, so that an outlier does not outweigh the other features of a token.
 _MAX_DEVIATIONS = 5.0  # untuned
 _NO_TEXT = pa.scalar(None, pa.string())
-_FEW_IDS = 16  # up to here a dictionary costs more than what it saves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +92,8 @@ def spelled(array: pa.Array) -> tuple[pa.StringArray, np.ndarray]:
     found = array.cast(pa.string())
     if not pa.types.is_integer(array.type):
         found = pc.utf8_trim_whitespace(found)
-        found = pc.if_else(pc.equal(found, ""), _NO_TEXT, found)
+        if len(found) and not text_bytes(found).min():  # a null has no bytes either
+            found = pc.if_else(pc.equal(found, ""), _NO_TEXT, found)
     return found, nowhere
 
 
@@ -125,24 +125,22 @@ def raw_ids(values: pa.Array | pa.ChunkedArray) -> pa.StringArray:
     return found
 
 
+def text_bytes(raw: pa.StringArray) -> np.ndarray:
+    """Counts the bytes of each text: int32 [N]; that of a null means nothing."""
+    return np.diff(np.frombuffer(raw.buffers()[1], np.int32, len(raw) + 1, 4 * raw.offset))
+
+
 def id_of(raw: pa.Array) -> np.ndarray:
     """Hashes spelled ids (`raw_ids`) to int64 [N]: md5 cut to 60 bits, plus 2; 1 where null.
 
     Every engine of `data_pipeline` computes the same (`data_pipeline.hashing.id_of`).
     """
-    if len(raw) <= _FEW_IDS:
-        ids = (UNKNOWN_INDEX if text is None else _id_of_text(text) for text in raw.to_pylist())
-        return np.fromiter(ids, np.int64, len(raw))
     encoded = raw.dictionary_encode()  # an item often stands in a request twice, and md5 costs more than this
-    texts = encoded.dictionary.to_pylist()
-    id_of_text = np.fromiter(map(_id_of_text, texts), np.int64, len(texts))
+    texts = encoded.dictionary.cast(pa.binary()).to_pylist()
+    digests = b"".join([hashlib.md5(text, usedforsecurity=False).digest() for text in texts])
+    id_of_text = (np.frombuffer(digests, ">u8")[::2] >> (64 - ID_BITS)).astype(np.int64) + NUM_RESERVED_ROWS
     place = pc.fill_null(encoded.indices, len(texts)).to_numpy()
     return np.append(id_of_text, UNKNOWN_INDEX)[place]
-
-
-def _id_of_text(text: str) -> int:
-    first_bits = int.from_bytes(hashlib.md5(text.encode(), usedforsecurity=False).digest()[:8])
-    return (first_bits >> (64 - ID_BITS)) + NUM_RESERVED_ROWS
 
 
 def logarithm(values: np.ndarray) -> np.ndarray:

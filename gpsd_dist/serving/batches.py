@@ -34,7 +34,9 @@ class Packed:
 def pack(tokens: Tokens, manifest: Manifest, tables: collections.abc.Mapping[str, MappedTable]) -> Packed:
     """Sorts requests by history length, plans their geometry, and reads each distinct row of `tables` once."""
     order = np.argsort(tokens.history_length_B, kind="stable")
-    ordered, item = taken(tokens, order), manifest.item_feature
+    is_sorted = len(order) < 2 or bool((order[1:] > order[:-1]).all())
+    ordered = dataclasses.replace(tokens, columns=_copied(tokens.columns)) if is_sorted else taken(tokens, order)
+    item = manifest.item_feature
     columns, items = ordered.columns, [ordered.columns[place][item] for place in ("history", "candidate")]
     history = list(columns["history"].values())
     embeddings = {name: _look_up(table, manifest, columns) for name, table in tables.items()}
@@ -99,6 +101,10 @@ def _look_up(table: MappedTable, manifest: Manifest, columns: dict[str, dict[str
         old = features[name]
         features[name] = (part, old[1]) if isinstance(old, tuple) else part
     return table.rows(index_U)
+
+
+def _copied(columns: dict[str, dict[str, Values]]) -> dict[str, dict[str, Values]]:
+    return {place: dict(features) for place, features in columns.items()}
 
 
 def _take(values: Values, index: np.ndarray) -> Values:

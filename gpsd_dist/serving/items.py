@@ -64,7 +64,10 @@ class Items:
         """Takes an attribute of the items at `places`; one that is not known has 0.0, 1 or the bag [1]."""
         if not len(self._index_V):
             return missing(feature, len(place_N))
-        values, is_known_N, place_N = self._arrays[feature.name], place_N >= 0, np.maximum(place_N, 0)
+        values = self._arrays[feature.name]
+        if not feature.is_bag and (place_N >= 0).all():
+            return values[place_N]
+        is_known_N, place_N = place_N >= 0, np.maximum(place_N, 0)
         if not feature.is_bag:
             return np.where(is_known_N, values[place_N], missing(feature, 1)[0])
         offsets = self._arrays[f"{feature.name}.offsets"]

@@ -27,6 +27,7 @@ from gpsd_dist.schema import PLACES, UNKNOWN_INDEX, Feature, Manifest
 from gpsd_dist.serving.artefact import MAX_CANDIDATES
 from gpsd_dist.serving.counters import Counters
 from gpsd_dist.serving.items import Items
+from gpsd_dist.serving.seen_ids import SeenIds
 from gpsd_dist.serving.tokens import Tokens
 from gpsd_dist.serving.vocabulary import Vocabulary
 
@@ -35,6 +36,7 @@ LATEST = "history.latest_s"
 """Optional: an event without a time happened no later than this (epoch seconds)."""
 _BEFORE_EVERYTHING_S = -(2**62)
 _END_S = 10**12  # far beyond the year 10000; a time in milliseconds lies above it
+_NAMES_KEPT = 100  # sets of columns that clients send; untuned
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -94,7 +96,7 @@ class RequestReader:
         `counters` give the counts of earlier events that a request does not bring.
         `with_candidates` False: reads users and histories alone; columns of candidates and context are passed over.
         """
-        self.manifest, self._vocabularies, self._items, self.limits = manifest, vocabularies, items, limits
+        self.manifest, self._vocabularies, self.items, self.limits = manifest, vocabularies, items, limits
         self.rules, self.counters = features.Rules.of(manifest), counters
         self._is_cut_by_time = manifest.options.get("split_rule", "TimeBoundaries") == "TimeBoundaries"
         every = {f"{place}.{f.name}": f for place in PLACES for f in manifest.features_in(place)}
@@ -109,6 +111,8 @@ class RequestReader:
         } | {USER, LATEST}
         self.columns = (USER, REQUEST_TIME, HISTORY_TIME, LATEST, *self._features)
         """Names of all columns that a request may have."""
+        self._right_names: set[frozenset[str]] = set()
+        self.seen = SeenIds()
 
     def from_json(self, requests: typing.Sequence[dict[str, typing.Any]]) -> pa.Table:
         """Makes a table of decoded JSON objects: ids as text, numbers as float64, times as they are.
@@ -136,7 +140,7 @@ class RequestReader:
         sent = reading.lists(f"history.{item}", self.limits.max_events)
         history = self._visible(reading, sent, time_B)
         encoder = _Encoder(self, reading)
-        columns: dict[str, dict[str, Values]] = {"history": encoder.tokens("history", sent, history.entry_T, time_B)}
+        columns: dict[str, dict[str, Values]] = {"history": encoder.tokens("history", sent, history.chosen, time_B)}
         columns |= {"candidate": {item: np.zeros(0, np.int64)}, "context": {}}
         count_B = np.zeros(len(time_B), np.int64)
         if self._with_candidates:
@@ -195,17 +199,15 @@ class RequestReader:
             return hashed_rows(values, self.manifest.table(feature.table).num_rows)
         return values if kind is None else self._vocabularies[feature.table].rows(values)
 
-    def attributes(self, feature: Feature, index_N: np.ndarray) -> tuple[Values, np.ndarray]:
-        """Takes an attribute of items by index (or 64-bit id), and which of the items are known (bool [N])."""
-        place_N = self._items.places(index_N)
-        return self._items.take(feature, place_N), place_N >= 0
-
     def is_attribute(self, feature: Feature) -> bool:
         """Says whether the artefact has the feature for every known item."""
-        return feature.name in self._items.attributes
+        return feature.name in self.items.attributes
 
     def _check_names(self, names: typing.Collection[str], row: int) -> None:
-        given, names = collections.Counter(list(names)), set(names)
+        found = frozenset(names)
+        if len(found) == len(names) and found in self._right_names:
+            return
+        given, names = collections.Counter(list(names)), found
         twice = [name for name, count in given.items() if count > 1]
         if twice:
             raise RequestError(twice[0], row, f"stands there {given[twice[0]]} times, expected once")
@@ -217,6 +219,8 @@ class RequestReader:
         absent = [name for name in self.columns if name not in names and name not in self._optional]
         if absent:
             raise RequestError(absent[0], row, "is missing; send null where a value is not known, or []")
+        if len(self._right_names) < _NAMES_KEPT:
+            self._right_names.add(found)
 
     def _visible(self, reading: "_Reading", sent: _Lists, time_B: np.ndarray) -> "_History":
         """Drops what the request may not see, orders the rest, keeps the latest."""
@@ -237,13 +241,14 @@ class RequestReader:
         reading.counts["events over the limit"] += int((seen_B - kept_B).sum())
         reading.counts["events put in order"] += int((order_E != np.arange(len(order_E))).sum())
         time_T = np.maximum(time_E[entry_T], -1)  # -1: unknown
-        return _History(entry_T, kept_B, length_B - seen_B, np.floor(time_T).astype(np.int64))
+        is_as_sent = np.array_equal(entry_T, np.arange(len(time_E)))
+        return _History(None if is_as_sent else entry_T, kept_B, length_B - seen_B, np.floor(time_T).astype(np.int64))
 
 
 @dataclasses.dataclass(frozen=True)
 class _History:
-    entry_T: np.ndarray
-    """Entry of every kept event among those sent."""
+    chosen: np.ndarray | None
+    """Entry of every kept event among those sent (int64 [T]); None: all, as they came."""
     length_B: np.ndarray
     dropped_B: np.ndarray
     time_s_T: np.ndarray
@@ -259,9 +264,14 @@ class _Encoder:
         """Reads the features of history or candidates at the entries of the item column (None: all)."""
         manifest, counters, found = self.reader.manifest, self.reader.counters, {}
         item_feature = manifest.feature(manifest.item_feature)
-        raw_N = item.values if entry_N is None else item.values.take(pa.array(entry_N))
-        id_N = self.reader.hashed(item_feature, self.reading.ids(raw_N, _Chosen(item, entry_N)))
-        index_N = self.reader.indexed(item_feature, id_N)
+        counts = counters is not None and any(feature.counts is not None for feature in manifest.features_in(place))
+        if counts:
+            raw_N = item.values if entry_N is None else item.values.take(pa.array(entry_N))
+            id_N = self.reader.hashed(item_feature, self.reading.ids(raw_N, _Chosen(item, entry_N)))
+            index_N = self.reader.indexed(item_feature, id_N)
+        else:
+            index_N = typing.cast(np.ndarray, self._encoded(item_feature, item, entry_N))
+        place_N = self.reader.items.places(index_N)
         for feature in manifest.features_in(place):
             column = f"{place}.{feature.name}"
             brought: Values | None = None
@@ -271,8 +281,8 @@ class _Encoder:
             if feature is item_feature:
                 values = index_N
             elif self.reader.is_attribute(feature):
-                values, is_known_N = self.reader.attributes(feature, index_N)
-                values = values if brought is None else _either(is_known_N, values, brought)
+                values = self.reader.items.take(feature, place_N)
+                values = values if brought is None else _either(place_N >= 0, values, brought)
             elif brought is None and feature.counts is not None and counters is not None:
                 values = counters.count(feature, id_N, np.repeat(time_B, np.diff(item.offsets)))
             else:
@@ -301,7 +311,7 @@ class _Encoder:
         if feature.kind == "numerical":
             return self.reading.numbers(feature, array, chosen)
         if not feature.is_bag:
-            return self.reader.encode(feature, self.reading.ids(array, chosen))
+            return self._indices(feature, array, chosen)
         if not _is_list(array.type):
             raise column.error(0, f"found {array.type}, expected a list of ids per value")
         owner_M = pc.list_parent_indices(array).to_numpy()
@@ -313,6 +323,17 @@ class _Encoder:
         is_there_M = members.is_valid().to_numpy(zero_copy_only=False)
         return _bags(self.reader.encode(feature, members)[is_there_M], owner_M[is_there_M], len(array))
 
+    def _indices(self, feature: Feature, array: pa.Array, chosen: "_Chosen") -> np.ndarray:
+        """Encodes one id per value: int64 [N]. Those that came lately are not spelled and hashed again."""
+        if not isinstance(array, pa.StringArray):
+            return self.reader.encode(feature, self.reading.ids(array, chosen))
+        index_N, new_M = self.reader.seen.find(feature.name, array)
+        if len(new_M):
+            new = array.take(pa.array(new_M))
+            index_N[new_M] = self.reader.encode(feature, self.reading.ids(new, chosen.part(new_M)))
+            self.reader.seen.add(feature.name, new, index_N[new_M])
+        return index_N
+
 
 @dataclasses.dataclass(frozen=True)
 class _Chosen:
@@ -321,6 +342,10 @@ class _Chosen:
     column: _Lists
     entry_N: np.ndarray | None
     """None: all of them."""
+
+    def part(self, place_M: np.ndarray) -> "_Chosen":
+        """Remembers the values at some places of these."""
+        return _Chosen(self.column, place_M if self.entry_N is None else self.entry_N[place_M])
 
     def error(self, place: int, message: str) -> RequestError:
         has_entry = self.entry_N is not None and len(self.entry_N) > 0
@@ -351,6 +376,10 @@ class _Reading:
             raise RequestError(name, 0, f"found {array.type}, expected a list")
         if pa.types.is_null(array.type):
             array = array.cast(pa.list_(pa.string()))
+        if like is not None and pa.types.is_list(array.type) and not array.null_count:  # as most clients send it
+            cuts_B1 = array.offsets.to_numpy()
+            if np.array_equal(cuts_B1 - cuts_B1[0], like.offsets):
+                return _Lists(name, array.flatten(), like.offsets)
         is_null_B = array.is_null().to_numpy(zero_copy_only=False)
         length_B = pc.fill_null(pc.list_value_length(array), 0).to_numpy().astype(np.int64)
         offsets, values = cuts(length_B), array.flatten()
@@ -391,7 +420,7 @@ class _Reading:
             found = self.rules.missing(features.raw_ids(array))
         except ValueError as error:
             raise chosen.error(0, str(error)) from error
-        if found.nbytes <= self.limits.max_id_bytes:  # of all together, offsets included
+        if not len(found) or features.text_bytes(found).max() <= self.limits.max_id_bytes:
             return found
         size = pc.max(pc.binary_length(found)).as_py() or 0
         if size > self.limits.max_id_bytes:
@@ -404,7 +433,7 @@ class _Reading:
         kind = array.type
         if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
             raise chosen.error(0, f"found {kind}, expected a number")
-        values = pc.fill_null(array.cast(pa.float64(), safe=False), 0.0).to_numpy()
+        values = _floats(array, 0.0)
         is_bad = ~(np.abs(values) <= _FLOAT32_MAX)
         if is_bad.any():
             place = int(np.argmax(is_bad))
@@ -420,14 +449,21 @@ def _times(times: _Lists) -> np.ndarray:
     kind = times.values.type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
         raise times.error(0, f"found {kind}, expected epoch seconds, a number")
-    is_null = times.values.is_null().to_numpy(zero_copy_only=False)
-    values = pc.fill_null(times.values.cast(pa.float64(), safe=False), 0.0).to_numpy()
+    values = _floats(times.values, 0.0)
     is_bad = ~((values >= 0) & (values < _END_S))
     if is_bad.any():
         place = int(np.argmax(is_bad))
         given = f"found {values[place]}, expected epoch seconds, 0 .. {_END_S - 1}"
         raise times.error(place, f"{given}; milliseconds must be divided by 1,000")
-    return np.where(is_null, -np.inf, values)
+    if not times.values.null_count:
+        return values
+    return np.where(times.values.is_null().to_numpy(zero_copy_only=False), -np.inf, values)
+
+
+def _floats(array: pa.Array, missing: float) -> np.ndarray:
+    """Returns numbers of any type as float64."""
+    array = array if array.type == pa.float64() else array.cast(pa.float64(), safe=False)
+    return (pc.fill_null(array, missing) if array.null_count else array).to_numpy()
 
 
 def _bags(value_M: np.ndarray, owner_M: np.ndarray, num_bags: int) -> Values:
@@ -474,10 +510,10 @@ def _nested(name: str, values: list, row_N: list[int], depth: int, kind: typing.
         if value is not None and not isinstance(value, list):
             raise RequestError(name, row, f"found {_shown(value)}, expected a list")
     lengths = [len(value or ()) for value in values]
-    inner_rows = [row for row, length in zip(row_N, lengths, strict=True) for _ in range(length)]
+    inner_rows = list(itertools.chain.from_iterable(map(itertools.repeat, row_N, lengths)))
     inner = _nested(name, list(itertools.chain.from_iterable(v or () for v in values)), inner_rows, depth - 1, kind)
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
-    return pa.ListArray.from_arrays(offsets, inner, mask=pa.array([value is None for value in values], pa.bool_()))
+    offsets, is_null = pa.array([0, *itertools.accumulate(lengths)], pa.int32()), [value is None for value in values]
+    return pa.ListArray.from_arrays(offsets, inner, mask=pa.array(is_null, pa.bool_()) if any(is_null) else None)
 
 
 def _texts(name: str, values: list, row_N: list[int]) -> pa.StringArray:
@@ -503,11 +539,14 @@ def _texts(name: str, values: list, row_N: list[int]) -> pa.StringArray:
 
 
 def _numbers(name: str, values: list, row_N: list[int]) -> pa.DoubleArray:
-    if not {int, float, type(None)}.issuperset(map(type, values)):
+    types = set(map(type, values))
+    if not types <= {int, float, type(None)}:
         for row, value in zip(row_N, values, strict=True):
             if type(value) not in (int, float, type(None)):
                 raise RequestError(name, row, f"found {_shown(value)}, expected a number")
     try:
+        if type(None) not in types:
+            return pa.array(np.array(values, np.float64))
         return pa.array([value if value is None else float(value) for value in values], pa.float64())
     except OverflowError as error:
         row = next(

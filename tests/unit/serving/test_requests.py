@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 
 from gpsd_dist.data.hashing import hashed_rows
+from gpsd_dist.serving import seen_ids
 from gpsd_dist.serving.requests import Limits, RequestError
 from gpsd_dist.serving.tokens import Tokens
 from tests.unit.serving import shop
@@ -140,6 +141,45 @@ def test_joined_requests_equal_requests_read_together(reader):
         place: {name: listed(v) for name, v in f.items()} for place, f in together.columns.items()
     }
     assert joined.counts == together.counts and joined.unknown_ids_B.tolist() == together.unknown_ids_B.tolist()
+
+
+def test_ids_that_came_before_are_read_alike(tmp_path):
+    """A reader that has seen some of the ids, or all, gives the tokens of one that has seen none."""
+    requests = [
+        shop.request(candidate_item=["b", None], candidate_author=["", " anne "]),
+        shop.request(candidate_item=[" b", "new"], context_tab="x"),
+        shop.request(history_item=["7", "a", "b"], history_time_s=[1, 2, 3], history_action=["buy", None, "buy "]),
+    ]
+    warm = shop.reader(tmp_path)
+    for request in [*requests, *requests]:
+        found, expected = read(warm, request), read(shop.reader(tmp_path), request)
+        assert {p: {n: listed(v) for n, v in f.items()} for p, f in found.columns.items()} == {
+            p: {n: listed(v) for n, v in f.items()} for p, f in expected.columns.items()
+        }
+        assert found.counts == expected.counts
+    assert warm.seen.find("item", pa.array(["b", "7", "never"]))[0].tolist() == [3, 4, 0]
+
+
+def test_a_bad_id_among_known_ones_is_named(tmp_path):
+    reader = shop.reader(tmp_path, Limits(max_id_bytes=20))
+    read(reader, shop.request(), shop.request())
+    with pytest.raises(RequestError, match=r"request 1, 'history.item': an id of 21 bytes"):
+        read(reader, shop.request(), shop.request(history_item=["a", "x" * 21]))
+    with pytest.raises(RequestError, match=r"request 2, 'candidate.item': an id of 21 bytes"):
+        read(reader, shop.request(), shop.request(), shop.request(candidate_item=["x" * 21, "b"]))
+
+
+def test_ids_that_are_remembered_are_few_and_short(monkeypatch):
+    monkeypatch.setattr(seen_ids, "_IDS_KEPT", 10)
+    seen = seen_ids.SeenIds()
+    for first in range(0, 40, 4):
+        texts = pa.array([str(first + i) for i in range(4)])
+        assert seen.find("item", texts)[1].tolist() == [0, 1, 2, 3]
+        seen.add("item", texts, np.arange(2, 6))
+        assert seen.find("item", texts)[0].tolist() == [2, 3, 4, 5] and len(seen.find("author", texts)[1]) == 4
+        assert sum(map(len, seen._indices.values())) <= 10
+    seen.add("item", pa.array(["x" * 1000]), np.array([7]))
+    assert seen.find("item", pa.array(["x" * 1000]))[0].tolist() == [0]
 
 
 NAN = float("nan")
