@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from gpsd_dist.assembly import looked_up_tables, meta_model
 from gpsd_dist.batch.batch import Bag, Batch, Column, NextItem
@@ -61,11 +62,20 @@ def _kept(run: RunConfig, manifest: Manifest, history: int, shown: int, recomput
         rows = {table.name: torch.empty(1, run.tables.embedding_dim, requires_grad=True) for table in sharded}
         if recomputes:
             recompute_blocks(tower_of(model), has_dropout=run.model.dropout > 0)
-        with (kept := Kept(model)), torch.autocast("cpu", torch.bfloat16, enabled=run.train.bf16):
+        with (kept := Kept(model)), _NormsInFloat32(), torch.autocast("cpu", torch.bfloat16, enabled=run.train.bf16):
             model.backbone(rows, batch, candidates_only=shown > 0)
     if run.train.bf16:  # autocast's copies of weights count as the dense part
         kept.num_bytes -= sum(2 * m.weight.numel() for m in model.backbone.modules() if isinstance(m, nn.Linear))
     return kept
+
+
+class _NormsInFloat32(TorchFunctionMode):
+    """Runs LayerNorm in float32: autocast does so on CUDA, and not on a CPU, which here stands for it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.layer_norm:
+            args = args[0].float(), *args[1:]
+        return func(*args, **(kwargs or {}))
 
 
 class Kept(torch.autograd.graph.saved_tensors_hooks):

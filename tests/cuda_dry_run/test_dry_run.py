@@ -96,6 +96,13 @@ def test_mixed_devices_and_wrong_numbers_are_found_there(results):
 
 
 TOWERS = [f"{stage}/{name}" for name in ("transformer", "sasrec", "hstu") for stage in ("pretrain", "finetune")]
+MAX_OF_PARTS = {
+    "embedding": 23,
+    "tower": 222,
+    "head + loss": 119,
+    "clipping": 64,
+    "update": 4,
+}  # as docs/performance.md
 MAX_OPERATIONS, MAX_OTHER_GB = 432, 41.0  # of a step of L4H256A4; 432 and 40.6 when written
 
 
@@ -108,15 +115,17 @@ def test_the_plan_counts_the_flops_of_a_step(results, name):
 
 @pytest.mark.parametrize("name", [*TOWERS, "l4h256a4"])
 def test_the_plan_counts_what_a_tower_keeps(results, name):
-    """The Transformer's formula counts 3 % too much. Others are measured on a CPU, where attention copies otherwise:
-    SASRec 1.04 and 1.12, HSTU 0.90 and 0.94. `plan` keeps 15 % of the memory free.
+    """The Transformer's formula counts 3 % too much. Others are measured on a CPU: HSTU 1.006 and 1.007; SASRec 1.05 and
+    1.12, since attention copies more there. `plan` keeps 15 % of the memory free.
     """
     counted = results[f"roofline {name}"]
-    least, most = (0.88, 1.15) if name.endswith(("sasrec", "hstu")) else (1.0, 1.06)
-    assert least <= counted["planned_kept_bytes"] / counted["kept_bytes"] <= most, counted
+    most = {"sasrec": 1.15, "hstu": 1.02}.get(name.rpartition("/")[2], 1.06)
+    assert 1.0 <= counted["planned_kept_bytes"] / counted["kept_bytes"] <= most, counted
 
 
 def test_a_step_stays_within_its_roofline(results):
     found, planted = results["roofline l4h256a4"], results["roofline planted pass"]
     assert found["operations"] <= MAX_OPERATIONS and found["other_bytes"] <= MAX_OTHER_GB * 1e9, found
+    assert sum(found["of_parts"].values()) == found["operations"]
+    assert all(found["of_parts"][part] <= most for part, most in MAX_OF_PARTS.items()), found["of_parts"]
     assert planted["operations"] > MAX_OPERATIONS and planted["other_bytes"] > MAX_OTHER_GB * 1e9, planted
