@@ -82,8 +82,8 @@ def map_tensors(
         values, lengths = mapped(value.values()), mapped(value.lengths())
         return type(value)(value.keys(), values, lengths=lengths, length_per_key=value.length_per_key_or_none())
     if dataclasses.is_dataclass(value) and (with_host_parts or not hasattr(value, "stays_on_host")):
-        fields = {field.name: mapped(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return type(value)(**fields)
+        kind: typing.Any = type(value)
+        return kind(**{field.name: mapped(getattr(value, field.name)) for field in dataclasses.fields(value)})
     if isinstance(value, dict):
         return {key: mapped(entry) for key, entry in value.items()}
     return tuple(map(mapped, value)) if isinstance(value, tuple) else value

@@ -115,8 +115,8 @@ def test_the_plan_counts_the_flops_of_a_step(results, name):
 
 @pytest.mark.parametrize("name", [*TOWERS, "l4h256a4"])
 def test_the_plan_counts_what_a_tower_keeps(results, name):
-    """The Transformer's formula counts 3 % too much. Others are measured on a CPU: HSTU 1.006 and 1.007; SASRec 1.05 and
-    1.12, since attention copies more there. `plan` keeps 15 % of the memory free.
+    """The Transformer's formula counts 3 % too much. Others are measured on a CPU: HSTU 1.006 and 1.007; SASRec 1.05
+    and 1.12, since attention copies more there. `plan` keeps 15 % of the memory free.
     """
     counted = results[f"roofline {name}"]
     most = {"sasrec": 1.15, "hstu": 1.02}.get(name.rpartition("/")[2], 1.06)
