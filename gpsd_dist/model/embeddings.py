@@ -3,14 +3,13 @@
 Shape letters: U distinct rows of a table, S tokens in packed order, B requests, C candidates, E embedding width.
 """
 
-import numpy as np
 import torch
 from torch import nn
 
 from gpsd_dist.batch.batch import Bag, Batch, Column
 from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig, TablesConfig
-from gpsd_dist.features import standardise
+from gpsd_dist.model.number_buckets import NumberBuckets
 from gpsd_dist.parameter_names import module_key
 from gpsd_dist.schema import Feature, Manifest, Table
 
@@ -124,7 +123,7 @@ class ContextEmbedder(nn.Module):
         shown = (*self.request_features, *manifest.features_in("candidate"))
         numbers = {f.name: f for f in shown if f.kind == "numerical"} if model.number_buckets else {}
         self.numbers = tuple(numbers)
-        self.buckets = nn.ModuleDict({module_key(f.name): Buckets(f, context_dim) for f in numbers.values()})
+        self.buckets = nn.ModuleDict({module_key(f.name): NumberBuckets(f, context_dim) for f in numbers.values()})
         for embedding in (*self.small.values(), *(bucket.embedding for bucket in self.buckets.values())):
             nn.init.normal_(embedding.weight, std=context_dim**-0.5 if model.starts_by_width else tables.init_std)
         self.numerical_scale = nn.ParameterDict(
@@ -156,26 +155,6 @@ class ContextEmbedder(nn.Module):
             return column[:, None] * self.numerical_scale[module_key(feature.name)]
         key = module_key(feature.name)
         return embed(self.small[key].weight if key in self.small else embeddings[feature.table], column)
-
-
-class Buckets(nn.Module):
-    """Embeds the bucket of a number, between two of its quantiles over the training split."""
-
-    def __init__(self, feature: Feature, width: int):
-        """ValueError where the data have no quantiles of the feature."""
-        super().__init__()
-        if not feature.quantiles:
-            raise ValueError(
-                f"ModelConfig.number_buckets: the data have no quantiles of {feature.name!r}, because an older version "
-                "built them: build the data again, or leave the option out"
-            )
-        edges = np.unique(standardise(feature, np.array(feature.quantiles, np.float32)))
-        self.register_buffer("edges", torch.tensor(edges.tolist()))
-        self.embedding = nn.Embedding(len(edges) + 1, width)
-
-    def forward(self, number_N: torch.Tensor) -> torch.Tensor:
-        """Embeds standardised numbers: float32 [N, width]. A number at an edge lies above it."""
-        return self.embedding((number_N[:, None] >= self.edges).sum(dim=1))
 
 
 def matches(value_T: Column, value_C: Column, packing: Packing) -> torch.Tensor:

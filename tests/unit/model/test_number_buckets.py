@@ -8,7 +8,8 @@ import torch
 
 from gpsd_dist.config import ModelConfig, TablesConfig
 from gpsd_dist.features import standardise
-from gpsd_dist.model.embeddings import Buckets, ContextEmbedder
+from gpsd_dist.model.embeddings import ContextEmbedder
+from gpsd_dist.model.number_buckets import NumberBuckets
 from gpsd_dist.schema import Feature
 from tests.helpers.synthetic import make_manifest
 
@@ -17,7 +18,7 @@ COUNT = Feature("n", ("candidate",), "numerical", mean=1.5, std=0.7, log=True, q
 
 def test_a_number_lies_above_the_quantiles_up_to_itself():
     values = np.array([-1, 0, 0.5, 1, 6, 7, 8, 1e8, 3e9], np.float32)
-    buckets = Buckets(COUNT, 3)
+    buckets = NumberBuckets(COUNT, 3)
     found = buckets(torch.from_numpy(standardise(COUNT, values)))
     place_N = np.searchsorted(np.array(COUNT.quantiles), values, side="right")
     place_N[-2:] = 4  # 1e8 and 1e9 are both beyond five deviations
