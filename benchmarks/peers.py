@@ -239,7 +239,7 @@ def _duels(args: argparse.Namespace) -> typing.Iterator[_Duel]:
     if args.official:
         python = environment_of("official", args.env_dir)
         peer, start = "official code", functools.partial(official, args.official, python)
-    for kind in args.kinds.split(","):
+    for kind in filter(None, args.kinds.split(",")):
         yield _Duel(kind, peer, SIZES["h64"], start)
     if args.deepctr:
         start = functools.partial(deepctr, environment_of("deepctr", args.env_dir))
@@ -283,7 +283,11 @@ def main(argv: list[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--official", type=pathlib.Path, help="checkout of github.com/chqiwang/gpsd-rec")
     parser.add_argument("--deepctr", action="store_true", help="also DIN of DeepCTR-Torch")
-    parser.add_argument("--kinds", default="pretrain,discriminative,discriminative_k2", help="what is trained")
+    parser.add_argument(
+        "--kinds",
+        default="pretrain,discriminative,discriminative_k2",
+        help="what is trained; '' with --deepctr: DIN alone",
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds per side and row")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
     parser.add_argument("--data_root", type=pathlib.Path, default=pathlib.Path("data"), help="holds grocery/")

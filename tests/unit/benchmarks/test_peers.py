@@ -1,5 +1,6 @@
 """Peers are metered from outside: whole steps, the CPU seconds of their own process, and stopped between turns."""
 
+import argparse
 import dataclasses
 import pathlib
 import sys
@@ -77,3 +78,9 @@ def test_a_wrong_checkout_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         peers.main(["--official", str(tmp_path)])
     assert "has no src/train.py" in capsys.readouterr().err
+
+
+def test_no_kind_leaves_deepctr_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "environment_of", lambda peer, _: peer)
+    args = argparse.Namespace(official=None, deepctr=True, env_dir=tmp_path, kinds="")
+    assert [duel.peer for duel in peers._duels(args)] == ["DeepCTR-Torch 0.3.0, DIN"]
