@@ -48,7 +48,11 @@ def markdown(records: collections.abc.Sequence[dict]) -> str:
 
 
 def _shares(found: dict[Row, dict]) -> str:
-    """One line per law, one column per model; a share in brackets: the tower cannot express the law in full."""
+    """Writes a line per law and a column per model.
+
+    A share of one seed stands alone; of several seeds there are mean ± standard deviation, and their number. In
+    brackets: the tower cannot express the law in full.
+    """
     laws, models = (list(dict.fromkeys(key)) for key in zip(*((law, (t, s)) for law, t, s in found)))
     ceilings = {law: s["ceiling"]["test"] for (law, _, _), s in found.items() if "ceiling" in s}
     table = [["law", "ceiling", *(_name(*model) for model in models)], ["---", *("---:" for _ in [0, *models])]]
@@ -64,6 +68,8 @@ def _share(entry: dict | None) -> str:
     if "failed" in entry:
         return "failed"
     text = f"{entry['share']:.2f}"
+    if entry["share_spread"] is not None:
+        text = f"{entry['share']:.3f} ± {entry['share_spread']:.3f}, {entry['seeds']}"
     return f"({text})" if entry["why_not"] else text
 
 

@@ -84,7 +84,7 @@ def test_the_table_has_mean_spread_and_brackets_where_a_tower_cannot():
     records += [record(tower="gbdt", strategy="", share=0.9, steps_to_near=None), record(law="count", share=1.0)]
     text = page.markdown(records)
     assert "| law | ceiling | din NT | gbdt |" in text
-    assert "| `order` | 0.800 | (0.50) | 0.90 |" in text and "| `count` | 0.800 | 1.00 |  |" in text
+    assert "| `order` | 0.800 | (0.500 ± 0.100, 3) | 0.90 |" in text and "| `count` | 0.800 | 1.00 |  |" in text
     assert "- `order`: it is blind." in text
     assert "| `order` | din NT | 0.8000 | 0.6500 | 0.500 | 0.100 | 0.500 | 40 | 2.0 | 3 |" in text
     assert "| `order` | gbdt | 0.8000 | 0.7700 | 0.900 |  | 0.900 |  | 2.0 | 1 |" in text
