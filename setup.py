@@ -2,7 +2,11 @@
 
 import setuptools
 
+CONFIGS = "gpsd_dist.configs"
 setuptools.setup(
-    packages=[*setuptools.find_packages(include=["gpsd_dist*", "data_pipeline*"]), "gpsd_dist.configs"],
-    package_dir={"gpsd_dist.configs": "configs"},
+    packages=[
+        *setuptools.find_packages(include=["gpsd_dist*", "data_pipeline*"]),
+        *(CONFIGS, *(f"{CONFIGS}.{folder}" for folder in setuptools.find_namespace_packages("configs"))),
+    ],
+    package_dir={CONFIGS: "configs"},
 )
