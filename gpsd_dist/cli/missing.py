@@ -9,7 +9,7 @@ EXTRAS = {  # module -> extra of the package that brings it
     **dict.fromkeys(("ibis", "duckdb"), "data"),
     **dict.fromkeys(("jinja2", "matplotlib"), "report"),
     "lightgbm": "baselines",
-    **dict.fromkeys(("safetensors", "starlette", "uvicorn", "httptools", "msgspec", "prometheus_client"), "serve"),
+    **dict.fromkeys(("starlette", "uvicorn", "httptools", "msgspec", "prometheus_client"), "serve"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"),
     "s3fs": "s3",
     "pyspark": "spark",

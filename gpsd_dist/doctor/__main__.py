@@ -41,6 +41,7 @@ FBGEMM_BUILDS = {"cuda": "fbgemm-gpu", "cpu": "fbgemm-gpu-cpu"}
 DEPENDENCIES = (
     *("torch", "torchrec", *FBGEMM_BUILDS.values(), "numpy", "pyarrow", "ibis-framework", "duckdb", "gin-config"),
     *("pydantic", "lightgbm", "tensorboard", "fsspec", "psutil", "rich", "scipy", "jinja2", "matplotlib"),
+    "safetensors",
 )
 OPTIONAL = {"ibis-framework": "ibis", "duckdb": "duckdb", "lightgbm": "lightgbm", "matplotlib": "matplotlib"}
 """Distributions of extras, and their modules: an installation may go without; a lock has them all."""
