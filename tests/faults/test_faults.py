@@ -11,7 +11,7 @@ def workshop(tmp_path_factory):
     return Workshop(tmp_path_factory.mktemp("faults"))
 
 
-@pytest.mark.timeout(900)  # each job in it has a limit of its own
+@pytest.mark.timeout(3600)  # each job in it has a limit of its own
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
