@@ -305,16 +305,23 @@ class Draft:
         """Lets `write` make a file, and keeps it under its SHA-256, which is returned; once, if it is there already."""
         aside = self.root / BLOBS / f"{_PARTIAL}{secrets.token_hex(8)}"
         write(aside)
+        self._share(aside)
         writing.sync(aside)
         made = sum_of(aside)
         target = self.root / BLOBS / made.sha256
         if target.is_file() and sum_of(target) == made:
             aside.unlink()
+            with contextlib.suppress(PermissionError):  # somebody else's
+                self._share(target)
         else:
             aside.replace(target)
             self.new_blob_bytes += made.num_bytes
         self.blobs[made.sha256] = made.num_bytes
         return made.sha256
+
+    def _share(self, path: pathlib.Path) -> None:
+        """Lets the umask say who may read a file: safetensors makes its own for their owner alone."""
+        path.chmod(self.folder.stat().st_mode & 0o666)
 
     def preview(self, **facts: typing.Any) -> Artefact:
         """Opens what is written so far. `facts`: the fields of `Description` that do not follow from the files."""
@@ -338,6 +345,7 @@ class Draft:
                 break
             time.sleep(0.2)  # the same run was exported within this second
         for name in description.files:
+            self._share(self.folder / name)
             writing.sync(self.folder / name)
         _write(self.folder / DESCRIPTION_NAME, content)
         for folder in (*(path for path in self.folder.rglob("*") if path.is_dir()), self.folder, self.root / BLOBS):

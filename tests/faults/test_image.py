@@ -18,8 +18,7 @@ import urllib.request
 
 import pytest
 
-from tests.faults.jobs import ROOT
-
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 _MISSING = [name for name in ("buildah", "debootstrap", "unshare", "setpriv") if shutil.which(name) is None]
 pytestmark = [
     pytest.mark.slow,

@@ -47,6 +47,26 @@ def test_the_same_run_exported_again_at_once_is_another_version(tmp_path):
     assert len(set(versions)) == 3 and open_version(tmp_path / "ctr").version == versions[-1]
 
 
+def test_the_umask_says_who_may_read_an_artefact(tmp_path):
+    def write_private(path):
+        path.write_bytes(b"of safetensors")
+        path.chmod(0o600)
+
+    before = os.umask(0o027)
+    try:
+        for _ in range(2):  # with the blob of before, which an older program may have kept private
+            with drafting(tmp_path / "ctr") as draft:
+                write_private(draft.folder / "tower.safetensors")
+                blob = tmp_path / "ctr/blobs" / draft.add_blob(write_private)
+                blob.chmod(0o600)
+                draft.add_blob(write_private)
+                draft.commit(**FACTS, tables={})
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "ctr").rglob("*") if path.is_file()]
+    assert len(files) > 4 and {path.stat().st_mode & 0o777 for path in files} == {0o640}
+
+
 def _blob(found: artefact.Artefact) -> pathlib.Path:
     (name,) = found.description.tables["item"]["blobs"]
     return found.root / "blobs" / name
