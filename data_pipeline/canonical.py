@@ -74,8 +74,10 @@ class FeatureSpec:
     def feature(self) -> schema.Feature:
         """Describes the feature for the manifest."""
         table = (self.table or self.name) if self.kind == "categorical" else None
-        more = {"log": self.log, "counts": self.counts, "window_s": self.window_s}
-        return schema.Feature(self.name, self.places, self.kind, table, self.is_bag, **more)
+        log, counts, window_s = self.log, self.counts, self.window_s
+        return schema.Feature(
+            self.name, self.places, self.kind, table, self.is_bag, log=log, counts=counts, window_s=window_s
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,113 @@
+"""Counters of an artefact against plain Python: any moment, windows, unknown items, newer files, a broken one."""
+
+import pathlib
+import random
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gpsd_dist.counters.__main__ import refresh
+from gpsd_dist.features import id_of
+from gpsd_dist.schema import Feature, Manifest, Table, Task
+from gpsd_dist.serving import counters
+from gpsd_dist.serving.artefact import ArtefactError
+from tests.helpers.artefacts import write_artefact
+
+HOUR_S = 3600
+CATEGORY = {"a": "x", "b": "x", "c": None, "new": "y"}  # d is in no file of items
+PLACES = ("history", "candidate")
+MANIFEST = Manifest(
+    "s",
+    (
+        Feature("item", PLACES, table="item"),
+        Feature("category", PLACES, table="category"),
+        *(
+            Feature(f"count_{window_s}_{name}", ("candidate",), "numerical", counts=name, window_s=window_s)
+            for name in ("item", "category")
+            for window_s in (0, HOUR_S)
+        ),
+    ),
+    (Table("item", 9, "f"), Table("category", 9, "g")),
+    (Task("click"),),
+    (),
+    5,
+)
+COUNTED = [feature for feature in MANIFEST.features if feature.counts is not None]
+
+
+def write_data(folder: pathlib.Path, events: list[tuple[str, int, bool]]) -> pathlib.Path:
+    """Writes what a build leaves for serving; an event is (item, epoch s, whether that is its own time)."""
+    (folder / "counters").mkdir(parents=True)
+    pairs = sorted({(item, s) for item, s, _ in events})
+    own = [[is_timed for item, s, is_timed in events if (item, s) == pair] for pair in pairs]
+    columns = {"item_id": [item for item, _ in pairs], "moment_s": [s for _, s in pairs]}
+    columns |= {"num": [len(found) for found in own], "num_timed": [sum(found) for found in own]}
+    as_of_s = 1 + max(s for _, s, _ in events)
+    table = pa.table(columns).replace_schema_metadata({b"as_of_s": str(as_of_s).encode()})
+    pq.write_table(table, folder / "counters" / "events.parquet")
+    items = pa.table({"item_id": list(CATEGORY), "category": pa.array(CATEGORY.values(), pa.string())})
+    pq.write_table(items, folder / "counters" / "items.parquet")
+    return folder
+
+
+def draw_events(seed: int) -> list[tuple[str, int, bool]]:
+    draw = random.Random(seed)
+    return [
+        (draw.choice("abcd"), 1000 + HOUR_S * draw.randrange(9) + draw.randrange(2), draw.random() < 0.8)
+        for _ in range(200)
+    ]
+
+
+def expected(events: list, feature: Feature, item: str, moment_s: int) -> int:
+    def value(other: str) -> str | None:
+        return other if feature.counts == "item" else CATEGORY.get(other)
+
+    from_s = moment_s - feature.window_s if feature.window_s else 0
+    return sum(
+        from_s <= s < moment_s and value(other) == value(item) and value(item) is not None
+        for other, s, is_timed in events
+        if is_timed or not feature.window_s
+    )
+
+
+@pytest.mark.parametrize("feature", COUNTED, ids=lambda feature: feature.name)
+def test_counts_of_every_moment_are_those_of_plain_python(tmp_path, feature):
+    events = draw_events(1)
+    found = counters.from_data(write_data(tmp_path, events), MANIFEST)
+    asked = [
+        (item, s) for item in ("a", "b", "c", "d", "new", "never seen") for s in range(999, 1000 + 10 * HOUR_S, 300)
+    ]
+    id_N, time_N = id_of(pa.array([item for item, _ in asked])), np.array([s for _, s in asked])
+    until_s = found.as_of_s  # a later request is counted as of the last event
+    wanted = [expected(events, feature, item, min(s, until_s)) for item, s in asked]
+    assert found.count(feature, id_N, time_N).tolist() == wanted and max(wanted) > 5
+    assert found.age_s(np.array([until_s - 5, until_s + 7])).tolist() == [0, 7]
+
+
+def test_newer_counters_replace_older_ones_and_not_the_other_way(tmp_path):
+    events, root = draw_events(2), tmp_path / "artefact"
+    root.mkdir()
+    old = counters.from_data(write_data(tmp_path / "old", events), MANIFEST)
+    new = counters.from_data(write_data(tmp_path / "new", [*events, ("new", 10**6, True)]), MANIFEST)
+    with pytest.raises(ArtefactError, match=r"counters\.json cannot be read"):
+        counters.open_counters(root, MANIFEST)
+    assert counters.publish(root, old) and counters.publish(root, new) and not counters.publish(root, old)
+    opened = counters.open_counters(root, MANIFEST)
+    assert opened.as_of_s == 10**6 + 1
+    item = next(f for f in COUNTED if f.name == "count_0_item")
+    assert opened.count(item, id_of(pa.array(["new"])), np.array([2 * 10**6])).tolist() == [1]
+    newest = max((root / counters.FOLDER).glob("*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:-1] + b"?")
+    with pytest.raises(ArtefactError, match="is not what was written"):
+        counters.open_counters(root, MANIFEST)
+
+
+def test_data_and_models_without_counts_are_named(tmp_path):
+    version = write_artefact(tmp_path / "artefact", tmp_path / "data")
+    assert version
+    with pytest.raises(ValueError, match="reads no counts, so there is nothing to refresh"):
+        refresh(tmp_path / "artefact", tmp_path / "data")
+    with pytest.raises(ValueError, match="has no counters; build it with --counts"):
+        counters.from_data(tmp_path / "data", MANIFEST)
