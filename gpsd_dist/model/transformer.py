@@ -63,12 +63,13 @@ class RotaryPositions(nn.Module):
         super().__init__()
         self.head_width, self.heads = head_width, heads
 
-    def forward(self, position_S: torch.Tensor) -> Rotation:
-        """Turns positions int64 [S] into rotations."""
-        # Many tokens share a position, so a CPU computes each position once. A GPU would have to wait for the largest.
-        if position_S.is_cuda or torch.compiler.is_compiling() or not len(position_S):
+    def forward(self, position_S: torch.Tensor, largest: int | None = None) -> Rotation:
+        """Turns positions int64 [S] into rotations. `largest`: no position is above it."""
+        # Many tokens share a position, so a CPU computes each position once. It must not be asked for the largest one:
+        # that would be a wait on a GPU, and the host knows it anyway.
+        if largest is None or position_S.is_cuda or torch.compiler.is_compiling():
             return self._of(position_S)
-        turn, back = self._of(torch.arange(int(position_S.max()) + 1))
+        turn, back = self._of(torch.arange(largest + 1, device=position_S.device))
         back_S = back.index_select(0, position_S) if back is not None and torch.is_grad_enabled() else None
         return Rotation(turn.index_select(0, position_S), back_S)
 
@@ -182,7 +183,7 @@ class Transformer(nn.Module):
         """
         # Every candidate has the position right behind its history, however many there are: so one pass over K of them
         # gives the scores of K passes.
-        rotation = self.rotary(packing.position_S)
+        rotation = self.rotary(packing.position_S, packing.max_history_length)
         for index, block in enumerate(self.blocks):
             # Histories need no state behind the last layer if only candidates are scored: keys and values are enough.
             is_last = index == len(self.blocks) - 1

@@ -129,11 +129,11 @@ def test_rotation_is_the_official_layout():
 
 def test_a_cpu_computes_each_position_once_and_the_backward_rotation_for_training_alone():
     rotary, position = RotaryPositions(16, heads=4), torch.tensor([3, 0, 51, 3, 7])
-    each, shared = rotary._of(position), rotary(position)
+    each, shared = rotary(position), rotary(position, 60)
     assert torch.equal(each.turn, shared.turn) and torch.equal(each.back, shared.back)
     with torch.no_grad():
-        assert torch.equal(rotary(position).turn, each.turn) and rotary(position).back is None
-        assert rotary(position[:0]).turn.shape == (0, 3, 4, 8, 2)
+        assert torch.equal(rotary(position, 51).turn, each.turn) and rotary(position, 51).back is None
+        assert rotary(position[:0], 0).turn.shape == (0, 3, 4, 8, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
