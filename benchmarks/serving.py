@@ -11,6 +11,7 @@ printed with every figure. Prints one JSON object at the end.
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -27,7 +28,7 @@ import msgspec
 import numpy as np
 import psutil
 
-from benchmarks.open_loop import percentile_ms, poisson_times, send_at
+from benchmarks.open_loop import Sample, percentile_ms, poisson_times, send_at
 from benchmarks.serving_loadgen import in_process, over_http, summary
 from benchmarks.serving_requests import bodies, make_requests
 from gpsd_dist.serving import load
@@ -195,7 +196,12 @@ def overload(args: argparse.Namespace) -> dict[str, typing.Any]:
         "refused_p99_ms": percentile_ms(samples, 99, 503),
         "late_p99_ms": percentile_ms(samples, 99, 504),
         "client_late_p99_ms": float(np.percentile([sample.late_s * 1000 for sample in samples], 99)),
+        "refused_from_sending_p99_ms": percentile_ms([_from_sending(sample) for sample in samples], 99, 503),
     }
+
+
+def _from_sending(sample: Sample) -> Sample:
+    return dataclasses.replace(sample, latency_s=sample.latency_s - sample.late_s)
 
 
 def reload(args: argparse.Namespace) -> dict[str, typing.Any]:
@@ -296,6 +302,8 @@ def _text(log: typing.Any) -> str:
 
 def _bodies(args: argparse.Namespace, count: int = 50) -> list[bytes]:
     scorer = load(args.artefact, verify=False)
+    if args.history > (longest := scorer.manifest.max_history_length):
+        raise SystemExit(f"error: {args.artefact} reads the last {longest} events, not {args.history}; set --history")
     return bodies(make_requests(scorer, args.history, args.candidates, count))
 
 
