@@ -111,8 +111,13 @@ def test_what_is_asked_recorded_and_possible_settle_it(
     assert "products of the dense part" in caplog.text
 
 
-def test_a_gpu_has_no_use_for_it():
+def test_a_gpu_leaves_it_alone_and_refuses_bf16_where_it_is_too_old(monkeypatch):
     run = RunConfig("pretrain", "data", "out", train=TrainConfig(bf16=True))
     cuda = Runtime(0, 1, 0, torch.device("cuda"))
-    assert matmul_dtype.settle(run, None, cuda).execution.matmul_dtype == "fp32"
+    monkeypatch.setattr(matmul_dtype, "all_sum", lambda count: count)  # of one rank
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert matmul_dtype.settle(run, None, cuda) == run
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match="older than Ampere"):
+        matmul_dtype.settle(run, None, cuda)
     assert not matmul_dtype.autocast(run, torch.device("cpu"))._enabled
