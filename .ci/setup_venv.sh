@@ -132,6 +132,7 @@ locks=("$lock")
 # The command of this checkout, which works in every folder; an installed package brings its own.
 write_command() {
     [[ -x $venv/bin/python && ! -e $venv/bin/gpsd-dist ]] || return 0
+    # shellcheck disable=SC2016  # what is written expands when it is run
     printf '#!/usr/bin/env bash\nPYTHONPATH=%q${PYTHONPATH:+:$PYTHONPATH} exec %q -m gpsd_dist "$@"\n' \
         "$root" "$(realpath -s "$venv")/bin/python" >"$venv/bin/gpsd-dist"
     chmod +x "$venv/bin/gpsd-dist"
