@@ -159,7 +159,8 @@ def test_markdown_has_a_line_per_row():
     assert table.markdown() == "Title:\n\n| name | x |\n|---|--:|\n| a | 1 |"
 
 
-def test_evaluation_counts_the_tokens_of_whole_passes(data, tmp_path):
+def test_evaluation_counts_the_tokens_of_whole_passes(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote.multiprocessing, "get_context", forked.context)
     prepared = data("discriminative")
     spec = SideSpec("product, evaluating - blocks", prepared, SIZE, 16, tmp_path / "run")
     with running({"one": spec}) as remotes:
