@@ -81,20 +81,26 @@ find_uv() {
     [[ -x $venv/.uv/bin/uv ]] && echo "$venv/.uv/bin/uv"
 }
 
+# `pip config get` would read the user's file alone.
+configured() { # configured NAME: what the files of pip's configuration say
+    sed -n "s/^global\.$1='\(.*\)'\$/\1/p" <<<"$config" | sed 's/\\n/ /g'
+}
+
 # Hands on what pip is told by variables or by its configuration.
 install_by_uv() {
-    local uv name variable value cert options=()
+    local uv name variable value cert config options=()
     uv=$(find_uv) || return 1
+    config=$("${pip[@]}" config list 2>/dev/null || true)
     for name in index-url extra-index-url find-links; do
         variable=PIP_${name^^}
         variable=${variable//-/_}
-        for value in ${!variable:-$("${pip[@]}" config get "global.$name" 2>/dev/null || true)}; do
+        for value in ${!variable:-$(configured "$name")}; do
             options+=("--$name" "$value")
         done
     done
-    value=${PIP_NO_INDEX:-$("${pip[@]}" config get global.no-index 2>/dev/null || true)}
+    value=${PIP_NO_INDEX:-$(configured no-index)}
     [[ ! ${value,,} =~ ^(1|y|yes|t|true|on)$ ]] || options+=(--no-index) # else uv asks PyPI
-    cert=${SSL_CERT_FILE:-${PIP_CERT:-$("${pip[@]}" config get global.cert 2>/dev/null || true)}}
+    cert=${SSL_CERT_FILE:-${PIP_CERT:-$(configured cert)}}
     [[ -z $cert ]] || export SSL_CERT_FILE=$cert
     # The best of all indexes, as pip does: by default uv stops at the first that knows a package.
     awk '/^torch==/ { skip = 1; next } /^[^ ]/ { skip = 0 } !skip' "$1" |

@@ -28,7 +28,7 @@ pytestmark = [
 ]
 USER = "1000"
 PACKAGES = "python3,python3-venv,ca-certificates"
-SHOP = "--num_users 300 --num_items 200 --requests_per_day 100"
+SHOP = "--num_users 300 --num_items 1600 --requests_per_day 100"
 TRAINING = (
     "--gin_file configs/stage/finetune.gin --gin_file configs/model/l1h32a4.gin --gin.STRATEGY=NT "
     "--gin.DATA_DIR=runs/data --gin.OUTPUT_DIR=runs/nt --gin.EPOCHS=1 --gin.GLOBAL_BATCH_ROWS=64 --gin.EMBEDDING_DIM=16"

@@ -227,6 +227,8 @@ def fake_venv(tmp_path):
             "#!/bin/sh\n"
             f'echo "$@" >> "{tmp_path}/calls.txt"\n'
             'case "$*" in *index-url*) exit 0 ;; esac\n'
+            r"""case "$*" in *"config list"*) printf '%s\n' "global.find-links='/w1\n/w2'" ;; esac"""
+            "\n"
             f'case "$*" in *"{fail_if}"*) echo no such version >&2; exit 1 ;; esac\n'
         )
         python.chmod(0o755)
@@ -269,6 +271,7 @@ def test_uv_gets_all_of_a_cpu_lock_but_torch_and_what_it_needs(fake_venv, tmp_pa
         UV=str(uv),
         PIP_EXTRA_INDEX_URL="https://a/simple https://b/simple",
         PIP_NO_INDEX="1" if flavor == "serve" else "",
+        PIP_FIND_LINKS="",
     )
     assert result.returncode == 0, result.stderr
     by_pip = [call for call in installs(tmp_path) if "-r " in call]
@@ -278,6 +281,7 @@ def test_uv_gets_all_of_a_cpu_lock_but_torch_and_what_it_needs(fake_venv, tmp_pa
     options, packages = said.read_text(), got.read_text()
     assert "--no-deps --require-hashes" in options and "--no-config" in options and str(tmp_path) in options
     assert "--extra-index-url https://a/simple --extra-index-url https://b/simple" in options
+    assert "--find-links /w1 --find-links /w2" in options
     assert ("--no-index" in options.split()) == (flavor == "serve")
     lock = LOCKS[flavor].read_text()
     named = [{line.split()[0] for line in text.splitlines() if "==" in line[:40]} for text in (lock, packages)]
