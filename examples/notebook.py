@@ -32,8 +32,11 @@ def main(folder: pathlib.Path) -> api.Fit:
     print("test AUC:", run.evaluate("test")["click"]["auc"])
 
     scorer = run.export(folder / "artefact")
-    request = {"user_id": "7", "request_time_s": 1_700_000_000, "candidate.item": ["2", "3"], "candidate.slot": [0, 1]}
-    (answer,) = scorer.score([request | {"history.item": ["1"], "history.time_s": [1_699_990_000]}])
+    context = {f"context.{name}": None for name in ("age_group", "region", "activity")}  # not known: null
+    request = {"user_id": "7", "request_time_s": 1_700_000_000} | context
+    history = {"history.item": ["1"], "history.time_s": [1_699_990_000], "history.event": ["click"]}
+    candidates = {"candidate.item": ["2", "3"], "candidate.slot": [0, 1], "candidate.tab": [None, None]}
+    (answer,) = scorer.score([request | history | candidates])
     print("probabilities of a click:", answer.tasks["click"]["probability"])
     return run
 
