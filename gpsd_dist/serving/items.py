@@ -53,6 +53,21 @@ class Items:
                 raise ArtefactError(f"{path}: {name!r} has shape {array.shape}, expected [{expected}]; export it again")
         return Items(arrays)
 
+    def check(self, manifest: Manifest) -> None:
+        """Reads all values. ValueError where an attribute is no feature, or names a row that its table lacks."""
+        for name in sorted(self.attributes):
+            feature, values = manifest.feature(name), self._arrays[name]
+            if feature.is_bag:
+                offsets = self._arrays.get(f"{name}.offsets", np.empty(0, np.int64))
+                if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
+                    raise ValueError(f"{name!r} has offsets that do not cut its {len(values)} values into bags")
+            if feature.table is None or not len(values):
+                continue
+            limit = manifest.value_limit(feature.table)
+            if values.dtype.kind not in "iu" or values.min() < 0 or values.max() >= limit:
+                found = f"{values.dtype} from {values.min()} to {values.max()}"
+                raise ValueError(f"{name!r} holds {found}, expected integers below {limit}")
+
     def places(self, index_N: np.ndarray) -> np.ndarray:
         """Finds items by the index (or 64-bit id) of the item table: int64 [N], -1 where it is not known."""
         if not len(self._index_V):

@@ -213,6 +213,7 @@ def open_reader(artefact: Artefact, vocabularies: dict[str, Vocabulary], with_ca
     """Opens what turns raw requests into tokens."""
     try:
         limits, items = Limits(**artefact.description.limits), Items.open(artefact.path(ITEMS_NAME))
+        items.check(artefact.manifest)
         counters = open_counters(artefact.root, artefact.manifest) if with_candidates else None
         return RequestReader(artefact.manifest, vocabularies, items, limits, with_candidates, counters)
     except ArtefactError:

@@ -1,9 +1,12 @@
 """Mapped files: vocabularies and items come back as written; collisions and damage are errors."""
 
+import re
+
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from gpsd_dist.schema import Feature, Manifest, Table
 from gpsd_dist.serving.artefact import ArtefactError
 from gpsd_dist.serving.items import Items
 from gpsd_dist.serving.vocabulary import Vocabulary
@@ -40,3 +43,29 @@ def test_a_damaged_file_is_refused(tmp_path):
     safetensors.numpy.save_file({"index": np.arange(9), "price": np.arange(8.0)}, tmp_path / "uneven")
     with pytest.raises(ArtefactError, match="expected"):
         Items.open(tmp_path / "uneven")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"brand": np.array([0, 1, 9])}, "'brand' holds int64 from 0 to 9, expected integers below 9"),
+        ({"brand": np.array([0, -1, 8])}, "'brand' holds int64 from -1 to 8"),
+        ({"brand": np.array([0.0, 1.0, 2.0])}, "'brand' holds float64"),
+        (
+            {"tags": np.array([1, 2]), "tags.offsets": np.array([0, 2, 1, 2])},
+            "'tags' has offsets that do not cut its 2",
+        ),
+        ({"tags": np.array([1, 2])}, "'tags' has offsets"),
+        ({"colour": np.array([0, 1, 2])}, "colour"),
+    ],
+)
+def test_attributes_beyond_their_table_are_refused(arrays, message):
+    features = (
+        Feature("brand", ("candidate",), table="brand"),
+        Feature("tags", ("candidate",), table="tags", is_bag=True),
+    )
+    tables = (Table("brand", 9, ""), Table("tags", 9, ""))
+    manifest = Manifest("made", features, tables, (), (), 0)
+    Items({"index": np.arange(3), "brand": np.array([0, 1, 8])}).check(manifest)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Items({"index": np.arange(3)} | arrays).check(manifest)
