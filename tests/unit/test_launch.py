@@ -270,11 +270,18 @@ def test_every_exported_variable_has_a_comment():
 def stub_package(tmp_path):
     """A folder whose `gpsd_dist.train` only writes down its rank; the launchers run it instead of the real one."""
     package = tmp_path / "gpsd_dist"
-    (package / "distributed").mkdir(parents=True)
-    for folder in (package, package / "distributed"):
+    for folder in (package, package / "cli", package / "distributed"):
+        folder.mkdir(parents=True)
         (folder / "__init__.py").touch()
     parts = ("elastic_agent", "exit_codes", "fork_server", "huge_pages", "parent_watch")
-    for name in ("launcher.py", *(f"distributed/{part}.py" for part in parts)):
+    copied = (
+        "launcher.py",
+        "cli/main.py",
+        "cli/missing.py",
+        "cli/names.py",
+        *(f"distributed/{part}.py" for part in parts),
+    )
+    for name in copied:
         shutil.copy(REPO_ROOT / "gpsd_dist" / name, package / name)
     (package / "train.py").write_text(
         "import json, os, pathlib, sys\n"
