@@ -48,8 +48,8 @@ def process_group(timeout_s: int) -> typing.Iterator[Runtime]:
     """Joins the group that torchrun describes, or a group of one outside torchrun. Collective.
 
     LauncherGone if the launcher dies before all ranks have joined; ValueError if there are too few GPUs. After an error
-    inside the block the group is not destroyed, since that is a collective, which could hang; the launcher sees the
-    exit and stops the other ranks.
+    inside the block a group of several is not destroyed, since that is a collective, which could hang; the launcher
+    sees the exit and stops the other ranks. A group of one is: a notebook makes another one after a mistake.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -66,7 +66,16 @@ def process_group(timeout_s: int) -> typing.Iterator[Runtime]:
     parent_watch.check(launcher_pid)
     _configure_logging(rank)
     watchdog = Watchdog(rank, launcher_pid)
-    yield Runtime(rank, world_size, local_rank, device, int(os.environ.get("LOCAL_WORLD_SIZE", 0)), watchdog)
+    try:
+        yield Runtime(rank, world_size, local_rank, device, int(os.environ.get("LOCAL_WORLD_SIZE", 0)), watchdog)
+    except BaseException:
+        if world_size == 1:
+            _destroy_group()
+        raise
+    _destroy_group()
+
+
+def _destroy_group() -> None:
     dist.destroy_process_group()
     # TorchRec holds the group in a cycle, and with it gloo's threads. One of them that lets go of the last collective
     # only while the interpreter ends would abort the process, after its work was done. Now it is waited for.

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from gpsd_dist.distributed import runtime
 from gpsd_dist.distributed.runtime import Runtime, seed_step
@@ -47,6 +48,19 @@ def test_a_rank_takes_the_gpu_of_its_number_and_float32_stays_float32(monkeypatc
     with torch.backends.cudnn.flags(allow_tf32=True):
         assert runtime._device(1) == torch.device("cuda", 1) and taken == [torch.device("cuda", 1)]
         assert not torch.backends.cudnn.allow_tf32
+
+
+def test_a_group_of_one_can_be_made_again_after_a_mistake(monkeypatch):
+    """In a notebook the process lives on."""
+    monkeypatch.setattr(runtime, "_configure_logging", lambda rank: None)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "lo")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="tset"), runtime.process_group(30):
+            raise ValueError("tset")
+    assert not dist.is_initialized()
 
 
 _LATE = """
