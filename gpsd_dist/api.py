@@ -77,14 +77,14 @@ class Fit:
         return self.folder / "report.html"
 
     def chosen(self, split: str = "test") -> pathlib.Path:
-        """Returns the run folder that was chosen on `valid`; for other splits its refit, where there is one.
+        """Returns the run folder that was chosen on `valid`; for other splits its refit, where the outcome has one.
 
         A refit was trained on `valid` too, so its metrics there would say nothing. ValueError if nothing was chosen.
         """
         if not self._chosen:
             raise ValueError(f"{self.folder}: nothing was trained, so nothing was chosen: {self.verdict}")
-        refit = self.folder / f"{self._chosen}_refit"
-        return refit if split != "valid" and (refit / "run_config.json").is_file() else self.folder / self._chosen
+        is_refit = split != "valid" and self._summary["refit"]
+        return self.folder / (f"{self._chosen}_refit" if is_refit else self._chosen)
 
     def evaluate(self, split: str = "test", data: str | pathlib.Path | None = None) -> Metrics:
         """Scores a split with the chosen run, in this process; `data` None: the data set that it was trained on."""

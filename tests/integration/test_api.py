@@ -48,7 +48,18 @@ def test_table_has_a_row_per_model_baseline_and_task(run):
 def test_evaluate_gives_the_numbers_of_the_table(run):
     (row,) = [row for row in run.table if row["label"] == "NT refit" and row["task"] == "click"]
     assert run.chosen("test").name == "nt_refit" and run.chosen("valid").name == "nt"
+    with pytest.raises(ValueError, match="tset"):
+        run.evaluate("tset")  # which leaves the next call alone
     assert run.evaluate("test")["click"]["auc"] == pytest.approx(row["auc"], abs=1e-9)
+
+
+def test_a_refit_that_the_outcome_lacks_is_not_chosen(tmp_path):
+    """It was interrupted, or the fit was asked again with --no_refit."""
+    (tmp_path / "nt_refit").mkdir()
+    (tmp_path / "nt_refit" / "run_config.json").write_text("{}")
+    (tmp_path / "fit.json").write_text('{"chosen": "nt"}')
+    (tmp_path / "summary.json").write_text('{"verdict": "better", "refit": []}')
+    assert api.Fit(tmp_path).chosen("test") == tmp_path / "nt"
 
 
 def test_an_earlier_fit_is_opened(run):
