@@ -11,6 +11,7 @@ from gpsd_dist.cli.missing import say_missing
 from gpsd_dist.cli.names import COMMANDS, ON_SEVERAL_PROCESSES, PLUGIN, PROGRAM, STARTED_BY
 
 _OF_THE_LAUNCHER = {"--nproc": 1, "--max_restarts": 0}  # option -> default, which is also the least
+_OF_ONE_PROCESS = ("artefact", "baseline")  # options of `predict` and `evaluate`
 MISTAKE = 2  # `distributed.exit_codes`, which imports more than this needs
 
 
@@ -61,14 +62,18 @@ def _dispatch(name: str, options: list[str], num_processes: int, max_restarts: i
     if not hasattr(module, "main"):
         module = importlib.import_module(f"{COMMANDS[name].module}.__main__")
     sys.argv = [str(module.__file__), *options]  # as `python -m` has it; runs keep it
-    if num_processes == 1:
+    if num_processes == 1 and not max_restarts:
         return module.main(options)
-    try:
-        module.parse(options)  # a mistake is said here, once, and before torch is imported
-    except ValueError as error:
-        return _mistake(str(error))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Before the options are read: they may run the user's plug-in, which imports torch, which reads this once.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
+    try:
+        parsed = module.parse(options)  # a mistake is said here, once, and before torch is imported
+    except (ValueError, OSError) as error:
+        return importlib.import_module("gpsd_dist.disk.text").say_error(error)
+    alone = next((option for option in _OF_ONE_PROCESS if getattr(parsed, option, None)), "")
+    if alone:
+        return _mistake(f"--{alone} is scored by one process: leave out {' and '.join(_OF_THE_LAUNCHER)}")
     how = ["--nproc_per_node", str(num_processes), "--standalone", "--max_restarts", str(max_restarts)]
     launcher = importlib.import_module("gpsd_dist.launcher")
     return launcher.main([*how, "-m", COMMANDS[name].module, *options])

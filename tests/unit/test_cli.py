@@ -1,5 +1,6 @@
 """The program `gpsd-dist`: its table of commands, what it hands on, how it names commands, what is not installed."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -11,7 +12,7 @@ import tomllib
 
 import pytest
 
-from gpsd_dist import launcher
+from gpsd_dist import launcher, train
 from gpsd_dist.cli import main as cli
 from gpsd_dist.cli import missing, names
 from tests.unit.test_imports import REPO_ROOT
@@ -24,6 +25,7 @@ def started(monkeypatch):
     """What main() changes in this process is put back."""
     monkeypatch.setenv(names.STARTED_BY, "")
     monkeypatch.setenv(names.PLUGIN, "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(sys, "argv", sys.argv)
 
 
@@ -85,10 +87,41 @@ def test_help_of_a_command_says_how_it_was_started():
 def test_several_processes_go_to_the_launcher(monkeypatch, started):
     got: list[list[str]] = []
     monkeypatch.setattr(launcher, "main", lambda argv: got.append(argv) or 0)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert cli.main(["train", "--nproc", "2", *FINETUNE, "--max_restarts=3"]) == 0
-    how = ["--nproc_per_node", "2", "--standalone", "--max_restarts", "3", "-m", "gpsd_dist.train"]
-    assert got == [[*how, *FINETUNE]]
+    assert cli.main(["train", *FINETUNE, "--max_restarts", "3"]) == 0  # one process is restarted, too
+    how = [["--nproc_per_node", n, "--standalone", "--max_restarts", "3", "-m", "gpsd_dist.train"] for n in "21"]
+    assert got == [[*each, *FINETUNE] for each in how]
+
+
+def test_threads_are_shared_before_a_plugin_imports_torch(monkeypatch, started):
+    seen = []
+    monkeypatch.setattr(train, "parse", lambda options: seen.append(os.environ.get("OMP_NUM_THREADS")))
+    monkeypatch.setattr(launcher, "main", lambda argv: 0)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6))
+    assert cli.main(["train", "--nproc", "2"]) == 0 and seen == ["3"]
+
+
+def test_a_file_that_cannot_be_read_now_is_no_mistake(monkeypatch, capsys, started):
+    def fail(options):
+        raise OSError(errno.EIO, "Input/output error", "a\x1b.gin")
+
+    monkeypatch.setattr(train, "parse", fail)
+    assert cli.main(["train", "--nproc", "2"]) == 74
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "\x1b" not in said
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("predict", "--artefact", "a", "--requests", "r", "--out", "o"),
+        ("evaluate", "--baseline", "gbdt", "--data", "d"),
+    ],
+)
+def test_what_one_process_scores_is_refused_on_several(command, capsys, started):
+    assert cli.main([*command, "--nproc", "2"]) == 2
+    assert f"{command[1]} is scored by one process: leave out --nproc" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
