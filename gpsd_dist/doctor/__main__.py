@@ -103,10 +103,14 @@ def engine_file(flavor: str) -> pathlib.Path:
 
 
 def engine_commands(flavor: str, versions: dict[str, str]) -> list[list[str]]:
-    """Returns the commands of `--fix`. The other build of fbgemm goes first: both write the same files."""
+    """Returns the commands of `--fix`. What is of the other flavor goes first.
+
+    Both builds of fbgemm write the same files, and to pip torch 2.13.0+cpu is as good as the 2.13.0 of the CUDA list.
+    """
     pip = [sys.executable, "-m", "pip"]
     others = [name for build, name in FBGEMM_BUILDS.items() if build != flavor and name in versions]
-    uninstall = [[*pip, "uninstall", "-y", "torch", *others]] if others else []
+    is_other_torch = flavor == "cuda" and versions.get("torch", "").endswith("+cpu")
+    uninstall = [[*pip, "uninstall", "-y", "torch", *others]] if others or is_other_torch else []
     return [*uninstall, [*pip, "install", "--no-deps", "-r", str(engine_file(flavor))]]
 
 

@@ -162,3 +162,19 @@ def test_an_assembler_that_miscompiles_is_named(tmp_path, monkeypatch, release, 
 def test_a_missing_assembler_is_no_problem(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_PTXAS_PATH", str(tmp_path / "none"))
     assert doctor.check_ptxas() == []
+
+
+@pytest.mark.parametrize(
+    ("flavor", "versions", "uninstalled"),
+    [
+        ("cuda", {"torch": "2.13.0+cpu"}, ["torch"]),  # as it comes with the extra `serve`: pip would keep it
+        ("cuda", {"torch": "2.13.0+cpu", "fbgemm-gpu-cpu": "1.8.0"}, ["torch", "fbgemm-gpu-cpu"]),
+        ("cpu", {"torch": "2.13.0", "fbgemm-gpu": "1.8.0"}, ["torch", "fbgemm-gpu"]),
+        ("cpu", {"torch": "2.13.0+cpu"}, []),
+        ("cuda", {"torch": "2.13.0", "fbgemm-gpu": "1.8.0"}, []),
+    ],
+)
+def test_the_engine_of_the_other_flavor_goes_first(flavor, versions, uninstalled):
+    *first, install = doctor.engine_commands(flavor, versions)
+    assert [command[3:] for command in first] == ([["uninstall", "-y", *uninstalled]] if uninstalled else [])
+    assert install[3:5] == ["install", "--no-deps"] and install[-1].endswith(f"engine-{flavor}.txt")
