@@ -1,6 +1,7 @@
 """Describes a run in its folder: options, table layout, command, commit, versions, hardware."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -13,7 +14,7 @@ import typing
 import torch
 
 from gpsd_dist.checkpoint import storage
-from gpsd_dist.config.model import size_text
+from gpsd_dist.config.model import plugin_file, size_text
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.plan.frozen import expected_rows, frozen_line
 from gpsd_dist.tables.sharding import Cluster
@@ -27,18 +28,22 @@ def write(gin_text: str, trainer: Trainer, runtime: Runtime) -> None:
     """Writes four files into OUTPUT_DIR, and a short form to the log. Only rank 0 may call it.
 
     config.gin is for running the command again, run_config.json has every option, plan.txt the layout of the tables and
-    what freezing them saves, environment.json the command, commit, versions and hardware.
+    what freezing them saves, environment.json the command, commit, versions and hardware, and the user's file of
+    models, if there is one.
     """
     run = trainer.run
     folder = pathlib.Path(run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     tables = trainer.components.tables
+    facts = environment(runtime)
+    if trainer.start is not None:
+        _compare_plugins(folder / "environment.json", facts)
     plan = [*tables.plan.splitlines(), *([_saved_by_freezing(trainer, runtime)] if run.freezes_tables else [])]
     texts = {
         "config.gin": gin_text,
         "run_config.json": json.dumps(dataclasses.asdict(run), indent=1),
         "plan.txt": "\n".join(plan) + "\n",
-        "environment.json": json.dumps(environment(runtime), indent=1),
+        "environment.json": json.dumps(facts, indent=1),
     }
     # Every file is replaced whole or not at all: run_config.json says where the checkpoints are.
     for name, text in texts.items():
@@ -81,7 +86,35 @@ def environment(runtime: Runtime) -> dict[str, typing.Any]:
         "world_size": runtime.world_size,
         "device": torch.cuda.get_device_name(runtime.device) if is_cuda else platform.processor() or "cpu",
         "threads_per_rank": torch.get_num_threads(),
+        **_plugin(),
     }
+
+
+def _plugin() -> dict[str, str | None]:
+    """Returns path and sha256 of the user's file that registered the model; nothing if the model is one of ours."""
+    path = plugin_file()
+    if path is None:
+        return {}
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:  # moved since it was imported
+        digest = None
+    return {"plugin": str(path), "plugin_sha256": digest}
+
+
+def _compare_plugins(described: pathlib.Path, facts: dict[str, typing.Any]) -> None:
+    """Warns if a resumed run goes on with another file of models than the one that began it. Of rank 0 alone."""
+    try:
+        before = storage.read_json(described)
+    except (ValueError, OSError):  # what describes a run decides nothing
+        return
+    if before.get("plugin_sha256") not in (None, facts.get("plugin_sha256")):
+        log.warning(
+            "%s has changed since this run was begun (with %s): the model may compute something else than its weights "
+            "were trained for",
+            facts.get("plugin"),
+            before.get("plugin"),
+        )
 
 
 def _commit() -> str | None:

@@ -68,9 +68,9 @@ def _replacement(found: re.Match[str]) -> str:
     return f"{PROGRAM} {name} --nproc {found['n']}" if found["n"] else f"{PROGRAM} {name}"
 
 
-def with_plugin(command: str) -> str:
-    """Puts the user's file of models in front of a command that he is to type, where there is one."""
-    path = os.environ.get(PLUGIN)
+def with_plugin(command: str, path: str | None = None) -> str:
+    """Puts the user's file of models in front of a command to type, unless it is ""; None: that of this process."""
+    path = os.environ.get(PLUGIN) if path is None else path
     return f"{PLUGIN}={shlex.quote(path)} {command}" if path else command
 
 

@@ -5,6 +5,7 @@ import collections.abc
 import dataclasses
 import importlib.util
 import os
+import pathlib
 import sys
 import typing
 
@@ -94,6 +95,12 @@ def _check_name(name: str) -> str:
         more = "" if path else f"; a model of your own: --plugin FILE, or {PLUGIN}=FILE"
         raise ValueError(f"{name!r} is not one of {tuple(MODELS)}{did_you_mean(name, MODELS)}{more}")
     return name
+
+
+def plugin_file() -> pathlib.Path | None:
+    """Returns the file of the user that this process has run because of the model's name; None: it ran none."""
+    module = sys.modules.get(_PLUGIN_NAME)
+    return None if module is None else pathlib.Path(os.path.abspath(str(module.__file__)))
 
 
 def saved_revision(raw: collections.abc.Mapping[str, typing.Any], embedding_dim: typing.Any) -> int:

@@ -5,7 +5,7 @@ import shlex
 import statistics
 import typing
 
-from gpsd_dist.cli.names import as_typed
+from gpsd_dist.cli.names import as_typed, with_plugin
 from gpsd_dist.report.families import PLACE_OPTIONS, Family, differing_options
 from gpsd_dist.report.run_folder import Run
 from gpsd_dist.report.tables import MISSING, Cell, Row, Table, count_text, duration_text, number_cell, option_text
@@ -107,7 +107,8 @@ def command(run: Run) -> str | None:
     world_size = run.environment.get("world_size")
     is_alone = not isinstance(world_size, int) or world_size <= 1
     launcher = ["python"] if is_alone else ["torchrun", "--nproc_per_node", f"{world_size}"]
-    return as_typed(shlex.join([*launcher, "-m", "gpsd_dist.train", *map(str, argv[1:])]))
+    words = as_typed(shlex.join([*launcher, "-m", "gpsd_dist.train", *map(str, argv[1:])]))
+    return with_plugin(words, f"{run.environment.get('plugin') or ''}")
 
 
 def throughput(families: typing.Sequence[Family]) -> Table:

@@ -47,6 +47,7 @@ def test_a_model_outside_of_the_package_trains_on_two_ranks_and_is_evaluated(dat
     assert trained.returncode == 0, trained.stderr
     assert "finetune NT, best_match H16 on 2 x cpu" in trained.stderr
     assert f"next: GPSD_PLUGIN={PLUGIN} gpsd-dist evaluate --checkpoint run --split test" in trained.stderr
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["plugin"] == PLUGIN
     scored = gpsd_dist(tmp_path, "evaluate", "--plugin", PLUGIN, "--checkpoint", "run", "--metrics_out", "test.json")
     assert scored.returncode == 0, scored.stderr
     assert {*json.loads((tmp_path / "test.json").read_text())} == {"click", "buy"}

@@ -1,6 +1,7 @@
 """What `gpsd_dist.train` writes into a run folder besides metrics and checkpoints."""
 
 import json
+import logging
 import resource
 import subprocess
 import sys
@@ -25,9 +26,11 @@ def describe(tmp_path):
         loader=types.SimpleNamespace(steps_per_epoch=1),
         total_steps=1,
         warmup_steps=0,
+        start=None,
     )
 
-    def call(gin_text: str, seed: int) -> None:
+    def call(gin_text: str, seed: int, start: str | None = None) -> None:
+        trainer.start = start
         trainer.run = RunConfig("pretrain", "data", str(tmp_path), seed=seed)
         run_description.write(gin_text, trainer, Runtime(0, 1, 0, torch.device("cpu")))
 
@@ -48,6 +51,24 @@ def test_a_full_disk_leaves_the_description_that_was_there(describe, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     for name, content in before.items():
         assert (tmp_path / name).read_bytes() == content, name
+
+
+def test_a_run_says_which_file_made_its_model(describe, tmp_path, monkeypatch, caplog):
+    plugin = tmp_path / "my model.py"
+    plugin.write_text("WIDTH = 1")
+    monkeypatch.setitem(sys.modules, "gpsd_plugin", types.SimpleNamespace(__file__=str(plugin)))
+    monkeypatch.setattr(logging.getLogger("gpsd_dist"), "propagate", True)
+    describe("first", 1)
+    before = json.loads((tmp_path / "environment.json").read_text())
+    assert before["plugin"] == str(plugin) and len(before["plugin_sha256"]) == 64
+    describe("again", 1, start="step_00000001")
+    assert "has changed" not in caplog.text
+    plugin.write_text("WIDTH = 2")
+    describe("edited", 1, start="step_00000001")
+    assert f"{plugin} has changed since this run was begun" in caplog.text
+    monkeypatch.delitem(sys.modules, "gpsd_plugin")
+    describe("one of ours", 1)
+    assert "plugin" not in json.loads((tmp_path / "environment.json").read_text())
 
 
 COMMANDS = sorted(

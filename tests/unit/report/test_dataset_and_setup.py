@@ -159,6 +159,8 @@ def test_command_can_be_typed_again(tmp_path, world_size, launcher):
     (run,) = runs_in(tmp_path)
     given = ["--gin_file", "configs/stage/finetune.gin", "--gin.SEED=3", "--gin.TRANSFER_TABLES=('item',)"]
     assert shlex.split(setup.command(run)) == [*launcher, "-m", "gpsd_dist.train", *given]
+    run.environment["plugin"] = "/my models/best.py"
+    assert shlex.split(setup.command(run))[:2] == ["GPSD_PLUGIN=/my models/best.py", launcher[0]]
 
 
 def test_command_that_was_not_recorded_is_none(tmp_path):
