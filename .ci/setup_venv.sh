@@ -135,13 +135,20 @@ esac
 locks=("$lock")
 [[ $# -lt 3 ]] || locks+=("$root/requirements-dev.txt")
 
-# The command of this checkout, which works in every folder; an installed package brings its own.
+# The command of this checkout, which works in every folder; an installed package brings its own, which is left alone.
+# -P: else a random.py in the folder in which it is typed would be run in place of the standard library's.
 write_command() {
-    [[ -x $venv/bin/python && ! -e $venv/bin/gpsd-dist ]] || return 0
+    local command=$venv/bin/gpsd-dist text
+    [[ -x $venv/bin/python ]] || return 0
     # shellcheck disable=SC2016  # what is written expands when it is run
-    printf '#!/usr/bin/env bash\nPYTHONPATH=%q${PYTHONPATH:+:$PYTHONPATH} exec %q -m gpsd_dist "$@"\n' \
-        "$root" "$(realpath -s "$venv")/bin/python" >"$venv/bin/gpsd-dist"
-    chmod +x "$venv/bin/gpsd-dist"
+    printf -v text '#!/usr/bin/env bash\nPYTHONPATH=%q${PYTHONPATH:+:$PYTHONPATH} exec %q -P -m gpsd_dist "$@"' \
+        "$root" "$(realpath -s "$venv")/bin/python"
+    if [[ -e $command ]]; then
+        [[ $(<"$command") != "$text" ]] && grep -q '^PYTHONPATH=.* -m gpsd_dist "$@"$' "$command" || return 0
+    fi
+    echo "$text" >"$command.new"
+    chmod +x "$command.new"
+    mv -f "$command.new" "$command"
 }
 
 is_complete=true

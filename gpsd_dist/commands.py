@@ -17,7 +17,7 @@ import threading
 import time
 import typing
 
-from gpsd_dist.cli.names import as_typed, with_plugin
+from gpsd_dist.cli.names import PROGRAM, STARTED_BY, as_typed, with_plugin
 from gpsd_dist.disk.text import say_error, shown
 from gpsd_dist.distributed import exit_codes, huge_pages
 from gpsd_dist.distributed.fork_server import Forked, ForkServer
@@ -128,10 +128,19 @@ def execute(
 
 def environment() -> dict[str, str]:
     """Gives the variables of a child: one thread unless ours say otherwise, and the path to this package."""
+    return {"OMP_NUM_THREADS": "1"} | os.environ | huge_pages.environment() | search_path()
+
+
+def search_path() -> dict[str, str]:
+    """Gives the variables by which a child finds this package, and nothing in the folder in which we were started.
+
+    `gpsd-dist` itself does not look there either; whoever types `python -m` has that folder first, also in children.
+    """
     # An installed package is found without, and PYTHONPATH would put its neighbours before the standard library.
     here = "" if str(REPO_ROOT) == sysconfig.get_path("purelib") else str(REPO_ROOT)
-    search_path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-    return {"OMP_NUM_THREADS": "1"} | os.environ | huge_pages.environment() | {"PYTHONPATH": search_path}
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = {"PYTHONPATH": os.pathsep.join(folder for folder in dict.fromkeys((here, *given)) if folder)}
+    return path | ({"PYTHONSAFEPATH": "1"} if os.environ.get(STARTED_BY) == PROGRAM else {})
 
 
 class _Output:

@@ -75,6 +75,7 @@ def _dispatch(name: str, options: list[str], num_processes: int, max_restarts: i
     if alone:
         return _mistake(f"--{alone} is scored by one process: leave out {' and '.join(_OF_THE_LAUNCHER)}")
     how = ["--nproc_per_node", str(num_processes), "--standalone", "--max_restarts", str(max_restarts)]
+    os.environ.update(importlib.import_module("gpsd_dist.commands").search_path())
     launcher = importlib.import_module("gpsd_dist.launcher")
     return launcher.main([*how, "-m", COMMANDS[name].module, *options])
 

@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import itertools
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -18,6 +19,7 @@ import torch
 
 from gpsd_dist.assembly import assemble
 from gpsd_dist.checkpoint.loading import load_tensors
+from gpsd_dist.commands import search_path
 from gpsd_dist.data.loader import Loader
 from gpsd_dist.data.loaders import evaluation_loader
 from gpsd_dist.distributed.runtime import Runtime, process_group
@@ -85,7 +87,8 @@ def served(artefact: pathlib.Path) -> collections.abc.Iterator[int]:
     with tempfile.TemporaryDirectory() as folder:
         output = pathlib.Path(folder) / "server.log"
         command = [sys.executable, "-m", "gpsd_dist.serve", str(artefact), "--port", "0", "--deadline_ms", "60000"]
-        with output.open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+        environment = os.environ | search_path()
+        with output.open("w") as log, subprocess.Popen(command, stdout=log, stderr=log, env=environment) as server:
             try:
                 until_s = time.monotonic() + _START_S
                 while not (found := re.search(r"ready: .*:(\d+)$", output.read_text(), re.MULTILINE)):

@@ -25,6 +25,8 @@ def started(monkeypatch):
     """What main() changes in this process is put back."""
     monkeypatch.setenv(names.STARTED_BY, "")
     monkeypatch.setenv(names.PLUGIN, "")
+    for name in ("PYTHONPATH", "PYTHONSAFEPATH"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(sys, "argv", sys.argv)
 

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from gpsd_dist import commands
+from gpsd_dist.cli import names
 from gpsd_dist.commands import OutOfTime, Stopped, execute, python_command, shell
 
 WAITS = (
@@ -61,3 +62,14 @@ def test_commands_can_be_typed():
     assert python_command(2, "m", "a") == (
         *("-m", "gpsd_dist.launcher", "--nproc_per_node", "2", "--standalone", "-m", "m", "a"),
     )
+
+
+def test_children_of_the_program_run_nothing_of_the_folder_they_are_started_in(tmp_path, monkeypatch):
+    (tmp_path / "random.py").write_text("raise SystemExit('not the standard library')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(names.STARTED_BY, names.PROGRAM)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    lines = []
+    execute(("-m", "gpsd_dist.launcher", "--help"), on_line=lines.append)
+    execute(("-c", "import random; print(random.random() < 1)"), on_line=lines.append)
+    assert lines[0].startswith("usage: ") and lines[-1] == "True"

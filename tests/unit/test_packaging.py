@@ -259,6 +259,20 @@ def test_setup_installs_cpu_torch_then_the_lock_then_nothing(fake_venv, tmp_path
     assert not (tmp_path / "calls.txt").exists()
 
 
+def test_setup_writes_the_command_of_this_checkout_and_leaves_that_of_a_package(fake_venv, tmp_path):
+    venv = fake_venv()
+    command = venv / "bin" / "gpsd-dist"
+    assert run_setup(venv).returncode == 0
+    written = command.read_text()
+    assert written.startswith("#!") and f"PYTHONPATH={REPO_ROOT}$" in written and os.access(command, os.X_OK)
+    subprocess.run([command, "fit", "a b"], check=True)
+    assert (tmp_path / "calls.txt").read_text().splitlines()[-1] == "-P -m gpsd_dist fit a b"
+    command.write_text(written.replace(str(REPO_ROOT), "/another/checkout").replace(" -P", ""))
+    assert run_setup(venv).returncode == 0 and command.read_text() == written
+    command.write_text("#!/venv/bin/python\nfrom gpsd_dist.cli.main import main\n")
+    assert run_setup(venv).returncode == 0 and command.read_text().startswith("#!/venv/bin/python")
+
+
 @pytest.mark.parametrize(("flavor", "status"), [("cpu", 0), ("serve", 0), ("cpu", 1), ("cuda", 0)])
 def test_uv_gets_all_of_a_cpu_lock_but_torch_and_what_it_needs(fake_venv, tmp_path, flavor, status):
     """Asked for torch, uv would take the CUDA build: it does not read the configuration by which pip finds another."""
