@@ -151,7 +151,7 @@ class DecodedCache:
 def _is_local(folder: pathlib.Path) -> bool:
     """Says whether a folder, which need not be there yet, is on a file system that this machine alone writes to."""
     path, found = os.path.realpath(folder), ("", "")
-    with contextlib.suppress(OSError), open("/proc/self/mounts") as mounts:
+    with contextlib.suppress(OSError), open("/proc/self/mounts", errors="surrogateescape") as mounts:
         for line in mounts:
             _, place, kind, *_ = line.split(" ")
             place = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), place)

@@ -125,6 +125,14 @@ def test_a_file_that_cannot_be_read_now_stays(data, tmp_path, caplog, monkeypatc
     assert caplog.text.count("is decoded again") == 3 * NUM_GROUPS
 
 
+def test_a_folder_of_another_encoding_is_no_obstacle(tmp_path, monkeypatch):
+    mounts = tmp_path / "mounts"
+    mounts.write_bytes(b"a /m\xe9dia proc rw 0 0\nb / ext4 rw 0 0\n")
+    monkeypatch.setattr(decoded_cache, "open", lambda _, **how: mounts.open(**how), raising=False)
+    monkeypatch.setattr(decoded_cache, "_LOCAL", {"ext4"})
+    assert decoded_cache._is_local(tmp_path) and not decoded_cache._is_local(pathlib.Path("/m\udce9dia"))
+
+
 def test_files_of_a_file_server_are_read_and_not_mapped(data, tmp_path, monkeypatch):
     first = rows_of(data, tmp_path / "cache")
     assert decoded_cache._is_local(tmp_path / "not there yet")
