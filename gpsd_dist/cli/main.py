@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         num_processes, max_restarts = (_number(taken, option, default) for option, default in _OF_THE_LAUNCHER.items())
     except ValueError as error:
         return _mistake(str(error))
-    return run_main(lambda options: _dispatch(name, options, num_processes, max_restarts), rest)
+    return run_main(lambda options: _dispatch(name, options, num_processes, max_restarts), rest, name)
 
 
 def overview() -> str:
@@ -49,12 +49,12 @@ def overview() -> str:
     )
 
 
-def run_main(command: collections.abc.Callable[[list[str]], int], argv: list[str] | None = None) -> int:
-    """Runs the `main` of a command. A package that is not installed becomes one sentence and status 2."""
+def run_main(command: collections.abc.Callable[[list[str]], int], argv: list[str] | None = None, name: str = "") -> int:
+    """Runs the `main` of the command `name`. A package that is not installed becomes one sentence and status 2."""
     try:
         return command(sys.argv[1:] if argv is None else argv)
     except ModuleNotFoundError as error:
-        return say_missing(error)
+        return say_missing(error, name)
 
 
 def _dispatch(name: str, options: list[str], num_processes: int, max_restarts: int) -> int:

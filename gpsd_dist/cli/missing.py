@@ -16,17 +16,22 @@ EXTRAS = {  # module -> extra of the package that brings it
 }
 
 
-def how_to_install(module: str) -> str:
-    """Gives the command that installs a module that the core of the package goes without; empty for others."""
+def how_to_install(module: str, command: str = "") -> str:
+    """Gives the line that installs a module that the core of the package goes without; empty for others.
+
+    `command`: name of the command that needs it. A server needs torch, but nothing else of the engine.
+    """
     top = module.partition(".")[0]
+    if top == "torch" and command == "serve":
+        return f"pip install '{PROGRAM}[serve]'"
     if top in ENGINE:
         return f"{PROGRAM} doctor --fix cpu --yes (with NVIDIA GPUs: --fix cuda)"
     return f"pip install '{PROGRAM}[{EXTRAS[top]}]'" if top in EXTRAS else ""
 
 
-def say_missing(error: ModuleNotFoundError) -> int:
+def say_missing(error: ModuleNotFoundError, command: str = "") -> int:
     """Prints what to install, and returns status 2. Raises `error` again if it is about anything else."""
-    fix = how_to_install(error.name or "")
+    fix = how_to_install(error.name or "", command)
     if not fix:
         raise error
     sys.stderr.write(f"error: {(error.name or '').partition('.')[0]} is not installed, which this needs: {fix}\n")

@@ -98,4 +98,4 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(run_main(main, name="serve"))
