@@ -146,7 +146,7 @@ def _as_text(table: Table) -> rich.table.Table:
 
 
 def _script(commands: list[tuple[str, Command]]) -> str:
-    lines = ["# Every step of this fit as one would type it, in the root of the repository."]
+    lines = ["# Every step of this fit as one would type it, in the folder where this fit was started."]
     for title, command in commands:
         lines += ["", f"# {title}", shell(command)]
     return "\n".join(lines) + "\n"

@@ -13,6 +13,7 @@ import torch
 from gpsd_dist.baselines.registry import evaluate_baseline
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.checkpoint.state import RunState, read_run
+from gpsd_dist.cli.missing import how_to_install
 from gpsd_dist.commands import Command, OutOfTime, execute, python_command
 from gpsd_dist.distributed.fork_server import ForkServer
 from gpsd_dist.distributed.runtime import Runtime, process_group
@@ -191,23 +192,37 @@ class Runner:
     def _process_of_one(self) -> Runtime:
         """Makes this process a group of one that scores models: starting another one takes longer than most scoring."""
         if self._runtime is None:
+            self._scoring.enter_context(_as_before())
             torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # as a child has, for the same bits
             self._runtime = self._scoring.enter_context(process_group(_TIMEOUT_S))
             logging.getLogger("gpsd_dist").setLevel(logging.WARNING)  # the display says what is scored
         return self._runtime
 
     def close(self) -> None:
-        """Leaves the group of one, if there is one."""
+        """Leaves the group of one, if there is one; threads and log of this process are then as they were."""
         self._scoring.close()
 
     def _floor_of_task(self, name: str, split: str, task: str, keep: dict[str, Predictions]) -> Metrics:
         try:
             return evaluate_baseline(name, self.data_dir, split, [task], keep=keep)
         except ImportError as error:
-            self.display.say(f"    left out: {error}; pip install lightgbm")
+            self.display.say(f"    left out: {error}; {how_to_install(error.name or '')}".rstrip("; "))
         except ValueError as error:
             self.display.say(f"    left out for {task}: {error}")
         return {}
+
+
+@contextlib.contextmanager
+def _as_before() -> typing.Iterator[None]:
+    """Puts back, at its end, what scoring changes in a process that may be a notebook: torch's threads and our log."""
+    logger, threads = logging.getLogger("gpsd_dist"), torch.get_num_threads()
+    before = logger.level, logger.propagate, logger.handlers
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        logger.setLevel(before[0])
+        logger.propagate, logger.handlers = before[1:]
 
 
 def _known(metrics_out: pathlib.Path, scores_out: pathlib.Path) -> Metrics | None:

@@ -1,9 +1,12 @@
 """How a budget is shared, and what happens to a floor that cannot be computed."""
 
+import contextlib
+import logging
 import math
 import sys
 
 import pytest
+import torch
 
 from gpsd_dist.fit import steps
 from gpsd_dist.fit.data_check import look
@@ -62,6 +65,23 @@ def test_trees_without_lightgbm_are_left_out_and_said(tmp_path, monkeypatch, cap
     display = Display(6, tmp_path / "logs")
     runner = steps.Runner(tmp_path / "data", tmp_path, facts, display, steps.Budget(None))
     assert runner.floor("gbdt", "valid") == {} and not list(tmp_path.glob("floors/gbdt/*"))
-    assert "pip install lightgbm" in capsys.readouterr().err
+    assert "; pip install 'gpsd-dist[baselines]'" in capsys.readouterr().err
     assert set(runner.floor("rates", "valid")) == {"click", "buy"}
     assert [title for title, _ in runner.commands] == ["boosted trees on valid", "smoothed rates on valid"]
+
+
+def test_scoring_leaves_threads_and_log_of_a_notebook_as_they_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "process_group", lambda timeout_s: contextlib.nullcontext("a group of one"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    logger, threads = logging.getLogger("gpsd_dist"), torch.get_num_threads()
+    before = logger.level, logger.propagate, logger.handlers
+    try:
+        torch.set_num_threads(3)
+        runner = steps.Runner(tmp_path, tmp_path, None, None, steps.Budget(None))
+        assert runner._process_of_one() == "a group of one"
+        logger.handlers, logger.propagate = [logging.NullHandler()], False
+        assert torch.get_num_threads() == 1 and logger.level == logging.WARNING
+        runner.close()
+        assert torch.get_num_threads() == 3 and (logger.level, logger.propagate, logger.handlers) == before
+    finally:
+        torch.set_num_threads(threads)
