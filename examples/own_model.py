@@ -3,8 +3,9 @@
     python -m examples.own_model
     gpsd-dist train --plugin examples/own_model.py --gin.ModelConfig.name=best_match --gin_file stage/finetune.gin ...
 
-Every command takes `--plugin FILE`: train, fit, evaluate, export, serve. Tables, heads, losses, transfer, freezing and
-serving are those of all models; `gpsd_dist/model/registry.py` says what a tower has to offer.
+`gpsd-dist` takes `--plugin FILE` for train, fit, evaluate, export, serve; with `python -m` or torchrun, set the
+environment variable GPSD_PLUGIN=FILE. Tables, heads, losses, transfer, freezing and serving are those of all models;
+`gpsd_dist/model/registry.py` says what a tower has to offer.
 Shape letters: S tokens in packed order (T of histories, then C candidates), F token features, D width, B requests,
 P pairs of a candidate and an event of its history.
 """

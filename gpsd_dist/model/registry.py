@@ -80,9 +80,9 @@ TOWERS: dict[str, type[Tower]] = {
 def register(name: str, tower: type[Tower], traits: Traits | None = None) -> None:
     """Adds a model of a user: `ModelConfig.name = name` then builds `tower`. `examples/own_model.py` does it.
 
-    Every command finds it in the file of `--plugin FILE` (or of the environment variable GPSD_PLUGIN). `traits`: what
-    it can do, and the options of ModelConfig that it reads besides those that every model reads. ValueError if the
-    name is taken.
+    Every command finds it in the file of the environment variable GPSD_PLUGIN, which `gpsd-dist COMMAND --plugin FILE`
+    sets. `traits`: what it can do, and the options of ModelConfig that it reads besides those that every model reads.
+    ValueError if the name is taken.
     """
     if name in TOWERS:
         raise ValueError(f"there is a model {name!r} already; choose another name")
