@@ -5,6 +5,7 @@ proxy's job (docs/serving.md).
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
@@ -17,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import gpsd_dist
 from gpsd_dist.serving import messages
@@ -71,8 +73,9 @@ class App:
             Route("/metrics", self.show_metrics),
             Route("/openapi.json", self.openapi),
         ]
-        self.asgi = Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
-        self.asgi.router.redirect_slashes = False
+        starlette = Starlette(routes=routes, exception_handlers={HTTPException: self._http_error})
+        starlette.router.redirect_slashes = False
+        self.asgi = _closing_unread(starlette)
 
     async def score(self, request: Request) -> Response:
         """Answers `POST /v1/score`."""
@@ -85,7 +88,7 @@ class App:
             response = Response(status_code=499)  # nobody reads it; it is counted
         except asyncio.CancelledError:  # uvicorn's, at the end of --drain_s; passed on, it would log a traceback
             draining = messages.Refused("the server ends, and the request was not complete: ask another replica")
-            response = _refused(503, draining, {"Connection": "close"})
+            response = _refused(503, draining)
         except Exception as error:
             response = self._failed(error)
             # Its frames hold the future that holds it: a request in such a cycle stays until garbage is collected,
@@ -95,11 +98,11 @@ class App:
         return response
 
     async def _score(self, request: Request, arrived_s: float) -> messages.Scored:
+        body = await self._read(request)
         content_type = request.headers.get("content-type", "")
         if content_type.partition(";")[0].strip().lower() != _JSON:
             raise Refusal(415, f"content-type {content_type[:80]!r} is not {_JSON}")
-        self._refuse_announced(request.headers.get("content-length"))
-        body = await self._read(request)
+        self._refuse_if_full(len(body))
         started_s = time.perf_counter()
         requests = self._decode(body)
         num_tokens = sum(_num_tokens(raw, self.scorer().manifest.item_feature) for raw in requests)
@@ -119,34 +122,31 @@ class App:
             raise _busy()
         return messages.Scored(self.name, await answered)
 
-    def _refuse_announced(self, length: str | None) -> None:
-        """Refuses a body before it is there: it is too long, or as long as one that did not fit into the queue.
-
-        uvicorn passes over what comes of it, at most `max_body_bytes`, and the connection can be used again. A body
-        whose length is not announced has no such bound, so it is read first.
-        """
-        if length is None or not length.isdecimal():
-            return
-        num_bytes, limit = int(length), self.limits.max_body_bytes
-        if num_bytes > limit:
-            raise Refusal(413, f"body of {num_bytes} bytes, at most {limit:,}", {"Connection": "close"})
+    def _refuse_if_full(self, num_bytes: int) -> None:
+        """Refuses a body that is not decoded yet: the queue is full, or a body not longer than this did not fit in."""
         num_taken, refused_bytes = self._refused
         nothing_left_since = num_taken == self.queue.num_taken and num_bytes >= refused_bytes
         if nothing_left_since or self.queue.num_tokens >= self.queue.max_tokens:
             raise _busy()
 
     async def _read(self, request: Request) -> bytes:
+        """Reads a whole body. Refusal if it is too long (before it is there, if its length is announced) or too slow.
+
+        Refusals of other kinds come after this, so that the connection can be used again; `_closing_unread` says why.
+        """
         limit, parts, size = self.limits.max_body_bytes, [], 0
+        announced = request.headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > limit:
+            raise Refusal(413, f"body of {announced} bytes, at most {limit:,}")
         try:
             async with asyncio.timeout(_READ_TIMEOUT_S):
                 async for part in request.stream():
                     size += len(part)
                     if size > limit:
-                        raise Refusal(413, f"body of more than {limit:,} bytes", {"Connection": "close"})
+                        raise Refusal(413, f"body of more than {limit:,} bytes")
                     parts.append(part)
         except TimeoutError as error:
-            late = f"the body did not come within {_READ_TIMEOUT_S} s"
-            raise Refusal(408, late, {"Connection": "close"}) from error
+            raise Refusal(408, f"the body did not come within {_READ_TIMEOUT_S} s") from error
         return b"".join(parts)
 
     def _decode(self, body: bytes) -> list[dict[str, typing.Any]]:
@@ -204,6 +204,41 @@ class App:
         if request.path_params["name"] != self.name:
             raise HTTPException(404, f"no model of this name; it is {self.name!r}")
 
+    async def _http_error(self, request: Request, error: Exception) -> Response:
+        """Words starlette's own refusals (unknown path, wrong method) like ours."""
+        assert isinstance(error, HTTPException)
+        with contextlib.suppress(Refusal, ClientDisconnect, asyncio.CancelledError):
+            await self._read(request)  # a connection that is closed while the client still sends may lose the answer
+        return _refused(error.status_code, messages.Refused(error.detail), dict(error.headers or {}))
+
+
+def _closing_unread(asgi: ASGIApp) -> ASGIApp:
+    """Wraps an application: an answer that comes before the end of the request's body closes the connection.
+
+    uvicorn stops the keep-alive timer of a connection with each piece of the body that comes after the answer, and
+    starts it again with the next answer only, so such a connection would stay open as long as the client likes.
+    """
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        is_read = all(
+            name != b"transfer-encoding" and (name != b"content-length" or n == b"0") for name, n in scope["headers"]
+        )
+
+        async def noting() -> Message:
+            nonlocal is_read
+            message = await receive()
+            is_read = not message.get("more_body", False)
+            return message
+
+        async def closing(message: Message) -> None:
+            if message["type"] == "http.response.start" and not is_read:
+                message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+            await send(message)
+
+        await asgi(scope, noting, closing)
+
+    return wrapped
+
 
 def _settle(answered: asyncio.Future, result: typing.Any) -> None:
     if answered.done():
@@ -230,9 +265,3 @@ def _json(status: int, content: typing.Any, headers: dict[str, str] | None = Non
 
 def _refused(status: int, refused: messages.Refused, headers: dict[str, str] | None = None) -> Response:
     return _json(status, refused, headers)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    """Words starlette's own refusals (unknown path, wrong method) like ours."""
-    assert isinstance(error, HTTPException)
-    return _refused(error.status_code, messages.Refused(error.detail), dict(error.headers or {}))

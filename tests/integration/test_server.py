@@ -5,6 +5,7 @@ Assertions are on statuses and counts; bounds of time are generous, for a busy m
 
 import asyncio
 import concurrent.futures
+import contextlib
 import json
 import re
 import signal
@@ -20,7 +21,7 @@ from gpsd_dist.serving import request_log
 from tests.helpers.fake_scorer import MAX_CANDIDATES, make_current, write_version
 from tests.helpers.server_process import REPO_ROOT, serving
 
-FAKE = "tests.helpers.fake_server"
+FAKE, IMPATIENT = "tests.helpers.fake_server", "tests.helpers.impatient_server"
 
 
 def request(*candidates: str, history: int = 2, **columns: object) -> dict:
@@ -207,12 +208,12 @@ def test_refusal_says_when_to_come_back(tmp_path):
         assert first.result()[0] == second.result()[0] == 200
 
 
-def test_a_body_as_long_as_one_that_did_not_fit_is_refused_before_it_is_there(tmp_path):
-    """The connection can be used on, and what is shorter still gets its place."""
+def test_a_body_as_long_as_one_that_did_not_fit_is_refused_undecoded(tmp_path):
+    """The connection can be used on until it has been idle too long, and what is shorter still gets its place."""
     write_version(tmp_path, "v1", us_per_token=1_000_000)
     options = ("--queue_tokens", 4, "--batch_tokens", 1, "--deadline_ms", 30_000)
     with (
-        serving(tmp_path, *options, module=FAKE, folder=tmp_path) as server,
+        serving(tmp_path, *options, module=IMPATIENT, folder=tmp_path) as server,
         concurrent.futures.ThreadPoolExecutor(3) as pool,
         socket.create_connection(("127.0.0.1", server.port), timeout=30) as raw,
     ):
@@ -223,17 +224,86 @@ def test_a_body_as_long_as_one_that_did_not_fit_is_refused_before_it_is_there(tm
         body = json.dumps({"requests": [request("a", "b", history=0)]}).encode()
         decoded = server.metric('gpsd_phase_seconds_count{phase="decode"}')
         assert server.ask("POST", "/v1/score", body)[0] == 503
-        raw.sendall(b"POST /v1/score HTTP/1.1\r\nHost: x\r\ncontent-type: application/json\r\n")
-        raw.sendall(b"content-length: %d\r\n\r\n" % len(body))
-        answer = b""
-        while not answer.endswith(b'replica"}'):
-            answer += raw.recv(4096)
-        assert answer.startswith(b"HTTP/1.1 503 ")
+        raw.sendall(head(f"POST /v1/score HTTP/1.1\r\ncontent-length: {len(body)}"))
+        time.sleep(0.1)
+        raw.sendall(body)
+        assert answered(raw).startswith(b"HTTP/1.1 503 ")
+        raw.sendall(head("GET /v2/health/live HTTP/1.1"))
+        assert answered(raw).startswith(b"HTTP/1.1 200 ")
         assert server.metric('gpsd_phase_seconds_count{phase="decode"}') == decoded + 1
-        raw.sendall(body + b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert raw.recv(4096).startswith(b"HTTP/1.1 200 ")
         accepted.append(pool.submit(server.score, request("a", history=0)))
         assert [future.result()[0] for future in accepted] == [200, 200, 200]
+        assert raw.recv(1) == b""
+
+
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory):
+    root = tmp_path_factory.mktemp("impatient") / "ctr"
+    write_version(root, "v1")
+    with serving(root, "--max_body_mib", 0.1, module=IMPATIENT, folder=root) as process:
+        yield process
+
+
+def head(lines: str) -> bytes:
+    content_type = "" if "content-type" in lines else "\r\ncontent-type: application/json"
+    return f"{lines}{content_type}\r\nHost: x\r\n\r\n".encode()
+
+
+def answered(raw: socket.socket) -> bytes:
+    """Head and body of the next answer."""
+    answer = b""
+    while not (found := re.search(rb"content-length: (\d+)\r\n(.*\r\n)*\r\n", answer)) or (
+        len(answer) < found.end() + int(found[1])
+    ):
+        part = raw.recv(4096)
+        assert part, answer
+        answer += part
+    return answer
+
+
+REFUSED = [
+    ("POST /v1/score HTTP/1.1\r\ncontent-type: text/plain", b"415"),
+    ("POST /v1/score/ HTTP/1.1", b"404"),
+    ("POST /metrics HTTP/1.1", b"405"),
+]
+
+
+@pytest.mark.parametrize(("lines", "status"), REFUSED)
+def test_a_connection_with_a_refused_body_is_used_again_or_times_out(impatient, lines, status):
+    for follows in (b"", head("GET /v2/health/live HTTP/1.1")):
+        with socket.create_connection(("127.0.0.1", impatient.port), timeout=10) as raw:
+            raw.sendall(head(f"{lines}\r\ncontent-length: 1000"))
+            time.sleep(0.1)
+            raw.sendall(b"x" * 1000)
+            assert answered(raw).split()[1] == status
+            if follows:
+                raw.sendall(follows)
+                assert answered(raw).startswith(b"HTTP/1.1 200 ")
+            assert raw.recv(1) == b""
+
+
+@pytest.mark.parametrize("lines", ["POST /v1/score HTTP/1.1", *(lines for lines, _ in REFUSED)])
+@pytest.mark.parametrize("length", ["content-length: 90000", "transfer-encoding: chunked"])
+def test_a_body_that_comes_slowly_and_does_not_end_is_ended(impatient, lines, length):
+    with socket.create_connection(("127.0.0.1", impatient.port), timeout=10) as raw:
+        raw.sendall(head(f"{lines}\r\n{length}"))
+        started_s = time.monotonic()
+        with contextlib.suppress(ConnectionError):  # closed by the server
+            while time.monotonic() < started_s + 15:
+                raw.sendall(b"1\r\nx\r\n")
+                time.sleep(0.05)
+        assert time.monotonic() < started_s + 15
+
+
+@pytest.mark.parametrize(
+    "lines",
+    ["GET /v2/health/live HTTP/1.1\r\ncontent-length: 9", "POST /v1/score HTTP/1.1\r\ncontent-length: 999999999"],
+)
+def test_an_answer_before_the_body_closes_the_connection(impatient, lines):
+    with socket.create_connection(("127.0.0.1", impatient.port), timeout=10) as raw:
+        raw.sendall(head(lines))
+        assert b"connection: close" in answered(raw)
+        assert raw.recv(1) == b""
 
 
 def test_reloads_under_load_fail_no_request_and_a_corrupt_version_never_serves(tmp_path):
