@@ -75,7 +75,7 @@ def _of_requests(args: argparse.Namespace, command: str) -> int:
     for what, count in summary["counts"].items():
         print(f"  {what}: {count:,}")
     for task, difference in summary["largest_difference"].items():
-        print(f"  {task}: logged logits of this version differ by at most {difference:.2g}")
+        print(f"  {task}: logged logits of this version and its counters differ by at most {difference:.2g}")
     return 0
 
 

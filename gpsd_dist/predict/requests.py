@@ -16,7 +16,7 @@ from gpsd_dist.features import raw_ids
 from gpsd_dist.predict.output import SUMMARY_NAME, number_fields
 from gpsd_dist.serving import request_files
 from gpsd_dist.serving.request_files import Part
-from gpsd_dist.serving.request_log import SCORE_PREFIX
+from gpsd_dist.serving.request_log import COUNTERS_AGE, SCORE_PREFIX
 from gpsd_dist.serving.requests import REQUEST_TIME, USER
 from gpsd_dist.serving.scorer import Scorer
 
@@ -27,7 +27,8 @@ def predict_requests(
     """Scores every candidate of a Parquet file, or of the files of a folder; returns what `predictions.json` holds.
 
     One row per candidate, in the order of the requests: user_id, request (number, over all files), request_time_s,
-    item_id, version, and the columns of each task. ValueError names file, request and column of what cannot be read.
+    item_id, version, counters_age_s (null where the model counts nothing), and the columns of each task. ValueError
+    names file, request and column of what cannot be read.
     """
     writing = _Writing(scorer)
     parts = request_files.read(scorer.reader, requests)
@@ -54,10 +55,11 @@ class _Writing:
         self.scorer, self.requests = scorer, 0
         self.counts: collections.Counter[str] = collections.Counter()
         self.largest_difference: dict[str, float] = {}
-        """Task -> of the logits from those in the log that the same version wrote."""
+        """Task -> of the logits from those in the log that the same version wrote with counters of the same age."""
         names = {task.name for task in scorer.tasks}
         fields = [pa.field(USER, pa.string()), pa.field("request", pa.int64()), pa.field(REQUEST_TIME, pa.int64())]
         fields += [pa.field("item_id", pa.string()), pa.field("version", pa.dictionary(pa.int32(), pa.string()))]
+        fields += [pa.field(COUNTERS_AGE, pa.int64())]
         for task in scorer.tasks:
             fields += number_fields(task.name, task.given in names)
         self.schema = pa.schema(fields)
@@ -65,9 +67,10 @@ class _Writing:
     def scored(self, part: Part) -> pa.Table:
         """Makes the rows of some requests."""
         tokens, sent = part.tokens, part.sent
+        age_B = pa.array(self.scorer.counters_age_s(tokens), pa.int64())
         logits = self.scorer.score_tokens(tokens)
         if request_files.is_logged(sent):
-            self._compare(sent, logits, tokens.candidate_count_B)
+            self._compare(sent, logits, tokens.candidate_count_B, age_B)
         self.counts.update(tokens.counts)
         self.requests += len(tokens)
         owner_C = np.repeat(np.arange(len(tokens)), tokens.candidate_count_B)
@@ -78,13 +81,18 @@ class _Writing:
             pa.array(tokens.request_time_s_B[owner_C]),
             raw_ids(one_chunk(sent[f"candidate.{self.scorer.manifest.item_feature}"]).flatten()),
             pa.DictionaryArray.from_arrays(np.zeros(len(owner_C), np.int32), [self.scorer.version]),
+            age_B.take(pa.array(owner_C)),
         ]
         for numbers in self.scorer.numbers(logits).values():
             columns += [pa.array(number_C.astype(np.float32)) for number_C in numbers.values()]
         return pa.Table.from_arrays(columns, schema=self.schema)
 
-    def _compare(self, sent: pa.Table, logits: dict[str, np.ndarray], count_B: np.ndarray) -> None:
-        is_same_C = np.repeat([version == self.scorer.version for version in sent["version"].to_pylist()], count_B)
+    def _compare(self, sent: pa.Table, logits: dict[str, np.ndarray], count_B: np.ndarray, age_B: pa.Array) -> None:
+        given_B = sent[COUNTERS_AGE] if COUNTERS_AGE in sent.column_names else pa.nulls(len(sent))
+        scored_by = zip(sent["version"].to_pylist(), given_B.to_pylist(), age_B.to_pylist(), strict=True)
+        is_same_C = np.repeat(
+            [version == self.scorer.version and was == age for version, was, age in scored_by], count_B
+        )
         for task, logit_C in logits.items():
             if is_same_C.any() and f"{SCORE_PREFIX}{task}" in sent.column_names:
                 logged_C = one_chunk(sent[f"{SCORE_PREFIX}{task}"]).flatten().to_numpy(zero_copy_only=False)

@@ -34,6 +34,8 @@ class Metrics:
         self._log_errors = counter("request_log_errors", "Logged requests that could not be written")
         self.queue_tokens = gauge("queue_tokens", "Tokens waiting", mode="livesum")
         self._version = gauge("version", "1 for the version that is served", "version", mode="livemax")
+        text = "Second since 1970 of the newest event that the counters know; 0 where the model counts nothing"
+        self._counters_as_of = gauge("counters_as_of_seconds", text, mode="livemin")
         self._recent = gauge("recent", "Mean over recent batches", "what", mode="livemostrecent")
         self._reference = gauge("reference", "The same on the training split (statistics.json)", "what", mode="livemax")
         self._means: dict[str, float] = {}
@@ -74,13 +76,15 @@ class Metrics:
                 self._means[what] = mean = _MEMORY * mean + (1 - _MEMORY) * value
                 self._recent.labels(what).set(mean)
 
-    def serve(self, version: str, reference: dict[str, float]) -> None:
-        """Names the version that is served from now on, and what its training split looked like."""
+    def serve(self, scorer: typing.Any) -> None:
+        """Names the version that is served from now on, the age of its counters, and what its training split was."""
+        version, counters = scorer.version, scorer.reader.counters
+        self._counters_as_of.set(0 if counters is None else counters.as_of_s)
         if self._served is not None:
             self._version.labels(self._served).set(0)
         self._version.labels(version).set(1)
         self._served = version
-        for what, value in reference.items():
+        for what, value in scorer.reference.items():
             self._reference.labels(what).set(value)
 
     def reloaded(self, outcome: str) -> None:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gpsd_dist.disk.writing import replacing
-from gpsd_dist.serving.request_log import ADDED, SCORE_PREFIX
+from gpsd_dist.serving.request_log import ADDED, COUNTERS_AGE, SCORE_PREFIX
 from gpsd_dist.serving.requests import RequestError, RequestReader
 from gpsd_dist.serving.tokens import Tokens
 
@@ -59,7 +59,8 @@ def is_logged(sent: pa.Table) -> bool:
 def _without_added(sent: pa.Table) -> pa.Table:
     if not is_logged(sent):
         return sent
-    return sent.drop_columns([n for n in sent.column_names if n in ADDED or n.startswith(SCORE_PREFIX)])
+    added = {*ADDED, COUNTERS_AGE}
+    return sent.drop_columns([n for n in sent.column_names if n in added or n.startswith(SCORE_PREFIX)])
 
 
 def claim(out_dir: pathlib.Path) -> None:

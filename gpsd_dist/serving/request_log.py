@@ -1,4 +1,4 @@
-"""Keeps a sample of what was asked and answered, as Parquet: raw columns, version, counts, scores.
+"""Keeps a sample of what was asked and answered, as Parquet: raw columns, version, age of counters, counts, scores.
 
 `python -m gpsd_dist.predict --requests DIR` scores the files again. User ids are hashed with a key that stays in the
 folder, unless told otherwise; files older than the limit are deleted. A user is deleted by
@@ -41,6 +41,8 @@ from gpsd_dist.disk.writing import check_place, replacing, write
 log = logging.getLogger(__name__)
 ADDED = ("logged_s", "version", "unknown_ids", "dropped_events")
 """Columns of a logged request beside those that came."""
+COUNTERS_AGE = "counters_age_s"
+"""One more; null where the model counts nothing, and not there in files of before."""
 SCORE_PREFIX = "score."
 """Begins the names of the columns of logits, one list per request."""
 USER, _KEY_NAME = "user_id", "user_id.key"
@@ -164,6 +166,7 @@ class RequestLog:
         added = {"logged_s": pa.array(times_s, pa.int64()), "version": pa.array([a.version for a in answers])}
         added["unknown_ids"] = pa.array([answer.unknown_ids for answer in answers], pa.int64())
         added["dropped_events"] = pa.array([answer.dropped_events for answer in answers], pa.int64())
+        added[COUNTERS_AGE] = pa.array([answer.counters_age_s for answer in answers], pa.int64())
         for task in answers[0].tasks:
             scores = [answer.tasks.get(task, {}).get("logit") for answer in answers]
             added[f"{SCORE_PREFIX}{task}"] = pa.array(scores, pa.list_(pa.float32()))

@@ -117,10 +117,16 @@ class Scorer:
                 found[task.name]["product"] = _product(self.manifest, task.name, probabilities)
         return found
 
+    def counters_age_s(self, tokens: Tokens) -> collections.abc.Sequence[int | None]:
+        """Returns how long before each request the counters end, in seconds; None where the model counts nothing."""
+        counters = self.reader.counters
+        if counters is None:
+            return [None] * len(tokens)
+        return typing.cast(list[int | None], counters.age_s(tokens.request_time_s_B).tolist())
+
     def answers(self, tokens: Tokens, logits: collections.abc.Mapping[str, np.ndarray]) -> list[Answer]:
         """Words the logits of `score_tokens`, one answer per request."""
-        columns, counters = self.numbers(logits), self.reader.counters
-        age_B = [None] * len(tokens) if counters is None else counters.age_s(tokens.request_time_s_B).tolist()
+        columns, age_B = self.numbers(logits), self.counters_age_s(tokens)
         facts = zip(tokens.candidate_count_B, tokens.unknown_ids_B, tokens.dropped_events_B, age_B, strict=True)
         stops = np.cumsum(tokens.candidate_count_B)
         return [

@@ -45,7 +45,7 @@ class Service:
         self.metrics = Metrics()
         load_version = functools.partial(load, threads=1, history_cache_mib=args.history_cache_mib)
         self.versions = Versions(args.artefact, load_version, self._changed, one_at_a_time)
-        self.metrics.serve(self.version, self.versions.scorer().reference)
+        self.metrics.serve(self.versions.scorer())
         self.queue = TokenQueue(args.queue_tokens, args.batch_tokens)
         self.log: RequestLog | None = None
         keep: typing.Callable[..., None] = lambda requests, answers: None  # noqa: E731
@@ -107,7 +107,7 @@ class Service:
 
     def _changed(self, outcome: str, scorer: typing.Any) -> None:
         self.metrics.reloaded(outcome)
-        self.metrics.serve(scorer.version, scorer.reference)
+        self.metrics.serve(scorer)
 
 
 class _Server(uvicorn.Server):

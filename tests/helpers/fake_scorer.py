@@ -35,6 +35,8 @@ class FakeRequestError(ValueError):
 
 
 class FakeReader:
+    counters = types.SimpleNamespace(as_of_s=1_399_161_600)
+
     def from_json(self, requests: list[dict]) -> pa.Table:
         for row, request in enumerate(requests):
             for column in request:

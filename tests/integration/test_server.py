@@ -18,7 +18,7 @@ import pytest
 
 from benchmarks.open_loop import percentile_ms, poisson_times, send_at
 from gpsd_dist.serving import request_log
-from tests.helpers.fake_scorer import MAX_CANDIDATES, make_current, write_version
+from tests.helpers.fake_scorer import MAX_CANDIDATES, FakeReader, make_current, write_version
 from tests.helpers.server_process import REPO_ROOT, serving
 
 FAKE, IMPATIENT = "tests.helpers.fake_server", "tests.helpers.impatient_server"
@@ -170,6 +170,7 @@ def test_metrics_count_statuses_phases_and_candidates(server):
     for phase in ("decode", "queue", "ids", "lookup", "answer"):
         assert server.metric(f'gpsd_phase_seconds_count{{phase="{phase}"}}') > 0
     assert server.metric('gpsd_reference{what="candidates"}') == 2
+    assert server.metric("gpsd_counters_as_of_seconds") == FakeReader.counters.as_of_s
     assert server.metric('gpsd_recent{what="history_length"}') > 0
     assert server.metric('gpsd_version{version="v1"}') == 1 and server.metric("gpsd_queue_tokens") == 0
 

@@ -1,5 +1,6 @@
 """`predict --artefact` scores raw requests as `predict --checkpoint` scores the split that they were made of."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -55,7 +56,7 @@ def test_scores_are_those_of_the_checkpoint(root, tmp_path, one_rank):
     for given, known in zip(found["item_id"].to_pylist(), expected["item_id"].to_pylist(), strict=True):
         assert known is None or given == known
     numbers = [name for name in expected.column_names if name.split(".")[-1] in ("logit", "probability", "product")]
-    assert len(numbers) == 5 and numbers == found.column_names[5:]
+    assert len(numbers) == 5 and numbers == found.column_names[6:]
     for name in numbers:
         np.testing.assert_allclose(found[name].to_numpy(), expected[name].to_numpy(), atol=1e-5)
     assert set(found["version"].to_pylist()) == {summary["version"]}
@@ -66,12 +67,19 @@ def test_logged_requests_are_scored_again_and_compared(root, tmp_path):
     sent = pq.read_table(root / "raw.parquet").slice(0, 9).to_pylist()
     log = RequestLog(tmp_path / "log", 1.0, 7, True, scorer.reader.from_json, print)
     log.add(sent[:4], scorer.score(sent[:4]))
-    log.add(sent[4:], scorer.score(sent[4:]))
+    others = {task: {"logit": [9.0] * len(sent[8]["candidate.item"])} for task in ("click", "buy")}
+    answers = scorer.score(sent[4:])
+    answers[-1] = dataclasses.replace(answers[-1], counters_age_s=5, tasks=others)
+    log.add(sent[4:], answers)
     log.close()
     found, summary = predict(root, tmp_path / "log", tmp_path / "out")
     assert summary["requests"] == 9 and set(summary["largest_difference"]) == {"click", "buy"}
     assert max(summary["largest_difference"].values()) <= 1e-5
     assert found["user_id"][0].as_py() not in (None, sent[0]["user_id"])
+    assert found["counters_age_s"].null_count == len(found)
+    (path,) = (tmp_path / "log").glob("*.parquet")
+    pq.write_table(pq.read_table(path).drop_columns("counters_age_s"), path)  # a log of before
+    assert max(predict(root, path, tmp_path / "before")[1]["largest_difference"].values()) > 1
 
 
 def test_mistakes_name_the_file_and_the_request(root, tmp_path, capsys):

@@ -20,7 +20,7 @@ def request(user: str | None) -> dict:
     return {"user_id": user, "request_time_s": 5, "history.item": ["a"], "candidate.item": ["b", "cc"]}
 
 
-ANSWER = Answer("v1", {"click": {"logit": [0.5, -1.0], "probability": [0.62, 0.27]}}, 3, 1)
+ANSWER = Answer("v1", {"click": {"logit": [0.5, -1.0], "probability": [0.62, 0.27]}}, 3, 1, 60)
 
 
 def written(folder, *, sample: float = 1.0, hash_users: bool = True, keep_days: float = 7.0, lost=None):
@@ -39,6 +39,7 @@ def test_requests_and_scores_are_written_with_hashed_users(tmp_path):
     assert not {"anna", "bert"} & {row["user_id"] for row in rows}
     assert rows[0]["candidate.item"] == ["b", "cc"] and rows[0]["score.click"] == [0.5, -1.0]
     assert (rows[0]["version"], rows[0]["unknown_ids"], rows[0]["dropped_events"]) == ("v1", 3, 1)
+    assert rows[0]["counters_age_s"] == 60
     assert abs(rows[0]["logged_s"] - time.time()) < 60
     assert stat.S_IMODE((tmp_path / "log" / "user_id.key").stat().st_mode) == 0o600
     other = written(tmp_path / "other")
