@@ -206,9 +206,9 @@ def map_tables(
 
 def open_vocabularies(artefact: Artefact, tables: collections.abc.Iterable[str]) -> dict[str, Vocabulary]:
     """Opens the index of each of the tables; hashed ones need none."""
-    names = [name for name in tables if artefact.manifest.unbounded.get(name) != "hashed"]
+    sizes = {n: artefact.manifest.table(n).num_rows for n in tables if artefact.manifest.unbounded.get(n) != "hashed"}
     try:
-        return {name: Vocabulary.open(artefact.path(index_name(name))) for name in names}
+        return {name: Vocabulary.open(artefact.path(index_name(name)), size) for name, size in sizes.items()}
     except ArtefactError:
         raise
     except ValueError as error:

@@ -37,14 +37,19 @@ class Vocabulary:
         save_file({"id": id_V.astype(np.int64), "row": row_V.astype(np.int32)}, path)
 
     @staticmethod
-    def open(path: pathlib.Path) -> "Vocabulary":
-        """Maps a written file. ArtefactError where it is damaged."""
+    def open(path: pathlib.Path, num_rows: int) -> "Vocabulary":
+        """Maps a written file of a table of `num_rows` rows. ArtefactError where it is damaged, or names other rows."""
         arrays = {name: tensor.numpy() for name, tensor in read_tensors(path).items()}
         id_V, row_V = arrays.get("id"), arrays.get("row")
         if id_V is None or row_V is None or (id_V.dtype, row_V.dtype) != (np.int64, np.int32):
             raise ArtefactError(f"{path} holds {sorted(arrays)}, expected ids and rows; export the artefact again")
         if id_V.ndim != 1 or id_V.shape != row_V.shape:
             raise ArtefactError(f"{path} holds {id_V.shape} ids and {row_V.shape} rows; export the artefact again")
+        if len(row_V) and not NUM_RESERVED_ROWS <= row_V.min() <= row_V.max() < num_rows:
+            expected = f"{NUM_RESERVED_ROWS} .. {num_rows - 1}"
+            raise ArtefactError(
+                f"{path} names rows {row_V.min()} .. {row_V.max()}, expected {expected}; export the artefact again"
+            )
         return Vocabulary(id_V, row_V)
 
     def __len__(self) -> int:

@@ -117,7 +117,7 @@ class Data:
                 ids = ids[ids > 1][::2]
                 Vocabulary.write(file, ids, np.arange(2, 2 + len(ids)))
             if kind != "hashed":
-                vocabularies[table.name] = Vocabulary.open(file)
+                vocabularies[table.name] = Vocabulary.open(file, 2**31)
         Items.write(artefact / "items", path / "items.parquet", self.manifest)
         counted = None
         if counters.needs(self.manifest):  # through the files, as a server does

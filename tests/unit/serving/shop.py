@@ -51,7 +51,7 @@ def reader(folder: pathlib.Path, limits: Limits | None = None, **changes) -> Req
         Vocabulary.write(folder / f"{name}.safetensors", ids(*words), np.arange(2, 2 + len(words)))
     Vocabulary.write(folder / "brand.safetensors", ids("X", "Y"), np.array([5, 3]))
     for name in (*VOCABULARIES, "brand"):
-        vocabularies[name] = Vocabulary.open(folder / f"{name}.safetensors")
+        vocabularies[name] = Vocabulary.open(folder / f"{name}.safetensors", 2**31)
     items = pa.table(
         {
             "index": [2, 3, 4],

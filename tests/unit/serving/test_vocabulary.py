@@ -14,11 +14,18 @@ from gpsd_dist.serving.vocabulary import Vocabulary
 
 def test_rows_of_known_and_unknown_ids(tmp_path):
     Vocabulary.write(tmp_path / "v", np.array([90, 5, 40]), np.array([2, 3, 4]))
-    vocabulary = Vocabulary.open(tmp_path / "v")
+    vocabulary = Vocabulary.open(tmp_path / "v", 5)
     assert len(vocabulary) == 3
     assert vocabulary.rows(np.array([5, 6, 90, 1, 40, 2**60])).tolist() == [3, 1, 2, 1, 4, 1]
     Vocabulary.write(tmp_path / "empty", np.zeros(0, np.int64), np.zeros(0, np.int64))
-    assert Vocabulary.open(tmp_path / "empty").rows(np.array([5, 1])).tolist() == [1, 1]
+    assert Vocabulary.open(tmp_path / "empty", 2).rows(np.array([5, 1])).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("rows", [[2, 3, 5], [1, 2, 3], [-7, 2, 3]])
+def test_rows_that_the_table_lacks_are_refused(tmp_path, rows):
+    safetensors.numpy.save_file({"id": np.arange(3), "row": np.array(rows, np.int32)}, tmp_path / "v")
+    with pytest.raises(ArtefactError, match=re.escape(f"names rows {rows[0]} .. {rows[-1]}, expected 2 .. 4; export")):
+        Vocabulary.open(tmp_path / "v", 5)
 
 
 def test_two_raw_ids_with_one_id_are_refused(tmp_path):
@@ -34,12 +41,12 @@ def test_a_damaged_file_is_refused(tmp_path):
     for number in range(len(whole)):
         (tmp_path / "cut").write_bytes(whole[:number])
         with pytest.raises(ArtefactError, match="export it again"):
-            Vocabulary.open(tmp_path / "cut")
+            Vocabulary.open(tmp_path / "cut", 9)
     with pytest.raises(ArtefactError, match="expected int64 'index'"):
         Items.open(tmp_path / "whole")
     safetensors.numpy.save_file({"id": np.arange(9), "row": np.arange(8, dtype=np.int32)}, tmp_path / "uneven")
     with pytest.raises(ArtefactError, match="8"):
-        Vocabulary.open(tmp_path / "uneven")
+        Vocabulary.open(tmp_path / "uneven", 9)
     safetensors.numpy.save_file({"index": np.arange(9), "price": np.arange(8.0)}, tmp_path / "uneven")
     with pytest.raises(ArtefactError, match="expected"):
         Items.open(tmp_path / "uneven")
