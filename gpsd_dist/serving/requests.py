@@ -272,19 +272,24 @@ class _Encoder:
         else:
             index_N = typing.cast(np.ndarray, self._encoded(item_feature, item, entry_N))
         place_N = self.reader.items.places(index_N)
+        chosen = slice(None) if entry_N is None else entry_N
         for feature in manifest.features_in(place):
             column = f"{place}.{feature.name}"
             brought: Values | None = None
             values: Values | None
             if feature is not item_feature and self.reading.has(column):
-                brought = self._encoded(feature, self.reading.lists(column, like=item), entry_N)
+                sent = self.reading.lists(column, like=item)
+                brought = self._encoded(feature, sent, entry_N)
             if feature is item_feature:
                 values = index_N
             elif self.reader.is_attribute(feature):
                 values = self.reader.items.take(feature, place_N)
                 values = values if brought is None else _either(place_N >= 0, values, brought)
-            elif brought is None and feature.counts is not None and counters is not None:
-                values = counters.count(feature, id_N, np.repeat(time_B, np.diff(item.offsets)))
+            elif feature.counts is not None and counters is not None:
+                values = counters.count(feature, id_N, np.repeat(time_B, np.diff(item.offsets))[chosen])
+                if brought is not None:  # by some of the clients whose requests were joined
+                    is_there_E = sent.values.is_valid().to_numpy(zero_copy_only=False)
+                    values = np.where(is_there_E[chosen], brought, values)
             else:
                 values = brought
             found[feature.name] = self._served(feature, values)

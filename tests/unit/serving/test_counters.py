@@ -13,6 +13,9 @@ from gpsd_dist.features import id_of
 from gpsd_dist.schema import Feature, Manifest, Table, Task
 from gpsd_dist.serving import counters
 from gpsd_dist.serving.artefact import ArtefactError
+from gpsd_dist.serving.items import Items
+from gpsd_dist.serving.requests import Limits, RequestReader
+from gpsd_dist.serving.vocabulary import Vocabulary
 from tests.helpers.artefacts import write_artefact
 
 HOUR_S = 3600
@@ -111,3 +114,24 @@ def test_data_and_models_without_counts_are_named(tmp_path):
         refresh(tmp_path / "artefact", tmp_path / "data")
     with pytest.raises(ValueError, match="has no counters; build it with --counts"):
         counters.from_data(tmp_path / "data", MANIFEST)
+
+
+@pytest.fixture
+def reader(tmp_path) -> RequestReader:
+    """Reads requests; a and b are items of category x, and each occurred once, at 10 s."""
+    vocabularies = {}
+    for name, words in (("item", ["a", "b"]), ("category", ["x"])):
+        Vocabulary.write(tmp_path / name, id_of(pa.array(words)), np.arange(2, 2 + len(words)))
+        vocabularies[name] = Vocabulary.open(tmp_path / name)
+    pq.write_table(pa.table({"index": [2, 3], "category": [2, 2]}), tmp_path / "items.parquet")
+    Items.write(tmp_path / "items", tmp_path / "items.parquet", MANIFEST)
+    counted = counters.from_data(write_data(tmp_path / "data", [("a", 10, True), ("b", 10, True)]), MANIFEST)
+    return RequestReader(MANIFEST, vocabularies, Items.open(tmp_path / "items"), Limits(), counters=counted)
+
+
+def test_a_client_that_brings_counts_does_not_change_those_of_another(reader):
+    request = {"request_time_s": 100, "history.item": [], "history.time_s": [], "candidate.item": ["a", "b"]}
+    brings = request | {"candidate.count_0_category": [4, None]}
+    tokens = reader(reader.from_json([request, brings, request]))
+    assert tokens.columns["candidate"]["count_0_category"].tolist() == [2, 2, 4, 2, 2, 2]
+    assert tokens.columns["candidate"]["count_0_item"].tolist() == [1] * 6
