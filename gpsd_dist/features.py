@@ -144,7 +144,12 @@ def id_of(raw: pa.Array) -> np.ndarray:
 
 
 def logarithm(values: np.ndarray) -> np.ndarray:
-    """Computes sign(x) log(1 + |x|), which keeps the order, and 0."""
+    """Computes sign(x) log(1 + |x|), which keeps the order, and 0: float64 [N].
+
+    In float32 the last digit depends on the CPU (NumPy has kernels of its own for AVX512), and edges of buckets lie on
+    values. In float64 it does too, but is gone once the result is float32.
+    """
+    values = np.asarray(values, np.float64)
     return np.copysign(np.log1p(np.abs(values)), values)
 
 
