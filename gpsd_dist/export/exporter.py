@@ -25,7 +25,7 @@ from gpsd_dist.export.raw_requests import examples
 from gpsd_dist.export.source import Source
 from gpsd_dist.export.vocabularies import write_vocabularies
 from gpsd_dist.serving import counters, drift
-from gpsd_dist.serving.artefact import VERSIONS, drafting, make_current
+from gpsd_dist.serving.artefact import VERSIONS, ArtefactError, drafting, make_current, open_version
 from gpsd_dist.serving.drift import STATISTICS_NAME
 from gpsd_dist.serving.examples import EXPECTED_NAME, REQUESTS_NAME, replay, tensors_of
 from gpsd_dist.serving.requests import Limits
@@ -72,19 +72,19 @@ def read_source(
 def export(source: Source, out: str | os.PathLike[str], options: Options = DEFAULT) -> str:
     """Writes a version and makes it current; returns its name.
 
-    ValueError if it loses more than allowed or is worse than the current one. OSError if another export is under way.
+    ValueError if it loses more than allowed, is worse than the current one, or would take counters from that. OSError
+    if another export is under way.
     """
     run, manifest, data_dir = source.run, source.manifest, pathlib.Path(source.run.data_dir)
     reader = Reader(source.checkpoint)
     with drafting(out) as draft:
-        if counters.needs(manifest):
-            counters.publish(draft.root, counters.from_data(data_dir, manifest))
+        counted = _counters(source, draft.root)
         weights.write_dense(draft, reader, run, manifest)
         write_vocabularies(draft, data_dir, manifest, reader)
         tables = weights.write_tables(draft, reader, run, manifest, options.table_dtype)
         facts = facts_of(source, options, tables)
         draft.write_json(STATISTICS_NAME, {})  # until there is a scorer to measure with
-        scorer = Scorer(draft.preview(**facts | {"engine": "eager"}))
+        scorer = Scorer(draft.preview(**facts | {"engine": "eager"}), counters=counted)
         draft.write_json(STATISTICS_NAME, _statistics(source, scorer))
         gates.check_loss(source, scorer, draft, options)
         if options.replaces_current:
@@ -95,13 +95,36 @@ def export(source: Source, out: str | os.PathLike[str], options: Options = DEFAU
         draft.write_json(REQUESTS_NAME, {"requests": requests})
         if options.engine == "onnx":
             write_onnx(scorer.model, tuple(task.name for task in scorer.tasks), draft.folder)
-            difference = replay(Scorer(draft.preview(**facts)))
+            difference = replay(Scorer(draft.preview(**facts), counters=counted))
             log.info("onnx: logits of the examples differ from those of torch by %.2g", difference)
         version = draft.commit(**facts)
         added = draft.new_blob_bytes
+        if counted is not None:  # last of all: what is refused changes nothing
+            counters.publish(draft.root, counted)
     make_current(out, version)
     log.info("%s/%s/%s, %s bytes of tables added", out, VERSIONS, version, f"{added:,}")
     return version
+
+
+def _counters(source: Source, root: pathlib.Path) -> counters.Counters | None:
+    """Makes the counters of the data; None where no feature counts. The caller has the lock of the artefact.
+
+    ValueError if they would not serve the current version, or if newer ones that stay do not serve this one.
+    """
+    manifest, data_dir = source.manifest, pathlib.Path(source.run.data_dir)
+    if not counters.needs(manifest):
+        return None
+    try:
+        current = open_version(root)
+    except ArtefactError:  # none yet, or a damaged one, which this export replaces
+        current = None
+    if current is not None:
+        counters.check_covers(manifest, data_dir, current)
+    made = counters.from_data(data_dir, manifest)
+    if counters.newer_than(root, made):
+        counters.open_counters(root, manifest)
+        log.info("%s keeps its counters, which end later than those of the data, as of %s", root, made.as_of)
+    return made
 
 
 def facts_of(source: Source, options: Options, tables: dict[str, dict[str, typing.Any]]) -> dict[str, typing.Any]:

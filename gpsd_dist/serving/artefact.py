@@ -2,6 +2,7 @@
 
     artefacts/ctr/current.json               {"version", "sha256"} of the version in use; replaced atomically
     artefacts/ctr/blobs/<sha256>             parts of embedding tables, by content: equal tables are stored once
+    artefacts/ctr/counters.json, counters/   counts of earlier events, for all versions (`serving.counters`), or absent
     artefacts/ctr/versions/<utc>-<hash>/
         artefact.json                        `Description`: what it is, and {file: bytes, sha256} of all other files
         model.json, tower.safetensors, vocab/, items.safetensors, examples.json, expected.safetensors, statistics.json
@@ -368,12 +369,7 @@ def drafting(root: str | os.PathLike[str]) -> collections.abc.Iterator[Draft]:
     if root.is_dir() and any(root.iterdir()) and not any((root / name).exists() for name in (_LOCK, CURRENT_NAME)):
         raise OSError(f"{root} holds files and is no artefact, whose unused blobs would be deleted: name a new folder")
     root.mkdir(parents=True, exist_ok=True)
-    lock = reading.open_regular(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OSError(f"another export is writing to {root}; wait for it, or use another --out") from error
+    with locked(root):
         for folder in (root / VERSIONS, root / BLOBS):
             folder.mkdir(exist_ok=True)
         _delete_partial(root)
@@ -383,6 +379,18 @@ def drafting(root: str | os.PathLike[str]) -> collections.abc.Iterator[Draft]:
             yield draft
         finally:
             _delete_partial(root)
+
+
+@contextlib.contextmanager
+def locked(root: pathlib.Path) -> collections.abc.Iterator[None]:
+    """Lets one process at a time write to an artefact. OSError if another one does."""
+    lock = reading.open_regular(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(f"another export is writing to {root}, or counters are; wait until it has ended") from error
+        yield
     finally:
         os.close(lock)
 

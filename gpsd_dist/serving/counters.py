@@ -1,6 +1,6 @@
 """Counts earlier events of items by raw id, as of any moment. Counters are of an artefact, and change without a model.
 
-    artefacts/ctr/counters.json                     {"file", "bytes", "sha256", "as_of_s"}; replaced atomically
+    artefacts/ctr/counters.json                 {"file", "bytes", "sha256", "as_of_s", "source"}; replaced atomically
     artefacts/ctr/counters/<as of>-<hash>.safetensors
 
 A request is counted as of its own time, or as of the newest event that the counters know, whichever is earlier: what an
@@ -10,8 +10,11 @@ Shape letters: I items, T distinct seconds, M pairs of a value and a second, N c
 """
 
 import collections.abc
-import contextlib
+import logging
 import pathlib
+import secrets
+import time
+import typing
 
 import numpy as np
 import pyarrow as pa
@@ -23,21 +26,27 @@ from gpsd_dist.data.gather import one_chunk
 from gpsd_dist.disk import writing
 from gpsd_dist.features import id_of
 from gpsd_dist.schema import Feature, Manifest
-from gpsd_dist.serving.artefact import ArtefactError, FileSum, read_json, sum_of
+from gpsd_dist.serving.artefact import Artefact, ArtefactError, FileSum, read_json, sum_of
 from gpsd_dist.serving.tables import read_tensors
 
+log = logging.getLogger(__name__)
 POINTER_NAME, FOLDER = "counters.json", "counters"
 _EVENTS, _ITEMS, _AS_OF = "events.parquet", "items.parquet", b"as_of_s"  # as `data_pipeline.counters` writes them
 _ITEM, _NO_SLOT = "item_id", -1
-_KEPT = 2
-"""Newest files that stay: a server may be opening the one before."""
+_PARTIAL = ".partial-"
 
 
 class Counters:
     """Gives the number of events before a moment, of an item or of one of its attributes. Immutable."""
 
-    def __init__(self, arrays: collections.abc.Mapping[str, np.ndarray], as_of_s: int):
-        self._arrays, self.as_of_s = arrays, as_of_s
+    def __init__(self, arrays: collections.abc.Mapping[str, np.ndarray], as_of_s: int, source: str = ""):
+        """`source`: that of the manifest of the data that they were made of."""
+        self._arrays, self.as_of_s, self.source = arrays, as_of_s, source
+
+    @property
+    def as_of(self) -> str:
+        """Words the end of these counters."""
+        return f"{np.datetime64(self.as_of_s, 's')}Z"
 
     def age_s(self, time_s_B: np.ndarray) -> np.ndarray:
         """Returns how long before each request the counters end: int64 [B] seconds, 0 where they reach it."""
@@ -61,7 +70,33 @@ class Counters:
 
 def needs(manifest: Manifest) -> bool:
     """Says whether the data set has features that count."""
-    return any(feature.counts is not None for feature in manifest.features)
+    return bool(_counted(manifest))
+
+
+def _counted(manifest: Manifest) -> set[str]:
+    """Lists the features whose values are counted."""
+    return {feature.counts for feature in manifest.features if feature.counts is not None}
+
+
+def check_covers(manifest: Manifest, data: object, served: Artefact) -> None:
+    """Raises ValueError if counters of a data set would not serve a version that counts."""
+    wanted = _counted(served.manifest)
+    other = [
+        f"{name} {there!r} there, {here!r} here"
+        for name in ("source", "item_feature")
+        if (here := getattr(manifest, name)) != (there := getattr(served.manifest, name))
+    ]
+    if wanted and other:
+        raise ValueError(
+            f"{served.folder} counts events of another data set than {data} ({', '.join(other)}): use data of the same "
+            "log, or another artefact"
+        )
+    if missing := sorted(wanted - _counted(manifest)):
+        absent = sorted(set(missing) - {feature.name for feature in manifest.features})
+        fix = f"its items have no {', '.join(absent)}; add that to the log, and " if absent else ""
+        raise ValueError(
+            f"{served.folder} counts events by {missing}, which {data} does not count: {fix}build it with --counts"
+        )
 
 
 def from_data(data_dir: pathlib.Path, manifest: Manifest) -> Counters:
@@ -82,7 +117,7 @@ def from_data(data_dir: pathlib.Path, manifest: Manifest) -> Counters:
     described_X = place_R[pc.index_in(one_chunk(items[_ITEM]), raw).to_numpy()]
     time_T, rank_E = np.unique(events["moment_s"].to_numpy(), return_inverse=True)
     arrays = {"id": known_I, "time_s": time_T}
-    for name in dict.fromkeys(feature.counts for feature in manifest.features if feature.counts is not None):
+    for name in sorted(_counted(manifest)):
         slot_I = np.arange(len(known_I))
         if name != manifest.item_feature:
             slot_I = np.full(len(known_I), _NO_SLOT)
@@ -90,7 +125,7 @@ def from_data(data_dir: pathlib.Path, manifest: Manifest) -> Counters:
         arrays |= {
             f"{name}.{part}": array for part, array in _pairs(slot_I, item_E, rank_E, len(time_T), events).items()
         }
-    return Counters(arrays, int(events.schema.metadata[_AS_OF]))
+    return Counters(arrays, int(events.schema.metadata[_AS_OF]), manifest.source)
 
 
 def _pairs(slot_I: np.ndarray, item_E: np.ndarray, rank_E: np.ndarray, num_times: int, events: pa.Table) -> dict:
@@ -105,28 +140,54 @@ def _pairs(slot_I: np.ndarray, item_E: np.ndarray, rank_E: np.ndarray, num_times
     return sums
 
 
-def publish(root: pathlib.Path, counters: Counters) -> bool:
+def newer_than(root: pathlib.Path, counters: Counters) -> bool:
+    """Says whether an artefact has newer counters of the same data set; broken ones are none."""
+    entry = _pointer(root)
+    as_of_s, source = entry.get("as_of_s"), entry.get("source", counters.source)
+    return type(as_of_s) is int and as_of_s > counters.as_of_s and source == counters.source
+
+
+def publish(root: pathlib.Path, counters: Counters, accept_older: bool = False) -> bool:
     """Makes these the counters of an artefact, unless it has newer ones; returns whether it did.
 
-    The file is there and whole before the pointer names it.
+    The file is there and whole before the pointer names it. That of before stays, since a server may be opening it.
+    The caller has the lock (`artefact.locked`).
     """
-    with contextlib.suppress(ArtefactError):
-        if int(read_json(root / POINTER_NAME)["as_of_s"]) > counters.as_of_s:
-            return False
+    if newer_than(root, counters) and not accept_older:
+        return False
+    if counters.as_of_s - 1 > time.time():
+        log.warning(
+            "the log ends at %s, which is yet to come: counters of a mended log end earlier, and replace these only by "
+            "python -m gpsd_dist.counters --accept_older",
+            counters.as_of,
+        )
     folder = root / FOLDER
     folder.mkdir(exist_ok=True)
-    aside = folder / f".partial-{counters.as_of_s}"
+    for path in folder.glob(f"{_PARTIAL}*"):
+        path.unlink()
+    aside = folder / f"{_PARTIAL}{secrets.token_hex(8)}"
     save_file({name: np.ascontiguousarray(array) for name, array in counters._arrays.items()}, aside)
+    aside.chmod(folder.stat().st_mode & 0o666)  # safetensors makes its files for their owner alone
     writing.sync(aside)
     made = sum_of(aside)
     target = folder / f"{counters.as_of_s:012d}-{made.sha256[:12]}.safetensors"
     aside.replace(target)
     writing.sync(folder)
-    entry = {"file": target.name, "bytes": made.num_bytes, "sha256": made.sha256, "as_of_s": counters.as_of_s}
-    writing.write_json(root / POINTER_NAME, entry)
-    for path in sorted(folder.glob("*.safetensors"))[:-_KEPT]:
-        path.unlink()
+    kept = {target.name, str(_pointer(root).get("file"))}
+    entry = {"file": target.name, "bytes": made.num_bytes, "sha256": made.sha256}
+    writing.write_json(root / POINTER_NAME, entry | {"as_of_s": counters.as_of_s, "source": counters.source})
+    for path in folder.glob("*.safetensors"):
+        if path.name not in kept:
+            path.unlink()
     return True
+
+
+def _pointer(root: pathlib.Path) -> dict[str, typing.Any]:
+    """Reads what names the counters of an artefact; empty if it is missing or broken."""
+    try:
+        return read_json(root / POINTER_NAME)
+    except ArtefactError:
+        return {}
 
 
 def open_counters(root: pathlib.Path, manifest: Manifest) -> Counters | None:
@@ -138,12 +199,15 @@ def open_counters(root: pathlib.Path, manifest: Manifest) -> Counters | None:
     name, as_of_s = entry.get("file"), entry.get("as_of_s")
     if not isinstance(name, str) or pathlib.PurePath(name).name != name or type(as_of_s) is not int:
         raise ArtefactError(f"{place} names no counters; make them anew: python -m gpsd_dist.counters")
+    if (source := entry.get("source", manifest.source)) != manifest.source:
+        given = f"{place} names counters of {source!r}, and the model is of {manifest.source!r}"
+        raise ArtefactError(f"{given}; make them of the model's data: python -m gpsd_dist.counters")
     path = root / FOLDER / name
     if sum_of(path) != FileSum(entry.get("bytes"), entry.get("sha256")):
         raise ArtefactError(f"{path} is not what was written; make it anew: python -m gpsd_dist.counters")
     arrays = {name: tensor.numpy() for name, tensor in read_tensors(path).items()}
     parts = ("slot", "code", "num", "num_timed")
-    wanted = {f"{f.counts}.{part}" for f in manifest.features if f.counts is not None for part in parts}
+    wanted = {f"{name}.{part}" for name in _counted(manifest) for part in parts}
     if missing := sorted((wanted | {"id", "time_s"}) - arrays.keys()):
         raise ArtefactError(f"{path} lacks {missing}; make it of data that count them: python -m gpsd_dist.counters")
-    return Counters(arrays, as_of_s)
+    return Counters(arrays, as_of_s, manifest.source)

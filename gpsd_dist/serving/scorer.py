@@ -31,7 +31,7 @@ from gpsd_dist.schema import Manifest, Table
 from gpsd_dist.serving.answer import Answer as Answer
 from gpsd_dist.serving.artefact import BLOBS, Artefact, ArtefactError, open_version
 from gpsd_dist.serving.batches import pack
-from gpsd_dist.serving.counters import open_counters
+from gpsd_dist.serving.counters import Counters, open_counters
 from gpsd_dist.serving.drift import STATISTICS_NAME, reference
 from gpsd_dist.serving.examples import replay
 from gpsd_dist.serving.items import Items
@@ -51,14 +51,15 @@ Make: typing.TypeAlias = collections.abc.Callable[
 class Scorer:
     """One version, loaded. Immutable; `score_tokens` may run in several threads."""
 
-    def __init__(self, artefact: Artefact, cache_bytes: int = 0):
+    def __init__(self, artefact: Artefact, cache_bytes: int = 0, counters: Counters | None = None):
+        """`counters`: instead of those of the artefact."""
         self.artefact = artefact
         self.version, self.manifest = artefact.version, artefact.manifest
         self.metadata = dataclasses.asdict(artefact.description)
         self.reference = reference(artefact.read_json(STATISTICS_NAME))
         """Means of the training split, by the names of `drift.means`."""
         self.vocabularies = open_vocabularies(artefact, [table.name for table in self.manifest.tables])
-        self.reader = open_reader(artefact, self.vocabularies)
+        self.reader = open_reader(artefact, self.vocabularies, counters=counters)
         self.limits = self.reader.limits
         trained = artefact.read_json(MODEL_NAME).get("tasks")
         self.tasks = tuple(task for task in self.manifest.tasks if isinstance(trained, list) and task.name in trained)
@@ -215,12 +216,18 @@ def open_vocabularies(artefact: Artefact, tables: collections.abc.Iterable[str])
         raise ArtefactError(str(error)) from error
 
 
-def open_reader(artefact: Artefact, vocabularies: dict[str, Vocabulary], with_candidates: bool = True) -> RequestReader:
-    """Opens what turns raw requests into tokens."""
+def open_reader(
+    artefact: Artefact,
+    vocabularies: dict[str, Vocabulary],
+    with_candidates: bool = True,
+    counters: Counters | None = None,
+) -> RequestReader:
+    """Opens what turns raw requests into tokens. `counters`: instead of those of the artefact."""
     try:
         limits, items = Limits(**artefact.description.limits), Items.open(artefact.path(ITEMS_NAME))
         items.check(artefact.manifest)
-        counters = open_counters(artefact.root, artefact.manifest) if with_candidates else None
+        if with_candidates and counters is None:
+            counters = open_counters(artefact.root, artefact.manifest)
         return RequestReader(artefact.manifest, vocabularies, items, limits, with_candidates, counters)
     except ArtefactError:
         raise

@@ -17,7 +17,7 @@ from gpsd_dist.config import FinetuneConfig
 from gpsd_dist.config.ids import IdsConfig
 from gpsd_dist.config.model import MODELS
 from gpsd_dist.data.loaders import evaluation_loader
-from gpsd_dist.export import gates
+from gpsd_dist.export import exporter, gates
 from gpsd_dist.export.__main__ import main as export_command
 from gpsd_dist.export.exporter import export, read_source
 from gpsd_dist.export.gates import managed
@@ -27,6 +27,7 @@ from gpsd_dist.export.raw_requests import RawRequests, read_requests
 from gpsd_dist.index.__main__ import main as index_command
 from gpsd_dist.serving.artefact import ArtefactError, open_version
 from gpsd_dist.serving.batches import taken
+from gpsd_dist.serving.counters import POINTER_NAME, Counters
 from gpsd_dist.serving.examples import largest_distance, replay
 from gpsd_dist.serving.scorer import load
 from tests.helpers import forked, synthetic
@@ -198,6 +199,7 @@ def test_the_model_of_pretraining_is_refused(data_dir, tmp_path, one_rank):
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
 def test_smaller_tables_are_measured_and_refused_where_they_lose(finetuned, data_dir, tmp_path, monkeypatch, dtype):
     source = read_source(finetuned / "s0", str(data_dir))
+    monkeypatch.setattr(exporter, "_counters", lambda *_: Counters({"id": np.zeros(0, np.int64)}, as_of_s=1))
     monkeypatch.setattr(gates, "MAX_LOSS", {"fp16": 1.0, "int8": 1.0})
     export(source, tmp_path / "ctr", Options(dtype))
     scorer, exact = load(tmp_path / "ctr"), load_exact(source, tmp_path)
@@ -209,8 +211,10 @@ def test_smaller_tables_are_measured_and_refused_where_they_lose(finetuned, data
     monkeypatch.setattr(gates, "MAX_LOSS", {"fp16": -1.0, "int8": -1.0})
     with pytest.raises(ValueError, match=rf"{dtype} tables change the AUC on valid .*--accept_loss"):
         export(source, tmp_path / "refused", Options(dtype))
+    assert not (tmp_path / "refused" / POINTER_NAME).exists()  # counters of before would be served on
     assert not list((tmp_path / "refused/versions").iterdir())
     export(source, tmp_path / "refused", Options(dtype, accept_loss=True))
+    assert (tmp_path / "refused" / POINTER_NAME).is_file()
 
 
 def load_exact(source, folder):

@@ -1,18 +1,23 @@
 """Counters of an artefact against plain Python: any moment, windows, unknown items, newer files, a broken one."""
 
+import dataclasses
+import json
 import pathlib
 import random
+import time
+import types
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpsd_dist.counters.__main__ import refresh
+from gpsd_dist.counters.__main__ import main, refresh
+from gpsd_dist.export import exporter
 from gpsd_dist.features import id_of
-from gpsd_dist.schema import Feature, Manifest, Table, Task
+from gpsd_dist.schema import Feature, Manifest, Table, Task, read_manifest, write_manifest
 from gpsd_dist.serving import counters
-from gpsd_dist.serving.artefact import ArtefactError
+from gpsd_dist.serving.artefact import ArtefactError, drafting, locked, make_current
 from gpsd_dist.serving.items import Items
 from gpsd_dist.serving.requests import Limits, RequestReader
 from gpsd_dist.serving.vocabulary import Vocabulary
@@ -105,6 +110,118 @@ def test_newer_counters_replace_older_ones_and_not_the_other_way(tmp_path):
     newest.write_bytes(newest.read_bytes()[:-1] + b"?")
     with pytest.raises(ArtefactError, match="is not what was written"):
         counters.open_counters(root, MANIFEST)
+
+
+def test_broken_counters_are_replaced_and_the_file_of_before_stays(tmp_path):
+    found = counters.from_data(write_data(tmp_path / "data", draw_events(3)), MANIFEST)
+    names = []
+    for number, broken in enumerate(("{", "[]", '{"as_of_s": "soon"}', "{}", '{"file": [1]}')):
+        (tmp_path / counters.POINTER_NAME).write_text(broken)
+        (tmp_path / counters.FOLDER).mkdir(exist_ok=True)
+        (tmp_path / counters.FOLDER / ".partial-1").write_bytes(b"of a command that was killed")
+        found.as_of_s += 1 - 2 * (number % 2)
+        assert counters.publish(tmp_path, found)
+        names.append(counters.open_counters(tmp_path, MANIFEST).as_of_s)
+    assert len(set(names)) == 2
+    before = {path.name for path in (tmp_path / counters.FOLDER).iterdir()}
+    found.as_of_s -= 10
+    assert len(before) == 1 and counters.publish(tmp_path, found, accept_older=True)
+    after = {path.name for path in (tmp_path / counters.FOLDER).iterdir()}
+    assert before < after and len(after) == 2  # of two moments, the older one is in use
+
+
+def test_counters_of_another_data_set_are_refused(tmp_path):
+    found = counters.from_data(write_data(tmp_path / "data", draw_events(3)), MANIFEST)
+    found.source = "t"
+    assert counters.publish(tmp_path, found)
+    with pytest.raises(ArtefactError, match=r"names counters of 't', and the model is of 's'"):
+        counters.open_counters(tmp_path, MANIFEST)
+    found.source, found.as_of_s = "s", 10
+    assert counters.publish(tmp_path, found)  # older ones, but the others are no use
+    place = tmp_path / counters.POINTER_NAME
+    place.write_text(json.dumps({k: v for k, v in json.loads(place.read_text()).items() if k != "source"}))
+    assert counters.open_counters(tmp_path, MANIFEST).as_of_s == 10  # written before there was a source
+
+
+def test_a_log_that_ends_in_the_future_is_warned_of(tmp_path, caplog):
+    assert counters.publish(tmp_path, counters.from_data(write_data(tmp_path / "a", [("a", 10, True)]), MANIFEST))
+    assert not caplog.records
+    late = int(time.time()) + 10**9
+    assert counters.publish(tmp_path, counters.from_data(write_data(tmp_path / "b", [("a", late, True)]), MANIFEST))
+    assert "is yet to come" in caplog.text and "--accept_older" in caplog.text
+
+
+def served(root: pathlib.Path) -> pathlib.Path:
+    """Writes a version without a model, which counts, and makes it current; returns its folder."""
+    facts = {"source": {}, "packages": {}, "engine": "eager", "tolerance": 0.0, "limits": {}, "tables": {}}
+    with drafting(root) as draft:
+        version = draft.commit(**facts, manifest=json.loads(json.dumps(dataclasses.asdict(MANIFEST))))
+    make_current(root, version)
+    return root / "versions" / version
+
+
+def data_of(folder: pathlib.Path, events: list, **changes) -> pathlib.Path:
+    """Writes a data set that has counters, and no rows."""
+    write_data(folder, events)
+    write_manifest(dataclasses.replace(MANIFEST, **changes), folder)
+    return folder
+
+
+def test_the_command_replaces_counters_by_newer_ones_of_the_same_log(tmp_path, capsys):
+    root, version = tmp_path / "ctr", served(tmp_path / "ctr")
+    new, old = data_of(tmp_path / "new", [("a", 20, True)]), data_of(tmp_path / "old", [("a", 10, True)])
+    command = ["--artefact", str(version), "--data"]
+    assert main([*command, str(new)]) == 0 and not (version / counters.POINTER_NAME).exists()
+    assert capsys.readouterr().out == f"{root}: counters as of 1970-01-01T00:00:21Z\n"
+    assert main([*command, str(old)]) == 2
+    assert "with --accept_older" in capsys.readouterr().err
+    assert main([*command, str(old), "--accept_older"]) == 0
+    assert counters.open_counters(root, MANIFEST).as_of_s == 11
+    with locked(root):
+        assert main([*command, str(new)]) == 2
+    assert "wait until it has ended" in capsys.readouterr().err
+
+
+def test_what_data_lack_is_named(tmp_path):
+    served(tmp_path / "ctr")
+    without = tuple(f for f in MANIFEST.features if "category" not in (f.name, f.counts))
+    tables = MANIFEST.tables[:1]
+    neither = MANIFEST.features[:2]
+    for name, changes, message in (
+        ("a", {"source": "t"}, "another data set than .* .source 's' there, 't' here"),
+        ("b", {"features": without, "tables": tables}, r"by \['category'\].*its items have no category; add that"),
+        ("c", {"features": neither}, r"by \['category', 'item'\].* does not count: build it with --counts"),
+    ):
+        data = data_of(tmp_path / name, [("a", 10, True)], **changes)
+        with pytest.raises(ValueError, match=message):
+            refresh(tmp_path / "ctr", data)
+
+
+def test_an_export_takes_no_counters_from_the_current_version(tmp_path):
+    root, without = tmp_path / "ctr", tuple(f for f in MANIFEST.features if "category" not in (f.name, f.counts))
+    small = data_of(tmp_path / "small", [("a", 10, True)], features=without, tables=MANIFEST.tables[:1])
+    full = data_of(tmp_path / "full", [("a", 20, True)])
+
+    def counted(data: pathlib.Path) -> counters.Counters | None:
+        run = types.SimpleNamespace(data_dir=str(data))
+        return exporter._counters(types.SimpleNamespace(manifest=read_manifest(data), run=run), root)
+
+    root.mkdir()
+    with locked(root):
+        assert counters.publish(root, counted(small))  # there is no version yet
+    served(root)
+    with pytest.raises(ValueError, match=r"counts events by \['category'\], which .*small does not count"):
+        counted(small)
+    found = counted(full)
+    found.as_of_s -= 20
+    assert not counters.publish(root, found)
+    found.as_of_s += 100
+    assert counters.publish(root, found)
+    assert counted(full).as_of_s == 21  # newer ones stay, and serve this version too
+    place = root / counters.POINTER_NAME
+    place.write_text(place.read_text().replace("sha256", "sha"))
+    with pytest.raises(ArtefactError, match="is not what was written"):
+        counted(full)
 
 
 def test_data_and_models_without_counts_are_named(tmp_path):
