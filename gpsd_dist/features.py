@@ -114,11 +114,11 @@ def raw_ids(values: pa.Array | pa.ChunkedArray) -> pa.StringArray:
     """Spells ids of any Arrow type as `data_pipeline` does: null where there is none. ValueError for what is no id."""
     try:
         array = plain(values)
+        if pa.types.is_nested(array.type):
+            raise ValueError(f"found {array.type}, expected text or numbers; write one id per value")
+        found, is_bad = spelled(array)
     except pa.ArrowInvalid as error:
         raise ValueError(f"found bytes that are no UTF-8 text ({error}), expected ids; write them as text") from error
-    if pa.types.is_nested(array.type):
-        raise ValueError(f"found {array.type}, expected text or numbers; write one id per value")
-    found, is_bad = spelled(array)
     if is_bad.any():
         first = array[int(np.argmax(is_bad))].as_py()
         raise ValueError(f"found {first!r}, expected a number that a float holds exactly; write long numbers as text")

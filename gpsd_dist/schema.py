@@ -6,6 +6,7 @@
       train/ valid/ test/ [holdout/]    history + candidate + label + context columns
       vocab/<table>.parquet             raw_id (string), index (int64), count (int64, in the training period)
       items.parquet                     index of the item table + every item attribute that is a feature
+      counters/                         events.parquet, items.parquet: what serving counts by; with --counts
 
 One row is one user request: a history (oldest event first) and K >= 1 candidates that were shown with it.
 This module needs pyarrow only, neither torch nor ibis.
@@ -39,6 +40,7 @@ SAMPLING = ("weight", "negative_rate")
 """Columns of candidates that are no features: how much a row counts, and the share of negatives that the log kept."""
 ID_BITS = 60  # width of ids in tables without a vocabulary, taken from the md5 of the raw id
 MAX_ID = (1 << ID_BITS) - 1 + NUM_RESERVED_ROWS
+_MAX_WINDOW_S = 2**40  # 35,000 years: a time minus a window stays far inside int64
 _MAX_SHOWN = 10  # problems in one message
 _FLOAT32_MAX = 3.4e38
 T = typing.TypeVar("T")
@@ -84,9 +86,10 @@ class Feature:
             raise ValueError(f"feature {self.name!r}: low {self.low} and high {self.high} must be finite, and ascend")
         if any(not abs(q) < _FLOAT32_MAX for q in self.quantiles) or list(self.quantiles) != sorted(self.quantiles):
             raise ValueError(f"feature {self.name!r}: quantiles {self.quantiles} must be finite, and ascend")
-        if self.window_s < 0 or ((self.counts or self.log or self.quantiles) and self.kind != "numerical"):
+        is_bounded = 0 <= self.window_s < _MAX_WINDOW_S
+        if not is_bounded or ((self.counts or self.log or self.quantiles) and self.kind != "numerical"):
             raise ValueError(
-                f"feature {self.name!r}: only a number counts, has a log, quantiles, and a window of 0 s up"
+                f"feature {self.name!r}: only a number counts, has a log, quantiles, and a window of 0 s to 2^40 s"
             )
         if self.is_bag and self.kind != "categorical":
             raise ValueError(f"feature {self.name!r}: only a categorical feature can be a bag")

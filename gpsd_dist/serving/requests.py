@@ -332,7 +332,10 @@ class _Encoder:
         """Encodes one id per value: int64 [N]. Those that came lately are not spelled and hashed again."""
         if not isinstance(array, pa.StringArray):
             return self.reader.encode(feature, self.reading.ids(array, chosen))
-        index_N, new_M = self.reader.seen.find(feature.name, array)
+        try:
+            index_N, new_M = self.reader.seen.find(feature.name, array)
+        except UnicodeDecodeError:  # a Parquet file may hold any bytes as text; this names them
+            return self.reader.encode(feature, self.reading.ids(array, chosen))
         if len(new_M):
             new = array.take(pa.array(new_M))
             index_N[new_M] = self.reader.encode(feature, self.reading.ids(new, chosen.part(new_M)))
@@ -424,7 +427,7 @@ class _Reading:
         try:
             found = self.rules.missing(features.raw_ids(array))
         except ValueError as error:
-            raise chosen.error(0, str(error)) from error
+            raise chosen.error(_first_undecodable(array), str(error)) from error
         if not len(found) or features.text_bytes(found).max() <= self.limits.max_id_bytes:
             return found
         size = pc.max(pc.binary_length(found)).as_py() or 0
@@ -463,6 +466,19 @@ def _times(times: _Lists) -> np.ndarray:
     if not times.values.null_count:
         return values
     return np.where(times.values.is_null().to_numpy(zero_copy_only=False), -np.inf, values)
+
+
+def _first_undecodable(array: pa.Array) -> int:
+    """Finds the first text that is not UTF-8; 0 where there is none."""
+    kind = array.type
+    if not (pa.types.is_string(kind) or pa.types.is_binary(kind)):
+        return 0
+    for place, content in enumerate(array.cast(pa.binary()).to_pylist()):
+        try:
+            (content or b"").decode()
+        except UnicodeDecodeError:
+            return place
+    return 0
 
 
 def _floats(array: pa.Array, missing: float) -> np.ndarray:

@@ -262,6 +262,7 @@ def test_splits_can_be_read_one_after_the_other():
         (("splits", 1, "files"), [""], "which is no file in the data folder"),
         (("max_history_length",), 10**9, "is not in 1 .."),
         (("features", 3, "std"), 1e-300, "std above 0"),
+        (("features", 3, "window_s"), 2**62, "a window of 0 s to 2^40 s"),
         (
             ("options",),
             json.loads("[" * 40 + "]" * 40),

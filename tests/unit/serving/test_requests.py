@@ -76,6 +76,18 @@ def test_a_request_brings_the_attributes_of_items_that_are_not_known(reader):
     assert tokens["price"].tolist() == [-0.5, 4.0, -0.5, -0.5]
 
 
+@pytest.mark.parametrize("column", ["history.action", "candidate.item", "candidate.author", "candidate.tags"])
+def test_text_that_is_no_utf8_is_named_with_its_request(reader, column):
+    sent = reader.from_json([shop.request(candidate_author=["a", "b"], candidate_tags=[["a"], ["b"]])] * 2)
+    lists, values = sent[column].combine_chunks(), pa.array([b"ok", b" a", b"ok", b"\xe4"])
+    text = pa.StringArray.from_buffers(len(values), *values.buffers()[1:])
+    if column == "candidate.tags":
+        text = pa.ListArray.from_arrays(lists.values.offsets, text)
+    sent = sent.set_column(sent.column_names.index(column), column, pa.ListArray.from_arrays(lists.offsets, text))
+    with pytest.raises(RequestError, match=rf"request 1, '{column}': found bytes that are no UTF-8 text"):
+        reader(sent)
+
+
 def test_events_are_ordered_and_those_of_the_future_dropped(reader):
     sent = shop.request(
         history_item=["7", "a", "b", "7", "a"],
