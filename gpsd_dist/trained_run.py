@@ -9,7 +9,7 @@ import typing
 from gpsd_dist.assembly import assemble, looked_up_tables, meta_model
 from gpsd_dist.baselines.frequent_items import frequent_item_metrics
 from gpsd_dist.checkpoint import loading, manager, storage
-from gpsd_dist.checkpoint.state import RunState, read_run
+from gpsd_dist.checkpoint.state import RunState, as_then, read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import OptimizerConfig, RunConfig, run_config_from_dict
 from gpsd_dist.data import data_versions
@@ -122,7 +122,7 @@ def version_for(state: RunState, checkpoint: Location, split: str = "") -> data_
 
 
 def _differences(manifest: Manifest, saved: dict) -> list[str]:
-    current = json.loads(json.dumps(dataclasses.asdict(manifest)))
+    current = as_then(json.loads(json.dumps(dataclasses.asdict(manifest))), saved)
     return [name for name in _DESCRIBING_FIELDS if current[name] != saved[name]]
 
 

@@ -7,7 +7,7 @@ import math
 import typing
 
 from gpsd_dist.checkpoint import manager
-from gpsd_dist.checkpoint.state import RunState, read_run
+from gpsd_dist.checkpoint.state import RunState, as_then, read_run
 from gpsd_dist.checkpoint.storage import Location
 from gpsd_dist.config import RunConfig, run_config_from_dict
 from gpsd_dist.data import data_versions
@@ -66,6 +66,7 @@ def version_of(state: RunState, checkpoint: Location) -> data_versions.Wanted:
 
 def _other_data(manifest: dict[str, typing.Any], state: RunState) -> list[str]:
     """Names the parts of the manifest that differ from the checkpoint's, with their entries."""
+    manifest = as_then(manifest, state.manifest)
     return [part for part in (_named_differences(part, manifest, state.manifest) for part in _SAME_DATA) if part]
 
 

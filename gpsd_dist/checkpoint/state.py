@@ -86,6 +86,16 @@ def read_run(checkpoint: Location) -> RunState:
     return dataclasses.replace(state, **json.loads(json.dumps(parts)))  # back to lists, as in the file
 
 
+def as_then(manifest: dict[str, typing.Any], saved: dict[str, typing.Any]) -> dict[str, typing.Any]:
+    """Leaves out quantiles of numbers for which a run has none: an older build of the same log measured none.
+
+    `manifest`, `saved`: the data now and those of the run, as plain dicts.
+    """
+    had = {feature["name"] for feature in saved["features"] if feature.get("quantiles")}
+    features = [feature if feature["name"] in had else feature | {"quantiles": []} for feature in manifest["features"]]
+    return manifest | {"features": features}
+
+
 def _check_version(path: Location, names: list[str]) -> None:
     if names:
         fields = ", ".join(map(reprlib.repr, names))

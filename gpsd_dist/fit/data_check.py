@@ -20,6 +20,7 @@ SPLITS = ("train", "valid", "test")
 _RAW_ENDINGS = (".csv", ".tsv", ".txt", ".dat", ".json", ".jsonl", ".ndjson", ".parquet", ".gz")
 _BUILD = "python -m data_pipeline.build --source generic --raw_dir RAW --schema RAW/schema.toml --out_dir"
 _SAME_DATA = ("features", "tables", "tasks", "splits")
+_YOUNGER = ("log", "counts", "window_s")  # fields of a feature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,11 @@ class Facts:
 def fingerprint(manifest: schema.Manifest) -> str:
     """Hashes what makes two data sets the same one, wherever their folders are."""
     parts = {name: value for name, value in dataclasses.asdict(manifest).items() if name in _SAME_DATA}
+    # Fits that began before a field was there go on. Quantiles follow from the rest, as a build again measures them.
+    parts["features"] = [
+        {name: value for name, value in feature.items() if name != "quantiles" and (name not in _YOUNGER or value)}
+        for feature in parts["features"]
+    ]
     if manifest.sampling:
         parts["sampling"] = manifest.sampling
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
