@@ -239,7 +239,7 @@ def reader(tmp_path) -> RequestReader:
     vocabularies = {}
     for name, words in (("item", ["a", "b"]), ("category", ["x"])):
         Vocabulary.write(tmp_path / name, id_of(pa.array(words)), np.arange(2, 2 + len(words)))
-        vocabularies[name] = Vocabulary.open(tmp_path / name)
+        vocabularies[name] = Vocabulary.open(tmp_path / name, MANIFEST.table(name).num_rows)
     pq.write_table(pa.table({"index": [2, 3], "category": [2, 2]}), tmp_path / "items.parquet")
     Items.write(tmp_path / "items", tmp_path / "items.parquet", MANIFEST)
     counted = counters.from_data(write_data(tmp_path / "data", [("a", 10, True), ("b", 10, True)]), MANIFEST)
