@@ -13,6 +13,7 @@ if not __package__:
 import dataclasses
 import importlib.util
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -336,6 +337,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--yes goes with --fix")
     if args.fix:
         return install_engine(args.fix, args.yes)
+    logging.getLogger("torch.fx").setLevel(logging.ERROR)  # its warning is for TorchRec's authors
     checks = run_checks()
     is_healthy = all(check.status != FAILED for check in checks)
     if args.json:
