@@ -1,6 +1,7 @@
 """Hostile artefacts: whatever stands in their files, they are served or refused with one error."""
 
 import contextlib
+import copy
 import functools
 import hashlib
 import json
@@ -115,7 +116,7 @@ def test_hostile_json(name, changes):
         document = json.loads((folder / name).read_bytes())
         for number, value in changes:
             container, key = _place(document, number)
-            container[key] = value
+            container[key] = copy.deepcopy(value)
         content = json.dumps(document).encode()
         (folder / name).write_bytes(content)
         _forge(root, folder, content if name == "artefact.json" else None)
@@ -128,7 +129,7 @@ def test_hostile_pointer(changes):
         document = json.loads((root / "current.json").read_bytes())
         for number, value in changes:
             container, key = _place(document, number)
-            container[key] = value
+            container[key] = copy.deepcopy(value)
         (root / "current.json").write_bytes(json.dumps(document).encode())
         with clean_or_one_error() as errors:
             assert open_version(root).folder == folder
