@@ -4,6 +4,7 @@ Shape letters: B requests, C candidates.
 """
 
 import collections.abc
+import sys
 import typing
 
 import numpy as np
@@ -40,7 +41,8 @@ def quantiles(values: np.ndarray) -> dict[str, float]:
 
 
 def reference(statistics: dict[str, typing.Any]) -> dict[str, float]:
-    """Reads the means of the training split from the content of `statistics.json`; what is no number is left out."""
+    """Reads the means of the training split from the content of `statistics.json`; leaves out what is not finite."""
     found = statistics.get("means")
     pairs = found.items() if isinstance(found, dict) else ()
-    return {name: float(value) for name, value in pairs if isinstance(value, int | float)}
+    largest = sys.float_info.max
+    return {name: float(v) for name, v in pairs if isinstance(v, int | float) and abs(v) <= largest}

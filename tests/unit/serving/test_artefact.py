@@ -11,6 +11,7 @@ import pytest
 
 from gpsd_dist.serving import artefact, counters
 from gpsd_dist.serving.artefact import ArtefactError, drafting, make_current, open_version
+from gpsd_dist.serving.drift import reference
 from tests.helpers.run_folders import MANIFEST
 from tests.integration.crash_points import die_at, in_child
 
@@ -278,3 +279,9 @@ def test_an_export_that_comes_second_leaves_the_draft_of_the_first(tmp_path):
         with pytest.raises(OSError, match="another export is writing"), drafting(tmp_path / "ctr"):
             pass
         assert (draft.folder / "model.json").is_file() and (draft.root / "blobs" / blob).is_file()
+
+
+def test_means_that_are_no_finite_number_are_left_out():
+    read = {"a": 1, "b": 10**400, "c": float("nan"), "d": float("-inf"), "e": "x", "f": -0.5}
+    assert reference({"means": read}) == {"a": 1.0, "f": -0.5}
+    assert reference({"means": [1]}) == reference({}) == {}
