@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import shlex
 import subprocess
 import sys
 
@@ -46,7 +47,7 @@ def test_a_model_outside_of_the_package_trains_on_two_ranks_and_is_evaluated(dat
     trained = gpsd_dist(tmp_path, "train", "--nproc", "2", "--plugin", PLUGIN, *files, *where)
     assert trained.returncode == 0, trained.stderr
     assert "finetune NT, best_match H16 on 2 x cpu" in trained.stderr
-    assert f"next: GPSD_PLUGIN={PLUGIN} gpsd-dist evaluate --checkpoint run --split test" in trained.stderr
+    assert f"next: GPSD_PLUGIN={shlex.quote(PLUGIN)} gpsd-dist evaluate --checkpoint run --split test" in trained.stderr
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["plugin"] == PLUGIN
     scored = gpsd_dist(tmp_path, "evaluate", "--plugin", PLUGIN, "--checkpoint", "run", "--metrics_out", "test.json")
     assert scored.returncode == 0, scored.stderr
