@@ -53,13 +53,14 @@ def scored(data_dir, tmp_path_factory):
 
 
 def _commands(places: dict[str, object]) -> list[list[str]]:
-    block = re.search(r"```\n(python -m gpsd_dist.train.*?)```", PAGE, re.DOTALL)[1]
+    block = re.search(r"```\n(gpsd-dist train.*?)```", PAGE, re.DOTALL)[1]
     for name, place in places.items():
         assert name in block, name
         block = block.replace(name, str(place))
     commands = [shlex.split(line) for line in block.splitlines()]
     assert len(commands) == 5
-    return [[sys.executable, *words[1:]] if words[0] == "python" else words for words in commands]
+    started = [sys.executable, "-m", "gpsd_dist"]  # what the command gpsd-dist does
+    return [[*started, *words[1:]] if words[0] == "gpsd-dist" else words for words in commands]
 
 
 def _wait_until_ready(port: int, server: subprocess.Popen) -> None:
