@@ -27,7 +27,9 @@ def main(argv: list[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--artefact", required=True, help="folder of the artefact")
     parser.add_argument("--data", type=pathlib.Path, required=True, help="prepared data, with newer events")
-    older_help = "replace the counters even if they are newer: they are wrong, or an event's clock was"
+    older_help = (
+        "replace the counters even if they are newer or of other events: they are wrong, or an event's clock was"
+    )
     parser.add_argument("--accept_older", action="store_true", help=older_help)
     args = parser.parse_args(argv)
     try:
@@ -52,6 +54,8 @@ def refresh(artefact: str | os.PathLike[str], data: pathlib.Path, accept_older: 
             raise ValueError(f"the model of {root} reads no counts, so there is nothing to refresh")
         counters.check_covers(manifest, data, served)
         found = counters.from_data(folder, manifest)
+        if not accept_older:
+            counters.check_same_log(root, served.manifest, found)
         if not counters.publish(root, found, accept_older):
             raise ValueError(
                 f"{root} keeps its counters: they end later than those of {data}, as of {found.as_of}; use newer data, "

@@ -121,6 +121,7 @@ def _counters(source: Source, root: pathlib.Path) -> counters.Counters | None:
     if current is not None:
         counters.check_covers(manifest, data_dir, current)
     made = counters.from_data(data_dir, manifest)
+    counters.check_same_log(root, manifest, made)
     if counters.newer_than(root, made):
         counters.open_counters(root, manifest)
         log.info("%s keeps its counters, which end later than those of the data, as of %s", root, made.as_of)

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
 from gpsd_dist.data.gather import one_chunk
+from gpsd_dist.data.hashing import mix
 from gpsd_dist.disk import writing
 from gpsd_dist.features import id_of
 from gpsd_dist.schema import Feature, Manifest
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 POINTER_NAME, FOLDER = "counters.json", "counters"
 _EVENTS, _ITEMS, _AS_OF = "events.parquet", "items.parquet", b"as_of_s"  # as `data_pipeline.counters` writes them
 _ITEM, _NO_SLOT = "item_id", -1
+_SAME_LOG_SHARE = 0.5  # of one log nearly all agree, but for what came late; of two logs nearly none
+_MOST_COMPARED = 100_000  # seconds
 _PARTIAL = ".partial-"
 
 
@@ -52,20 +55,45 @@ class Counters:
         """Returns how long before each request the counters end: int64 [B] seconds, 0 where they reach it."""
         return np.maximum(time_s_B - self.as_of_s, 0)
 
-    def count(self, feature: Feature, id_N: np.ndarray, time_s_N: np.ndarray) -> np.ndarray:
-        """Counts as `feature` says, for items by id (`features.id_of`), strictly before a second each: float32 [N]."""
+    def count(
+        self, feature: Feature, id_N: np.ndarray, time_s_N: np.ndarray, value_N: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Counts as `feature` says, for items by id (`features.id_of`), strictly before a second each: float32 [N].
+
+        `value_N`: ids of the values of the counted attribute, for items that the counters know nothing of.
+        """
         a, name = self._arrays, feature.counts
-        known_I, time_T, code_M = a["id"], a["time_s"], a[f"{name}.code"]
-        if not len(known_I):
-            return np.zeros(len(id_N), np.float32)
-        place_N = np.minimum(np.searchsorted(known_I, id_N), len(known_I) - 1)
-        slot_N = np.where(known_I[place_N] == id_N, a[f"{name}.slot"][place_N], _NO_SLOT)
+        time_T, code_M = a["time_s"], a[f"{name}.code"]
+        slot_N = np.append(a[f"{name}.slot"], _NO_SLOT)[_places(a["id"], id_N)]
+        if value_N is not None and f"{name}.value" in a:  # older files lack it
+            slot_N = np.where(slot_N == _NO_SLOT, _places(a[f"{name}.value"], value_N), slot_N)
         until_N, first_N = np.minimum(time_s_N, self.as_of_s), slot_N * (len(time_T) + 1)
         from_N = np.searchsorted(time_T, until_N - feature.window_s) if feature.window_s else 0
         begin_N = np.searchsorted(code_M, first_N + from_N)
         end_N = np.searchsorted(code_M, first_N + np.searchsorted(time_T, until_N))
         sum_M = a[f"{name}.num_timed" if feature.window_s else f"{name}.num"]  # of the pairs before each: [M + 1]
         return np.where(slot_N == _NO_SLOT, 0, sum_M[end_N] - sum_M[begin_N]).astype(np.float32)
+
+    def first_s(self) -> int:
+        """Returns the first second with an event; the end of the counters if there is none."""
+        return int(self._arrays["time_s"][0]) if len(self._arrays["time_s"]) else self.as_of_s
+
+    def events_of(self, item_feature: str, from_s: int, until_s: int) -> np.ndarray:
+        """Lists the events of items within some seconds, the latest: a hash of item, second and number each."""
+        a = self._arrays
+        first, end = np.searchsorted(a["time_s"], (from_s, until_s))
+        slot_M, rank_M = np.divmod(a[f"{item_feature}.code"], len(a["time_s"]) + 1)
+        found = np.flatnonzero((rank_M >= max(first, end - _MOST_COMPARED)) & (rank_M < end))
+        num = np.diff(a[f"{item_feature}.num"])[found]
+        return mix(mix(a["id"][slot_M[found]] + a["time_s"][rank_M[found]]) + num)
+
+
+def _places(sorted_V: np.ndarray, wanted_N: np.ndarray) -> np.ndarray:
+    """Finds values in a sorted array: int64 [N], -1 for one that is not there."""
+    if not len(sorted_V):
+        return np.full(len(wanted_N), -1, np.int64)
+    place_N = np.minimum(np.searchsorted(sorted_V, wanted_N), len(sorted_V) - 1)
+    return np.where(sorted_V[place_N] == wanted_N, place_N, -1)
 
 
 def needs(manifest: Manifest) -> bool:
@@ -99,6 +127,28 @@ def check_covers(manifest: Manifest, data: object, served: Artefact) -> None:
         )
 
 
+def check_same_log(root: pathlib.Path, manifest: Manifest, made: Counters) -> None:
+    """Raises ValueError if new counters are of another log than those of an artefact; broken ones there are none.
+
+    A log is known by its events: two of one source share next to none of the time that both know.
+    """
+    try:
+        held = open_counters(root, manifest)
+    except ArtefactError:
+        return
+    if held is None:
+        return
+    span = max(held.first_s(), made.first_s()), min(held.as_of_s, made.as_of_s)
+    there, here = (found.events_of(manifest.item_feature, *span) for found in (held, made))
+    num_alike, num_both = len(np.intersect1d(there, here)), min(len(there), len(here))
+    if num_alike < _SAME_LOG_SHARE * num_both:
+        raise ValueError(
+            f"{root} has counters of another log: of {num_both:,} events of items in the time that both know, "
+            f"{num_alike:,} are the same; use data of the same log, or another artefact (counters that are wrong give "
+            "way to python -m gpsd_dist.counters --accept_older)"
+        )
+
+
 def from_data(data_dir: pathlib.Path, manifest: Manifest) -> Counters:
     """Makes counters of the events of a data set. ValueError where it has none, or two ids share their 60 bits."""
     folder = data_dir / FOLDER
@@ -106,13 +156,7 @@ def from_data(data_dir: pathlib.Path, manifest: Manifest) -> Counters:
         raise ValueError(f"{data_dir} has no counters; build it with --counts 7d,30d,total")
     events, items = pq.read_table(folder / _EVENTS), pq.read_table(folder / _ITEMS)
     raw = pc.unique(pa.chunked_array([*items[_ITEM].chunks, *events[_ITEM].chunks], pa.string()))
-    id_R = id_of(raw)
-    order = np.argsort(id_R, kind="stable")
-    known_I = id_R[order]
-    if len(same := np.flatnonzero(known_I[1:] == known_I[:-1])):
-        pair = raw.take(pa.array(order[same[0] : same[0] + 2])).to_pylist()
-        raise ValueError(f"the items {pair} have one id, as 60 bits of md5; expected different ids: rename one of them")
-    place_R = np.argsort(order)
+    known_I, place_R = _sorted_ids(raw)
     item_E = place_R[pc.index_in(one_chunk(events[_ITEM]), raw).to_numpy()]
     described_X = place_R[pc.index_in(one_chunk(items[_ITEM]), raw).to_numpy()]
     time_T, rank_E = np.unique(events["moment_s"].to_numpy(), return_inverse=True)
@@ -121,11 +165,25 @@ def from_data(data_dir: pathlib.Path, manifest: Manifest) -> Counters:
         slot_I = np.arange(len(known_I))
         if name != manifest.item_feature:
             slot_I = np.full(len(known_I), _NO_SLOT)
-            slot_I[described_X] = pc.fill_null(one_chunk(items[name]).dictionary_encode().indices, _NO_SLOT).to_numpy()
+            values = one_chunk(items[name]).dictionary_encode()
+            arrays[f"{name}.value"], place_W = _sorted_ids(values.dictionary)
+            code_X = pc.fill_null(values.indices, len(place_W)).to_numpy()
+            slot_I[described_X] = np.append(place_W, _NO_SLOT)[code_X]
         arrays |= {
             f"{name}.{part}": array for part, array in _pairs(slot_I, item_E, rank_E, len(time_T), events).items()
         }
     return Counters(arrays, int(events.schema.metadata[_AS_OF]), manifest.source)
+
+
+def _sorted_ids(raw: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes different ids or values: (sorted ids, place of each among them). ValueError where two have one id."""
+    id_R = id_of(raw)
+    order = np.argsort(id_R, kind="stable")
+    sorted_R = id_R[order]
+    if len(same := np.flatnonzero(sorted_R[1:] == sorted_R[:-1])):
+        pair = raw.take(pa.array(order[same[0] : same[0] + 2])).to_pylist()
+        raise ValueError(f"{pair} have one id, as 60 bits of md5; expected different ids: rename one of them")
+    return sorted_R, np.argsort(order)
 
 
 def _pairs(slot_I: np.ndarray, item_E: np.ndarray, rank_E: np.ndarray, num_times: int, events: pa.Table) -> dict:

@@ -286,7 +286,8 @@ class _Encoder:
                 values = self.reader.items.take(feature, place_N)
                 values = values if brought is None else _either(place_N >= 0, values, brought)
             elif feature.counts is not None and counters is not None:
-                values = counters.count(feature, id_N, np.repeat(time_B, np.diff(item.offsets))[chosen])
+                time_N = np.repeat(time_B, np.diff(item.offsets))[chosen]
+                values = counters.count(feature, id_N, time_N, self._value_ids(place, feature.counts, item, entry_N))
                 if brought is not None:  # by some of the clients whose requests were joined
                     is_there_E = sent.values.is_valid().to_numpy(zero_copy_only=False)
                     values = np.where(is_there_E[chosen], brought, values)
@@ -294,6 +295,15 @@ class _Encoder:
                 values = brought
             found[feature.name] = self._served(feature, values)
         return found
+
+    def _value_ids(self, place: str, name: str, item: _Lists, entry_N: np.ndarray | None) -> np.ndarray | None:
+        """Hashes the values that requests bring of an attribute of their items: int64 [N]; None if they bring none."""
+        feature, column = self.reader.manifest.feature(name), f"{place}.{name}"
+        if name == self.reader.manifest.item_feature or not self.reading.has(column):
+            return None
+        sent = self.reading.lists(column, like=item)
+        array = sent.values if entry_N is None else sent.values.take(pa.array(entry_N))
+        return self.reader.hashed(feature, self.reading.ids(array, _Chosen(sent, entry_N)))
 
     def context(self) -> dict[str, Values]:
         """Reads one value, or one bag, per request."""

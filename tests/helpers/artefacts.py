@@ -14,7 +14,8 @@ from gpsd_dist.export.raw_requests import examples
 from gpsd_dist.export.vocabularies import read_vocabulary
 from gpsd_dist.features import id_of
 from gpsd_dist.model.gpsd import RankingModel
-from gpsd_dist.schema import NUM_RESERVED_ROWS
+from gpsd_dist.schema import NUM_RESERVED_ROWS, Feature, write_manifest
+from gpsd_dist.serving import counters
 from gpsd_dist.serving.artefact import drafting, make_current
 from gpsd_dist.serving.drift import STATISTICS_NAME
 from gpsd_dist.serving.examples import EXPECTED_NAME, REQUESTS_NAME, tensors_of
@@ -25,10 +26,21 @@ from gpsd_dist.serving.tables import write_part
 from gpsd_dist.serving.vocabulary import Vocabulary
 from tests.helpers.synthetic import write_dataset
 
+COUNTS = tuple(
+    Feature(f"count_total_{name}", ("candidate",), "numerical", counts=name, log=True) for name in ("item", "category")
+)
 
-def write_artefact(root: pathlib.Path, data_dir: pathlib.Path, *, seed: int = 0) -> str:
-    """Writes the data set and a version, and makes it current; returns the version's name."""
+
+def write_artefact(root: pathlib.Path, data_dir: pathlib.Path, *, seed: int = 0, counts: bool = False) -> str:
+    """Writes the data set and a version, and makes it current; returns the version's name.
+
+    `counts`: the model reads COUNTS, of the events that are in `data_dir`/counters already.
+    """
     manifest = dataclasses.replace(write_dataset(data_dir, seed=0, num_rows=12, max_history_length=6), sources=())
+    if counts:
+        manifest = dataclasses.replace(manifest, features=(*manifest.features, *COUNTS))
+        write_manifest(manifest, data_dir)
+    counted = counters.from_data(data_dir, manifest) if counts else None
     torch.manual_seed(seed)
     model, tables = ModelConfig(layers=1, width=16, heads=2, context_dim=4), TablesConfig(embedding_dim=16)
     tables = dataclasses.replace(tables, small_table_max_rows=50)
@@ -57,10 +69,12 @@ def write_artefact(root: pathlib.Path, data_dir: pathlib.Path, *, seed: int = 0)
             "tables": {"item": {"dtype": "int8", "num_rows": len(weight), "width": 16, "blobs": blobs}},
         }
         facts = json.loads(json.dumps(facts))
-        scorer, requests = Scorer(draft.preview(**facts)), examples(data_dir, manifest, 6, 10)
+        scorer, requests = Scorer(draft.preview(**facts), counters=counted), examples(data_dir, manifest, 6, 10)
         tokens = scorer.reader(scorer.reader.from_json(requests))
         save_file(tensors_of(tokens, scorer.score_tokens(tokens)), draft.folder / EXPECTED_NAME)
         draft.write_json(REQUESTS_NAME, {"requests": requests})
         version = draft.commit(**facts)
+        if counted is not None:
+            counters.publish(draft.root, counted)
     make_current(root, version)
     return version

@@ -252,3 +252,38 @@ def test_a_client_that_brings_counts_does_not_change_those_of_another(reader):
     tokens = reader(reader.from_json([request, brings, request]))
     assert tokens.columns["candidate"]["count_0_category"].tolist() == [2, 2, 4, 2, 2, 2]
     assert tokens.columns["candidate"]["count_0_item"].tolist() == [1] * 6
+
+
+def test_a_new_item_has_the_counts_of_the_values_that_it_brings(reader):
+    """Where the counters describe the item, what they say counts: that is what training counted."""
+    request = {"request_time_s": 100, "history.item": [], "history.time_s": [], "candidate.item": ["never", "a", "c"]}
+    for category, expected in ((["x", "y", "x"], [2, 2, 2]), (["y", None, None], [0, 2, 0]), (None, [0, 2, 0])):
+        brought = {} if category is None else {"candidate.category": category}
+        found = reader(reader.from_json([request | brought])).columns["candidate"]
+        assert found["count_0_category"].tolist() == found["count_3600_category"].tolist() == expected
+        assert found["count_0_item"].tolist() == [0, 1, 0]
+
+
+def test_counters_of_before_values_were_kept_count_by_item_alone(tmp_path):
+    arrays = counters.from_data(write_data(tmp_path, [("a", 10, True)]), MANIFEST)._arrays
+    arrays = {name: array for name, array in arrays.items() if not name.endswith(".value")}
+    feature = next(f for f in COUNTED if f.name == "count_0_category")
+    id_N, value_N = (id_of(pa.array(names)) for names in (["never", "b"], ["x", "x"]))
+    assert counters.Counters(arrays, 11).count(feature, id_N, np.array([50, 50]), value_N).tolist() == [0, 1]
+
+
+def test_counters_of_another_log_of_the_same_source_are_refused(tmp_path, capsys):
+    """Two generic logs may differ in their events alone; a log without its first days and with a late event is one."""
+    root, version = tmp_path / "ctr", served(tmp_path / "ctr")
+    events, other = draw_events(4), draw_events(5)
+    late = [("a", 10**6, True)]
+    same = [event for event in events if event[1] > 4000] + [("d", 5000, True)] + late
+    command = ["--artefact", str(version), "--data"]
+    assert main([*command, str(data_of(tmp_path / "first", events))]) == 0
+    assert main([*command, str(data_of(tmp_path / "other", other + late))]) == 2
+    assert "has counters of another log: of " in capsys.readouterr().err
+    run = types.SimpleNamespace(data_dir=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="counters of another log"):
+        exporter._counters(types.SimpleNamespace(manifest=MANIFEST, run=run), root)
+    assert main([*command, str(data_of(tmp_path / "same", same))]) == 0
+    assert main([*command, str(tmp_path / "other"), "--accept_older"]) == 0
