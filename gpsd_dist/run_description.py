@@ -38,7 +38,7 @@ def write(gin_text: str, trainer: Trainer, runtime: Runtime) -> None:
     facts = environment(runtime)
     if trainer.start is not None:
         _compare_plugins(folder / "environment.json", facts)
-    plan = [*tables.plan.splitlines(), *([_saved_by_freezing(trainer, runtime)] if run.freezes_tables else [])]
+    plan = [*tables.plan.splitlines(), *([_saved_by_freezing(trainer, runtime)] if run.frozen_tables else [])]
     texts = {
         "config.gin": gin_text,
         "run_config.json": json.dumps(dataclasses.asdict(run), indent=1),

@@ -13,7 +13,7 @@ from gpsd_dist.checkpoint.loading import fill_tensors
 from gpsd_dist.checkpoint.manager import RunState, newest_intact
 from gpsd_dist.checkpoint.saving import Checkpoints
 from gpsd_dist.checkpoint.state import read_run, read_state
-from gpsd_dist.checkpoint.transfer import transfer
+from gpsd_dist.checkpoint.transfer import transfer, with_frozen_rows
 from gpsd_dist.config import RunConfig
 from gpsd_dist.config.from_data import resolve
 from gpsd_dist.data.loaders import evaluation_loader, training_loader
@@ -57,6 +57,7 @@ class Trainer:
         run, chosen = resolve(run, self.manifest, saved)
         if chosen:
             log.info("%s", chosen)
+        run = with_frozen_rows(run, self.manifest, saved)
         run = resume.in_saved_revision(run, self.start)
         self.run = run = matmul_dtype.settle(run, saved, runtime)
         self.components = assemble(run, self.manifest, runtime)

@@ -23,6 +23,7 @@ from gpsd_dist.metrics import profiling
 from gpsd_dist.metrics.training_metrics import StepResult, divisor
 from gpsd_dist.optim import WeightAverage, dense_optimizer
 from gpsd_dist.stages.stage import Components
+from gpsd_dist.tables.new_rows import only_new_rows
 from gpsd_dist.tables.prefetch import SparseDistPipeline
 
 Parts: typing.TypeAlias = tuple[Batch, ...]
@@ -130,6 +131,8 @@ class TrainingStep:
         scale_L = self._loss_weights_L * self.runtime.world_size / divisor(counts_L)
         learning_rate = self.run.dense.peak_lr * self._lr_factor(self.number)
         self._done = done = StepResult(parts, self.number, torch.zeros_like(counts_L), counts_L, learning_rate)
+        if self.run.tables.frozen_rows:
+            embeddings = only_new_rows(embeddings, parts[0].lookup, self.run.tables.frozen_rows)
         # Parts before the last must not run the tables' backward, or their rows would be updated once per part.
         leaves = {name: value.detach().requires_grad_(value.requires_grad) for name, value in embeddings.items()}
         used, anchor = leaves, None

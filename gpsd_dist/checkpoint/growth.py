@@ -1,11 +1,12 @@
 """Loads a checkpoint into tables that have grown since, by `data_pipeline.build --append_to`.
 
-Old ids keep their rows in such a vocabulary, so the saved rows are the first rows of the table. The new rows keep their
-random initial values. The manifest's chain proves that one vocabulary grew from the other.
+Old ids keep their rows in such a vocabulary, so the saved rows are the first rows of the table. The new rows start as
+`TablesConfig.new_rows` says. The manifest's chain proves that one vocabulary grew from the other.
 """
 
 import collections.abc
 import dataclasses
+import pathlib
 import typing
 
 import torch.distributed.checkpoint as dcp
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from gpsd_dist.config import RunConfig
 from gpsd_dist.parameter_names import dense_weight, small_table, table_weight
 from gpsd_dist.schema import Manifest
+from gpsd_dist.tables import new_rows
 
 
 def ancestors(manifest: Manifest) -> dict[str, set[str]]:
@@ -47,15 +49,31 @@ def fits(saved: tuple[int, ...], here: tuple[int, ...], may_grow: bool) -> bool:
     return saved == here
 
 
-def report(run: RunConfig, manifest: Manifest, grown: collections.abc.Mapping[str, int]) -> list[str]:
-    """Describes every grown table in one line."""
+def start_new_rows(
+    run: RunConfig,
+    manifest: Manifest,
+    grown: collections.abc.Mapping[str, int],
+    tables: collections.abc.Mapping[str, typing.Any],
+    dense: collections.abc.Mapping[str, typing.Any],
+) -> list[str]:
+    """Gives the new rows of grown tables their starting values, and describes every one in a line. Collective.
+
+    `tables`, `dense`: live tensors by name that were loaded. Rows of a table that is in neither stay as they are.
+    """
     lines = []
     for name, num_old in grown.items():
-        num_rows = manifest.table(name).num_rows
+        num_new = manifest.table(name).num_rows - num_old
+        weight = tables.get(name, dense.get(small_table(name)))
+        start = "random"
+        if weight is not None and run.tables.new_rows != "random":
+            is_item = name == manifest.feature(manifest.item_feature).table and run.tables.new_rows == "attributes"
+            items = pathlib.Path(run.data_dir) / "items.parquet"
+            alike = new_rows.shared_attributes(items, manifest, num_old) if is_item else {}
+            new_rows.start_new_rows(weight, num_old, alike.values())
+            start = "from the unknown row" + (f" plus the mean of rows alike in {', '.join(alike)}" if alike else "")
         fate = ", and stay so: the table is frozen" if name in run.frozen_tables else ""
-        lines.append(
-            f"  table {name!r} grew: {num_old:,} rows from the checkpoint, {num_rows - num_old:,} new ones random{fate}"
-        )
+        fate = ", and are trained alone" if name in run.tables.frozen_rows else fate
+        lines.append(f"  table {name!r} grew: {num_old:,} rows from the checkpoint, {num_new:,} new ones {start}{fate}")
     return lines
 
 

@@ -3,7 +3,9 @@
 The strategies are those of arXiv:2506.03699, section 3.3: ST moves tables, FT also the tower; SF then freezes tables.
 """
 
+import dataclasses
 import logging
+import typing
 
 from gpsd_dist.checkpoint import growth, loading, manager
 from gpsd_dist.checkpoint.state import read_run
@@ -13,6 +15,7 @@ from gpsd_dist.config.model import MODELS
 from gpsd_dist.distributed.main_rank import on_main
 from gpsd_dist.parameter_names import BACKBONE, DENSE, IDS, TABLE, dense_weight, is_weight, small_table, table_weight
 from gpsd_dist.schema import Manifest
+from gpsd_dist.validation import AUTO
 
 log = logging.getLogger(__name__)
 _TOWER_OPTIONS = ("layers", "heads", "time_bias", "revision")
@@ -23,7 +26,7 @@ def transfer(run: RunConfig, manifest: Manifest, own: loading.Tensors) -> str:
     """Loads the tensors that the strategy names, in place, and returns a report of them. Collective.
 
     `own`: `Components.weights()`. The id map of a managed table goes with its rows. A table whose vocabulary grew
-    (`growth`) keeps its fresh rows below the loaded ones. ValueError if a vocabulary differs in another way, or a
+    (`growth`) gets new rows below the loaded ones. ValueError if a vocabulary differs in another way, or a
     tensor is missing or has another shape: nothing is skipped silently.
     """
     weights, dense = own[TABLE], own[DENSE]
@@ -41,13 +44,35 @@ def transfer(run: RunConfig, manifest: Manifest, own: loading.Tensors) -> str:
     if missing:
         raise ValueError(f"TRANSFER_TABLES names {missing}, but the sharded tables are {sorted(weights)}")
     tables = {name: weights[name] for name in run.tables.transfer}
-    moved = {name: value for name, value in dense.items() if run.transfers_tower and name.startswith(BACKBONE)}
+    moves = (
+        "" if run.stage == state.run_config["stage"] == "pretrain" else BACKBONE
+    )  # pretraining goes on with all of it
+    moved = {name: value for name, value in dense.items() if run.transfers_tower and name.startswith(moves)}
     maps = {name: state for name, state in own.get(IDS, {}).items() if name in tables}
     tensors = {TABLE: tables, DENSE: moved} | ({IDS: maps} if maps else {})
     loading.load_tensors(checkpoint, tensors, growth.keys(grown, tables, moved))
     lines = [f"  loaded ids.{name}, which id has which row; updates go on: {not run.freezes_tables}" for name in maps]
-    lines += growth.report(run, manifest, grown)
+    lines += growth.start_new_rows(run, manifest, grown, tables, moved)
     return "\n".join([_report(run, checkpoint, state, tables, moved, dense), *lines])
+
+
+def with_frozen_rows(run: RunConfig, manifest: Manifest, saved: dict[str, typing.Any] | None) -> RunConfig:
+    """Puts the rows that INIT_CHECKPOINT has in each grown table in the place of TablesConfig.frozen_rows 'auto'.
+
+    `saved`: options of the run that this one resumes or repeats, whose numbers are taken. Collective.
+    """
+    if run.tables.frozen_rows != AUTO:
+        return run
+    if saved is not None:
+        rows = saved["tables"]["frozen_rows"]
+    else:
+        checkpoint = manager.find_together(run.init_checkpoint)
+        grown = _check_vocabularies(run, manifest, read_run(checkpoint), checkpoint)
+        rows = {name: num_old for name, num_old in grown.items() if name in run.tables.transfer}
+        log.log(
+            logging.INFO if rows else logging.WARNING, "rows that stay frozen: %s", rows or "all, no table has grown"
+        )
+    return dataclasses.replace(run, tables=dataclasses.replace(run.tables, frozen_rows=rows))
 
 
 def _warn_of_seen_validation(run: RunConfig, manifest: Manifest, state: manager.RunState, checkpoint: Location) -> None:
@@ -155,9 +180,10 @@ def _report(
     dense: loading.Tensors,
 ) -> str:
     fate = f"frozen as {run.tables.frozen_dtype}" if run.freezes_tables else "trained on"
+    fates = {name: f"of which {num_rows:,} are frozen" for name, num_rows in run.tables.frozen_rows.items()}
     kind = "pretraining" if state.run_config["stage"] == "pretrain" else "finetuning"
     lines = [f"{run.strategy} from {checkpoint} ({kind} step {state.step})"]
-    lines += [f"  loaded table.{name} {tuple(value.size())}, {fate}" for name, value in tables.items()]
+    lines += [f"  loaded table.{name} {tuple(value.size())}, {fates.get(name, fate)}" for name, value in tables.items()]
     lines += [f"  loaded {len(moved)} tensors of the tower, {sum(v.numel() for v in moved.values()):,} parameters"]
     fresh = [name for name in dense if name not in moved]
     lines += [f"  random {len(fresh)} dense tensors: {', '.join(sorted({n.split('.')[0] for n in fresh})) or 'none'}"]

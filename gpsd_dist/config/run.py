@@ -37,19 +37,13 @@ def _output_is_local(run: "RunConfig") -> _Problems:
         yield f"OUTPUT_DIR {run.output_dir} must be a local folder; URLs: TrainConfig.checkpoint_dir"
 
 
-def _finetuning_starts_from_what_its_strategy_transfers(run: "RunConfig") -> _Problems:
+def _a_run_starts_from_what_its_strategy_transfers(run: "RunConfig") -> _Problems:
     """NT transfers nothing, so a checkpoint would be ignored; every other strategy has nothing to transfer without."""
-    if run.stage != "finetune" or (run.strategy == "NT") != bool(run.init_checkpoint):
+    if (run.strategy == "NT") != bool(run.init_checkpoint):
         return
     is_new = run.strategy == "NT"
     needed = "stay empty" if is_new else "name a run to start from: a pretraining, or an earlier finetuning"
     yield f"STRATEGY {run.strategy} with INIT_CHECKPOINT={run.init_checkpoint!r}: INIT_CHECKPOINT must {needed}"
-
-
-def _pretraining_starts_at_random(run: "RunConfig") -> _Problems:
-    """Transfer is what finetuning takes from pretraining, so both options would be ignored."""
-    if run.stage == "pretrain" and (run.strategy != "NT" or run.init_checkpoint):
-        yield "pretraining starts from random weights: leave out STRATEGY and INIT_CHECKPOINT"
 
 
 def _only_finetuning_is_refitted(run: "RunConfig") -> _Problems:
@@ -63,6 +57,18 @@ def _frozen_dtype_needs_frozen_tables(run: "RunConfig") -> _Problems:
     if run.tables.frozen_dtype != "fp32" and not run.freezes_tables:
         given = f"frozen_dtype {run.tables.frozen_dtype} with stage {run.stage}, strategy {run.strategy}"
         yield f"{given}: nothing is frozen; leave it out, or choose ST_SF or FT_SF"
+
+
+def _frozen_rows_are_of_frozen_tables(run: "RunConfig") -> _Problems:
+    """New rows are the exception in a table that is frozen; they are trained, so they are float32."""
+    if not run.tables.frozen_rows:
+        return
+    if not run.freezes_tables:
+        yield f"frozen_rows with strategy {run.strategy}: the whole table is trained; choose ST_SF or FT_SF"
+    if run.tables.frozen_dtype != "fp32":
+        yield f"frozen_rows with frozen_dtype {run.tables.frozen_dtype}: new rows are trained in fp32; leave one out"
+    if run.sparse.name == "lamb":
+        yield "frozen_rows with sparse optimizer 'lamb', which divides by the length of an update: take another one"
 
 
 def _graphs_need_bf16(run: "RunConfig") -> _Problems:
@@ -113,10 +119,10 @@ def _histories_fit_their_positions(run: "RunConfig") -> _Problems:
 RULES = (
     _folders_are_named,
     _output_is_local,
-    _finetuning_starts_from_what_its_strategy_transfers,
-    _pretraining_starts_at_random,
+    _a_run_starts_from_what_its_strategy_transfers,
     _only_finetuning_is_refitted,
     _frozen_dtype_needs_frozen_tables,
+    _frozen_rows_are_of_frozen_tables,
     _graphs_need_bf16,
     _graphs_take_the_batch_whole,
     _fsdp2_is_not_compiled,
@@ -137,10 +143,10 @@ class RunConfig:
     output_dir: str = dataclasses.field(metadata=MAY_CHANGE)
     """Folder of the run; the same command on one that is there goes on from its last checkpoint."""
     strategy: typing.Annotated[str, one_of(STRATEGIES)] = "NT"
-    """Finetuning only: NT | ST | FT | ST_SF | FT_SF"""
+    """NT | ST | FT | ST_SF | FT_SF; pretraining goes on from an earlier one by any but NT."""
     init_checkpoint: str = dataclasses.field(default="", metadata=MAY_CHANGE)
     """Run folder (its best checkpoint is used) or checkpoint folder to start from: a pretraining, or the finetuning
-    that a later build of the data goes on from. Needed unless strategy is NT."""
+    that a later build of the data goes on from; pretraining goes on from a pretraining. Empty for NT alone."""
     refit_of: str = ""
     """Finetuning only: a finished run folder of the same options. Trains on `train` and `valid` for as many epochs as
     that run took to its best validation; nothing is left to validate on, and the last checkpoint is the result."""
@@ -174,8 +180,9 @@ class RunConfig:
 
     @property
     def frozen_tables(self) -> tuple[str, ...]:
-        """Names the tables that keep their bytes."""
-        return self.tables.transfer if self.freezes_tables else ()
+        """Names the tables that keep their bytes; none of them while `frozen_rows` is 'auto'."""
+        partly = self.tables.transfer if self.tables.frozen_rows == AUTO else self.tables.frozen_rows
+        return tuple(name for name in self.tables.transfer if name not in partly) if self.freezes_tables else ()
 
 
 GIN_CLASSES = (

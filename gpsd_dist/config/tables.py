@@ -3,10 +3,11 @@
 import dataclasses
 import typing
 
-from gpsd_dist.validation import MAY_CHANGE, AtLeast0, AtLeast1, Names, checked, one_of
+from gpsd_dist.validation import MAY_CHANGE, AtLeast0, AtLeast1, Names, OrAuto, checked, one_of
 
 SHARDING_TYPES = ("row_wise", "table_wise", "column_wise")
 FROZEN_DTYPES = ("fp32", "fp16")
+NEW_ROWS = ("attributes", "unknown", "random")
 _STORED_MULTIPLE = 4  # FBGEMM's kernels read rows in pieces of 4 columns
 _NO_INT8 = (
     "is not built any more; set fp16, which takes at most a third more memory, or read such a run with commit 14e4532, "
@@ -34,6 +35,12 @@ class TablesConfig:
     frozen_dtype: typing.Annotated[str, one_of(FROZEN_DTYPES, int8=_NO_INT8)] = "fp32"
     """Memory type of a frozen table: fp32 | fp16. At width 64 a row takes 256 or 128 bytes; what it does to AUC:
     docs/performance.md. Lookups give float32."""
+    new_rows: typing.Annotated[str, one_of(NEW_ROWS)] = "attributes"
+    """Where rows start that the data set has gained since INIT_CHECKPOINT (`--append_to`). unknown: at the unknown row;
+    attributes: for items, plus the mean of the old rows that share their attributes; random: as in a fresh table."""
+    frozen_rows: typing.Annotated[dict[str, AtLeast0], OrAuto] = dataclasses.field(default_factory=dict)
+    """Table -> first rows that stay frozen while all later ones are trained; ST_SF and FT_SF alone. 'auto': the rows of
+    INIT_CHECKPOINT in each table that has grown since, so new rows are trained alone."""
 
     @property
     def stored_dim(self) -> int:

@@ -42,7 +42,7 @@ def _freezing(scenario: Scenario) -> typing.Iterator[Suggestion]:
         scenario = dataclasses.replace(scenario, run=frozen)
         yield _option("freeze the transferred tables", flags, scenario)
         yield from _fewer_bytes(scenario, "freeze the transferred tables, kept in", f"{flags} ")
-    elif run.freezes_tables:
+    elif run.frozen_tables and not run.tables.frozen_rows:
         yield from _fewer_bytes(scenario, "frozen tables kept in", "")
 
 

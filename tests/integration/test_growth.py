@@ -1,22 +1,27 @@
-"""A checkpoint meets a vocabulary that grew: old rows move, new ones stay as drawn, and the log says how many."""
+"""A checkpoint meets a vocabulary that grew: old rows move, new ones start as asked, and may be trained alone."""
 
 import dataclasses
 import logging
+import shutil
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from gpsd_dist.checkpoint import manager
+from gpsd_dist.config import OptimizerConfig
 from gpsd_dist.schema import read_manifest, write_manifest
 from gpsd_dist.trainer import Trainer
 from tests.helpers.distributed import run_distributed
 from tests.helpers.synthetic import write_dataset
-from tests.integration.tiny_data import read_checkpoint, step_folder, tiny_run, train_runs
+from tests.integration.tiny_data import differing, read_checkpoint, rounding, step_folder, tiny_run, train_runs
 
 pytestmark = pytest.mark.timeout(300)
 
 OLD = {"item": 61, "tag": 37, "category": 12}
 NEW = {"item": 75, "tag": 37, "category": 15}
+MODEL = {"width": 8}  # another one than that of the tables, so that there are projections
 ROWS = {"pretrain": 30, "train": 30, "valid": 9, "test": 9}
 
 
@@ -33,18 +38,28 @@ def grown(tmp_path_factory, one_rank):
     manifest = read_manifest(root / "new")
     step = {"tables": [dataclasses.asdict(table) for table in old.tables]}
     write_manifest(dataclasses.replace(manifest, options=manifest.options | {"chain": [step]}), root / "new")
-    train_runs(0, 1, [tiny_run("pretrain", root / "old", root / "source", train={"max_steps": 3})])
+    train_runs(0, 1, [tiny_run("pretrain", root / "old", root / "source", train={"max_steps": 3}, model=MODEL)])
     return root
 
 
-def _run(root, output_dir, strategy, data="new"):
-    train = {"max_steps": 1}
-    return tiny_run("finetune", root / data, output_dir, strategy, root / "source", seed=7, train=train)
+def _run(root, output_dir, strategy, stage="finetune", max_steps=1, **changes):
+    changes = {"seed": 7, "train": {"max_steps": max_steps}, "model": MODEL} | changes
+    return tiny_run(stage, root / "new", output_dir, strategy, root / "source", **changes)
 
 
-def test_old_rows_are_copied_and_new_ones_stay_random(grown, tmp_path, one_rank, caplog):
+def _like_others(root, old_DE: torch.Tensor) -> np.ndarray:
+    """Starting values of new items, in plain loops: the unknown row and the mean of old rows of their category."""
+    category = dict(zip(*pq.read_table(root / "new" / "items.parquet").to_pydict().values(), strict=True))
+    rows = old_DE.double().numpy()
+    alike = [[row for row in range(2, 61) if category[row] == category[new]] for new in range(61, 75)]
+    assert all(alike)
+    return np.stack([rows[1] + rows[group].mean(axis=0) for group in alike])
+
+
+@pytest.mark.parametrize("new_rows", ["attributes", "unknown", "random"])
+def test_old_rows_are_copied_and_new_ones_start_as_asked(grown, tmp_path, one_rank, caplog, new_rows):
     source = read_checkpoint(manager.find(grown / "source"))
-    trainer = Trainer(_run(grown, tmp_path, "FT"), one_rank)
+    trainer = Trainer(_run(grown, tmp_path, "FT", tables={"new_rows": new_rows}), one_rank)
     weights = trainer.components.weights()
     tensors = {
         "table.item": weights["table"]["item"].local_shards()[0].tensor,
@@ -56,21 +71,87 @@ def test_old_rows_are_copied_and_new_ones_stay_random(grown, tmp_path, one_rank,
     for name, num_old in (("table.item", 61), ("dense.backbone.embedder.small.category.weight", 12)):
         assert len(source[name]) == num_old < len(tensors[name])
         assert torch.equal(tensors[name][:num_old], source[name])
-        assert torch.equal(tensors[name][num_old:], random[name][num_old:])
+        unknown = source[name][1].expand_as(random[name][num_old:])
+        if new_rows == "attributes" and name == "table.item":
+            expected = torch.from_numpy(_like_others(grown, source[name])).float()
+            # Both are float64 until here; the last bit may be rounded the other way.
+            assert (tensors[name][num_old:] - expected).abs().max() <= 2.0**-24 * expected.abs().max()
+            assert (expected - unknown).abs().max() > 0.01
+        else:
+            assert torch.equal(tensors[name][num_old:], random[name][num_old:] if new_rows == "random" else unknown)
         assert not torch.equal(random[name][:num_old], source[name])
-    assert "table 'item' grew: 61 rows from the checkpoint, 14 new ones random" in caplog.text
-    assert "table 'category' grew: 12 rows from the checkpoint, 3 new ones random" in caplog.text
+    plus = " plus the mean of rows alike in category" if new_rows == "attributes" else ""
+    start = "random" if new_rows == "random" else "from the unknown row"
+    assert f"table 'item' grew: 61 rows from the checkpoint, 14 new ones {start}{plus}\n" in caplog.text
+    assert f"table 'category' grew: 12 rows from the checkpoint, 3 new ones {start}\n" in caplog.text
     assert "'tag' grew" not in caplog.text
 
 
-def test_rows_find_their_place_on_two_ranks(grown, tmp_path):
+ALONE = {"frozen_rows": "auto"}
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(grown, tmp_path_factory):
+    """Root of `st_sf` (a frozen table, one step), `random` (the same) and `alone` (new rows trained), on 2 ranks."""
+    root = tmp_path_factory.mktemp("two_ranks")
+    runs = [_run(grown, root / "st_sf", "ST_SF"), _run(grown, root / "random", "ST_SF", tables={"new_rows": "random"})]
+    runs.append(_run(grown, root / "alone", "ST_SF", max_steps=STEPS, tables=ALONE))
+    run_distributed(train_runs, 2, root, runs, timeout_s=200)
+    return root
+
+
+@pytest.mark.equivalence
+def test_rows_find_their_place_on_two_ranks(grown, on_two_ranks, tmp_path, one_rank):
     """75 rows over 2 ranks lie in other shards than 61 on one did; frozen, they must not move."""
-    source = read_checkpoint(manager.find(grown / "source"))
-    run_distributed(train_runs, 2, tmp_path, [_run(grown, tmp_path / "st_sf", "ST_SF")], timeout_s=200)
-    initial = read_checkpoint(tmp_path / "st_sf" / "initial")["table.item"]
-    after = read_checkpoint(step_folder(tmp_path / "st_sf", 1))["table.item"]
-    assert torch.equal(after[:61], source["table.item"])
+    source = read_checkpoint(manager.find(grown / "source"))["table.item"]
+    initial = read_checkpoint(on_two_ranks / "random" / "initial")["table.item"]
+    after = read_checkpoint(step_folder(on_two_ranks / "random", 1))["table.item"]
+    assert torch.equal(after[:61], source)
     assert torch.equal(after[61:], initial[61:])
+    trainer = Trainer(_run(grown, tmp_path, "ST_SF"), one_rank)
+    trainer.load_weights()
+    of_one_rank = trainer.components.weights()["table"]["item"].local_shards()[0].tensor
+    assert torch.equal(read_checkpoint(step_folder(on_two_ranks / "st_sf", 1))["table.item"], of_one_rank)
+    assert not torch.equal(of_one_rank[61:], initial[61:])
+
+
+@pytest.mark.equivalence
+def test_new_rows_are_trained_alone(grown, on_two_ranks, tmp_path, one_rank):
+    """Old rows keep their bits, on one rank and on two; a run that goes on is the run that was not stopped."""
+    source = read_checkpoint(manager.find(grown / "source"))["table.item"]
+    start = torch.from_numpy(_like_others(grown, source)).float()
+    straight, resumed = (_run(grown, tmp_path / name, "ST_SF", max_steps=STEPS, tables=ALONE) for name in "sr")
+    gone = tmp_path / "gone"
+    shutil.copytree(grown / "source", gone)
+    resumed = dataclasses.replace(resumed, init_checkpoint=str(gone))
+    train_runs(0, 1, [straight, dataclasses.replace(resumed, train=dataclasses.replace(resumed.train, max_steps=2))])
+    shutil.rmtree(gone)  # how many rows were old is known from the run's own checkpoint
+    Trainer(resumed, one_rank).train()
+    whole, in_parts = (read_checkpoint(step_folder(tmp_path / name, STEPS)) for name in "sr")
+    sharded = read_checkpoint(step_folder(on_two_ranks / "alone", STEPS))
+    assert differing(whole, in_parts) == {}
+    assert differing(whole, sharded, rtol=rounding(STEPS)) == {}
+    for found in (whole, sharded):
+        assert torch.equal(found["table.item"][:61], source)
+        moves = (found["table.item"][61:] - start).abs().amax(dim=1) > 1e-3
+        assert moves[:6].all() and not moves[6:].any()  # the data show no item from 67 on
+        assert not found["table_optimizer.item.momentum1"][:61].any()
+
+
+def test_pretraining_goes_on_with_the_new_rows_alone(grown, tmp_path, one_rank):
+    """Without a rate for the dense part all is held but the new rows, the output projection included."""
+    source = read_checkpoint(manager.find(grown / "source"))
+    held = OptimizerConfig("adamw", 0.0, weight_decay=0.1)
+    train_runs(0, 1, [_run(grown, tmp_path, "FT_SF", "pretrain", STEPS, tables=ALONE, dense=held)])
+    after = read_checkpoint(step_folder(tmp_path, STEPS))
+    dense = {name: value for name, value in source.items() if name.startswith("dense.") and ".category." not in name}
+    assert (
+        any("project_out" in name for name in dense) and differing(dense, {name: after[name] for name in dense}) == {}
+    )
+    assert torch.equal(after["table.item"][:61], source["table.item"])
+    start = torch.from_numpy(_like_others(grown, source["table.item"])).float()
+    assert (after["table.item"][61:] - start).abs().amax(dim=1).min() > 1e-3
 
 
 def test_a_vocabulary_that_did_not_grow_from_the_checkpoints_is_refused(grown, tmp_path, one_rank):

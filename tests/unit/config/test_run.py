@@ -236,8 +236,9 @@ def test_histories_must_fit_into_the_slots_of_a_model_that_has_them(name, longes
 
 @pytest.mark.parametrize("strategy", config.STRATEGIES)
 @pytest.mark.parametrize("init_checkpoint", ["", "runs/p"])
-def test_finetuning_needs_a_checkpoint_unless_nothing_is_transferred(strategy, init_checkpoint):
-    options = {"stage": "finetune", "strategy": strategy, "init_checkpoint": init_checkpoint}
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_run_needs_a_checkpoint_unless_nothing_is_transferred(stage, strategy, init_checkpoint):
+    options = {"stage": stage, "strategy": strategy, "init_checkpoint": init_checkpoint}
     if (strategy == "NT") == (init_checkpoint == ""):
         run = make_run(**options)
         assert run.transfers_tower == (strategy in ("FT", "FT_SF"))
@@ -247,15 +248,19 @@ def test_finetuning_needs_a_checkpoint_unless_nothing_is_transferred(strategy, i
             make_run(**options)
 
 
-@pytest.mark.parametrize("strategy", config.STRATEGIES)
-@pytest.mark.parametrize("init_checkpoint", ["", "runs/p"])
-def test_pretraining_takes_neither_strategy_nor_checkpoint(strategy, init_checkpoint):
-    options = {"strategy": strategy, "init_checkpoint": init_checkpoint}
-    if strategy == "NT" and not init_checkpoint:
-        assert not make_run(**options).freezes_tables
-    else:
-        with pytest.raises(ValueError, match="leave out STRATEGY and INIT_CHECKPOINT"):
-            make_run(**options)
+def test_new_rows_are_trained_in_frozen_tables_of_float32():
+    options = {"stage": "finetune", "strategy": "ST_SF", "init_checkpoint": "runs/p"}
+    tables = TablesConfig(transfer=("item", "tag"), frozen_rows={"item": 9})
+    assert make_run(**options, tables=tables).frozen_tables == ("tag",)
+    assert make_run(**options, tables=dataclasses.replace(tables, frozen_rows="auto")).frozen_tables == ()
+    wrong = {
+        "frozen_rows with strategy ST: the whole table is trained": {"strategy": "ST"},
+        "frozen_rows with frozen_dtype fp16": {"tables": dataclasses.replace(tables, frozen_dtype="fp16")},
+        "frozen_rows with sparse optimizer 'lamb'": {"sparse": OptimizerConfig("lamb", 0.1)},
+    }
+    for message, changes in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            make_run(**options | {"tables": tables} | changes)
 
 
 @pytest.mark.parametrize("strategy", config.STRATEGIES)
@@ -285,7 +290,7 @@ def full_run():
         init_checkpoint="runs/p",
         seed=7,
         data=DataConfig(7, 0, 640, 9, 8, 3, 4, "cache", 0.5, 0.02),
-        tables=TablesConfig(32, 9, {"item": "table_wise"}, ("item", "tag"), 0.1, "fp16"),
+        tables=TablesConfig(32, 9, {"item": "table_wise"}, ("item", "tag"), 0.1, "fp16", "unknown"),
         ids=IdsConfig({"item": "managed"}, {"item": 50}, 5, "lru"),
         model=ModelConfig("hstu", 2, 32, 2, 0.1, 0.05, 8, False, 99, 5, 7, False, 1, "by_width", True, True),
         pretrain=PretrainConfig(0.1, "position", 3, 5, ("category", "brand"), 0.5),
@@ -300,7 +305,9 @@ def full_run():
 
 
 def graphs_run():
-    return make_run(model=ModelConfig(compile=True), execution=ExecutionConfig(**GRAPHS), train=TrainConfig(bf16=True))
+    options = {"strategy": "FT_SF", "init_checkpoint": "runs/p", "tables": TablesConfig(frozen_rows={"item": 9})}
+    ways = {"execution": ExecutionConfig(**GRAPHS), "train": TrainConfig(bf16=True)}
+    return make_run(model=ModelConfig(compile=True), **ways, **options)
 
 
 def test_round_trip_through_json():
@@ -332,6 +339,7 @@ def test_a_run_of_commit_14e4532_is_read(name):
     raw["finetune"] |= {"weighted_metrics": False}
     raw["train"] |= {"average_fraction": 0.0}
     raw["execution"] |= {"matmul_dtype": "auto"}
+    raw["tables"] |= {"new_rows": "attributes", "frozen_rows": {}}
     raw["data"] |= {"cache_dir": "", "cache_gib": 16.0, "unknown_rate": 0.0}
     assert json.loads(json.dumps(dataclasses.asdict(run))) == raw
     assert run.stage == ("pretrain" if name == "pretrain" else "finetune") and run.model.width == raw["model"]["width"]
