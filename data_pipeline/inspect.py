@@ -10,6 +10,11 @@ import sys
 if not __package__:
     sys.exit("error: start it as a module, in the root of the repository: python -m data_pipeline.inspect ...")
 
+from gpsd_dist.cli.missing import require
+
+if __name__ == "__main__":
+    require("ibis", "duckdb")
+
 import argparse
 import collections.abc
 import dataclasses

@@ -1,6 +1,7 @@
 """Writes a synthetic shop log in the format of the `generic` source: what `make quickstart` trains on.
 
     python -m data_pipeline.synthesize --out_dir RAW --num_users 12000 --seed 0
+    python -m data_pipeline.synthesize --out_dir RAW --format csv
 
 Everything is drawn from `--seed` (`data_pipeline/synthetic_log.py`): the same options give the same bytes. The true
 probabilities never reach the log; `about.json` holds the AUC that they would score, which is the ceiling of any model.
@@ -18,6 +19,8 @@ import pathlib
 import typing
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 
 from data_pipeline import synthetic_log
@@ -27,6 +30,7 @@ from gpsd_dist.disk import writing
 from gpsd_dist.disk.text import say_error
 
 FILE_NAMES = ("behaviours.parquet", "exposures.parquet", "items.parquet", "users.parquet", "schema.toml", "about.json")
+FORMATS = ("parquet", "csv")
 
 _SCHEMA_TOML = """# Describes the files beside it for `--source generic`; see data_pipeline/sources/README.md.
 [history]
@@ -78,29 +82,36 @@ def schema_toml(config: synthetic_log.SyntheticConfig) -> str:
     )
 
 
-def write(config: synthetic_log.SyntheticConfig, out_dir: str | pathlib.Path) -> dict:
-    """Writes the files of `FILE_NAMES` to `out_dir`; returns the content of `about.json`.
+def write(config: synthetic_log.SyntheticConfig, out_dir: str | pathlib.Path, file_format: str = "parquet") -> dict:
+    """Writes the files of `FILE_NAMES` to `out_dir`, tables as Parquet or "csv"; returns the content of `about.json`.
 
     In memory: one block of users, the items, and 26 bytes of every exposure for the AUC of the true probabilities.
     """
     out_dir = pathlib.Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     truths, num_behaviours = [], 0
-    writers: dict[str, pq.ParquetWriter] = {}
+    writers: dict[str, pq.ParquetWriter | pyarrow.csv.CSVWriter] = {}
     for log in synthetic_log.blocks(config):
         for name in ("behaviours", "exposures", "users") if writers else ("behaviours", "exposures", "items", "users"):
             table = getattr(log, name)
             if name not in writers:
-                writers[name] = pq.ParquetWriter(out_dir / f"{name}.parquet", table.schema, compression="zstd")
+                writers[name] = _writer(out_dir / f"{name}.{file_format}", table.schema)
             writers[name].write_table(table)
         num_behaviours += log.behaviours.num_rows
         truths.append(Truth.of(log))
     for writer in writers.values():
         writer.close()
-    writing.write(out_dir / "schema.toml", schema_toml(config).encode())
+    toml = schema_toml(config).replace('.parquet"', f'.{file_format}"')
+    writing.write(out_dir / "schema.toml", toml.encode())
     about = {"options": dataclasses.asdict(config), **describe(config, truths, num_behaviours)}
     writing.write_json(out_dir / "about.json", about)
     return about
+
+
+def _writer(path: pathlib.Path, columns: pa.Schema) -> pq.ParquetWriter | pyarrow.csv.CSVWriter:
+    if path.suffix == ".csv":
+        return pyarrow.csv.CSVWriter(path, columns)
+    return pq.ParquetWriter(path, columns, compression="zstd")
 
 
 class Truth(typing.NamedTuple):
@@ -155,13 +166,14 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line: one option per field of `synthetic_log.SyntheticConfig`. Status 2: sizes do not fit."""
     summary = __doc__.splitlines()[0]
     parser = Parser(prog="python -m data_pipeline.synthesize", description=summary, allow_abbrev=False)
-    parser.add_argument("--out_dir", required=True, type=pathlib.Path)
+    parser.add_argument("--out_dir", required=True, type=pathlib.Path, help="folder for the files")
+    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=f"of the tables (default {FORMATS[0]})")
     for field in dataclasses.fields(synthetic_log.SyntheticConfig):
         parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=f"default {field.default}")
     options = vars(parser.parse_args(argv))
-    out_dir = options.pop("out_dir")
+    out_dir, file_format = options.pop("out_dir"), options.pop("format")
     try:
-        about = write(synthetic_log.SyntheticConfig(**options), out_dir)
+        about = write(synthetic_log.SyntheticConfig(**options), out_dir, file_format)
     except (ValueError, OSError) as error:
         return say_error(error)
     sys.stdout.write(json.dumps(about, indent=1) + "\n")

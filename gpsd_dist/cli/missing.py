@@ -1,5 +1,6 @@
 """Says in one sentence which package a command lacks, and the command that installs it."""
 
+import importlib.util
 import sys
 
 from gpsd_dist.cli.names import PROGRAM
@@ -36,3 +37,13 @@ def say_missing(error: ModuleNotFoundError, command: str = "") -> int:
         raise error
     sys.stderr.write(f"error: {(error.name or '').partition('.')[0]} is not installed, which this needs: {fix}\n")
     return 2
+
+
+def require(*modules: str) -> None:
+    """Ends the process with the sentence of `say_missing` unless all modules are installed.
+
+    It is for `python -m` of a file that imports them at its top, where `cli.main.run_main` is not reached.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            sys.exit(say_missing(ModuleNotFoundError(name=module)))

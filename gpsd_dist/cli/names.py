@@ -29,6 +29,7 @@ COMMANDS = {  # in the order of use
     "quickstart": Command(
         "gpsd_dist.quickstart", "synthetic log -> models, verdict, report, served scores: does it work?"
     ),
+    "synthesize": Command("data_pipeline.synthesize", "a made-up shop log to try things with, as Parquet or CSV"),
     "build": Command("data_pipeline.build", "raw log (CSV, JSON lines, Parquet) -> data set"),
     "inspect": Command("data_pipeline.inspect", "what is in a data set, and what to mend first"),
     "fit": Command("gpsd_dist.fit", "floors, pretraining, models, choice, test, verdict: all in one command"),

@@ -47,7 +47,7 @@ class ParsedRun:
 
 def load_run_config(argv: list[str]) -> ParsedRun:
     """Parses `argv` and builds the whole config tree once. ValueError for what has no effect or does not fit."""
-    epilog = _all_options() if {"-h", "--help"} & {*argv} else None
+    epilog = option_list.text(all_options()) if {"-h", "--help"} & {*argv} else None
     parser = Parser(usage=_USAGE, description=_LAUNCHER_HELP, epilog=epilog, allow_abbrev=False)
     parser.formatter_class = argparse.RawTextHelpFormatter
     parser.add_argument("--gin_file", metavar="FILE", action="append", required=True, help=_GIN_FILE_HELP)
@@ -77,13 +77,13 @@ def load_run_config(argv: list[str]) -> ParsedRun:
     return ParsedRun(run, gin.config_str())
 
 
-def _all_options() -> str:
-    """Lists every option with its defaults in both stages."""
+def all_options() -> list[option_list.Group]:
+    """Lists every option with its defaults in both stages, for `--help` and for docs/options.md."""
     required = ["--gin.DATA_DIR=(required)", "--gin.OUTPUT_DIR=(required)"]
     stages = ("pretrain", "finetune")
     runs = {stage: load_run_config([f"--gin_file=configs/stage/{stage}.gin", *required]).run for stage in stages}
     macros = dict(re.findall(r"^([\w/]+\.\w+) = %(\w+)$", gin.config_str(), re.MULTILINE))
-    return option_list.text(option_list.options(runs, macros))
+    return option_list.options(runs, macros)
 
 
 def joined_values(argv: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ import typing
 import torch
 
 from gpsd_dist.checkpoint import storage
-from gpsd_dist.commands import environment
+from gpsd_dist.commands import environment, shell
 from gpsd_dist.data import data_versions
 from gpsd_dist.distributed.fork_server import start_server
 from gpsd_dist.fit import outcome
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> outcome.Outcome:
         raise ValueError("fit starts the processes of its trainings itself (--nproc): leave out torchrun")
     if args.nproc is None:
         args.nproc = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
-    args.data = _version(args)
+    given, args.data = args.data, _version(args)
     facts = look(args.data)
     plan = make_plan(args, facts.can_pretrain)
     state = _state(args, facts)
@@ -52,6 +52,9 @@ def run(args: argparse.Namespace) -> outcome.Outcome:
             raise subprocess.CalledProcessError(error.returncode, error.cmd, display.last_words()) from error
     made = outcome.make(entries, chosen, facts, runner, args)
     outcome.show(made, args.out)
+    if chosen is not None:
+        source = ("--checkpoint", str(args.out / state["chosen"]), "--data", str(given))
+        display.say(f"next: {shell(('-m', 'gpsd_dist.export', *source, '--out', f'artefacts/{args.out.name}'))}")
     return made
 
 

@@ -192,6 +192,16 @@ def test_what_is_not_installed_is_one_sentence(blocked, lines, fix):
         assert "is not installed" in said and fix in said, (line, said)
 
 
+@pytest.mark.parametrize("module", ["build", "inspect", "validate"])
+def test_a_module_that_python_starts_says_it_in_the_same_sentence(module):
+    """Its imports fail before `main` is there to explain them."""
+    code = f"import runpy; runpy.run_module('data_pipeline.{module}', run_name='__main__')"
+    command = [sys.executable, "-m", "tests.helpers.without", "ibis,duckdb", code]
+    done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "error: ibis is not installed, which this needs: pip install 'gpsd-dist[data]'\n"
+
+
 def test_every_extra_that_a_message_names_is_one_of_the_package():
     project = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text())["project"]
     assert {*missing.EXTRAS.values()} <= project["optional-dependencies"].keys()

@@ -1,6 +1,7 @@
 import hashlib
 
 import numpy as np
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
@@ -139,6 +140,18 @@ def test_command_line_writes_the_asked_sizes(tmp_path, capsys):
     assert '"exposures"' in capsys.readouterr().out
     assert pq.read_metadata(tmp_path / "users.parquet").num_rows == 100
     assert pq.read_metadata(tmp_path / "exposures.parquet").num_rows == 7 * 20 * 4
+
+
+def test_csv_files_hold_the_rows_of_the_parquet_files(tmp_path):
+    config = synthetic_log.SyntheticConfig(num_users=100, num_items=1_600, requests_per_day=20)
+    for name in synthesize.FORMATS:
+        synthesize.write(config, tmp_path / name, name)
+    toml = (tmp_path / "csv" / "schema.toml").read_text()
+    assert toml.replace(".csv", ".parquet") == (tmp_path / "parquet" / "schema.toml").read_text() != toml
+    for name in ("behaviours", "exposures", "items", "users"):
+        rows = pq.read_table(tmp_path / "parquet" / f"{name}.parquet")
+        read = pyarrow.csv.read_csv(tmp_path / "csv" / f"{name}.csv")
+        assert read.cast(rows.schema).equals(rows)
 
 
 @pytest.mark.parametrize(
