@@ -87,6 +87,18 @@ def _validation_has_tasks(run: RunConfig, manifest: Manifest) -> _Problems:
         yield f"{run.data_dir} has no task, so there is nothing to score in 'valid'"
 
 
+def _counted_items_have_a_vocabulary(run: RunConfig, manifest: Manifest) -> _Problems:
+    """Items share hashed rows, and managed rows change hands: a bias or a count would be of several items."""
+    pretrain, table = run.pretrain, manifest.feature(manifest.item_feature).table
+    options = {name: getattr(pretrain, name) for name in ("log_q", "item_bias", "recent_days")}
+    given = [name for name, value in options.items() if value]
+    if given and run.stage == "pretrain" and table in manifest.unbounded:
+        yield (
+            f"PretrainConfig.{', '.join(given)} with {manifest.unbounded[table]} items: only items with a vocabulary "
+            "have rows of their own; leave it out, or build the data without hashed or managed items"
+        )
+
+
 RULES = (
     _something_to_learn,
     _padding_suits_the_model,
@@ -95,6 +107,7 @@ RULES = (
     _managed_tables_are_whole,
     _validation_has_rows,
     _validation_has_tasks,
+    _counted_items_have_a_vocabulary,
 )
 """Every rule between a run and its data set; a rule yields what is wrong, and what to do."""
 

@@ -10,7 +10,7 @@ import os
 import pathlib
 
 from gpsd_dist import schema
-from gpsd_dist.baselines.rows import pretrain_counts
+from gpsd_dist.data.split_batches import pretrain_counts
 from gpsd_dist.metrics.classification import Predictions
 
 

@@ -17,6 +17,7 @@ from scipy.special import logit
 
 from gpsd_dist import schema
 from gpsd_dist.baselines import rows
+from gpsd_dist.data.split_batches import pretrain_counts, read_batches
 
 MAX_CATEGORIES = 128  # a larger vocabulary is described by label rates and counts; LightGBM's bins end at 255. Untuned
 PSEUDO_COUNTS = 20.0  # weight of the overall rate in each index's rate, as in the rates baseline; untuned
@@ -85,12 +86,12 @@ def read_examples(data_dir: str | os.PathLike, manifest: schema.Manifest, split:
     ValueError if the split, the task or a column is not there, or no candidate counts.
     """
     shared = _shared(manifest)
-    popularity = {feature.name: rows.pretrain_counts(data_dir, manifest, feature) for feature in shared}
+    popularity = {feature.name: pretrain_counts(data_dir, manifest, feature) for feature in shared}
     places = [(place, feature) for place in ("candidate", "context") for feature in manifest.features_in(place)]
     columns = [f"{place}.{feature.name}" for place, feature in places]
     columns += ["request_time_s", *(f"history.{feature.name}" for feature in shared)]
     parts = []
-    for batch in rows.read_batches(data_dir, manifest, split, rows.task_columns(manifest, task, columns)):
+    for batch in read_batches(data_dir, manifest, split, rows.task_columns(manifest, task, columns)):
         label_N, is_used_N = rows.used_candidates(batch, manifest, task)
         made = _Batch(batch, manifest, rows.candidates_per_row(batch, task))
         for place, feature in places:

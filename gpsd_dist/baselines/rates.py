@@ -11,7 +11,8 @@ import numpy as np
 from scipy.special import logit
 
 from gpsd_dist import schema
-from gpsd_dist.baselines.rows import USER_KEY, Sampling, predictions, pretrain_counts, read_rows
+from gpsd_dist.baselines.rows import USER_KEY, Sampling, predictions, read_rows
+from gpsd_dist.data.split_batches import pretrain_counts
 from gpsd_dist.metrics.classification import Predictions
 
 PSEUDO_COUNTS = 20.0  # weight of the global rate in each key's rate; untuned

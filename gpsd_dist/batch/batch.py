@@ -52,8 +52,10 @@ class NextItem:
     item_M: torch.Tensor  # int64 item-table index of the target, to find accidental hits
     group_offsets: tuple[int, ...] | None
     """G + 1 cuts of M: positions [cut g, cut g + 1) see the negatives of group g. None: G = M, each has its own."""
-    negative_item_GN: torch.Tensor  # int64 item-table indices, uniform over known items
+    negative_item_GN: torch.Tensor  # int64 item-table indices
     negative_row_GN: torch.Tensor  # int64: their rows among the U unique rows of the item table
+    negative_log_q_GN: torch.Tensor | None = None  # float32: log(N x probability of the draw), to be taken from a logit
+    time_s_M: torch.Tensor | None = None  # int64: time of the target, -1 where the log does not say
 
 
 @dataclasses.dataclass(frozen=True)

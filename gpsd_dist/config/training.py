@@ -14,6 +14,9 @@ CUDA_ONLY_SPARSE_OPTIMIZERS = ("adam", "partial_rowwise_adam", "lamb")  # no fbg
 _Below1 = typing.Annotated[float, pydantic.Field(ge=0, lt=1)]
 _UpTo1 = typing.Annotated[float, pydantic.Field(ge=0, le=1)]
 _Positive = typing.Annotated[float, pydantic.Field(gt=0)]
+_Positives = typing.Annotated[  # JSON has no tuples
+    tuple[_Positive, ...], pydantic.BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+]
 
 
 def _one_batch_size(data: "DataConfig") -> collections.abc.Iterator[str]:
@@ -57,7 +60,13 @@ def _some_negative_groups(pretrain: "PretrainConfig") -> collections.abc.Iterato
         yield f"{given} must be >= 1; for one set per request set negatives_per='request'"
 
 
-@checked(rules=(_some_negative_groups,))
+def _popular_draws_are_corrected(pretrain: "PretrainConfig") -> collections.abc.Iterator[str]:
+    """Without the correction, a model learns that what is often drawn is seldom the next item."""
+    if pretrain.popular_share and not pretrain.log_q:
+        yield f"popular_share {pretrain.popular_share:g} without log_q trains against popular items; set log_q=True"
+
+
+@checked(rules=(_some_negative_groups, _popular_draws_are_corrected))
 class PretrainConfig:
     """Sets the generative objective: sampled softmax of the next item, full softmax of its small attributes."""
 
@@ -69,7 +78,17 @@ class PretrainConfig:
     num_negative_groups: int = 8
     """G sets per rank and step; of negatives_per = group alone."""
     num_negatives: AtLeast1 = 1024
-    """N negatives per set, uniform over the known items, with replacement."""
+    """N negatives per set, with replacement; uniform over the known items but for `popular_share`."""
+    popular_share: _Below1 = 0.0
+    """Part of the negatives that is drawn by the number of events in `pretrain`; needs `log_q`."""
+    log_q: bool = False
+    """Take log(N x probability of the draw) from a negative's logit, so that the sum over negatives is on average that
+    over all items. False: uniform draws as they are (official settings)."""
+    item_bias: bool = False
+    """Add a learnt bias of the item to its logit. It is replicated with the dense part: 16 bytes per item and rank."""
+    recent_days: _Positives = ()
+    """Windows, in days, e.g. (3.0, 14.0): add learnt weight x log(1 + events of the item in that time before the
+    predicted event) to its logit. Takes 8 bytes per event of `pretrain` and rank."""
     auxiliary: Names = ()
     """Token features (not bags) that are predicted too, e.g. ("category",)."""
     auxiliary_weight: float = 1.0

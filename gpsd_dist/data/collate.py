@@ -20,7 +20,7 @@ from gpsd_dist.data.columns import ColumnReader
 from gpsd_dist.data.distinct import Wanted, deduplicate
 from gpsd_dist.data.gather import gather, one_chunk
 from gpsd_dist.data.micro_batch import MicroBatch, indices, next_item_targets, without_last
-from gpsd_dist.data.negatives import Sampler, draw_limit, group_offsets, uniform
+from gpsd_dist.data.negatives import Mixed, Sampler, draw_limit, group_offsets, uniform
 from gpsd_dist.data.parquet_dataset import BadValue, BatchKey
 from gpsd_dist.features import Values
 from gpsd_dist.schema import NUM_RESERVED_ROWS, UNKNOWN_INDEX, Manifest
@@ -44,7 +44,8 @@ class Collate:
     seed: int = 0
     num_parts: int = 1  # Rows are dealt round over this many batches by length, so that all cost about the same
     token_multiple: int = 0  # Also plan a padded geometry with numbers of tokens that are multiples of this; 0: do not
-    sampler: Sampler = uniform
+    sampler: Sampler | Mixed = uniform
+    with_target_times: bool = False  # Says when each predicted event happened
     unknown_rate: float = 0.0
     """Share of the known ids that are read as unknown, of features whose table is not hashed."""
 
@@ -193,6 +194,8 @@ class Collate:
                 group_offsets=group_offsets(self.negatives_per, token_M, packing, len(negative_GN)),
                 negative_item_GN=torch.from_numpy(negative_GN),
                 negative_row_GN=torch.from_numpy(micro_batch.negative_row_GN),
+                negative_log_q_GN=self._log_q(negative_GN),
+                time_s_M=torch.from_numpy(micro_batch.history_time_s[target_M]) if self.with_target_times else None,
             )
         return Batch(
             lookup=lookup,
@@ -216,6 +219,9 @@ class Collate:
             raw_ids=raw_ids,
             num_read_tokens=len(micro_batch.history_time_s),
         )
+
+    def _log_q(self, negative_GN: np.ndarray) -> torch.Tensor | None:
+        return torch.from_numpy(self.sampler.log_q(negative_GN)) if isinstance(self.sampler, Mixed) else None
 
 
 def _tensor(column: Values) -> torch.Tensor | Bag:

@@ -3,12 +3,16 @@
 import pathlib
 import typing
 
+import numpy as np
+
 from gpsd_dist.batch.batch import Batch
 from gpsd_dist.batch.transfer import pinned
 from gpsd_dist.config import RunConfig
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.decoded_cache import base_folder
 from gpsd_dist.data.loader import Loader
+from gpsd_dist.data.negatives import Mixed, uniform
+from gpsd_dist.data.split_batches import pretrain_counts
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.schema import Manifest
 
@@ -43,6 +47,8 @@ def training_loader(
         unknown_rate=run.data.unknown_rate,
         num_parts=run.train.micro_batches,
         token_multiple=run.execution.token_multiple,
+        sampler=uniform if with_candidates or not run.pretrain.log_q else _mixed(run, manifest),
+        with_target_times=not with_candidates and bool(run.pretrain.recent_days),
     )
 
     return Loader(
@@ -62,6 +68,13 @@ def training_loader(
         prefetch=run.data.prefetch,
         disk_cache=_disk_cache(run),
     )
+
+
+def _mixed(run: RunConfig, manifest: Manifest) -> Mixed:
+    """Counts the events of items, in one pass over the split, where negatives are drawn by them."""
+    item, share = manifest.feature(manifest.item_feature), run.pretrain.popular_share
+    num_rows = manifest.table(item.table).num_rows
+    return Mixed(share, pretrain_counts(run.data_dir, manifest, item) if share else np.zeros(num_rows, np.int64))
 
 
 def evaluation_loader(

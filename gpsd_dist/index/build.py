@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from gpsd_dist import features
 from gpsd_dist.checkpoint.files import Reader
+from gpsd_dist.data.item_events import read_item_events
 from gpsd_dist.export import weights
 from gpsd_dist.export.exporter import facts_of, read_source
 from gpsd_dist.export.options import Options
@@ -26,7 +27,7 @@ from gpsd_dist.model.heads import unit
 from gpsd_dist.schema import NUM_RESERVED_ROWS
 from gpsd_dist.serving.artefact import VERSIONS, Artefact, Draft, drafting, make_current
 from gpsd_dist.serving.examples import EXPECTED_NAME, REQUESTS_NAME, tensors_of_search
-from gpsd_dist.serving.retriever import CATALOGUE_NAME, ITEM_VECTORS, Retriever
+from gpsd_dist.serving.retriever import CATALOGUE_NAME, EVENTS_NAME, ITEM_VECTORS, SCORING_NAME, Retriever
 from gpsd_dist.serving.scorer import map_tables, open_reader, open_vocabularies
 from gpsd_dist.serving.tables import PART_BYTES, write_part
 
@@ -66,6 +67,7 @@ def build(
         else:
             preview = draft.preview(**facts_of(source, Options(), entries))
             entries[ITEM_VECTORS] = _write_catalogue(draft, preview, source, items)
+        _write_scoring(draft, source)
         facts = facts_of(source, Options(), entries)
         _write_examples(draft, Retriever(draft.preview(**facts)), source)
         version = draft.commit(**facts)
@@ -73,6 +75,19 @@ def build(
     num_items = entries[ITEM_VECTORS]["num_rows"] - NUM_RESERVED_ROWS
     log.info("%s/%s/%s: %s items", out, VERSIONS, version, f"{num_items:,}")
     return version
+
+
+def _write_scoring(draft: Draft, source: Source) -> None:
+    """Writes what adds to the cosines of items, and the events that are counted for it; nothing for a plain model."""
+    run, manifest = source.run, source.manifest
+    if not (run.pretrain.item_bias or run.pretrain.recent_days):
+        return
+    names = ("temperature", "item_bias", "recent_days")
+    draft.write_json(SCORING_NAME, {name: getattr(run.pretrain, name) for name in names})
+    if run.pretrain.recent_days:
+        splits = [split.name for split in manifest.splits]
+        events, _ = read_item_events(run.data_dir, manifest, splits)
+        save_file(events.tensors(), draft.folder / EVENTS_NAME)
 
 
 def _write_examples(draft: Draft, retriever: Retriever, source: Source) -> None:

@@ -46,15 +46,18 @@ def users(retriever: Retriever, requests: pathlib.Path, out_dir: pathlib.Path) -
 
 
 def items(retriever: Retriever, out_dir: pathlib.Path) -> int:
-    """Writes a row per item: item_id, vector, version."""
-    schema = pa.schema([pa.field("item_id", pa.string()), pa.field("vector", _vectors(retriever)), _VERSION])
+    """Writes a row per item: item_id, vector, version; and `bias`, to be added to a cosine, where one was learnt."""
+    bias_V = retriever.bias_V
+    added = [] if bias_V is None else [pa.field("bias", pa.float32())]
+    schema = pa.schema([pa.field("item_id", pa.string()), pa.field("vector", _vectors(retriever)), _VERSION, *added])
 
     def parts() -> typing.Iterator[pa.Table]:
         for first in range(NUM_RESERVED_ROWS, retriever.vectors.num_rows, _ITEMS_AT_ONCE):
             row_N = np.arange(first, min(first + _ITEMS_AT_ONCE, retriever.vectors.num_rows))
             ids = retriever.raw_ids.slice(first - NUM_RESERVED_ROWS, len(row_N))
             vectors = _lists(retriever.vectors.rows(row_N).numpy())
-            yield pa.table([ids, vectors, _version(retriever, len(row_N))], schema=schema)
+            added = [] if bias_V is None else [pa.array(bias_V[row_N])]
+            yield pa.table([ids, vectors, _version(retriever, len(row_N)), *added], schema=schema)
 
     return request_files.write(out_dir, schema, parts())
 

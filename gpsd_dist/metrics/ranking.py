@@ -37,6 +37,15 @@ class Excluded:
         return Excluded(item_N, torch.arange(len(lengths_B), device=item_N.device).repeat_interleave(lengths_B))
 
 
+@dataclasses.dataclass(frozen=True)
+class Offsets:
+    """Adds to scores what no product of vectors gives, in float64: of targets, and of the rows of a block."""
+
+    target_B: torch.Tensor  # float64 [B]
+    of_rows: collections.abc.Callable[[int, int], torch.Tensor]
+    """(first, stop) -> float64 [B, stop - first], of these rows of the table"""
+
+
 def rank_targets(
     query_BD: torch.Tensor,
     item_RD: torch.Tensor,
@@ -48,8 +57,9 @@ def rank_targets(
     exists_R: torch.Tensor | None = None,
     rank_cut: int | None = None,
     sum_over_blocks: collections.abc.Callable[[torch.Tensor], torch.Tensor] | None = None,
+    offsets: Offsets | None = None,
 ) -> torch.Tensor:
-    """Ranks each target among all items by dot product: int64 [B], 1 is best.
+    """Ranks each target among all items by dot product, plus offsets if there are any: int64 [B], 1 is best.
 
     Ties count against the target (rank = 1 + better + equal items), so a model that gives all items one score ranks
     last, not first. A target in a reserved row (an item outside the vocabulary) ranks behind all items that compete.
@@ -67,6 +77,7 @@ def rank_targets(
         rank_cut: ranks beyond it become `rank_cut + 1`.
         sum_over_blocks: sums a tensor over all blocks of a sharded table, e.g. an all-reduce; then this is a collective
             of all ranks with the same queries on each. Called twice. Default: this block is the whole table.
+        offsets: added to scores before they are rounded.
 
     Raises ValueError if a target is outside [0, V).
     """
@@ -76,23 +87,36 @@ def rank_targets(
             f"targets lie in [{int(target_B.min())}, {int(target_B.max())}], the table has rows [0, {num_items})"
         )
     sum_over_blocks = sum_over_blocks or (lambda tensor: tensor)
-    target_score_B = sum_over_blocks(target_scores(query_BD, item_RD, target_B, first_row=first_row))
+    target_score_B = sum_over_blocks(target_scores(query_BD, item_RD, target_B, first_row=first_row, offsets=offsets))
     counts_2B = count_better_and_equal(
-        query_BD, item_RD, target_B, target_score_B, first_row=first_row, excluded=excluded, exists_R=exists_R
+        query_BD,
+        item_RD,
+        target_B,
+        target_score_B,
+        first_row=first_row,
+        excluded=excluded,
+        exists_R=exists_R,
+        offsets=offsets,
     )
     rank_B = 1 + sum_over_blocks(counts_2B).sum(0)
     return rank_B if rank_cut is None else rank_B.clamp(max=rank_cut + 1)
 
 
 def target_scores(
-    query_BD: torch.Tensor, item_RD: torch.Tensor, target_B: torch.Tensor, *, first_row: int = 0
+    query_BD: torch.Tensor,
+    item_RD: torch.Tensor,
+    target_B: torch.Tensor,
+    *,
+    first_row: int = 0,
+    offsets: Offsets | None = None,
 ) -> torch.Tensor:
     """Scores each query's target, float32 [B]; 0 where its row is not in this block, so that blocks add up."""
     is_local_B = (target_B >= first_row) & (target_B < first_row + len(item_RD))
     score_B = torch.zeros(len(target_B), dtype=torch.float32, device=query_BD.device)
     if len(item_RD):
         row_B = (target_B - first_row).clamp(0, len(item_RD) - 1)
-        score_B = (query_BD.double() * item_RD[row_B].double()).sum(1).float()
+        product_B = (query_BD.double() * item_RD[row_B].double()).sum(1)
+        score_B = (product_B if offsets is None else product_B + offsets.target_B).float()
     return torch.where(is_local_B, score_B, 0.0)
 
 
@@ -105,6 +129,7 @@ def count_better_and_equal(
     first_row: int = 0,
     excluded: Excluded | None = None,
     exists_R: torch.Tensor | None = None,
+    offsets: Offsets | None = None,
 ) -> torch.Tensor:
     """Counts per query the items of this block that score above the target, and equal to it: int64 [2, B].
 
@@ -118,7 +143,10 @@ def count_better_and_equal(
     chunk_rows = max(CHUNK_SCORES // max(len(target_B), 1), 1)
     for low in range(start, len(item_RD), chunk_rows):
         high = min(low + chunk_rows, len(item_RD))
-        score_BC = (query_BD @ item_RD[low:high].double().T).float()
+        product_BC = query_BD @ item_RD[low:high].double().T
+        if offsets is not None:
+            product_BC += offsets.of_rows(first_row + low, first_row + high)
+        score_BC = product_BC.float()
         competes_BC = torch.ones_like(score_BC, dtype=torch.bool)
         if exists_R is not None:
             competes_BC &= exists_R[low:high]

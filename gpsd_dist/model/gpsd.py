@@ -17,6 +17,7 @@ from gpsd_dist.config import ModelConfig, TablesConfig
 from gpsd_dist.config.model import MODELS, models_with
 from gpsd_dist.model.embeddings import ContextEmbedder, TokenEmbedder
 from gpsd_dist.model.heads import Projection, RankingHeads
+from gpsd_dist.model.item_score import ItemScore
 from gpsd_dist.model.registry import TOWERS, Times
 from gpsd_dist.parameter_names import module_key
 from gpsd_dist.schema import Manifest, Table
@@ -77,6 +78,10 @@ class NextItemOutputs(typing.NamedTuple):
     """State at each history token, in the space of the items: compared with their embeddings by cosine."""
     auxiliary_weight: dict[str, torch.Tensor]
     """Feature -> [rows, E]: the input table of each auxiliary target, tied to its output."""
+    bias_V: torch.Tensor | None = None
+    """Learnt bias of each item's logit."""
+    weight_W: torch.Tensor | None = None
+    """Learnt weight of the log count of an item's events, per window of time."""
 
 
 class NextItemModel(nn.Module):
@@ -89,6 +94,9 @@ class NextItemModel(nn.Module):
         model: ModelConfig,
         sharded: tuple[Table, ...],
         auxiliary: tuple[str, ...],
+        *,
+        item_bias: bool = False,
+        num_windows: int = 0,
     ):
         super().__init__()
         # A tower that gives states to candidates alone has nothing that could predict a history's next item.
@@ -107,13 +115,20 @@ class NextItemModel(nn.Module):
                     f"and a small table (those are {small}); raise TablesConfig.small_table_max_rows or leave it out"
                 )
 
+        self.item_score: ItemScore | None = None
+        if item_bias or num_windows:
+            rows = manifest.table(manifest.feature(manifest.item_feature).table).num_rows
+            self.item_score = ItemScore(rows, item_bias, num_windows)
+
     def forward(self, embeddings: dict[str, torch.Tensor], batch: Batch) -> NextItemOutputs:
         """Runs a batch with its `embeddings` (table -> [U, E]): states [T, E], and weights of small output layers."""
         hidden_SD = self.backbone(embeddings, batch)
         hidden_TE = self.project_out(hidden_SD[: batch.packing.num_history_tokens]).float()
         weights = {name: self.backbone.embedder.small[module_key(t)].weight for name, t in self.auxiliary_table.items()}
         # Views, because FSDP2 hooks every output of the model, and on the parameter itself its hooks would pile up.
-        return NextItemOutputs(hidden_TE, {name: weight.view_as(weight) for name, weight in weights.items()})
+        views = {name: weight.view_as(weight) for name, weight in weights.items()}
+        parts = (None, None) if self.item_score is None else (self.item_score.bias_V, self.item_score.weight_W)
+        return NextItemOutputs(hidden_TE, views, *(None if part is None else part.view_as(part) for part in parts))
 
 
 class RankingModel(nn.Module):

@@ -6,7 +6,8 @@
                                                    "history.time_s": [1399100000]}], top=500)
     found.item_ids, found.scores
 
-Items and users are unit vectors in one space, and a score is their cosine, as in pretraining. Needs no TorchRec.
+Items and users are unit vectors in one space, and a score is their cosine, as in pretraining; plus temperature x offset
+(`data.item_offsets`) where the model learnt one, from events before the request. Needs no TorchRec.
 
 Shape letters: B requests, V items, K items found, E width, R items of a block, P items preselected.
 """
@@ -25,6 +26,8 @@ import torch
 from gpsd_dist.batch.packing import cuts
 from gpsd_dist.batch.row_layout import ranges
 from gpsd_dist.data.gather import one_chunk
+from gpsd_dist.data.item_events import ItemEvents
+from gpsd_dist.data.item_offsets import ItemOffsets
 from gpsd_dist.model.gpsd import NextItemModel
 from gpsd_dist.model.heads import unit
 from gpsd_dist.schema import NUM_RESERVED_ROWS
@@ -32,6 +35,7 @@ from gpsd_dist.serving.artefact import Artefact, ArtefactError, open_version
 from gpsd_dist.serving.batches import pack
 from gpsd_dist.serving.examples import EXPECTED_NAME, replay_search
 from gpsd_dist.serving.scorer import build_model, map_tables, open_reader, open_vocabularies
+from gpsd_dist.serving.tables import read_tensors
 from gpsd_dist.serving.tokens import Tokens
 
 ITEM_VECTORS = "item vectors"
@@ -40,6 +44,8 @@ _REQUESTS_AT_ONCE, _BLOCK_SCORES = 64, 1 << 22  # untuned: bound memory, 16 MiB 
 _BLOCK_ITEMS = 1 << 18  # at most: ordering the first block takes long, each further one some calls
 CATALOGUE_NAME = "catalogue.parquet"
 """Raw id and row of each item that is searched, where those are not all rows of a vocabulary."""
+SCORING_NAME, EVENTS_NAME = "scoring.json", "item_events.safetensors"
+"""What adds to cosines, and the events that are counted for it, where the model learnt such things."""
 EXAMPLES_TOP = 20
 _SPARE = 32  # items preselected beyond K
 _ERROR = 1e-6  # of a cosine in float32, for widths up to 512 or so (a sum of E products errs by far less than E ulps)
@@ -69,7 +75,18 @@ class Retriever:
         table = typing.cast(str, self.manifest.feature(self.manifest.item_feature).table)
         read = {feature.table for feature in self.manifest.features_in("history") if feature.table is not None}
         self.reader = open_reader(artefact, open_vocabularies(artefact, sorted(read)), with_candidates=False)
-        self.model = build_model(artefact, functools.partial(NextItemModel, auxiliary=()))
+        scoring = artefact.read_json(SCORING_NAME) if SCORING_NAME in artefact.description.files else {}
+        days = tuple(scoring.get("recent_days", ()))
+        has_bias = bool(scoring.get("item_bias"))
+        make = functools.partial(NextItemModel, auxiliary=(), item_bias=has_bias, num_windows=len(days))
+        self.model = build_model(artefact, make)
+        self._temperature = float(scoring.get("temperature", 0))
+        self._offsets: ItemOffsets | None = None
+        learnt = typing.cast(NextItemModel, self.model).item_score
+        if learnt is not None:
+            bias_V, weight_W = learnt.whole()
+            events = ItemEvents(**read_tensors(artefact.path(EVENTS_NAME))) if days else None
+            self._offsets = ItemOffsets(bias_V, weight_W, days, events).double()
         self.vectors = tables.pop(ITEM_VECTORS)
         """Unit vector of each item, behind `NUM_RESERVED_ROWS` that are none. An item's place here is its number."""
         self._tables = tables
@@ -115,7 +132,9 @@ class Retriever:
             seen = [rows[rows != allowed] for rows, allowed in zip(seen, allowed_B, strict=True)]
         seen = [self._items_of(rows) for rows in seen]
         query_BE = torch.from_numpy(self.encode(tokens))
-        row_BK, score_BK = _best(query_BE, self.vectors, seen, min(top, self.vectors.num_rows - NUM_RESERVED_ROWS))
+        added = None if self._offsets is None else self._added(torch.from_numpy(tokens.request_time_s_B))
+        top = min(top, self.vectors.num_rows - NUM_RESERVED_ROWS)
+        row_BK, score_BK = _best(query_BE, self.vectors, seen, top, added=added)
         is_none_BK = np.isneginf(score_BK) | (tokens.history_length_B == 0)[:, None]
         return np.where(is_none_BK, -1, row_BK), np.where(is_none_BK, -np.inf, score_BK)
 
@@ -126,9 +145,37 @@ class Retriever:
         row_BK = found_BK if row_BK is None else np.clip(row_BK, -1, self.vectors.num_rows - 1)
         index_U, place = np.unique(np.maximum(row_BK, 0), return_inverse=True)
         item_BKE = self.vectors.rows(index_U).numpy()[place.reshape(row_BK.shape)]
-        of_row_BK = np.where(row_BK < 0, 0, np.einsum("be,bke->bk", vector_BE, item_BKE))
+        of_row_BK = np.einsum("be,bke->bk", vector_BE, item_BKE)
+        if self._offsets is not None:
+            added = self._added(torch.from_numpy(tokens.request_time_s_B))
+            of_row_BK = of_row_BK + added.of_pairs(torch.from_numpy(np.maximum(row_BK, 0))).numpy()
+        of_row_BK = np.where(row_BK < 0, 0, of_row_BK)
         best_BK = np.where(np.isneginf(score_BK), -2, score_BK).astype(np.float32)  # a cosine is never -2
         return {"vector": vector_BE, "score": best_BK, "score of row": of_row_BK.astype(np.float32), "row": row_BK}
+
+    @property
+    def bias_V(self) -> np.ndarray | None:
+        """Bias of each item, which adds to its cosine: float32, None where none was learnt."""
+        bias = None if self._offsets is None else self._offsets.bias_V
+        if bias is None:
+            return None
+        row_V = np.arange(len(bias)) if self._row_V is None else np.r_[np.zeros(NUM_RESERVED_ROWS, int), self._row_V]
+        return (self._temperature * bias).float().numpy()[row_V]
+
+    def _added(self, time_s_B: torch.Tensor) -> "_Added":
+        """Binds what is added to cosines to the moments of some requests."""
+        offsets, temperature = self._offsets, self._temperature
+        assert offsets is not None
+        row_V = None if self._row_V is None else torch.from_numpy(np.r_[np.zeros(NUM_RESERVED_ROWS, int), self._row_V])
+
+        def rows(item: torch.Tensor) -> torch.Tensor:
+            return item if row_V is None else row_V[item]
+
+        return _Added(
+            lambda item_BK: temperature * offsets.of_pairs(rows(item_BK), time_s_B[:, None]),
+            lambda first, stop: temperature * offsets.of_all(rows(torch.arange(first, stop)), time_s_B),
+            temperature * offsets.bound(),
+        )
 
     def _items_of(self, row_N: np.ndarray) -> np.ndarray:
         """Finds the numbers of the items that have these rows (ascending); of a hashed row there may be several."""
@@ -158,30 +205,45 @@ class _Vectors(typing.Protocol):
     def block(self, first: int, stop: int) -> torch.Tensor: ...
 
 
+class _Added(typing.NamedTuple):
+    """Adds to the cosines of some requests, in float64."""
+
+    of_pairs: collections.abc.Callable[[torch.Tensor], torch.Tensor]  # items [B, K] -> [B, K]
+    of_block: collections.abc.Callable[[int, int], torch.Tensor]  # items [first, stop) -> [B or 1, R]
+    bound: float  # of its size
+
+
 def _best(
-    query_BE: torch.Tensor, vectors: _Vectors, seen: list[np.ndarray], top: int, spare: int = _SPARE
+    query_BE: torch.Tensor,
+    vectors: _Vectors,
+    seen: list[np.ndarray],
+    top: int,
+    spare: int = _SPARE,
+    added: _Added | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the best rows by exact cosine: int64 [B, K], float32 [B, K]; -inf where all others were seen.
+    """Finds the best rows by exact cosine, plus what is added: int64, float32 [B, K]; -inf where all others were seen.
 
     Scores are summed in float64 and rounded, as `metrics.ranking` does; equal ones are ordered by row. A product in
     float32 preselects; where it could have missed an item, more of them are preselected.
     """
     wanted = min(top + spare, vectors.num_rows - NUM_RESERVED_ROWS)
-    rough_BP, row_BP = _preselected(query_BE, vectors, seen, wanted)
+    rough_BP, row_BP = _preselected(query_BE, vectors, seen, wanted, added)
     index_U, place = np.unique(row_BP.numpy(), return_inverse=True)
     near_BPE = vectors.rows(index_U)[torch.from_numpy(place.reshape(row_BP.shape))].double()
-    score_BP = torch.einsum("be,bpe->bp", query_BE.double(), near_BPE).float().numpy()
+    exact_BP = torch.einsum("be,bpe->bp", query_BE.double(), near_BPE)
+    score_BP = (exact_BP if added is None else exact_BP + added.of_pairs(row_BP)).float().numpy()
     score_BP = np.where(rough_BP.isneginf().numpy(), -np.inf, score_BP)
     order = np.lexsort((row_BP.numpy(), -score_BP))[:, :top]
     row_BK, score_BK = (np.take_along_axis(values, order, 1) for values in (row_BP.numpy(), score_BP))
-    is_sure_B = rough_BP[:, -1].numpy() + 2 * _ERROR < score_BK[:, -1] if top else np.ones(len(query_BE), bool)
+    error = _ERROR * (1 if added is None else 1 + added.bound)
+    is_sure_B = rough_BP[:, -1].numpy() + 2 * error < score_BK[:, -1] if top else np.ones(len(query_BE), bool)
     if wanted < vectors.num_rows - NUM_RESERVED_ROWS and not (is_sure_B | np.isneginf(score_BK[:, -1])).all():
-        return _best(query_BE, vectors, seen, top, 8 * spare)
+        return _best(query_BE, vectors, seen, top, 8 * spare, added)
     return row_BK, score_BK
 
 
 def _preselected(
-    query_BE: torch.Tensor, vectors: _Vectors, seen: list[np.ndarray], wanted: int
+    query_BE: torch.Tensor, vectors: _Vectors, seen: list[np.ndarray], wanted: int, added: _Added | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Finds the best of all rows but reserved and seen ones by float32 products: scores [B, P], rows [B, P]."""
     query_N = torch.repeat_interleave(torch.tensor([len(rows) for rows in seen]))
@@ -191,6 +253,8 @@ def _preselected(
     for first in range(NUM_RESERVED_ROWS, vectors.num_rows, size):
         stop = min(first + size, vectors.num_rows)
         score_BR = query_BE @ vectors.block(first, stop).T
+        if added is not None:
+            score_BR += added.of_block(first, stop).float()
         is_here_N = (seen_N >= first) & (seen_N < stop)
         score_BR[query_N[is_here_N], seen_N[is_here_N] - first] = -torch.inf
         if best_BP.shape[1] < wanted:

@@ -11,8 +11,9 @@ import torch
 
 from gpsd_dist.batch.batch import Batch
 from gpsd_dist.batch.lookup import lookup_of
+from gpsd_dist.data.item_offsets import ItemOffsets
 from gpsd_dist.distributed.collectives import all_gather_rows, all_sum
-from gpsd_dist.metrics.ranking import Excluded, RankingSums, rank_targets
+from gpsd_dist.metrics.ranking import Excluded, Offsets, RankingSums, rank_targets
 from gpsd_dist.schema import Manifest
 from gpsd_dist.stages import losses
 from gpsd_dist.stages.stage import Components
@@ -29,8 +30,19 @@ class _Items(typing.NamedTuple):
     num_rows: int  # Rows of the whole table
 
 
+class Scoring(typing.NamedTuple):
+    """Says how an item is scored: cosine + temperature x offset."""
+
+    temperature: float
+    offsets: ItemOffsets | None  # in float64; None: the cosine alone
+
+
 def rank_next_items(
-    components: Components, manifest: Manifest, batches: typing.Iterable[tuple[Batch, ...]], rank_cut: int | None
+    components: Components,
+    manifest: Manifest,
+    batches: typing.Iterable[tuple[Batch, ...]],
+    rank_cut: int | None,
+    scoring: Scoring,
 ) -> dict[str, float | int]:
     """Ranks all items by the last history state of each request: HR@K, NDCG@K and MRR over all ranks. Collective.
 
@@ -49,7 +61,9 @@ def rank_next_items(
         request_P = batch.packing.request_C[is_positive_C]
         target_P = batch.candidate_item_C[is_positive_C]
         excluded = _own_history(batch, request_P)
-        ranks_P = _ranks_over_all(query_BE[request_P], target_P, excluded, items, runtime.rank, rank_cut)
+        is_ranked_P = batch.packing.history_offsets.diff()[request_P] > 0
+        queries = _Queries(query_BE[request_P], target_P, batch.request_time_s_B[request_P], is_ranked_P, excluded)
+        ranks_P = _ranks_over_all(queries, items, runtime.rank, rank_cut, scoring)
         sums.update(ranks_P, target_P)
     sums.reduce()
     return sums.metrics()
@@ -98,16 +112,27 @@ def _own_history(batch: Batch, request_P: torch.Tensor) -> Excluded:
     return Excluded(batch.history_item_T[offsets[request_P][query_N] + nth_N], query_N)
 
 
+class _Queries(typing.NamedTuple):
+    """This rank's queries."""
+
+    vector_PE: torch.Tensor
+    target_P: torch.Tensor
+    time_s_P: torch.Tensor
+    is_ranked_P: torch.Tensor  # bool: those with a history; without one, all items tie
+    excluded: Excluded
+
+
 def _ranks_over_all(
-    query_PE: torch.Tensor, target_P: torch.Tensor, excluded: Excluded, items: _Items, rank: int, rank_cut: int | None
+    queries: _Queries, items: _Items, rank: int, rank_cut: int | None, scoring: Scoring
 ) -> torch.Tensor:
     """Ranks [P] of this rank's targets: queries travel to every rank, counts of better items are summed back."""
-    targets = all_gather_rows(target_P)
+    excluded, targets = queries.excluded, all_gather_rows(queries.target_P)
     start = sum(len(part) for part in targets[:rank])
+    target_A = torch.cat(targets)
     rank_A = rank_targets(
-        torch.cat(all_gather_rows(query_PE)),
+        torch.cat(all_gather_rows(queries.vector_PE)),
         items.unit_RE,
-        torch.cat(targets),
+        target_A,
         first_row=items.first_row,
         num_items=items.num_rows,
         excluded=Excluded(
@@ -116,5 +141,17 @@ def _ranks_over_all(
         exists_R=items.exists_R,
         rank_cut=rank_cut,
         sum_over_blocks=all_sum,
+        offsets=None if scoring.offsets is None else _offsets(queries, target_A, scoring.temperature, scoring.offsets),
     )
-    return rank_A[start : start + len(target_P)]
+    return rank_A[start : start + len(queries.target_P)]
+
+
+def _offsets(queries: _Queries, target_A: torch.Tensor, temperature: float, offsets: ItemOffsets) -> Offsets:
+    """Computes what is added to cosines; nothing for a query without a history. Collective."""
+    time_s_A = torch.cat(all_gather_rows(queries.time_s_P))
+    share_A = temperature * torch.cat(all_gather_rows(queries.is_ranked_P.long())).double()
+
+    def of_rows(first: int, stop: int) -> torch.Tensor:
+        return share_A[:, None] * offsets.of_all(torch.arange(first, stop, device=target_A.device), time_s_A)
+
+    return Offsets(share_A * offsets.of_pairs(target_A, time_s_A), of_rows)

@@ -4,20 +4,25 @@ It is judged by ranking all items at the end of a history (`item_ranking.py`).
 Shape letters: T history tokens, M next-item positions, G sets of negatives, N negatives per set, E embedding width.
 """
 
+import logging
 import typing
 
 import torch
 from torch import nn
 
-from gpsd_dist.batch.batch import Batch
+from gpsd_dist.batch.batch import Batch, NextItem
 from gpsd_dist.config import RunConfig
+from gpsd_dist.data.item_events import ItemEvents, read_item_events
+from gpsd_dist.data.item_offsets import ItemOffsets
 from gpsd_dist.metrics.classification import Predictions
 from gpsd_dist.metrics.ranking import MEAN_KEYS
-from gpsd_dist.model.gpsd import NextItemModel
+from gpsd_dist.model.gpsd import NextItemModel, NextItemOutputs
 from gpsd_dist.schema import Manifest, Table
 from gpsd_dist.stages import losses
-from gpsd_dist.stages.item_ranking import rank_next_items
+from gpsd_dist.stages.item_ranking import Scoring, rank_next_items
 from gpsd_dist.stages.stage import Components, Metrics, check_best_metric
+
+log = logging.getLogger(__name__)
 
 
 class Pretrain:
@@ -32,10 +37,21 @@ class Pretrain:
         check_best_metric(run, [f"next_item/{key}" for key in MEAN_KEYS])
         auxiliary = {f"next_{name}": self.config.auxiliary_weight for name in self.config.auxiliary}
         self.loss_weights = {"next_item": 1.0} | auxiliary
+        self.has_offsets = self.config.item_bias or bool(self.config.recent_days)
+        self._events: dict[tuple[str, ...], ItemEvents] = {}
 
     def model(self, sharded: tuple[Table, ...]) -> nn.Module:
         """Builds the tower with a projection to the width of the item table, which is also the output layer."""
-        return NextItemModel(self.manifest, self.run.tables, self.run.model, sharded, self.config.auxiliary)
+        config = self.config
+        return NextItemModel(
+            self.manifest,
+            self.run.tables,
+            self.run.model,
+            sharded,
+            config.auxiliary,
+            item_bias=config.item_bias,
+            num_windows=len(config.recent_days),
+        )
 
     def counts(self, batch: Batch) -> torch.Tensor:
         """Counts the positions with a next item, for every loss: float32 [L]."""
@@ -50,25 +66,63 @@ class Pretrain:
         # leak into the state that predicts it.
         hidden_ME = outputs.hidden_TE.index_select(0, next_item.token_M)
         item = self.manifest.feature(self.manifest.item_feature)
-        sums = [
-            losses.sampled_softmax(
-                hidden_ME,
-                # Input and output embeddings are one table: it is what the next stage takes over and may freeze.
-                embeddings[item.table],
-                next_item.target[item.name],
-                next_item.item_M,
-                next_item.negative_row_GN,
-                next_item.negative_item_GN,
-                next_item.group_offsets,
-                self.config.temperature,
-                rounds_operands=self.run.execution.matmul_dtype == "bf16" and not hidden_ME.is_cuda,
-            )
-        ]
+        draws = (
+            hidden_ME,
+            # Input and output embeddings are one table: it is what the next stage takes over and may freeze.
+            embeddings[item.table],
+            next_item.target[item.name],
+            next_item.item_M,
+            next_item.negative_row_GN,
+            next_item.negative_item_GN,
+            next_item.group_offsets,
+            self.config.temperature,
+        )
+        if self.has_offsets or next_item.negative_log_q_GN is not None:
+            sums = [losses.offset_softmax(*draws, *self._offsets(outputs, next_item))]
+        else:
+            rounds = self.run.execution.matmul_dtype == "bf16" and not hidden_ME.is_cuda
+            sums = [losses.sampled_softmax(*draws, rounds_operands=rounds)]
         for name in self.config.auxiliary:
             # The table is small enough to compete whole, and is the tower's input table too, as with the items.
             weight, target_M = outputs.auxiliary_weight[name], next_item.target[name]
             sums.append(losses.full_softmax(hidden_ME, weight, target_M, self.config.temperature))
         return torch.stack(sums)
+
+    def _offsets(
+        self, outputs: NextItemOutputs, next_item: NextItem
+    ) -> tuple[torch.Tensor, typing.Callable[[slice, torch.Tensor, int | slice], torch.Tensor]]:
+        """Gives what is added to the logits of targets [M], and a function for those of negatives."""
+        # Counted in `pretrain` alone, so that no weight depends on an event of valid or test.
+        device = next_item.item_M.device
+        offsets = self._item_offsets(outputs.bias_V, outputs.weight_W, ("pretrain",), device)
+        time_s_M = torch.zeros_like(next_item.item_M) if next_item.time_s_M is None else next_item.time_s_M
+        log_q_GN = next_item.negative_log_q_GN
+
+        def of_negatives(part: slice, item: torch.Tensor, group: int | slice) -> torch.Tensor:
+            is_shared = item.ndim == 1
+            one_each = (item, time_s_M[part]) if is_shared else (item, time_s_M[part, None])
+            added = (offsets.of_all if is_shared else offsets.of_pairs)(*one_each)
+            return added if log_q_GN is None else added - log_q_GN[group]
+
+        return offsets.of_pairs(next_item.item_M, time_s_M), of_negatives
+
+    def _item_offsets(
+        self,
+        bias_V: torch.Tensor | None,
+        weight_W: torch.Tensor | None,
+        splits: tuple[str, ...],
+        device: torch.device,
+    ) -> ItemOffsets:
+        """Joins what is learnt to the events of some splits, which are read once."""
+        days, events = self.config.recent_days, None
+        if days:
+            if splits not in self._events:
+                found, num_untimed = read_item_events(self.run.data_dir, self.manifest, splits)
+                if num_untimed:
+                    log.warning("%d tokens of %s have no time; recent_days counts without them", num_untimed, splits)
+                self._events[splits] = found.to(device)
+            events = self._events[splits]
+        return ItemOffsets(bias_V, weight_W, days, events)
 
     def evaluate(
         self,
@@ -82,7 +136,15 @@ class Pretrain:
             raise ValueError(
                 "a pretrained run ranks items and scores no candidates: leave out --scores_out and --min_item_count"
             )
-        return {"next_item": rank_next_items(components, self.manifest, batches, rank_cut)}
+        offsets = None
+        if self.has_offsets:
+            # What a running counter knows: events of all splits, but each strictly before the request that is ranked.
+            splits = tuple(split.name for split in self.manifest.splits)
+            learnt = typing.cast(NextItemModel, components.model).item_score
+            assert learnt is not None
+            offsets = self._item_offsets(*learnt.whole(), splits, components.runtime.device).double()
+        scoring = Scoring(self.config.temperature, offsets)
+        return {"next_item": rank_next_items(components, self.manifest, batches, rank_cut, scoring)}
 
     def default_metric(self, metrics: Metrics) -> str:
         """Chooses the best checkpoint by mean reciprocal rank."""

@@ -1,5 +1,6 @@
 """The hand-written gradients of the losses against autograd on a reference with explicit masks."""
 
+import itertools
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpsd_dist.data.negatives import Mixed
 from gpsd_dist.stages import losses
 from tests.helpers import reference
 
@@ -325,3 +327,61 @@ def test_next_behaviour_compares_each_state_with_the_next_token_and_another(leng
         wanted = torch.autograd.grad(expected, (state, token))
         for ours, theirs in zip(torch.autograd.grad(total, (state, token)), wanted):
             torch.testing.assert_close(ours, theirs)
+
+
+def run_with_offsets(p, hidden, rows, bias, log_q, per_position):
+    """Offsets that differ by position and item: what counts of recent events are."""
+
+    def of_negatives(part, item, group):
+        return (per_position[part, None] * bias[item] - log_q[group]).float()
+
+    indices = (p["target_row"], p["target_item"], p["negative_row"], p["negative_item"])
+    target = (per_position * bias[p["target_item"]]).float()
+    return losses.offset_softmax(hidden, rows, *indices, p["group_offsets"], TEMPERATURE, target, of_negatives)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["groups", "own negatives"])
+@pytest.mark.parametrize("chunk", [1, losses.CHUNK_ELEMENTS])
+def test_offsets_are_added_to_the_logits(own, chunk, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk)
+    p = make_problem(21, 21 if own else 8, 6)
+    p["group_offsets"] = None if own else p["group_offsets"]
+    bias, log_q, per = torch.randn(11), torch.randn(p["negative_item"].shape), torch.rand(21)
+    leaves = [p["hidden"].requires_grad_(), p["rows"].requires_grad_(), bias.requires_grad_()]
+    loss = run_with_offsets(p, *leaves, log_q, per)
+    loss.backward()
+    hidden, rows, added = (leaf.detach().double().requires_grad_() for leaf in leaves)
+    group_M = np.arange(21) if own else np.repeat(np.arange(8), np.diff(p["group_offsets"]))
+    expected = 0
+    for m, g in enumerate(group_M):
+        scores = [F.cosine_similarity(hidden[m], rows[r], dim=0) for r in (p["target_row"][m], *p["negative_row"][g])]
+        items = [p["target_item"][m], *p["negative_item"][g]]
+        logits = torch.stack([s / TEMPERATURE + per[m] * added[i] for s, i in zip(scores, items, strict=True)])
+        logits = logits - torch.cat((torch.zeros(1), log_q[g]))
+        is_hit = torch.tensor([False, *(i == items[0] for i in items[1:])])
+        expected = expected - logits.masked_fill(is_hit, -math.inf).log_softmax(0)[0]
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    for leaf, exact in zip(leaves, (hidden, rows, added), strict=True):
+        torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.9])
+def test_corrected_draws_sum_to_the_full_softmax_on_average(share):
+    """By arithmetic: every way to draw 3 negatives of 4 items, weighed by its probability."""
+    mixed = Mixed(share, np.array([5, 3, 8, 0, 1, 3]))
+    probability = (1 - share) / 4 + share * np.array([8, 0, 1, 3]) / 12
+    random = torch.Generator().manual_seed(0)
+    hidden, rows = torch.randn(1, 5, generator=random), torch.randn(4, 5, generator=random)
+    logits = F.cosine_similarity(hidden, rows).double() / TEMPERATURE
+    target = 2
+    average = 0.0
+    for draw in itertools.product(range(4), repeat=3):
+        negative = torch.tensor([draw])
+        log_q = torch.from_numpy(mixed.log_q((negative + 2).numpy()))
+        loss = losses.offset_softmax(
+            hidden, rows, torch.tensor([target]), torch.tensor([target + 2]), negative, negative + 2, (0, 1),
+            TEMPERATURE, torch.zeros(1), lambda part, item, group, log_q=log_q: -log_q[group],
+        )  # fmt: skip
+        average += np.prod(probability[list(draw)]) * math.exp(float(loss) + float(logits[target]))
+    assert average == pytest.approx(float(logits.exp().sum()), rel=1e-5)

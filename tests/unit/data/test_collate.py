@@ -12,6 +12,7 @@ from gpsd_dist.batch.lookup import bags_per_table
 from gpsd_dist.config import NEGATIVES_PER, ModelConfig, TablesConfig
 from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.loader import Loader
+from gpsd_dist.data.negatives import Mixed
 from gpsd_dist.data.parquet_dataset import BadValue, BatchKey
 from gpsd_dist.model.gpsd import NextItemModel, RankingModel
 from gpsd_dist.tables.collections import Tables
@@ -323,6 +324,33 @@ def test_negatives_are_uniform_over_the_known_items():
     assert len(counts) == num_rows and counts[:2].tolist() == [0, 0]
     # 40,000 draws over 198 items: mean 202, sigma 14.2; 5 sigma
     assert (counts[2:] - 40_000 / 198).abs().max() < 72
+
+
+def test_mixed_negatives_have_the_probabilities_that_they_say():
+    event_V = np.array([90, 90, 0, 7, 1, 0, 2])
+    mixed = Mixed(0.5, event_V)
+    drawn = mixed(np.random.default_rng(0), 4, 50_000, len(event_V))
+    share = np.bincount(drawn.flatten(), minlength=7) / drawn.size
+    expected = np.where(np.arange(7) < 2, 0, 0.5 / 5 + 0.5 * np.where(np.arange(7) < 2, 0, event_V) / 10)
+    np.testing.assert_allclose(share, expected, atol=5e-3)  # standard error 1.1e-3
+    np.testing.assert_allclose(np.exp(mixed.log_q(np.array([[2, 3]]))), [expected[2:4] * 2], rtol=1e-5)
+    with pytest.raises(ValueError, match="split 'pretrain', which has none"):
+        Mixed(0.1, np.array([3, 4, 0, 0]))
+
+
+def test_a_batch_says_how_likely_its_negatives_were_and_when_its_targets_happened():
+    plain = collate_next().next_item
+    assert plain.negative_log_q_GN is None and plain.time_s_M is None
+    mixed = Mixed(0.5, np.arange(MANIFEST.table("item").num_rows))
+    batch = collate_next(sampler=mixed, with_target_times=True)
+    drawn = batch.next_item
+    np.testing.assert_array_equal(drawn.negative_log_q_GN, mixed.log_q(drawn.negative_item_GN.numpy()))
+    assert drawn.time_s_M.shape == drawn.item_M.shape and torch.equal(drawn.item_M, plain.item_M)
+    rows = make_table().to_pylist()
+    times = {
+        (item, -1 if t is None else t) for row in rows for item, t in zip(row["history.item"], row["history.time_s"])
+    }
+    assert set(zip(drawn.item_M.tolist(), drawn.time_s_M.tolist())) <= times
 
 
 def test_parts_draw_their_own_negatives():
