@@ -20,7 +20,7 @@ export PATH := $(BIN):$(PATH)
 SHELL_SCRIPTS := .ci/run $(wildcard .ci/*.sh launch/*.sh benchmarks/*.sh launch/slurm/*.sbatch)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart test test-all test-kernels faults experiments laws check format doctor bench lock clean
+.PHONY: help setup setup-dev quickstart test test-all test-kernels faults experiments laws check docs format doctor bench lock clean
 
 help: ## list the targets
 	@echo "make TARGET [VENV=$(VENV)] [FLAVOR=cpu|cuda] [PYTHON=python3.11]"
@@ -62,6 +62,9 @@ check: setup-dev ## lint, format, spelling, types, shell scripts, Dockerfile
 	"$(BIN)/shellcheck" -x $(SHELL_SCRIPTS)
 	"$(BIN)/hadolint" Dockerfile
 
+docs: setup-dev ## the pages as a site in site/, with API and options from the code; any warning is an error
+	NO_MKDOCS_2_WARNING=1 "$(BIN)/python" -m mkdocs build
+
 format: setup-dev ## rewrite the Python files in the project's format
 	"$(BIN)/ruff" check --fix .
 	"$(BIN)/ruff" format .
@@ -76,5 +79,5 @@ lock: ## regenerate requirements*.txt from requirements-*.in (needs uv; UV=path)
 	.ci/lock.sh
 
 clean: ## remove caches and build leftovers; keeps $(VENV), data/ and runs/
-	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist site *.egg-info
 	find . -path "./$(VENV)" -prune -o -name __pycache__ -type d -exec rm -rf {} +

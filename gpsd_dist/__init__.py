@@ -1,3 +1,3 @@
 """GPSD: generative pretraining, sparse transfer and freezing for click models (arXiv:2506.03699), on TorchRec."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

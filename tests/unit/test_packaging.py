@@ -380,7 +380,15 @@ def make(*args: str) -> str:
     return result.stdout
 
 
-TOOLS_OF = {"quickstart": "", "experiments": "", "bench": "", "doctor": "", "test": " dev", "check": " dev"}
+TOOLS_OF = {
+    "quickstart": "",
+    "experiments": "",
+    "bench": "",
+    "doctor": "",
+    "test": " dev",
+    "check": " dev",
+    "docs": " dev",
+}
 
 
 @pytest.mark.parametrize("target", TOOLS_OF)
@@ -419,7 +427,7 @@ def test_help_lists_every_target():
 
 def test_ci_runs_what_the_readme_says_in_a_fresh_environment():
     text = (REPO_ROOT / ".ci" / "run").read_text()
-    order = ("setup", "quickstart", "setup-dev", "check", "test", "test-kernels", "experiments", "laws")
+    order = ("setup", "quickstart", "setup-dev", "check", "docs", "test", "test-kernels", "experiments", "laws")
     positions = [text.index(f" make {target}") for target in order]
     assert positions == sorted(positions)
     assert "export VENV=$work_dir/venv" in text and "set -euo pipefail" in text
@@ -451,7 +459,7 @@ def test_ci_ends_with_the_summary_of_pytest_and_stops_at_a_failure(failing, tmp_
         assert called[-1][1] == "check"
     else:
         assert result.returncode == 0, result.stderr
-        targets = ["setup", "quickstart", "setup-dev", "check", "test", "test-kernels", "experiments", "laws"]
+        targets = ["setup", "quickstart", "setup-dev", "check", "docs", "test", "test-kernels", "experiments", "laws"]
         assert [target for _, target, _ in called] == targets
         assert result.stdout.splitlines()[-1] == "=== 3 passed, 1 skipped in 0.1s ==="
 

@@ -1,4 +1,4 @@
-"""The recipes of README.md, "Your own data", each built on a log that fits it."""
+"""The four recipes of docs/data.md, each built on a log that fits it."""
 
 import re
 
@@ -8,7 +8,7 @@ import pytest
 from tests.assets.cases import logs
 from tests.unit.test_imports import REPO_ROOT
 
-RECIPES = re.findall(r"```toml\n(.*?)```", (REPO_ROOT / "README.md").read_text(), flags=re.DOTALL)
+RECIPES = re.findall(r"```toml\n(.*?)```", (REPO_ROOT / "docs" / "data.md").read_text(), flags=re.DOTALL)
 EVENTS = logs.lines(logs.events(), "user_id,item_id,timestamp")
 SHOWN = [(user, 1000 + n % 20, ts + 3 + n % 5, int(n % 3 == 0)) for n, (user, _, ts) in enumerate(logs.events())]
 FILES = {
