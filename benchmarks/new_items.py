@@ -135,10 +135,9 @@ def kinds(old: torch.Tensor, items: pathlib.Path, trained: torch.Tensor, seed: i
     found = {"random": torch.cat([old[:num_old], chance[num_old:]]), "unknown": old.clone(), "attributes": old.clone()}
     start_new_rows(found["unknown"], num_old)
     start_new_rows(found["attributes"], num_old, attributes.values())
-    near = found["attributes"][num_old:] - old[1]
     mean = old[2:num_old].mean(dim=0)
-    for name, rows in {"alike alone": near, "centred": old[1] + near - mean, "half": (old[1] + near) / 2}.items():
-        found[name] = torch.cat([old[:num_old], rows])
+    found["sum"] = torch.cat([old[:num_old], found["attributes"][num_old:] + mean])
+    found["alike alone"] = torch.cat([old[:num_old], found["sum"][num_old:] - old[1]])
     return found | {"trained": trained}
 
 
@@ -184,7 +183,7 @@ def main(argv: list[str]) -> int:
         source = f"--gin.INIT_CHECKPOINT={runs / 'pretrain'}"
         train("pretrain", first, runs / "pretrain", seed, "--gin.EPOCHS=5")
         alone = ["--gin.STRATEGY=FT_SF", "--gin.TablesConfig.frozen_rows=auto", "--gin.DENSE_LR=0.0", source]
-        train("pretrain", last, runs / "goes_on", seed, *alone, "--gin.EPOCHS=3", *_OFF)
+        train("pretrain", last, runs / "goes_on", seed, *alone, "--gin.EPOCHS=1", *_OFF)
         train("finetune", last, runs / "st_sf", seed, "--gin.STRATEGY=ST_SF", source, "--gin.EPOCHS=4", *_OFF)
         trained = item_rows(runs / "goes_on", last)
         tables = kinds(item_rows(runs / "st_sf", last), last / "items.parquet", trained, seed)

@@ -70,7 +70,7 @@ def start_new_rows(
             items = pathlib.Path(run.data_dir) / "items.parquet"
             alike = new_rows.shared_attributes(items, manifest, num_old) if is_item else {}
             new_rows.start_new_rows(weight, num_old, alike.values())
-            start = "from the unknown row" + (f" plus the mean of rows alike in {', '.join(alike)}" if alike else "")
+            start = "from the unknown row" + (f" and rows alike in {', '.join(alike)}" if alike else "")
         fate = ", and stay so: the table is frozen" if name in run.frozen_tables else ""
         fate = ", and are trained alone" if name in run.tables.frozen_rows else fate
         lines.append(f"  table {name!r} grew: {num_old:,} rows from the checkpoint, {num_new:,} new ones {start}{fate}")

@@ -1,7 +1,7 @@
 """Starts the rows that a table has gained since a checkpoint like rows that are trained, and trains new rows alone.
 
-Until it gets a row, an id reads the unknown row. So its row begins there, and that of an item adds the mean of the old
-rows that share its attributes. Sums are sums of integers: any number of ranks and any plan give the same bits.
+Until it gets a row, an id reads the unknown row. So its row begins there, and that of an item is moved by what old
+rows with its attributes have in common. Sums are sums of integers: any number of ranks and any plan give the same bits.
 
 Shape letters: U distinct rows of a batch, P pairs of a row and a group, N new rows, G groups, C columns, E width.
 """
@@ -20,7 +20,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from gpsd_dist.data.gather import one_chunk
 from gpsd_dist.distributed.collectives import all_sum
-from gpsd_dist.schema import UNKNOWN_INDEX, Manifest
+from gpsd_dist.schema import NUM_RESERVED_ROWS, UNKNOWN_INDEX, Manifest
 
 _BLOCK_PAIRS = 65_536  # bounds the float64 copy of rows; untuned
 _Shards = list[tuple[int, int, torch.Tensor]]  # (first row, first column, live weights) of this rank
@@ -64,9 +64,10 @@ def shared_attributes(items: pathlib.Path, manifest: Manifest, num_old: int) -> 
 def start_new_rows(
     weight: torch.Tensor | ShardedTensor, num_old: int, attributes: typing.Collection[Alike] = ()
 ) -> None:
-    """Writes the rows from `num_old` on: the unknown row, plus the mean over attributes of the mean row that shares it.
+    """Writes the rows from `num_old` on: the unknown row + mean of the old rows that share attributes - that of all.
 
-    A row with several values of an attribute takes the mean over them. Collective for a tensor that is spread.
+    Each attribute of a row counts once, each of its values alike. A row that shares none is the unknown row. Without
+    the subtraction, what all rows have in common would be there twice. Collective for a tensor that is spread.
     """
     if isinstance(weight, DTensor):
         whole = weight.full_tensor()
@@ -75,7 +76,7 @@ def start_new_rows(
         return
     shards = _shards(weight)
     num_new, is_spread = weight.size()[0] - num_old, isinstance(weight, ShardedTensor)
-    bits = _bits_of_a_sum(shards, max([1, *(len(alike.row_P) for alike in attributes)]), is_spread)
+    bits = _bits_of_a_sum(shards, max([num_old, *(len(alike.row_P) for alike in attributes)]), is_spread)
 
     def means_GC(row_P: np.ndarray, group_P: np.ndarray, num_groups: int) -> np.ndarray:
         sums_GC = torch.zeros(num_groups, weight.size()[1], dtype=torch.int64, device=weight.device)
@@ -92,8 +93,10 @@ def start_new_rows(
         new_P, count_N = row_P[~is_old] - num_old, np.bincount(row_P[~is_old] - num_old, minlength=num_new)
         np.add.at(nearby_NC, new_P, mean_GC[group_P[~is_old]] / count_N[new_P, None])
         num_found_N += count_N > 0
-    unknown_1C = means_GC(np.array([UNKNOWN_INDEX]), np.zeros(1, np.int64), 1)
-    start_NC = torch.from_numpy(unknown_1C + nearby_NC / np.maximum(num_found_N, 1)[:, None])
+    old = np.arange(num_old)
+    _, unknown_C, mean_C = means_GC(old, np.minimum(old, NUM_RESERVED_ROWS), NUM_RESERVED_ROWS + 1)
+    offset_NC = nearby_NC / np.maximum(num_found_N, 1)[:, None] - mean_C
+    start_NC = torch.from_numpy(unknown_C + np.where(num_found_N[:, None] > 0, offset_NC, 0))
     for first, column, rows in shards:
         begin = max(first, num_old)
         if begin < first + len(rows):

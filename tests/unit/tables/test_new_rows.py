@@ -33,7 +33,8 @@ def _expected(rows_DE: np.ndarray) -> np.ndarray:
                 if value > 1 and alike:
                     of_values.append(rows_DE[alike].mean(axis=0))
             means += [np.mean(of_values, axis=0)] if of_values else []
-        start.append(rows_DE[1] + (np.mean(means, axis=0) if means else 0))
+        mean_E = rows_DE[2:NUM_OLD].mean(axis=0)
+        start.append(rows_DE[1] + (np.mean(means, axis=0) - mean_E if means else 0))
     return np.stack(start)
 
 
