@@ -83,7 +83,7 @@ def start_new_rows(
         for shard in shards:
             _add_rows(sums_GC, shard, row_P, group_P, bits)
         sums_GC = all_sum(sums_GC) if is_spread else sums_GC
-        counts_G = np.bincount(group_P, minlength=num_groups)
+        counts_G = np.maximum(np.bincount(group_P, minlength=num_groups), 1)
         return np.ldexp(sums_GC.cpu().numpy().astype(np.float64), -bits) / counts_G[:, None]
 
     nearby_NC, num_found_N = np.zeros((num_new, weight.size()[1])), np.zeros(num_new)
