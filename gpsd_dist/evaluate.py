@@ -3,10 +3,11 @@
     python -m gpsd_dist.evaluate --checkpoint runs/kr/st_sf --data data/kuairand --split test --metrics_out test.json
     python -m gpsd_dist.evaluate --baseline gbdt --data data/kuairand --split test
 
-A finetuned run gives {"<task>": {"auc", "gauc", "gauc_user_day", "log_loss", "ne", ...}}; a pretrained one
-{"next_item": {"hr@10", "ndcg@10", "mrr", ...}}: exact ranks, or with --rank_cut 2500 those of HSTU's authors, which
-changes the MRR alone. --min_item_count 5 adds the AUC on candidates with five pretraining events or more. Also runs
-under torchrun, with the same result.
+A finetuned run gives {"<task>": {"auc", "gauc", "gauc_user_day", "log_loss", "ne", ...}}, with half of the 95 %
+interval over users ("+-"); the file also has a "breakdown", which the report draws: calibration, AUC by history
+length, new items and days. A pretrained run gives {"next_item": {"hr@10", "ndcg@10", "mrr", ...}}: exact ranks, or with
+--rank_cut 2500 those of HSTU's authors, which changes the MRR alone. --min_item_count 5 adds the AUC on candidates
+with five pretraining events or more. Also runs under torchrun, with the same result.
 """
 
 import sys
@@ -28,15 +29,19 @@ if typing.TYPE_CHECKING:
     from gpsd_dist.stages.stage import Metrics
 
 
-def _print(metrics: "Metrics") -> None:
+def _print(metrics: dict[str, dict[str, typing.Any]]) -> None:
     import rich.table
 
     from gpsd_dist.disk.console import Console
+    from gpsd_dist.metrics import breakdown
 
     for task, values in metrics.items():
-        table = rich.table.Table("metric", task)
+        widths = values.get(breakdown.KEY, {}).get("half_width", {})
+        table = rich.table.Table("metric", task, *["+-"] * bool(widths))
         for name, value in values.items():
-            table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.5f}")
+            if name != breakdown.KEY:
+                cells = [f"{widths[name]:.5f}" if name in widths else ""] * bool(widths)
+                table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.5f}", *cells)
         Console().print(table)
 
 
@@ -86,20 +91,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Returns 0, or 2 for a mistake in the options or the data."""
     args = parse(argv)
-    keep: dict[str, Predictions] | None = {} if args.scores_out or args.min_item_count else None
+    keep: dict[str, Predictions] = {}
     try:
         metrics = _of_baseline(args, keep) if args.baseline else _of_checkpoint(args, keep)
         if metrics is not None:
-            from gpsd_dist.trained_run import write_results
+            from gpsd_dist.trained_run import with_breakdown, write_results
 
-            _print(metrics)
-            write_results(metrics, args.metrics_out, keep, args.scores_out)
+            detailed = with_breakdown(metrics, keep)
+            _print(detailed)
+            write_results(detailed, args.metrics_out, keep, args.scores_out)
         return 0
     except (ValueError, OSError) as error:
         return say_error(error)
 
 
-def _of_baseline(args: argparse.Namespace, keep: "dict[str, Predictions] | None") -> "Metrics":
+def _of_baseline(args: argparse.Namespace, keep: "dict[str, Predictions]") -> "Metrics":
     from gpsd_dist.baselines.registry import evaluate_baseline
     from gpsd_dist.data import data_versions
     from gpsd_dist.trained_run import with_frequent_items
@@ -118,7 +124,7 @@ def _of_baseline(args: argparse.Namespace, keep: "dict[str, Predictions] | None"
     return with_frequent_items(metrics, data_dir, keep, args.min_item_count)
 
 
-def _of_checkpoint(args: argparse.Namespace, keep: "dict[str, Predictions] | None") -> "Metrics | None":
+def _of_checkpoint(args: argparse.Namespace, keep: "dict[str, Predictions]") -> "Metrics | None":
     """Returns None on ranks other than 0."""
     from gpsd_dist.distributed.runtime import process_group
     from gpsd_dist.trained_run import TIMEOUT_S, evaluate_checkpoint
@@ -132,6 +138,7 @@ def _of_checkpoint(args: argparse.Namespace, keep: "dict[str, Predictions] | Non
             args.which,
             rank_cut=args.rank_cut,
             keep=keep,
+            must_keep=bool(args.scores_out or args.min_item_count),
             is_weighted=args.weighted,
             min_item_count=args.min_item_count,
         )

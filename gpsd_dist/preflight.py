@@ -7,8 +7,10 @@ here, with those that only training has: an older run whose options break them c
 import collections.abc
 import logging
 
+from gpsd_dist.cli.missing import how_to_install
 from gpsd_dist.config import RunConfig
 from gpsd_dist.config.model import MODELS, models_with
+from gpsd_dist.metrics.mlflow_writer import is_installed
 from gpsd_dist.schema import Manifest
 from gpsd_dist.stages.registry import find
 from gpsd_dist.tables.collections import lookup_tables
@@ -47,6 +49,13 @@ def _managed_tables_are_whole(run: RunConfig, manifest: Manifest) -> _Problems:
     for table in sorted(tables_kept_whole(run, manifest)):
         if run.tables.sharding.get(table) == "column_wise":
             yield f"table {table!r} has managed ids and is column_wise; make it row_wise or table_wise"
+
+
+def _mlflow_is_installed(run: RunConfig, manifest: Manifest) -> _Problems:
+    """Found now, on every rank alike: the thread of rank 0 that imports it ends no training."""
+    if run.train.mlflow_uri and not is_installed():
+        given = f"TrainConfig.mlflow_uri {run.train.mlflow_uri!r}"
+        yield f"{given} needs MLflow, which is not installed: {how_to_install('mlflow')}; or leave the option out"
 
 
 def _something_to_learn(run: RunConfig, manifest: Manifest) -> _Problems:
@@ -100,6 +109,7 @@ def _counted_items_have_a_vocabulary(run: RunConfig, manifest: Manifest) -> _Pro
 
 
 RULES = (
+    _mlflow_is_installed,
     _something_to_learn,
     _padding_suits_the_model,
     _checkpointed_models_have_blocks,

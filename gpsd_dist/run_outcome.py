@@ -6,8 +6,10 @@ import math
 import pathlib
 import re
 import shlex
+import typing
 
-from gpsd_dist.baselines.registry import NEXT_ITEM, evaluate_baseline
+from gpsd_dist.baselines.registry import NEXT_ITEM, WORDS, evaluate_baseline
+from gpsd_dist.checkpoint import storage
 from gpsd_dist.cli.names import with_plugin
 from gpsd_dist.config import gin_files
 from gpsd_dist.config.gin_cli import joined_values
@@ -19,7 +21,9 @@ log = logging.getLogger(__name__)
 MAX_COUNTED = 3_000_000  # candidates whose floors are computed without being asked for: seconds
 MAX_RANKED = 2 * 10**9  # targets x items, for the floor of next-item ranking
 THIN = 0.05  # half width of an AUC's 95 % interval from which on runs hardly differ visibly
-FLOORS = {"rates": "smoothed rates", "popularity": "popularity"}
+FLOORS = ("rates", "popularity")
+OUTCOME_NAME = "outcome.json"
+"""File of a finished run: why it ended, its best validation, and what no model reaches there. The report reads it."""
 _FINETUNE = "configs/stage/finetune.gin"
 _OF_THE_MODEL = re.compile(
     r"--gin\.(LAYERS|WIDTH|HEADS|EMBEDDING_DIM|MAX_HISTORY_LENGTH|TRANSFER_TABLES|(Model|Tables|Ids)Config\.\w+)="
@@ -27,11 +31,20 @@ _OF_THE_MODEL = re.compile(
 
 
 def say(trainer: Trainer, best: dict[str, float], argv: list[str]) -> None:
-    """Logs the outcome of a finished run. `best`: "task/metric" -> value of its best validation. For rank 0 only."""
+    """Logs the outcome of a finished run, and writes it. `best`: "task/metric" -> value of its best validation.
+
+    For rank 0 only.
+    """
     name = best_metric(trainer, best) if best else ""
-    log.info("%s", how_it_ended(trainer, name))
-    for level, line in _quality(trainer, best, name) if best else ():
+    outcome: dict[str, typing.Any] = {"ended": how_it_ended(trainer, name), "floors": {}, "warnings": []}
+    log.info("%s", outcome["ended"])
+    for level, line in _quality(trainer, best, name, outcome["floors"]) if best else ():
         log.log(level, "%s", line)
+        outcome["warnings"] += [line] * (level == logging.WARNING)
+    try:
+        storage.write_json(pathlib.Path(trainer.run.output_dir) / OUTCOME_NAME, outcome)
+    except OSError as error:  # the run is finished and safe: no reason to fail
+        log.warning("%s was not written (%s): the report will not show floors on valid", OUTCOME_NAME, error)
     log.info("next: %s", with_plugin(next_command(trainer, argv)))
 
 
@@ -55,8 +68,13 @@ def how_it_ended(trainer: Trainer, name: str) -> str:
     return f"trained to its last step, {trainer.step}"
 
 
-def _quality(trainer: Trainer, best: dict[str, float], name: str) -> collections.abc.Iterator[tuple[int, str]]:
-    """Yields (level of logging, line): the best value, its interval and its floors, and what to worry about."""
+def _quality(
+    trainer: Trainer, best: dict[str, float], name: str, floors_out: dict[str, float]
+) -> collections.abc.Iterator[tuple[int, str]]:
+    """Yields (level of logging, line): the best value, its interval and its floors, and what to worry about.
+
+    `floors_out` gets "<baseline>/<task>/<metric>" -> its value on `valid`.
+    """
     stopping, (task, metric) = trainer.early_stopping, name.rsplit("/", 1)
     value, half_width, counted = best.get(name, math.nan), math.nan, ""
     if metric == "auc":
@@ -69,6 +87,8 @@ def _quality(trainer: Trainer, best: dict[str, float], name: str) -> collections
         counted = f" +- {half_width:.3f} ({positives:,} of {rows:,} candidates are positive)"
     yield logging.INFO, f"best valid {name} {value:.5f}{counted} at step {stopping.best_step}"
     floors, why_not = floors_of(trainer, task, metric)
+    floors_out |= {f"{floor}/{name}": value for floor, value in floors.items()}
+    floors = {WORDS[floor]: value for floor, value in floors.items()}
     known = ", ".join(f"{floor} {value:.5f}" for floor, value in floors.items())
     yield logging.INFO, f"without a model: {known or why_not}"
     yield from warnings(name, value, half_width, floors)
@@ -99,17 +119,17 @@ def warnings(
 
 
 def floors_of(trainer: Trainer, task: str, metric: str) -> tuple[dict[str, float], str]:
-    """Computes what scores reach on `valid` without a model; or says why not, and how to."""
+    """Computes what each baseline reaches on `valid` without a model; or says why not, and how to."""
     run, manifest = trainer.run, trainer.manifest
     command = f"python -m gpsd_dist.evaluate --baseline {{}} --data {shlex.quote(run.data_dir)} --split valid"
     valid = manifest.split("valid")
     if run.stage == "pretrain":
         items = manifest.table(manifest.feature(manifest.item_feature).table).num_rows
-        names, is_small = {NEXT_ITEM: "popularity"}, valid.num_candidates * items <= MAX_RANKED
+        names, is_small = (NEXT_ITEM,), valid.num_candidates * items <= MAX_RANKED
     else:
         names, is_small = FLOORS, valid.num_candidates + manifest.split("train").num_candidates <= MAX_COUNTED
     if not is_small:
-        return {}, command.format(next(iter(names)))
+        return {}, command.format(names[0])
     try:
         scores: dict[str, Metrics] = {}
         for name in names:
@@ -119,10 +139,10 @@ def floors_of(trainer: Trainer, task: str, metric: str) -> tuple[dict[str, float
             scores[name] = evaluate_baseline(
                 name, run.data_dir, "valid", tasks, max_history_length=longest, is_weighted=is_weighted
             )
-        known = {words: scores[name][task][metric] for name, words in names.items()}
+        known = {name: scores[name][task][metric] for name in names}
     except (ValueError, KeyError, OSError) as error:
         return {}, f"not computed ({error})"
-    return {words: value for words, value in known.items() if math.isfinite(value)}, "not defined"
+    return {name: value for name, value in known.items() if math.isfinite(value)}, "not defined"
 
 
 def next_command(trainer: Trainer, argv: list[str]) -> str:

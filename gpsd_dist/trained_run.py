@@ -1,5 +1,6 @@
 """Loads a trained run to score a data set with it, and writes the scores: what `evaluate`, `fit`, `predict` share."""
 
+import collections.abc
 import dataclasses
 import json
 import logging
@@ -15,10 +16,12 @@ from gpsd_dist.config import OptimizerConfig, RunConfig, run_config_from_dict
 from gpsd_dist.data import data_versions
 from gpsd_dist.data.run_manifest import read_run_manifest, with_data_version
 from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.metrics import breakdown
 from gpsd_dist.metrics.classification import Predictions
 from gpsd_dist.metrics.scores import scores_file
 from gpsd_dist.parameter_names import dense_weight, table_weight
 from gpsd_dist.schema import Manifest
+from gpsd_dist.stages.finetune import Finetune
 from gpsd_dist.stages.stage import Components, Metrics, evaluate_split
 
 log = logging.getLogger(__name__)
@@ -36,19 +39,23 @@ def evaluate_checkpoint(
     *,
     rank_cut: int | None = None,
     keep: dict[str, Predictions] | None = None,
+    must_keep: bool = True,
     is_weighted: bool = False,
     min_item_count: int | None = None,
 ) -> Metrics:
     """Scores one split with a run folder's best (or last) checkpoint, or with a checkpoint folder; exact. Collective.
 
     `data_dir` None stands for the data that the run was trained on; `rank_cut` and `keep` are those of
-    stages.stage.evaluate_split. `is_weighted`: as FinetuneConfig.weighted_metrics, whatever the run had.
+    stages.stage.evaluate_split; unless `must_keep`, a stage other than finetuning may leave `keep` empty.
+    `is_weighted`: as FinetuneConfig.weighted_metrics, whatever the run had.
     `min_item_count` needs `keep`, and adds `frequent_item_metrics` on rank 0.
     ValueError if the data set has other features, vocabularies or tasks than the run was trained with, or if nothing
     is ranked.
     """
     trained = load_trained(checkpoint, data_dir, split, runtime, which, is_weighted=is_weighted)
     log.info("scoring %s of %s with %s (step %d)", split, trained.run.data_dir, trained.folder, trained.step)
+    if not must_keep and not isinstance(trained.components.stage, Finetune):
+        keep = None
     metrics = evaluate_split(trained.run, trained.manifest, trained.components, split, rank_cut, keep)
     return with_frequent_items(metrics, trained.run.data_dir, keep, min_item_count) if runtime.is_main else metrics
 
@@ -153,8 +160,14 @@ def _check_size(run: RunConfig, manifest: Manifest, folder: Location) -> None:
         )
 
 
+def with_breakdown(metrics: Metrics, keep: dict[str, Predictions] | None) -> dict[str, dict[str, typing.Any]]:
+    """Adds to each task whose scores were kept what the report shows beside a score: `metrics.breakdown`."""
+    made = {task: {breakdown.KEY: breakdown.breakdown(rows.scored())} for task, rows in (keep or {}).items()}
+    return {task: values | made.get(task, {}) for task, values in metrics.items()}
+
+
 def write_results(
-    metrics: Metrics,
+    metrics: collections.abc.Mapping[str, collections.abc.Mapping[str, typing.Any]],
     metrics_out: pathlib.Path | None,
     keep: dict[str, Predictions] | None,
     scores_out: pathlib.Path | None,

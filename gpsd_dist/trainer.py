@@ -22,7 +22,7 @@ from gpsd_dist.distributed import matmul_dtype
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.distributed.stopping import StopRequests
 from gpsd_dist.metrics import profiling
-from gpsd_dist.metrics.classification import LOSS_KEYS
+from gpsd_dist.metrics.binary_metrics import LOSS_KEYS
 from gpsd_dist.metrics.early_stopping import EarlyStopping
 from gpsd_dist.metrics.training_metrics import TrainingMetrics
 from gpsd_dist.optim import learning_rate_factor, named_state
@@ -136,6 +136,9 @@ class Trainer:
                 log.warning("asked to stop: saved step %d; the same command goes on from there", self.step)
             self.profiler.close()
             self.loader.close()
+            if self.early_stopping.is_finished:
+                self.checkpoints.wait()  # the best validation is read from its checkpoint
+                self.metrics.finish(self._best_metrics(), self.early_stopping.best_step)
             self.metrics.close(is_finished=self.early_stopping.is_finished)
         return self._best_metrics()
 

@@ -19,7 +19,7 @@ from data_pipeline import build
 from gpsd_dist import schema
 from gpsd_dist.baselines import rows
 from gpsd_dist.data import data_versions
-from gpsd_dist.metrics.classification import classification_metrics
+from gpsd_dist.metrics.binary_metrics import classification_metrics
 
 NUM_USERS, NUM_CANDIDATES = 4000, 10
 PSEUDO_COUNTS = 2.0  # weight of the overall rate in the rate of one class of the explicit feature; untuned

@@ -15,7 +15,7 @@ from torch import nn
 
 from gpsd_dist import schema
 from gpsd_dist.baselines import rows
-from gpsd_dist.metrics.classification import classification_metrics
+from gpsd_dist.metrics.binary_metrics import classification_metrics
 
 WIDTH, HIDDEN, LR, BATCH_ROWS, EPOCHS = 16, 64, 2e-3, 512, 20
 

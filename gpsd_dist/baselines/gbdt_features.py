@@ -65,7 +65,8 @@ class Examples:
 
     def rows(self) -> rows.Rows:
         """Returns who and what is scored, without features."""
-        return rows.Rows(self.label_N, self.user_hash_N, self.time_s_N, self.item_N, self.sampling, {})
+        history_N = self.columns["history:length"]
+        return rows.Rows(self.label_N, self.user_hash_N, self.time_s_N, self.item_N, self.sampling, {}, history_N)
 
     def select(self, is_used_N: np.ndarray) -> "Examples":
         return dataclasses.replace(

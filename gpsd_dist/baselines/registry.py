@@ -10,6 +10,11 @@ if typing.TYPE_CHECKING:
 
 NEXT_ITEM = "next_item_popularity"
 NAMES = ("gbdt", "gbdt_refit", "popularity", "rates", NEXT_ITEM)
+REFIT = " refit"
+"""Ends the label of what was made again on train + valid."""
+WORDS = {"popularity": "popularity", "rates": "smoothed rates", "gbdt": "boosted trees"}
+WORDS |= {"gbdt_refit": f"boosted trees{REFIT}", NEXT_ITEM: "popularity"}
+"""Name of a baseline -> its name in tables."""
 
 
 def evaluate_baseline(
@@ -26,7 +31,7 @@ def evaluate_baseline(
 ) -> dict[str, dict[str, float | int]]:
     """Computes metrics per task (all tasks by default) of the baseline `name`, one of NAMES, on one split.
 
-    The keys are a model's: those of `metrics.classification.classification_metrics`, or for NEXT_ITEM, which alone
+    The keys are a model's: those of `metrics.binary_metrics.classification_metrics`, or for NEXT_ITEM, which alone
     reads `rank_cut`, `max_history_length` and `window_days`, {"next_item": hr@K, ndcg@K, mrr}. `keep` gets the
     scores of each task, but for NEXT_ITEM. Sample weights enter every fit, and with `is_weighted` the metrics.
     ValueError for an unknown name, split or task.

@@ -28,6 +28,7 @@ class Rows:
     item_N: np.ndarray  # int64, table index
     sampling: "Sampling"
     keys: dict[str, np.ndarray]  # column name (or "user") -> int64 [N]
+    history_N: np.ndarray | None = None  # events in the history of the request; None: not read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,8 @@ def predictions(kind: str, score_N: np.ndarray, scored: Rows, is_weighted: bool 
     """Makes Predictions with one score per candidate, which counts as often as that of a model would."""
     counts_N = scored.sampling.counts(is_weighted)
     made = Predictions(kind, with_items=True, with_weights=counts_N is not None)
-    made.add(score_N, scored.label_N, scored.user_hash_N, None, scored.time_s_N, scored.item_N, counts_N)
+    columns = scored.label_N, scored.user_hash_N, None, scored.time_s_N, scored.item_N, counts_N, scored.history_N
+    made.add(score_N, *columns)
     return made
 
 

@@ -13,6 +13,7 @@ EXTRAS = {  # module -> extra of the package that brings it
     **dict.fromkeys(("starlette", "uvicorn", "httptools", "msgspec", "prometheus_client"), "serve"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"),
     "s3fs": "s3",
+    "mlflow": "mlflow",
     "pyspark": "spark",
 }
 

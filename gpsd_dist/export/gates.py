@@ -18,7 +18,8 @@ from gpsd_dist.export.options import Options
 from gpsd_dist.export.parquet_tokens import Labelled, Rows, read_split
 from gpsd_dist.export.raw_requests import read_requests
 from gpsd_dist.export.source import Source
-from gpsd_dist.metrics.classification import SECONDS_PER_DAY, Predictions
+from gpsd_dist.metrics.binary_metrics import SECONDS_PER_DAY
+from gpsd_dist.metrics.classification import Predictions
 from gpsd_dist.schema import Manifest, Split
 from gpsd_dist.serving.artefact import Draft
 from gpsd_dist.serving.scorer import Scorer, load, map_tables

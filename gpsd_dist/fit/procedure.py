@@ -10,6 +10,7 @@ import typing
 
 import torch
 
+from gpsd_dist.baselines.registry import REFIT
 from gpsd_dist.checkpoint import storage
 from gpsd_dist.commands import environment, shell
 from gpsd_dist.data import data_versions
@@ -19,7 +20,7 @@ from gpsd_dist.fit.data_check import Facts, fingerprint, look
 from gpsd_dist.fit.display import Display
 from gpsd_dist.fit.plan import Contestant, Plan, make_plan
 from gpsd_dist.fit.steps import FLOOR_NAMES, REFITTED_FLOOR, Budget, Runner, best_valid, plan_budget, scores_path
-from gpsd_dist.fit.verdict import REFIT, Entry
+from gpsd_dist.fit.verdict import Entry
 from gpsd_dist.metrics.scores import read_scores
 from gpsd_dist.scaling.runs import parameters_of
 

@@ -10,7 +10,7 @@ import typing
 
 import torch
 
-from gpsd_dist.baselines.registry import evaluate_baseline
+from gpsd_dist.baselines.registry import WORDS, evaluate_baseline
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.checkpoint.state import RunState, read_run
 from gpsd_dist.cli.missing import how_to_install
@@ -19,20 +19,18 @@ from gpsd_dist.distributed.fork_server import ForkServer
 from gpsd_dist.distributed.runtime import Runtime, process_group
 from gpsd_dist.fit.data_check import Facts
 from gpsd_dist.fit.display import Display
-from gpsd_dist.fit.verdict import REFIT
 from gpsd_dist.metrics.classification import Predictions
 from gpsd_dist.metrics.scores import read_scores
 from gpsd_dist.scaling.ladder import Training
 from gpsd_dist.scaling.runs import is_trained, read_result
 from gpsd_dist.stages.stage import Metrics
-from gpsd_dist.trained_run import evaluate_checkpoint, write_results
+from gpsd_dist.trained_run import evaluate_checkpoint, with_breakdown, write_results
 
 MIN_TRAINING_S = 20.0  # no training gets less, and none less than MIN_STARTS times what starting one took (untuned)
 MIN_STARTS = 4
 SCORING_S = 15.0  # what scoring a split, or a floor, is reckoned with before its time is known (untuned)
 REFITTED_FLOOR = "gbdt_refit"
-FLOOR_NAMES = {"popularity": "popularity", "rates": "smoothed rates", "gbdt": "boosted trees"}
-FLOOR_NAMES |= {REFITTED_FLOOR: f"boosted trees{REFIT}"}
+FLOOR_NAMES = {name: WORDS[name] for name in ("popularity", "rates", "gbdt", REFITTED_FLOOR)}
 _TIMEOUT_S = 600
 _WEIGHTS = {"pretrain": 2.0, "finetune": 1.0}
 
@@ -162,7 +160,7 @@ class Runner:
                 keep: dict[str, Predictions] = {}
                 runtime = self._process_of_one()
                 made = evaluate_checkpoint(training.folder, str(self.data_dir), split, runtime, keep=keep)
-                write_results(made, metrics_out, keep, scores_out)
+                write_results(with_breakdown(made, keep), metrics_out, keep, scores_out)
                 known = read_result(metrics_out)  # with None for NaN, as the file has it
             step.remark = _aucs(known or {}, self.facts.tasks)
         self.budget.end_short_step(started_s, is_kept=step.is_kept)
@@ -183,7 +181,8 @@ class Runner:
                 keep: dict[str, Predictions] = {}
                 made = [self._floor_of_task(name, split, task, keep) for task in self.facts.tasks]
                 if keep:
-                    write_results({k: v for part in made for k, v in part.items()}, metrics_out, keep, scores_out)
+                    metrics = {task: values for part in made for task, values in part.items()}
+                    write_results(with_breakdown(metrics, keep), metrics_out, keep, scores_out)
                     known = read_result(metrics_out)
             step.remark = _aucs(known or {}, self.facts.tasks)
         self.budget.end_short_step(started_s, is_kept=step.is_kept)

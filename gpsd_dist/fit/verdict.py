@@ -7,14 +7,13 @@ import typing
 
 import numpy as np
 
+from gpsd_dist.baselines.registry import REFIT
 from gpsd_dist.fit.data_check import Facts
 from gpsd_dist.metrics.auc_interval import AucByUser, auc_by_user
 from gpsd_dist.metrics.scores import Columns
 
 ENOUGH_UNKNOWN = 0.2  # share of test candidates of unknown items from which on attributes are advised (untuned)
 SHORT_HISTORY = 3.0  # events, below which a sequence model has little to read (untuned)
-REFIT = " refit"
-"""Ends the label of what was made again on train + valid."""
 FEW_POSITIVES = 10_000  # to train on, below which a tower has less to go by than trees with hand-made counts (untuned)
 FEW_EVENTS = 5.0  # of pretraining per item, below which its row is hardly trained (untuned)
 

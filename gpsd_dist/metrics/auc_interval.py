@@ -37,42 +37,50 @@ class AucByUser:
     @property
     def half_width(self) -> float:
         """Half width of the AUC's interval; NaN without two users."""
-        return _half_width(self.influence_U)
+        return half_width(self.influence_U)
 
     def minus(self, other: "AucByUser") -> tuple[float, float]:
         """Returns the difference of both AUCs and its half width; ValueError if they are not of the same users."""
         if not np.array_equal(self.user_hash_U, other.user_hash_U):
             raise ValueError("the two AUCs are of other users: score the same split of the same data")
-        return self.auc - other.auc, _half_width(self.influence_U - other.influence_U)
+        return self.auc - other.auc, half_width(self.influence_U - other.influence_U)
 
 
-def auc_by_user(score_N: np.ndarray, label_N: np.ndarray, user_hash_N: np.ndarray) -> AucByUser:
+def auc_by_user(
+    score_N: np.ndarray, label_N: np.ndarray, user_hash_N: np.ndarray, weight_N: np.ndarray | None = None
+) -> AucByUser:
     """Computes an AUC with each user's influence: DeLong's variance for clusters of rows. ValueError for one class.
 
     Obuchowski, Biometrics 53 (1997), 567-578: a row's placement is the share of the other class that it is on the right
-    side of; a user's influence sums how far placements of the own rows are from the AUC.
+    side of; a user's influence sums how far placements of the own rows are from the AUC. With `weight_N` a row counts
+    that often.
     """
     is_positive_N = np.asarray(label_N) == 1
-    positives, negatives = int(is_positive_N.sum()), int((~is_positive_N).sum())
+    weight_N = np.ones(len(is_positive_N)) if weight_N is None else np.asarray(weight_N, np.float64)
+    positives, negatives = weight_N[is_positive_N].sum(), weight_N[~is_positive_N].sum()
     if not positives or not negatives:
-        raise ValueError(f"an AUC needs both classes, there are {positives} positives and {negatives} negatives")
+        raise ValueError(f"an AUC needs both classes, there are {positives:g} positives and {negatives:g} negatives")
     score_N = np.asarray(score_N, np.float32)
     placement_N = np.empty(len(score_N))
-    placement_N[is_positive_N] = _share_below(np.sort(score_N[~is_positive_N]), score_N[is_positive_N])
-    placement_N[~is_positive_N] = 1 - _share_below(np.sort(score_N[is_positive_N]), score_N[~is_positive_N])
-    auc = float(placement_N[is_positive_N].mean())
-    weight_N = np.where(is_positive_N, 1 / positives, 1 / negatives)
+    positive, negative = ((score_N[mask_N], weight_N[mask_N]) for mask_N in (is_positive_N, ~is_positive_N))
+    placement_N[is_positive_N] = _share_below(*negative, positive[0])
+    placement_N[~is_positive_N] = 1 - _share_below(*positive, negative[0])
+    auc = float((placement_N * weight_N)[is_positive_N].sum() / positives)
+    weight_N = weight_N * np.where(is_positive_N, 1 / positives, 1 / negatives)
     user_hash_U, user_N = np.unique(np.asarray(user_hash_N, np.int64), return_inverse=True)
     influence_U = np.bincount(user_N, (placement_N - auc) * weight_N, minlength=len(user_hash_U))
     return AucByUser(auc, user_hash_U, influence_U)
 
 
-def _share_below(sorted_M: np.ndarray, score_N: np.ndarray) -> np.ndarray:
-    """Says which share of sorted values is below each score; a tie counts half."""
-    below_N, upto_N = (np.searchsorted(sorted_M, score_N, side=side) for side in ("left", "right"))
-    return (below_N + upto_N) / (2 * len(sorted_M))
+def _share_below(value_M: np.ndarray, weight_M: np.ndarray, score_N: np.ndarray) -> np.ndarray:
+    """Says which share of the values, by weight, is below each score; a tie counts half."""
+    order_M = np.argsort(value_M, kind="stable")
+    value_M, before_M1 = value_M[order_M], np.append(0.0, np.cumsum(weight_M[order_M]))
+    below_N, upto_N = (before_M1[np.searchsorted(value_M, score_N, side=side)] for side in ("left", "right"))
+    return (below_N + upto_N) / (2 * before_M1[-1])
 
 
-def _half_width(influence_U: np.ndarray) -> float:
+def half_width(influence_U: np.ndarray) -> float:
+    """Gives the half width of what moves by `influence_U` with each user; NaN without two users."""
     users = len(influence_U)
     return Z_95 * math.sqrt(users / (users - 1) * float((influence_U**2).sum())) if users > 1 else math.nan

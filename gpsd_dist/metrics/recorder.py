@@ -1,4 +1,4 @@
-"""Reduces the metrics of a run over steps and ranks, and writes them to TensorBoard, `metrics.jsonl` and the screen.
+"""Reduces the metrics of a run over steps and ranks; writes them to `metrics.jsonl`, TensorBoard, MLflow, the screen.
 
 Others decide what is measured and when a log step is due. Names are paths: train/loss, gap/click_log_loss,
 valid/click/auc, perf/tokens_per_s.
@@ -19,9 +19,11 @@ import zlib
 import torch
 import torch.distributed as dist
 import torch.utils.tensorboard
+from torch.utils.tensorboard.summary import hparams
 
 from gpsd_dist.disk.reading import open_regular
 from gpsd_dist.disk.writing import check_place, sync, write
+from gpsd_dist.metrics.mlflow_writer import MlflowWriter
 from gpsd_dist.metrics.progress_bar import ProgressBar
 from gpsd_dist.validation import json_safe
 
@@ -56,7 +58,9 @@ class Recorder:
         """Name -> (value, how often it was recorded) since the last log step; tensors stay on their device."""
         self._progress = progress if rank == 0 else None
         self._jsonl = self._tensorboard = None
+        self._mlflow: MlflowWriter | None = None
         self._has_failed = False
+        self._final: tuple[dict[str, float], int] = {}, 0
         if rank == 0:
             output_dir = self._folder = pathlib.Path(output_dir)
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -68,6 +72,29 @@ class Recorder:
             self._tensorboard = torch.utils.tensorboard.SummaryWriter(
                 output_dir, purge_step=keep_step + 1, filename_suffix=self._event_name
             )
+
+    def describe(self, options: dict[str, typing.Any], mlflow_uri: str = "", *, is_resumed: bool = False) -> None:
+        """Writes the options of the run, dotted name -> value, as hyperparameters; to MLflow, too, if it has a URI.
+
+        Not collective; once, before the first `log`.
+        """
+        if self._rank != 0:
+            return
+        self._add_hparams(hparams({name: _hparam(value) for name, value in options.items()}, {})[1])
+        if mlflow_uri:
+            path = self._folder / JSONL_NAME
+            self._mlflow = MlflowWriter(mlflow_uri, path, options, is_resumed=is_resumed)
+
+    def finish(self, best: dict[str, float], step: int) -> None:
+        """Writes the best validation of a finished run, "task/metric" -> value, as best/... at `step`. Of rank 0."""
+        self._final = best, step
+        if self._rank == 0:
+            for name, value in best.items():
+                self._tensorboard.add_scalar(f"best/{name}", value, step)
+            self._add_hparams(hparams({}, {})[2])
+
+    def _add_hparams(self, summary: typing.Any) -> None:
+        self._tensorboard.file_writer.add_summary(summary)
 
     def record(self, name: str, value: float | torch.Tensor, *, reduce: str = "mean") -> None:
         """Adds a number, or a tensor with one element, to `name`, a path of words. Not collective, no GPU sync.
@@ -113,6 +140,8 @@ class Recorder:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, entry["step"])
             self._tensorboard.flush()
+            if self._mlflow is not None:
+                self._mlflow.wake()
         except OSError as error:  # For an open file, the system's message does not name the file.
             self._has_failed = True
             raise OSError(f"metrics of step {entry['step']} were not written, {self._folder}: {error}") from error
@@ -155,6 +184,9 @@ class Recorder:
                 # What could not be written fails here again, and would hide the error that says so.
                 with contextlib.suppress(*[OSError] * self._has_failed):
                     file.close()
+            if self._mlflow is not None:
+                writer, self._mlflow = self._mlflow, None  # a second call finds it closed
+                writer.close("FINISHED" if is_finished else "KILLED", *self._final)
         if self._progress is not None:
             self._progress.close(is_finished=is_finished)
 
@@ -184,6 +216,11 @@ def truncate_jsonl(path: pathlib.Path, last_step: int) -> None:
         _LOGGER.warning("%s: removed %d of %d entries, later than step %d", path, removed, len(lines), last_step)
     if kept != lines:
         write(path, "".join(kept).encode())
+
+
+def _hparam(value: typing.Any) -> float | str:
+    """Keeps what TensorBoard's hyperparameters can hold; the others become text."""
+    return value if isinstance(value, int | float | str) else json.dumps(value)
 
 
 def _max(first, second):

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 import typing
 
 import torch
@@ -17,6 +18,7 @@ from gpsd_dist.metrics.flops import StepFlops
 from gpsd_dist.metrics.progress_bar import ProgressBar
 from gpsd_dist.metrics.recorder import Recorder
 from gpsd_dist.metrics.throughput import Throughput
+from gpsd_dist.validation import flattened
 
 
 @dataclasses.dataclass
@@ -70,7 +72,14 @@ class TrainingMetrics:
             progress=self._bar,
             device=self.runtime.device,
         )
+        options = flattened(dataclasses.asdict(self.run))
+        self.recorder.describe(options, self.run.train.mlflow_uri, is_resumed=first_step > 0)
         self.throughput.restart()
+
+    def finish(self, best: dict[str, float], step: int) -> None:
+        """Writes the best validation of a finished run for trackers of experiments. Not collective."""
+        known = {name: value for name, value in best.items() if value is not None and math.isfinite(value)}
+        self.recorder.finish(known, step)
 
     def record_step(self, done: StepResult) -> None:
         """Records losses and rates of one step. Not collective, no GPU sync."""

@@ -4,13 +4,17 @@ import dataclasses
 import math
 import typing
 
+from gpsd_dist.report.beside import Floor
 from gpsd_dist.report.families import Family, seed_text
 from gpsd_dist.report.figures import Dots, Line, line_figure, strip_figure
+from gpsd_dist.report.intervals import half_width_of, mean_width, value_of
 from gpsd_dist.report.run_folder import Run
 from gpsd_dist.report.tables import listed
 
 VALID_METRICS = {"auc": "AUC", "gauc": "GAUC", "gauc_user_day": "GAUC by day", "log_loss": "log loss"}
 VALID_METRICS |= {name: name.upper() for name in ("mrr", "hr@10", "ndcg@10")}
+
+_EQUAL_EPOCHS = 1.01  # steps per epoch differ by less where only the last batch does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +60,7 @@ def gap_figures(family: Family) -> list[Figure]:
         lines = _lines(family, name, x="epoch", is_validation=True)
         if lines:
             title = f"generalization gap, {task}"
-            svg = line_figure(lines, _slug(family, name), f"{title} by epoch", x_label="epoch", zero_line=True)
+            svg = line_figure(lines, slug(family, name), f"{title} by epoch", x_label="epoch", zero_line=True)
             figures.append(Figure(title, svg, _absent(family, name)))
     return figures
 
@@ -76,9 +80,9 @@ def _pairs_of_task(family: Family, task: str) -> list[Figure]:
     figures = []
     for configuration, lines in drawn:
         title = f"{task}: {configuration.label}"
-        slug = _slug(family, f"pair-{task}-{configuration.style_index}")
+        name = slug(family, f"pair-{task}-{configuration.style_index}")
         described = f"training and valid log loss by epoch, {title}"
-        svg = line_figure(lines, slug, described, x_label="epoch", y_range=y_range, is_small=True)
+        svg = line_figure(lines, name, described, x_label="epoch", y_range=y_range, is_small=True)
         figures.append(Figure(title, svg))
     return figures
 
@@ -101,35 +105,42 @@ def speed_figure(family: Family) -> Figure | None:
     return _by_step(family, "perf/tokens_per_s", f"history tokens per second, {family.title}")
 
 
-def strip(family: Family, task: str, metric: str, split: str) -> Figure | None:
-    """Draws the seeds of every configuration as dots; None if there is nothing to compare."""
+def strip(family: Family, floors: typing.Sequence[Floor], task: str, metric: str, split: str) -> Figure | None:
+    """Draws the seeds of every configuration as dots, and floors; None if there is nothing to compare."""
     rows = []
     for configuration in family.configurations:
         values = [value_of(run, split, task, metric) for run in configuration.runs]
         finite = tuple(value for value in values if value is not None and math.isfinite(value))
         if finite:
-            rows.append(Dots(configuration.label, finite, configuration.style_index))
+            widths = [half_width_of(run, split, task, metric) for run in configuration.runs]
+            rows.append(Dots(configuration.label, finite, configuration.style_index, mean_width(widths)))
+    for floor in floors:
+        value = value_of(floor, split, task, metric)
+        if value is not None and math.isfinite(value):
+            width = half_width_of(floor, split, task, metric)
+            rows.append(Dots(floor.label, (value,), half_width=width or math.nan, is_muted=True))
     if len(rows) < 2:
         return None
     word = VALID_METRICS.get(metric, metric)
     title = f"{split} {word}, {task}"
     described = f"{title}, by configuration and seed"
-    svg = strip_figure(rows, _slug(family, f"strip-{split}-{task}-{metric}"), described, x_label=f"{split} {word}")
-    return Figure(title, svg, "dot: one seed; bar: mean")
+    svg = strip_figure(rows, slug(family, f"strip-{split}-{task}-{metric}"), described, x_label=f"{split} {word}")
+    grey = "; grey: needs no model" if any(row.is_muted for row in rows) else ""
+    return Figure(title, svg, f"dot: one seed; bar: mean; line: 95 % interval over users{grey}")
 
 
-def value_of(run: Run, split: str, task: str, metric: str) -> float | None:
-    """Returns a metric of a scored split; for "valid" at the best step unless there is a valid.json."""
-    if split in run.scores:
-        return run.scores[split].get(task, {}).get(metric)
-    return run.best_metrics.get(f"{task}/{metric}") if split == "valid" else None
+def x_axis(family: Family) -> str:
+    """Says along which axis the runs compare: "step", or "epoch" where a step is not the same share of the data."""
+    lengths = [length for run in family.runs if (length := run.steps_per_epoch)]
+    return "epoch" if lengths and max(lengths) > _EQUAL_EPOCHS * min(lengths) else "step"
 
 
 def _by_step(family: Family, name: str, title: str, is_validation: bool = False) -> Figure | None:
-    lines = _lines(family, name, is_validation=is_validation)
+    x = x_axis(family)
+    lines = _lines(family, name, x, is_validation=is_validation)
     if not lines:
         return None
-    svg = line_figure(lines, _slug(family, name), f"{title} by step", x_label="step")
+    svg = line_figure(lines, slug(family, name), f"{title} by {x}", x_label=x)
     return Figure(title, svg, _absent(family, name))
 
 
@@ -149,10 +160,19 @@ def _lines(family: Family, name: str, x: str = "step", is_validation: bool = Fal
                     style_index=configuration.style_index,
                     dash_index=dash_index,
                     has_markers=is_validation,
-                    ring_x=run.best_step if is_validation and x == "step" else None,
+                    ring_x=_best_x(run, points, x) if is_validation else None,
+                    is_stopped=run.is_stopped_early,
                 )
             )
     return lines
+
+
+def _best_x(run: Run, points: typing.Sequence[tuple[float, float]], x: str) -> float | None:
+    """Returns the point of the best step on the axis."""
+    if x == "step" or run.best_step is None or not run.steps_per_epoch:
+        return run.best_step
+    best = run.best_step / run.steps_per_epoch
+    return min((x for x, _ in points), key=lambda x: abs(x - best), default=None)
 
 
 def _columns(points: typing.Sequence[tuple[float, float]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -181,6 +201,6 @@ def _absent(family: Family, name: str) -> str:
     return f"not recorded by {listed(absent)}" if absent else ""
 
 
-def _slug(family: Family, name: str) -> str:
+def slug(family: Family, name: str) -> str:
     """Makes a valid id that is unique on the page."""
     return f"{family.anchor}-" + "".join(c if c.isalnum() else "-" for c in name)

@@ -196,4 +196,5 @@ def _distinction(run: Run, alike: list[Run]) -> str:
     options = flattened(run.config)
     names = [name for name in differing_options(alike) if name not in PLACE_OPTIONS]
     shown = [f"{name}={option_text(options.get(name, '?'))}" for name in names[:_OPTIONS_IN_LABEL]]
-    return " ".join(shown + ["..."] * (len(names) > _OPTIONS_IN_LABEL)) or run.label
+    more = len(names) - _OPTIONS_IN_LABEL
+    return " ".join(shown + [f"and {more} more option{'s' * (more > 1)}"] * (more > 0)) or run.label

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import math
 import re
+import textwrap
 import typing
 import xml.etree.ElementTree as ET
 
@@ -23,6 +24,8 @@ DASHES = ("", "5 2", "1.5 1.8", "7 2 1.5 2")  # by seed
 _MARKERS = ("o", "s", "^", "D")  # beyond NUM_COLORS configurations, colours come again with another marker
 _WIDTH_PT, _HEIGHT_PT = 374, 232
 _SMALL = (300, 170)
+_MIN_SPAN = 0.05  # of an axis, as a part of the largest value on it
+_LABEL_WIDTH = 52  # letters of a line of text as wide as a figure
 _MOST_MARKERS = 15  # per line; more would hide it
 _TICK_STEPS = [1, 2, 2.5, 5, 10]
 _TEXT, _GRID, _MUTED = "#0a0101", "#0a0202", "#0a0303"  # stand for CSS variables until the SVG is written
@@ -63,6 +66,7 @@ class Line:
     has_markers: bool = False
     is_muted: bool = False  # grey and thin: something to compare with
     ring_x: float | None = None  # the point at this x is circled
+    is_stopped: bool = False  # its last point is crossed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +75,20 @@ class Dots:
 
     label: str
     values: tuple[float, ...]
-    style_index: int
+    style_index: int = 0
+    half_width: float = math.nan  # of the interval of the mean; NaN: not known
+    is_muted: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """Describes one value with its interval per group; NaN where there is none."""
+
+    label: str
+    values: tuple[float, ...]
+    half_widths: tuple[float, ...]
+    style_index: int = 0
+    is_muted: bool = False
 
 
 def style_color(index: int) -> int:
@@ -108,8 +125,7 @@ def line_figure(
             titles[f"line-{index}"] = line.label
         if zero_line:
             axes.axhline(0, color=_MUTED, linewidth=1, zorder=1)
-        if y_range is not None:
-            axes.set_ylim(*y_range)
+        axes.set_ylim(*_at_least(y_range or axes.get_ylim()))
         axes.set_xlabel(x_label)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_TICK_STEPS))
         axes.xaxis.set_major_formatter(FuncFormatter(_step_text))
@@ -121,28 +137,94 @@ def line_figure(
 
 
 def strip_figure(rows: typing.Sequence[Dots], name: str, description: str, *, x_label: str) -> str:
-    """Draws one row of dots per entry, top to bottom, as an SVG element."""
+    """Draws one row of dots per entry, top to bottom, below its label, as an SVG element."""
+    labels = [textwrap.fill(row.label, _LABEL_WIDTH) for row in rows]
+    heights = [0.62 + 0.36 * (1 + label.count("\n")) for label in labels]  # in rows; a line of text takes 0.36
     with matplotlib.rc_context(_FIGURE_STYLE):
-        figure, axes = _figure(_WIDTH_PT, 58 + 26 * len(rows))
-        titles = {}
-        for index, row in enumerate(rows):
-            color, finite = _color(row.style_index), [value for value in row.values if math.isfinite(value)]
+        figure, axes = _figure(_WIDTH_PT, 50 + 36 * sum(heights))
+        titles, y = {}, 0.0
+        for index, (row, label, height) in enumerate(zip(rows, labels, heights, strict=True)):
+            y += height
+            color, finite = _color(row.style_index, row.is_muted), [v for v in row.values if math.isfinite(v)]
             marker = _MARKERS[row.style_index // NUM_COLORS % len(_MARKERS)]
+            axes.text(0.0, y - 0.3, label, transform=axes.get_yaxis_transform(), va="bottom")
             if finite:
-                axes.plot(finite, [index] * len(finite), marker, color=color, markersize=5.5, gid=f"dots-{index}")
+                axes.plot(finite, [y] * len(finite), marker, color=color, markersize=5.5, gid=f"dots-{index}")
                 mean = sum(finite) / len(finite)
-                axes.plot([mean, mean], [index - 0.32, index + 0.32], color=color, linewidth=2.2)
-                titles[f"dots-{index}"] = f"{row.label}: " + ", ".join(f"{value:.4f}" for value in finite)
-        labels = [row.label if len(row.label) <= 24 else f"{row.label[:22]}.." for row in rows]
-        axes.set_yticks(range(len(rows)), labels)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.tick_params(axis="y", length=0)
+                axes.plot([mean, mean], [y - 0.22, y + 0.22], color=color, linewidth=2.2)
+                words = f"{row.label}: " + ", ".join(f"{value:.4f}" for value in finite)
+                if math.isfinite(row.half_width):
+                    axes.plot([mean - row.half_width, mean + row.half_width], [y, y], color=color, linewidth=1.2)
+                    words += f", 95 % interval of the mean +- {row.half_width:.4f}"
+                titles[f"dots-{index}"] = words
+        axes.set_yticks([])
+        axes.set_ylim(y + 0.5, 0)
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=_TICK_STEPS))
         axes.margins(x=0.06)
+        axes.set_xlim(*_at_least(axes.get_xlim()))
         axes.set_xlabel(x_label)
-        axes.grid(axis="both", linewidth=0.7)
+        axes.grid(axis="x", linewidth=0.7)
         return _inline(figure, name, description, titles)
+
+
+def group_figure(
+    groups: typing.Sequence[str],
+    rows: typing.Sequence[Points],
+    name: str,
+    description: str,
+    *,
+    y_label: str,
+    x_label: str,
+) -> str:
+    """Draws a value with its interval for each group, one row of points per entry, as an SVG element."""
+    is_tall = sum(map(len, groups)) > _LABEL_WIDTH  # then labels stand upright
+    with matplotlib.rc_context(_FIGURE_STYLE):
+        figure, axes = _figure(_WIDTH_PT, _HEIGHT_PT + is_tall * 6 * max(map(len, groups)))
+        titles = {}
+        for index, row in enumerate(rows):
+            color = _color(row.style_index, row.is_muted)
+            x = [at + 0.5 * ((index + 0.5) / len(rows) - 0.5) for at in range(len(groups))]
+            style = {"color": color, "markersize": 4, "linewidth": 1.0, "gid": f"points-{index}"}
+            marker = _MARKERS[row.style_index // NUM_COLORS % len(_MARKERS)]
+            axes.plot(x, row.values, marker=marker, linestyle="--" if row.is_muted else "-", **style)
+            ends = zip(x, row.values, row.half_widths, strict=True)
+            for at, value, width in ((at, value, width) for at, value, width in ends if math.isfinite(value + width)):
+                axes.plot([at, at], [value - width, value + width], color=color, linewidth=1.2)
+            titles[f"points-{index}"] = row.label
+        axes.set_xticks(range(len(groups)), groups, rotation=90 if is_tall else 0)
+        axes.set_xlim(-0.6, len(groups) - 0.4)
+        axes.set_ylim(*_at_least(axes.get_ylim()))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_TICK_STEPS))
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.grid(axis="y", linewidth=0.7)
+        return _inline(figure, name, description, titles)
+
+
+def calibration_figure(lines: typing.Sequence[Line], name: str, description: str) -> str:
+    """Draws observed rates over predicted probabilities, and the diagonal where both are equal, as an SVG element."""
+    end = max((v for line in lines for v in (*line.x, *line.y) if math.isfinite(v)), default=1.0) * 1.05 or 1.0
+    with matplotlib.rc_context(_FIGURE_STYLE):
+        figure, axes = _figure(_WIDTH_PT, 300)
+        axes.plot([0, end], [0, end], color=_MUTED, linewidth=1, zorder=1)
+        for index, line in enumerate(lines):
+            _draw(axes, line, f"line-{index}")
+        axes.set_xlim(0, end)
+        axes.set_ylim(0, end)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(5, steps=_TICK_STEPS))
+        axes.set_xlabel("predicted probability")
+        axes.set_ylabel("observed rate")
+        axes.grid(axis="both", linewidth=0.7)
+        return _inline(figure, name, description, {f"line-{i}": line.label for i, line in enumerate(lines)})
+
+
+def _at_least(limits: tuple[float, float]) -> tuple[float, float]:
+    """Widens an axis to a part of its values: noise in the fourth digit must not look like a change."""
+    low, high = sorted(limits)
+    missing = _MIN_SPAN * max(abs(low), abs(high)) - (high - low)
+    return (low - missing / 2, high + missing / 2) if missing > 0 else (low, high)
 
 
 def _figure(width_pt: float, height_pt: float) -> tuple[Figure, Axes]:
@@ -158,7 +240,7 @@ def _figure(width_pt: float, height_pt: float) -> tuple[Figure, Axes]:
 def _draw(axes: Axes, line: Line, gid: str) -> None:
     dash = [float(length) for length in style_dash(line.dash_index).split()]
     marker = _MARKERS[line.style_index // NUM_COLORS % len(_MARKERS)]
-    color = _MUTED if line.is_muted else _color(line.style_index)
+    color = _color(line.style_index, line.is_muted)
     num_points = sum(map(math.isfinite, line.y))
     is_sparse = num_points == 1 or (line.has_markers and num_points <= _MOST_MARKERS)  # a single point has no line
     axes.plot(
@@ -176,10 +258,13 @@ def _draw(axes: Axes, line: Line, gid: str) -> None:
     ring = [(x, y) for x, y in zip(line.x, line.y, strict=True) if x == line.ring_x and math.isfinite(y)]
     if ring:
         axes.plot(*ring[-1], "o", markersize=8, markerfacecolor="none", markeredgecolor=color, markeredgewidth=1.4)
+    if line.is_stopped and num_points:
+        last = [(x, y) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)][-1]
+        axes.plot(*last, "x", markersize=7, markeredgecolor=color, markeredgewidth=1.6, zorder=4)
 
 
-def _color(style_index: int) -> str:
-    return f"#0b01{style_color(style_index):02x}"
+def _color(style_index: int, is_muted: bool = False) -> str:
+    return _MUTED if is_muted else f"#0b01{style_color(style_index):02x}"
 
 
 def _step_text(value: float, _position: int) -> str:

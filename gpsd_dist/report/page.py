@@ -7,10 +7,13 @@ import typing
 import jinja2
 
 from gpsd_dist.report import curves, dataset, results, setup
+from gpsd_dist.report.beside import Beside, Floor, find_beside, floors_of
 from gpsd_dist.report.families import Family, group, seed_text
 from gpsd_dist.report.figures import has_shapes, style_color, style_dash
+from gpsd_dist.report.fit_summary import FitSummary, fit_summary
+from gpsd_dist.report.other_scores import predictions_table, serving_table
 from gpsd_dist.report.run_folder import Run, find_runs, read_runs
-from gpsd_dist.report.tables import Table, time_text
+from gpsd_dist.report.tables import time_text
 
 _OPEN_UP_TO = 6  # entries; a longer list starts folded
 
@@ -24,31 +27,25 @@ class Report:
     num_problems: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """Holds what somebody who compared the runs says about them; it stands at the top of the page."""
-
-    verdicts: tuple[str, ...]
-    tables: tuple[Table, ...]
-    hints: tuple[str, ...]
-
-
-def make_report(places: typing.Sequence[pathlib.Path], summary: Summary | None = None) -> Report:
+def make_report(places: typing.Sequence[pathlib.Path]) -> Report:
     """Reports on every run in and below `places`; equal files give equal bytes. ValueError where `find_runs` raises."""
     folders, problems = find_runs(places)
     runs = read_runs(folders)
     data_sets, data_problems = dataset.data_sets(runs)
     families = group(runs, data_sets)
-    problems += [problem for run in runs for problem in run.problems] + data_problems
-    contexts = [_family_context(family) for family in families]
+    beside = find_beside(places)
+    problems += [problem for run in runs for problem in run.problems] + data_problems + list(beside.problems)
+    contexts = [_family_context(family, floors_of(family.runs, beside.floors, problems)) for family in families]
     html = _template().render(
         title=f"Run {runs[0].label}" if len(runs) == 1 else f"Report on {len(runs)} runs",
-        summary=summary,
+        fits=_fits(beside, problems),
         runs=runs,
         run_span=_span(runs),
         problems=problems,
         families=contexts,
         highlights=[(c["family"], r.highlight) for c in contexts for r in c["results"] if r.highlight],
+        predictions=predictions_table(beside.predictions, problems),
+        serving=serving_table(beside.serving),
         throughput=setup.throughput(families),
         speed_figures=[figure for family in families if (figure := curves.speed_figure(family))],
         data_sets=[_data_context(data_set) for data_set in data_sets],
@@ -58,6 +55,16 @@ def make_report(places: typing.Sequence[pathlib.Path], summary: Summary | None =
         open_up_to=_OPEN_UP_TO,
     )
     return Report(html, len(runs), len(problems))
+
+
+def _fits(beside: Beside, problems: list[str]) -> list[FitSummary]:
+    fits = []
+    for folder, summary in beside.fits:
+        try:
+            fits.append(fit_summary(folder.name, summary))
+        except ValueError as error:
+            problems.append(f"{error}, left out")
+    return fits
 
 
 def _template() -> jinja2.Template:
@@ -78,12 +85,15 @@ def _span(runs: typing.Sequence[Run]) -> str:
     return f"{time_text(min(times))} to {time_text(max(times))} UTC" if times else ""
 
 
-def _family_context(family: Family) -> dict[str, typing.Any]:
+def _family_context(family: Family, floors: typing.Sequence[Floor]) -> dict[str, typing.Any]:
     return {
         "family": family,
         "has_shapes": has_shapes(len(family.configurations)),
         "num_seeds": max(len(made.runs) for made in family.configurations),
-        "results": results.task_results(family),
+        "results": results.task_results(family, floors),
+        "x_axis": curves.x_axis(family),
+        "stopped": [run.label for run in family.runs if run.is_stopped_early],
+        "ends": [(run.label, f"{run.outcome['ended']}") for run in family.runs if run.outcome.get("ended")],
         "training": curves.training_figures(family),
         "gaps": curves.gap_figures(family),
         "pairs": curves.loss_pairs(family),

@@ -5,9 +5,12 @@ import math
 import statistics
 import typing
 
-from gpsd_dist.report import curves
-from gpsd_dist.report.curves import tasks, value_of
+from gpsd_dist.report import curves, groups
+from gpsd_dist.report.beside import Floor
+from gpsd_dist.report.curves import tasks
 from gpsd_dist.report.families import Configuration, Family, model_text, refits, seed_text, strategy_text
+from gpsd_dist.report.intervals import half_width_of, mean_width, value_of, width_text
+from gpsd_dist.report.judgement import Judgement, judge
 from gpsd_dist.report.run_folder import Run
 from gpsd_dist.report.tables import (
     MISSING,
@@ -34,10 +37,14 @@ class TaskResult:
     """Holds the tables and figures of one task of a family."""
 
     task: str
+    split: str  # that is judged
     summary: Table
     strips: tuple[curves.Figure, ...]
     every_run: Table
     highlight: "Highlight | None"
+    calibration: curves.Figure | None
+    groups: tuple[tuple[curves.Figure | None, Table], ...]
+    without_groups: str  # runs that were scored before breakdowns were written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +54,12 @@ class Highlight:
     what: str
     configuration: str
     value: str
+    width: str
     note: str
+    judgement: Judgement
 
 
-def task_results(family: Family) -> list[TaskResult]:
+def task_results(family: Family, floors: typing.Sequence[Floor] = ()) -> list[TaskResult]:
     """Makes one entry per task, in the order of the files."""
     results = []
     for task in tasks(family.runs):
@@ -60,14 +69,19 @@ def task_results(family: Family) -> list[TaskResult]:
         metric = next((m for m in ("auc", "mrr") if any(column[1] == m for column in columns)), columns[0][1])
         splits = [split for split, name in columns if name == metric]
         split = next((s for s in splits if s != "valid"), splits[0])
-        strips = [curves.strip(family, task, m, split) for s, m in columns if s == split and m in _STRIP_METRICS]
+        drawn = [m for s, m in columns if s == split and m in _STRIP_METRICS]
+        strips = [curves.strip(family, floors, task, m, split) for m in drawn]
         results.append(
             TaskResult(
                 task=task,
-                summary=_summary(family, task, columns),
+                split=split,
+                summary=_summary(family, floors, task, columns),
                 strips=tuple(strip for strip in strips if strip is not None),
                 every_run=_every_run(family, task, columns),
-                highlight=_highlight(family, task, metric, splits),
+                highlight=_highlight(family, floors, task, metric, splits),
+                calibration=groups.calibration(family, floors, split, task),
+                groups=tuple(groups.group_results(family, floors, split, task)),
+                without_groups=groups.missing(family, split, task),
             )
         )
     return results
@@ -104,18 +118,36 @@ def _mean(values: list[float | None]) -> float | None:
     return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
-def _summary(family: Family, task: str, columns: list[tuple[str, str]]) -> Table:
-    """Makes one row per configuration; the best mean of a column is bold."""
+def _summary(family: Family, floors: typing.Sequence[Floor], task: str, columns: list[tuple[str, str]]) -> Table:
+    """Makes one row per configuration, then one per floor; the best mean of a column is bold."""
     shown = [column for column in columns if column[1] in MAIN_METRICS] or columns
     configurations = family.configurations
     best = {c: best_index(c[1], [_mean(_values(made, task, c)) for made in configurations]) for c in shown}
     rows = []
     for index, made in enumerate(configurations):
         cells = [Cell(made.label, style_index=made.style_index), Cell(made.seeds)]
-        cells += [mean_cell(c[1], _values(made, task, c), is_strong=best[c] == index) for c in shown]
+        cells += [_mean_cell(made, task, c, is_strong=best[c] == index) for c in shown]
         rows.append(Row(tuple(cells)))
+    of_floors = []
+    for floor in floors:
+        values = [value_of(floor, split, task, metric) for split, metric in shown]
+        if any(value is not None for value in values):
+            widths = [width_text(half_width_of(floor, split, task, metric)) for split, metric in shown]
+            numbers = (number_cell(metric_text(c[1], v), w) for c, v, w in zip(shown, values, widths, strict=True))
+            of_floors.append(Row((Cell(floor.label, "no model"), Cell(""), *numbers)))
     headers = (Cell("configuration"), Cell("seeds"), *(number_cell(_METRIC_WORDS.get(m, m)) for _, m in shown))
-    return Table(headers, (tuple(rows),), _spans(2, shown), f"{task}: mean over seeds, smallest to largest below it")
+    groups_of_rows = (tuple(rows), tuple(of_floors)) if of_floors else (tuple(rows),)
+    caption = f"{task}: mean over seeds; below it 95 % interval over users, smallest to largest seed"
+    return Table(headers, groups_of_rows, _spans(2, shown), caption)
+
+
+def _mean_cell(made: Configuration, task: str, column: tuple[str, str], *, is_strong: bool) -> Cell:
+    """Writes the mean over seeds with its interval and range."""
+    cell = mean_cell(column[1], _values(made, task, column), is_strong=is_strong)
+    if cell.text in (MISSING, "NaN"):
+        return cell
+    width = width_text(mean_width([half_width_of(run, column[0], task, column[1]) for run in made.runs]))
+    return dataclasses.replace(cell, note="\n".join(filter(None, (width, cell.note))))
 
 
 def _every_run(family: Family, task: str, columns: list[tuple[str, str]]) -> Table:
@@ -151,7 +183,9 @@ def _who(run: Run, family: Family) -> tuple[Cell, ...]:
     return (*map(Cell, words), number_cell(best))
 
 
-def _highlight(family: Family, task: str, metric: str, splits: typing.Sequence[str]) -> Highlight | None:
+def _highlight(
+    family: Family, floors: typing.Sequence[Floor], task: str, metric: str, splits: typing.Sequence[str]
+) -> Highlight | None:
     """Chooses a configuration by its mean on `valid` and shows its mean on the scored split: test decides nothing.
 
     If it was not scored itself, but its refit on more data was, the refit's score is shown.
@@ -180,4 +214,7 @@ def _highlight(family: Family, task: str, metric: str, splits: typing.Sequence[s
     if len(family.configurations) > 1:
         note += f"; best of {len(known)} on valid"
     word = _METRIC_WORDS.get(metric, metric)
-    return Highlight(f"{task}, {split} {word}", shown.label, metric_text(metric, _mean(values)), note)
+    width = width_text(mean_width([half_width_of(run, split, task, metric) for run in shown.runs]))
+    judged = judge(family, shown, floors, split, task, metric, word)
+    value = metric_text(metric, _mean(values))
+    return Highlight(f"{task}, {split} {word}", shown.label, value, width, note, judged)

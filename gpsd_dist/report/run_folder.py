@@ -14,6 +14,7 @@ import typing
 from gpsd_dist.checkpoint import retention
 from gpsd_dist.checkpoint.retention import BEST_NAME, STATE_NAME
 from gpsd_dist.checkpoint.retention import FOLDER_NAME as CHECKPOINTS_NAME
+from gpsd_dist.metrics import breakdown
 from gpsd_dist.report.tables import listed
 
 METRICS_NAME = "metrics.jsonl"
@@ -21,11 +22,13 @@ CONFIG_NAME = "run_config.json"
 ENVIRONMENT_NAME = "environment.json"
 GIN_NAME = "config.gin"
 PLAN_NAME = "plan.txt"
-_OF_TOOLS = ("parameters.json", "wall_s.json", "experiment.json")
-"""Files that gpsd_dist.scaling, benchmarks.model_table and benchmarks.experiments leave in a run folder: no results."""
+OUTCOME_NAME = "outcome.json"
+_OF_TOOLS = ("parameters.json", "wall_s.json", "experiment.json", OUTCOME_NAME)
+"""Files of a run folder that are no results: of gpsd_dist.scaling, benchmarks.model_table, benchmarks.experiments."""
 NOT_JSON = "not JSON, left out"
 
 Scores = dict[str, dict[str, float]]  # task -> metric -> value; NaN where the file says null
+Breakdowns = dict[str, dict[str, typing.Any]]  # task -> "half_width", "calibration", "groups", with floats for numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Run:
     best_step: int | None
     best_metrics: dict[str, float]  # "<task>/<metric>" of the validation at the best step
     scores: dict[str, Scores]  # split -> what `gpsd_dist.evaluate --metrics_out <split>.json` wrote
+    breakdowns: dict[str, Breakdowns]  # split -> task -> what `metrics.breakdown` made; none of files before it
+    outcome: dict[str, typing.Any]  # `outcome.json`: why it ended, floors on valid; {} of an older or unfinished run
     state: dict[str, typing.Any]  # `run_state.json` of the newest checkpoint
     problems: tuple[str, ...]
 
@@ -52,6 +57,21 @@ class Run:
     def names(self) -> list[str]:
         """Lists every metric that occurs in `entries`, sorted."""
         return sorted({name for entry in self.entries for name in entry if "/" in name})
+
+    @property
+    def steps_per_epoch(self) -> float | None:
+        """Steps of an epoch, by the last entry; None if nothing was logged."""
+        last = next((e for e in reversed(self.entries) if e.get("epoch", 0) > 0), None)
+        return last["step"] / last["epoch"] if last else None
+
+    @property
+    def is_stopped_early(self) -> bool:
+        """Whether patience ended the run."""
+        train, progress = self.config.get("train"), self.state.get("progress", {})
+        patience = train.get("patience") if isinstance(train, dict) else 0
+        stale = progress.get("stale")
+        is_known = isinstance(patience, int) and isinstance(stale, int)
+        return bool(self.is_finished) and is_known and 0 < patience <= stale
 
     @property
     def is_finished(self) -> bool | None:
@@ -118,6 +138,7 @@ def read_run(folder: pathlib.Path, label: str) -> Run:
     config = _json_object(folder / CONFIG_NAME, problems)
     checkpoints, elsewhere = _checkpoint_folder(folder, config)
     problems += elsewhere
+    scores, breakdowns = _scores(folder, problems)
     best_step, best_metrics = _best(checkpoints / BEST_NAME, problems) if checkpoints else (None, {})
     if not (folder / GIN_NAME).is_file():
         problems.append(f"{folder / GIN_NAME} is missing")
@@ -130,7 +151,9 @@ def read_run(folder: pathlib.Path, label: str) -> Run:
         entries=_entries(folder / METRICS_NAME, problems),
         best_step=best_step,
         best_metrics=best_metrics,
-        scores=_scores(folder, problems),
+        scores=scores,
+        breakdowns=breakdowns,
+        outcome=_json_object(folder / OUTCOME_NAME, problems) if (folder / OUTCOME_NAME).exists() else {},
         state=_newest_state(checkpoints, problems) if checkpoints else {},
         problems=tuple(problems),
     )
@@ -227,9 +250,10 @@ def _best(path: pathlib.Path, problems: list[str]) -> tuple[int | None, dict[str
     return step, _numbers(metrics, str(path), problems)
 
 
-def _scores(folder: pathlib.Path, problems: list[str]) -> dict[str, Scores]:
+def _scores(folder: pathlib.Path, problems: list[str]) -> tuple[dict[str, Scores], dict[str, Breakdowns]]:
     """Reads every other JSON file of the folder as a result of `gpsd_dist.evaluate`; its stem names the split."""
     scores: dict[str, Scores] = {}
+    breakdowns: dict[str, Breakdowns] = {}
     for path in sorted(folder.glob("*.json")):
         if path.name in (CONFIG_NAME, ENVIRONMENT_NAME, *_OF_TOOLS):
             continue
@@ -242,8 +266,43 @@ def _scores(folder: pathlib.Path, problems: list[str]) -> dict[str, Scores]:
                 f'{path} is not a result of gpsd_dist.evaluate ({{"task": {{"metric": number}}}}), left out'
             )
             continue
-        scores[path.stem] = {task: _numbers(values, f"{path}, {task}", problems) for task, values in raw.items()}
-    return scores
+        scores[path.stem], breakdowns[path.stem] = read_scores(raw, str(path), problems)
+    return scores, breakdowns
+
+
+def read_scores(raw: dict[str, typing.Any], where: str, problems: list[str]) -> tuple[Scores, Breakdowns]:
+    """Splits what `evaluate` wrote into the metrics and the breakdowns of its tasks."""
+    scores: Scores = {}
+    found: Breakdowns = {}
+    for task, values in raw.items():
+        numbers = {name: value for name, value in values.items() if name != breakdown.KEY}
+        scores[task] = _numbers(numbers, f"{where}, {task}", problems)
+        try:
+            if breakdown.KEY in values:
+                found[task] = _breakdown(values[breakdown.KEY])
+        except (TypeError, ValueError, KeyError, AttributeError):
+            problems.append(
+                f"{where}, {task}: {breakdown.KEY} has another form than gpsd_dist.evaluate writes, left out"
+            )
+    return scores, found
+
+
+def _breakdown(raw: dict[str, typing.Any]) -> dict[str, typing.Any]:
+    """Turns null into NaN; what has another form raises."""
+
+    def numbers(values: dict[str, typing.Any], *needed: str) -> dict[str, float]:
+        found = {name: math.nan if value is None else float(value) for name, value in values.items() if name != "name"}
+        if not set(needed) <= set(found):
+            raise ValueError(f"{set(needed) - set(found)} is missing")
+        return found
+
+    of_group = ("rows", "positives", "auc", "auc_half_width")
+    groups = {
+        what: [{"name": str(one["name"])} | numbers(one, *of_group) for one in group]
+        for what, group in raw["groups"].items()
+    }
+    calibration = [numbers(one, "rows", "predicted", "observed") for one in raw["calibration"]]
+    return {"half_width": numbers(raw["half_width"]), "calibration": calibration, "groups": groups}
 
 
 def _newest_state(folder: pathlib.Path, problems: list[str]) -> dict[str, typing.Any]:

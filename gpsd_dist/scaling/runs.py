@@ -20,6 +20,7 @@ from gpsd_dist.data import data_versions
 from gpsd_dist.data.run_manifest import read_run_manifest, with_data_version
 from gpsd_dist.disk.reading import again
 from gpsd_dist.distributed.fork_server import ForkServer
+from gpsd_dist.metrics import breakdown
 from gpsd_dist.parameter_names import TOWER, dense_weight, is_table, is_weight
 from gpsd_dist.scaling.ladder import Training, Trial, checkpoint_in
 from gpsd_dist.validation import flattened
@@ -106,12 +107,17 @@ def is_trained(training: Training) -> bool:
 
 
 def read_result(path: pathlib.Path) -> dict[str, dict[str, typing.Any]] | None:
-    """Reads task -> metrics; None if the file is missing or half-written."""
+    """Reads task -> metrics, without breakdowns; None if the file is missing or half-written."""
     try:
         result = json.loads(again(path, path.read_text))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return result if isinstance(result, dict) and result else None
+    if not isinstance(result, dict) or not result:
+        return None
+    for values in result.values():
+        if isinstance(values, dict):
+            values.pop(breakdown.KEY, None)
+    return result
 
 
 def run_trial(trial: Trial, say: collections.abc.Callable[[str], None], server: ForkServer | None = None) -> None:

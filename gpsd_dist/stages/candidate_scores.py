@@ -24,6 +24,9 @@ def add_predictions(
     # The time of the request goes along for the GAUC within a user's day.
     request_C = batch.packing.request_C
     user_C, time_s_C = batch.user_hash_B[request_C], batch.request_time_s_B[request_C]
+    history_C = batch.packing.position_S[
+        batch.packing.num_history_tokens :
+    ]  # of a candidate: the length of its history
     for task in tasks:
         label_C = batch.labels[task.name]
         if task.given is not None:
@@ -34,4 +37,5 @@ def add_predictions(
             weight_C = batch.sampling["weight"]
         if task.given is None and "negative_rate" in batch.sampling:
             weight_C = torch.where(label_C == 0, weight_C / batch.sampling["negative_rate"], weight_C)
-        predictions[task.name].add(logit_C, label_C, user_C, is_observed_C, time_s_C, batch.candidate_item_C, weight_C)
+        item_C = batch.candidate_item_C
+        predictions[task.name].add(logit_C, label_C, user_C, is_observed_C, time_s_C, item_C, weight_C, history_C)

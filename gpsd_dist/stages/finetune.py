@@ -11,7 +11,8 @@ from torch import nn
 from gpsd_dist.batch.batch import Batch
 from gpsd_dist.config import FinetuneConfig, RunConfig
 from gpsd_dist.config.model import MODELS, models_with
-from gpsd_dist.metrics.classification import METRIC_KEYS, Predictions, gather_metrics
+from gpsd_dist.metrics.binary_metrics import METRIC_KEYS
+from gpsd_dist.metrics.classification import Predictions, gather_metrics
 from gpsd_dist.model.gpsd import RankingModel
 from gpsd_dist.schema import Manifest, Table, Task
 from gpsd_dist.stages import losses
@@ -89,7 +90,7 @@ class Finetune:
         rank_cut: int | None,
         keep: dict[str, Predictions] | None = None,
     ) -> Metrics:
-        """Scores every candidate: task -> `classification.METRIC_KEYS`. Collective.
+        """Scores every candidate: task -> `binary_metrics.METRIC_KEYS`. Collective.
 
         `keep` gets the scores on rank 0; `rank_cut` belongs to next-item ranking and must be None.
         """

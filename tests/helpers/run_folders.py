@@ -115,6 +115,23 @@ def scored(auc: float, **metrics: float | None) -> dict[str, dict[str, float | N
     return {task: {"auc": auc, "log_loss": 0.5, "rows": 200} | metrics for task in TASKS}
 
 
+def broken_down(auc: float, half_width: float = 0.02) -> dict[str, typing.Any]:
+    """Scores as `scored` makes them, with a breakdown: three lengths of histories, known and new items, one day."""
+    groups = {
+        "history": [_group("0", 50, auc - 0.1), _group("1-2", 60, auc), _group("11-20", 90, auc + 0.05)],
+        "item": [_group("known", 150, auc), _group("new", 50, None)],
+        "day": [_group("2024-02-29", 200, auc)],
+    }
+    bins = [{"rows": 100, "predicted": p, "observed": y} for p, y in ((0.1, 0.08), (0.4, 0.45))]
+    made = {"half_width": {"auc": half_width, "log_loss": 0.01}, "calibration": bins, "groups": groups}
+    return {task: values | {"label_rate": 0.3, "breakdown": made} for task, values in scored(auc).items()}
+
+
+def _group(name: str, rows: int, auc: float | None) -> dict[str, typing.Any]:
+    facts = {"name": name, "rows": rows, "positives": rows // 3, "auc": auc, "log_loss": 0.5, "calibration": 1.0}
+    return facts | {"auc_half_width": None if auc is None else 0.03}
+
+
 def write_json(path: pathlib.Path, content: typing.Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))

@@ -12,7 +12,7 @@ from gpsd_dist.baselines.frequent_items import frequent_item_metrics
 from gpsd_dist.baselines.registry import evaluate_baseline
 from gpsd_dist.checkpoint import manager
 from gpsd_dist.data.loaders import evaluation_loader
-from gpsd_dist.metrics.classification import classification_metrics
+from gpsd_dist.metrics.binary_metrics import classification_metrics
 from gpsd_dist.metrics.scores import read_scores, scores_file
 from gpsd_dist.schema import NUM_RESERVED_ROWS, read_manifest
 from gpsd_dist.stages.stage import evaluate_split

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from gpsd_dist.metrics import classification
+from gpsd_dist.metrics import breakdown, classification
 from tests.helpers import distributed
 
 
@@ -58,14 +58,23 @@ def _rank_metrics(rank, world_size):
         predictions[task] = classification.Predictions(with_items=task == "click")
         columns = (column[share] for column in _rows(seed=seed))
         time_s_N = _days()[share] * classification.SECONDS_PER_DAY + 17
-        predictions[task].add(*columns, time_s_N=time_s_N, item_N=np.arange(3000)[share])
+        history_N = np.arange(3000)[share] % 70
+        predictions[task].add(*columns, time_s_N=time_s_N, item_N=np.arange(3000)[share], history_N=history_N)
     if rank % 2:  # a rank that met the tasks in another order must not mix them up
         predictions = dict(reversed(predictions.items()))
     keep = {}
     metrics = classification.gather_metrics(predictions, keep)
     assert {task: rows.metrics() for task, rows in keep.items()} == (metrics if rank == 0 else {})
     assert rank != 0 or sorted(keep["click"].items()) == list(range(3000))
-    return metrics
+    return metrics, {task: breakdown.breakdown(rows.scored()) for task, rows in sorted(keep.items())}
+
+
+def test_breakdown_of_several_ranks_has_the_bits_of_one(tmp_path):
+    (_, expected), *_ = distributed.run_distributed(_rank_metrics, 1, tmp_path)
+    assert set(expected["click"]["groups"]) == {"history", "item", "day"}
+    for world_size in (2, 3):
+        (_, made), *others = distributed.run_distributed(_rank_metrics, world_size, tmp_path)
+        assert made == expected and all(other == {} for _, other in others)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -74,7 +83,7 @@ def test_every_rank_gets_the_single_rank_metrics_bit_for_bit(world_size, tmp_pat
         task: classification.classification_metrics(*_rows(seed=seed), day_N=_days())
         for task, seed in (("click", 0), ("long_view", 1))
     }
-    for result in distributed.run_distributed(_rank_metrics, world_size, tmp_path):
+    for result, _ in distributed.run_distributed(_rank_metrics, world_size, tmp_path):
         assert result == expected
 
 

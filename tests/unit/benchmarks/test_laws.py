@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.laws import dataset, generators
 from gpsd_dist import schema
-from gpsd_dist.metrics.classification import classification_metrics
+from gpsd_dist.metrics.binary_metrics import classification_metrics
 
 LAWS = tuple(generators.LAWS)
 # Of 200 users, 10 candidates, seed 0. A law is frozen: where one of these differs, make another law of the change.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpsd_dist.metrics.auc_interval import Z_95, auc_by_user, half_width_of_counts
-from gpsd_dist.metrics.classification import classification_metrics
+from gpsd_dist.metrics.binary_metrics import classification_metrics
 
 
 def _draw(random, num_users, rows_per_user, spread, shift=1.0):

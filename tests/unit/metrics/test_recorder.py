@@ -8,6 +8,8 @@ import math
 import pytest
 import torch
 from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.plugins.hparams import api_pb2 as hparams_api
+from tensorboard.plugins.hparams import metadata as hparams_metadata
 
 from gpsd_dist import validation
 from gpsd_dist.metrics import progress_bar, recorder
@@ -108,6 +110,23 @@ def test_resume_leaves_one_history(tmp_path, caplog):
     assert "removed 3 of 7 entries" in caplog.text
     events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == expected
+
+
+def test_options_and_the_best_validation_are_for_tensorboards_hyperparameters(tmp_path):
+    recorded = recorder.Recorder(tmp_path, 0)
+    recorded.describe({"seed": 3, "strategy": "NT", "train.bf16": True, "tables.transfer": ["item"]})
+    recorded.finish({"click/auc": 0.75}, 40)
+    recorded.close(is_finished=True)
+    events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("best/click/auc")] == [(40, 0.75)]
+    contents = events.PluginTagToContent(hparams_metadata.PLUGIN_NAME)
+    options = hparams_metadata.parse_session_start_info_plugin_data(
+        contents[hparams_metadata.SESSION_START_INFO_TAG]
+    ).hparams
+    assert (options["seed"].number_value, options["strategy"].string_value) == (3, "NT")
+    assert options["tables.transfer"].string_value == '["item"]' and "train.bf16" in options
+    end = hparams_metadata.parse_session_end_info_plugin_data(contents[hparams_metadata.SESSION_END_INFO_TAG])
+    assert end.status == hparams_api.STATUS_SUCCESS
 
 
 def test_new_run_in_an_old_folder_starts_clean(tmp_path):

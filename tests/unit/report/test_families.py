@@ -75,7 +75,10 @@ def test_refits_share_a_row_of_their_own(tmp_path):
         ({"sparse.peak_lr": 0.01}, "NT, sparse.peak_lr=0.01"),
         ({"model.layers": 12}, "NT transformer L12H64A4"),
         ({"model.name": "din", "model.layers": 9}, "NT din H64"),  # it has no layers
-        ({"train.epochs": 1, "train.patience": 2, "dense.eps": 0.5}, "NT, dense.eps=0.5 train.epochs=1 ..."),
+        (
+            {"train.epochs": 1, "train.patience": 2, "dense.eps": 0.5},
+            "NT, dense.eps=0.5 train.epochs=1 and 1 more option",
+        ),
     ],
 )
 def test_label_says_what_is_different(tmp_path, options, label):
