@@ -175,7 +175,7 @@ class TrainConfig:
     so long in its first step, says where it stands and ends with status 124; 0: off. Shorter than collective_timeout_s,
     so that the rank that hangs speaks, and not only those that wait for it."""
     mlflow_uri: str = dataclasses.field(default="", metadata=MAY_CHANGE)
-    """MLflow tracking server (http://host:5000, or a folder) that gets options and metrics, too; empty: none. Needs the
+    """MLflow tracking server (http://host:5000) that gets options and metrics, too; empty: none. Needs the
     extra `mlflow`. A server that is down ends no training."""
     profile: bool = dataclasses.field(default=False, metadata=MAY_CHANGE)
     """Trace steps 10 to 12 (torch.profiler) into OUTPUT_DIR/profile, with a page of text for each rank."""

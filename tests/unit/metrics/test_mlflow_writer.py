@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import threading
 import types
 
 import pytest
@@ -137,12 +138,15 @@ def test_what_never_reached_the_server_is_said_and_sent_by_a_resumed_run(server,
 
 
 def test_a_server_that_hangs_delays_the_end_by_a_limit_only(server, tmp_path, monkeypatch, caplog):
-    never = __import__("threading").Event()
+    never = threading.Event()
     monkeypatch.setattr(server, "create_run", lambda *args, **kwargs: never.wait(30))
     monkeypatch.setattr(mlflow_writer, "CLOSE_S", 0.05)
     _train(tmp_path, [1])
     assert "was not sent to MLflow" in caplog.text
     never.set()
+    for thread in threading.enumerate():
+        if thread.name == "mlflow":
+            thread.join(10)
 
 
 def test_no_uri_imports_nothing(tmp_path):
@@ -154,6 +158,7 @@ def test_no_uri_imports_nothing(tmp_path):
 def test_the_real_client_with_a_folder(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed: pip install 'gpsd-dist[mlflow]'")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of a test")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     uri = f"file://{tmp_path}/server"
     for resume_step, steps in ((None, range(1, 5)), (2, range(3, 7))):
         _train(tmp_path / "run", steps, resume_step=resume_step, is_finished=resume_step is not None, uri=uri)
