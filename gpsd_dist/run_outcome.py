@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 MAX_COUNTED = 3_000_000  # candidates whose floors are computed without being asked for: seconds
 MAX_RANKED = 2 * 10**9  # targets x items, for the floor of next-item ranking
 THIN = 0.05  # half width of an AUC's 95 % interval from which on runs hardly differ visibly
-FLOORS = ("rates", "popularity")
+FLOORS: tuple[str, ...] = ("rates", "popularity")
 OUTCOME_NAME = "outcome.json"
 """File of a finished run: why it ended, its best validation, and what no model reaches there. The report reads it."""
 _FINETUNE = "configs/stage/finetune.gin"
@@ -122,12 +122,12 @@ def floors_of(trainer: Trainer, task: str, metric: str) -> tuple[dict[str, float
     """Computes what each baseline reaches on `valid` without a model; or says why not, and how to."""
     run, manifest = trainer.run, trainer.manifest
     command = f"python -m gpsd_dist.evaluate --baseline {{}} --data {shlex.quote(run.data_dir)} --split valid"
-    valid = manifest.split("valid")
+    valid, names = manifest.split("valid"), FLOORS
     if run.stage == "pretrain":
         items = manifest.table(manifest.feature(manifest.item_feature).table).num_rows
         names, is_small = (NEXT_ITEM,), valid.num_candidates * items <= MAX_RANKED
     else:
-        names, is_small = FLOORS, valid.num_candidates + manifest.split("train").num_candidates <= MAX_COUNTED
+        is_small = valid.num_candidates + manifest.split("train").num_candidates <= MAX_COUNTED
     if not is_small:
         return {}, command.format(names[0])
     try:

@@ -108,7 +108,8 @@ class Predictions:
         columns = self.arrays()
         item_N, history_N = columns[4:6] if self.with_items else (None, None)
         weight_N = columns[-1] if self.with_weights else None
-        return ScoredRows(self.kind, *columns[:4], item_N, history_N, weight_N)
+        score_N, label_N, user_hash_N, day_N = columns[:4]
+        return ScoredRows(self.kind, score_N, label_N, user_hash_N, day_N, item_N, history_N, weight_N)
 
     def select(self, is_kept_N: np.ndarray) -> "Predictions":
         """Returns the rows where bool [N], in the order of `arrays`, is true."""

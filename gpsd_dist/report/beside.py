@@ -44,7 +44,8 @@ class Beside:
 def find_beside(places: typing.Sequence[pathlib.Path]) -> Beside:
     """Searches in and below `places`, and for floors in the folders right above them, too."""
     problems: list[str] = []
-    floors, fits, predictions, serving = {}, {}, {}, {}
+    floors: dict[str, Floor] = {}
+    fits, predictions, serving = {}, {}, {}
     for folder in _folders(places):
         if folder.name == FLOORS_NAME:
             for name in sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name in WORDS):
@@ -57,8 +58,8 @@ def find_beside(places: typing.Sequence[pathlib.Path]) -> Beside:
             measured = _read(path, []) if path.is_file() and path.stat().st_size < _MOST_BYTES else {}
             if {"scenario", "history", "candidates", "machine_load"} <= set(measured):
                 serving[os.path.realpath(path)] = path, measured
-    found = (tuple(part[key] for key in sorted(part)) for part in (floors, fits, predictions, serving))
-    return Beside(*found, tuple(problems))
+    others = (tuple(part[key] for key in sorted(part)) for part in (fits, predictions, serving))
+    return Beside(tuple(floors[key] for key in sorted(floors)), *others, problems=tuple(problems))
 
 
 def _folders(places: typing.Sequence[pathlib.Path]) -> typing.Iterator[pathlib.Path]:

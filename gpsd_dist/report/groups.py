@@ -47,7 +47,7 @@ def group_results(
     made = [made for made in family.configurations if any(_groups(run, split, task) for run in made.runs)]
     results = []
     for what in dict.fromkeys(what for one in made for run in one.runs for what in _groups(run, split, task)):
-        columns = [(_mean_groups(one, split, task, what), one) for one in made]
+        columns: _Columns = [(_mean_groups(one, split, task, what), one) for one in made]
         columns += [({g["name"]: g for g in _groups(f, split, task).get(what, [])}, f) for f in floors]
         rows = {name: group["rows"] for groups, _ in reversed(columns) for name, group in groups.items()}
         # A model that reads the last 50 events has no histories of 60: its groups and those of the trees may differ.
