@@ -41,11 +41,16 @@ class Beside:
     problems: tuple[str, ...]
 
 
+_Found = dict[str, tuple[pathlib.Path, dict[str, typing.Any]]]  # real path -> path, content
+
+
 def find_beside(places: typing.Sequence[pathlib.Path]) -> Beside:
     """Searches in and below `places`, and for floors in the folders right above them, too."""
     problems: list[str] = []
     floors: dict[str, Floor] = {}
-    fits, predictions, serving = {}, {}, {}
+    fits: _Found = {}
+    predictions: _Found = {}
+    serving: _Found = {}
     for folder in _folders(places):
         if folder.name == FLOORS_NAME:
             for name in sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name in WORDS):
@@ -58,8 +63,11 @@ def find_beside(places: typing.Sequence[pathlib.Path]) -> Beside:
             measured = _read(path, []) if path.is_file() and path.stat().st_size < _MOST_BYTES else {}
             if {"scenario", "history", "candidates", "machine_load"} <= set(measured):
                 serving[os.path.realpath(path)] = path, measured
-    others = (tuple(part[key] for key in sorted(part)) for part in (fits, predictions, serving))
-    return Beside(tuple(floors[key] for key in sorted(floors)), *others, problems=tuple(problems))
+    return Beside(_sorted(floors), _sorted(fits), _sorted(predictions), _sorted(serving), tuple(problems))
+
+
+def _sorted(found: dict[str, typing.Any]) -> tuple[typing.Any, ...]:
+    return tuple(found[path] for path in sorted(found))
 
 
 def _folders(places: typing.Sequence[pathlib.Path]) -> typing.Iterator[pathlib.Path]:
