@@ -88,6 +88,7 @@ def _span(runs: typing.Sequence[Run]) -> str:
 def _family_context(family: Family, floors: typing.Sequence[Floor]) -> dict[str, typing.Any]:
     return {
         "family": family,
+        "link": pathlib.PurePath(family.title).name,  # without the folders above the data: a phone is narrow
         "has_shapes": has_shapes(len(family.configurations)),
         "num_seeds": max(len(made.runs) for made in family.configurations),
         "results": results.task_results(family, floors),
