@@ -8,6 +8,7 @@ from data_pipeline.options import BuildOptions
 from data_pipeline.plan import Job, Plan
 from gpsd_dist import schema
 from gpsd_dist.data import data_versions
+from gpsd_dist.disk.reading import raise_if_passing
 
 ONLY = None  # all splits are made anew
 SPLITS = ("pretrain", "train", "valid", "test")
@@ -32,6 +33,7 @@ def is_current(options: BuildOptions, previous: None, fingerprint: str) -> bool:
             return False
         found = schema.read_manifest(folder)
     except (ValueError, OSError) as error:
+        raise_if_passing(options.out_dir, error)
         progress.say(f"building again: {error}")
         return False
     is_complete = all((folder / file).is_file() for split in found.splits for file in split.files)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from gpsd_dist import features
 from gpsd_dist.checkpoint.files import Reader
 from gpsd_dist.data.item_events import read_item_events
+from gpsd_dist.disk.reading import raise_if_passing
 from gpsd_dist.export import weights
 from gpsd_dist.export.exporter import facts_of, read_source
 from gpsd_dist.export.options import Options
@@ -100,6 +101,14 @@ def _write_examples(draft: Draft, retriever: Retriever, source: Source) -> None:
     draft.write_json(REQUESTS_NAME, {"requests": requests})
 
 
+def _item_ids(path: pathlib.Path) -> pa.ChunkedArray:
+    try:
+        return pq.read_table(path, columns=["item_id"])["item_id"]
+    except (OSError, pa.ArrowException) as error:
+        raise_if_passing(path, error)
+        raise ValueError(f"--items {path}: expected a Parquet file with a column item_id ({error})") from error
+
+
 def _write_catalogue(draft: Draft, preview: Artefact, source: Source, path: pathlib.Path) -> dict[str, typing.Any]:
     """Writes raw id and row of each item of a file, and their vectors; returns the entry of those.
 
@@ -109,11 +118,7 @@ def _write_catalogue(draft: Draft, preview: Artefact, source: Source, path: path
     feature = manifest.feature(manifest.item_feature)
     read = {f.table for f in manifest.features_in("history") if f.table is not None}
     reader = open_reader(preview, open_vocabularies(preview, sorted(read)), with_candidates=False)
-    try:
-        column = pq.read_table(path, columns=["item_id"])["item_id"]
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"--items {path}: expected a Parquet file with a column item_id ({error})") from error
-    raw = pc.unique(reader.rules.missing(features.raw_ids(column)).drop_null())
+    raw = pc.unique(reader.rules.missing(features.raw_ids(_item_ids(path))).drop_null())
     row_N = reader.served(feature, reader.encode(feature, raw))
     known = np.flatnonzero(row_N >= NUM_RESERVED_ROWS)
     log.info("%s items of %s, %s of them are not known to the run and left out", len(raw), path, len(raw) - len(known))

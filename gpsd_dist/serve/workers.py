@@ -17,6 +17,9 @@ import tempfile
 import threading
 import typing
 
+from gpsd_dist.disk.reading import why_passing
+from gpsd_dist.distributed.exit_codes import NO_FILE_ACCESS
+
 FAILED, BAD_OPTIONS = 1, 2
 _RESTART_S = 0.5  # before a worker that ended is replaced
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -116,7 +119,7 @@ class _Workers:
             )
         except (ValueError, OSError) as error:
             log.error("%s", error)
-            status = BAD_OPTIONS
+            status = NO_FILE_ACCESS if why_passing(error) else BAD_OPTIONS
         except BaseException:
             log.exception("worker failed")
         finally:

@@ -11,7 +11,7 @@ import pathlib
 import threading
 import typing
 
-from gpsd_dist.disk.reading import NotReadableNow
+from gpsd_dist.disk.reading import NotReadableNow, why_passing
 from gpsd_dist.serving.artefact import CURRENT_NAME, ArtefactError, read_bytes
 from gpsd_dist.serving.counters import POINTER_NAME
 
@@ -64,7 +64,7 @@ class Versions:
                     scorer, outcome = self._load(self.root), "loaded"
             except Exception as error:  # a version may be damaged in any way; the server must outlive it
                 log.error("not loaded, version %s goes on: %s", self._scorer.version, error, exc_info=error)
-                if not isinstance(error, NotReadableNow):
+                if not why_passing(error):
                     self._pointer = pointer  # not tried again before the file changes
                 self._on_change("failed", self._scorer)
                 return

@@ -6,6 +6,7 @@ import typing
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gpsd_dist.disk.reading import raise_if_passing
 from gpsd_dist.disk.writing import replacing
 from gpsd_dist.serving.request_log import ADDED, COUNTERS_AGE, SCORE_PREFIX
 from gpsd_dist.serving.requests import RequestError, RequestReader
@@ -47,7 +48,8 @@ def read(reader: RequestReader, requests: pathlib.Path) -> typing.Iterator[Part]
         except RequestError as error:
             row = error.row + begin - start
             raise ValueError(f"{path}: {RequestError(error.column, row, error.reason)}") from error
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
+            raise_if_passing(path, error)
             raise ValueError(f"{path} cannot be read as Parquet ({error}); write it again") from error
 
 

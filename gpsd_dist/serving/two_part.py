@@ -13,6 +13,7 @@ import torch
 
 from gpsd_dist.batch.batch import Batch
 from gpsd_dist.batch.packing import Slots
+from gpsd_dist.disk import reading
 from gpsd_dist.features import Values
 from gpsd_dist.model.gpsd import RankingModel
 from gpsd_dist.model.ops.hstu_attention import relate
@@ -121,9 +122,10 @@ def _session(path: pathlib.Path, names: tuple[str, ...]) -> Part:
     # The arena and the patterns of shapes keep what the largest batch of every shape took: 1.3 GiB after 128 requests.
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     options.log_severity_level = 3
+    content = reading.again(path, path.read_bytes)
     try:
         # From bytes: a file that refers to weights in other files finds none.
-        session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common class
         raise ValueError(f"{path} cannot be run by ONNX Runtime {onnxruntime.__version__}: {error}") from error
     if (found := tuple(entry.name for entry in session.get_inputs())) != names:

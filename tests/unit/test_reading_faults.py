@@ -21,10 +21,11 @@ from gpsd_dist.data.parquet_dataset import ParquetSplit
 from gpsd_dist.disk import reading
 from gpsd_dist.disk.reading import NotReadableNow
 from gpsd_dist.disk.text import say_error
+from gpsd_dist.index import build as index_build
 from gpsd_dist.metrics import scores
 from gpsd_dist.predict.split import raw_item_ids
 from gpsd_dist.scaling import runs
-from gpsd_dist.serving import artefact, tables
+from gpsd_dist.serving import artefact, request_files, tables, two_part
 from gpsd_dist.serving.reload import Versions
 from tests.helpers.synthetic import write_dataset
 from tests.unit.checkpoint.folders import add
@@ -129,6 +130,17 @@ def _parquet(folder):
     return folder / "raw.parquet"
 
 
+def _items(folder):
+    pq.write_table(pa.table({"item_id": ["a"]}), folder / "items.parquet")
+    return folder / "items.parquet"
+
+
+def _graph(folder):
+    pytest.importorskip("onnxruntime")
+    (folder / "encode.onnx").write_bytes(b"no graph")
+    return folder / "encode.onnx"
+
+
 def _tensors(folder):
     tables.write_part(torch.zeros(2, 4), "fp32", folder / "part.safetensors")
     return folder / "part.safetensors"
@@ -157,6 +169,9 @@ STREAMS = {  # read once from the start to the end; the command is run again
     "raw Parquet": (_parquet, lambda path: list(raw_files.ParquetFile(path).batches(["a"])), "raw.parquet"),
     "validated Parquet": (_parquet, lambda path: validate._open(path, None), "raw.parquet"),
     "tables of an artefact": (_tensors, tables.read_tensors, "part.safetensors"),
+    "graph of an artefact": (_graph, lambda path: two_part._session(path, ()), "encode.onnx"),
+    "items of an index": (_items, index_build._item_ids, "items.parquet"),
+    "requests": (_parquet, lambda path: next(request_files.read(None, path)), "raw.parquet"),
 }
 
 
@@ -245,6 +260,31 @@ def test_a_server_looks_at_a_pointer_again_that_it_could_not_read(tmp_path):
     assert loaded == ["one"]
     versions.poll()
     assert loaded == ["one", "two"]
+
+
+@pytest.mark.parametrize("error", [OSError("[errno 5] Input/output error"), MemoryError(), NotReadableNow("x")])
+def test_a_server_tries_a_version_again_that_it_could_not_read(tmp_path, error):
+    """Whatever part of it failed, and however that was reported: only what is damaged waits for another pointer."""
+    (tmp_path / "current.json").write_text("one")
+    failures = []
+
+    def load(root):
+        if failures:
+            raise failures.pop()
+        return type("Scorer", (), {"version": (root / "current.json").read_text()})()
+
+    versions = Versions(tmp_path, load, lambda *_: None, contextlib.nullcontext())
+    (tmp_path / "current.json").write_text("two")
+    failures.append(error)
+    versions.poll()
+    assert versions.scorer().version == "one"
+    versions.poll()
+    assert versions.scorer().version == "two"
+    (tmp_path / "current.json").write_text("three")
+    failures.append(ValueError("damaged"))
+    versions.poll()
+    versions.poll()
+    assert versions.scorer().version == "two"
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder"])
