@@ -12,6 +12,7 @@ import sys
 if not __package__:
     sys.exit("error: start it as a module, in the root of the repository: python -m data_pipeline.synthesize ...")
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -91,16 +92,16 @@ def write(config: synthetic_log.SyntheticConfig, out_dir: str | pathlib.Path, fi
     out_dir.mkdir(parents=True, exist_ok=True)
     truths, num_behaviours = [], 0
     writers: dict[str, pq.ParquetWriter | pyarrow.csv.CSVWriter] = {}
-    for log in synthetic_log.blocks(config):
-        for name in ("behaviours", "exposures", "users") if writers else ("behaviours", "exposures", "items", "users"):
-            table = getattr(log, name)
-            if name not in writers:
-                writers[name] = _writer(out_dir / f"{name}.{file_format}", table.schema)
-            writers[name].write_table(table)
-        num_behaviours += log.behaviours.num_rows
-        truths.append(Truth.of(log))
-    for writer in writers.values():
-        writer.close()
+    with contextlib.ExitStack() as files:
+        for log in synthetic_log.blocks(config):
+            for name in ("behaviours", "exposures", *(() if writers else ("items",)), "users"):
+                table = getattr(log, name)
+                if name not in writers:
+                    file = files.enter_context(writing.replacing(out_dir / f"{name}.{file_format}"))
+                    writers[name] = files.enter_context(_writer(file, file_format, table.schema))
+                writers[name].write_table(table)
+            num_behaviours += log.behaviours.num_rows
+            truths.append(Truth.of(log))
     toml = schema_toml(config).replace('.parquet"', f'.{file_format}"')
     writing.write(out_dir / "schema.toml", toml.encode())
     about = {"options": dataclasses.asdict(config), **describe(config, truths, num_behaviours)}
@@ -108,10 +109,10 @@ def write(config: synthetic_log.SyntheticConfig, out_dir: str | pathlib.Path, fi
     return about
 
 
-def _writer(path: pathlib.Path, columns: pa.Schema) -> pq.ParquetWriter | pyarrow.csv.CSVWriter:
-    if path.suffix == ".csv":
-        return pyarrow.csv.CSVWriter(path, columns)
-    return pq.ParquetWriter(path, columns, compression="zstd")
+def _writer(file: typing.BinaryIO, file_format: str, columns: pa.Schema) -> pq.ParquetWriter | pyarrow.csv.CSVWriter:
+    if file_format == "csv":
+        return pyarrow.csv.CSVWriter(file, columns)
+    return pq.ParquetWriter(file, columns, compression="zstd")
 
 
 class Truth(typing.NamedTuple):

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import os
 import pathlib
 import re
 import time
@@ -9,6 +10,7 @@ import typing
 
 import rich.progress
 
+from gpsd_dist.disk.reading import open_regular
 from gpsd_dist.distributed.console import CONSOLE
 from gpsd_dist.report.tables import duration_text
 
@@ -64,7 +66,8 @@ class Display:
         self._tail.clear()
         self._log_dir.mkdir(parents=True, exist_ok=True)
         name = re.sub(r"\W+", "_", title).strip("_")
-        with open(self._log_dir / f"{name}.log", "a", encoding="utf-8") as self._log:
+        appending = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        with os.fdopen(open_regular(self._log_dir / f"{name}.log", appending), "a", encoding="utf-8") as self._log:
             yield step
         self._bar.update(self._task, completed=self._number)
         took = "kept" if step.is_kept else duration_text(time.monotonic() - started_s)

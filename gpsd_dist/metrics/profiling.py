@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import pathlib
+import secrets
 import typing
 
 from torch import nn
@@ -90,7 +91,9 @@ class StepProfiler:
             return  # The run ended early; the files would claim more steps than were recorded.
         folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
-        recorded.export_chrome_trace(str(folder / f"trace_rank{self._rank}.json.gz"))
+        aside = folder / f".{secrets.token_hex(8)}.json.gz"  # torch opens by name: nobody shall lay a link there
+        recorded.export_chrome_trace(str(aside))
+        aside.replace(folder / f"trace_rank{self._rank}.json.gz")
         peaks = {name: value for name, value in Throughput().rates().items() if name.startswith("perf/peak")}
         text = summary(list(recorded.key_averages()), self._rank, LAST_STEP - FIRST_STEP + 1, peaks)
         write(folder / f"summary_rank{self._rank}.txt", text.encode())

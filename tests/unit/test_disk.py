@@ -7,9 +7,12 @@ import stat
 
 import pytest
 
+from data_pipeline import synthesize
+from data_pipeline.synthetic_log import SyntheticConfig
 from gpsd_dist.checkpoint import output_lock, storage
 from gpsd_dist.disk import writing
 from gpsd_dist.disk.text import say_error, shown
+from gpsd_dist.fit.display import Display
 from gpsd_dist.metrics import recorder
 from gpsd_dist.serving import request_log
 
@@ -77,11 +80,22 @@ def _lock(path: pathlib.Path) -> None:
         pass
 
 
+def _fit(path: pathlib.Path) -> None:
+    with Display(1, path.parent).step("a step"):
+        pass
+
+
+def _shop_log(path: pathlib.Path) -> None:
+    synthesize.write(SyntheticConfig(num_users=300, num_items=1_600, requests_per_day=50), path.parent)
+
+
 WRITERS = {
     "any": (lambda path: writing.write(path, b"x"), "a"),
     "json": (lambda path: storage.write_json(path, {}), "a.json"),
     "metrics": (_record, recorder.JSONL_NAME),
     "lock": (_lock, output_lock.LOCK_NAME),
+    "log of fit": (_fit, "a_step.log"),
+    "made-up log": (_shop_log, "exposures.parquet"),
     "key": (lambda path: request_log.read_key(path.parent), "user_id.key"),
 }
 
