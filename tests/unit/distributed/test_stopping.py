@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 import torch.distributed as dist
@@ -83,6 +84,22 @@ def _stop_one(rank: int, world_size: int) -> list:
 
 def test_all_ranks_stop_when_one_is_asked(tmp_path):
     assert run_distributed(_stop_one, 2, tmp_path) == [[False, False, True, exit_codes.STOPPED]] * 2  # one call late
+
+
+def _stop_one_between_long_steps(rank: int, world_size: int) -> list[bool]:
+    stopping._LONG_STEP_S = 0.1
+    answers = []
+    with StopRequests() as stops:
+        for call in range(3):
+            if call == 2 and rank == 1:
+                stops.note(signal.SIGTERM)
+            answers.append(stops.agreed())
+            time.sleep(0.15)
+    return answers
+
+
+def test_no_long_step_is_begun_after_a_signal(tmp_path):
+    assert run_distributed(_stop_one_between_long_steps, 2, tmp_path) == [[False, False, True]] * 2
 
 
 def _count_exchanges(rank: int, world_size: int) -> tuple[int, list[bool]]:
