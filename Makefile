@@ -20,7 +20,7 @@ export PATH := $(BIN):$(PATH)
 SHELL_SCRIPTS := .ci/run $(wildcard .ci/*.sh launch/*.sh benchmarks/*.sh launch/slurm/*.sbatch)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart test test-all test-kernels faults experiments laws check docs format doctor bench lock clean
+.PHONY: help setup setup-dev quickstart test test-all test-kernels faults experiments laws check docs format doctor bench lock audit clean
 
 help: ## list the targets
 	@echo "make TARGET [VENV=$(VENV)] [FLAVOR=cpu|cuda] [PYTHON=python3.11]"
@@ -77,6 +77,9 @@ bench: setup ## the CPU benchmarks (BENCH_FLAGS)
 
 lock: ## regenerate requirements*.txt from requirements-*.in (needs uv; UV=path)
 	.ci/lock.sh
+
+audit: setup ## ask PyPI for known vulnerabilities of all pins
+	.ci/audit.sh "$(VENV)"
 
 clean: ## remove caches and build leftovers; keeps $(VENV), data/ and runs/
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist site *.egg-info

@@ -5,6 +5,7 @@
 #   requirements-dev.txt   what tests and checks add      from requirements-dev.in
 #   requirements-serve.txt what a server alone needs, CPU from requirements-serve.in
 #   .ci/uv.txt             what installs all these        from its own line of uv
+#   .ci/audit.txt          what `make audit` runs         from its own line of pip-audit
 # Pins that still fit are kept; delete a line of a lock (or pass --upgrade) to let it move.
 # Hashes are those that the index gives for every file of a version. setup_venv.sh says which package has none.
 # Only metadata is resolved, so the CUDA wheels are not downloaded. Needs uv: on PATH, or UV=/path/to/uv.
@@ -43,6 +44,9 @@ mapfile -t held < <(sed -n 's/^\([A-Za-z0-9_.-]*\)==.*/--no-emit-package=\1/p' r
 grep -v '^triton' .ci/lock-overrides.txt >"$cuda_dir/dev-overrides.txt"
 compile requirements-dev.in --override "$cuda_dir/dev-overrides.txt" "${held[@]}" --output-file requirements-dev.txt "$@"
 compile requirements-serve.in --override .ci/lock-overrides.txt --output-file requirements-serve.txt "$@"
-sed -n 's/^\(uv==[^ ]*\).*/\1/p' .ci/uv.txt >"$cuda_dir/uv.in"
-compile "$cuda_dir/uv.in" --no-annotate --output-file .ci/uv.txt "$@"
-echo "lock: wrote requirements-cpu.txt, requirements.txt, requirements-dev.txt, requirements-serve.txt and .ci/uv.txt"
+for tool in uv pip-audit; do
+    lock=.ci/${tool#pip-}.txt
+    sed -n "s/^\($tool==[^ ]*\).*/\1/p" "$lock" >"$cuda_dir/$tool.in"
+    compile "$cuda_dir/$tool.in" --no-annotate --output-file "$lock" "$@"
+done
+echo "lock: wrote requirements-cpu.txt, requirements.txt, requirements-dev.txt, requirements-serve.txt, .ci/uv.txt, .ci/audit.txt"
