@@ -4,7 +4,7 @@ The product knows nothing of this. TRACE: a folder in which every rank writes do
 (JSON, may be absent): what (`ACTIONS`, or nan), rank, step, place (batch, loss, backward, save_tensors, save_commit),
 once: a file that is made when it happens, so that a restarted job is spared; slow_s: pause before every later step;
 wait_for: a file that must be there first; further keys are the action's. Further places: start, load (of a checkpoint),
-validation. HEAP: a folder in which every rank says every few seconds what it has allocated; may be absent.
+validation. HEAP: a folder in which every rank says at each validation what it has allocated; may be absent.
 """
 
 import ctypes
@@ -184,6 +184,7 @@ def install(fault: Fault, trace: pathlib.Path) -> None:
 
     def faulty_evaluate(*args, **kwargs):
         fault.maybe("validation")
+        note_heap(fault.step)
         return evaluate_split(*args, **kwargs)
 
     def faulty_backward(self, *args, **kwargs):
@@ -218,21 +219,23 @@ class _Mallinfo(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in _NAMES]
 
 
-def watch_heap(folder: pathlib.Path, every_s: float = 2.0) -> None:
-    """Writes what malloc and Arrow have given out, and how many blocks Python has, into a file of this rank."""
-    path, mallinfo = folder / f"rank{os.environ['RANK']}", ctypes.CDLL(None).mallinfo2
+def note_heap(step: int) -> None:
+    """Adds a line of what malloc and Arrow have given out, and how many blocks Python has, to the file of this rank.
+
+    Called at one place of the loop, since a step takes and gives back more than a leak of hours. Not while a checkpoint
+    is written: on a busy machine that is often the case, on an idle one never.
+    """
+    if "HEAP" not in os.environ or any(thread.name == "checkpoint" for thread in threading.enumerate()):
+        return
+    mallinfo = ctypes.CDLL(None).mallinfo2
     mallinfo.restype = _Mallinfo
-    while True:
-        found = mallinfo()
-        fields = {"used_mb": (found.used + found.mapped) / 2**20, "held_mb": (found.arena + found.mapped) / 2**20}
-        path.write_text(
-            json.dumps(fields | {"arrow_mb": pa.total_allocated_bytes() / 2**20, "blocks": sys.getallocatedblocks()})
-        )
-        time.sleep(every_s)
+    found = mallinfo()
+    fields = {"used_mb": (found.used + found.mapped) / 2**20, "held_mb": (found.arena + found.mapped) / 2**20}
+    fields |= {"arrow_mb": pa.total_allocated_bytes() / 2**20, "blocks": sys.getallocatedblocks()}
+    with open(pathlib.Path(os.environ["HEAP"], f"rank{os.environ['RANK']}"), "a") as file:
+        file.write(json.dumps({"step": step} | fields) + "\n")
 
 
 if __name__ == "__main__":
-    if "HEAP" in os.environ:
-        threading.Thread(target=watch_heap, args=(pathlib.Path(os.environ["HEAP"]),), daemon=True).start()
     install(Fault(json.loads(os.environ.get("FAULT", "{}"))), pathlib.Path(os.environ["TRACE"]))
     sys.exit(train.main(sys.argv[1:]))

@@ -1,15 +1,18 @@
 """Faults of reading, of syncing, and of what lies in the output folder. Otherwise as in `cases`."""
 
+import contextlib
 import errno
 import json
 import os
 import pathlib
+import socket
 import subprocess
 
 import pytest
 
 from gpsd_dist.distributed import exit_codes
-from tests.faults.jobs import SAVE_INTERVAL, Run, Workshop
+from tests.faults.jobs import SAVE_INTERVAL, Run, Workshop, finish, wait_until
+from tests.helpers.sockets import LOOPBACK, listening
 
 HANG = ("--gin.TrainConfig.hang_timeout_s=8",)
 _NOW = "cannot be read now"
@@ -164,6 +167,24 @@ def pipe_in_place_of_the_metrics(workshop: Workshop) -> int:
     return _in_the_way(workshop, "metrics_pipe", "metrics.jsonl", lambda path, _: os.mkfifo(path), "pipe")
 
 
+def bytes_of_a_stranger_at_the_ports(workshop: Workshop) -> int:
+    """Whoever is on this machine reaches the ranks alone, and nothing that he sends them changes a bit."""
+    run = Run(workshop, "ports")
+    fault = run.fault("sleep", "batch", 7, seconds=3)
+    job = run.start(fault)
+    wait_until(lambda: os.path.exists(fault["once"]) or job.poll() is not None, "step 7")
+    ranks = pathlib.Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    assert not listening(job.pid), "the launcher listens"
+    places = [place for rank in ranks for place in listening(int(rank))]
+    assert places and {address for address, _ in places} <= LOOPBACK, places
+    for _, port in places:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
+            stranger.sendall(bytes(range(256)) * 16)
+    ended = finish(job)
+    assert ended.status == exit_codes.FINISHED, ended.stderr
+    return run.done(0)
+
+
 def finished_run_again(workshop: Workshop) -> int:
     """Nothing of it is written anew: options, command, commit and metrics stay those of the run."""
     run = Run(workshop, "again")
@@ -216,6 +237,7 @@ CASES = (
     link_in_place_of_the_lock,
     link_in_place_of_the_options,
     pipe_in_place_of_the_metrics,
+    bytes_of_a_stranger_at_the_ports,
     finished_run_again,
     half_a_line_of_metrics,
     damaged_best_json,

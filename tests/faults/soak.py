@@ -1,14 +1,13 @@
 """A long run of two ranks: memory, open files and threads of every process, as slopes with bounds.
 
 Resident memory also moves because freed pages lie between used ones. So what a rank has allocated is watched, too: what
-malloc and Arrow have given out, and blocks of Python's own allocator. A leak shows in one of them.
+malloc and Arrow have given out, and blocks of Python's own allocator, at the begin of each validation. A leak shows in
+one of them.
 
 `python -m tests.faults.run --soak [MINUTES]` runs it after the faults; `python -m tests.faults.soak MINUTES` alone.
 """
 
 import collections
-import collections.abc
-import contextlib
 import dataclasses
 import json
 import math
@@ -41,7 +40,6 @@ class Sample:
     memory_mb: float
     num_files: int
     num_threads: int
-    heap: dict[str, float]  # of a rank: as `entry.watch_heap` writes it
 
 
 def main(minutes: float) -> bool:
@@ -61,10 +59,11 @@ def main(minutes: float) -> bool:
             step = _step(run.output / "metrics.jsonl")
             for name, pid in _processes(job.pid).items():
                 if step:
-                    samples.setdefault(name, []).append(_look(pid, step, heaps / name.replace(" ", "")))
+                    samples.setdefault(name, []).append(_look(pid, step))
         job.terminate()
         assert job.wait(timeout=120) == exit_codes.STOPPED, "".join(last_lines)
-    are_kept = [_judged(name, found) for name, found in samples.items()]
+        are_kept = [_judged(name, found) for name, found in samples.items()]
+        are_kept += [_is_heap_flat(path) for path in sorted(heaps.iterdir())]
     return all(are_kept)
 
 
@@ -83,20 +82,19 @@ def _step(metrics: pathlib.Path) -> int:
     return json.loads(lines[-2])["step"] if len(lines) > 2 else 0
 
 
-def _look(pid: int, step: int, heap: pathlib.Path) -> Sample:
+def _look(pid: int, step: int) -> Sample:
     status = pathlib.Path(f"/proc/{pid}/status").read_text()
     memory_kb, threads = (int(re.search(rf"{name}:\s+(\d+)", status)[1]) for name in ("VmRSS", "Threads"))
     files = len(list(pathlib.Path(f"/proc/{pid}/fd").iterdir()))
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # the launcher has none; being written
-        return Sample(time.monotonic(), step, memory_kb / 1024, files, threads, json.loads(heap.read_text()))
-    return Sample(time.monotonic(), step, memory_kb / 1024, files, threads, {})
+    return Sample(time.monotonic(), step, memory_kb / 1024, files, threads)
 
 
 def _judged(name: str, samples: list[Sample]) -> bool:
     """Prints what a process did after its warm-up, and returns whether that is within the bounds."""
     first, last = samples[0], samples[-1]
     late = [sample for sample in samples if sample.time_s > first.time_s + WARM_UP * (last.time_s - first.time_s)]
-    slopes = [_slope(part) for part in (samples, late, late[len(late) // 2 :])]
+    parts = (samples, late, late[len(late) // 2 :])
+    slopes = [_slope([sample.step for sample in part], [sample.memory_mb for sample in part]) for part in parts]
     files, threads = ([getattr(sample, what) for sample in late] for what in ("num_files", "num_threads"))
     grown = [statistics.median(values[-10:]) - statistics.median(values[:10]) for values in (files, threads)]
     is_good = slopes[1] <= MAX_MB_PER_1000_STEPS and max(grown) <= 0
@@ -107,26 +105,28 @@ def _judged(name: str, samples: list[Sample]) -> bool:
         f"{threads[-1]} threads ({grown[1]:+.0f}): {'kept' if is_good else 'NOT KEPT'}",
         flush=True,
     )
-    return _is_heap_flat(name, [sample for sample in late if sample.heap]) and is_good
-
-
-def _is_heap_flat(name: str, samples: list[Sample]) -> bool:
-    """Prints what a rank has allocated per 1000 steps, and returns whether that is within the bounds."""
-    if not samples:  # the launcher
-        return True
-    slopes = {what: _slope(samples, lambda sample, what=what: sample.heap[what]) for what in samples[0].heap}
-    is_good = all(slope <= MAX_PER_1000_STEPS.get(what, math.inf) for what, slope in slopes.items())
-    found = ", ".join(f"{what} {samples[-1].heap[what]:.1f} ({slope:+.3f})" for what, slope in slopes.items())
-    print(f"soak, {name}: allocated, and per 1000 steps: {found}: {'kept' if is_good else 'NOT KEPT'}", flush=True)
     return is_good
 
 
-def _slope(
-    samples: list[Sample], value: collections.abc.Callable[[Sample], float] = lambda sample: sample.memory_mb
-) -> float:
-    """Megabytes, or what `value` gives, per 1000 steps, by least squares."""
-    steps = np.array([sample.step for sample in samples], float)
-    return float(np.polyfit(steps / 1000, np.array(list(map(value, samples))), 1)[0]) if np.ptp(steps) else 0.0
+def _is_heap_flat(heap: pathlib.Path) -> bool:
+    """Prints what a rank has allocated per 1000 steps, and returns whether that is within the bounds."""
+    lines = [json.loads(line) for line in heap.read_text().splitlines()]
+    late = lines[int(WARM_UP * len(lines)) :]
+    steps = [line.pop("step") for line in late]
+    slopes = {what: _slope(steps, [line[what] for line in late]) for what in late[0]}
+    is_good = all(slope <= MAX_PER_1000_STEPS.get(what, math.inf) for what, slope in slopes.items())
+    found = ", ".join(f"{what} {late[-1][what]:.1f} ({slope:+.3f})" for what, slope in slopes.items())
+    print(
+        f"soak, {heap.name}: allocated at {len(late)} validations, and per 1000 steps: {found}: "
+        f"{'kept' if is_good else 'NOT KEPT'}",
+        flush=True,
+    )
+    return is_good
+
+
+def _slope(steps: list[int], values: list[float]) -> float:
+    """What `values` gain per 1000 steps, by least squares."""
+    return float(np.polyfit(np.array(steps) / 1000, values, 1)[0]) if np.ptp(steps) else 0.0
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 _MISSING = [name for name in ("buildah", "debootstrap", "unshare", "setpriv") if shutil.which(name) is None]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(1800),
+    pytest.mark.timeout(5400),  # ten minutes alone on two cores, beside much other work as many times that
     pytest.mark.skipif(bool(_MISSING), reason=f"{_MISSING} are missing: apt-get install buildah debootstrap"),
     pytest.mark.skipif(os.geteuid() != 0, reason="debootstrap and isolation by chroot need root"),
 ]

@@ -1,6 +1,5 @@
 """The exit status of the launcher, by how its ranks end. Ranks here are small scripts, torchrun is real."""
 
-import contextlib
 import os
 import pathlib
 import signal
@@ -11,6 +10,7 @@ import time
 import pytest
 
 from gpsd_dist.distributed import exit_codes
+from tests.helpers.sockets import LOOPBACK, listening
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -169,20 +169,6 @@ def test_node_that_nobody_answers_says_so(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def listening(pid: int) -> list[str]:
-    """Local addresses, in hexadecimal, of the TCP sockets on which a process listens."""
-    inodes = set()
-    for path in pathlib.Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            inodes.add(os.readlink(path).removeprefix("socket:[").removesuffix("]"))
-    tables = [pathlib.Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:] for table in ("tcp", "tcp6")]
-    rows = [line.split() for table in tables for line in table]
-    return [row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes]
-
-
-LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}  # 127.0.0.1, ::1
-
-
 @pytest.mark.parametrize("how", ["launcher", pytest.param("alone", marks=pytest.mark.slow)])
 def test_nothing_listens_beyond_loopback_in_a_run_on_one_machine(tmp_path, how):
     code = (
@@ -200,7 +186,8 @@ def test_nothing_listens_beyond_loopback_in_a_run_on_one_machine(tmp_path, how):
         wait_for(lambda: up.exists() and up.read_text().count("\n") == num_ranks, process)
         ranks = [line.split() for line in up.read_text().splitlines()]
         assert {int(total) for _, total in ranks} == {num_ranks}  # they have met
-        found = {pid: listening(pid) for pid in (process.pid, *(int(pid) for pid, _ in ranks))}
+        pids = [process.pid, *(int(pid) for pid, _ in ranks)]
+        found = {pid: {address for address, _ in listening(pid)} for pid in pids}
     finally:
         process.terminate()
         process.communicate(timeout=60)
