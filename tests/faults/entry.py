@@ -8,6 +8,7 @@ validation. HEAP: a folder in which every rank says at each validation what it h
 """
 
 import ctypes
+import gc
 import json
 import os
 import pathlib
@@ -222,11 +223,14 @@ class _Mallinfo(ctypes.Structure):
 def note_heap(step: int) -> None:
     """Adds a line of what malloc and Arrow have given out, and how many blocks Python has, to the file of this rank.
 
-    Called at one place of the loop, since a step takes and gives back more than a leak of hours. Not while a checkpoint
-    is written: on a busy machine that is often the case, on an idle one never.
+    Called at one place of the loop, since a step takes and gives back more than a leak of hours, and so does garbage
+    that Python has not collected yet. Not while a checkpoint is written, as is often the case on a busy machine.
     """
     if "HEAP" not in os.environ or any(thread.name == "checkpoint" for thread in threading.enumerate()):
         return
+    if not gc.get_freeze_count():
+        gc.freeze()  # what is there from the start need not be looked through each time
+    gc.collect()
     mallinfo = ctypes.CDLL(None).mallinfo2
     mallinfo.restype = _Mallinfo
     found = mallinfo()

@@ -1,8 +1,8 @@
 """A long run of two ranks: memory, open files and threads of every process, as slopes with bounds.
 
 Resident memory also moves because freed pages lie between used ones. So what a rank has allocated is watched, too: what
-malloc and Arrow have given out, and blocks of Python's own allocator, at the begin of each validation. A leak shows in
-one of them.
+malloc and Arrow have given out, and blocks of Python's own allocator, at each validation, when garbage was
+collected. A leak shows in one of them.
 
 `python -m tests.faults.run --soak [MINUTES]` runs it after the faults; `python -m tests.faults.soak MINUTES` alone.
 """
