@@ -18,11 +18,16 @@ def parse(argv: list[str], description: str | None = None) -> options.BuildOptio
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
+        epilog="A source has options of its own: --source NAME --help lists them.",
     )
     options.add_arguments(parser, options.BuildOptions, source=sorted(sources.SOURCES))
-    known, _ = parser.parse_known_args(argv)
-    source = sources.load(known.source)
+    # Which source it is, before anything else is parsed: --help lists the options of that source, too.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--source")
+    name = first.parse_known_args(argv)[0].source
+    source = sources.load(name) if name in sources.SOURCES else None
     own_class = getattr(source, "Options", None)
     if own_class is not None:
         options.add_arguments(parser, own_class)
-    return options.make(known.source, own_class, getattr(source, "DEFAULTS", {}), vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    return options.make(given["source"], own_class, getattr(source, "DEFAULTS", {}), given)

@@ -14,7 +14,7 @@ import sys
 REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGES = sorted([REPO_ROOT / "README.md", REPO_ROOT / "configs" / "README.md", *(REPO_ROOT / "docs").glob("*.md")])
 _MARKED = re.compile(r"^<!-- runs( slow)? -->\n+^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
-_FENCE = re.compile(r"^```(?:sh|console)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^( *)```(\w*).*?\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 
 
 def marked_blocks(page: pathlib.Path, with_slow: bool) -> list[str]:
@@ -29,11 +29,10 @@ def has_slow_blocks(page: pathlib.Path) -> bool:
 def program_calls(page: pathlib.Path) -> list[list[str]]:
     """Words after `gpsd-dist` of every such command in a fence, marked or not."""
     calls = []
-    for block in _FENCE.findall(page.read_text()):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line.removeprefix("$ "), comments=True)
-            if words[:1] == ["gpsd-dist"]:
-                calls.append(words[1:])
+    for _, language, block in _FENCE.findall(page.read_text()):
+        for line in block.replace("\\\n", " ").splitlines() if language in ("", "sh", "console") else ():
+            if line.strip().removeprefix("$ ").startswith("gpsd-dist "):
+                calls.append(shlex.split(line.strip().removeprefix("$ "), comments=True)[1:])
     return calls
 
 
