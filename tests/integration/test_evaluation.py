@@ -101,7 +101,8 @@ def test_models_and_baselines_count_items_on_the_same_rows(scored, one_rank):
             evaluate_checkpoint(scored["root"] / name, data, "valid", one_rank, keep=keep)
         else:
             evaluate_baseline(name, data, "valid", keep=keep)
-        rows = {task: sorted(zip(*made.arrays()[1:])) for task, made in keep.items()}
+        # Label, user, day, item. What follows is the length of the history, which rates do not read.
+        rows = {task: sorted(zip(*made.arrays()[1:5])) for task, made in keep.items()}
         counted = {task: values["rows_item_count@2"] for task, values in frequent_item_metrics(keep, data, 2).items()}
         found.append((rows, counted))
     rows, counted = found[0]
