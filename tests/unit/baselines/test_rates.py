@@ -122,7 +122,7 @@ def test_rates_are_smoothed_log_odds_summed_over_keys(data_dir, monkeypatch):
     monkeypatch.setattr(rates, "PSEUDO_COUNTS", 4)
     manifest = schema.read_manifest(data_dir)
     fitted = rates.score_rates(data_dir, manifest, "test", "click")
-    score_N, label_N, user_N, day_N, item_N = fitted.arrays()
+    score_N, label_N, user_N, day_N, item_N = fitted.arrays()[:5]
     prior = 3 / 6  # six observed candidates in train and valid, three clicks
     item_2, item_3 = (2 + 2) / (2 + 4), (1 + 2) / (2 + 4)
     user_7, tab_2 = (1 + 2) / (3 + 4), (2 + 2) / (4 + 4)
@@ -140,7 +140,7 @@ def test_conditional_task_uses_rows_that_meet_the_condition(data_dir, monkeypatc
     monkeypatch.setattr(rates, "PSEUDO_COUNTS", 4)
     manifest = schema.read_manifest(data_dir)
     fitted = rates.score_rates(data_dir, manifest, "test", "buy", keys=("user",))
-    (score,), (label,), (user,), (day,), (item,) = fitted.arrays()
+    (score,), (label,), (user,), (day,), (item,) = fitted.arrays()[:5]
     prior = 2 / 3  # clicked candidates of train and valid: three, two bought
     assert score == pytest.approx(_log_odds((1 + 4 * prior) / (1 + 4)), abs=1e-6)
     assert (label, user, day, item) == (1, 7, 1, 2)
