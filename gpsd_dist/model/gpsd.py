@@ -80,8 +80,8 @@ class NextItemOutputs(typing.NamedTuple):
     """Feature -> [rows, E]: the input table of each auxiliary target, tied to its output."""
     bias_V: torch.Tensor | None = None
     """Learnt bias of each item's logit."""
-    weight_W: torch.Tensor | None = None
-    """Learnt weight of the log count of an item's events, per window of time."""
+    weight_WF: torch.Tensor | None = None
+    """What recent counts weigh: `item_score.window_weights`."""
 
 
 class NextItemModel(nn.Module):
@@ -118,7 +118,7 @@ class NextItemModel(nn.Module):
         self.item_score: ItemScore | None = None
         if item_bias or num_windows:
             rows = manifest.table(manifest.feature(manifest.item_feature).table).num_rows
-            self.item_score = ItemScore(rows, item_bias, num_windows)
+            self.item_score = ItemScore(rows, item_bias, num_windows, width)
 
     def forward(self, embeddings: dict[str, torch.Tensor], batch: Batch) -> NextItemOutputs:
         """Runs a batch with its `embeddings` (table -> [U, E]): states [T, E], and weights of small output layers."""
@@ -127,7 +127,7 @@ class NextItemModel(nn.Module):
         weights = {name: self.backbone.embedder.small[module_key(t)].weight for name, t in self.auxiliary_table.items()}
         # Views, because FSDP2 hooks every output of the model, and on the parameter itself its hooks would pile up.
         views = {name: weight.view_as(weight) for name, weight in weights.items()}
-        parts = (None, None) if self.item_score is None else (self.item_score.bias_V, self.item_score.weight_W)
+        parts = (None, None) if self.item_score is None else (self.item_score.bias_V, self.item_score.weight_WF)
         return NextItemOutputs(hidden_TE, views, *(None if part is None else part.view_as(part) for part in parts))
 
 

@@ -1,27 +1,43 @@
-"""Holds what is learnt of an item's score beside its cosine: a bias per item, and a weight per window of recent counts.
+"""Holds what is learnt of an item's score beside its cosine: a bias per item, and what recent counts weigh.
 
-Shape letters: V rows of the item table, W windows.
+Shape letters: V rows of the item table, W windows, E width of a state, M states.
 """
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+_LOG_LONGEST_S = 20.0  # 15 years
+
 
 class ItemScore(nn.Module):
     """Is None where an option is off.
 
-    Weights start at 1 / W, so a model begins near the floor: as likely as often, which a rate of 1e-3 would take a
-    thousand steps to learn.
+    The weight of a window is linear in the unit state and the time since the last event: whoever goes through old films
+    within a minute follows the news less than one who comes back after a week. It starts at 1 / W for all, so a model
+    begins near the floor.
     """
 
-    def __init__(self, num_rows: int, has_bias: bool, num_windows: int):
+    def __init__(self, num_rows: int, has_bias: bool, num_windows: int, width: int):
         super().__init__()
         self.bias_V = nn.Parameter(torch.zeros(num_rows)) if has_bias else None
-        self.weight_W = nn.Parameter(torch.full((num_windows,), 1 / num_windows)) if num_windows else None
+        weight_WF = torch.zeros(num_windows, width + 2)  # F: the state, the time since the last event, 1
+        weight_WF[:, -1] = 1 / max(num_windows, 1)
+        self.weight_WF = nn.Parameter(weight_WF) if num_windows else None
 
     def whole(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Returns bias [V] and weights [W] without gradient. Collective under FSDP2, which shards them."""
-        parts = (self.bias_V, self.weight_W)
-        bias_V, weight_W = (p.full_tensor() if isinstance(p, DTensor) else p for p in parts)
-        return (None if bias_V is None else bias_V.detach()), (None if weight_W is None else weight_W.detach())
+        """Returns both without gradient. Collective under FSDP2, which shards them."""
+        parts = (self.bias_V, self.weight_WF)
+        bias_V, weight_WF = (p.full_tensor() if isinstance(p, DTensor) else p for p in parts)
+        return (None if bias_V is None else bias_V.detach()), (None if weight_WF is None else weight_WF.detach())
+
+
+def window_weights(
+    weight_WF: torch.Tensor, unit_ME: torch.Tensor, last_time_s_M: torch.Tensor, time_s_M: torch.Tensor
+) -> torch.Tensor:
+    """Weighs the windows for each state: [M, W]. Times are int64, those of its last event and of what it predicts."""
+    is_known_M = (last_time_s_M >= 0) & (time_s_M >= 0)
+    gap_s_M = torch.where(is_known_M, time_s_M - last_time_s_M, 0).clamp(min=0).to(weight_WF.dtype)
+    gap_M = (gap_s_M.log1p() / _LOG_LONGEST_S).clamp(max=1)
+    unit_ME = unit_ME.to(weight_WF.dtype)
+    return torch.cat((unit_ME, gap_M[:, None], torch.ones_like(gap_M)[:, None]), 1) @ weight_WF.t()

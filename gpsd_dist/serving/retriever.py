@@ -15,6 +15,7 @@ Shape letters: B requests, V items, K items found, E width, R items of a block, 
 import collections.abc
 import dataclasses
 import functools
+import math
 import os
 import typing
 
@@ -27,9 +28,10 @@ from gpsd_dist.batch.packing import cuts
 from gpsd_dist.batch.row_layout import ranges
 from gpsd_dist.data.gather import one_chunk
 from gpsd_dist.data.item_events import ItemEvents
-from gpsd_dist.data.item_offsets import ItemOffsets
+from gpsd_dist.data.item_offsets import ItemOffsets, Moments
 from gpsd_dist.model.gpsd import NextItemModel
 from gpsd_dist.model.heads import unit
+from gpsd_dist.model.item_score import window_weights
 from gpsd_dist.schema import NUM_RESERVED_ROWS
 from gpsd_dist.serving.artefact import Artefact, ArtefactError, open_version
 from gpsd_dist.serving.batches import pack
@@ -84,9 +86,9 @@ class Retriever:
         self._offsets: ItemOffsets | None = None
         learnt = typing.cast(NextItemModel, self.model).item_score
         if learnt is not None:
-            bias_V, weight_W = learnt.whole()
+            bias_V, self._weight_WF = (None if part is None else part.double() for part in learnt.whole())
             events = ItemEvents(**read_tensors(artefact.path(EVENTS_NAME))) if days else None
-            self._offsets = ItemOffsets(bias_V, weight_W, days, events).double()
+            self._offsets = ItemOffsets(bias_V, days, events)
         self.vectors = tables.pop(ITEM_VECTORS)
         """Unit vector of each item, behind `NUM_RESERVED_ROWS` that are none. An item's place here is its number."""
         self._tables = tables
@@ -132,7 +134,7 @@ class Retriever:
             seen = [rows[rows != allowed] for rows, allowed in zip(seen, allowed_B, strict=True)]
         seen = [self._items_of(rows) for rows in seen]
         query_BE = torch.from_numpy(self.encode(tokens))
-        added = None if self._offsets is None else self._added(torch.from_numpy(tokens.request_time_s_B))
+        added = None if self._offsets is None else self._added(tokens, query_BE)
         top = min(top, self.vectors.num_rows - NUM_RESERVED_ROWS)
         row_BK, score_BK = _best(query_BE, self.vectors, seen, top, added=added)
         is_none_BK = np.isneginf(score_BK) | (tokens.history_length_B == 0)[:, None]
@@ -147,7 +149,7 @@ class Retriever:
         item_BKE = self.vectors.rows(index_U).numpy()[place.reshape(row_BK.shape)]
         of_row_BK = np.einsum("be,bke->bk", vector_BE, item_BKE)
         if self._offsets is not None:
-            added = self._added(torch.from_numpy(tokens.request_time_s_B))
+            added = self._added(tokens, torch.from_numpy(vector_BE))
             of_row_BK = of_row_BK + added.of_pairs(torch.from_numpy(np.maximum(row_BK, 0))).numpy()
         of_row_BK = np.where(row_BK < 0, 0, of_row_BK)
         best_BK = np.where(np.isneginf(score_BK), -2, score_BK).astype(np.float32)  # a cosine is never -2
@@ -162,19 +164,27 @@ class Retriever:
         row_V = np.arange(len(bias)) if self._row_V is None else np.r_[np.zeros(NUM_RESERVED_ROWS, int), self._row_V]
         return (self._temperature * bias).float().numpy()[row_V]
 
-    def _added(self, time_s_B: torch.Tensor) -> "_Added":
-        """Binds what is added to cosines to the moments of some requests."""
-        offsets, temperature = self._offsets, self._temperature
+    def _added(self, tokens: Tokens, query_BE: torch.Tensor) -> "_Added":
+        """Binds what is added to cosines to some requests."""
+        offsets, temperature, weight_WF = self._offsets, self._temperature, self._weight_WF
         assert offsets is not None
         row_V = None if self._row_V is None else torch.from_numpy(np.r_[np.zeros(NUM_RESERVED_ROWS, int), self._row_V])
+        length_B, time_s_B = tokens.history_length_B, torch.from_numpy(tokens.request_time_s_B)
+        last_s_B = np.full(len(tokens), -1)
+        last_s_B[length_B > 0] = tokens.history_time_s_T[cuts(length_B)[1:][length_B > 0] - 1]
+        weight_BW, bound = None, 0.0 if offsets.bias_V is None else float(offsets.bias_V.abs().max())
+        if weight_WF is not None and offsets.events is not None:
+            weight_BW = window_weights(weight_WF, query_BE, torch.from_numpy(last_s_B), time_s_B)
+            bound += float(weight_BW.abs().sum(1).max()) * math.log1p(len(offsets.events)) if len(tokens) else 0
+        at = Moments(time_s_B, weight_BW)
 
         def rows(item: torch.Tensor) -> torch.Tensor:
             return item if row_V is None else row_V[item]
 
         return _Added(
-            lambda item_BK: temperature * offsets.of_pairs(rows(item_BK), time_s_B[:, None]),
-            lambda first, stop: temperature * offsets.of_all(rows(torch.arange(first, stop)), time_s_B),
-            temperature * offsets.bound(),
+            lambda item_BK: temperature * offsets.of_own(rows(item_BK), at),
+            lambda first, stop: temperature * offsets.of_all(rows(torch.arange(first, stop)), at),
+            temperature * bound,
         )
 
     def _items_of(self, row_N: np.ndarray) -> np.ndarray:

@@ -11,9 +11,10 @@ import torch
 
 from gpsd_dist.batch.batch import Batch
 from gpsd_dist.batch.lookup import lookup_of
-from gpsd_dist.data.item_offsets import ItemOffsets
+from gpsd_dist.data.item_offsets import ItemOffsets, Moments
 from gpsd_dist.distributed.collectives import all_gather_rows, all_sum
 from gpsd_dist.metrics.ranking import Excluded, Offsets, RankingSums, rank_targets
+from gpsd_dist.model.item_score import window_weights
 from gpsd_dist.schema import Manifest
 from gpsd_dist.stages import losses
 from gpsd_dist.stages.stage import Components
@@ -34,7 +35,8 @@ class Scoring(typing.NamedTuple):
     """Says how an item is scored: cosine + temperature x offset."""
 
     temperature: float
-    offsets: ItemOffsets | None  # in float64; None: the cosine alone
+    offsets: ItemOffsets  # in float64
+    weight_WF: torch.Tensor | None  # of windows: `item_score.window_weights`
 
 
 def rank_next_items(
@@ -42,7 +44,7 @@ def rank_next_items(
     manifest: Manifest,
     batches: typing.Iterable[tuple[Batch, ...]],
     rank_cut: int | None,
-    scoring: Scoring,
+    scoring: Scoring | None = None,
 ) -> dict[str, float | int]:
     """Ranks all items by the last history state of each request: HR@K, NDCG@K and MRR over all ranks. Collective.
 
@@ -61,8 +63,7 @@ def rank_next_items(
         request_P = batch.packing.request_C[is_positive_C]
         target_P = batch.candidate_item_C[is_positive_C]
         excluded = _own_history(batch, request_P)
-        is_ranked_P = batch.packing.history_offsets.diff()[request_P] > 0
-        queries = _Queries(query_BE[request_P], target_P, batch.request_time_s_B[request_P], is_ranked_P, excluded)
+        queries = _Queries(query_BE[request_P], target_P, _last_times(batch, request_P), excluded)
         ranks_P = _ranks_over_all(queries, items, runtime.rank, rank_cut, scoring)
         sums.update(ranks_P, target_P)
     sums.reduce()
@@ -117,20 +118,28 @@ class _Queries(typing.NamedTuple):
 
     vector_PE: torch.Tensor
     target_P: torch.Tensor
-    time_s_P: torch.Tensor
-    is_ranked_P: torch.Tensor  # bool: those with a history; without one, all items tie
+    times_P3: torch.Tensor
+    """int64: 1 where there is a history (without one all items tie), the time of its last event, that of the request"""
     excluded: Excluded
 
 
+def _last_times(batch: Batch, request_P: torch.Tensor) -> torch.Tensor:
+    offsets, time_s_T = batch.packing.history_offsets, batch.history_time_s_T
+    has_history_B = offsets.diff() > 0
+    last_s_B = torch.full_like(batch.request_time_s_B, -1)
+    last_s_B[has_history_B] = time_s_T[offsets[1:][has_history_B] - 1]
+    return torch.stack((has_history_B.long(), last_s_B, batch.request_time_s_B), 1)[request_P]
+
+
 def _ranks_over_all(
-    queries: _Queries, items: _Items, rank: int, rank_cut: int | None, scoring: Scoring
+    queries: _Queries, items: _Items, rank: int, rank_cut: int | None, scoring: Scoring | None
 ) -> torch.Tensor:
     """Ranks [P] of this rank's targets: queries travel to every rank, counts of better items are summed back."""
     excluded, targets = queries.excluded, all_gather_rows(queries.target_P)
     start = sum(len(part) for part in targets[:rank])
-    target_A = torch.cat(targets)
+    target_A, query_AE = torch.cat(targets), torch.cat(all_gather_rows(queries.vector_PE))
     rank_A = rank_targets(
-        torch.cat(all_gather_rows(queries.vector_PE)),
+        query_AE,
         items.unit_RE,
         target_A,
         first_row=items.first_row,
@@ -141,17 +150,19 @@ def _ranks_over_all(
         exists_R=items.exists_R,
         rank_cut=rank_cut,
         sum_over_blocks=all_sum,
-        offsets=None if scoring.offsets is None else _offsets(queries, target_A, scoring.temperature, scoring.offsets),
+        offsets=None if scoring is None else _offsets(queries, target_A, query_AE, scoring),
     )
     return rank_A[start : start + len(queries.target_P)]
 
 
-def _offsets(queries: _Queries, target_A: torch.Tensor, temperature: float, offsets: ItemOffsets) -> Offsets:
+def _offsets(queries: _Queries, target_A: torch.Tensor, query_AE: torch.Tensor, scoring: Scoring) -> Offsets:
     """Computes what is added to cosines; nothing for a query without a history. Collective."""
-    time_s_A = torch.cat(all_gather_rows(queries.time_s_P))
-    share_A = temperature * torch.cat(all_gather_rows(queries.is_ranked_P.long())).double()
+    has_history_A, last_s_A, time_s_A = torch.cat(all_gather_rows(queries.times_P3)).unbind(1)
+    weight_WF, offsets = scoring.weight_WF, scoring.offsets
+    weight_AW = None if weight_WF is None else window_weights(weight_WF, query_AE, last_s_A, time_s_A)
+    at, share_A = Moments(time_s_A, weight_AW), scoring.temperature * has_history_A.double()
 
     def of_rows(first: int, stop: int) -> torch.Tensor:
-        return share_A[:, None] * offsets.of_all(torch.arange(first, stop, device=target_A.device), time_s_A)
+        return share_A[:, None] * offsets.of_all(torch.arange(first, stop, device=target_A.device), at)
 
-    return Offsets(share_A * offsets.of_pairs(target_A, time_s_A), of_rows)
+    return Offsets(share_A * offsets.of_own(target_A, at), of_rows)

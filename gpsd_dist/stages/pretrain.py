@@ -10,13 +10,14 @@ import typing
 import torch
 from torch import nn
 
-from gpsd_dist.batch.batch import Batch, NextItem
+from gpsd_dist.batch.batch import Batch
 from gpsd_dist.config import RunConfig
 from gpsd_dist.data.item_events import ItemEvents, read_item_events
-from gpsd_dist.data.item_offsets import ItemOffsets
+from gpsd_dist.data.item_offsets import ItemOffsets, Moments
 from gpsd_dist.metrics.classification import Predictions
 from gpsd_dist.metrics.ranking import MEAN_KEYS
 from gpsd_dist.model.gpsd import NextItemModel, NextItemOutputs
+from gpsd_dist.model.item_score import window_weights
 from gpsd_dist.schema import Manifest, Table
 from gpsd_dist.stages import losses
 from gpsd_dist.stages.item_ranking import Scoring, rank_next_items
@@ -78,7 +79,7 @@ class Pretrain:
             self.config.temperature,
         )
         if self.has_offsets or next_item.negative_log_q_GN is not None:
-            sums = [losses.offset_softmax(*draws, *self._offsets(outputs, next_item))]
+            sums = [losses.offset_softmax(*draws, *self._offsets(outputs, hidden_ME, batch))]
         else:
             rounds = self.run.execution.matmul_dtype == "bf16" and not hidden_ME.is_cuda
             sums = [losses.sampled_softmax(*draws, rounds_operands=rounds)]
@@ -89,30 +90,26 @@ class Pretrain:
         return torch.stack(sums)
 
     def _offsets(
-        self, outputs: NextItemOutputs, next_item: NextItem
+        self, outputs: NextItemOutputs, hidden_ME: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, typing.Callable[[slice, torch.Tensor, int | slice], torch.Tensor]]:
         """Gives what is added to the logits of targets [M], and a function for those of negatives."""
+        next_item = batch.next_item
         # Counted in `pretrain` alone, so that no weight depends on an event of valid or test.
-        device = next_item.item_M.device
-        offsets = self._item_offsets(outputs.bias_V, outputs.weight_W, ("pretrain",), device)
-        time_s_M = torch.zeros_like(next_item.item_M) if next_item.time_s_M is None else next_item.time_s_M
-        log_q_GN = next_item.negative_log_q_GN
+        offsets = self._item_offsets(outputs.bias_V, ("pretrain",), next_item.item_M.device)
+        at, log_q_GN = Moments(next_item.item_M, None), next_item.negative_log_q_GN
+        if outputs.weight_WF is not None:
+            time_s_M = next_item.time_s_M
+            unit_ME, last_s_M = losses.unit(hidden_ME), batch.history_time_s_T[next_item.token_M]
+            at = Moments(time_s_M, window_weights(outputs.weight_WF, unit_ME, last_s_M, time_s_M))
 
         def of_negatives(part: slice, item: torch.Tensor, group: int | slice) -> torch.Tensor:
-            is_shared = item.ndim == 1
-            one_each = (item, time_s_M[part]) if is_shared else (item, time_s_M[part, None])
-            added = (offsets.of_all if is_shared else offsets.of_pairs)(*one_each)
+            here = Moments(*(None if entry is None else entry[part] for entry in at))
+            added = (offsets.of_all if item.ndim == 1 else offsets.of_own)(item, here)
             return added if log_q_GN is None else added - log_q_GN[group]
 
-        return offsets.of_pairs(next_item.item_M, time_s_M), of_negatives
+        return offsets.of_own(next_item.item_M, at), of_negatives
 
-    def _item_offsets(
-        self,
-        bias_V: torch.Tensor | None,
-        weight_W: torch.Tensor | None,
-        splits: tuple[str, ...],
-        device: torch.device,
-    ) -> ItemOffsets:
+    def _item_offsets(self, bias_V: torch.Tensor | None, splits: tuple[str, ...], device: torch.device) -> ItemOffsets:
         """Joins what is learnt to the events of some splits, which are read once."""
         days, events = self.config.recent_days, None
         if days:
@@ -122,7 +119,7 @@ class Pretrain:
                     log.warning("%d tokens of %s have no time; recent_days counts without them", num_untimed, splits)
                 self._events[splits] = found.to(device)
             events = self._events[splits]
-        return ItemOffsets(bias_V, weight_W, days, events)
+        return ItemOffsets(bias_V, days, events)
 
     def evaluate(
         self,
@@ -136,14 +133,15 @@ class Pretrain:
             raise ValueError(
                 "a pretrained run ranks items and scores no candidates: leave out --scores_out and --min_item_count"
             )
-        offsets = None
+        scoring = None
         if self.has_offsets:
             # What a running counter knows: events of all splits, but each strictly before the request that is ranked.
             splits = tuple(split.name for split in self.manifest.splits)
             learnt = typing.cast(NextItemModel, components.model).item_score
             assert learnt is not None
-            offsets = self._item_offsets(*learnt.whole(), splits, components.runtime.device).double()
-        scoring = Scoring(self.config.temperature, offsets)
+            bias_V, weight_WF = (None if part is None else part.double() for part in learnt.whole())
+            offsets = self._item_offsets(bias_V, splits, components.runtime.device)
+            scoring = Scoring(self.config.temperature, offsets, weight_WF)
         return {"next_item": rank_next_items(components, self.manifest, batches, rank_cut, scoring)}
 
     def default_metric(self, metrics: Metrics) -> str:

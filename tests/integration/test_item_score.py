@@ -74,7 +74,7 @@ def root(tmp_path_factory, one_rank):
 def test_resume_matches_the_uninterrupted_run(root, per):
     whole, parts = (read_checkpoint(step_folder(root / name, STEPS)) for name in (per, f"parts_{per}"))
     assert not differing(whole, parts)
-    assert whole["dense.item_score.bias_V"].abs().max() > 0.01 and (whole["dense.item_score.weight_W"] != 0).all()
+    assert whole["dense.item_score.bias_V"].abs().max() > 0.01 and (whole["dense.item_score.weight_WF"] != 0).all()
 
 
 @pytest.mark.parametrize("per", KINDS)
@@ -102,9 +102,12 @@ def _reference(root, weights, query_BE) -> list[int]:
             for item, label in zip(row.get("candidate.item", ()), row.get("label.click", ()), strict=True):
                 seen |= {(row["user_hash"], item, row["request_time_s"])} if label == 1 else set()
     item_VE = torch.nn.functional.normalize(weights["table.item"].double())
-    bias, weight = weights["dense.item_score.bias_V"].tolist(), weights["dense.item_score.weight_W"].tolist()
+    bias, weight_WF = weights["dense.item_score.bias_V"].tolist(), weights["dense.item_score.weight_WF"].double()
     for row, query_E in zip(pq.read_table(root / "data/valid").to_pylist(), query_BE, strict=True):
         now, scores = row["request_time_s"], {}
+        last = [None, *row["history.time_s"]][-1]
+        gap = 0 if last is None else math.log1p(now - last) / 20
+        weight = (weight_WF @ torch.tensor([*query_E.tolist(), gap, 1.0]).double()).tolist()
         counts = np.zeros((2, NUM_ITEMS))
         for _, item, time in seen:
             for window, days in enumerate(DAYS):
@@ -137,7 +140,7 @@ def test_evaluate_index_and_a_plain_reference_agree(root, tmp_path, one_rank):
     weights = read_checkpoint(manager.find(run))
     ranks = _reference(root, weights, retriever.encode(tokens))
     assert expected["mrr"] == pytest.approx(np.mean([1 / rank for rank in ranks]), rel=1e-9)
-    plain = _reference(root, weights | {"dense.item_score.weight_W": torch.zeros(2)}, retriever.encode(tokens))
+    plain = _reference(root, weights | {"dense.item_score.weight_WF": torch.zeros(2, 18)}, retriever.encode(tokens))
     assert sum(a != b for a, b in zip(ranks, plain, strict=True)) > len(ranks) / 2  # the counts did decide
 
 

@@ -1,12 +1,15 @@
 """Counts of recent events, against loops over the log."""
 
+import math
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from gpsd_dist.data.item_events import ItemEvents, read_item_events
-from gpsd_dist.data.item_offsets import ItemOffsets
+from gpsd_dist.data.item_offsets import ItemOffsets, Moments
+from gpsd_dist.model.item_score import window_weights
 from tests.integration.tiny_data import write_tiny_data
 
 ITEMS, NEWEST = 9, 1_000
@@ -48,19 +51,28 @@ def test_a_copy_by_its_tensors_counts_alike(log):
     )
 
 
-def test_offsets_add_up_and_no_moment_has_another_order_of_terms(log):
+def test_offsets_add_up_and_have_one_order_of_terms(log):
     events = ItemEvents(*map(torch.from_numpy, log))
-    bias, weight = torch.randn(ITEMS), torch.tensor([0.7, -1.3])
-    offsets = ItemOffsets(bias, weight, (5 / 86_400, 1.0), events).double()
+    bias, weight = torch.randn(ITEMS).double(), torch.tensor([[0.7, -1.3], [0.1, 2.0]]).double()
+    offsets = ItemOffsets(bias, (5 / 86_400, 1.0), events)
     items, moments = torch.arange(ITEMS), torch.tensor([NEWEST, NEWEST - 9])
-    found = offsets.of_all(items, moments)
+    found = offsets.of_all(items, Moments(moments, weight))
     for b, moment in enumerate(moments.tolist()):
         for item in items.tolist():
             logs = [np.log1p(counted(log, item, moment, window)) for window in (5, 86_400)]
-            expected = float(bias[item]) + float(weight[0]) * logs[0] + float(weight[1]) * logs[1]
+            expected = float(bias[item]) + float(weight[b, 0]) * logs[0] + float(weight[b, 1]) * logs[1]
             assert float(found[b, item]) == pytest.approx(expected, abs=1e-12)
-    assert torch.equal(offsets.of_pairs(items, moments[:, None]), found)
-    assert found.abs().max() <= offsets.bound()
+    assert torch.equal(offsets.of_own(items.expand(2, ITEMS), Moments(moments, weight)), found)
+    assert torch.equal(offsets.of_own(torch.tensor([4, 7]), Moments(moments, weight)), found[[0, 1], [4, 7]])
+
+
+def test_weights_follow_the_state_and_the_time_since_its_last_event():
+    weight_WF, state = torch.randn(3, 6).double(), torch.randn(4, 4).double()
+    last, now = torch.tensor([10, -1, 10, 90]), torch.tensor([70, 70, -1, 70])
+    found = window_weights(weight_WF, state, last, now)
+    for m, gap in enumerate([60, 0, 0, 0]):
+        inputs = torch.cat((state[m], torch.tensor([math.log1p(gap) / 20, 1.0]).double()))
+        torch.testing.assert_close(found[m], weight_WF @ inputs)
 
 
 def test_events_of_the_splits_are_read_once_each(tmp_path):
