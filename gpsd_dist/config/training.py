@@ -88,7 +88,7 @@ class PretrainConfig:
     """Add a learnt bias of the item to its logit. It is replicated with the dense part: 16 bytes per item and rank."""
     recent_days: _Positives = ()
     """Windows, in days, e.g. (3.0, 14.0): add learnt weight x log(1 + events of the item in that time before the
-    predicted event) to its logit. Takes 8 bytes per event of `pretrain` and rank."""
+    predicted event) to its logit. Takes 8 bytes per event and rank."""
     auxiliary: Names = ()
     """Token features (not bags) that are predicted too, e.g. ("category",)."""
     auxiliary_weight: float = 1.0

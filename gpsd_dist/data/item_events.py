@@ -28,6 +28,9 @@ class ItemEvents:
         self._first_s = int(time_s_N.min()) if len(time_s_N) else 0
         self._span = int(time_s_N.max()) - self._first_s + 2 if len(time_s_N) else 2
         self._code_N = (item_N * self._span + (time_s_N - self._first_s)).sort().values
+        largest = int(item_N.bincount().max()) if len(item_N) else 0
+        self.logs = torch.arange(largest + 1, dtype=torch.float64, device=item_N.device).log1p()
+        """log(1 + count) of every count that there can be, float64."""
 
     def __len__(self) -> int:
         return len(self._code_N)
@@ -35,7 +38,8 @@ class ItemEvents:
     def to(self, device: torch.device) -> "ItemEvents":
         """Copies the events to a device."""
         moved = ItemEvents.__new__(ItemEvents)
-        moved._first_s, moved._span, moved._code_N = self._first_s, self._span, self._code_N.to(device)
+        moved._first_s, moved._span = self._first_s, self._span
+        moved._code_N, moved.logs = self._code_N.to(device), self.logs.to(device)
         return moved
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -44,13 +48,13 @@ class ItemEvents:
         return {"item_N": item_N, "time_s_N": self._code_N - item_N * self._span + self._first_s}
 
     def count(self, item_P: torch.Tensor, time_s_P: torch.Tensor, window_s: int) -> torch.Tensor:
-        """Counts for pairs, whose shapes are broadcast: int64. An unknown moment (-1) has no events before it."""
+        """Counts for pairs, whose shapes are broadcast: integers. An unknown moment (-1) has no events before it."""
         begin_P, end_P = self._window(time_s_P, window_s)
         first_P = item_P * self._span
         return self._place(first_P + end_P) - self._place(first_P + begin_P)
 
     def count_all(self, item_R: torch.Tensor, time_s_B: torch.Tensor, window_s: int) -> torch.Tensor:
-        """Counts every item at every moment: int64 [B, R]. On a CPU its cost is that of the events and one pass."""
+        """Counts every item at every moment: integers [B, R]. On a CPU its cost is that of the events and one pass."""
         if item_R.is_cuda:  # the other way has sizes that depend on the data, for which the host would wait
             return self.count(item_R, time_s_B[:, None], window_s)
         # An event counts for the moments behind it that see it: one more where these begin, one less where they end.
@@ -68,10 +72,8 @@ class ItemEvents:
         flat, start_E, one = steps.view(-1), row_E * steps.shape[1], torch.ones((), dtype=torch.int32)
         flat.index_add_(0, start_E + from_E, one.expand(len(row_E)))
         flat.index_add_(0, start_E + to_E, -one.expand(len(row_E)))
-        counts = steps.cumsum(1)[:, :-1]
-        found = torch.empty(len(time_s_B), len(item_R), dtype=torch.int64)
-        found[order_B] = counts[place_R].t()
-        return found
+        counts = steps.cumsum(1, dtype=torch.int32)
+        return counts.t()[order_B.argsort()][:, place_R]
 
     def _window(self, time_s_P: torch.Tensor, window_s: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Gives both ends of the windows before moments, as seconds since the first event."""

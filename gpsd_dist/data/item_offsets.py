@@ -49,7 +49,8 @@ class ItemOffsets:
         total = torch.zeros((), device=item.device) if self.bias_V is None else self.bias_V[item]
         if self.events is not None and at.weight_BW is not None:
             for weight_B, days in zip(at.weight_BW.unbind(1), self.recent_days, strict=True):
-                # Added in one order, whatever the shape, so that equal items tie to the last bit.
-                logs = count(self.events, window_seconds(days)).to(weight_B.dtype).log1p()
-                total = total + weight_B[index] * logs
+                # Added in one order, whatever the shape, so that equal items tie to the last bit. Logarithms are looked
+                # up: there are few different counts, and many items.
+                logs_N = self.events.logs.to(weight_B.dtype)
+                total = total + weight_B[index] * logs_N[count(self.events, window_seconds(days))]
         return total

@@ -39,7 +39,7 @@ class Pretrain:
         auxiliary = {f"next_{name}": self.config.auxiliary_weight for name in self.config.auxiliary}
         self.loss_weights = {"next_item": 1.0} | auxiliary
         self.has_offsets = self.config.item_bias or bool(self.config.recent_days)
-        self._events: dict[tuple[str, ...], ItemEvents] = {}
+        self._events: ItemEvents | None = None
 
     def model(self, sharded: tuple[Table, ...]) -> nn.Module:
         """Builds the tower with a projection to the width of the item table, which is also the output layer."""
@@ -94,8 +94,7 @@ class Pretrain:
     ) -> tuple[torch.Tensor, typing.Callable[[slice, torch.Tensor, int | slice], torch.Tensor]]:
         """Gives what is added to the logits of targets [M], and a function for those of negatives."""
         next_item = batch.next_item
-        # Counted in `pretrain` alone, so that no weight depends on an event of valid or test.
-        offsets = self._item_offsets(outputs.bias_V, ("pretrain",), next_item.item_M.device)
+        offsets = self._item_offsets(outputs.bias_V, next_item.item_M.device)
         at, log_q_GN = Moments(next_item.item_M, None), next_item.negative_log_q_GN
         if outputs.weight_WF is not None:
             time_s_M = next_item.time_s_M
@@ -109,17 +108,19 @@ class Pretrain:
 
         return offsets.of_own(next_item.item_M, at), of_negatives
 
-    def _item_offsets(self, bias_V: torch.Tensor | None, splits: tuple[str, ...], device: torch.device) -> ItemOffsets:
-        """Joins what is learnt to the events of some splits, which are read once."""
-        days, events = self.config.recent_days, None
-        if days:
-            if splits not in self._events:
-                found, num_untimed = read_item_events(self.run.data_dir, self.manifest, splits)
-                if num_untimed:
-                    log.warning("%d tokens of %s have no time; recent_days counts without them", num_untimed, splits)
-                self._events[splits] = found.to(device)
-            events = self._events[splits]
-        return ItemOffsets(bias_V, days, events)
+    def _item_offsets(self, bias_V: torch.Tensor | None, device: torch.device) -> ItemOffsets:
+        """Joins what is learnt to the events of the data set, which are read once.
+
+        They are those of all splits, as a running counter has them: an event of `test` counts for what comes after.
+        """
+        days = self.config.recent_days
+        if days and self._events is None:
+            splits = [split.name for split in self.manifest.splits]
+            found, num_untimed = read_item_events(self.run.data_dir, self.manifest, splits)
+            if num_untimed:
+                log.warning("%d tokens of the histories have no time; recent_days counts without them", num_untimed)
+            self._events = found.to(device)
+        return ItemOffsets(bias_V, days, self._events)
 
     def evaluate(
         self,
@@ -135,12 +136,10 @@ class Pretrain:
             )
         scoring = None
         if self.has_offsets:
-            # What a running counter knows: events of all splits, but each strictly before the request that is ranked.
-            splits = tuple(split.name for split in self.manifest.splits)
             learnt = typing.cast(NextItemModel, components.model).item_score
             assert learnt is not None
             bias_V, weight_WF = (None if part is None else part.double() for part in learnt.whole())
-            offsets = self._item_offsets(bias_V, splits, components.runtime.device)
+            offsets = self._item_offsets(bias_V, components.runtime.device)
             scoring = Scoring(self.config.temperature, offsets, weight_WF)
         return {"next_item": rank_next_items(components, self.manifest, batches, rank_cut, scoring)}
 
