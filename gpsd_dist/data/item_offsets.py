@@ -23,7 +23,7 @@ class Moments(typing.NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ItemOffsets:
-    """Adds bias + sum over windows of weight x log(1 + count), in the unit of logits, as exact as the weights are."""
+    """Adds bias + sum over windows of weight x log(1 + count), in the unit of cosines, as exact as the weights are."""
 
     bias_V: torch.Tensor | None
     recent_days: tuple[float, ...]  # W windows

@@ -83,7 +83,7 @@ def _write_scoring(draft: Draft, source: Source) -> None:
     run, manifest = source.run, source.manifest
     if not (run.pretrain.item_bias or run.pretrain.recent_days):
         return
-    names = ("temperature", "item_bias", "recent_days")
+    names = ("item_bias", "recent_days")
     draft.write_json(SCORING_NAME, {name: getattr(run.pretrain, name) for name in names})
     if run.pretrain.recent_days:
         splits = [split.name for split in manifest.splits]

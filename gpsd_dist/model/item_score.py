@@ -11,19 +11,17 @@ _LOG_LONGEST_S = 20.0  # 15 years
 
 
 class ItemScore(nn.Module):
-    """Is None where an option is off.
+    """Adds to cosines, in their unit, and starts at zero: a model begins with its cosines alone.
 
     The weight of a window is linear in the unit state and the time since the last event: whoever goes through old films
-    within a minute follows the news less than one who comes back after a week. It starts at 1 / W for all, so a model
-    begins near the floor.
+    within a minute follows the news less than one who comes back after a week. None where an option is off.
     """
 
     def __init__(self, num_rows: int, has_bias: bool, num_windows: int, width: int):
         super().__init__()
         self.bias_V = nn.Parameter(torch.zeros(num_rows)) if has_bias else None
-        weight_WF = torch.zeros(num_windows, width + 2)  # F: the state, the time since the last event, 1
-        weight_WF[:, -1] = 1 / max(num_windows, 1)
-        self.weight_WF = nn.Parameter(weight_WF) if num_windows else None
+        # F: the state, the time since the last event, 1. Logits are scores / temperature, so they move fast enough.
+        self.weight_WF = nn.Parameter(torch.zeros(num_windows, width + 2)) if num_windows else None
 
     def whole(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Returns both without gradient. Collective under FSDP2, which shards them."""

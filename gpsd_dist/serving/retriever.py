@@ -6,7 +6,7 @@
                                                    "history.time_s": [1399100000]}], top=500)
     found.item_ids, found.scores
 
-Items and users are unit vectors in one space, and a score is their cosine, as in pretraining; plus temperature x offset
+Items and users are unit vectors in one space, and a score is their cosine, as in pretraining; plus an offset
 (`data.item_offsets`) where the model learnt one, from events before the request. Needs no TorchRec.
 
 Shape letters: B requests, V items, K items found, E width, R items of a block, P items preselected.
@@ -82,7 +82,6 @@ class Retriever:
         has_bias = bool(scoring.get("item_bias"))
         make = functools.partial(NextItemModel, auxiliary=(), item_bias=has_bias, num_windows=len(days))
         self.model = build_model(artefact, make)
-        self._temperature = float(scoring.get("temperature", 0))
         self._offsets: ItemOffsets | None = None
         learnt = typing.cast(NextItemModel, self.model).item_score
         if learnt is not None:
@@ -162,11 +161,11 @@ class Retriever:
         if bias is None:
             return None
         row_V = np.arange(len(bias)) if self._row_V is None else np.r_[np.zeros(NUM_RESERVED_ROWS, int), self._row_V]
-        return (self._temperature * bias).float().numpy()[row_V]
+        return bias.float().numpy()[row_V]
 
     def _added(self, tokens: Tokens, query_BE: torch.Tensor) -> "_Added":
         """Binds what is added to cosines to some requests."""
-        offsets, temperature, weight_WF = self._offsets, self._temperature, self._weight_WF
+        offsets, weight_WF = self._offsets, self._weight_WF
         assert offsets is not None
         row_V = None if self._row_V is None else torch.from_numpy(np.r_[np.zeros(NUM_RESERVED_ROWS, int), self._row_V])
         length_B, time_s_B = tokens.history_length_B, torch.from_numpy(tokens.request_time_s_B)
@@ -182,9 +181,9 @@ class Retriever:
             return item if row_V is None else row_V[item]
 
         return _Added(
-            lambda item_BK: temperature * offsets.of_own(rows(item_BK), at),
-            lambda first, stop: temperature * offsets.of_all(rows(torch.arange(first, stop)), at),
-            temperature * bound,
+            lambda item_BK: offsets.of_own(rows(item_BK), at),
+            lambda first, stop: offsets.of_all(rows(torch.arange(first, stop)), at),
+            bound,
         )
 
     def _items_of(self, row_N: np.ndarray) -> np.ndarray:

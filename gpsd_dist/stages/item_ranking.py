@@ -32,9 +32,8 @@ class _Items(typing.NamedTuple):
 
 
 class Scoring(typing.NamedTuple):
-    """Says how an item is scored: cosine + temperature x offset."""
+    """Says what is added to cosines."""
 
-    temperature: float
     offsets: ItemOffsets  # in float64
     weight_WF: torch.Tensor | None  # of windows: `item_score.window_weights`
 
@@ -160,7 +159,7 @@ def _offsets(queries: _Queries, target_A: torch.Tensor, query_AE: torch.Tensor, 
     has_history_A, last_s_A, time_s_A = torch.cat(all_gather_rows(queries.times_P3)).unbind(1)
     weight_WF, offsets = scoring.weight_WF, scoring.offsets
     weight_AW = None if weight_WF is None else window_weights(weight_WF, query_AE, last_s_A, time_s_A)
-    at, share_A = Moments(time_s_A, weight_AW), scoring.temperature * has_history_A.double()
+    at, share_A = Moments(time_s_A, weight_AW), has_history_A.double()
 
     def of_rows(first: int, stop: int) -> torch.Tensor:
         return share_A[:, None] * offsets.of_all(torch.arange(first, stop, device=target_A.device), at)

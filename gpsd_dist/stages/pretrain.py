@@ -95,7 +95,8 @@ class Pretrain:
         """Gives what is added to the logits of targets [M], and a function for those of negatives."""
         next_item = batch.next_item
         offsets = self._item_offsets(outputs.bias_V, next_item.item_M.device)
-        at, log_q_GN = Moments(next_item.item_M, None), next_item.negative_log_q_GN
+        temperature, log_q_GN = self.config.temperature, next_item.negative_log_q_GN
+        at = Moments(next_item.item_M, None)
         if outputs.weight_WF is not None:
             time_s_M = next_item.time_s_M
             unit_ME, last_s_M = losses.unit(hidden_ME), batch.history_time_s_T[next_item.token_M]
@@ -103,10 +104,10 @@ class Pretrain:
 
         def of_negatives(part: slice, item: torch.Tensor, group: int | slice) -> torch.Tensor:
             here = Moments(*(None if entry is None else entry[part] for entry in at))
-            added = (offsets.of_all if item.ndim == 1 else offsets.of_own)(item, here)
+            added = (offsets.of_all if item.ndim == 1 else offsets.of_own)(item, here) / temperature
             return added if log_q_GN is None else added - log_q_GN[group]
 
-        return offsets.of_own(next_item.item_M, at), of_negatives
+        return offsets.of_own(next_item.item_M, at) / temperature, of_negatives
 
     def _item_offsets(self, bias_V: torch.Tensor | None, device: torch.device) -> ItemOffsets:
         """Joins what is learnt to the events of the data set, which are read once.
@@ -140,7 +141,7 @@ class Pretrain:
             assert learnt is not None
             bias_V, weight_WF = (None if part is None else part.double() for part in learnt.whole())
             offsets = self._item_offsets(bias_V, components.runtime.device)
-            scoring = Scoring(self.config.temperature, offsets, weight_WF)
+            scoring = Scoring(offsets, weight_WF)
         return {"next_item": rank_next_items(components, self.manifest, batches, rank_cut, scoring)}
 
     def default_metric(self, metrics: Metrics) -> str:
