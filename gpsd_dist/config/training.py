@@ -85,10 +85,10 @@ class PretrainConfig:
     """Take log(N x probability of the draw) from a negative's logit, so that the sum over negatives is on average that
     over all items. False: uniform draws as they are (official settings)."""
     item_bias: bool = False
-    """Add a learnt bias of the item to its logit. It is replicated with the dense part: 16 bytes per item and rank."""
+    """Add a learnt bias of the item to its cosine. It is replicated with the dense part: 16 bytes per item and rank."""
     recent_days: _Positives = ()
     """Windows, in days, e.g. (3.0, 14.0): add learnt weight x log(1 + events of the item in that time before the
-    predicted event) to its logit. Takes 8 bytes per event and rank."""
+    predicted event) to its cosine. Takes 8 bytes per event and rank."""
     auxiliary: Names = ()
     """Token features (not bags) that are predicted too, e.g. ("category",)."""
     auxiliary_weight: float = 1.0
