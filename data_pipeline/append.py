@@ -88,7 +88,7 @@ def plan(running: engine.Engine, log: canonical.Log, job: Job) -> Plan:
     log = _moved_on(log, old)
     num_buckets = splits.num_buckets(log, job.options.num_buckets)
     events = splits.number_events(running, log, num_buckets)
-    cut = splits.cut(running, log, events, is_holdout=False)
+    cut = splits.cut(running, log, events, is_holdout=False, by_day=job.options.daily_requests)
     day = running.materialise("candidates", cut.candidates.filter(cut.candidates.split == "test"))
     lengths = _new_lengths(log, events, cut, old)
     users = day.select("user_id").union(lengths.select("user_id")).distinct()

@@ -63,7 +63,7 @@ def add(engine: Engine, rows: sequences.Rows) -> sequences.Rows:
     specs = [spec for spec in rows.log.features if spec.origin == _ORIGIN]
     if not specs:
         return rows
-    of_request = ibis.window(group_by=list(splits.REQUEST_KEY))
+    of_request = ibis.window(group_by=splits.request_key(rows.candidates))
     shown = engine.stored("candidates_shown", rows.candidates)
     asked_s = shown.time_s.min().over(of_request).cast("int64")
     table = _with_attributes(shown.mutate(_asked_s=asked_s), rows.log)

@@ -45,7 +45,7 @@ def plan(running: engine.Engine, log: canonical.Log, job: Job) -> Plan:
     options = job.options
     num_buckets = splits.num_buckets(log, options.num_buckets)
     events = splits.number_events(running, log, num_buckets)
-    cut = splits.cut(running, log, events, is_holdout=False)
+    cut = splits.cut(running, log, events, is_holdout=False, by_day=job.options.daily_requests)
     occurrences = sequences.occurrences(log, cut, options.min_count)
     without_vocabulary = unbounded.tables(options, log)
     candidates, skipped = cut.candidates, {**log.skipped, **cut.skipped}

@@ -50,7 +50,7 @@ def plan(running: engine.Engine, log: canonical.Log, job: Job) -> Plan:
     }
     num_buckets = splits.num_buckets(log, job.options.num_buckets)
     events = splits.number_events(running, log, num_buckets)
-    cut = splits.cut(running, log, events, is_holdout=True)
+    cut = splits.cut(running, log, events, is_holdout=True, by_day=job.options.daily_requests)
     no_pretraining = cut.pretrain.filter(ibis.literal(False))
     return Plan(
         rows=sequences.Rows(log, events, no_pretraining, cut.candidates, num_buckets),

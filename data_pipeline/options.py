@@ -102,6 +102,9 @@ class BuildOptions:
         "with --counts, also the user's own events, up to the midnight (UTC) before the request: up to the second they "
         "order a user's day against its labels (docs/results.md, section 2)",
     )
+    daily_requests: bool = option(
+        False, "end every request at midnight (UTC), as `gpsd_dist.fit --daily` needs it: it trains up to a day"
+    )
     seed: int = option(0, "of the drawn negatives")
     compression: Compression = option("zstd")
     row_group_rows: Count = option(4096, "small groups shuffle better, large ones read faster")

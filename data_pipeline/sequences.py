@@ -271,12 +271,13 @@ def request_rows(
     columns = {name: shown[f"_{name}"] for name in dict.fromkeys([*names, *context_names])}
     columns |= {f"label_{task.name}": shown[task.name] for task in log.tasks} | {"time_s": shown.time_s}
     columns |= {f"sampling_{name}": shown[f"sampling_{name}"] for name in log.sampling}
-    shown = shown.select(*splits.REQUEST_KEY, "position", **columns)
+    key = splits.request_key(candidates)
+    shown = shown.select(*key, "position", **columns)
     if encoder.suffix:  # a large log: joins and windows leave the memory before requests are collected
         shown = encoder.engine.materialise(f"candidates_encoded{encoder.suffix}", shown)
     token = ibis.struct({"position": shown.position} | {name: shown[name] for name in columns})
-    requests = shown.group_by(list(splits.REQUEST_KEY)).agg(shown=token.collect().sort())
-    kept = ("split", "num_before", "shown")
+    requests = shown.group_by(key).agg(shown=token.collect().sort())
+    kept = (*key[1:], "shown")
     rows = _with_history(log, requests, sequences, "num_before", max_history_length, kept)
     rows = rows.mutate(
         request_time_s=rows.shown[0]["time_s"],
@@ -287,8 +288,8 @@ def request_rows(
     ).drop("shown")
     if users is not None:
         rows = _with_user_features(log, rows, users)
-    key = rows.user_id.concat(":", rows.split, ":", rows.num_before.cast("string"))
-    return rows.mutate(shuffle_key=key.hexdigest("md5")).drop("num_before")
+    words = [part for name in key[1:] for part in (":", rows[name].cast("string"))]
+    return rows.mutate(shuffle_key=rows.user_id.concat(*words).hexdigest("md5")).drop(*key[2:])
 
 
 def _with_history(

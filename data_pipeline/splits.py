@@ -15,6 +15,9 @@ from data_pipeline.engine import Engine
 
 EVENTS_PER_BUCKET = 5_000_000  # untuned; what it costs in memory: README.md, "Larger than memory"
 REQUEST_KEY = ("user_id", "split", "num_before")
+REQUEST_DAY = "request_day"
+"""Column of candidates under --daily_requests: the UTC day, which belongs to the key then."""
+DAY_S = 86_400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,11 @@ class Cut:
     """True: exposed items count as occurrences for the vocabulary (official Grocery negatives do not)."""
     words: str
     skipped: dict[str, int]
+
+
+def request_key(candidates: ir.Table) -> list[str]:
+    """Names the columns that tell the requests of `candidates` apart."""
+    return [*REQUEST_KEY, *(name for name in candidates.columns if name == REQUEST_DAY)]
 
 
 def num_buckets(log: canonical.Log, asked: int) -> int:
@@ -74,13 +82,14 @@ def _numbered(events: ir.Table) -> ir.Table:
     )
 
 
-def cut(engine: Engine, log: canonical.Log, events: ir.Table, is_holdout: bool) -> Cut:
+def cut(engine: Engine, log: canonical.Log, events: ir.Table, is_holdout: bool, by_day: bool = False) -> Cut:
     """Applies the log's split rule to numbered events.
 
-    `is_holdout`: makes the requests after the test period instead of those before.
+    `is_holdout`: makes the requests after the test period instead of those before. `by_day`: no request reaches over
+    midnight (UTC); under the other rules none does, as all candidates of a request are of one time.
     """
     if isinstance(log.split, canonical.TimeBoundaries):
-        return _cut_by_time(engine, log, events, is_holdout)
+        return _cut_by_time(engine, log, events, is_holdout, by_day)
     if is_holdout:
         raise ValueError("--split holdout needs a source that is cut by time; this one is not")
     if isinstance(log.split, canonical.LeaveLastOut):
@@ -88,7 +97,7 @@ def cut(engine: Engine, log: canonical.Log, events: ir.Table, is_holdout: bool) 
     return _cut_last_item(engine, log, events)
 
 
-def _cut_by_time(engine: Engine, log: canonical.Log, events: ir.Table, is_holdout: bool) -> Cut:
+def _cut_by_time(engine: Engine, log: canonical.Log, events: ir.Table, is_holdout: bool, by_day: bool) -> Cut:
     rule = log.split
     exposures = engine.stored("exposures", log.exposures)
     if is_holdout and rule.test_until_s is None:
@@ -117,7 +126,9 @@ def _cut_by_time(engine: Engine, log: canonical.Log, events: ir.Table, is_holdou
         else "exposures after the test period"
     )
     counted = _count_earlier_events(engine, events, used)
-    in_order = ibis.window(group_by=list(REQUEST_KEY), order_by=[counted.time_s, counted.order, counted.item_id])
+    if by_day:
+        counted = counted.mutate(**{REQUEST_DAY: (counted.time_s // DAY_S).cast("int64")})
+    in_order = ibis.window(group_by=request_key(counted), order_by=[counted.time_s, counted.order, counted.item_id])
     candidates = counted.mutate(position=ibis.row_number().over(in_order).cast("int64"))
     until_s = rule.valid_from_s if rule.pretrain_until_s is None else rule.pretrain_until_s
     early = events.filter(events.known_s < until_s)

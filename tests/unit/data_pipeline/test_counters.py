@@ -156,6 +156,29 @@ def test_every_count_is_that_of_plain_python(log, built):
     assert "count_3d_tags" not in [f.name for f in manifest_of(built).features]
 
 
+def days_of_requests(log: Log, out: pathlib.Path) -> list[set[int]]:
+    """Days of the candidates of each request."""
+    rows = [row for split in ("train", "valid", "test") for row in rows_of(out, split)]
+    return [{log.shown[int(number)][2] // DAY_S for number in row["candidate.number"]} for row in rows]
+
+
+def test_daily_requests_end_at_midnight_and_are_otherwise_the_same(log, built, tmp_path):
+    assert any(len(days) > 1 for days in days_of_requests(log, built))
+    options = (*COUNTS, "--daily_requests", "--num_buckets", 2)
+    assert build(log.write(tmp_path / "raw"), tmp_path / "out", *options) == 0
+    assert all(len(days) == 1 for days in days_of_requests(log, tmp_path / "out"))
+    check(log, tmp_path / "out", ("train", "valid", "test"))
+    for split in ("train", "valid", "test"):
+        assert set(found_in(tmp_path / "out", split)) == set(found_in(built, split))
+        times = [
+            log.shown[number][2] // DAY_S == s // DAY_S for number, (s, _) in found_in(tmp_path / "out", split).items()
+        ]
+        assert all(times)
+    assert manifest_of(tmp_path / "out").options["daily_requests"] is True
+    other = ("--append_to", built, "--daily_requests")
+    assert build(log.write(tmp_path / "raw2"), tmp_path / "day", *other) == 2  # rows are cut as on the first day
+
+
 @needs_spark
 @pytest.mark.slow
 @pytest.mark.timeout(600)

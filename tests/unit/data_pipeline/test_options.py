@@ -23,6 +23,7 @@ DEFAULTS = {
     "managed_features": "",
     "counts": "",
     "user_counts": False,
+    "daily_requests": False,
     "seed": 0,
     "compression": "zstd",
     "row_group_rows": 4096,
@@ -35,43 +36,43 @@ RECORDED = [
     (
         "--source amazon_grocery --valid_fraction 0.25 --threads 3 --num_buckets 5 --force",
         {"valid_fraction": 0.25},
-        "53d9226e68b13b6d613f56d32065ef25",
+        "91d4aa13593a7a8dfa97c609db9dc12e",
     ),
     (
         "--source kuairand_pure --hashed_features author:50 --managed_features item:20 --compression lz4",
         {"hashed_features": "author:50", "managed_features": "item:20", "compression": "lz4"},
-        "ac22e503fa8bc6e545c372cce0762bc9",
+        "ee4330521ce0c2f3f0b9f29b7c620649",
     ),
     (
         "--source taobao --behaviours pv,buy",
         {"max_history_length": 200, "behaviours": "pv,buy", "train_quantile": 0.7},
-        "98358a35a6b2b038762b4e9554923425",
+        "ed43955f82f511590f5f1106744fda97",
     ),
     (
         "--source amazon_reviews --all_categories --max_history_length 20 --seed 7",
         {"max_history_length": 20, "seed": 7, "train_quantile": 0.7, "all_categories": True, "no_meta": False},
-        "6a8766402ba6ffd65f9a43d1f47a42f9",
+        "b8f59681adf56131a0b83a5c0ae00ae3",
     ),
     (
         "--source movielens --no_valid --vocabulary all_items --no_genres --row_group_rows 64 --file_rows 128",
         {"row_group_rows": 64, "file_rows": 128, "split_rule": "leave_last_out", "train_quantile": 0.7}
         | {"no_valid": True, "vocabulary": "all_items", "no_genres": True},
-        "e3df07e32f28fa77b751ec680d7a6574",
+        "2d637e3388b56e0e7047dc43ce0ef5ea",
     ),
     (
         "--source synthetic --synthetic_seed 3 --num_negatives 4",
         BY_TOML | {"num_negatives": 4, "synthetic_seed": 3, "schema": None},
-        "8ad28e5e17f916461b4627a09511cb7d",
+        "f267260e53ac12d9c79261735dfe5837",
     ),
     (
         "--source generic --num_negatives 3 --min_count 1",
         BY_TOML | {"num_negatives": 3, "min_count": 1, "schema": None},
-        "14589b16fc61fa9827618dc6d80b8c52",
+        "0332fba608e795c045496c3be5ef5ab4",
     ),
     (
         "--source generic --schema raw/schema.toml",
         BY_TOML | {"schema": "raw/schema.toml"},
-        "33bf1579a40c6d9e4bf5530241bdc669",
+        "35cc377927e6b3da5bf4e0145dafce1a",
     ),
 ]
 
