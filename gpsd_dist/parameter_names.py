@@ -43,7 +43,12 @@ def dense_weight(parameter: str) -> str:
 
 def small_table(table: str) -> str:
     """Names the parameter of the dense model that holds a small table, which every rank keeps whole."""
-    return f"{_SMALL[0]}{module_key(table)}.weight"
+    return small_tables(table)[0]
+
+
+def small_tables(table: str) -> tuple[str, ...]:
+    """Names the parameters that may hold a small table: that of token features, and that of all other features."""
+    return tuple(f"{prefix}{module_key(table)}.weight" for prefix in _SMALL)
 
 
 def is_table(name: str) -> bool:

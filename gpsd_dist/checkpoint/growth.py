@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from gpsd_dist.config import RunConfig
-from gpsd_dist.parameter_names import dense_weight, small_table, table_weight
+from gpsd_dist.parameter_names import dense_weight, small_tables, table_weight
 from gpsd_dist.schema import Manifest
 from gpsd_dist.tables import new_rows
 
@@ -36,8 +36,8 @@ def ancestors(manifest: Manifest) -> dict[str, set[str]]:
 def keys(
     grown: collections.abc.Mapping[str, int], tables: typing.Iterable[str], dense: typing.Iterable[str]
 ) -> frozenset[str]:
-    """Names the saved tensors of grown tables: sharded tables, and small ones of the token embedder."""
-    small = {small_table(name) for name in grown}
+    """Names the saved tensors of grown tables, sharded or small."""
+    small = {parameter for name in grown for parameter in small_tables(name)}
     names = [table_weight(name) for name in tables if name in grown]
     return frozenset([*names, *(dense_weight(name) for name in dense if name in small)])
 
@@ -63,7 +63,8 @@ def start_new_rows(
     lines = []
     for name, num_old in grown.items():
         num_new = manifest.table(name).num_rows - num_old
-        weight = tables.get(name, dense.get(small_table(name)))
+        small = [dense[parameter] for parameter in small_tables(name) if parameter in dense]
+        weight = tables.get(name, small[0] if small else None)
         start = "random"
         if weight is not None and run.tables.new_rows != "random":
             is_item = name == manifest.feature(manifest.item_feature).table and run.tables.new_rows == "attributes"

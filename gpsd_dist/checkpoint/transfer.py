@@ -29,11 +29,13 @@ def transfer(run: RunConfig, manifest: Manifest, own: loading.Tensors) -> str:
     (`growth`) gets new rows below the loaded ones. ValueError if a vocabulary differs in another way, or a
     tensor is missing or has another shape: nothing is skipped silently.
     """
-    weights, dense = own[TABLE], own[DENSE]
+    weights, dense, is_whole = own[TABLE], own[DENSE], run.finetune.warm_start
     checkpoint = manager.find_together(run.init_checkpoint)
     for doubt in on_main(lambda: manager.doubts(checkpoint)):
         log.warning("%s", doubt)
     state = read_run(checkpoint)
+    if is_whole and state.run_config["stage"] == "pretrain":
+        raise ValueError(f"warm_start takes the heads over too, and {checkpoint} is a pretraining: leave it out")
     grown = _check_vocabularies(run, manifest, state, checkpoint)
     _check_width(run, state, checkpoint)
     _check_kept_alike(run, state, checkpoint, own)
@@ -43,10 +45,9 @@ def transfer(run: RunConfig, manifest: Manifest, own: loading.Tensors) -> str:
     missing = [table for table in run.tables.transfer if table not in weights]
     if missing:
         raise ValueError(f"TRANSFER_TABLES names {missing}, but the sharded tables are {sorted(weights)}")
-    tables = {name: weights[name] for name in run.tables.transfer}
-    moves = (
-        "" if run.stage == state.run_config["stage"] == "pretrain" else BACKBONE
-    )  # pretraining goes on with all of it
+    tables = dict(weights) if is_whole else {name: weights[name] for name in run.tables.transfer}
+    is_whole |= run.stage == state.run_config["stage"] == "pretrain"  # pretraining goes on with all of its dense part
+    moves = "" if is_whole else BACKBONE
     moved = {name: value for name, value in dense.items() if run.transfers_tower and name.startswith(moves)}
     maps = {name: state for name, state in own.get(IDS, {}).items() if name in tables}
     tensors = {TABLE: tables, DENSE: moved} | ({IDS: maps} if maps else {})
@@ -104,7 +105,7 @@ def _check_vocabularies(
     ancestors = growth.ancestors(manifest)
     theirs = {table["name"]: table for table in state.manifest["tables"]}
     problems = []
-    needed = set(run.tables.transfer)
+    needed = {table.name for table in manifest.tables} if run.finetune.warm_start else set(run.tables.transfer)
     if run.transfers_tower:  # they include the small tables of token features
         needed |= {f.table for f in manifest.features_in("history") if f.table is not None}
     for name in sorted(needed):
@@ -134,8 +135,9 @@ def _check_kept_alike(run: RunConfig, state: manager.RunState, checkpoint: Locat
     """Checks that no table is sharded here and was kept with the dense part there, or the other way round."""
     saved = set(loading.saved_keys(checkpoint))
     small = {table["name"]: small_table(table["name"]) for table in state.manifest["tables"]}
-    grown = [name for name in run.tables.transfer if name in own[TABLE] and dense_weight(small.get(name, "")) in saved]
-    needed = {*run.tables.transfer, *(small if run.transfers_tower else ())}
+    moved = list(own[TABLE]) if run.finetune.warm_start else run.tables.transfer
+    grown = [name for name in moved if name in own[TABLE] and dense_weight(small.get(name, "")) in saved]
+    needed = {*moved, *(small if run.transfers_tower else ())}
     shrunk = [name for name in small if name in needed and small[name] in own[DENSE] and table_weight(name) in saved]
     if grown or shrunk:
         theirs = state.run_config["tables"]["small_table_max_rows"]
@@ -179,12 +181,14 @@ def _report(
     moved: loading.Tensors,
     dense: loading.Tensors,
 ) -> str:
-    fate = f"frozen as {run.tables.frozen_dtype}" if run.freezes_tables else "trained on"
     fates = {name: f"of which {num_rows:,} are frozen" for name, num_rows in run.tables.frozen_rows.items()}
+    fates |= {name: f"frozen as {run.tables.frozen_dtype}" for name in run.frozen_tables if name not in fates}
+    part = "dense part" if run.finetune.warm_start else "tower"
     kind = "pretraining" if state.run_config["stage"] == "pretrain" else "finetuning"
     lines = [f"{run.strategy} from {checkpoint} ({kind} step {state.step})"]
-    lines += [f"  loaded table.{name} {tuple(value.size())}, {fates.get(name, fate)}" for name, value in tables.items()]
-    lines += [f"  loaded {len(moved)} tensors of the tower, {sum(v.numel() for v in moved.values()):,} parameters"]
+    for name, value in tables.items():
+        lines.append(f"  loaded table.{name} {tuple(value.size())}, {fates.get(name, 'trained on')}")
+    lines += [f"  loaded {len(moved)} tensors of the {part}, {sum(v.numel() for v in moved.values()):,} parameters"]
     fresh = [name for name in dense if name not in moved]
     lines += [f"  random {len(fresh)} dense tensors: {', '.join(sorted({n.split('.')[0] for n in fresh})) or 'none'}"]
     used = {*map(table_weight, tables), *map(dense_weight, moved)}

@@ -46,6 +46,13 @@ def _a_run_starts_from_what_its_strategy_transfers(run: "RunConfig") -> _Problem
     yield f"STRATEGY {run.strategy} with INIT_CHECKPOINT={run.init_checkpoint!r}: INIT_CHECKPOINT must {needed}"
 
 
+def _warm_starts_have_a_finetuning(run: "RunConfig") -> _Problems:
+    """The heads are those of a finetuning, and stand on the tower."""
+    if run.finetune.warm_start and not run.transfers_tower:
+        given = f"FinetuneConfig.warm_start with stage {run.stage}, strategy {run.strategy}"
+        yield f"{given}: it goes on with a whole finetuned model; set STRATEGY FT, or FT_SF to keep frozen tables so"
+
+
 def _only_finetuning_is_refitted(run: "RunConfig") -> _Problems:
     """A refit adds `valid` to `train`; pretraining has a split of its own."""
     if run.stage == "pretrain" and run.refit_of:
@@ -120,6 +127,7 @@ RULES = (
     _folders_are_named,
     _output_is_local,
     _a_run_starts_from_what_its_strategy_transfers,
+    _warm_starts_have_a_finetuning,
     _only_finetuning_is_refitted,
     _frozen_dtype_needs_frozen_tables,
     _frozen_rows_are_of_frozen_tables,

@@ -109,6 +109,9 @@ class FinetuneConfig:
     next_behaviour_weight: NotNegative = 0.0
     """dien, dmin: weight of the auxiliary loss of arXiv:1809.03672, which predicts each next history token from the
     state before it, against a random one of the batch. 0, as in the official variants: without."""
+    warm_start: bool = False
+    """FT, FT_SF: take over all of INIT_CHECKPOINT, a finetuning of the same model: every table, and the heads too, to
+    go on with new rows (docs/daily.md). Its optimizers start anew. False: the tower, and TRANSFER_TABLES."""
 
 
 @checked()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 
 import numpy as np
@@ -158,6 +159,24 @@ def _refused(run, runtime, match: str) -> str:
     with pytest.raises(ValueError, match=match) as error:
         Trainer(run, runtime).train()
     return str(error.value)
+
+
+def test_a_warm_start_takes_every_table_and_the_heads(trained, data_dir, tmp_path, one_rank, caplog):
+    warm = {"finetune": {"warm_start": True}}
+    source = read_checkpoint(manager.find(trained / "FT_SF"))
+    for strategy in ("FT", "FT_SF"):
+        trainer = Trainer(_run(data_dir, trained / "FT_SF", tmp_path / strategy, strategy, **warm), one_rank)
+        with caplog.at_level(logging.INFO):
+            trainer.load_weights()
+        loaded = _whole(trainer.components)
+        assert {"table.tag", "dense.context.small.tab.weight"} <= set(loaded)
+        assert [name for name, value in loaded.items() if not torch.equal(value, source[name])] == []
+        assert not trainer.optimizer.state and trainer.step == 0
+    assert "loaded table.tag (37, 16), trained on" in caplog.text and "table.item (61, 16), frozen" in caplog.text
+    with pytest.raises(ValueError, match=r"takes the heads over too, and .* is a pretraining"):
+        Trainer(_run(data_dir, trained / "source", tmp_path / "no", "FT", **warm), one_rank).load_weights()
+    with pytest.raises(ValueError, match="set STRATEGY FT, or FT_SF"):
+        _run(data_dir, trained / "FT", tmp_path / "no", "ST", **warm)
 
 
 def test_unknown_transfer_table_is_refused(trained, data_dir, tmp_path, one_rank):

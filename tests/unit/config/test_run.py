@@ -294,7 +294,7 @@ def full_run():
         ids=IdsConfig({"item": "managed"}, {"item": 50}, 5, "lru"),
         model=ModelConfig("hstu", 2, 32, 2, 0.1, 0.05, 8, False, 99, 5, 7, False, 1, "by_width", True, True),
         pretrain=PretrainConfig(0.1, "position", 3, 5, ("category", "brand"), 0.5),
-        finetune=FinetuneConfig({"click": 0.5, "buy": 2}, True, True, 0.5),
+        finetune=FinetuneConfig({"click": 0.5, "buy": 2}, True, True, 0.5, True),
         dense=OptimizerConfig("adamw", 0.2, 0.8, 0.7, 1e-6, 0.3),
         sparse=OptimizerConfig("sgd", 0.3, 0.5, 0.6, 1e-5, 0.0),
         train=TrainConfig(
@@ -336,7 +336,7 @@ def test_a_run_of_commit_14e4532_is_read(name):
     run = run_config_from_dict(raw)
     # Tower and tables are equally wide.
     raw["model"] |= {"revision": 2, "parametrization": "official", "matches": False, "number_buckets": False}
-    raw["finetune"] |= {"weighted_metrics": False}
+    raw["finetune"] |= {"weighted_metrics": False, "warm_start": False}
     raw["train"] |= {"average_fraction": 0.0}
     raw["execution"] |= {"matmul_dtype": "auto"}
     raw["tables"] |= {"new_rows": "attributes", "frozen_rows": {}}
