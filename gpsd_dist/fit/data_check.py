@@ -88,15 +88,7 @@ def fingerprint(manifest: schema.Manifest) -> str:
 
 def look(data_dir: pathlib.Path) -> Facts:
     """Reads manifest and labels. ValueError says what is missing, in the words of whoever has a log, and what to do."""
-    _check_folder(data_dir)
-    manifest = schema.read_manifest(data_dir)
-    rows = {split.name: split.num_rows for split in manifest.splits}
-    if not manifest.tasks or not rows.get("train"):
-        raise ValueError(
-            f"{data_dir} has histories, but nothing that was shown with a label (no task, or no row in `train`): there "
-            "are no clicks to predict. Describe the log of what was shown in the section [exposure] of the schema, "
-            "with a task; pretraining alone needs none: python -m gpsd_dist.train --gin_file configs/stage/pretrain.gin"
-        )
+    manifest, rows = opened(data_dir)
     missing = [name for name in SPLITS if not rows.get(name)]
     if missing:
         raise ValueError(
@@ -107,6 +99,20 @@ def look(data_dir: pathlib.Path) -> Facts:
     splits = {name: _count(data_dir, manifest, name) for name in SPLITS}
     _check_classes(data_dir, [task.name for task in manifest.tasks], splits)
     return Facts(manifest, splits, rows.get("pretrain", 0) > 0)
+
+
+def opened(data_dir: pathlib.Path) -> tuple[schema.Manifest, dict[str, int]]:
+    """Returns manifest and rows by split. ValueError if there are no data, or none with labels to train on."""
+    _check_folder(data_dir)
+    manifest = schema.read_manifest(data_dir)
+    rows = {split.name: split.num_rows for split in manifest.splits}
+    if not manifest.tasks or not rows.get("train"):
+        raise ValueError(
+            f"{data_dir} has histories, but nothing that was shown with a label (no task, or no row in `train`): there "
+            "are no clicks to predict. Describe the log of what was shown in the section [exposure] of the schema, "
+            "with a task; pretraining alone needs none: python -m gpsd_dist.train --gin_file configs/stage/pretrain.gin"
+        )
+    return manifest, rows
 
 
 def _check_folder(data_dir: pathlib.Path) -> None:

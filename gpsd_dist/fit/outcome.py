@@ -94,14 +94,14 @@ def show(made: Outcome, out_dir: pathlib.Path) -> None:
     parts = {"rows": made.rows, "floors": made.floors, "refit": made.refit, "chosen": made.chosen}
     summary = parts | {"verdict": first, "verdicts": made.verdicts, "next": made.hints}
     for table in fit_summary.tables(summary):
-        console.print(_as_text(table))
+        console.print(as_text(table))
     console.print(fit_summary.CAPTION)
     for verdict_of_task in made.verdicts.values():
         console.print(verdict_of_task, style="bold", soft_wrap=True)
     for hint in made.hints:
         console.print(f"- {hint}", soft_wrap=True)
     storage.write_json(out_dir / "summary.json", summary)
-    write(out_dir / "commands.sh", _script(made.commands).encode())
+    write(out_dir / "commands.sh", script(made.commands).encode())
     files = ["summary.json", "commands.sh"]
     if made.rows:
         report = make_report([out_dir])
@@ -110,7 +110,8 @@ def show(made: Outcome, out_dir: pathlib.Path) -> None:
     console.print(f"in {out_dir}: {', '.join(files)}", soft_wrap=True)
 
 
-def _as_text(table: Table) -> rich.table.Table:
+def as_text(table: Table) -> rich.table.Table:
+    """Draws a table for the terminal; its title is the first sentence of the caption."""
     shown = rich.table.Table(title=table.caption.split(".")[0], box=rich.box.SIMPLE_HEAD)
     for column in table.columns:
         shown.add_column(column.text, justify="right" if column.is_number else "left", no_wrap=True)
@@ -121,7 +122,8 @@ def _as_text(table: Table) -> rich.table.Table:
     return shown
 
 
-def _script(commands: list[tuple[str, Command]]) -> str:
+def script(commands: list[tuple[str, Command]]) -> str:
+    """Writes all commands so that they can be typed."""
     lines = ["# Every step of this fit as one would type it, in the folder where this fit was started."]
     for title, command in commands:
         lines += ["", f"# {title}", shell(command)]

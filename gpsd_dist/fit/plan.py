@@ -45,7 +45,7 @@ def make_plan(args: argparse.Namespace, can_pretrain: bool) -> Plan:
     pretrainings: dict[str, Training] = {}
     contestants: list[Contestant] = []
     for model in models:
-        name = _training(args, model, "finetune", ("--gin.STRATEGY=NT",), "nt").run.model.name
+        name = training_of(args, model, "finetune", ("--gin.STRATEGY=NT",), "nt").run.model.name
         is_generative = MODELS[name].is_generative
         for strategy in strategies:
             if strategy in FULL and not is_generative:
@@ -55,14 +55,14 @@ def make_plan(args: argparse.Namespace, can_pretrain: bool) -> Plan:
             if strategy != "NT":
                 source = model if is_generative else _donor(args, models)
                 if source not in pretrainings:
-                    pretrainings[source] = _training(args, source, "pretrain", (), "pretrain")
+                    pretrainings[source] = training_of(args, source, "pretrain", (), "pretrain")
                 start = (f"--gin.INIT_CHECKPOINT={pretrainings[source].folder}",)
             options, folder = (f"--gin.STRATEGY={strategy}", *start), strategy.lower()
-            training = _training(args, model, "finetune", options, folder)
+            training = training_of(args, model, "finetune", options, folder)
             if strategy != "NT":
                 _check_transferable(pretrainings[source].run, training.run)
             refit = (*options, f"--gin.REFIT_OF={training.folder}")
-            again = _training(args, model, "finetune", refit, f"{folder}_refit")
+            again = training_of(args, model, "finetune", refit, f"{folder}_refit")
             label = f"{model} {strategy}" if len(models) > 1 else strategy
             contestants.append(Contestant(model, strategy, label, training, again))
     if not contestants:
@@ -101,7 +101,7 @@ def _check_overrides(args: argparse.Namespace) -> None:
 def _donor(args: argparse.Namespace, models: tuple[str, ...]) -> str:
     """Chooses whose pretraining a model starts from that has none of its own."""
     for model in models:
-        if MODELS[_training(args, model, "finetune", ("--gin.STRATEGY=NT",), "nt").run.model.name].is_generative:
+        if MODELS[training_of(args, model, "finetune", ("--gin.STRATEGY=NT",), "nt").run.model.name].is_generative:
             return model
     return DEFAULT_MODEL
 
@@ -119,7 +119,8 @@ def _check_transferable(pretraining: RunConfig, run: RunConfig) -> None:
         raise ValueError(f"{run.strategy}: {'; '.join(wrong)}: give --gin.NAME=N and --pretrain_gin.NAME=N alike")
 
 
-def _training(args: argparse.Namespace, model: str, stage: str, options: tuple[str, ...], folder: str) -> Training:
+def training_of(args: argparse.Namespace, model: str, stage: str, options: tuple[str, ...], folder: str) -> Training:
+    """Makes one training of `args.data` into `args.out`. ValueError if its options do not fit."""
     given, overrides = (
         (args.gin_file, args.overrides) if stage == "finetune" else (args.pretrain_gin_file, args.pretrain_overrides)
     )

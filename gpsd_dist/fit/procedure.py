@@ -30,14 +30,11 @@ _IDENTITY = ("gin_file", "overrides", "pretrain_gin_file", "pretrain_overrides",
 
 def run(args: argparse.Namespace) -> outcome.Outcome:
     """Does everything that is not done yet, prints and writes the outcome. Raises what `main` explains."""
-    if "RANK" in os.environ:
-        raise ValueError("fit starts the processes of its trainings itself (--nproc): leave out torchrun")
-    if args.nproc is None:
-        args.nproc = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
-    given, args.data = args.data, _version(args)
+    given = args.data
+    settle(args)
     facts = look(args.data)
     plan = make_plan(args, facts.can_pretrain)
-    state = _state(args, facts)
+    state = begin(args, facts)
     budget, num_refits = Budget(args.budget_minutes), int(not args.no_refit)
     plan_budget(budget, len(plan.pretrainings), len(plan.contestants), num_refits)
     num_steps = budget.short_steps_left + len(plan.pretrainings) + len(plan.contestants) + num_refits
@@ -59,6 +56,15 @@ def run(args: argparse.Namespace) -> outcome.Outcome:
     return made
 
 
+def settle(args: argparse.Namespace) -> None:
+    """Puts the number of processes and the version of the data into `args`. ValueError under torchrun."""
+    if "RANK" in os.environ:
+        raise ValueError("fit starts the processes of its trainings itself (--nproc): leave out torchrun")
+    if args.nproc is None:
+        args.nproc = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+    args.data = _version(args)
+
+
 def _version(args: argparse.Namespace) -> pathlib.Path:
     """Finds the version of the data that all steps read: that of an earlier call, else the current one."""
     path = args.out / STATE_NAME
@@ -70,12 +76,16 @@ def _version(args: argparse.Namespace) -> pathlib.Path:
     return data_versions.opened(args.data, wanted)
 
 
-def _state(args: argparse.Namespace, facts: Facts) -> dict[str, typing.Any]:
-    """Reads what an earlier call left in RUN. ValueError if it was about other data, or other options."""
+def begin(args: argparse.Namespace, facts: Facts, more: tuple[str, ...] = ()) -> dict[str, typing.Any]:
+    """Reads what an earlier call left in RUN. ValueError if it was about other data, or other options.
+
+    `more`: names of options that what is in RUN depends on, besides those of every fit.
+    """
     path = args.out / STATE_NAME
     state = storage.read_json(path) if path.is_file() else {}
     options = {
-        name: [str(v) for v in value] if isinstance(value := getattr(args, name), list) else value for name in _IDENTITY
+        name: [str(v) for v in value] if isinstance(value := getattr(args, name), list) else value
+        for name in (*_IDENTITY, *more)
     }
     if state:
         if state.get("data") != facts.fingerprint:

@@ -100,8 +100,11 @@ class Runner:
         self._scoring = contextlib.ExitStack()
         self._runtime: Runtime | None = None
 
-    def train(self, title: str, training: Training) -> bool:
-        """Trains to the end, or as long as the budget allows. Returns whether there is a result."""
+    def train(self, title: str, training: Training, *, is_whole: bool = False) -> bool:
+        """Trains to the end, or as long as the budget allows. Returns whether there is a result.
+
+        `is_whole`: a training that the budget ends is no result; the same command goes on with it.
+        """
         with self.display.step(title) as step:
             deadline_s = self.budget.deadline_s(self.display.start_up_s)
             step.is_kept = is_trained(training)
@@ -113,8 +116,8 @@ class Runner:
                 try:
                     self._execute(training.command, deadline_s or math.inf)
                 except OutOfTime:
-                    if not checkpoints_of(training):
-                        step.remark = "left out, the budget ended before its first step"
+                    if is_whole or not checkpoints_of(training):
+                        step.remark = f"left out, the budget ended {'in it' if is_whole else 'before its first step'}"
                         self.left_out.append(title)
                         return False
                     self._finish_early(training)
@@ -166,9 +169,9 @@ class Runner:
         self.budget.end_short_step(started_s, is_kept=step.is_kept)
         return known or {}
 
-    def floor(self, name: str, split: str) -> Metrics:
+    def floor(self, name: str, split: str, title: str = "") -> Metrics:
         """Scores a split without a model; a task for which that cannot be done is left out, and said."""
-        title, folder = f"{FLOOR_NAMES[name]} on {split}", self.out_dir / "floors" / name
+        title, folder = title or f"{FLOOR_NAMES[name]} on {split}", self.out_dir / "floors" / name
         metrics_out, scores_out = folder / f"{split}.json", scores_path(folder, split)
         options = ("--baseline", name, "--data", str(self.data_dir), "--split", split)
         files = ("--metrics_out", str(metrics_out), "--scores_out", str(scores_out))

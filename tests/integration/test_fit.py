@@ -193,3 +193,60 @@ def test_a_budget_ends_a_training_with_a_validation(root, tmp_path, monkeypatch,
     assert "click/auc" in last.metrics
     assert f"--gin.TrainConfig.max_steps={last.step}" in (tmp_path / "commands.sh").read_text()
     assert "--budget_minutes ended" in shown.out
+
+
+@pytest.fixture(scope="module")
+def daily(tmp_path_factory):
+    """Two runs of `--daily` on the same log of four days: one goes through, one is stopped and goes on."""
+    root = tmp_path_factory.mktemp("daily")
+    write_tiny_data(root / "data", rows={"train": 60, "valid": 40, "test": 40})
+    (root / "tiny.gin").write_text(TINY_GIN + "EPOCHS = 2\n")
+    return root
+
+
+@pytest.mark.slow
+def test_days_that_were_stopped_go_on_to_the_same_numbers(daily, monkeypatch, capsys):
+    def command(name: str, *more: str) -> list[str]:
+        words = [word.replace(str(daily / "run"), str(daily / name)) for word in options(daily)]
+        start = words.index("--strategies")
+        return [*words[:start], "--strategies", "FT_SF", *words[start + 2 :], "--daily", "--max_age", "2", *more]
+
+    assert fit.main(command("whole")) == 0
+    shown = capsys.readouterr()
+    whole = json.loads((daily / "whole/daily.json").read_text())
+    assert f"\n{whole['verdict']}\n" in shown.out and "going on with yesterday's model is" in whole["verdict"]
+    assert {line["label"] for line in whole["lines"]["click"]} >= {"from scratch", "warm start", "smoothed rates"}
+
+    calls, asked = [], threading.Event()
+
+    def on_line(display, line, real=Display.on_line):
+        real(display, line)
+        if "step 5/" in line and len(calls) == 5:  # in the middle of a warm start
+            asked.set()
+
+    def wait(child, deadline_s):
+        calls.append(child)
+        if len(calls) == 5:
+            asked.wait(TIMEOUT_S / 2)
+            child.terminate()
+            return child.wait(), True
+        return child.wait(), False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "_wait", wait)
+        patch.setattr(Display, "on_line", on_line)
+        assert fit.main(command("parts", "--budget_minutes", "600")) == 0
+    stopped = capsys.readouterr()
+    assert "left out, the budget ended in it" in stopped.err
+    assert "- --budget_minutes ended before" in stopped.out
+    assert fit.main(command("parts")) == 0
+    again = capsys.readouterr()
+    assert again.err.count(": kept") >= 6
+    parts = json.loads((daily / "parts/daily.json").read_text())
+
+    def numbers(made):
+        return [{k: v for k, v in line.items() if k != "cpu_s"} for lines in made["lines"].values() for line in lines]
+
+    assert numbers(parts) == numbers(whole)
+    assert fit.main([*command("whole"), "--warm_epochs", "3"]) == 2
+    assert "made with other options (warm_epochs 1 there, 3 now)" in capsys.readouterr().err

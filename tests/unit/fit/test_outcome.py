@@ -23,5 +23,5 @@ def test_what_ended_too_early_is_said_with_the_option_that_helps():
 
 
 def test_commands_are_quoted_for_a_shell():
-    text = outcome._script([("pretrain", ("-m", "gpsd_dist.train", "--gin.DATA_DIR=my data"))])
+    text = outcome.script([("pretrain", ("-m", "gpsd_dist.train", "--gin.DATA_DIR=my data"))])
     assert text.splitlines()[2:] == ["# pretrain", "python -m gpsd_dist.train '--gin.DATA_DIR=my data'"]
