@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from gpsd_dist.data import data_versions
 from gpsd_dist.distributed.runtime import process_group
 from gpsd_dist.metrics.auc_interval import auc_by_user
 from gpsd_dist.schema import read_manifest
@@ -176,7 +177,7 @@ def main(argv: list[str]) -> int:
         before = ["--append_to", data / str(number - 1)] if number else []
         folders = [f"--raw_dir={raw / str(number)}", *before, f"--out_dir={data / str(number)}"]
         run("data_pipeline.build", "--source=generic", *folders)
-    first, last = (next((data / day / "versions").iterdir()) for day in "02")
+    first, last = (data_versions.opened(data / day) for day in "02")
     num_old = read_manifest(first).table("item").num_rows
     for seed in map(int, args.seeds.split(",")):
         runs = args.out_dir / f"s{seed}"
