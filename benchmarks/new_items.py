@@ -149,8 +149,8 @@ def scores(
     with process_group(TIMEOUT_S) as runtime:
         run = load_trained(checkpoint, str(data), split, runtime, "last")
         live = run.components.tables.weights()["item"].local_shards()[0].tensor
-        assert torch.equal(live[:num_old], tables["trained"][:num_old])
         for kind, rows in tables.items():
+            assert torch.equal(live[:num_old], rows[:num_old])
             live.copy_(rows)
             keep: dict = {}
             evaluate_split(run.run, run.manifest, run.components, split, None, keep)
@@ -169,6 +169,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out_dir", type=pathlib.Path, required=True)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--splits", default="valid")
+    kinds_help = "of random, unknown, attributes, trained, sum (nothing subtracted), alike alone (no unknown row)"
+    parser.add_argument("--kinds", default="random,unknown,attributes,trained", help=kinds_help)
     args = parser.parse_args(argv)
     raw, data = args.out_dir / "raw", args.out_dir / "data"
     if not raw.exists():
@@ -187,7 +189,8 @@ def main(argv: list[str]) -> int:
         train("pretrain", last, runs / "goes_on", seed, *alone, "--gin.EPOCHS=1", *_OFF)
         train("finetune", last, runs / "st_sf", seed, "--gin.STRATEGY=ST_SF", source, "--gin.EPOCHS=4", *_OFF)
         trained = item_rows(runs / "goes_on", last)
-        tables = kinds(item_rows(runs / "st_sf", last), last / "items.parquet", trained, seed)
+        made = kinds(item_rows(runs / "st_sf", last), last / "items.parquet", trained, seed)
+        tables = {kind: made[kind] for kind in args.kinds.split(",")}
         for split in args.splits.split(","):
             for found in scores(runs / "st_sf", last, split, tables, num_old):
                 print(json.dumps({"seed": seed} | found), flush=True)
