@@ -22,7 +22,7 @@ def parse(argv: list[str], description: str | None = None) -> options.BuildOptio
     )
     options.add_arguments(parser, options.BuildOptions, source=sorted(sources.SOURCES))
     # Which source it is, before anything else is parsed: --help lists the options of that source, too.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(prog="python -m data_pipeline.build", add_help=False, allow_abbrev=False)
     first.add_argument("--source")
     name = first.parse_known_args(argv)[0].source
     source = sources.load(name) if name in sources.SOURCES else None
