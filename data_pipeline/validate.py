@@ -30,7 +30,7 @@ from gpsd_dist.cli.main import run_main
 from gpsd_dist.cli.names import Parser
 from gpsd_dist.data import data_versions
 from gpsd_dist.disk.reading import raise_if_passing
-from gpsd_dist.disk.text import say_error
+from gpsd_dist.disk.text import say_error, shown
 
 EXACT_TIME_RULE = (
     "TimeBoundaries"  # the only rule that cuts by time alone; the others break ties of equal times by order
@@ -218,10 +218,8 @@ def main(argv: list[str] | None = None) -> int:
         manifest = check(options.out_dir)
     except (ValueError, OSError) as error:
         return say_error(error, mistake=1)
-    print(
-        f"{options.out_dir} is valid: "
-        + ", ".join(f"{split.name} {split.num_rows:,} rows" for split in manifest.splits)
-    )
+    rows = ", ".join(f"{split.name} {split.num_rows:,} rows" for split in manifest.splits)
+    print(shown(f"{options.out_dir} is valid: {rows}"))
     return 0
 
 

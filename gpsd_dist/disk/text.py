@@ -1,7 +1,9 @@
 """Shows text of files as text: control characters in it are no orders to a terminal."""
 
+import logging
 import re
 import sys
+import typing
 
 from gpsd_dist.cli.names import as_typed
 from gpsd_dist.disk.reading import why_passing
@@ -14,6 +16,18 @@ _NO_FILE_ACCESS = 74  # `distributed.exit_codes`, which the data pipeline does n
 def shown(text: object) -> str:
     """Replaces control characters by their escapes, ESC by a backslash and x1b, and words commands as the user does."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), as_typed(str(text)))
+
+
+class _TextFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
+
+
+def log_as_text(words: str, level: int = logging.WARNING, stream: typing.TextIO | None = None) -> None:
+    """Sets logging up as `logging.basicConfig` does; control characters in messages and tracebacks become escapes."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_TextFormatter(words))
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def say_error(error: BaseException, mistake: int = 2) -> int:

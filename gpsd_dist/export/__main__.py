@@ -21,14 +21,14 @@ import pathlib
 
 from gpsd_dist.cli.main import run_main
 from gpsd_dist.cli.names import Parser
-from gpsd_dist.disk.text import say_error
+from gpsd_dist.disk.text import log_as_text, say_error
 from gpsd_dist.export.options import Options
 from gpsd_dist.serving.artefact import CURRENT_NAME, DTYPES, ENGINES, ArtefactError, make_current, open_version
 
 
 def main(argv: list[str]) -> int:
     """Returns 0, 1 for a damaged artefact, or 2 for a mistake or a refusal."""
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    log_as_text("%(message)s", stream=sys.stdout)
     logging.getLogger("gpsd_dist").setLevel(logging.INFO)  # not what FBGEMM tells of every table
     try:
         commands = {"verify": _verify, "use": _use, "parity": _parity}

@@ -21,7 +21,7 @@ import pathlib
 
 from gpsd_dist.cli.main import run_main
 from gpsd_dist.cli.names import Parser
-from gpsd_dist.disk.text import say_error
+from gpsd_dist.disk.text import log_as_text, say_error
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -54,7 +54,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     """Returns 0, or 2 for a mistake in the options or the data."""
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    log_as_text("%(message)s", stream=sys.stdout)
     logging.getLogger("gpsd_dist").setLevel(logging.INFO)  # not what FBGEMM tells of its libraries
     args = _parse(argv)
     try:

@@ -14,14 +14,13 @@ if not __package__:
     sys.exit("error: start it as a module, in the root of the repository: python -m gpsd_dist.plan ...")
 
 import argparse
-import logging
 import math
 import pathlib
 
 from gpsd_dist.cli.main import run_main
 from gpsd_dist.cli.names import Parser
 from gpsd_dist.config.gin_cli import load_run_config
-from gpsd_dist.disk.text import say_error
+from gpsd_dist.disk.text import log_as_text, say_error
 
 FITS, MISTAKE, DOES_NOT_FIT = 0, 2, 3
 
@@ -65,5 +64,5 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(message)s")
+    log_as_text("%(levelname).1s %(message)s")
     sys.exit(run_main(main))

@@ -22,7 +22,7 @@ import socket
 
 from gpsd_dist.cli.main import run_main
 from gpsd_dist.cli.names import Parser
-from gpsd_dist.disk.text import say_error
+from gpsd_dist.disk.text import log_as_text, say_error
 from gpsd_dist.serve.workers import run_worker, run_workers
 
 
@@ -71,7 +71,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Returns 0 after SIGTERM or Ctrl-C, 1 if workers cannot start, 2 for a mistake in the options or the artefact."""
     args = parse(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(message)s")
+    log_as_text("%(asctime)s %(process)d %(levelname)s %(message)s", logging.INFO)
     try:
         with _bound(args.host, args.port) as listener:
             if args.workers == 1:

@@ -1,17 +1,20 @@
 """Files are written whole or not at all and never through a link; text of files is no order to a terminal."""
 
+import io
 import json
+import logging
 import os
 import pathlib
 import stat
+import types
 
 import pytest
 
-from data_pipeline import synthesize
+from data_pipeline import synthesize, validate
 from data_pipeline.synthetic_log import SyntheticConfig
 from gpsd_dist.checkpoint import output_lock, storage
 from gpsd_dist.disk import writing
-from gpsd_dist.disk.text import say_error, shown
+from gpsd_dist.disk.text import log_as_text, say_error, shown
 from gpsd_dist.fit.display import Display
 from gpsd_dist.metrics import recorder
 from gpsd_dist.serving import request_log
@@ -140,6 +143,25 @@ def test_metrics_are_synced_with_their_event_files(tmp_path, monkeypatch):
     made.close()
     names = {path.name for path in tmp_path.iterdir()}
     assert {path.name for path in synced} == names | {tmp_path.name} and any("tfevents" in name for name in names)
+
+
+def test_names_in_a_manifest_are_no_orders_to_a_terminal(tmp_path, monkeypatch, capsys):
+    split = types.SimpleNamespace(name="\x1b]0;title\x07", num_rows=3)
+    monkeypatch.setattr(validate, "check", lambda folder: types.SimpleNamespace(splits=[split]))
+    assert validate.main([str(tmp_path)]) == 0
+    assert "is valid: \\x1b]0;title\\x07 3 rows" in capsys.readouterr().out
+
+
+def test_logs_of_commands_hold_no_orders_to_a_terminal(monkeypatch):
+    """Also where a traceback quotes what a file holds."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    stream = io.StringIO()
+    log_as_text("%(levelname)s %(message)s", stream=stream)
+    try:
+        raise ValueError("\x1b[31m")
+    except ValueError:
+        logging.getLogger("x").exception("version \x1b]0;%s", "a\x9b")
+    assert "ERROR version \\x1b]0;a\\x9b\nTraceback" in stream.getvalue() and "\x1b" not in stream.getvalue()
 
 
 def test_control_characters_are_shown_as_text(capsys):
