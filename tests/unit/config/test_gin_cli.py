@@ -465,6 +465,10 @@ def test_a_config_gin_of_commit_14e4532_means_the_run_that_it_meant_then():
     run = json.loads(json.dumps(dataclasses.asdict(load([str(folder / "config.gin")]).run)))
     younger = {"model": {"revision", "parametrization", "matches", "number_buckets"}, "finetune": {"weighted_metrics"}}
     younger["finetune"].add("warm_start")
+    younger |= {
+        "pretrain": {"popular_share", "log_q", "item_bias", "recent_days"},
+        "tables": {"new_rows", "frozen_rows"},
+    }
     younger |= {"data": {"cache_dir", "cache_gib", "unknown_rate"}, "execution": {"matmul_dtype"}}
     younger |= {"train": {"average_fraction"}}
     for part, names in younger.items():

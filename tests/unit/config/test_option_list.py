@@ -11,7 +11,7 @@ REQUIRED = ["--gin.DATA_DIR=d", "--gin.OUTPUT_DIR=o"]
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return gin_cli._all_options()
+    return option_list.text(gin_cli.all_options())
 
 
 def test_every_option_has_a_line(page):
