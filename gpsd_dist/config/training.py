@@ -177,11 +177,11 @@ class TrainConfig:
     """A rank without progress (a phase of a step, a batch of a validation, a part of a file) for so long, or four times
     so long in its first step, says where it stands and ends with status 124; 0: off. Shorter than collective_timeout_s,
     so that the rank that hangs speaks, and not only those that wait for it."""
-    mlflow_uri: str = dataclasses.field(default="", metadata=MAY_CHANGE)
-    """MLflow tracking server (http://host:5000) that gets options and metrics, too; empty: none. Needs the
-    extra `mlflow`. A server that is down ends no training."""
     profile: bool = dataclasses.field(default=False, metadata=MAY_CHANGE)
     """Trace steps 10 to 12 (torch.profiler) into OUTPUT_DIR/profile, with a page of text for each rank."""
     average_fraction: typing.Annotated[_UpTo1, OrAuto] = 0.0
     """Validate, save and serve a mean of the dense weights over about this last part of the steps done, because a batch
     moves them by noise, too; tables are left alone. 0: the last weights; 'auto': `config.from_data`."""
+    mlflow_uri: str = dataclasses.field(default="", metadata=MAY_CHANGE)
+    """MLflow tracking server (http://host:5000) that gets options and metrics, too; empty: none. Needs the
+    extra `mlflow`. A server that is down ends no training."""

@@ -195,7 +195,7 @@ MAY_CHANGE = {
     },
     "TrainConfig": {
         *("max_steps", "patience", "keep_last", "keep_every_hours", "async_checkpoints", "checkpoint_dir", "profile"),
-        *("log_interval_steps", "save_interval_steps", "collective_timeout_s", "hang_timeout_s"),
+        *("log_interval_steps", "save_interval_steps", "collective_timeout_s", "hang_timeout_s", "mlflow_uri"),
     },
 }
 
@@ -298,7 +298,8 @@ def full_run():
         dense=OptimizerConfig("adamw", 0.2, 0.8, 0.7, 1e-6, 0.3),
         sparse=OptimizerConfig("sgd", 0.3, 0.5, 0.6, 1e-5, 0.0),
         train=TrainConfig(
-            3, 9, 0.2, 0.3, 0.5, 2, True, 3, "click/auc", 4, 5, 6, 0.5, False, "s3://b", 7, 8, 10, True, 0.6
+            *(3, 9, 0.2, 0.3, 0.5, 2, True, 3, "click/auc", 4, 5, 6, 0.5, False, "s3://b", 7, 8, 10, True, 0.6),
+            mlflow_uri="http://m",
         ),
         execution=ExecutionConfig(True, "bf16", "fp16", "sparse_dist", "fsdp2", 64, False, "bf16"),
     )
@@ -337,7 +338,7 @@ def test_a_run_of_commit_14e4532_is_read(name):
     # Tower and tables are equally wide.
     raw["model"] |= {"revision": 2, "parametrization": "official", "matches": False, "number_buckets": False}
     raw["finetune"] |= {"weighted_metrics": False, "warm_start": False}
-    raw["train"] |= {"average_fraction": 0.0}
+    raw["train"] |= {"average_fraction": 0.0, "mlflow_uri": ""}
     raw["execution"] |= {"matmul_dtype": "auto"}
     raw["pretrain"] |= {"popular_share": 0.0, "log_q": False, "item_bias": False, "recent_days": []}
     raw["tables"] |= {"new_rows": "attributes", "frozen_rows": {}}
