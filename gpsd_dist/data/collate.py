@@ -20,7 +20,7 @@ from gpsd_dist.data.columns import ColumnReader
 from gpsd_dist.data.distinct import Wanted, deduplicate
 from gpsd_dist.data.gather import gather, one_chunk
 from gpsd_dist.data.micro_batch import MicroBatch, indices, next_item_targets, without_last
-from gpsd_dist.data.negatives import Mixed, Sampler, draw_limit, group_offsets, uniform
+from gpsd_dist.data.negatives import Mixed, Sampler, draw_limit, group_offsets, log_q, uniform
 from gpsd_dist.data.parquet_dataset import BadValue, BatchKey
 from gpsd_dist.features import Values
 from gpsd_dist.schema import NUM_RESERVED_ROWS, UNKNOWN_INDEX, Manifest
@@ -194,7 +194,7 @@ class Collate:
                 group_offsets=group_offsets(self.negatives_per, token_M, packing, len(negative_GN)),
                 negative_item_GN=torch.from_numpy(negative_GN),
                 negative_row_GN=torch.from_numpy(micro_batch.negative_row_GN),
-                negative_log_q_GN=self._log_q(negative_GN),
+                negative_log_q_GN=log_q(self.sampler, negative_GN),
                 time_s_M=torch.from_numpy(micro_batch.history_time_s[target_M]) if self.with_target_times else None,
             )
         return Batch(
@@ -219,9 +219,6 @@ class Collate:
             raw_ids=raw_ids,
             num_read_tokens=len(micro_batch.history_time_s),
         )
-
-    def _log_q(self, negative_GN: np.ndarray) -> torch.Tensor | None:
-        return torch.from_numpy(self.sampler.log_q(negative_GN)) if isinstance(self.sampler, Mixed) else None
 
 
 def _tensor(column: Values) -> torch.Tensor | Bag:

@@ -6,6 +6,7 @@ Shape letters: M next-item positions, G sets of negatives, N negatives per set, 
 import typing
 
 import numpy as np
+import torch
 
 from gpsd_dist.batch.packing import Packing
 from gpsd_dist.schema import NUM_RESERVED_ROWS, Manifest
@@ -47,6 +48,11 @@ class Mixed:
     def log_q(self, item_GN: np.ndarray) -> np.ndarray:
         """Returns log(N x the probability of drawing each of these items), float32 [G, N]."""
         return self._log_q_V[item_GN] + np.float32(np.log(item_GN.shape[1]))
+
+
+def log_q(sampler: Sampler | Mixed, item_GN: np.ndarray) -> torch.Tensor | None:
+    """Returns what is taken from the logits of draws; None for uniform ones, which stay as they are."""
+    return torch.from_numpy(sampler.log_q(item_GN)) if isinstance(sampler, Mixed) else None
 
 
 def draw_limit(manifest: Manifest) -> int:

@@ -79,9 +79,8 @@ class NextItemOutputs(typing.NamedTuple):
     auxiliary_weight: dict[str, torch.Tensor]
     """Feature -> [rows, E]: the input table of each auxiliary target, tied to its output."""
     bias_V: torch.Tensor | None = None
-    """Learnt bias of each item's logit."""
     weight_WF: torch.Tensor | None = None
-    """What recent counts weigh: `item_score.window_weights`."""
+    """These two add to cosines: a bias per item, and weights of recent counts (`item_score.window_weights`)."""
 
 
 class NextItemModel(nn.Module):
@@ -94,7 +93,6 @@ class NextItemModel(nn.Module):
         model: ModelConfig,
         sharded: tuple[Table, ...],
         auxiliary: tuple[str, ...],
-        *,
         item_bias: bool = False,
         num_windows: int = 0,
     ):
@@ -115,10 +113,9 @@ class NextItemModel(nn.Module):
                     f"and a small table (those are {small}); raise TablesConfig.small_table_max_rows or leave it out"
                 )
 
-        self.item_score: ItemScore | None = None
-        if item_bias or num_windows:
-            rows = manifest.table(manifest.feature(manifest.item_feature).table).num_rows
-            self.item_score = ItemScore(rows, item_bias, num_windows, width)
+        rows = manifest.table(manifest.feature(manifest.item_feature).table).num_rows
+        has_score = item_bias or num_windows
+        self.item_score = ItemScore(rows, item_bias, num_windows, width) if has_score else None
 
     def forward(self, embeddings: dict[str, torch.Tensor], batch: Batch) -> NextItemOutputs:
         """Runs a batch with its `embeddings` (table -> [U, E]): states [T, E], and weights of small output layers."""
@@ -127,8 +124,7 @@ class NextItemModel(nn.Module):
         weights = {name: self.backbone.embedder.small[module_key(t)].weight for name, t in self.auxiliary_table.items()}
         # Views, because FSDP2 hooks every output of the model, and on the parameter itself its hooks would pile up.
         views = {name: weight.view_as(weight) for name, weight in weights.items()}
-        parts = (None, None) if self.item_score is None else (self.item_score.bias_V, self.item_score.weight_WF)
-        return NextItemOutputs(hidden_TE, views, *(None if part is None else part.view_as(part) for part in parts))
+        return NextItemOutputs(hidden_TE, views, *(self.item_score.views() if self.item_score else ()))
 
 
 class RankingModel(nn.Module):

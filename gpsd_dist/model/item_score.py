@@ -23,6 +23,10 @@ class ItemScore(nn.Module):
         # F: the state, the time since the last event, 1. Logits are scores / temperature, so they move fast enough.
         self.weight_WF = nn.Parameter(torch.zeros(num_windows, width + 2)) if num_windows else None
 
+    def views(self) -> list[torch.Tensor | None]:
+        """Returns views of both parts, through which gradients flow."""
+        return [None if part is None else part.view_as(part) for part in (self.bias_V, self.weight_WF)]
+
     def whole(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Returns both without gradient. Collective under FSDP2, which shards them."""
         parts = (self.bias_V, self.weight_WF)

@@ -47,7 +47,7 @@ _BLOCK_ITEMS = 1 << 18  # at most: ordering the first block takes long, each fur
 CATALOGUE_NAME = "catalogue.parquet"
 """Raw id and row of each item that is searched, where those are not all rows of a vocabulary."""
 SCORING_NAME, EVENTS_NAME = "scoring.json", "item_events.safetensors"
-"""What adds to cosines, and the events that are counted for it, where the model learnt such things."""
+"""Hold what adds to cosines, and the events that are counted for it, where the model learnt such things."""
 EXAMPLES_TOP = 20
 _SPARE = 32  # items preselected beyond K
 _ERROR = 1e-6  # of a cosine in float32, for widths up to 512 or so (a sum of E products errs by far less than E ulps)

@@ -17,6 +17,7 @@ from gpsd_dist.model.gpsd import RankingModel
 from gpsd_dist.schema import Manifest, Table, Task
 from gpsd_dist.stages import losses
 from gpsd_dist.stages.candidate_scores import add_predictions
+from gpsd_dist.stages.next_behaviour import next_behaviour
 from gpsd_dist.stages.stage import Components, Metrics, check_best_metric
 
 NEXT_BEHAVIOUR = "next_behaviour"  # the auxiliary loss, in metrics beside the tasks: so no task may have this name
@@ -78,9 +79,7 @@ class Finetune:
         # The other token may be of any user of the batch. Torch's generator is seeded by (seed, step, rank) in each
         # step, so a resumed run draws the same ones.
         negative_T = torch.randint(max(len(item_T), 1), item_T.shape, device=item_T.device)
-        auxiliary = losses.next_behaviour(
-            history.state_TN, history.token_TN, _history_position(batch), item_T, negative_T
-        )
+        auxiliary = next_behaviour(history.state_TN, history.token_TN, _history_position(batch), item_T, negative_T)
         return torch.stack([*(self._loss(task, logits, batch) for task in self.tasks), auxiliary])
 
     def evaluate(

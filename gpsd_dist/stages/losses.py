@@ -1,11 +1,9 @@
 """Computes losses. Each returns its sum over a batch; the stage counts, and the training step divides by the count over
 all ranks, so that the result does not depend on how rows fell on ranks.
 
-Shape letters: M next-item positions, G negative groups, N negatives per group, E embedding width, C candidates,
-T history tokens (there N is the width of a token).
+Shape letters: M next-item positions, G negative groups, N negatives per group, E embedding width, C candidates.
 """
 
-import collections.abc
 import itertools
 
 import torch
@@ -47,52 +45,6 @@ def sampled_softmax(
         if group_offsets is None:
             return _OwnNegativesSoftmax.apply(query_ME, unit_UE, indices)
         return _SampledSoftmax.apply(query_ME, unit_UE, indices, group_offsets, 1 / temperature, rounds_operands)
-
-
-def offset_softmax(
-    hidden_ME: torch.Tensor,
-    rows_UE: torch.Tensor,
-    target_row_M: torch.Tensor,
-    target_item_M: torch.Tensor,
-    negative_row_GN: torch.Tensor,
-    negative_item_GN: torch.Tensor,
-    group_offsets: tuple[int, ...] | None,
-    temperature: float,
-    target_offset_M: torch.Tensor,
-    negative_offset: collections.abc.Callable[[slice, torch.Tensor, int | slice], torch.Tensor],
-) -> torch.Tensor:
-    """Sums the loss of `sampled_softmax` where something is added to each logit, whose gradients autograd computes.
-
-    `negative_offset(positions, items, group)` gives what is added for some positions and the items of their group [N],
-    or the own ones of each [m, N]: [m, N]. About 16 bytes per position and negative are kept for the backward.
-    """
-    with torch.autocast(hidden_ME.device.type, enabled=False):
-        unit_UE, query_ME = unit(rows_UE), unit(hidden_ME) / temperature
-        target_M = (query_ME * unit_UE.index_select(0, target_row_M)).sum(-1) + target_offset_M
-        loss = query_ME.new_zeros(())
-        for part, group in _parts(group_offsets, negative_row_GN, unit_UE.shape[1]):
-            row, item = negative_row_GN[group], negative_item_GN[group]
-            unit_of = unit_UE.index_select(0, row.flatten()).unflatten(0, row.shape)
-            query_mE = query_ME[part]
-            logits_mN = query_mE @ unit_of.t() if row.ndim == 1 else (unit_of @ query_mE[:, :, None]).squeeze(-1)
-            logits_mN = logits_mN + negative_offset(part, item, group)
-            logits_mN = logits_mN.masked_fill(target_item_M[part, None] == item, float("-inf"))
-            target_m1 = target_M[part, None]
-            loss = loss + (torch.cat((target_m1, logits_mN), 1).logsumexp(1) - target_m1.squeeze(1)).sum()
-        return loss
-
-
-def _parts(
-    group_offsets: tuple[int, ...] | None, negative_row_GN: torch.Tensor, width: int
-) -> collections.abc.Iterator[tuple[slice, int | slice]]:
-    """Cuts positions into those that are computed together, with the number of their set, or their own sets."""
-    if group_offsets is not None:
-        yield from ((slice(*cut), group) for group, cut in enumerate(itertools.pairwise(group_offsets)))
-        return
-    num_sets, num_negatives = negative_row_GN.shape
-    size = max(1, CHUNK_ELEMENTS // (num_negatives * width))
-    parts = (slice(start, min(start + size, num_sets)) for start in range(0, num_sets, size))
-    yield from ((part, part) for part in parts)
 
 
 class _SampledSoftmax(torch.autograd.Function):
@@ -197,28 +149,6 @@ def full_softmax(
     with torch.autocast(hidden_ME.device.type, enabled=False):
         logits_MV = unit(hidden_ME) @ unit(weight_VE).t() / temperature
         return F.cross_entropy(logits_MV, target_M, reduction="sum")
-
-
-def next_behaviour(
-    state_TN: torch.Tensor,
-    token_TN: torch.Tensor,
-    position_T: torch.Tensor,
-    item_T: torch.Tensor,
-    negative_T: torch.Tensor,
-) -> torch.Tensor:
-    """Sums the auxiliary loss of DIEN (arXiv:1809.03672, interest extractor layer): the inner product of the state
-    before a history token with that token is a logit of label 1, with another token of the batch one of label 0.
-
-    `position_T`: 0 for a history's first token, which nothing predicts. `negative_T` int64 [T]: the other token; one
-    with the same item is left out.
-    """
-    # One shift for the whole batch: the pairs across two histories are masked below, where the position is 0.
-    state, token = state_TN[:-1].float(), token_TN.float()
-    yes = F.softplus(-(state * token[1:]).sum(-1))
-    no = F.softplus((state * token[negative_T[1:]]).sum(-1))
-    no = torch.where(item_T[negative_T[1:]] == item_T[1:], 0.0, no)
-    is_predicted = position_T[1:] > 0
-    return torch.where(is_predicted, yes + no, 0.0).sum()
 
 
 def binary_cross_entropy(

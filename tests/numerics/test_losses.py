@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpsd_dist.data.negatives import Mixed
-from gpsd_dist.stages import losses
+from gpsd_dist.stages import item_score, losses
+from gpsd_dist.stages.next_behaviour import next_behaviour
 from tests.helpers import reference
 
 NAN = math.nan
@@ -320,7 +321,7 @@ def test_next_behaviour_compares_each_state_with_the_next_token_and_another(leng
         is_hit = item[negative[t]] == item[t]
         expected = expected if is_hit else expected - (1 - torch.sigmoid(state[t - 1] @ token[negative[t]])).log()
         count, hits = count + 1, hits + int(is_hit)
-    total = losses.next_behaviour(state, token, position, item, negative)
+    total = next_behaviour(state, token, position, item, negative)
     assert hits > 0 or lengths != [4, 1, 3]
     torch.testing.assert_close(total, expected)
     if count:
@@ -337,13 +338,13 @@ def run_with_offsets(p, hidden, rows, bias, log_q, per_position):
 
     indices = (p["target_row"], p["target_item"], p["negative_row"], p["negative_item"])
     target = (per_position * bias[p["target_item"]]).float()
-    return losses.offset_softmax(hidden, rows, *indices, p["group_offsets"], TEMPERATURE, target, of_negatives)
+    return item_score.offset_softmax(target, of_negatives, hidden, rows, *indices, p["group_offsets"], TEMPERATURE)
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["groups", "own negatives"])
 @pytest.mark.parametrize("chunk", [1, losses.CHUNK_ELEMENTS])
 def test_offsets_are_added_to_the_logits(own, chunk, monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(item_score, "CHUNK_ELEMENTS", chunk)
     p = make_problem(21, 21 if own else 8, 6)
     p["group_offsets"] = None if own else p["group_offsets"]
     bias, log_q, per = torch.randn(11), torch.randn(p["negative_item"].shape), torch.rand(21)
@@ -379,9 +380,15 @@ def test_corrected_draws_sum_to_the_full_softmax_on_average(share):
     for draw in itertools.product(range(4), repeat=3):
         negative = torch.tensor([draw])
         log_q = torch.from_numpy(mixed.log_q((negative + 2).numpy()))
-        loss = losses.offset_softmax(
-            hidden, rows, torch.tensor([target]), torch.tensor([target + 2]), negative, negative + 2, (0, 1),
-            TEMPERATURE, torch.zeros(1), lambda part, item, group, log_q=log_q: -log_q[group],
-        )  # fmt: skip
+        indices = torch.tensor([target]), torch.tensor([target + 2]), negative, negative + 2
+        loss = item_score.offset_softmax(
+            torch.zeros(1),
+            lambda part, item, group, log_q=log_q: -log_q[group],
+            hidden,
+            rows,
+            *indices,
+            (0, 1),
+            TEMPERATURE,
+        )
         average += np.prod(probability[list(draw)]) * math.exp(float(loss) + float(logits[target]))
     assert average == pytest.approx(float(logits.exp().sum()), rel=1e-5)

@@ -11,8 +11,9 @@ from gpsd_dist.data.collate import Collate
 from gpsd_dist.data.parquet_dataset import BatchKey
 from gpsd_dist.model.gpsd import NextItemModel, RankingModel
 from gpsd_dist.schema import Task
-from gpsd_dist.stages import losses, registry
+from gpsd_dist.stages import registry
 from gpsd_dist.stages.finetune import Finetune, trained_tasks
+from gpsd_dist.stages.next_behaviour import next_behaviour
 from gpsd_dist.stages.pretrain import Pretrain
 from gpsd_dist.tables.collections import Tables, lookup_tables
 from tests.helpers.reference import fill_
@@ -73,7 +74,7 @@ def test_next_behaviour_is_one_more_loss_over_tokens_that_have_a_predecessor(nam
     item, position = batch.history_item_T, batch.packing.position_S[: len(batch.history_item_T)]
     torch.manual_seed(3)
     negative = torch.randint(len(item), item.shape)
-    torch.testing.assert_close(sums[2], losses.next_behaviour(*history, position, item, negative))
+    torch.testing.assert_close(sums[2], next_behaviour(*history, position, item, negative))
     assert sums[2] > 0 and len(negative.unique()) > len(negative) / 4
 
 
