@@ -56,6 +56,7 @@ class NextItem:
     negative_row_GN: torch.Tensor  # int64: their rows among the U unique rows of the item table
     negative_log_q_GN: torch.Tensor | None = None  # float32: log(N x probability of the draw), to be taken from a logit
     time_s_M: torch.Tensor | None = None  # int64: time of the target, -1 where the log does not say
+    is_real_M: torch.Tensor | None = None  # bool: False where padding stands in the place of a target; None: nowhere
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 The padding is further requests that nothing reads; real tokens get the same states as without it.
 
-Shape letters: B requests, T history tokens, C candidates, S = T + C; a stroke (S') means with padding.
+Shape letters: B requests, T history tokens, C candidates, S = T + C, M next-item positions; a stroke (S') means with
+padding.
 """
 
 import dataclasses
@@ -23,15 +24,31 @@ class PaddedPacking:
     packing: Packing  # Geometry of S' tokens; `max_history_length` and `max_candidates` are rounded up too
     place_S: torch.Tensor  # int64 [S]: place of each real token
     place_C: torch.Tensor  # int64 [C]: place of each real candidate among the C' candidates
+    targets: "PaddedTargets | None" = None  # None: the batch has no next items, or their number is not padded
 
     def fill(self, x_SD: torch.Tensor) -> torch.Tensor:
         """Spreads token vectors [S, D] over [S', D], zero where padded."""
         padded = x_SD.new_zeros(self.packing.num_history_tokens + self.packing.num_candidates, x_SD.shape[1])
         return padded.index_copy(0, self.place_S, x_SD)
 
+    def fill_candidates(self, value_C: torch.Tensor, blank: float) -> torch.Tensor:
+        """Spreads values of candidates [C, ...] over [C', ...], `blank` where padded."""
+        padded = value_C.new_full((self.packing.num_candidates, *value_C.shape[1:]), blank)
+        return padded.index_copy(0, self.place_C, value_C)
+
     def take(self, out: torch.Tensor, candidates_only: bool) -> torch.Tensor:
         """Takes the real tokens out: [S', D] -> [S, D], or [C', D] -> [C, D]."""
         return out.index_select(0, self.place_C if candidates_only else self.place_S)
+
+
+@dataclasses.dataclass(frozen=True)
+class PaddedTargets:
+    """Gives the next-item positions M' places, as many in every group. M' follows from the number of padded tokens."""
+
+    token_M: torch.Tensor  # int64 [M']: token of the padded batch whose state predicts; 0 where nothing is predicted
+    source_M: torch.Tensor  # int64 [M']: which of the M positions stands here; 0 where none does
+    is_real_M: torch.Tensor  # bool [M']: a position stands here
+    group_offsets: tuple[int, ...]  # G + 1 cuts of M'; a group has the positions that it has without padding
 
 
 def pad_packing(packing: Packing, multiple: int, longest: int) -> PaddedPacking:

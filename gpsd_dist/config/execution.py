@@ -47,9 +47,11 @@ class ExecutionConfig:
     """transformer: the tower's history tokens and candidates are padded to a multiple of this in training, so that it
     meets few shapes; 0: no padding. With --gin.DataConfig.global_batch_tokens the number of tokens hardly varies."""
     cuda_graphs: bool = dataclasses.field(default=False, metadata=MAY_CHANGE)
-    """Compile the tower for each padded shape and replay it as a CUDA graph: for small towers, whose kernels take less
-    time than their launch. Needs token_multiple, TrainConfig.bf16 (only flash attention has few shapes) and a batch in
-    one part (micro_batches); not with options for large towers. On CPU: nothing."""
+    """Compile tower, head and losses for each padded shape and replay them as a CUDA graph: for small towers, whose
+    kernels take less time than their launch. Losses stay outside where PretrainConfig.negatives_per is not "group",
+    with item_bias, recent_days or log_q, and where items are managed. Needs token_multiple, TrainConfig.bf16 (only
+    flash attention has few shapes) and a batch in one part (micro_batches); not with options for large towers. On CPU:
+    pads the same, and compiles nothing."""
     matmul_dtype: typing.Annotated[str, one_of(MATMUL_DTYPES)] = dataclasses.field(default="auto", metadata=MAY_CHANGE)
     """auto | fp32 | bf16: operands of the dense part's products on a CPU. bf16 needs AVX512_BF16 or AMX and leaves
     logits, norms, residuals and optimizer in float32. auto: fp32, or bf16 with TrainConfig.bf16. Settled at the start

@@ -13,14 +13,14 @@ import pyarrow.compute as pc
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from gpsd_dist.batch.batch import Bag, Batch, NextItem, RawIds
+from gpsd_dist.batch.batch import Bag, Batch, RawIds
 from gpsd_dist.batch.packing import Packing, cuts
 from gpsd_dist.batch.padding import pad_packing
 from gpsd_dist.data.columns import ColumnReader
 from gpsd_dist.data.distinct import Wanted, deduplicate
 from gpsd_dist.data.gather import gather, one_chunk
-from gpsd_dist.data.micro_batch import MicroBatch, indices, next_item_targets, without_last
-from gpsd_dist.data.negatives import Mixed, Sampler, draw_limit, group_offsets, log_q, uniform
+from gpsd_dist.data.micro_batch import MicroBatch, indices, next_item_targets, with_targets, without_last
+from gpsd_dist.data.negatives import Mixed, Sampler, draw_limit, uniform
 from gpsd_dist.data.parquet_dataset import BadValue, BatchKey
 from gpsd_dist.features import Values
 from gpsd_dist.schema import NUM_RESERVED_ROWS, UNKNOWN_INDEX, Manifest
@@ -183,20 +183,10 @@ class Collate:
         columns = {place: {name: _tensor(c) for name, c in features.items()} for place, features in rows.items()}
         item_T = micro_batch.columns["history"][item]
         known = micro_batch.of_tower({"item": item_T, "time_s": micro_batch.history_time_s})
-        target_M, negative_GN, next_item = micro_batch.target_token_M, micro_batch.negative_item_GN, None
-        if negative_GN is not None and self.negatives_per is not None:
-            token_M = micro_batch.place_in_tower(target_M - 1)
-            targets = {name: row for name, row in micro_batch.rows["history"].items() if not isinstance(row, tuple)}
-            next_item = NextItem(
-                token_M=torch.from_numpy(token_M),
-                target={name: torch.from_numpy(row[target_M]) for name, row in targets.items()},
-                item_M=torch.from_numpy(item_T[target_M]),
-                group_offsets=group_offsets(self.negatives_per, token_M, packing, len(negative_GN)),
-                negative_item_GN=torch.from_numpy(negative_GN),
-                negative_row_GN=torch.from_numpy(micro_batch.negative_row_GN),
-                negative_log_q_GN=log_q(self.sampler, negative_GN),
-                time_s_M=torch.from_numpy(micro_batch.history_time_s[target_M]) if self.with_target_times else None,
-            )
+        next_item = None
+        if micro_batch.negative_item_GN is not None and self.negatives_per is not None:
+            next_item = micro_batch.next_item(item, self.negatives_per, self.sampler, self.with_target_times)
+            padded = with_targets(padded, next_item) if self.negatives_per == "group" else padded
         return Batch(
             lookup=lookup,
             packing=packing,

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.model.replaceable import call
 
 log = logging.getLogger(__name__)
 
@@ -29,15 +30,19 @@ def parallelize(model: nn.Module, run: RunConfig, runtime: Runtime) -> nn.Module
     if run.execution.cuda_graphs and runtime.device.type != "cuda":
         log.warning("cuda_graphs has no effect without a GPU")
     elif run.execution.cuda_graphs:
-        # Compile the function. A compiled module would be a submodule, and so change parameter names.
-        tower = tower_of(model)
-        model.backbone.call_padded = torch.compile(tower.forward, dynamic=False, mode="reduce-overhead")
+        # Compile a function: a compiled module would be a submodule, and so change parameter names. By default torch
+        # compiles 8 shapes and runs the others eagerly; batches of ranking may have some dozens.
+        torch._dynamo.config.recompile_limit = 64
+        model.backbone.call_padded = torch.compile(call, dynamic=False, mode="reduce-overhead")
     if runtime.world_size == 1:
         if run.execution.dense_parallel == "fsdp2":
             log.warning("dense_parallel fsdp2 has no effect on one rank")
         return model
     if run.execution.dense_parallel == "ddp":
-        return DistributedDataParallel(model)
+        parallel = DistributedDataParallel(model)
+        # Buffers come from the data set and never change; by default rank 0 sends them in every step.
+        parallel.broadcast_buffers = False
+        return parallel
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
     # Blocks are gathered in the type that their matrices are rounded to anyway: half the bytes. States between blocks
     # keep their type, and gradients are summed in float32, as with DDP. A CPU may multiply in float32 in spite of

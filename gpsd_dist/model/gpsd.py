@@ -19,6 +19,7 @@ from gpsd_dist.model.embeddings import ContextEmbedder, TokenEmbedder
 from gpsd_dist.model.heads import Projection, RankingHeads
 from gpsd_dist.model.item_score import ItemScore
 from gpsd_dist.model.registry import TOWERS, Times
+from gpsd_dist.model.replaceable import Replaceable, call
 from gpsd_dist.parameter_names import module_key
 from gpsd_dist.schema import Manifest, Table
 
@@ -40,8 +41,7 @@ class Backbone(nn.Module):
         # A tower that adds positions or times to its input drops out the sum, as its paper does: not twice.
         self.dropout = nn.Dropout(0.0 if tower.drops_inputs else model.dropout)
         self.tower = tower(model, self.embedder.num_fields)
-        self.call_padded: typing.Callable[..., torch.Tensor] | None = None
-        """Runs the tower on padded batches in a CUDA graph; None: the tower itself does."""
+        self.call_padded: typing.Callable[..., torch.Tensor] = call  # Runs padded batches, as a CUDA graph if asked
 
     def forward(self, embeddings: dict[str, torch.Tensor], batch: Batch, candidates_only: bool = False) -> torch.Tensor:
         """Runs a batch with its `embeddings` (table -> [U, E]): states [S, D], or of candidates [C, out_width]."""
@@ -49,8 +49,8 @@ class Backbone(nn.Module):
         if padded is None:
             return self.tower(x, batch.packing, candidates_only, Times(batch.history_time_s_T, batch.request_time_s_B))
         # Only the tower meets the padding: embedder and heads run on real tokens, so no loss or gradient sees it.
-        call = self.call_padded or self.tower
-        return padded.take(call(padded.fill(x), padded.packing, candidates_only), candidates_only)
+        states = self.call_padded(self.tower, padded.fill(x), padded.packing, candidates_only)
+        return padded.take(states, candidates_only)
 
     def with_history(self, embeddings: dict[str, torch.Tensor], batch: Batch) -> tuple[torch.Tensor, "HistoryStates"]:
         """Gives the candidates' states [C, out_width], and those of histories (towers that `supervises_history`)."""
@@ -83,7 +83,7 @@ class NextItemOutputs(typing.NamedTuple):
     """These two add to cosines: a bias per item, and weights of recent counts (`item_score.window_weights`)."""
 
 
-class NextItemModel(nn.Module):
+class NextItemModel(Replaceable):
     """Predicts the next item, and its attributes, from the state at every history token (generative pretraining)."""
 
     def __init__(
@@ -119,15 +119,18 @@ class NextItemModel(nn.Module):
 
     def forward(self, embeddings: dict[str, torch.Tensor], batch: Batch) -> NextItemOutputs:
         """Runs a batch with its `embeddings` (table -> [U, E]): states [T, E], and weights of small output layers."""
-        hidden_SD = self.backbone(embeddings, batch)
-        hidden_TE = self.project_out(hidden_SD[: batch.packing.num_history_tokens]).float()
+        return self.outputs(self.backbone(embeddings, batch)[: batch.packing.num_history_tokens])
+
+    def outputs(self, hidden_TD: torch.Tensor) -> NextItemOutputs:
+        """Projects the tower's states of history tokens."""
+        hidden_TE = self.project_out(hidden_TD).float()
         weights = {name: self.backbone.embedder.small[module_key(t)].weight for name, t in self.auxiliary_table.items()}
         # Views, because FSDP2 hooks every output of the model, and on the parameter itself its hooks would pile up.
         views = {name: weight.view_as(weight) for name, weight in weights.items()}
         return NextItemOutputs(hidden_TE, views, *(self.item_score.views() if self.item_score else ()))
 
 
-class RankingModel(nn.Module):
+class RankingModel(Replaceable):
     """Scores each candidate: its state, with its context, gives one logit per task (discriminative training)."""
 
     def __init__(

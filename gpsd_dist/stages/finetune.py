@@ -15,8 +15,9 @@ from gpsd_dist.metrics.binary_metrics import METRIC_KEYS
 from gpsd_dist.metrics.classification import Predictions, gather_metrics
 from gpsd_dist.model.gpsd import RankingModel
 from gpsd_dist.schema import Manifest, Table, Task
-from gpsd_dist.stages import losses
+from gpsd_dist.stages import captured, losses
 from gpsd_dist.stages.candidate_scores import add_predictions
+from gpsd_dist.stages.captured import Columns
 from gpsd_dist.stages.next_behaviour import next_behaviour
 from gpsd_dist.stages.stage import Components, Metrics, check_best_metric
 
@@ -64,23 +65,24 @@ class Finetune:
     def counts(self, batch: Batch) -> torch.Tensor:
         """Counts the observed labels of each task, and the history tokens that another one precedes: float32 [L]."""
         # Observed labels and not candidates: a label that the log does not have must not dilute the mean.
-        counts = [losses.observed(self._label(task, batch), batch.sampling.get("weight")) for task in self.tasks]
+        counts = [losses.observed(self._label(task, batch.labels), batch.sampling.get("weight")) for task in self.tasks]
         if self._has_auxiliary:
             counts.append((_history_position(batch) > 0).sum())
         return torch.stack(counts).float()
 
     def loss_sums(self, model: nn.Module, embeddings: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
         """Sums the loss of each task over its observed labels: float32 [L]."""
+        if self.run.execution.cuda_graphs and batch.padded is not None:
+            return model(embeddings, batch, instead=captured.ranking_sums, sums=self._sums)
         if not self._has_auxiliary:
-            logits = model(embeddings, batch)
-            return torch.stack([self._loss(task, logits, batch) for task in self.tasks])
+            return self._sums(model(embeddings, batch), batch.labels, batch.sampling)
         logits, history = model(embeddings, batch, with_history=True)
         item_T = batch.history_item_T
         # The other token may be of any user of the batch. Torch's generator is seeded by (seed, step, rank) in each
         # step, so a resumed run draws the same ones.
         negative_T = torch.randint(max(len(item_T), 1), item_T.shape, device=item_T.device)
         auxiliary = next_behaviour(history.state_TN, history.token_TN, _history_position(batch), item_T, negative_T)
-        return torch.stack([*(self._loss(task, logits, batch) for task in self.tasks), auxiliary])
+        return torch.cat((self._sums(logits, batch.labels, batch.sampling), auxiliary[None]))
 
     def evaluate(
         self,
@@ -121,11 +123,14 @@ class Finetune:
         """Chooses the best checkpoint by the AUC of the first task."""
         return f"{next(iter(metrics))}/auc"
 
-    def _loss(self, task: Task, logits: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
-        label_C, weight_C = self._label(task, batch), batch.sampling.get("weight")
-        if "negative_rate" in batch.sampling:
+    def _sums(self, logits: Columns, labels: Columns, sampling: Columns) -> torch.Tensor:
+        return torch.stack([self._loss(task, logits, labels, sampling) for task in self.tasks])
+
+    def _loss(self, task: Task, logits: Columns, labels: Columns, sampling: Columns) -> torch.Tensor:
+        label_C, weight_C = self._label(task, labels), sampling.get("weight")
+        if "negative_rate" in sampling:
             # Rows without the first event were sampled. What is conditional on it is not: all of its rows were kept.
-            rate_C = batch.sampling["negative_rate"]
+            rate_C = sampling["negative_rate"]
             first = next(other.name for other in self.manifest.tasks if other.given is None)
             logits = logits | ({first: losses.sampled_logit(logits[first], rate_C)} if first in logits else {})
         # Trained on clicked candidates alone, a model of conversions would have to score candidates of a kind that it
@@ -134,13 +139,13 @@ class Finetune:
             return losses.product_cross_entropy(logits[task.given], logits[task.name], label_C, weight_C)
         return losses.binary_cross_entropy(logits[task.name], label_C, weight_C)
 
-    def _label(self, task: Task, batch: Batch) -> torch.Tensor:
+    def _label(self, task: Task, labels: Columns) -> torch.Tensor:
         """Returns the target of the task's loss: float32 [C], NaN for candidates that are left out of it."""
-        label_C = batch.labels[task.name]
+        label_C = labels[task.name]
         if task.given is None:
             return label_C
         combine = losses.product_label if self.config.esmm else losses.conditional_label
-        return combine(label_C, batch.labels[task.given])
+        return combine(label_C, labels[task.given])
 
 
 def _history_position(batch: Batch) -> torch.Tensor:

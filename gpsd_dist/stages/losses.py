@@ -26,6 +26,7 @@ def sampled_softmax(
     group_offsets: tuple[int, ...] | None,
     temperature: float,
     *,
+    is_real_M: torch.Tensor | None = None,
     rounds_operands: bool = False,
 ) -> torch.Tensor:
     """Sums the next-item loss: cosine / temperature against the target and the N negatives of the position's group.
@@ -34,7 +35,7 @@ def sampled_softmax(
     point into the looked-up item rows, `*_item` are table indices; a negative that is the position's target (accidental
     hit) is masked. Uniform draws, so no log-Q term. arXiv:2506.03699, section 3.2; temperature 0.05 from its official
     settings, and from those of HSTU (arXiv:2402.17152), which draws per position. `rounds_operands`: the two products
-    that give gradients have operands in bfloat16 (negatives per group or request); logits never do.
+    that give gradients have operands in bfloat16; logits never do. `is_real_M`: bool, False for padding (shared sets).
     """
     # A cosine over a temperature of 0.05 reaches 20, where neighbouring bf16 numbers are 0.125 apart: half precision
     # could not tell good negatives from the target.
@@ -44,7 +45,10 @@ def sampled_softmax(
         indices = (target_row_M, target_item_M, negative_row_GN, negative_item_GN)
         if group_offsets is None:
             return _OwnNegativesSoftmax.apply(query_ME, unit_UE, indices)
-        return _SampledSoftmax.apply(query_ME, unit_UE, indices, group_offsets, 1 / temperature, rounds_operands)
+        # Times 0, so that padding gives no row a gradient.
+        query_ME = query_ME if is_real_M is None else query_ME * is_real_M[:, None]
+        options = (group_offsets, 1 / temperature, rounds_operands, is_real_M)
+        return _SampledSoftmax.apply(query_ME, unit_UE, indices, *options)
 
 
 class _SampledSoftmax(torch.autograd.Function):
@@ -56,7 +60,7 @@ class _SampledSoftmax(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query_ME, unit_UE, indices, group_offsets, bound, rounds_operands):
+    def forward(ctx, query_ME, unit_UE, indices, group_offsets, bound, rounds_operands, is_real_M=None):
         target_row_M, target_item_M, negative_row_GN, negative_item_GN = indices
         grad_query, grad_unit = torch.empty_like(query_ME), torch.zeros_like(unit_UE)
         loss, shift = query_ME.new_zeros(()), query_ME.new_full((), -bound)
@@ -72,7 +76,8 @@ class _SampledSoftmax(torch.autograd.Function):
             # In place: the logits are the largest tensor here, and are not needed any more.
             weight, positive_weight = logits.exp_(), positive.exp()
             total = weight.sum(-1) + positive_weight
-            loss += (total.log() - positive).sum()
+            loss_m = total.log() - positive
+            loss += (loss_m if is_real_M is None else torch.where(is_real_M[start:stop], loss_m, 0.0)).sum()
             # d loss / d logit is the softmax weight, less 1 for the target. Dividing [m, E] results by the total, and
             # not the [m, N] weights, saves a pass over the largest tensor.
             scaled = query / total[:, None]
@@ -87,7 +92,7 @@ class _SampledSoftmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return (*(grad * grad_loss for grad in ctx.saved_tensors), *[None] * 4)
+        return (*(grad * grad_loss for grad in ctx.saved_tensors), *[None] * 5)
 
 
 class _OwnNegativesSoftmax(torch.autograd.Function):
@@ -131,7 +136,7 @@ def _mask_hits(logits_MN: torch.Tensor, target_M: torch.Tensor, negative_N: torc
     """Sets a logit to -inf, in place, where the negative is the position's target."""
     # The search for hits has a result of data-dependent size, for which the host would wait on a GPU: there, all M x N
     # pairs are compared. On a CPU that costs more than the search.
-    if logits_MN.is_cuda:
+    if logits_MN.is_cuda or torch.compiler.is_compiling():
         logits_MN.masked_fill_(target_M[:, None] == negative_N, float("-inf"))
     else:
         sorted_N, order_N = negative_N.sort()
@@ -145,7 +150,7 @@ def _mask_hits(logits_MN: torch.Tensor, target_M: torch.Tensor, negative_N: torc
 def full_softmax(
     hidden_ME: torch.Tensor, weight_VE: torch.Tensor, target_M: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """Sums the cosine softmax loss over all rows of a small table (category loss); target int64 table indices."""
+    """Sums the cosine softmax loss over all rows of a small table (category loss); target int64 rows, -100 for none."""
     with torch.autocast(hidden_ME.device.type, enabled=False):
         logits_MV = unit(hidden_ME) @ unit(weight_VE).t() / temperature
         return F.cross_entropy(logits_MV, target_M, reduction="sum")

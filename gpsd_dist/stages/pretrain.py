@@ -9,13 +9,13 @@ import typing
 import torch
 from torch import nn
 
-from gpsd_dist.batch.batch import Batch
+from gpsd_dist.batch.batch import Batch, NextItem
 from gpsd_dist.config import RunConfig
 from gpsd_dist.metrics.classification import Predictions
 from gpsd_dist.metrics.ranking import MEAN_KEYS
-from gpsd_dist.model.gpsd import NextItemModel
+from gpsd_dist.model.gpsd import NextItemModel, NextItemOutputs
 from gpsd_dist.schema import Manifest, Table
-from gpsd_dist.stages import losses
+from gpsd_dist.stages import captured, losses
 from gpsd_dist.stages.item_ranking import rank_next_items
 from gpsd_dist.stages.item_score import ItemScores
 from gpsd_dist.stages.stage import Components, Metrics, check_best_metric
@@ -30,6 +30,7 @@ class Pretrain:
 
     def __init__(self, run: RunConfig, manifest: Manifest):
         self.run, self.config, self.manifest = run, run.pretrain, manifest
+        self._item = manifest.feature(manifest.item_feature)
         check_best_metric(run, [f"next_item/{key}" for key in MEAN_KEYS])
         auxiliary = {f"next_{name}": self.config.auxiliary_weight for name in self.config.auxiliary}
         self.loss_weights = {"next_item": 1.0} | auxiliary
@@ -48,16 +49,19 @@ class Pretrain:
 
     def loss_sums(self, model: nn.Module, embeddings: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
         """Sums the loss of the next item and of each auxiliary feature over the batch: float32 [L]."""
-        outputs, next_item = model(embeddings, batch), batch.next_item
+        if self.run.execution.cuda_graphs and captured.fits(batch) and not self.scores.changes_the_loss:
+            return model(embeddings, batch, instead=captured.next_item_sums, item=self._item, sums=self._sums)
+        return self._sums(model(embeddings, batch), embeddings[self._item.table], batch.next_item, batch)
+
+    def _sums(self, outputs: NextItemOutputs, rows_UE: torch.Tensor, next_item: NextItem, batch=None) -> torch.Tensor:
         # Only states that have a next item go on: the causal tower saw nothing behind its token, so the target cannot
         # leak into the state that predicts it.
         hidden_ME = outputs.hidden_TE.index_select(0, next_item.token_M)
-        item = self.manifest.feature(self.manifest.item_feature)
         draws = (
             hidden_ME,
             # Input and output embeddings are one table: it is what the next stage takes over and may freeze.
-            embeddings[item.table],
-            next_item.target[item.name],
+            rows_UE,
+            next_item.target[self._item.name],
             next_item.item_M,
             next_item.negative_row_GN,
             next_item.negative_item_GN,
@@ -68,7 +72,7 @@ class Pretrain:
         if self.scores.changes_the_loss:
             sums = [self.scores.loss(draws, outputs, batch)]
         else:
-            sums = [losses.sampled_softmax(*draws, rounds_operands=rounds)]
+            sums = [losses.sampled_softmax(*draws, is_real_M=next_item.is_real_M, rounds_operands=rounds)]
         for name in self.config.auxiliary:
             # The table is small enough to compete whole, and is the tower's input table too, as with the items.
             weight, target_M = outputs.auxiliary_weight[name], next_item.target[name]

@@ -103,12 +103,14 @@ class IdRemapper:
         """Replaces the ids of the item table by rows, wherever the batch holds them."""
         if item is None:
             return part
-        candidate = part.candidate.get(self._item_feature)
+        candidate, padded = part.candidate.get(self._item_feature), part.padded
         return dataclasses.replace(
             part,
             history_item_T=item.row_U[part.history[self._item_feature]],
             candidate_item_C=part.candidate_item_C if candidate is None else item.row_U[candidate],
             next_item=None if part.next_item is None else item.next_item(part.next_item, self._item_feature),
+            # They say where the targets were that are dropped now.
+            padded=None if padded is None else dataclasses.replace(padded, targets=None),
         )
 
 

@@ -1,4 +1,5 @@
-"""Has Inductor write the code of the compiled tower for an H200 that is not there, and counts its kernels.
+"""Has Inductor write the code of the compiled tower for an H200 that is not there, and counts its kernels; the same of
+tower, head and losses together, which `cuda_graphs` captures.
 
     python -m tests.cuda_compile.inductor RESULTS.json
 
@@ -28,13 +29,20 @@ from torch._inductor import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.stateless import _reparametrize_module
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from gpsd_dist.assembly import looked_up_tables
 from gpsd_dist.batch.transfer import map_tensors, to_device
 from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig
 from gpsd_dist.model import transformer
+from gpsd_dist.plan.measured import stand_in
+from gpsd_dist.stages.registry import find
+from tests.cuda_dry_run import roofline
+from tests.helpers.synthetic import make_manifest
+from tests.integration.tiny_data import tiny_run
 
 WIDTH = 256
 _H200 = {"name": "NVIDIA H200", "multi_processor_count": 132, "major": 9, "minor": 0, "warp_size": 32}
@@ -101,6 +109,9 @@ def _capture(graph_module, inputs):
     return make_boxed_func(graph_module.forward)
 
 
+_COMPILERS = {"fw_compiler": _capture, "bw_compiler": _capture, "decompositions": select_decomp_table()}
+
+
 def tower_code(shown: int, layers: int = 2) -> list[str]:
     """Writes the code of forward and backward of a Transformer in bf16, with `shown` candidates a request."""
     codes: list[str] = []
@@ -117,10 +128,46 @@ def tower_code(shown: int, layers: int = 2) -> list[str]:
             with torch.autocast("cuda", torch.bfloat16):
                 return torch.func.functional_call(tower, named, (x_SD, given, shown > 0))
 
-        options = {"fw_compiler": _capture, "bw_compiler": _capture, "decompositions": select_decomp_table()}
-        compiled = aot_function(run, partition_fn=min_cut_rematerialization_partition, **options)
+        compiled = aot_function(run, partition_fn=min_cut_rematerialization_partition, **_COMPILERS)
         x_SD = torch.empty(8 * (50 + shown), WIDTH, device=dry_run.CUDA, requires_grad=True)
         compiled(x_SD, *(getattr(packing, name) for name in _GEOMETRY), *weights.values()).sum().backward()
+    return codes
+
+
+def sums_code(shown: int) -> list[str]:
+    """Writes the code of what `cuda_graphs` captures, for a Transformer of two layers in bf16."""
+    codes: list[str] = []
+    size = {"layers": 2, "width": WIDTH, "heads": 4}
+    stage_name, pretrain = "finetune" if shown else "pretrain", {"num_negative_groups": 1, "num_negatives": 512}
+    options = {"model": size, "tables": {"embedding_dim": WIDTH}, "pretrain": pretrain, "execution": roofline.GRAPHS}
+    run = tiny_run(stage_name, "x", "y", train={"bf16": True}, **options)
+    manifest, stand_in_sizes = make_manifest(table_rows={"item": 1000}), (np.full(8, 50), shown, 0 if shown else 512)
+    host = roofline.padded(run, stand_in(manifest, *stand_in_sizes))
+
+    def compiled(function, *values):
+        found: dict[int, torch.Tensor] = {}
+        map_tensors(values, lambda tensor: found.setdefault(id(tensor), tensor), {}, with_host_parts=False)
+
+        def call(*tensors):
+            replaced = dict(zip(found, tensors, strict=False))
+            given = map_tensors(values, lambda tensor: replaced[id(tensor)], {}, with_host_parts=False)
+            named = dict(zip(weights, tensors[len(found) :], strict=True))
+            with torch.autocast("cuda", torch.bfloat16), _reparametrize_module(model, named):
+                return function(*given)
+
+        return aot_function(call, partition_fn=min_cut_rematerialization_partition, **_COMPILERS)(
+            *found.values(), *weights.values()
+        )
+
+    with FakeTensorMode() as mode, dry_run.on_fake_cuda(set()), _for_h200(codes):
+        stage = find(stage_name)(run, manifest)
+        with dry_run.CUDA:
+            model = stage.model(looked_up_tables(run, manifest))
+            rows = {table: torch.empty(100, WIDTH, requires_grad=True) for table in ("item", "tag")}
+        weights = dict(model.named_parameters())
+        model.backbone.call_padded = compiled
+        batch = to_device(map_tensors(host, mode.from_tensor, {}), dry_run.CUDA)
+        stage.loss_sums(model, rows, batch).sum().backward()
     return codes
 
 
@@ -132,6 +179,8 @@ def _planted_rotation(x_S3HK, turn):
 def main(argv: list[str]) -> None:
     results = {"pretrain": [counted(code) for code in tower_code(0)]}
     results["ranking"] = [counted(code) for code in tower_code(4)]
+    results["pretraining with loss"] = [counted(code) for code in sums_code(0)]
+    results["ranking with loss"] = [counted(code) for code in sums_code(2)]
     with unittest.mock.patch.object(transformer, "_turned", _planted_rotation):
         results["planted complex numbers"] = [counted(code) for code in tower_code(0, layers=1)]
     pathlib.Path(argv[0]).write_text(json.dumps(results, indent=1))

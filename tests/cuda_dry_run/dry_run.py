@@ -16,6 +16,7 @@ load_shim()
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import pathlib
 import sys
@@ -27,9 +28,11 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gpsd_dist import optim
 from gpsd_dist.assembly import looked_up_tables
 from gpsd_dist.batch import transfer
 from gpsd_dist.checkpoint import files
@@ -37,15 +40,18 @@ from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.runtime import Runtime
 from gpsd_dist.metrics.classification import Predictions
 from gpsd_dist.metrics.profiling import StepProfiler
+from gpsd_dist.model.heads import RankingHeads
+from gpsd_dist.model.number_buckets import NumberBuckets
 from gpsd_dist.model.ops import hstu_attention, hstu_triton
 from gpsd_dist.optim import named_state
-from gpsd_dist.schema import Manifest
+from gpsd_dist.schema import Manifest, write_manifest
 from gpsd_dist.stages.registry import find
 from gpsd_dist.stages.stage import Components
 from gpsd_dist.tables.id_remapping import IdRemapper
 from gpsd_dist.training_step import TrainingStep
 from gpsd_dist.trainer import Trainer
 from tests.cuda_dry_run.cases import BF16, CASES, PLANTS, SAVED, SCORED, STEPS_TWICE
+from tests.cuda_dry_run import parallel
 from tests.cuda_dry_run.parallel import Stream, two_ranks
 from tests.integration.tiny_data import tiny_run, write_tiny_data
 
@@ -73,8 +79,16 @@ class Watch(TorchDispatchMode):
         elif name == "copy_":
             self._copied(args[1], args[0], (args[2:] or [kwargs.get("non_blocking", False)])[0])
         elif name in _INDEXING:
-            if args[0].is_cuda and any(isinstance(i, torch.Tensor) and not i.is_cuda for i in args[1]):
+            indices = [i for i in args[1] if isinstance(i, torch.Tensor)]
+            if args[0].is_cuda and any(not i.is_cuda for i in indices):
                 self._note("index on the host")
+            if args[0].is_cuda and any(i.dtype in (torch.bool, torch.uint8) for i in indices):
+                self._note("index by a mask")  # waits for its size; writing by it does not raise here
+        elif name.startswith(("_foreach", "_fused")):
+            # Fake tensors in lists may be on several devices; on CUDA they may not.
+            listed = [tensor for tensors in args if isinstance(tensors, list | tuple) for tensor in tensors]
+            if len({tensor.device for tensor in listed if isinstance(tensor, torch.Tensor)}) > 1:
+                self._note(f"{name} on cuda:0 and on cpu")
         elif name in _PRODUCTS and out.is_cuda:
             dtype = str(out.dtype).removeprefix("torch.")
             self.products[dtype] = self.products.get(dtype, 0) + 1
@@ -170,12 +184,17 @@ def on_fake_cuda(launched: set[str]) -> typing.Iterator[None]:
         unittest.mock.patch.object(torch.Tensor, "pin_memory", pin),
         unittest.mock.patch.object(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor),  # asks for a number
         unittest.mock.patch.object(torch.nn.GRU, "forward", gru),
+        # A compiler would ask for the device's properties; `tests/cuda_compile` has it write its code.
+        unittest.mock.patch("torch.compile", lambda function, **_: function),
+        unittest.mock.patch("torch.compiler.cudagraph_mark_step_begin", lambda: None),
         # Autocast switches itself off where there is no CUDA: a dry run of bf16 would be one of float32.
         unittest.mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         unittest.mock.patch("torch.cuda.is_bf16_supported", lambda *_: True),
         unittest.mock.patch("torch.cuda.current_stream", lambda *_: Stream()),
         unittest.mock.patch("torch.cuda.cudart", lambda: unittest.mock.Mock(cudaHostRegister=lambda *_: 0)),
         unittest.mock.patch.object(files, "host_block", host_block),
+        # Operations over lists are taken for tensors of torch's own types alone.
+        unittest.mock.patch.object(_foreach_utils, "_foreach_supported_types", [torch.nn.Parameter, FakeTensor]),
         unittest.mock.patch.object(hstu_attention, "_has_triton", lambda: True),
         unittest.mock.patch.object(hstu_triton, "_generation", lambda _: 9),
     ]
@@ -232,8 +251,8 @@ def dry_run(
     # Without a shape_env, an output whose size depends on data raises instead of getting a symbolic size.
     with FakeTensorMode() as mode, on_fake_cuda(launched):
         stage = find(run.stage)(run, manifest)
-        with CUDA:  # torch refuses to move a model of fake tensors
-            model = stage.model(sharded)
+        model = stage.model(sharded)
+        _move(model)
         names = tuple(table.name for table in sharded)
         tables = FakeTables(run.tables.embedding_dim, frozen)
         components = Components(tables, model, stage, names, IdRemapper(manifest, {}, {}), runtime)
@@ -256,8 +275,20 @@ def dry_run(
                     result.staging_syncs = _stage_checkpoint(step)
         for name, parameter in model.named_parameters():
             assert parameter.is_cuda and (parameter.grad is None or parameter.grad.is_cuda), name
+    if dist.get_world_size() > 1 and parallel.DDP.broadcasts:
+        watch.waits.add(f"{parallel.DDP.broadcasts} broadcasts of buffers")
     result.waits, result.products, result.launched = sorted(watch.waits), watch.products, sorted(launched)
     return result
+
+
+def _move(model: torch.nn.Module) -> None:
+    """Moves parameters and buffers alone, as `to` does, which refuses fake tensors."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(parameter.to(CUDA))
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer if buffer is None else buffer.to(CUDA)
 
 
 def _score(run: RunConfig, components: Components, parts: list) -> None:
@@ -314,32 +345,106 @@ def planted_host_tensor(batch):
     return dataclasses.replace(batch, packing=packing)
 
 
+def planted_written_mask(batch):
+    """Makes ids unknown on the device."""
+    item_C = batch.candidate["item"].clone()
+    item_C[item_C > 5] = 1
+    return dataclasses.replace(batch, candidate=batch.candidate | {"item": item_C})
+
+
+def planted_host_weights(batch):
+    """Leaves the weights of the candidates on the host."""
+    return dataclasses.replace(batch, sampling=batch.sampling | {"weight": torch.ones(batch.packing.num_candidates)})
+
+
+def planted_host_targets(batch):
+    """Leaves on the host which places hold a target."""
+    is_real_M = torch.ones(len(batch.padded.targets.is_real_M), dtype=torch.bool)
+    targets = dataclasses.replace(batch.padded.targets, is_real_M=is_real_M)
+    return dataclasses.replace(batch, padded=dataclasses.replace(batch.padded, targets=targets))
+
+
+def planted_host_edges():
+    """Keeps the edges of buckets in an attribute, which does not go to the device with the model."""
+
+    def keep(self, name, tensor):
+        setattr(self, name, tensor)
+
+    return unittest.mock.patch.object(NumberBuckets, "register_buffer", keep)
+
+
+def planted_host_average():
+    """Keeps the mean of the weights on the host."""
+    made = optim.WeightAverage.__init__
+
+    def make(self, *args):
+        made(self, *args)
+        self.other = {name: torch.empty(mean.shape) for name, mean in self.other.items()}
+
+    return unittest.mock.patch.object(optim.WeightAverage, "__init__", make)
+
+
+def planted_item_in_graph():
+    """Asks for a number between tower and loss."""
+    forward = RankingHeads.forward
+
+    def asking(self, x_C):
+        x_C.sum().item()
+        return forward(self, x_C)
+
+    return unittest.mock.patch.object(RankingHeads, "forward", asking)
+
+
+def planted_buffers():
+    """Has rank 0 send the buffers, which are alike on all ranks, in every step."""
+    return unittest.mock.patch.object(parallel.DDP, "will_sync_module_buffers", lambda _: True)
+
+
+def with_sampling(batch, values: dict[str, float]):
+    """Gives all candidates these values of columns of sampling."""
+    columns = {name: torch.full((batch.packing.num_candidates,), value) for name, value in values.items()}
+    return dataclasses.replace(batch, sampling=columns)
+
+
+def write_data(folder: pathlib.Path) -> Manifest:
+    """Writes the tiny data set, with quantiles of its numbers."""
+    manifest = write_tiny_data(folder)
+    measured = [dataclasses.replace(f, quantiles=(-0.5, 0.5)) if f.table is None else f for f in manifest.features]
+    manifest = dataclasses.replace(manifest, features=tuple(measured))
+    write_manifest(manifest, folder)
+    return manifest
+
+
 def main(argv: list[str]) -> int:
     """Runs the named cases, or all; writes case -> Result as JSON."""
     folder, results = pathlib.Path(tempfile.mkdtemp()), {}
-    manifest = write_tiny_data(folder / "data")
+    manifest = write_data(folder / "data")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
     made: dict[str, list] = {}
 
-    def batches_of(run: RunConfig) -> list:
-        """Two steps' batches, pinned; runs that differ in the model alone share them."""
-        key = repr((run.stage, run.pretrain, run.train.micro_batches, run.execution.token_multiple))
+    def batches_of(run: RunConfig, sampling: dict[str, float]) -> list:
+        """Two steps' batches, pinned; runs that differ in the model alone share them. `sampling`: in all its rows."""
+        key = repr((run.stage, run.data, run.pretrain, run.train.micro_batches, run.execution.token_multiple, sampling))
         if key not in made:
             loader = Trainer(run, Runtime(0, 1, 0, torch.device("cpu"))).loader
             with unittest.mock.patch.object(transfer, "page_locked", page_locked):
-                made[key] = [transfer.pinned(parts) for parts, _ in zip(iter(loader), range(2), strict=False)]
+                for parts, _ in zip(iter(loader), range(2), strict=False):
+                    parts = tuple(with_sampling(part, sampling) for part in parts)
+                    made.setdefault(key, []).append(transfer.pinned(parts))
             loader.close()
         return made[key]
 
     def go(label: str, stage: str, changes: dict, num_steps: int = 1, **options) -> None:
         changes = {part: dict(fields) for part, fields in changes.items()}
         changes["train"] = {"log_interval_steps": 1000} | changes.get("train", {})  # a step that logs may wait
+        sampling = changes.pop("sampling", {})
         run = tiny_run(stage, folder / "data", folder / label.replace("/", "_"), **changes)
+        of_rows = dataclasses.replace(manifest, sampling=tuple(sampling))
         kind = changes.get("execution", {}).get("dense_parallel")
         try:
             with contextlib.nullcontext() if kind is None else two_ranks():
-                result = dry_run(run, manifest, batches_of(run)[:num_steps], **options)
+                result = dry_run(run, of_rows, batches_of(run, sampling)[:num_steps], **options)
         except Exception as error:
             first_line = (str(error).splitlines() or [""])[0][:300]
             where = place(traceback.extract_tb(error.__traceback__))
@@ -353,8 +458,11 @@ def main(argv: list[str]) -> int:
             go(f"{label} scored", *CASES[label], scores=True)
     if not argv[1:]:
         go("frozen", "finetune", BF16, frozen=("item", "tag"))
-        for name in PLANTS:
-            go(f"planted {name}", "finetune", BF16, plant=globals()[f"planted_{name}"])
+        for name, (label, _) in PLANTS.items():
+            planted = globals()[f"planted_{name}"]
+            of_batch = bool(inspect.signature(planted).parameters)
+            with contextlib.nullcontext() if of_batch else planted():
+                go(f"planted {name}", *CASES[label], plant=planted if of_batch else None)
         pageable = lambda layout: [torch.empty(shape, dtype=dtype) for shape, dtype in layout]  # noqa: E731
         with unittest.mock.patch.dict(globals(), host_block=pageable):
             go("planted pageable checkpoint", "finetune", BF16, saves=True)

@@ -18,13 +18,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from gpsd_dist import api
 from gpsd_dist.batch import transfer
 from gpsd_dist.checkpoint.loading import fill_tensors
 from gpsd_dist.config.ids import IdsConfig
 from gpsd_dist.distributed.runtime import Runtime
+from gpsd_dist.export.exporter import export, read_source
+from gpsd_dist.index.build import build
 from gpsd_dist.metrics.ranking import RankingSums
 from gpsd_dist.metrics.recorder import Recorder
+from gpsd_dist.optim import WeightAverage
 from gpsd_dist.predict import split
+from gpsd_dist.serving import retriever, scorer
 from gpsd_dist.stages import item_ranking
 from gpsd_dist.stages.stage import Components, evaluate_split
 from gpsd_dist.tables.id_remapping import IdRemapper
@@ -87,6 +92,47 @@ def validated(trainer: Trainer, waits: Waits) -> bool:
     flat = [{(t, k): v for t, values in part.items() for k, v in values.items()} for part in (expected, found)]
     assert flat[0].keys() == flat[1].keys()
     return all(a == b or abs(a - b) < 1e-5 or (a != a and b != b) for a, b in zip(*map(dict.values, flat), strict=True))
+
+
+def averaged(trainer: Trainer, waits: Waits) -> bool:
+    """Whether the mean of the weights, in their place, has the metrics of the CPU, and other ones than the weights."""
+    last = evaluate_split(trainer.run, trainer.manifest, trainer.components, "valid")
+    with trainer.training_step.average.in_place():
+        expected = evaluate_split(trainer.run, trainer.manifest, trainer.components, "valid")
+    components = _on_cuda(trainer.components)
+    with _device(waits):
+        average = WeightAverage(components.model, 0.5)
+        average.other = {name: labelled(mean) for name, mean in trainer.training_step.average.other.items()}
+        with average.in_place():
+            found = evaluate_split(trainer.run, trainer.manifest, components, "valid")
+        again = evaluate_split(trainer.run, trainer.manifest, components, "valid")
+    names = [(task, key) for task, values in expected.items() for key in values if key in ("auc", "log_loss")]
+    pairs = [(found, expected), (again, last)]
+    near = all(abs(a[task][key] - b[task][key]) < 1e-5 for a, b in pairs for task, key in names)
+    return near and all(abs(last[task][key] - expected[task][key]) > 1e-4 for task, key in names)
+
+
+@contextlib.contextmanager
+def _beside_a_gpu() -> typing.Iterator[None]:
+    """Lets torch say that there is a GPU; whoever asks for one gets an error, because here is no driver."""
+    with contextlib.ExitStack() as stack:
+        for name, answer in {"is_available": True, "device_count": 1, "is_initialized": False}.items():
+            stack.enter_context(unittest.mock.patch(f"torch.cuda.{name}", lambda answer=answer: answer))
+        yield
+
+
+def indexed(folder: pathlib.Path) -> bool:
+    """Whether a pretrained run is indexed, and searched as the index says that it should be, on the CPU alone."""
+    with _beside_a_gpu():
+        build(folder / "values_pretrain", str(folder / "data"), folder / "index", "last")
+        return retriever.load(folder / "index").version != ""
+
+
+def exported(folder: pathlib.Path) -> bool:
+    """Whether a finetuned run is exported, and scores as the artefact says that it should, on the CPU alone."""
+    with _beside_a_gpu():
+        export(read_source(folder / "values_finetune", str(folder / "data"), "last"), folder / "artefact")
+        return len(api.load(folder / "artefact").tasks) == 2
 
 
 def predicted(trainer: Trainer, folder: pathlib.Path, waits: Waits) -> bool:
@@ -154,7 +200,9 @@ def results(folder: pathlib.Path) -> dict[str, dict[str, typing.Any]]:
     managed, found = folder / "managed", {}
     managed.mkdir()
     pretrained = _trainer(folder, "pretrain", train={"max_steps": 1})
-    finetuned = _trainer(folder, "finetune")
+    options = {"model": {"number_buckets": True, "matches": True}, "train": {"max_steps": 2, "average_fraction": 0.5}}
+    finetuned = _trainer(folder, "finetune", **options)
+    finetuned.train()
     cases: dict[str, typing.Callable[[Waits], bool]] = {
         "validation of pretraining": lambda waits: validated(pretrained, waits),
         "validation of finetuning": lambda waits: validated(finetuned, waits),
@@ -164,6 +212,10 @@ def results(folder: pathlib.Path) -> dict[str, dict[str, typing.Any]]:
         "planted sums on the host": lambda waits: _with_sums_on_the_host(pretrained, waits),
         "planted wrong rows": lambda waits: _with_wrong_rows(finetuned, waits),
         "resuming": lambda waits: resumed(pretrained, waits),
+        "mean of the weights": lambda waits: averaged(finetuned, waits),
+        "index": lambda _: indexed(folder),
+        "export and api.load": lambda _: exported(folder),
+        "planted scorer on the device": lambda _: _with_a_scorer_on_the_device(folder),
     }
     for name, case in cases.items():
         waits: Waits = {}
@@ -188,15 +240,19 @@ def _with_wrong_rows(trainer: Trainer, waits: Waits) -> bool:
         return validated(trainer, waits)
 
 
+def _with_a_scorer_on_the_device(folder: pathlib.Path) -> bool:
+    tables = lambda *_: {"item": torch.zeros(1, device="cuda")}  # noqa: E731
+    with unittest.mock.patch.object(scorer, "map_tables", tables):
+        return exported(folder)
+
+
 def main() -> None:
     import tempfile
 
     import torch.distributed as dist
 
-    from tests.integration.tiny_data import write_tiny_data
-
     folder = pathlib.Path(tempfile.mkdtemp())
-    write_tiny_data(folder / "data")
+    dry_run.write_data(folder / "data")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     for name, result in results(folder).items():
         print(name, result)

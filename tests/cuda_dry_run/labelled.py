@@ -87,11 +87,13 @@ def labelled(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def move(module: torch.nn.Module) -> None:
-    """Moves the parameters of a module, without gradients."""
+    """Moves the parameters of a module, without gradients, and its buffers."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
                 part._parameters[name] = torch.nn.Parameter(labelled(parameter), requires_grad=False)
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = buffer if buffer is None else labelled(buffer)
 
 
 @contextlib.contextmanager

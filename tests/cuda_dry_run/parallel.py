@@ -36,11 +36,18 @@ class Stream:
     wait_event = record = wait_stream
 
 
-class _DDP(torch.nn.parallel.DistributedDataParallel):
+class DDP(torch.nn.parallel.DistributedDataParallel):
+    """Counts the steps in which rank 0 would send its buffers."""
+
+    broadcasts = 0
+
     def __init__(self, model):
         super().__init__(model)
         self.logger = unittest.mock.Mock()
         self.register_comm_hook(None, _unchanged)
+
+    def _sync_buffers(self) -> None:
+        DDP.broadcasts += 1
 
 
 def _unchanged(_, bucket) -> torch.futures.Future[torch.Tensor]:
@@ -61,7 +68,7 @@ def two_ranks() -> typing.Iterator[None]:
     patches = {
         "torch.nn.parallel.distributed._verify_param_shape_across_processes": nothing,
         "torch.nn.parallel.distributed._sync_module_states": nothing,
-        "gpsd_dist.distributed.dense_parallel.DistributedDataParallel": _DDP,
+        "gpsd_dist.distributed.dense_parallel.DistributedDataParallel": DDP,
         "gpsd_dist.distributed.dense_parallel.init_device_mesh": _real_mesh,
         "torch.cuda.Stream": Stream,
         "torch.cuda.Event": Stream,
@@ -69,6 +76,7 @@ def two_ranks() -> typing.Iterator[None]:
         "torch.cuda.current_device": lambda: 0,
         "torch.cuda.set_device": nothing,
     }
+    DDP.broadcasts = 0
     dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:

@@ -20,7 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpsd_dist.assembly import looked_up_tables
+from gpsd_dist.batch.batch import Batch
+from gpsd_dist.batch.padding import pad_packing
 from gpsd_dist.batch.transfer import map_tensors, to_device
+from gpsd_dist.data.micro_batch import with_targets
 from gpsd_dist.metrics.flops import step_flops, work_of
 from gpsd_dist.config import RunConfig
 from gpsd_dist.distributed.dense_parallel import clip_gradients
@@ -37,8 +40,11 @@ from tests.integration.tiny_data import tiny_run
 
 UNIQUE_ROWS = 40_000
 EMBED, TOWER, LOSS, CLIP, UPDATE = "embedding", "tower", "head + loss", "clipping", "update"
+GRAPH = "graph"  # with `cuda_graphs`: what is captured, in the place of TOWER and LOSS
 PEAK_FLOPS_PER_S, PEAK_BYTES_PER_S = 790e12, 4.3e12
 """80 % of an H200's data sheet in bf16, and 90 % of its memory bandwidth: what well-made kernels reach."""
+GRAPHS = {"token_multiple": 1024, "cuda_graphs": True}
+SHOWN = {"l4h256a4": 0, "l4h256a4/ranking": 2}  # Candidates a request
 TRAINED = {"l24h1024a16": (24, 1024, 16), "l4h256a4": (4, 256, 4)}
 
 
@@ -157,10 +163,51 @@ def _named_parts(model: torch.nn.Module, counted: Counted) -> typing.Iterator[No
         yield
 
 
+class _Captured(torch.autograd.Function):
+    """Runs a function and its backward where a graph would be replayed; what is around it is launched one by one."""
+
+    @staticmethod
+    def forward(ctx, function, counted, where, others, *tensors):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        before, counted.part = counted.part, GRAPH
+        with torch.enable_grad():
+            out = function(*(leaves[where.index(i)] if i in where else other for i, other in enumerate(others)))
+        ctx.kept, counted.part = (counted, leaves, out), before
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        counted, leaves, out = ctx.kept
+        before, counted.part = counted.part, GRAPH
+        torch.autograd.backward(out, grad)
+        counted.part = before
+        return None, None, None, None, *(leaf.grad for leaf in leaves)
+
+
+def _captured(counted: Counted) -> typing.Callable:
+    """Stands for `torch.compile(call)` with CUDA graphs."""
+
+    def call(function, *values):
+        where = [i for i, value in enumerate(values) if isinstance(value, torch.Tensor) and value.requires_grad]
+        return _Captured.apply(function, counted, where, values, *(values[i] for i in where))
+
+    return call
+
+
+def padded(run: RunConfig, batch: Batch) -> Batch:
+    """Pads a batch whose history tokens all predict, with one set of negatives."""
+    geometry = pad_packing(batch.packing, run.execution.token_multiple, batch.packing.max_history_length)
+    geometry = with_targets(geometry, batch.next_item) if batch.next_item else geometry
+    return dataclasses.replace(batch, padded=geometry)
+
+
 def count_step(run: RunConfig, manifest: Manifest, lengths: np.ndarray, shown: int, negatives: int) -> Counted:
     """Counts one step of the dense part: forward, backward, clip, update. `lengths` ascend."""
     counted, sharded = Counted(), looked_up_tables(run, manifest)
     has_norm = unittest.mock.patch.object(torch.nn.RMSNorm, "forward", lambda self, x: _norm(x, self.weight)[0])
+    # In pretraining the tower does not run on the last token of a history, which is only predicted.
+    host = stand_in(manifest, lengths if shown else lengths - 1, shown, negatives)
+    host = padded(run, host) if run.execution.cuda_graphs else host
     has_silu = unittest.mock.patch("torch.nn.functional.silu", _silu)
     with FakeTensorMode() as mode, dry_run.on_fake_cuda(set()), has_norm, has_silu:
         stage = find(run.stage)(run, manifest)
@@ -168,15 +215,16 @@ def count_step(run: RunConfig, manifest: Manifest, lengths: np.ndarray, shown: i
             model = stage.model(sharded)
         shape = UNIQUE_ROWS, run.tables.embedding_dim
         rows = {table.name: torch.empty(*shape, device="cuda", requires_grad=True) for table in sharded}
-        # In pretraining the tower does not run on the last token of a history, which is only predicted.
-        host = stand_in(manifest, lengths if shown else lengths - 1, shown, negatives)
         optimizer = dense_optimizer(model, run.dense)
         named_state(optimizer, model)  # made in the first step alone
+        if run.execution.cuda_graphs:
+            model.backbone.call_padded = _captured(counted)
         batch = to_device(map_tensors(host, mode.from_tensor, {}), dry_run.CUDA)
         autocast = torch.autocast("cuda", torch.bfloat16, enabled=run.train.bf16)
         with (kept := Kept(model)), autocast:
             model.backbone(rows, batch, candidates_only=shown > 0)
-        with Count(counted), _named_parts(model, counted):
+        named = contextlib.nullcontext() if run.execution.cuda_graphs else _named_parts(model, counted)
+        with Count(counted), named:
             counted.part = EMBED
             with autocast:
                 loss = stage.loss_sums(model, rows, batch).sum()
@@ -199,21 +247,23 @@ def count_step(run: RunConfig, manifest: Manifest, lengths: np.ndarray, shown: i
     return counted
 
 
-def trained(size: str) -> Counted:
-    """Counts a pretraining step of the GPU suite."""
+def trained(size: str, shown: int = 0, **changes) -> Counted:
+    """Counts a step of the GPU suite: pretraining, or ranking with `shown` candidates a request."""
     layers, width, heads = TRAINED[size]
     run = tiny_run(
-        "pretrain",
+        "finetune" if shown else "pretrain",
         "x",
         "y",
         model={"layers": layers, "width": width, "heads": heads},
         tables={"embedding_dim": width},
         pretrain={"num_negative_groups": 1, "num_negatives": 4096},
         train={"bf16": True},
+        **changes,
     )
     lengths = np.sort(np.r_[np.full(1064, 60), np.full(106, 59)])
     assert lengths.sum() == 70_094
-    return count_step(run, make_manifest(table_rows={"item": 10**6, "tag": 10**5}), lengths, 0, 4096)
+    manifest = make_manifest(table_rows={"item": 10**6, "tag": 10**5})
+    return count_step(run, manifest, lengths, shown, 0 if shown else 4096)
 
 
 def towers() -> dict[str, Counted]:
@@ -232,7 +282,8 @@ def towers() -> dict[str, Counted]:
 
 def results() -> dict[str, dict]:
     """Counts what the tests look at: L4H256A4, the same with one pass more, and small towers."""
-    found = towers() | {"l4h256a4": trained("l4h256a4")}
+    found = towers() | {"l4h256a4": trained("l4h256a4"), "l4h256a4/ranking": trained("l4h256a4", shown=2)}
+    found |= {f"{name}/graphs": trained("l4h256a4", n, execution=GRAPHS) for name, n in SHOWN.items()}
     swiglu = transformer.swiglu
     with unittest.mock.patch.object(transformer, "swiglu", lambda x_SD, *rest: swiglu(x_SD * 1.0, *rest)):
         found["planted pass"] = trained("l4h256a4")
@@ -250,6 +301,9 @@ def main() -> None:
             f"{c.kept_bytes / 2**30:.1f} GiB (plan {c.planned_kept_bytes / 2**30:.1f}), {c.operations} operations; "
             f"plan's FLOPs / counted {c.planned_flops / c.product_flops:.4f}; {c.of_parts}"
         )
+    for name, shown in SHOWN.items():
+        for execution in ({}, GRAPHS):
+            print(name, "with graphs" if execution else "", trained("l4h256a4", shown, execution=execution).of_parts)
     for name, c in towers().items():
         print(name, c)
 

@@ -57,7 +57,7 @@ def test_the_kernels_in_the_interpreter():
     )
     assert done.returncode == 0, done.stdout[-3000:]
     # One combination of parameters has nothing to attend.
-    assert "13 passed, 1 skipped" in done.stdout, done.stdout[-300:]
+    assert "15 passed, 1 skipped" in done.stdout, done.stdout[-300:]
 
 
 def is_interpreted() -> bool:
@@ -134,6 +134,20 @@ def test_half_precision(interpreted):
     """float16: the interpreter multiplies the bits of bfloat16 numbers as integers (3.7.1)."""
     problem = make_problem([3, 70], [2, 1], 2, 16, torch.float16)
     check_agreement(interpreted, problem, False, True, 5e-3)
+
+
+@pytest.mark.parametrize("last_first", [True, False])
+def test_what_takes_longest_begins_first(interpreted, last_first):
+    """Requests ascend by length. Programs start by number, the first axis running fastest."""
+    from tests.helpers.hstu_places import note_places
+
+    requests, heads, blocks = 3, 2, 2
+    place_P3 = torch.full((requests * heads * blocks, 3), -1)
+    note_places[(requests * heads, blocks)](place_P3, heads, last_first)
+    in_order = [(r, h, b) for b in range(blocks) for r in reversed(range(requests)) for h in range(heads)]
+    if last_first:
+        in_order = [(r, h, blocks - 1 - b) for r, h, b in in_order]
+    assert [tuple(place) for place in place_P3.tolist()] == in_order
 
 
 def test_a_cpu_never_runs_the_kernel():

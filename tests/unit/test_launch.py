@@ -258,6 +258,13 @@ def test_ranks_have_time_to_save_before_the_scheduler_kills_them(fake_bin):
     assert f"#SBATCH --signal=B:TERM@{grace_s}\n" in (LAUNCH / "slurm" / "train.sbatch").read_text()
 
 
+def test_nccl_records_collectives_and_says_which_one_hung(fake_bin):
+    _, env = launched(LAUNCH / "local.sh", fake_bin)
+    names = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_BUFFER_SIZE")
+    assert [env[name] for name in names] == ["1", "1", "2000"]
+    assert env["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
 def test_every_exported_variable_has_a_comment():
     previous = ""
     for line in (LAUNCH / "env.sh").read_text().splitlines():

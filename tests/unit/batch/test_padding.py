@@ -1,14 +1,19 @@
 """Padded geometry: few shapes, and the same numbers for the real tokens."""
 
+import itertools
+import types
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gpsd_dist.batch.packing import Packing
 from gpsd_dist.batch.padding import pad_packing
 from gpsd_dist.config import ModelConfig
+from gpsd_dist.data.micro_batch import with_targets
+from gpsd_dist.data.negatives import group_offsets
 from gpsd_dist.model import transformer
 from gpsd_dist.model.ops.attention import two_part
 from gpsd_dist.model.transformer import Transformer
@@ -87,3 +92,22 @@ def test_compiled_tower_meets_one_shape_where_batches_differ(monkeypatch):
         assert len(graphs) == 1
     finally:
         torch._dynamo.reset()
+
+
+@settings(max_examples=80, deadline=None)
+@given(pairs=requests, num_groups=st.integers(1, 7), data=st.data())
+def test_every_target_keeps_its_token_and_its_group(pairs, num_groups, data):
+    packing = make(pairs)
+    num_tokens = packing.num_history_tokens
+    token_M = np.flatnonzero(data.draw(st.lists(st.booleans(), min_size=num_tokens, max_size=num_tokens)))
+    assume(len(token_M))
+    padded = pad_packing(packing, 16, LONGEST)
+    cuts = group_offsets("group", token_M, packing, num_groups)
+    wanted = types.SimpleNamespace(token_M=torch.from_numpy(token_M), group_offsets=cuts)
+    targets = with_targets(padded, wanted).targets
+    is_real, source = targets.is_real_M.numpy(), targets.source_M.numpy()
+    assert np.array_equal(source[is_real], np.arange(len(token_M)))
+    assert np.array_equal(targets.token_M.numpy()[is_real], padded.place_S.numpy()[token_M])
+    assert len(is_real) == targets.group_offsets[-1] and len(set(np.diff(targets.group_offsets))) == 1
+    for group, (start, stop) in enumerate(itertools.pairwise(targets.group_offsets)):
+        assert np.array_equal(source[start:stop][is_real[start:stop]], np.arange(cuts[group], cuts[group + 1]))

@@ -50,6 +50,25 @@ def test_a_rank_takes_the_gpu_of_its_number_and_float32_stays_float32(monkeypatc
         assert not torch.backends.cudnn.allow_tf32
 
 
+@pytest.mark.parametrize("has_launcher", [True, False])
+def test_nccl_is_told_its_device_where_ranks_meet(has_launcher, monkeypatch):
+    """Then it connects at once, where an error is clear; alone, in a notebook, nothing connects."""
+    called = {}
+    monkeypatch.setattr(runtime, "_configure_logging", lambda rank: None)
+    monkeypatch.setattr(runtime, "_device", lambda local_rank: torch.device("cuda", local_rank))
+    monkeypatch.setattr(runtime, "_destroy_group", lambda: None)
+    monkeypatch.setattr(runtime.dist, "init_process_group", lambda backend, **given: called.update(given, b=backend))
+    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in (ranks | {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}).items():
+        monkeypatch.setenv(name, value)
+    if not has_launcher:
+        monkeypatch.delenv("RANK")
+    with runtime.process_group(timeout_s=10) as made:
+        assert made.device == torch.device("cuda", 1)
+    assert called["b"] == "cpu:gloo,cuda:nccl"
+    assert called["device_id"] == (torch.device("cuda", 1) if has_launcher else None)
+
+
 def test_a_group_of_one_can_be_made_again_after_a_mistake(monkeypatch):
     """In a notebook the process lives on."""
     monkeypatch.setattr(runtime, "_configure_logging", lambda rank: None)

@@ -30,6 +30,7 @@ def make_parts(split: str, per: str | None = "group", num_parts: int = 1, num_ne
         num_negative_groups=3,
         num_negatives=num_negatives,
         num_parts=num_parts,
+        token_multiple=64,
     )
     rows = make_rows(MANIFEST, split, seed=0, num_rows=30)
     return collate(rows, BatchKey(0, 0, 0))
@@ -132,6 +133,17 @@ def test_negatives_are_uniform_over_the_rows_that_belong_to_an_id():
 def test_without_any_row_nothing_is_predicted():
     (batch,) = make_assignment({}).assign(make_parts("pretrain"))
     assert len(batch.next_item.token_M) == 0 and set(batch.next_item.group_offsets) == {0}
+
+
+def test_places_of_targets_are_given_up_where_targets_are_dropped():
+    (before,) = make_parts("pretrain")
+    (after,) = make_assignment({"item": range(50, 120)}).assign((before,))
+    assert before.padded.targets is not None and after.padded.targets is None
+    assert torch.equal(before.padded.place_S, after.padded.place_S)
+
+
+def test_without_any_row_everything_is_unknown():
+    (batch,) = make_assignment({}).assign(make_parts("pretrain"))
     assert batch.lookup["item"].values().unique().tolist() == [1]
 
 
