@@ -192,7 +192,7 @@ def test_requests_that_do_not_fit_are_refused(request_for, tmp_path, data_dir):
         (request_for(overrides=(here, "--gin.WIDTH=128")), "--gin.WIDTH=128: .* set by the ladder"),
         (request_for(pretrain_overrides=(here, "--gin.SEED=1")), "--gin.SEED=1: .* set by the ladder"),
         (request_for(overrides=(here, "--gin.EMBEDDING_DIM=8"), embedding_dim_follows_width=True), "set by the ladder"),
-        (request_for(gin_file=PRETRAIN), "--gin_file .*grocery_pretrain.* random weights"),
+        (request_for(gin_file=PRETRAIN), "--gin_file .*grocery_pretrain.* stage 'pretrain', expected 'finetune'"),
         (request_for(pretrain_gin_file=FINETUNE), "--pretrain_gin_file .* stage 'finetune', expected 'pretrain'"),
         (request_for(pretrain_overrides=elsewhere), "would read /elsewhere and finetuning"),
         (request_for("NT", overrides=elsewhere), "/elsewhere"),
