@@ -59,11 +59,14 @@ def data_sets(runs: typing.Sequence[Run]) -> tuple[list[DataSet], list[str]]:
         found.setdefault((data_dir, _content(manifest)), []).append((run, manifest, origin))
     versions: dict[str, int] = {}
     result = []
+    roots = [str(data_versions.root_of(folder)) for folder in on_disk]
     for data_dir, content in sorted(found, key=lambda key: (key[0], min(_start_s(run) for run, _, _ in found[key]))):
         members = found[data_dir, content]
         versions[data_dir] = versions.get(data_dir, 0) + 1
         is_one = sum(other == data_dir for other, _ in found) == 1
-        name = data_dir if is_one else f"{data_dir}, version {versions[data_dir]}"
+        root = str(data_versions.root_of(data_dir))
+        shown = root if roots.count(root) == 1 else data_dir  # OUT, not OUT/versions/0001-..., where that is clear
+        name = shown if is_one else f"{shown}, version {versions[data_dir]}"
         made = DataSet(name, data_dir, members[0][1], members[0][2], tuple(run for run, _, _ in members))
         result.append(made)
         problems += _remarks(made, *on_disk[data_dir])
