@@ -1,4 +1,4 @@
-"""Command: lists, verifies, compares and prunes the checkpoints of finished or running runs, on disk or behind a URL.
+"""ENTRY: lists, verifies, compares and prunes the checkpoints of finished or running runs, on disk or behind a URL.
 
     python -m gpsd_dist.checkpoint list runs/kr/st_sf
     python -m gpsd_dist.checkpoint verify runs/kr/st_sf              # or one checkpoint; exit status 1: damaged

@@ -78,5 +78,10 @@ def with_plugin(command: str, path: str | None = None) -> str:
 class Parser(argparse.ArgumentParser):
     """Parses options; its help and its errors name commands as the user types them."""
 
+    def __init__(self, *, prog: str | None = None, description: str | None = None, **options: typing.Any):
+        # The mark in the docstring of a command is for readers of the code. Usage is indented by the length of `prog`.
+        text = (description or "").removeprefix("ENTRY: ")
+        super().__init__(prog=prog and as_typed(prog), description=text[:1].upper() + text[1:], **options)
+
     def _print_message(self, message: str, file: typing.Any = None) -> None:
         super()._print_message(as_typed(message), file)
