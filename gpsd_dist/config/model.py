@@ -141,7 +141,7 @@ class ModelConfig:
     """Attention heads, which share the width. transformer, sasrec, hstu, dmin."""
     dropout: typing.Annotated[float, pydantic.Field(ge=0, lt=1), OrAuto] = 0.0
     """On token embeddings, and on what attention and feed-forward add; off in evaluation. The paper uses none; 'auto':
-    `config.from_data`."""
+    up to 0.2, the more the more weights there are for each example."""
     init_std: NotNegative = 0.02
     """Standard deviation of initial linear weights of the tower (official settings); 0: 1 / sqrt(fan-in)."""
     context_dim: AtLeast1 = 16
@@ -169,7 +169,7 @@ class ModelConfig:
     matches: typing.Annotated[bool, OrAuto] = False
     """Ranking heads also get, for each categorical feature that candidates and events share, how often the candidate's
     value is in its history, the share of the events, and how long ago it was last (no official setting; bags give
-    none). Few requests are too few to learn a comparison by; 'auto': `config.from_data`."""
+    none). Few requests are too few to learn a comparison by; 'auto': if `train` has at most 4,096."""
 
     number_buckets: bool = False
     """Ranking heads also get an embedding of the bucket that each number lies in, 16 by its quantiles in the training

@@ -145,7 +145,7 @@ class RunConfig:
     """Holds everything that `train` needs to know."""
 
     stage: str
-    """pretrain | finetune: `gpsd_dist.stages.registry`, which is where a name is checked."""
+    """pretrain | finetune, or another stage that `gpsd_dist.stages.registry` lists."""
     data_dir: str = dataclasses.field(metadata=MAY_CHANGE)
     """Folder that `data_pipeline.build` wrote, or one of its versions."""
     output_dir: str = dataclasses.field(metadata=MAY_CHANGE)

@@ -33,7 +33,8 @@ class DataConfig:
     max_history_length: AtLeast1 = 50
     """Most recent history tokens that the model sees. 50 on Amazon, 200 on Taobao (official settings)."""
     global_batch_rows: typing.Annotated[int, OrAuto] = 512
-    """Requests per optimizer step over all ranks; 0 if `global_batch_tokens` is used; 'auto': `config.from_data`."""
+    """Requests per optimizer step over all ranks; 0 if `global_batch_tokens` is used; 'auto': 16 to 512,
+    by the rows of the split."""
     global_batch_tokens: int = 0
     """History tokens per optimizer step over all ranks; 0 if `global_batch_rows` is used."""
     eval_batch_rows_per_rank: AtLeast1 = dataclasses.field(default=1024, metadata=MAY_CHANGE)
@@ -121,7 +122,8 @@ class OptimizerConfig:
     name: typing.Annotated[str, one_of(("adamw", *SPARSE_OPTIMIZERS))]
     """dense: adamw. sparse: one of SPARSE_OPTIMIZERS (the Adam family and LAMB need CUDA)."""
     peak_lr: typing.Annotated[NotNegative, OrAuto]
-    """Learning rate after warm-up, where the cosine begins. 'auto' (dense): `config.from_data`."""
+    """Learning rate after warm-up, where the cosine begins. 'auto' (dense alone): 3e-3 up to width 64, beyond it as
+    1 / width, at least 5e-4."""
     beta1: float = 0.9
     """Decay of the mean of gradients per step; Adam family and LAMB."""
     beta2: float = 0.98
@@ -137,7 +139,8 @@ class TrainConfig:
     """Sets the length of the loop, its pauses, what it keeps and how long it waits."""
 
     epochs: typing.Annotated[AtLeast1, OrAuto] = 10
-    """Passes over the training split; also the length of the cosine; 'auto': `config.from_data`."""
+    """Passes over the training split; also the length of the cosine; 'auto': 10 to 15 in pretraining, 3 to 16 in
+    finetuning, the more the smaller the log."""
     max_steps: AtLeast0 = dataclasses.field(default=0, metadata=MAY_CHANGE)
     """Stop after this many optimizer steps (0: no limit). The schedule still follows `epochs`."""
     warmup_fraction: typing.Annotated[_Below1, OrAuto] = 0.1
@@ -181,7 +184,7 @@ class TrainConfig:
     """Trace steps 10 to 12 (torch.profiler) into OUTPUT_DIR/profile, with a page of text for each rank."""
     average_fraction: typing.Annotated[_UpTo1, OrAuto] = 0.0
     """Validate, save and serve a mean of the dense weights over about this last part of the steps done, because a batch
-    moves them by noise, too; tables are left alone. 0: the last weights; 'auto': `config.from_data`."""
+    moves them by noise, too; tables are left alone. 0: the last weights; 'auto': a tenth."""
     mlflow_uri: str = dataclasses.field(default="", metadata=MAY_CHANGE)
     """MLflow tracking server (http://host:5000) that gets options and metrics, too; empty: none. Needs the
     extra `mlflow`. A server that is down ends no training."""
