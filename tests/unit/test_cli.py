@@ -84,6 +84,8 @@ def test_help_of_a_command_says_how_it_was_started():
     result = run("evaluate", "--help")
     assert result.returncode == 0 and result.stdout.startswith("usage: gpsd-dist evaluate [-h]"), result.stderr
     assert "python -m" not in result.stdout and "gpsd-dist evaluate --baseline gbdt" in result.stdout
+    indent = " " * len("usage: gpsd-dist evaluate ")
+    assert result.stdout.splitlines()[1].startswith(f"{indent}(--checkpoint") and "\nScores one split" in result.stdout
 
 
 def test_several_processes_go_to_the_launcher(monkeypatch, started):

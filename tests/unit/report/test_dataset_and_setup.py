@@ -43,6 +43,20 @@ def test_summary_of_the_data_folder(tmp_path):
     assert facts["skipped raw rows"] == "17 rows of nobody" and facts["numerical features"] == "age"
 
 
+@pytest.mark.parametrize(
+    ("versions", "names"),
+    [
+        (("0001-abcdef01",), ["OUT"]),
+        (("0001-abcdef01", "0002-abcdef02"), ["OUT/versions/0001-abcdef01", "OUT/versions/0002-abcdef02"]),
+    ],
+)
+def test_a_data_set_is_named_by_its_folder_unless_two_versions_are_there(tmp_path, versions, names):
+    for number, version in enumerate(versions):
+        write_run(tmp_path / f"runs/{number}", data_dir=write_data(tmp_path / "OUT/versions" / version))
+    found, _ = dataset.data_sets(runs_in(tmp_path / "runs"))
+    assert [data_set.name for data_set in found] == [f"{tmp_path}/{name}" for name in names]
+
+
 def test_data_folder_that_is_gone_is_replaced_by_the_checkpoint(tmp_path):
     write_run(tmp_path / "a", data_dir=tmp_path / "gone")
     (data_set,), (problem,) = dataset.data_sets(runs_in(tmp_path))
