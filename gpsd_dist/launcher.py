@@ -20,7 +20,8 @@ from gpsd_dist.distributed import fork_server, huge_pages
 def main(argv: list[str]) -> int:
     """Runs torchrun and returns the exit status, one of `exit_codes`."""
     if argv[:1] in (["-h"], ["--help"]):
-        sys.stdout.write(f"usage: python -m gpsd_dist.launcher TORCHRUN_ARGUMENTS\n\n{(__doc__ or '').removeprefix('ENTRY: ')}")
+        text = (__doc__ or "").removeprefix("ENTRY: ")
+        sys.stdout.write(f"usage: python -m gpsd_dist.launcher TORCHRUN_ARGUMENTS\n\n{text}")
         return 0
     server = _server() if set(argv) & {*fork_server.COMMANDS} else None
     from gpsd_dist.distributed.elastic_agent import run
