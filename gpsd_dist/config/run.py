@@ -72,6 +72,10 @@ def _frozen_rows_are_of_frozen_tables(run: "RunConfig") -> _Problems:
         return
     if not run.freezes_tables:
         yield f"frozen_rows with strategy {run.strategy}: the whole table is trained; choose ST_SF or FT_SF"
+    others = () if run.tables.frozen_rows == AUTO else set(run.tables.frozen_rows) - set(run.tables.transfer)
+    if others:
+        known = list(run.tables.transfer)
+        yield f"frozen_rows names {sorted(others)}, TRANSFER_TABLES has {known}: correct a name, or add the table there"
     if run.tables.frozen_dtype != "fp32":
         yield f"frozen_rows with frozen_dtype {run.tables.frozen_dtype}: new rows are trained in fp32; leave one out"
     if run.sparse.name == "lamb":

@@ -76,7 +76,8 @@ def start_new_rows(
         return
     shards = _shards(weight)
     num_new, is_spread = weight.size()[0] - num_old, isinstance(weight, ShardedTensor)
-    bits = _bits_of_a_sum(shards, max([num_old, *(len(alike.row_P) for alike in attributes)]), is_spread)
+    num_terms = max([num_old, *(len(alike.row_P) for alike in attributes)])
+    bits = _bits_of_a_sum(shards, num_terms, is_spread, weight.device)
 
     def means_GC(row_P: np.ndarray, group_P: np.ndarray, num_groups: int) -> np.ndarray:
         sums_GC = torch.zeros(num_groups, weight.size()[1], dtype=torch.int64, device=weight.device)
@@ -124,10 +125,10 @@ def _shards(weight: torch.Tensor | ShardedTensor) -> _Shards:
     return [(0, 0, weight)]
 
 
-def _bits_of_a_sum(shards: _Shards, num_terms: int, is_spread: bool) -> int:
+def _bits_of_a_sum(shards: _Shards, num_terms: int, is_spread: bool, device: torch.device) -> int:
     """Returns b, so that the sum of `num_terms` values of the tensor, each times 2^b, fits into 62 bits."""
-    largest = torch.zeros((), dtype=torch.float64, device=shards[0][2].device if shards else None)
-    for _, _, rows in shards:
+    largest = torch.zeros((), dtype=torch.float64, device=device)
+    for rows in (rows for _, _, rows in shards if rows.numel()):  # the last rank may have no row
         largest = torch.maximum(largest, rows.abs().max().double())
     if is_spread and dist.get_world_size() > 1:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)

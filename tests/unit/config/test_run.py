@@ -257,6 +257,9 @@ def test_new_rows_are_trained_in_frozen_tables_of_float32():
         "frozen_rows with strategy ST: the whole table is trained": {"strategy": "ST"},
         "frozen_rows with frozen_dtype fp16": {"tables": dataclasses.replace(tables, frozen_dtype="fp16")},
         "frozen_rows with sparse optimizer 'lamb'": {"sparse": OptimizerConfig("lamb", 0.1)},
+        r"frozen_rows names \['itme'\], TRANSFER_TABLES has \['item', 'tag'\]": {
+            "tables": dataclasses.replace(tables, frozen_rows={"itme": 9})
+        },
     }
     for message, changes in wrong.items():
         with pytest.raises(ValueError, match=message):

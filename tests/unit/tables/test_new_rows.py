@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gpsd_dist.batch.lookup import lookup_of
+from gpsd_dist.tables import new_rows
 from gpsd_dist.tables.new_rows import only_new_rows, shared_attributes, start_new_rows
 from tests.helpers.synthetic import make_manifest
 
@@ -56,6 +57,15 @@ def test_without_attributes_a_new_row_is_the_unknown_row():
     weight = torch.arange(12.0).reshape(4, 3)
     start_new_rows(weight, 3)
     assert weight[3].tolist() == [3, 4, 5]
+
+
+def test_a_shard_without_rows_adds_nothing(monkeypatch):
+    weight = torch.randn(NUM_ROWS, 5, generator=torch.Generator().manual_seed(0))
+    whole = weight.clone()
+    start_new_rows(whole, NUM_OLD)
+    monkeypatch.setattr(new_rows, "_shards", lambda weight: [(0, 0, weight), (NUM_ROWS, 0, weight[:0])])
+    start_new_rows(weight, NUM_OLD)
+    assert torch.equal(weight, whole)
 
 
 def test_missing_items_are_an_error(tmp_path):
