@@ -154,7 +154,7 @@ def _labels(data_dir: pathlib.Path, manifest: schema.Manifest) -> dict[int, np.n
     """Counts negatives and positives of the first task on each day that has a request."""
     label = f"label.{manifest.tasks[0].name}"
     found: dict[int, np.ndarray] = collections.defaultdict(lambda: np.zeros(2, np.int64))
-    for table in _batches(data_dir, manifest, ["request_time_s", label]):
+    for table in filter(len, _batches(data_dir, manifest, ["request_time_s", label])):  # a split may have no row
         time_s_B, label_BK = (table[name].combine_chunks() for name in ("request_time_s", label))
         earliest_s = pc.min(time_s_B).as_py()
         if time_s_B.null_count or earliest_s is None or earliest_s <= 0:

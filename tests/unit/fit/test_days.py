@@ -201,6 +201,14 @@ def test_a_gap_is_said_and_bridged(tmp_path):
     )
 
 
+def test_a_split_without_rows_is_none_without_times(tmp_path):
+    """Such a file has one row group, of no row."""
+    manifest = write_dataset(tmp_path / "data", seed=0, num_rows=60, num_files=1)
+    rewrite(tmp_path / "data", lambda name, table: with_days(name, table)[: 0 if name == "valid" else None])
+    days = cut(tmp_path / "data", manifest, tmp_path / "rows", 2)
+    assert (days.models, days.scored) == ((DAY + 1, DAY + 4), (DAY + 4, DAY + 5))
+
+
 @pytest.mark.parametrize(("split", "which"), [("train", "of 2022-01-09"), ("all", "before 2022-01-11")])
 def test_a_first_model_of_one_class_is_refused(tmp_path, split, which):
     """Ones on day 1, which is the first model's, or on days 0 to 2, before the first model of two scored days."""
