@@ -9,6 +9,7 @@ import logging
 import typing
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from gpsd_dist.batch.batch import Batch
 from gpsd_dist.config import RunConfig
@@ -99,13 +100,15 @@ def offset_softmax(
     """Sums the loss of `sampled_softmax` where something is added to each logit, whose gradients autograd computes.
 
     `negative_offset(positions, items, group)` gives what is added for some positions and the items of their group [N],
-    or the own ones of each [m, N]: [m, N]. About 16 bytes per position and negative are kept for the backward.
+    or the own ones of each [m, N]: [m, N]. About 16 bytes per position and negative of a group are kept for the
+    backward; parts of own ones are computed again there, because each keeps a row of E per negative.
     """
     with torch.autocast(hidden_ME.device.type, enabled=False):
         unit_UE, query_ME = unit(rows_UE), unit(hidden_ME) / temperature
         target_M = (query_ME * unit_UE.index_select(0, target_row_M)).sum(-1) + target_offset_M
         loss = query_ME.new_zeros(())
-        for part, group in _parts(group_offsets, negative_row_GN, unit_UE.shape[1]):
+
+        def of_part(part: slice, group: int | slice) -> torch.Tensor:
             row, item = negative_row_GN[group], negative_item_GN[group]
             unit_of = unit_UE.index_select(0, row.flatten()).unflatten(0, row.shape)
             query_mE = query_ME[part]
@@ -113,7 +116,13 @@ def offset_softmax(
             logits_mN = logits_mN + negative_offset(part, item, group)
             logits_mN = logits_mN.masked_fill(target_item_M[part, None] == item, float("-inf"))
             target_m1 = target_M[part, None]
-            loss = loss + (torch.cat((target_m1, logits_mN), 1).logsumexp(1) - target_m1.squeeze(1)).sum()
+            return (torch.cat((target_m1, logits_mN), 1).logsumexp(1) - target_m1.squeeze(1)).sum()
+
+        for part, group in _parts(group_offsets, negative_row_GN, unit_UE.shape[1]):
+            if group_offsets is None:
+                loss = loss + checkpoint(of_part, part, group, use_reentrant=False, preserve_rng_state=False)
+            else:
+                loss = loss + of_part(part, group)
         return loss
 
 

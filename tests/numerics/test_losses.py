@@ -367,6 +367,15 @@ def test_offsets_are_added_to_the_logits(own, chunk, monkeypatch):
         torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_own_negatives_with_offsets_keep_no_row_for_each_of_them():
+    p = make_problem(21, 21, 6) | {"group_offsets": None}
+    leaves = [p["hidden"].requires_grad_(), p["rows"].requires_grad_(), torch.randn(11).requires_grad_()]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        run_with_offsets(p, *leaves, torch.randn(p["negative_item"].shape), torch.rand(21))
+    assert max(kept) < p["negative_item"].numel() * p["hidden"].shape[1]
+
+
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.9])
 def test_corrected_draws_sum_to_the_full_softmax_on_average(share):
     """By arithmetic: every way to draw 3 negatives of 4 items, weighed by its probability."""
