@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from gpsd_dist.config import RunConfig
-from gpsd_dist.parameter_names import dense_weight, small_tables, table_weight
+from gpsd_dist.parameter_names import ITEM_BIAS, dense_weight, small_tables, table_weight
 from gpsd_dist.schema import Manifest
 from gpsd_dist.tables import new_rows
 
@@ -34,10 +34,14 @@ def ancestors(manifest: Manifest) -> dict[str, set[str]]:
 
 
 def keys(
-    grown: collections.abc.Mapping[str, int], tables: typing.Iterable[str], dense: typing.Iterable[str]
+    grown: collections.abc.Mapping[str, int],
+    tables: typing.Iterable[str],
+    dense: typing.Iterable[str],
+    item_table: str | None,
 ) -> frozenset[str]:
-    """Names the saved tensors of grown tables, sharded or small."""
+    """Names the saved tensors of grown tables, sharded or small, and the bias of items, which begins at 0."""
     small = {parameter for name in grown for parameter in small_tables(name)}
+    small |= {ITEM_BIAS} if item_table in grown else set()
     names = [table_weight(name) for name in tables if name in grown]
     return frozenset([*names, *(dense_weight(name) for name in dense if name in small)])
 

@@ -168,3 +168,16 @@ def test_a_vocabulary_that_did_not_grow_from_the_checkpoints_is_refused(grown, t
     run = dataclasses.replace(_run(grown, tmp_path / "out", "ST"), data_dir=str(tmp_path / "other"))
     with pytest.raises(ValueError, match=r"another vocabulary \(61 rows there, 75 here"):
         Trainer(run, one_rank).load_weights()
+
+
+def test_a_learnt_bias_grows_with_the_items(grown, tmp_path, one_rank):
+    """Old items keep theirs, new ones begin with none."""
+    biased = {"pretrain": {"item_bias": True}, "model": MODEL}
+    source = tiny_run("pretrain", grown / "old", tmp_path / "source", train={"max_steps": 3}, **biased)
+    train_runs(0, 1, [source])
+    learnt = read_checkpoint(manager.find(tmp_path / "source"))["dense.item_score.bias_V"]
+    run = _run(grown, tmp_path / "next", "FT", "pretrain", **biased)
+    trainer = Trainer(dataclasses.replace(run, init_checkpoint=source.output_dir), one_rank)
+    trainer.load_weights()
+    bias_V = trainer.components.weights()["dense"]["item_score.bias_V"]
+    assert learnt.any() and torch.equal(bias_V[:61], learnt) and len(bias_V) == 75 and not bias_V[61:].any()
