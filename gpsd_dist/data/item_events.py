@@ -14,6 +14,7 @@ from gpsd_dist.data.split_batches import read_batches
 from gpsd_dist.schema import Manifest
 
 SECONDS_PER_DAY = 86_400
+_AT_ONCE = 1 << 22  # events that wait to be compared with those that were found: 96 MiB, untuned
 
 
 class ItemEvents:
@@ -96,7 +97,8 @@ def read_item_events(
 
     An event in several of them (user, item, second) counts once. ValueError where no event has a time.
     """
-    name, parts, num_untimed = manifest.item_feature, [], 0
+    name, num_untimed = manifest.item_feature, 0
+    parts, num_waiting = [np.zeros((3, 0), np.int64)], 0  # those that were found, and what came since
     history, candidate, label = f"history.{name}", f"candidate.{name}", "label."
     for split in (split for split in manifest.splits if split.name in splits and split.num_rows):
         columns = [history, "history.time_s", "user_hash"]
@@ -117,6 +119,10 @@ def read_item_events(
                 parts.append(
                     np.stack([batch["request_time_s"].to_numpy()[request_P], user_hash_B[request_P], target_P])
                 )
+            num_waiting += len(time_s_N)
+            # Every row repeats the history of its user, so all rows together take many times the memory of the events.
+            if num_waiting > max(_AT_ONCE, parts[0].shape[1]):
+                parts, num_waiting = [np.unique(np.concatenate(parts, axis=1), axis=1)], 0
     if not any(part.shape[1] for part in parts):
         raise ValueError(
             "--window_days, like PretrainConfig.recent_days, needs the time of events, but "

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from gpsd_dist.data import item_events, split_batches
 from gpsd_dist.data.item_events import ItemEvents, read_item_events
 from gpsd_dist.data.item_offsets import ItemOffsets, Moments
 from gpsd_dist.model.item_score import window_weights
@@ -75,8 +76,11 @@ def test_weights_follow_the_state_and_the_time_since_its_last_event():
         torch.testing.assert_close(found[m], weight_WF @ inputs)
 
 
-def test_events_of_the_splits_are_read_once_each(tmp_path):
+@pytest.mark.parametrize("at_once", [0, 1 << 22])
+def test_events_of_the_splits_are_read_once_each(tmp_path, at_once, monkeypatch):
     """Histories repeat events of one another, and a target may stand in a later history."""
+    monkeypatch.setattr(item_events, "_AT_ONCE", at_once)
+    monkeypatch.setattr(split_batches, "_BATCH_ROWS", 5)
     manifest = write_tiny_data(tmp_path)
     events, num_untimed = read_item_events(tmp_path, manifest, ("pretrain", "valid"))
     expected, untimed = set(), 0
