@@ -21,6 +21,7 @@ STATE_NAME = ".mlflow"
 EXPERIMENT = "gpsd_dist"  # unless MLFLOW_EXPERIMENT_NAME says otherwise
 RETRY_S = 30.0  # after a failure
 CLOSE_S = 30.0  # that the end of a training waits for the server
+STOP_S = 5.0  # that a training waits which was told to stop: whoever told it ends it soon, and its status would be lost
 _HTTP = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 """Unless the user sets them: MLflow's own defaults repeat a request for minutes, and we try again anyway."""
 _MOST_METRICS, _MOST_PARAMS, _LONGEST = 1000, 100, 500  # of one request; letters of a parameter
@@ -61,14 +62,14 @@ class MlflowWriter:
         self._wake.set()
 
     def close(self, status: str, best: dict[str, float], step: int) -> None:
-        """Sends what is left and ends the MLflow run; waits CLOSE_S at most, and says what was not sent.
+        """Sends what is left and ends the MLflow run; waits CLOSE_S or STOP_S at most, and says what was not sent.
 
         `status`: FINISHED, or KILLED for a training that goes on later. `best`: the best validation, at `step`.
         """
         self._final = status, best, step
         self._closing.set()
         self._wake.set()
-        self._thread.join(CLOSE_S)
+        self._thread.join(CLOSE_S if status == "FINISHED" else STOP_S)
         if not self._is_done:
             log.warning("%s was not sent to MLflow at %s: its last part is in the file alone", self._path, self._uri)
 

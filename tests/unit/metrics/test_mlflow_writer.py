@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import threading
+import time
 import types
 
 import pytest
@@ -137,11 +138,16 @@ def test_what_never_reached_the_server_is_said_and_sent_by_a_resumed_run(server,
     assert [step for name, _, step in run["metrics"] if name == "train/loss"] == [1, 2, 3, 4]
 
 
-def test_a_server_that_hangs_delays_the_end_by_a_limit_only(server, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(("is_finished", "limit"), [(True, "CLOSE_S"), (False, "STOP_S")])
+def test_a_server_that_hangs_delays_the_end_by_a_limit_only(server, tmp_path, monkeypatch, caplog, is_finished, limit):
+    """A training that was stopped has less time: its launcher, or the scheduler, kills it after a while."""
     never = threading.Event()
+    assert mlflow_writer.STOP_S < 10 < mlflow_writer.CLOSE_S
     monkeypatch.setattr(server, "create_run", lambda *args, **kwargs: never.wait(30))
-    monkeypatch.setattr(mlflow_writer, "CLOSE_S", 0.05)
-    _train(tmp_path, [1])
+    monkeypatch.setattr(mlflow_writer, limit, 0.05)
+    started_s = time.monotonic()
+    _train(tmp_path, [1], is_finished=is_finished)
+    assert time.monotonic() - started_s < 4
     assert "was not sent to MLflow" in caplog.text
     never.set()
     for thread in threading.enumerate():
