@@ -103,6 +103,9 @@ def _options_page():
         lines += [f"## {group.title}", "", group.doc, ""]
         for option in group.options:
             also = "" if option.name == option.field else f" (`{option.field}`)"
+            default = defaults_text(option)
+            if default.startswith("pretrain: "):  # it is no value that one could type
+                also, default = f"{also}; {default}", "..."
             doc = " ".join(option.doc.split()) or "(no documentation)"
-            lines += [f"`--gin.{option.name}={defaults_text(option)}`{also}", "", f":   {doc}", ""]
+            lines += [f"`--gin.{option.name}={default}`{also}", "", f":   {doc}", ""]
     return "\n".join(lines)

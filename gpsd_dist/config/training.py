@@ -120,7 +120,7 @@ class OptimizerConfig:
     """Sets one optimizer; a run has two, `dense` and `sparse`."""
 
     name: typing.Annotated[str, one_of(("adamw", *SPARSE_OPTIMIZERS))]
-    """dense: adamw. sparse: one of SPARSE_OPTIMIZERS (the Adam family and LAMB need CUDA)."""
+    """dense: adamw. sparse: rowwise_adagrad, adagrad or sgd; on CUDA also adam, partial_rowwise_adam or lamb."""
     peak_lr: typing.Annotated[NotNegative, OrAuto]
     """Learning rate after warm-up, where the cosine begins. 'auto' (dense alone): 3e-3 up to width 64, beyond it as
     1 / width, at least 5e-4."""
@@ -183,8 +183,8 @@ class TrainConfig:
     profile: bool = dataclasses.field(default=False, metadata=MAY_CHANGE)
     """Trace steps 10 to 12 (torch.profiler) into OUTPUT_DIR/profile, with a page of text for each rank."""
     average_fraction: typing.Annotated[_UpTo1, OrAuto] = 0.0
-    """Validate, save and serve a mean of the dense weights over about this last part of the steps done, because a batch
-    moves them by noise, too; tables are left alone. 0: the last weights; 'auto': a tenth."""
+    """Validate, save and serve the mean of the dense weights over about this part of the steps, the last ones, because
+    single batches move them at random; tables are not averaged. 0: the last weights; 'auto': a tenth."""
     mlflow_uri: str = dataclasses.field(default="", metadata=MAY_CHANGE)
     """MLflow tracking server (http://host:5000) that gets options and metrics, too; empty: none. Needs the
     extra `mlflow`. A server that is down ends no training."""
