@@ -11,6 +11,7 @@ Names are an interface: checkpoints of earlier versions are found by them.
 """
 
 import functools
+import typing
 
 TABLE, DENSE, IDS = "table", "dense", "ids"
 TABLE_OPTIMIZER, DENSE_OPTIMIZER = "table_optimizer", "dense_optimizer"
@@ -45,12 +46,13 @@ def dense_weight(parameter: str) -> str:
 
 def small_table(table: str) -> str:
     """Names the parameter of the dense model that holds a small table, which every rank keeps whole."""
-    return small_tables(table)[0]
+    return small_tables(table, ())[0]
 
 
-def small_tables(table: str) -> tuple[str, ...]:
-    """Names the parameters that may hold a small table: that of token features, and that of all other features."""
-    return tuple(f"{prefix}{module_key(table)}.weight" for prefix in _SMALL)
+def small_tables(table: str, features: typing.Iterable[str]) -> tuple[str, ...]:
+    """Names the parameters that may hold a small table: that of token features, and one per `feature` of the heads."""
+    of_tokens, of_heads = _SMALL
+    return f"{of_tokens}{module_key(table)}.weight", *(f"{of_heads}{module_key(name)}.weight" for name in features)
 
 
 def is_table(name: str) -> bool:

@@ -34,16 +34,20 @@ def ancestors(manifest: Manifest) -> dict[str, set[str]]:
 
 
 def keys(
+    manifest: Manifest,
     grown: collections.abc.Mapping[str, int],
     tables: typing.Iterable[str],
     dense: typing.Iterable[str],
-    item_table: str | None,
 ) -> frozenset[str]:
     """Names the saved tensors of grown tables, sharded or small, and the bias of items, which begins at 0."""
-    small = {parameter for name in grown for parameter in small_tables(name)}
-    small |= {ITEM_BIAS} if item_table in grown else set()
+    small = {parameter for name in grown for parameter in _small_tables(manifest, name)}
+    small |= {ITEM_BIAS} if manifest.feature(manifest.item_feature).table in grown else set()
     names = [table_weight(name) for name in tables if name in grown]
     return frozenset([*names, *(dense_weight(name) for name in dense if name in small)])
+
+
+def _small_tables(manifest: Manifest, table: str) -> tuple[str, ...]:
+    return small_tables(table, [feature.name for feature in manifest.features if feature.table == table])
 
 
 def fits(saved: tuple[int, ...], here: tuple[int, ...], may_grow: bool) -> bool:
@@ -67,10 +71,10 @@ def start_new_rows(
     lines = []
     for name, num_old in grown.items():
         num_new = manifest.table(name).num_rows - num_old
-        small = [dense[parameter] for parameter in small_tables(name) if parameter in dense]
-        weight = tables.get(name, small[0] if small else None)
+        loaded = [dense[parameter] for parameter in _small_tables(manifest, name) if parameter in dense]
+        loaded += [tables[name]] if name in tables else []
         start = "random"
-        if weight is not None and run.tables.new_rows != "random":
+        for weight in loaded if run.tables.new_rows != "random" else ():
             is_item = name == manifest.feature(manifest.item_feature).table and run.tables.new_rows == "attributes"
             items = pathlib.Path(run.data_dir) / "items.parquet"
             alike = new_rows.shared_attributes(items, manifest, num_old) if is_item else {}

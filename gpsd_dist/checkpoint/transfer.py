@@ -51,8 +51,7 @@ def transfer(run: RunConfig, manifest: Manifest, own: loading.Tensors) -> str:
     moved = {name: value for name, value in dense.items() if run.transfers_tower and name.startswith(moves)}
     maps = {name: state for name, state in own.get(IDS, {}).items() if name in tables}
     tensors = {TABLE: tables, DENSE: moved} | ({IDS: maps} if maps else {})
-    item_table = manifest.feature(manifest.item_feature).table
-    loading.load_tensors(checkpoint, tensors, growth.keys(grown, tables, moved, item_table))
+    loading.load_tensors(checkpoint, tensors, growth.keys(manifest, grown, tables, moved))
     lines = [f"  loaded ids.{name}, which id has which row; updates go on: {not run.freezes_tables}" for name in maps]
     lines += growth.start_new_rows(run, manifest, grown, tables, moved)
     return "\n".join([_report(run, checkpoint, state, tables, moved, dense), *lines])

@@ -181,3 +181,23 @@ def test_a_learnt_bias_grows_with_the_items(grown, tmp_path, one_rank):
     trainer.load_weights()
     bias_V = trainer.components.weights()["dense"]["item_score.bias_V"]
     assert learnt.any() and torch.equal(bias_V[:61], learnt) and len(bias_V) == 75 and not bias_V[61:].any()
+
+
+def test_a_warm_start_grows_small_tables_under_the_names_of_their_features(tmp_path, one_rank):
+    """Table `tag` is read by `tags` of tokens and by `interests` of the context, which has rows of its own."""
+    old = _write(tmp_path / "old", OLD)
+    _write(tmp_path / "new", OLD | {"tag": 39})
+    manifest = read_manifest(tmp_path / "new")
+    step = {"tables": [dataclasses.asdict(table) for table in old.tables]}
+    write_manifest(dataclasses.replace(manifest, options=manifest.options | {"chain": [step]}), tmp_path / "new")
+    options = {"tables": {"small_table_max_rows": 50, "transfer": ("item",)}, "train": {"max_steps": 1}}
+    train_runs(0, 1, [tiny_run("finetune", tmp_path / "old", tmp_path / "source", **options)])
+    source = read_checkpoint(manager.find(tmp_path / "source"))
+    options |= {"finetune": {"warm_start": True}, "seed": 7}
+    run = tiny_run("finetune", tmp_path / "new", tmp_path / "next", "FT", tmp_path / "source", **options)
+    trainer = Trainer(run, one_rank)
+    trainer.load_weights()
+    dense = trainer.components.weights()["dense"]
+    for name in ("backbone.embedder.small.tag.weight", "context.small.interests.weight"):
+        before = source[f"dense.{name}"]
+        assert torch.equal(dense[name], torch.cat([before, before[1].expand(2, -1)])), name
