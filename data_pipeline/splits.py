@@ -15,8 +15,8 @@ from data_pipeline.engine import Engine
 
 EVENTS_PER_BUCKET = 5_000_000  # untuned; what it costs in memory: README.md, "Larger than memory"
 REQUEST_KEY = ("user_id", "split", "num_before")
-REQUEST_DAY = "request_day"
-"""Column of candidates under --daily_requests: the UTC day, which belongs to the key then."""
+REQUEST_DAY = "__request_day"
+"""Column of candidates under --daily_requests: the UTC day, which belongs to the key then. No feature has that name."""
 DAY_S = 86_400
 
 

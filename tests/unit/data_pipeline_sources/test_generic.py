@@ -107,6 +107,14 @@ def test_every_kind_of_column_reaches_its_place(shop, prepare):
     _check_later_splits(data)
 
 
+@pytest.mark.parametrize("options", [(), ("--daily_requests",)], ids=["", "daily"])
+def test_a_feature_may_have_the_name_of_any_column_that_is_not_reserved(shop, prepare, options):
+    """A page of two slots stays one request, whether or not requests end at midnight."""
+    shop("schema.toml", SCHEMA.replace('{ column = "slot", ', '{ column = "slot", name = "request_day", '))
+    data = prepare("generic", *options)
+    assert data.rows("train")["a", 1704038405]["candidate.request_day"] == ["top", "low"]
+
+
 def _check_later_splits(data):
     """Clicked exposures extend later histories, and times have zones."""
     ((key, valid),) = data.rows("valid").items()
