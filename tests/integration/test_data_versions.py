@@ -95,7 +95,7 @@ def test_fit_goes_on_with_the_version_it_was_begun_with(root, tmp_path):
     first = args.data = procedure._version(args)
     facts = procedure.look(first)
     args.out.mkdir()
-    procedure._state(args, facts)
+    procedure.begin(args, facts)
     make_current(root, "0002-00000002")
     args.data = root
     assert procedure._version(args) == first
