@@ -36,6 +36,8 @@ def make_report(places: typing.Sequence[pathlib.Path]) -> Report:
     beside = find_beside(places)
     problems += [problem for run in runs for problem in run.problems] + data_problems + list(beside.problems)
     contexts = [_family_context(family, floors_of(family.runs, beside.floors, problems)) for family in families]
+    for context, link in zip(contexts, _links([family.title for family in families]), strict=True):
+        context["link"] = link
     html = _template().render(
         title=f"Run {runs[0].label}" if len(runs) == 1 else f"Report on {len(runs)} runs",
         fits=_fits(beside, problems),
@@ -85,10 +87,17 @@ def _span(runs: typing.Sequence[Run]) -> str:
     return f"{time_text(min(times))} to {time_text(max(times))} UTC" if times else ""
 
 
+def _links(titles: typing.Sequence[str]) -> list[str]:
+    """Leaves out the folders above the data, as a phone is narrow, but for those that tell two links apart."""
+    parts = [pathlib.PurePath(title).parts for title in titles]
+    tails = [[pathlib.PurePath(*one[-length:]).as_posix() for length in range(1, len(one) + 1)] for one in parts]
+    everywhere = [tail for one in tails for tail in one]
+    return [next((tail for tail in one if everywhere.count(tail) == 1), one[-1]) for one in tails]
+
+
 def _family_context(family: Family, floors: typing.Sequence[Floor]) -> dict[str, typing.Any]:
     return {
         "family": family,
-        "link": pathlib.PurePath(family.title).name,  # without the folders above the data: a phone is narrow
         "has_shapes": has_shapes(len(family.configurations)),
         "num_seeds": max(len(made.runs) for made in family.configurations),
         "results": results.task_results(family, floors),

@@ -9,7 +9,7 @@ import pytest
 
 from gpsd_dist.report import __main__ as report
 from gpsd_dist.report.page import make_report
-from tests.helpers.run_folders import STEPS, scored, write_json, write_run
+from tests.helpers.run_folders import STEPS, scored, write_data, write_json, write_run
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -102,6 +102,20 @@ def test_ids_are_unique_and_links_have_targets(page):
     assert len(set(ids)) == len(ids)
     links = [attributes["href"] for tag, attributes in page.elements if tag == "a"]
     assert len(links) >= 8 and {link[1:] for link in links} <= set(ids)
+
+
+@pytest.mark.parametrize(
+    ("folders", "links"),
+    [
+        (("a/x", "a/y"), ["x: finetuning", "y: finetuning"]),
+        (("a/1/x", "a/2/x"), ["1/x: finetuning", "2/x: finetuning"]),
+    ],
+)
+def test_links_at_the_top_can_be_told_apart(tmp_path, folders, links):
+    for number, folder in enumerate(folders):
+        write_run(tmp_path / f"runs/{number}", data_dir=write_data(tmp_path / folder))
+    found = Page(make_report([tmp_path / "runs"]).html)
+    assert [text for tags, text in found.texts if "nav" in tags and ":" in text] == links
 
 
 def test_equal_files_give_equal_bytes(tmp_path):
