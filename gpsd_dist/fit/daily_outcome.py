@@ -192,7 +192,7 @@ def verdict(log: _Log, task: str) -> str:
     parts, best, label = [], scratch, SCRATCH
     if warm is not None:
         used = [sum(log.cpu_s[name, day] or math.nan for day, _ in pairs) for name in (WARM, SCRATCH)]
-        which = _compared(warm, scratch, "as good as", "better than", "worse than")
+        which = _compared(warm, scratch, "not clearly better or worse than", "better than", "worse than")
         parts.append(
             f"going on with yesterday's model is {which} training from scratch ({task} AUC {warm.auc:.4f} against "
             f"{scratch.auc:.4f}, {_difference(warm, scratch)}) for {used[0] / used[1]:.0%} of its CPU time"
@@ -203,7 +203,8 @@ def verdict(log: _Log, task: str) -> str:
     if known:
         name, auc = max(known, key=lambda floor: floor[1].auc)
         parts.append(
-            f"{label} is {_compared(best, auc, 'level with', 'above', 'below')} {name} ({_difference(best, auc)})"
+            f"{label} is {_compared(best, auc, 'not clearly above or below', 'above', 'below')} {name} "
+            f"({_difference(best, auc)})"
         )
     ages = [line for line in _by_age(log) if line["label"] == label and line["age_days"] > 1]
     if ages:
