@@ -131,6 +131,8 @@ def _summary(family: Family, floors: typing.Sequence[Floor], task: str, columns:
     of_floors = []
     for floor in floors:
         values = [value_of(floor, split, task, metric) for split, metric in shown]
+        # Popularity is no probability and so has no log loss, which is no sign of a broken run.
+        values = [None if value is None or math.isnan(value) else value for value in values]
         if any(value is not None for value in values):
             widths = [width_text(half_width_of(floor, split, task, metric)) for split, metric in shown]
             numbers = (number_cell(metric_text(c[1], v), w) for c, v, w in zip(shown, values, widths, strict=True))

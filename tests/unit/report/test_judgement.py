@@ -52,6 +52,14 @@ def test_a_score_is_judged_by_the_strongest_floor(tmp_path, floor, kind, words):
     assert names == ["smoothed rates", "boosted trees", "boosted trees refit"]
 
 
+def test_what_a_floor_does_not_have_is_left_out(tmp_path):
+    write_run(tmp_path / "a", scores={"test": broken_down(0.8)})
+    _floor(tmp_path, "popularity", 0.6, log_loss=None)
+    table = _result(tmp_path)[0].summary
+    cells = dict(zip([column.text for column in table.columns], table.groups[1][0].cells, strict=True))
+    assert (cells["AUC"].text, cells["log loss"].text) == ("0.6000", "-")
+
+
 def test_a_refit_is_compared_with_refitted_trees(tmp_path):
     folder = write_run(tmp_path / "a", scores={"test": broken_down(0.8)}, options={"refit_of": "gone"})
     write_json(folder / "checkpoints/best.json", {"step": STEPS[-1], "metrics": {}})
