@@ -14,6 +14,7 @@ from gpsd_dist.data.split_batches import read_batches
 from gpsd_dist.schema import Manifest
 
 SECONDS_PER_DAY = 86_400
+_EVENTS_PER_PAIR = 8  # A pair takes two searches, about as long as so many events in one pass; untuned
 _AT_ONCE = 1 << 22  # events that wait to be compared with those that were found: 96 MiB, untuned
 
 
@@ -55,15 +56,22 @@ class ItemEvents:
         return self._place(first_P + end_P) - self._place(first_P + begin_P)
 
     def count_all(self, item_R: torch.Tensor, time_s_B: torch.Tensor, window_s: int) -> torch.Tensor:
-        """Counts every item at every moment: integers [B, R]. On a CPU its cost is that of the events and one pass."""
-        if item_R.is_cuda:  # the other way has sizes that depend on the data, for which the host would wait
+        """Counts every item at every moment: integers [B, R]. On a CPU few pairs cost as in `count`, many a pass.
+
+        The pass is over the events between the first beginning of a window and the last end, and over the pairs.
+        """
+        # The other way has sizes that depend on the data, for which the host would wait, and needs a moment.
+        if item_R.is_cuda or not len(time_s_B):
             return self.count(item_R, time_s_B[:, None], window_s)
         # An event counts for the moments behind it that see it: one more where these begin, one less where they end.
         item_U, place_R = item_R.unique(return_inverse=True)
         order_B = time_s_B.argsort()
         begin_B, end_B = self._window(time_s_B[order_B], window_s)
-        first_U, stop_U = self._place(item_U * self._span), self._place((item_U + 1) * self._span)
+        ends_2 = (begin_B[:1], end_B[-1:])  # of all windows together
+        first_U, stop_U = (self._place(item_U * self._span + end) for end in ends_2)
         length_U = stop_U - first_U
+        if len(item_R) * len(time_s_B) * _EVENTS_PER_PAIR < int(length_U.sum()):
+            return self.count(item_R, time_s_B[:, None], window_s)
         row_E = torch.repeat_interleave(length_U)
         code_E = self._code_N[torch.arange(len(row_E)) + (first_U - (length_U.cumsum(0) - length_U))[row_E]]
         moment_E = code_E - item_U[row_E] * self._span

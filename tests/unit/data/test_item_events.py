@@ -28,9 +28,11 @@ def counted(log, item, moment, window):
     return sum(moment - window <= t < moment for i, t in zip(*log, strict=True) if i == item)
 
 
+@pytest.mark.parametrize("per_pair", [0, 8, 0.01])
 @pytest.mark.parametrize("window", [1, 7, 10_000])
-def test_counts_are_those_of_a_loop(log, window):
-    """Moments: unknown, before all, among the events, right behind the newest, long after it."""
+def test_counts_are_those_of_a_loop(log, window, per_pair, monkeypatch):
+    """Moments: unknown, before all, among the events, right behind the newest, long after it. Both ways to count."""
+    monkeypatch.setattr(item_events, "_EVENTS_PER_PAIR", per_pair)
     events = ItemEvents(*map(torch.from_numpy, log))
     moments = [NEWEST - 3, -1, 0, NEWEST - 30, NEWEST - 15, NEWEST, NEWEST + 1, NEWEST + 500, NEWEST - 3]
     items = [8, 3, 3, 0, 7, 5]
@@ -39,6 +41,9 @@ def test_counts_are_those_of_a_loop(log, window):
     assert found.tolist() == expected and found.max() > 0
     pairs = events.count(torch.tensor(items), torch.tensor(moments)[:, None], window)
     assert torch.equal(pairs, found)
+    for moment, row in zip(moments, expected, strict=True):
+        assert events.count_all(torch.tensor(items), torch.tensor([moment]), window).tolist() == [row]
+    assert events.count_all(torch.tensor(items), torch.tensor([], dtype=torch.int64), window).shape == (0, 6)
 
 
 def test_a_copy_by_its_tensors_counts_alike(log):
