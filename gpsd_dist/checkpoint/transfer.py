@@ -65,7 +65,7 @@ def with_frozen_rows(run: RunConfig, manifest: Manifest, saved: dict[str, typing
     if run.tables.frozen_rows != AUTO:
         return run
     if saved is not None:
-        rows = saved["tables"]["frozen_rows"]
+        rows = saved["tables"].get("frozen_rows", {})  # none in a run of before the option
     else:
         checkpoint = manager.find_together(run.init_checkpoint)
         grown = _check_vocabularies(run, manifest, read_run(checkpoint), checkpoint)

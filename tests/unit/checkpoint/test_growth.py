@@ -4,6 +4,8 @@ import dataclasses
 
 from gpsd_dist import schema
 from gpsd_dist.checkpoint import growth
+from gpsd_dist.checkpoint.transfer import with_frozen_rows
+from gpsd_dist.config import RunConfig, TablesConfig
 from tests.helpers.synthetic import make_manifest
 
 
@@ -20,3 +22,12 @@ def test_a_day_without_new_ids_is_no_growth():
     chain = [{"tables": [dataclasses.asdict(table) for table in manifest.tables]}]
     found = growth.ancestors(dataclasses.replace(manifest, options={"chain": chain}))
     assert not any(found.values())
+
+
+def test_auto_takes_the_rows_of_the_run_that_is_resumed():
+    """A run of before the option has none; `check_resumable` says then that another option was given."""
+    run = RunConfig(
+        "finetune", "d", "o", strategy="ST_SF", init_checkpoint="runs/gone", tables=TablesConfig(frozen_rows="auto")
+    )
+    for saved, rows in (({"frozen_rows": {"item": 9}}, {"item": 9}), ({}, {})):
+        assert with_frozen_rows(run, make_manifest(), {"tables": saved}).tables.frozen_rows == rows
