@@ -15,6 +15,7 @@ from gpsd_dist.metrics.scores import Columns
 ENOUGH_UNKNOWN = 0.2  # share of test candidates of unknown items from which on attributes are advised (untuned)
 SHORT_HISTORY = 3.0  # events, below which a sequence model has little to read (untuned)
 FEW_POSITIVES = 10_000  # to train on, below which a tower has less to go by than trees with hand-made counts (untuned)
+SMALLEST = "l1h32a4"  # file of configs/model
 FEW_EVENTS = 5.0  # of pretraining per item, below which its row is hardly trained (untuned)
 
 
@@ -123,10 +124,9 @@ def _suspect(facts: Facts, best: Entry, is_short: bool) -> str:
     if test.unknown > ENOUGH_UNKNOWN and train.positives >= FEW_POSITIVES:
         return f"{items}: give them more attributes, section [items]"
     if train.positives < FEW_POSITIVES:
-        return (
-            f"the amount of data: {train.positives:,} positives for {best.weights:,} weights. Use the floor until the "
-            "log is longer, or try fewer weights: --models l1h32a4"
-        )
+        fewer = "" if best.model == SMALLEST else f", or try fewer weights: --models {SMALLEST}"
+        counts = f"{train.positives:,} positives for {best.weights:,} weights"
+        return f"the amount of data: {counts}. Use the floor until the log is longer{fewer}"
     return "the curves in the report, and at what the histories hold"
 
 

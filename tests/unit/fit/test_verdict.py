@@ -78,6 +78,12 @@ def test_below_a_floor_it_says_what_to_look_at(changes, look_at):
     assert said.startswith("Nothing here beats boosted trees: NT is 0.1") and " below (" in said and look_at in said
 
 
+def test_fewer_weights_are_not_advised_where_the_smallest_model_was_fitted():
+    said = {name: dataclasses.replace(entry("NT", "model", 0.1, 3), model=name) for name in ("l4h64a4", "l1h32a4")}
+    assert sentence(*FLOORS, said["l4h64a4"], positives=200).endswith("or try fewer weights: --models l1h32a4.")
+    assert sentence(*FLOORS, said["l1h32a4"], positives=200).endswith("Use the floor until the log is longer.")
+
+
 def test_new_items_without_attributes_are_suspected_before_few_positives():
     looked = facts(unknown=0.4, positives=200)
     kept = tuple(f for f in looked.manifest.features if f.name == "item" or "candidate" not in f.places)
