@@ -169,7 +169,7 @@ class ModelConfig:
     matches: typing.Annotated[bool, OrAuto] = False
     """Ranking heads also get, for each categorical feature that candidates and events share, how often the candidate's
     value is in its history, the share of the events, and how long ago it was last (no official setting; bags give
-    none). Few requests are too few to learn a comparison by; 'auto': if `train` has at most 4,096."""
+    none). A tower learns such a comparison slowly, if at all (docs/learning.md). 'auto': on, and off in old runs."""
 
     number_buckets: bool = False
     """Ranking heads also get an embedding of the bucket that each number lies in, 16 by its quantiles in the training

@@ -83,11 +83,12 @@ def test_dropout_follows_parameters_per_example():
     assert resolve(run_of(model=narrow), manifest_of(2_000))[0].model.dropout == 0
 
 
-def test_small_logs_get_matches_for_the_heads():
+def test_heads_get_matches_unless_a_run_began_without():
     left = ModelConfig(matches=AUTO)
-    small, large = (resolve(run_of(model=left), manifest_of(rows)) for rows in (4_096, 4_097))
-    assert (small[0].model.matches, large[0].model.matches) == (True, False)
-    assert "matches True" in small[1] and "matches False" in large[1]
+    small, large = (resolve(run_of(model=left), manifest_of(rows)) for rows in (147, 4_000_000))
+    assert (small[0].model.matches, large[0].model.matches) == (True, True)
+    assert "matches True" in small[1] and "matches True" in large[1]
+    assert resolve(run_of(model=ModelConfig(matches=False)), manifest_of(9))[0].model.matches is False
     saved = dataclasses.asdict(small[0]) | {"model": {**dataclasses.asdict(small[0].model), "matches": False}}
     assert resolve(run_of(model=left), manifest_of(9), saved)[0].model.matches is False  # a run of before
 
