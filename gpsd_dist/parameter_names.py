@@ -20,7 +20,7 @@ BACKBONE = "backbone."
 """Prefix of token embedder (small tables, segment), projection in and tower: what full transfer moves."""
 TOWER = f"{BACKBONE}tower."
 ITEM_BIAS = "item_score.bias_V"
-"""What a pretraining learns per row of the item table, beside its vector."""
+"""Bias that a pretraining learns for each row of the item table, beside its vector."""
 _SMALL = (f"{BACKBONE}embedder.small.", "context.small.")
 
 

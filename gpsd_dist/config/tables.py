@@ -36,9 +36,9 @@ class TablesConfig:
     """Memory type of a frozen table: fp32 | fp16. At width 64 a row takes 256 or 128 bytes; what it does to AUC:
     docs/performance.md. Lookups give float32."""
     new_rows: typing.Annotated[str, one_of(NEW_ROWS)] = "attributes"
-    """What rows start as that the data set has gained since INIT_CHECKPOINT (`--append_to`). unknown: the unknown row;
-    attributes: for items, that plus the mean of the old rows with the same attributes, minus the mean of all old rows;
-    random: as in a fresh table."""
+    """Start values of rows that the data set has gained since INIT_CHECKPOINT (`--append_to`). unknown: the unknown
+    row; attributes: for items, that plus the mean of the old rows with the same attributes, minus the mean of all old
+    rows; random: as in a fresh table."""
     frozen_rows: typing.Annotated[dict[str, AtLeast0], OrAuto] = dataclasses.field(default_factory=dict)
     """Table -> first rows that stay frozen while all later ones are trained; ST_SF and FT_SF alone. 'auto': the rows of
     INIT_CHECKPOINT in each table that has grown since, so new rows are trained alone."""
