@@ -8,7 +8,7 @@ import collections.abc
 import logging
 
 from gpsd_dist.cli.missing import how_to_install
-from gpsd_dist.config import RunConfig
+from gpsd_dist.config import DataConfig, RunConfig
 from gpsd_dist.config.model import MODELS, models_with
 from gpsd_dist.metrics.mlflow_writer import is_installed
 from gpsd_dist.schema import Manifest
@@ -127,10 +127,11 @@ def check_options_against_data(run: RunConfig, manifest: Manifest) -> None:
     problems = [problem for rule in RULES for problem in rule(run, manifest)]
     if problems:
         raise ValueError("; ".join(problems))
-    if run.data.max_history_length > manifest.max_history_length:
+    given = run.data.max_history_length
+    if given > manifest.max_history_length and given != DataConfig.max_history_length:  # nobody asked for the default
         log.warning(
             "max_history_length %d has no effect: the data was built with histories of at most %d",
-            run.data.max_history_length,
+            given,
             manifest.max_history_length,
         )
     for name in run.model.unread():

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from gpsd_dist.config import FinetuneConfig, ModelConfig, RunConfig, TablesConfig, TrainConfig
+from gpsd_dist.config import DataConfig, FinetuneConfig, ModelConfig, RunConfig, TablesConfig, TrainConfig
 from gpsd_dist.config.execution import ExecutionConfig
 from gpsd_dist.preflight import check_options_against_data
 from gpsd_dist.schema import Split
@@ -53,3 +53,12 @@ def test_a_task_without_labels_may_be_left_out():
     manifest = dataclasses.replace(make_manifest(), splits=splits, options={"observed_labels": {"buy": 0}})
     run = RunConfig("finetune", "d", "o", finetune=FinetuneConfig(task_weights={"buy": 0.0}))
     check_options_against_data(run, manifest)
+
+
+@pytest.mark.parametrize(("given", "says"), [(DataConfig.max_history_length, False), (60, True)])
+def test_a_history_longer_than_the_data_is_spoken_of_only_where_somebody_asked_for_it(given, says, caplog):
+    splits = (Split("valid", (), 5, 9, 5, 3, 4), Split("train", (), 5, 9, 5, 1, 2))
+    manifest = dataclasses.replace(make_manifest(), splits=splits, max_history_length=40)
+    run = RunConfig("finetune", "d", "o", data=DataConfig(max_history_length=given))
+    check_options_against_data(run, manifest)
+    assert (f"max_history_length {given} has no effect" in caplog.text) == says
