@@ -106,7 +106,7 @@ def offset_softmax(
     with torch.autocast(hidden_ME.device.type, enabled=False):
         unit_UE, query_ME = unit(rows_UE), unit(hidden_ME) / temperature
         target_M = (query_ME * unit_UE.index_select(0, target_row_M)).sum(-1) + target_offset_M
-        loss = query_ME.new_zeros(())
+        loss = target_M[:0].sum()  # a zero that every parameter takes part in: DDP waits for each of them
 
         def of_part(part: slice, group: int | slice) -> torch.Tensor:
             row, item = negative_row_GN[group], negative_item_GN[group]

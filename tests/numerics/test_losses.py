@@ -376,6 +376,14 @@ def test_own_negatives_with_offsets_keep_no_row_for_each_of_them():
     assert max(kept) < p["negative_item"].numel() * p["hidden"].shape[1]
 
 
+@pytest.mark.parametrize("group_offsets", [None, (0,), (0, 0, 0)], ids=["own negatives", "no request", "groups"])
+def test_without_positions_every_parameter_gets_a_gradient_of_zero(group_offsets):
+    p = make_problem(0, 0 if group_offsets is None else len(group_offsets) - 1, 6) | {"group_offsets": group_offsets}
+    leaves = [p["hidden"].requires_grad_(), p["rows"].requires_grad_(), torch.randn(11).requires_grad_()]
+    run_with_offsets(p, *leaves, torch.zeros(p["negative_item"].shape), torch.rand(0)).backward()
+    assert all(leaf.grad is not None and not leaf.grad.any() for leaf in leaves)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.9])
 def test_corrected_draws_sum_to_the_full_softmax_on_average(share):
     """By arithmetic: every way to draw 3 negatives of 4 items, weighed by its probability."""
