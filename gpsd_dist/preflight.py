@@ -108,6 +108,17 @@ def _counted_items_have_a_vocabulary(run: RunConfig, manifest: Manifest) -> _Pro
         )
 
 
+def _frozen_rows_are_old_rows(run: RunConfig, manifest: Manifest) -> _Problems:
+    """Rows by number are old ones in a vocabulary alone: managed rows change hands, and hashed ones are of any id."""
+    given = {} if run.tables.frozen_rows == AUTO else run.tables.frozen_rows
+    for name, num_rows in given.items():
+        if kind := manifest.unbounded.get(name):
+            yield f"frozen_rows of table {name!r}, whose ids are {kind}: no row is known to be old; leave it out"
+        elif num_rows > manifest.table(name).num_rows:
+            here = f"{num_rows:,} of table {name!r}, which has {manifest.table(name).num_rows:,}"
+            yield f"frozen_rows: {here} rows, so none would be trained; give fewer, or leave it out to freeze all"
+
+
 RULES = (
     _mlflow_is_installed,
     _something_to_learn,
@@ -118,6 +129,7 @@ RULES = (
     _validation_has_rows,
     _validation_has_tasks,
     _counted_items_have_a_vocabulary,
+    _frozen_rows_are_old_rows,
 )
 """Every rule between a run and its data set; a rule yields what is wrong, and what to do."""
 

@@ -83,17 +83,20 @@ def saved_numbers(run: RunConfig, start: Location | None) -> dict[str, typing.An
 def in_saved_revision(run: RunConfig, start: Location | None) -> RunConfig:
     """Takes over the revision of the model that the run goes on with, so that its weights compute what they did.
 
-    It is that of its own checkpoint `start`, else of the tower it transfers, else of the run it refits. Collective.
+    It is that of its own checkpoint `start`, else of the tower it transfers, else of the run it refits. The heads of a
+    warm start were built with or without `matches`, so it takes that over, too. Collective.
     """
     origin = run.init_checkpoint if run.transfers_tower else run.refit_of
     if start is None and not origin:
         return run
     checkpoint = start if start is not None else manager.find_together(origin)
     saved = read_run(checkpoint).run_config["model"]
-    if saved["name"] != run.model.name or saved["revision"] == run.model.revision:
+    names = ("revision", "matches") if run.finetune.warm_start else ("revision",)
+    changed = {name: saved[name] for name in names if saved[name] != getattr(run.model, name)}
+    if saved["name"] != run.model.name or not changed:
         return run
-    log.warning("ModelConfig.revision is %d, that of %s", saved["revision"], checkpoint)
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, revision=saved["revision"]))
+    log.warning("%s, that of %s", ", ".join(f"ModelConfig.{n} is {value}" for n, value in changed.items()), checkpoint)
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, **changed))
 
 
 def epochs_to_best(run: dict[str, typing.Any], manifest: dict[str, typing.Any]) -> float:

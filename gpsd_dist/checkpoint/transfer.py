@@ -4,6 +4,7 @@ The strategies are those of arXiv:2506.03699, section 3.3: ST moves tables, FT a
 """
 
 import dataclasses
+import json
 import logging
 import typing
 
@@ -20,6 +21,8 @@ from gpsd_dist.validation import AUTO
 log = logging.getLogger(__name__)
 _TOWER_OPTIONS = ("layers", "heads", "time_bias", "revision")
 """Options of ModelConfig that change what a tower computes but not the shapes of its weights, or not all of them."""
+_HEAD_OPTIONS, _SCORE_OPTIONS = ("context_dim", "number_buckets"), ("item_bias", "recent_days")
+"""Options of ModelConfig and PretrainConfig that decide what there is beside the tower."""
 
 
 def transfer(run: RunConfig, manifest: Manifest, own: loading.Tensors) -> str:
@@ -47,6 +50,8 @@ def transfer(run: RunConfig, manifest: Manifest, own: loading.Tensors) -> str:
         raise ValueError(f"TRANSFER_TABLES names {missing}, but the sharded tables are {sorted(weights)}")
     tables = dict(weights) if is_whole else {name: weights[name] for name in run.tables.transfer}
     is_whole |= run.stage == state.run_config["stage"] == "pretrain"  # pretraining goes on with all of its dense part
+    if is_whole and run.transfers_tower:
+        _check_around_tower(run, state, checkpoint)
     moves = "" if is_whole else BACKBONE
     moved = {name: value for name, value in dense.items() if run.transfers_tower and name.startswith(moves)}
     maps = {name: state for name, state in own.get(IDS, {}).items() if name in tables}
@@ -170,6 +175,19 @@ def _check_tower(run: RunConfig, state: manager.RunState, checkpoint: Location) 
         raise ValueError(
             f"{run.strategy} copies the tower, but that of {checkpoint} has other options: {', '.join(different)}; set "
             "them as they are there, or take the tables alone with STRATEGY ST or ST_SF"
+        )
+
+
+def _check_around_tower(run: RunConfig, state: manager.RunState, checkpoint: Location) -> None:
+    """Checks that the rest of the dense part is built alike. Shapes do not tell two windows of days from two others."""
+    part, names = ("pretrain", _SCORE_OPTIONS) if run.stage == "pretrain" else ("model", _HEAD_OPTIONS)
+    theirs, mine = state.run_config[part], json.loads(json.dumps(dataclasses.asdict(getattr(run, part))))
+    different = [f"{n} {theirs[n]} there, {mine[n]} here" for n in names if theirs[n] != mine[n]]
+    if different:
+        fix = "take the tables alone with STRATEGY ST or ST_SF" if run.stage == "pretrain" else "leave out warm_start"
+        raise ValueError(
+            f"all dense weights of {checkpoint} are taken over, but it has other options: {', '.join(different)}; set "
+            f"them as they are there, or {fix}"
         )
 
 

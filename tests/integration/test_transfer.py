@@ -179,6 +179,32 @@ def test_a_warm_start_takes_every_table_and_the_heads(trained, data_dir, tmp_pat
         _run(data_dir, trained / "FT", tmp_path / "no", "ST", **warm)
 
 
+def test_a_warm_start_keeps_the_heads_as_they_were_built(trained, data_dir, tmp_path, one_rank, caplog):
+    """A run of before `matches`, or with other options, must go on where 'auto' would add inputs to its heads."""
+    options = {"finetune": {"warm_start": True}, "model": {"matches": True}, "train": {"max_steps": 1}}
+    run = _run(data_dir, trained / "FT", tmp_path / "warm", "FT", **options)
+    Trainer(run, one_rank).train()
+    assert "ModelConfig.matches is False, that of" in caplog.text
+    again = Trainer(run, one_rank)  # the same command goes on
+    again.load_weights()
+    assert again.step == 1 and not again.run.model.matches
+    wider = _run(data_dir, trained / "FT", tmp_path / "no", "FT", **options | {"model": {"context_dim": 8}})
+    with pytest.raises(ValueError, match=r"other options: context_dim 4 there, 8 here; set .* leave out warm_start"):
+        Trainer(wider, one_rank).load_weights()
+
+
+def test_a_pretraining_goes_on_with_the_scores_that_it_learnt(data_dir, tmp_path, one_rank):
+    """The weights of two windows fit two others, too."""
+    source, length = {"item_bias": True, "recent_days": (1.0, 7.0)}, {"train": {"max_steps": 1}}
+    train_runs(0, 1, [tiny_run("pretrain", data_dir, tmp_path / "source", pretrain=source, **length)])
+    for changed in ({"recent_days": (2.0, 7.0)}, {"item_bias": False}):
+        options = {"pretrain": source | changed, **length}
+        runs = [tiny_run("pretrain", data_dir, tmp_path / s, s, tmp_path / "source", **options) for s in ("FT", "ST")]
+        with pytest.raises(ValueError, match=f"has other options: {next(iter(changed))} .* STRATEGY ST or ST_SF"):
+            Trainer(runs[0], one_rank).load_weights()
+        Trainer(runs[1], one_rank).load_weights()  # the tables alone
+
+
 def test_unknown_transfer_table_is_refused(trained, data_dir, tmp_path, one_rank):
     run = _run(data_dir, trained / "source", tmp_path, "ST", tables={"transfer": ("item", "itme")})
     message = _refused(run, one_rank, "itme")

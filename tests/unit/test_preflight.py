@@ -55,6 +55,23 @@ def test_a_task_without_labels_may_be_left_out():
     check_options_against_data(run, manifest)
 
 
+FROZEN_ROWS = [
+    ({"item": "managed"}, 9, "frozen_rows of table 'item', whose ids are managed: .* leave it out"),
+    ({"item": "hashed"}, 9, "frozen_rows of table 'item', whose ids are hashed"),
+    ({}, 10**6, r"frozen_rows: 1,000,000 of table 'item', which has \d+ rows, so none would be trained"),
+]
+
+
+@pytest.mark.parametrize(("unbounded", "num_rows", "words"), FROZEN_ROWS)
+def test_frozen_rows_are_the_first_rows_of_a_vocabulary(unbounded, num_rows, words):
+    splits = (Split("valid", (), 5, 9, 5, 3, 4), Split("train", (), 5, 9, 5, 1, 2))
+    manifest = dataclasses.replace(make_manifest(), splits=splits, unbounded=unbounded)
+    run = RunConfig("finetune", "d", "o", "ST_SF", "p", tables=TablesConfig(frozen_rows={"item": num_rows}))
+    with pytest.raises(ValueError, match=words):
+        check_options_against_data(run, manifest)
+    check_options_against_data(dataclasses.replace(run, tables=TablesConfig(frozen_rows="auto")), manifest)
+
+
 @pytest.mark.parametrize(("given", "says"), [(DataConfig.max_history_length, False), (60, True)])
 def test_a_history_longer_than_the_data_is_spoken_of_only_where_somebody_asked_for_it(given, says, caplog):
     splits = (Split("valid", (), 5, 9, 5, 3, 4), Split("train", (), 5, 9, 5, 1, 2))
