@@ -43,6 +43,10 @@ def judge(
     value = sum(v for v in values if v is not None) / len(values)
     width = mean_width([half_width_of(run, split, task, metric) for run in chosen.runs])
     who = f"{chosen.label} has a {split} {word} of {metric_text(metric, value)} {width_text(width)}".rstrip()
+    if math.isnan(value):
+        return Judgement(
+            f"{chosen.label} has no {split} {word}: {task} has labels of one class there, or none.", "unknown"
+        )
     if metric.split("@")[0] not in LARGER_IS_BETTER:
         return Judgement(f"{who}.", "unknown")
     floor = strongest_floor(floors, split, task, metric, is_refit=chosen.is_refit)

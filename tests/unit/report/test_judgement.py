@@ -68,6 +68,15 @@ def test_a_refit_is_compared_with_refitted_trees(tmp_path):
     assert "above boosted trees refit" in _result(tmp_path)[0].highlight.judgement.sentence
 
 
+def test_a_score_that_is_not_defined_is_not_judged(tmp_path):
+    """A split with clicks alone has no AUC: that is no reason to take a floor."""
+    write_run(tmp_path / "a", scores={"test": broken_down(0.8) | {"click": {"auc": None, "log_loss": 0.3}}})
+    _floor(tmp_path, "gbdt", 0.7)
+    judged = _result(tmp_path)[0].highlight.judgement
+    assert (judged.kind, judged.remedy) == ("unknown", "")
+    assert judged.sentence == "NT has no test AUC: click has labels of one class there, or none."
+
+
 def test_without_a_floor_the_command_is_given(tmp_path):
     write_run(tmp_path / "a", scores={"test": scored(0.8)})
     judged = _result(tmp_path)[0].highlight.judgement
