@@ -21,7 +21,7 @@ from gpsd_dist.distributed.fork_server import start_server
 from gpsd_dist.fit import daily_outcome, outcome
 from gpsd_dist.fit.daily_outcome import FLOORS, SCRATCH, WARM, Scores
 from gpsd_dist.fit.data_check import Facts, opened
-from gpsd_dist.fit.days import Days, check_days_are_whole, find, name_of
+from gpsd_dist.fit.days import Days, check_can_pretrain, check_days_are_whole, find, name_of
 from gpsd_dist.fit.display import Display
 from gpsd_dist.fit.plan import Plan, make_plan, training_of
 from gpsd_dist.fit.procedure import begin, settle
@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> daily_outcome.Outcome:
     facts = Facts(manifest, {}, rows.get("pretrain", 0) > 0)
     days = find(args.data, manifest, args.out / "rows", args.days)
     plan = make_plan(args, facts.can_pretrain)
+    if plan.pretrainings:
+        check_can_pretrain(args.data, manifest, days)
     begin(args, facts, _OPTIONS)  # nothing after this can refuse options or data
     days.write(args.data)
     num_steps = len(plan.pretrainings) + _STEPS_OF_A_DAY * len(days.models) - 1  # the choice, and no first warm start

@@ -182,6 +182,21 @@ def check_days_are_whole(data_dir: pathlib.Path, manifest: schema.Manifest) -> N
         )
 
 
+def check_can_pretrain(data_dir: pathlib.Path, manifest: schema.Manifest, days: Days) -> None:
+    """Raises ValueError if no history has two events before the first model's day."""
+    for file in manifest.split(_PRETRAIN).files:
+        with pq.ParquetFile(data_dir / file) as parquet:
+            columns = ["history_length", "history.time_s"]
+            groups = (parquet.read_row_group(group, columns) for group in range(parquet.num_row_groups))
+            if any(len(_cut_histories(rows, days.first * DAY_S)) for rows in groups):
+                return
+    raise ValueError(
+        f"no history in {data_dir} has two events before {name_of(days.first)} (UTC), the day of the first model, so "
+        f"there is nothing to pretrain on: begin later (--days {max(len(days.scored) - 1, 1)} scores fewer days), take "
+        "a longer log, or leave the pretraining out: --strategies NT"
+    )
+
+
 def _batches(
     data_dir: pathlib.Path, manifest: schema.Manifest, columns: list[str] | None = None
 ) -> collections.abc.Iterator[pa.Table]:

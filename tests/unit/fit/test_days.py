@@ -11,7 +11,7 @@ import pytest
 
 from gpsd_dist import schema
 from gpsd_dist.fit import daily
-from gpsd_dist.fit.days import DAY_S, check_days_are_whole, find, name_of
+from gpsd_dist.fit.days import DAY_S, check_can_pretrain, check_days_are_whole, find, name_of
 from tests.helpers.synthetic import write_dataset
 
 DAY = 19_000
@@ -132,6 +132,16 @@ def test_pretraining_ends_where_the_first_model_begins(days, tmp_path):
     assert set(lengths) <= {2, 3} and 3 in lengths
     assert (pc.list_value_length(rows["history.tags"]).to_numpy() == lengths).all()
     assert schema.read_manifest(made).split("pretrain").num_history_tokens == lengths.sum()
+
+
+def test_a_pretraining_that_would_have_no_event_is_refused(data, tmp_path):
+    """The whole log has long histories, but the first model's day comes before all but one event of each."""
+    folder, manifest = data
+    later = find(folder, manifest, tmp_path / "rows", 4)
+    check_can_pretrain(folder, manifest, later)
+    early = dataclasses.replace(later, models=(DAY, *later.models))
+    with pytest.raises(ValueError, match=r"two events before 2022-01-08 \(UTC\).*--days 3 .* --strategies NT"):
+        check_can_pretrain(folder, manifest, early)
 
 
 def test_days_that_cannot_be_had_are_named(data, tmp_path):
