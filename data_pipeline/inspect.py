@@ -140,10 +140,10 @@ def _sampling(manifest: schema.Manifest, samples: dict[str, measures.Sample]) ->
 
 
 def _unknown(samples: dict[str, measures.Sample]) -> Section:
-    rows = [
-        (column, name, f"{share:.1%}") for name, found in samples.items() for column, share in found.unknown.items()
-    ]
-    return Section("Ids that training does not know", ("column", "split", "share"), sorted(rows))
+    shares = [(column, name, share) for name, found in samples.items() for column, share in found.unknown.items()]
+    rows = [(column, name, f"{share:.1%}" if share >= 0.001 else "< 0.1%") for column, name, share in shares if share]
+    title = "Ids that training does not know (columns and splits that are not listed: none)"
+    return Section(title, ("column", "split", "share"), sorted(rows))
 
 
 def _numbers(manifest: schema.Manifest, samples: dict[str, measures.Sample]) -> Section:
@@ -158,7 +158,7 @@ def _numbers(manifest: schema.Manifest, samples: dict[str, measures.Sample]) -> 
 
 def _features(manifest: schema.Manifest, samples: dict[str, measures.Sample]) -> Section:
     rows = [
-        (column, f"{alone:.3f}", f"{inside:.3f}", f"{moved:.2f}")
+        (column, f"{alone:.3f}", "-" if np.isnan(inside) else f"{inside:.3f}", f"{moved:.2f}")
         for column, alone, inside, moved in _judged(manifest, samples)
     ]
     title = f"Features alone, task {manifest.tasks[0].name!r}, judged on test" if rows else ""

@@ -32,10 +32,12 @@ class UnknownOptions(ValueError):
     """A saved run has options that this version does not have. Its message says of which version they are."""
 
 
-def did_you_mean(word: str, known: collections.abc.Iterable[str]) -> str:
-    """Suggests the known word that is spelt most like `word`: `; did you mean 'x'?`, or nothing if none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def did_you_mean(word: str, known: collections.abc.Iterable[str], n: int = 1) -> str:
+    """Suggests up to `n` known words spelt most like `word`, whatever the case: `; did you mean 'x'?`, "" if none is."""
+    written = {name.lower(): name for name in known}
+    near = [written[name] for name in difflib.get_close_matches(word.lower(), list(written), n=n)]
+    also = f" (or {', '.join(near[1:])})" if near[1:] else ""
+    return f"; did you mean {near[0]!r}?{also}" if near else ""
 
 
 def one_of(choices: tuple[str, ...], **gone: str) -> pydantic.AfterValidator:

@@ -47,7 +47,7 @@ class ParsedRun:
 
 def load_run_config(argv: list[str]) -> ParsedRun:
     """Parses `argv` and builds the whole config tree once. ValueError for what has no effect or does not fit."""
-    epilog = option_list.text(all_options()) if {"-h", "--help"} & {*argv} else None
+    epilog = _help_of_options(joined_values(argv)) if {"-h", "--help"} & {*argv} else None
     parser = Parser(usage=_USAGE, description=_LAUNCHER_HELP, epilog=epilog, allow_abbrev=False)
     parser.formatter_class = argparse.RawTextHelpFormatter
     parser.add_argument("--gin_file", metavar="FILE", action="append", required=True, help=_GIN_FILE_HELP)
@@ -77,13 +77,26 @@ def load_run_config(argv: list[str]) -> ParsedRun:
     return ParsedRun(run, gin.config_str())
 
 
-def all_options() -> list[option_list.Group]:
-    """Lists every option with its defaults in both stages, for `--help` and for docs/options.md."""
+def all_options(files: list[str] | None = None) -> list[option_list.Group]:
+    """Lists every option with its defaults in both stages, for docs/options.md; or those of a run with these files."""
     required = ["--gin.DATA_DIR=(required)", "--gin.OUTPUT_DIR=(required)"]
-    stages = ("pretrain", "finetune")
-    runs = {stage: load_run_config([f"--gin_file=configs/stage/{stage}.gin", *required]).run for stage in stages}
+    stages = [[f"configs/stage/{stage}.gin"] for stage in ("pretrain", "finetune")]
+    given = [[f"--gin_file={file}" for file in some] for some in ([files] if files else stages)]
+    runs = {run.stage: run for run in (load_run_config([*some, *required]).run for some in given)}
     macros = dict(re.findall(r"^([\w/]+\.\w+) = %(\w+)$", gin.config_str(), re.MULTILINE))
-    return option_list.options(runs, macros)
+    groups = option_list.options(runs, macros)
+    unread = {"pretrain": "FinetuneConfig", "finetune": "PretrainConfig"}
+    return [group for group in groups if len(runs) > 1 or group.title != unread.get(*runs)]
+
+
+def _help_of_options(argv: list[str]) -> str:
+    files = [argument.partition("=")[2] for argument in argv if argument.startswith("--gin_file=")]
+    told = (
+        "Defaults are those of the files given."
+        if files
+        else "Defaults of both stages; with --gin_file FILE, those of that file."
+    )
+    return f"{told}\n\n{option_list.text(all_options(files))}"
 
 
 def joined_values(argv: list[str]) -> list[str]:
@@ -177,7 +190,8 @@ def _check_is_ours(selector: str, option: str, shown: str, where: str) -> None:
         )
     options = [field.name for field in dataclasses.fields(classes[name])]
     if option and option not in options:
-        raise ValueError(f"{where}: {name} has no option {option!r}{did_you_mean(option, options)}; it has {options}")
+        all_of_them = did_you_mean(option, options, n=3) or f"; it has {options}"
+        raise ValueError(f"{where}: {name} has no option {option!r}{all_of_them}")
 
 
 def _scan_file(path: pathlib.Path, scanned: _Scanned) -> str:
@@ -261,9 +275,10 @@ def _check_overrides(bindings: list[str], run: config.RunConfig) -> None:
         readers = {entry for entry in read if entry[1] == leaf}
         if not (readers & {(scope, leaf)} if scope else readers - set_in_scope):
             known = sorted({f"{scope}/{leaf}" if scope else leaf for scope, leaf in read})
-            near = did_you_mean(binding.split(" = ", 1)[0], known)
+            near = did_you_mean(binding.split(" = ", 1)[0], known, n=3)
             raise ValueError(
-                f"override `{binding}` changed nothing: no such macro, scope or field is read{near}; there are {known}"
+                f"override `{binding}` changed nothing: no such macro, scope or field is read{near}; all {len(known)} "
+                "are listed by gpsd-dist train --help"
             )
         fields = {leaf} if "." in leaf else macros.get(leaf, set())
         if fields and fields <= set(unread):

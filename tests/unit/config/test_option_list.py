@@ -29,6 +29,14 @@ def test_every_option_has_a_line(page):
                 assert [x for x in lines if x.startswith(f"--gin.{name}=") or x.endswith(f"[{name}]")], name
 
 
+def test_help_with_files_has_the_options_of_their_stage_alone(capsys):
+    with pytest.raises(SystemExit):
+        gin_cli.load_run_config(["--gin_file", "stage/finetune.gin", "--gin_file=model/l1h32a4.gin", "--help"])
+    said = capsys.readouterr().out
+    assert "--gin.STAGE=finetune " in said and "--gin.WIDTH=32 " in said and "FinetuneConfig: " in said
+    assert "PretrainConfig: " not in said and "pretrain: " not in said
+
+
 @pytest.mark.parametrize("cls", GIN_CLASSES, ids=lambda cls: cls.__name__)
 def test_every_option_is_documented(cls):
     parts = [field.name for field in dataclasses.fields(cls) if not dataclasses.is_dataclass(field.default_factory)]

@@ -2,6 +2,7 @@
 
 import pathlib
 import random
+import types
 
 import numpy as np
 import pytest
@@ -55,6 +56,12 @@ def built(tmp_path_factory) -> pathlib.Path:
     root = tmp_path_factory.mktemp("inspect")
     assert run("--source", "generic", "--raw_dir", suspicious(root / "raw"), "--out_dir", root / "out") == 0
     return root / "out"
+
+
+def test_ids_that_are_all_known_are_left_out_and_rare_ones_are_not_0():
+    sample = types.SimpleNamespace(unknown={"candidate.item": 0.0, "candidate.brand": 0.0004, "candidate.tab": 0.021})
+    section = inspect._unknown({"test": sample})
+    assert section.rows == [("candidate.brand", "test", "< 0.1%"), ("candidate.tab", "test", "2.1%")]
 
 
 def test_suspects_are_named_and_others_are_not(built):
