@@ -33,7 +33,7 @@ class UnknownOptions(ValueError):
 
 
 def did_you_mean(word: str, known: collections.abc.Iterable[str], n: int = 1) -> str:
-    """Suggests up to `n` known words spelt like `word`, whatever the case: `; did you mean 'x'?`; nothing if none is."""
+    """Suggests up to `n` known words spelt like `word`, whatever the case: `; did you mean 'x'?`, or nothing."""
     written = {name.lower(): name for name in known}
     near = [written[name] for name in difflib.get_close_matches(word.lower(), list(written), n=n)]
     also = f" (or {', '.join(near[1:])})" if near[1:] else ""

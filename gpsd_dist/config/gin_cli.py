@@ -91,7 +91,9 @@ def all_options(files: list[str] | None = None) -> list[option_list.Group]:
 
 def _help_of_options(argv: list[str]) -> str:
     files = [argument.partition("=")[2] for argument in argv if argument.startswith("--gin_file=")]
-    told = "Defaults are those of the files given." if files else "Defaults of both stages; --gin_file FILE: of that one."
+    told = (
+        "Defaults are those of the files given." if files else "Defaults of both stages; with --gin_file of that one."
+    )
     return f"{told}\n\n{option_list.text(all_options(files))}"
 
 
