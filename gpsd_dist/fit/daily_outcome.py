@@ -125,6 +125,9 @@ def make(scores: list[Scores], days: Days, tasks: tuple[str, ...], left_out: lis
             notes.append(
                 f"{name_of(scored)} has {tasks[0]} labels of one class alone: it has no AUC, and no mean counts it"
             )
+    judged = first.auc(SCRATCH, first.compared)
+    if judged is not None and math.isnan(judged.half_width):
+        notes.append("the scored rows are of one user, so no interval says how sure a difference is")
     sentence = verdict(first, tasks[0])
     lines = {task: [*_all_days(log), *_by_day(log), *_by_age(log)] for task, log in logs.items()}
     groups = [[line for line in lines[tasks[0]] if line["of"] == of] for of in ("all days", "day", "age")]
@@ -171,12 +174,13 @@ def _is_shown(line: dict[str, typing.Any]) -> bool:
 def _row(line: dict[str, typing.Any]) -> Row:
     label, auc = line["label"], metric_text("auc", line["auc"])
     if line["of"] == "all days":
-        auc += f" +- {line['auc_half_width']:.4f}"
+        auc += _width(line["auc_half_width"])
     elif line["of"] == "day":
         label = f"{line['day']} {label}"
     else:
         label = f"{label}, {line['age_days']} day{'s' * (line['age_days'] > 1)} old"
-        auc += f" ({-line['auc_lost']:+.4f} +- {line['auc_lost_half_width']:.4f})" if line["age_days"] > 1 else ""
+        if line["age_days"] > 1 and not math.isnan(line["auc_lost"]):
+            auc += f" ({-line['auc_lost']:+.4f}{_width(line['auc_lost_half_width'])})"
     names = ("gauc", "gauc_user_day", "log_loss", "calibration")
     others = [number_cell(MISSING if math.isnan(line[name]) else metric_text(name, line[name])) for name in names]
     cpu_s = line.get("cpu_s")
@@ -195,7 +199,8 @@ def verdict(log: _Log, task: str) -> str:
         which = _compared(warm, scratch, "not clearly better or worse than", "better than", "worse than")
         parts.append(
             f"going on with yesterday's model is {which} training from scratch ({task} AUC {warm.auc:.4f} against "
-            f"{scratch.auc:.4f}, {_difference(warm, scratch)}) for {used[0] / used[1]:.0%} of its CPU time"
+            f"{scratch.auc:.4f}, {_difference(warm, scratch)})"
+            + ("" if math.isnan(used[0] / used[1]) else f" for {used[0] / used[1]:.0%} of its CPU time")
         )
         best, label = (warm, WARM) if warm.auc >= scratch.auc else (scratch, SCRATCH)
     floors = [(name, log.auc(name, pairs)) for name in FLOORS.values() if all(log.has(name, pair) for pair in pairs)]
@@ -207,9 +212,10 @@ def verdict(log: _Log, task: str) -> str:
             f"({_difference(best, auc)})"
         )
     ages = [line for line in _by_age(log) if line["label"] == label and line["age_days"] > 1]
+    ages = [line for line in ages if not math.isnan(line["auc_lost"])]
     if ages:
         old = max(ages, key=lambda line: (line["days"] > 1, line["age_days"]))
-        lost = f"{old['auc_lost']:.4f} +- {old['auc_lost_half_width']:.4f}"
+        lost = f"{old['auc_lost']:.4f}{_width(old['auc_lost_half_width'])}"
         parts.append(
             f"{old['age_days']} days old it has lost {lost} of AUC, and predicts {old['calibration']:.2f} times the "
             "observed rate"
@@ -223,7 +229,13 @@ def _compared(one: AucByUser, other: AucByUser, alike: str, above: str, below: s
 
 
 def _difference(one: AucByUser, other: AucByUser) -> str:
-    return "{:+.4f} +- {:.4f}".format(*one.minus(other))
+    difference, half_width = one.minus(other)
+    return f"{difference:+.4f}{_width(half_width)}"
+
+
+def _width(half_width: float) -> str:
+    """Writes " +- 0.0041"; nothing for rows of one user, which have no interval."""
+    return "" if math.isnan(half_width) else f" +- {half_width:.4f}"
 
 
 def show(made: Outcome, out_dir: pathlib.Path) -> None:

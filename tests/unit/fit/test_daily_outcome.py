@@ -117,6 +117,18 @@ def test_a_day_of_one_class_has_no_auc_and_is_said(scores, days):
     assert "going on with yesterday's model is better" in made.verdict
 
 
+def test_what_is_not_known_is_left_out_and_not_nan(scores, days, tmp_path, capsys):
+    """Rows of one user, trainings that no clock saw, and a last day of one class."""
+    for one in scores:
+        one.columns["click"]["user_hash"][:] = 7
+        one.columns["click"]["label"][one.columns["click"]["day"] == days.scored[-1]] = 0
+    made = make([one._replace(cpu_s=None) for one in scores], days, ("click",), [])
+    daily_outcome.show(made, tmp_path)
+    assert "rows are of one user" in " ".join(made.notes) and "warm start is not clearly above" in made.verdict
+    shown = capsys.readouterr().out
+    assert "NaN" in shown and "nan" not in shown  # an AUC may be NaN, nothing beside it
+
+
 def test_nothing_scored_says_what_to_do(days):
     made = make([], days, ("click",), ["pretraining"])
     assert made.verdict == "No day was scored: give a larger --budget_minutes, the same command goes on."
