@@ -23,6 +23,7 @@ _OPTIONS = (
     ("train", "average_fraction"),
     ("model", "dropout"),
     ("model", "matches"),
+    ("model", "bag_matches"),
     ("dense", "peak_lr"),
 )
 _MAX_WARMUP_STEPS = 500  # official settings
@@ -128,7 +129,7 @@ def _choose(run: RunConfig, manifest: Manifest) -> _Numbers:
             "patience": _patience(run, manifest, epochs),
             "average_fraction": _AVERAGE_FRACTION,
         },
-        "model": {"dropout": _dropout(run, manifest), "matches": _MATCHES},
+        "model": {"dropout": _dropout(run, manifest), "matches": _MATCHES, "bag_matches": _MATCHES},
         "dense": {"peak_lr": rate},
     }
 

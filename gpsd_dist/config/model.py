@@ -25,6 +25,7 @@ _EVERY_MODEL = frozenset(
         "compile",
         "revision",
         "matches",
+        "bag_matches",
         "number_buckets",
     }
 )
@@ -168,8 +169,10 @@ class ModelConfig:
     without norms (deepfm, din, dien, dmin, wukong) multiply their tokens by sqrt(EMBEDDING_DIM)."""
     matches: typing.Annotated[bool, OrAuto] = False
     """Ranking heads also get, for each categorical feature that candidates and events share, how often the candidate's
-    value is in its history, the share of the events, and how long ago it was last (no official setting; bags give
-    none). A tower learns such a comparison slowly, if at all (docs/learning.md). 'auto': on, and off in old runs."""
+    value is in its history, the share of the events, and how long ago it was last (no official setting). A tower learns
+    such a comparison slowly, if at all (docs/learning.md). 'auto': on, and off in old runs."""
+    bag_matches: typing.Annotated[bool, OrAuto] = False
+    """`matches` are of bags too: of the best of a candidate's elements. 'auto': on, and off in old runs."""
 
     number_buckets: bool = False
     """Ranking heads also get an embedding of the bucket that each number lies in, 16 by its quantiles in the training

@@ -108,11 +108,12 @@ class _Daily:
         if not self._runner.train(f"how many epochs, on {name_of(day)}", choice, is_whole=True):
             return False
         best = read_run(manager.find(choice.folder))
-        epochs, matches = max(1, round(epochs_done(best))), best.run_config["model"]["matches"]
+        epochs, model = max(1, round(epochs_done(best))), best.run_config["model"]
         self._runner.display.say(
             f"epochs of a training from scratch: {epochs}, of a warm start: {self._args.warm_epochs}"
         )
-        self._options = (f"--gin.ModelConfig.matches={matches}", "--gin.PATIENCE=0")
+        given = [f"--gin.ModelConfig.{name}={model[name]}" for name in ("matches", "bag_matches")]
+        self._options = (*given, "--gin.PATIENCE=0")
         self._start = (f"--gin.STRATEGY={self._strategy}", f"--gin.EPOCHS={epochs}", *self._start)
         return True
 

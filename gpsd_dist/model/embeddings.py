@@ -7,14 +7,11 @@ import torch
 from torch import nn
 
 from gpsd_dist.batch.batch import Bag, Batch, Column
-from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig, TablesConfig
+from gpsd_dist.model.matches import NUM_MATCHES, matches
 from gpsd_dist.model.number_buckets import NumberBuckets
 from gpsd_dist.parameter_names import module_key
 from gpsd_dist.schema import Feature, Manifest, Table
-
-NUM_MATCHES = 3  # numbers that `matches` gives of a feature
-_MAX_ROWS = 2**32  # more than any table has
 
 
 class TokenEmbedder(nn.Module):
@@ -134,7 +131,8 @@ class ContextEmbedder(nn.Module):
             for f in features
         ]
         shared = [f for f in manifest.features_in("candidate") if "history" in f.places]
-        matched = [f for f in shared if model.matches and f.kind == "categorical" and not f.is_bag]
+        wanted = [f for f in shared if f.kind == "categorical" and (model.bag_matches or not f.is_bag)]
+        matched = wanted if model.matches else []
         self.matched = tuple(f.name for f in matched)
         self.width = (
             sum(widths) + NUM_MATCHES * len(matched) + context_dim * len(self.buckets)
@@ -155,23 +153,3 @@ class ContextEmbedder(nn.Module):
             return column[:, None] * self.numerical_scale[module_key(feature.name)]
         key = module_key(feature.name)
         return embed(self.small[key].weight if key in self.small else embeddings[feature.table], column)
-
-
-def matches(value_T: Column, value_C: Column, packing: Packing) -> torch.Tensor:
-    """Finds each candidate's value in its own history: float32 [C, 3] of log(1 + events), their share, 1 / age.
-
-    Age 1 is the last event; 1 / age of no event is 0. `value_T`, `value_C`: int64 rows of one table; what is unknown
-    is a value too. One sort of all histories: the sizes do not depend on the values, so a GPU need not be waited for.
-    """
-    assert not isinstance(value_T, Bag) and not isinstance(value_C, Bag)
-    if not len(value_T):
-        return torch.zeros(len(value_C), NUM_MATCHES, device=value_C.device)
-    code_T, place_T = (packing.request_T * _MAX_ROWS + value_T).sort(stable=True)
-    code_C = packing.request_C * _MAX_ROWS + value_C
-    begin_C, end_C = (torch.searchsorted(code_T, code_C, right=right) for right in (False, True))
-    count_C = end_C - begin_C
-    length_C = packing.history_offsets.diff()[packing.request_C]
-    # Of equal values the sort keeps the order of time, so the last of them is the latest event.
-    age_C = packing.history_offsets[1:][packing.request_C] - place_T[(end_C - 1).clamp(min=0)]
-    recency_C = torch.where(count_C > 0, 1 / age_C, 0.0)
-    return torch.stack((count_C.log1p(), count_C / length_C.clamp(min=1), recency_C), dim=1)

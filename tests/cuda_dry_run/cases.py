@@ -27,7 +27,10 @@ CASES: dict[str, tuple[str, dict]] = {
         "finetune",
         BF16 | {"execution": GRAPHS["execution"] | {"dense_parallel": "ddp"}, "finetune": {"esmm": True}},
     ),
-    "finetune/bf16/number_buckets": ("finetune", BF16 | {"model": {"number_buckets": True, "matches": True}}),
+    "finetune/bf16/number_buckets": (
+        "finetune",
+        BF16 | {"model": {"number_buckets": True, "matches": True, "bag_matches": True}},
+    ),
     "finetune/bf16/number_buckets/ddp": (
         "finetune",
         BF16 | {"model": {"number_buckets": True}, "execution": {"dense_parallel": "ddp"}},

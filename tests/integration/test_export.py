@@ -96,9 +96,8 @@ def raw_difference(source, artefact, runtime) -> float:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_tower_scores_as_evaluated(name, data_dir, tmp_path, one_rank):
-    run = tiny_run(
-        "finetune", data_dir, tmp_path / "run", model={"name": name, "matches": True}, train={"max_steps": 4}
-    )
+    model = {"name": name, "matches": True, "bag_matches": True}
+    run = tiny_run("finetune", data_dir, tmp_path / "run", model=model, train={"max_steps": 4})
     train_runs(0, 1, [run])
     source = read_source(tmp_path / "run", str(data_dir))
     export(source, tmp_path / "artefact")

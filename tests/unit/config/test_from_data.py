@@ -84,13 +84,17 @@ def test_dropout_follows_parameters_per_example():
 
 
 def test_heads_get_matches_unless_a_run_began_without():
-    left = ModelConfig(matches=AUTO)
+    left = ModelConfig(matches=AUTO, bag_matches=AUTO)
     small, large = (resolve(run_of(model=left), manifest_of(rows)) for rows in (147, 4_000_000))
     assert (small[0].model.matches, large[0].model.matches) == (True, True)
+    assert small[0].model.bag_matches and large[0].model.bag_matches
     assert "matches True" in small[1] and "matches True" in large[1]
     assert resolve(run_of(model=ModelConfig(matches=False)), manifest_of(9))[0].model.matches is False
-    saved = dataclasses.asdict(small[0]) | {"model": {**dataclasses.asdict(small[0].model), "matches": False}}
-    assert resolve(run_of(model=left), manifest_of(9), saved)[0].model.matches is False  # a run of before
+    saved = dataclasses.asdict(small[0]) | {
+        "model": {**dataclasses.asdict(small[0].model), "matches": False, "bag_matches": False}
+    }
+    before = resolve(run_of(model=left), manifest_of(9), saved)[0].model
+    assert before.matches is False and before.bag_matches is False
 
 
 def test_a_run_from_before_weights_were_averaged_goes_on_without():

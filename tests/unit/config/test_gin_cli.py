@@ -176,7 +176,7 @@ def test_overrides_without_effect_are_errors(name):
         (
             "dmin",
             "LAYERS=1",
-            "reads ['compile', 'context_dim', 'dropout', 'heads', 'init_std', 'matches', 'number_buckets', ",
+            "reads ['bag_matches', 'compile', 'context_dim', 'dropout', 'heads', 'init_std', 'matches', ",
         ),
         ("wukong", "HEADS=2", "model 'wukong' does not read it"),
         ("l4h64a4", "ModelConfig.max_positions=99", "model 'transformer' does not read it"),
@@ -481,7 +481,10 @@ def test_a_config_gin_of_commit_14e4532_means_the_run_that_it_meant_then():
     folder = pathlib.Path(__file__).resolve().parents[2] / "assets" / "gin_14e4532"
     saved = json.loads((folder / "run_config.json").read_text())
     run = json.loads(json.dumps(dataclasses.asdict(load([str(folder / "config.gin")]).run)))
-    younger = {"model": {"revision", "parametrization", "matches", "number_buckets"}, "finetune": {"weighted_metrics"}}
+    younger = {
+        "model": {"revision", "parametrization", "matches", "bag_matches", "number_buckets"},
+        "finetune": {"weighted_metrics"},
+    }
     younger["finetune"].add("warm_start")
     younger |= {
         "pretrain": {"popular_share", "log_q", "item_bias", "recent_days"},

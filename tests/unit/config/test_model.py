@@ -11,10 +11,10 @@ from gpsd_dist.model.registry import TOWERS
 
 FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
 BY_THE_BACKBONE = {"name", "width", "dropout", "init_std", "parametrization", "context_dim", "compile", "revision"}
-BY_THE_BACKBONE |= {"matches", "number_buckets"}
+BY_THE_BACKBONE |= {"matches", "bag_matches", "number_buckets"}
 """For projections, input dropout, heads."""
 OTHER_VALUES = {"layers": 9, "width": 8, "heads": 2, "time_bias": False, "compile": True, "dropout": 0.1, "revision": 1}
-OTHER_VALUES |= {"parametrization": "by_width", "matches": True, "number_buckets": True}
+OTHER_VALUES |= {"parametrization": "by_width", "matches": True, "bag_matches": True, "number_buckets": True}
 
 
 class Watched:

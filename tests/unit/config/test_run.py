@@ -340,6 +340,7 @@ def test_a_run_of_commit_14e4532_is_read(name):
     run = run_config_from_dict(raw)
     # Tower and tables are equally wide.
     raw["model"] |= {"revision": 2, "parametrization": "official", "matches": False, "number_buckets": False}
+    raw["model"] |= {"bag_matches": False}
     raw["finetune"] |= {"weighted_metrics": False, "warm_start": False}
     raw["train"] |= {"average_fraction": 0.0, "mlflow_uri": ""}
     raw["execution"] |= {"matmul_dtype": "auto"}

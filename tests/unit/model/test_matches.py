@@ -5,8 +5,9 @@ import math
 import numpy as np
 import torch
 
+from gpsd_dist.batch.batch import Bag
 from gpsd_dist.batch.packing import Packing
-from gpsd_dist.model.embeddings import matches
+from gpsd_dist.model.matches import matches
 
 
 def test_matches_are_those_of_a_loop():
@@ -29,4 +30,41 @@ def test_matches_are_those_of_a_loop():
 def test_a_batch_without_any_event_has_no_match():
     none = torch.zeros(0, dtype=torch.int64)
     found = matches(none, torch.tensor([3, 3]), Packing.from_lengths(np.array([0]), np.array([2])))
+    assert found.tolist() == [[0.0] * 3] * 2
+
+
+def packed(bags: list[list[int]]) -> Bag:
+    lengths = [len(bag) for bag in bags]
+    rows = torch.tensor([row for bag in bags for row in bag], dtype=torch.int64)
+    return Bag(rows, torch.tensor(np.cumsum([0, *lengths])))
+
+
+def test_a_bag_has_the_best_of_its_elements():
+    """Each of the three numbers may be another element's; an empty bag, and a request without events, have 0."""
+    random = np.random.default_rng(1)
+    lengths, counts = np.array([0, 1, 4, 9, 20]), np.array([3, 2, 0, 5, 9])
+    # An empty bag, and bags of different sizes, in histories and candidates.
+    histories, shown = (
+        [[random.permutation(9)[: random.integers(4)].tolist() for _ in range(length)] for length in sizes]
+        for sizes in (lengths, counts)
+    )
+    expected = []
+    for history, bags in zip(histories, shown, strict=True):
+        for bag in bags:
+            best = np.zeros(3)
+            for value in bag:
+                places = [place for place, event in enumerate(history) if value in event]
+                if places:
+                    share, age = len(places) / len(history), len(history) - places[-1]
+                    best = np.maximum(best, (math.log1p(len(places)), share, 1 / age))
+            expected.append(best)
+    columns = (packed([bag for bags in side for bag in bags]) for side in (histories, shown))
+    found = matches(*columns, Packing.from_lengths(lengths, counts))
+    torch.testing.assert_close(found, torch.tensor(np.array(expected), dtype=torch.float32))
+    assert (found.count_nonzero(1) == 3).any() and (found == 0).all(1).any()
+
+
+def test_bags_alone_are_no_values():
+    """Candidates whose bags are all empty have no match, whatever the history."""
+    found = matches(packed([[3], [4]]), packed([[], []]), Packing.from_lengths(np.array([2]), np.array([2])))
     assert found.tolist() == [[0.0] * 3] * 2
