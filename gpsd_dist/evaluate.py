@@ -16,6 +16,7 @@ if not __package__:
     sys.exit("error: start it as a module, in the root of the repository: python -m gpsd_dist.evaluate ...")
 
 import argparse
+import math
 import pathlib
 import typing
 
@@ -37,6 +38,7 @@ def _print(metrics: dict[str, dict[str, typing.Any]]) -> None:
 
     for task, values in metrics.items():
         widths = values.get(breakdown.KEY, {}).get("half_width", {})
+        widths = {name: width for name, width in widths.items() if not math.isnan(width)}  # rows of one user have none
         table = rich.table.Table("metric", task, *["+-"] * bool(widths))
         for name, value in values.items():
             if name != breakdown.KEY:

@@ -91,7 +91,8 @@ class ParquetSplit:
         self.full_schema = schema.arrow_schema(manifest, split)
         self.schema = self._select(columns)
         if not self.split.files:
-            raise ValueError(f"split {split!r} of {self.data_dir} lists no files; build the data set again")
+            fix = "read another split, or build the data from a log that has rows in it"
+            raise ValueError(f"split {split!r} of {self.data_dir} lists no files, so it has no rows; {fix}")
         self._paths = [self.data_dir / file for file in self.split.files]
         self.groups = self._read_footers(f"history.{manifest.item_feature}")
         self.group_rows_G = np.array([group.num_rows for group in self.groups], np.int64)

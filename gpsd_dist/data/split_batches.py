@@ -22,13 +22,13 @@ _BATCH_ROWS = 8192  # bounds the memory that a batch takes
 def pretrain_counts(data_dir: str | os.PathLike, manifest: schema.Manifest, feature: schema.Feature) -> np.ndarray:
     """Counts how often each index of a token feature occurs in the pretraining histories, int64 [rows of its table].
 
-    Zeros if the data set has no pretraining split.
+    Zeros if the data set has no pretraining rows.
     """
     num_rows = manifest.table(feature.table).num_rows
     if num_rows > MAX_COUNTED_ROWS:
         raise ValueError(f"table {feature.table!r} has {num_rows} rows, at most {MAX_COUNTED_ROWS} are counted")
     counts_V = np.zeros(num_rows, np.int64)
-    if "pretrain" not in {split.name for split in manifest.splits}:
+    if not any(split.num_rows for split in manifest.splits if split.name == "pretrain"):
         return counts_V
     for batch in read_batches(data_dir, manifest, "pretrain", [f"history.{feature.name}"]):
         index = pc.list_flatten(batch[f"history.{feature.name}"])

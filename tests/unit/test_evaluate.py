@@ -25,6 +25,13 @@ def test_metrics_of_a_crashed_write_are_those_of_before(tmp_path, monkeypatch):
     assert [path.name for path in out.parent.iterdir()] == ["test.json"]
 
 
+@pytest.mark.parametrize(("width", "shown"), [(0.01, "0.01000"), (float("nan"), "")])
+def test_an_interval_that_is_not_known_is_not_shown(width, shown, capsys):
+    evaluate._print({"click": {"auc": 0.5, "breakdown": {"half_width": {"auc": width}}}})
+    out = capsys.readouterr().out
+    assert "nan" not in out and ("+-" in out) == bool(shown) and shown in out
+
+
 @pytest.mark.parametrize(
     "options",
     [

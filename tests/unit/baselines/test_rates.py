@@ -11,6 +11,7 @@ from gpsd_dist import schema
 from gpsd_dist.baselines import rates
 from gpsd_dist.baselines.frequent_items import frequent_item_metrics
 from gpsd_dist.baselines.registry import evaluate_baseline
+from gpsd_dist.data.split_batches import pretrain_counts
 from gpsd_dist.metrics.classification import Predictions
 
 _HISTORY = {"pretrain": [[2, 2, 3], [4], []]}
@@ -204,6 +205,14 @@ def test_items_are_not_counted_without_pretraining_histories_or_items(data_dir):
             frequent_item_metrics(keep, data_dir, 5)
     with pytest.raises(ValueError, match="without items"):
         frequent_item_metrics({"click": Predictions()}, data_dir, 5)
+
+
+def test_a_pretraining_split_without_rows_counts_no_event(data_dir):
+    manifest, empty = schema.read_manifest(data_dir), {"files": (), "num_rows": 0, "num_history_tokens": 0}
+    item = manifest.feature(manifest.item_feature)
+    assert pretrain_counts(data_dir, manifest, item).any()
+    none = tuple(dataclasses.replace(split, **empty) for split in manifest.splits if split.name == "pretrain")
+    assert not pretrain_counts(data_dir, dataclasses.replace(manifest, splits=none), item).any()
 
 
 def test_evaluate_returns_the_metrics_of_every_task(data_dir):
