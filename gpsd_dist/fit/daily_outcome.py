@@ -20,16 +20,10 @@ from gpsd_dist.fit.steps import FLOOR_NAMES, REFITTED_FLOOR
 from gpsd_dist.metrics.auc_interval import AucByUser, auc_by_user
 from gpsd_dist.metrics.classification import classification_metrics
 from gpsd_dist.metrics.scores import Columns
-from gpsd_dist.report.tables import MISSING, Cell, Row, Table, metric_text, number_cell
+from gpsd_dist.report.every_day import CAPTION, SCRATCH, WARM, table, width_words
+from gpsd_dist.report.tables import Table
 
-SCRATCH, WARM = "from scratch", "warm start"
 FLOORS = {"popularity": "popularity", "rates": FLOOR_NAMES["rates"], REFITTED_FLOOR: FLOOR_NAMES["gbdt"]}
-COLUMNS = ("", "AUC", "GAUC", "GAUC by day", "log loss", "pred. / obs.", "CPU s")
-CAPTION = (
-    "Each model is trained to the end of a day (UTC) and scored on the next. Lines of several days: mean of the days' "
-    "AUCs, +- half of a 95 % interval over users; GAUC of a user over all days, and by user and day; CPU seconds per "
-    "training. N days old: AUC against a model that is one day old, on the same days."
-)
 
 
 class Scores(typing.NamedTuple):
@@ -130,10 +124,8 @@ def make(scores: list[Scores], days: Days, tasks: tuple[str, ...], left_out: lis
         notes.append("the scored rows are of one user, so no interval says how sure a difference is")
     sentence = verdict(first, tasks[0])
     lines = {task: [*_all_days(log), *_by_day(log), *_by_age(log)] for task, log in logs.items()}
-    groups = [[line for line in lines[tasks[0]] if line["of"] == of] for of in ("all days", "day", "age")]
-    rows = tuple(tuple(_row(line) for line in group if _is_shown(line)) for group in groups)
-    table = Table((Cell(""), *map(number_cell, COLUMNS[1:])), rows, caption=f"{tasks[0]}. {CAPTION}")
-    return Outcome(sentence, table, notes, {"verdict": sentence, "notes": notes, "task": tasks[0], "lines": lines})
+    shown = table(tasks[0], [line for line in lines[tasks[0]] if _is_shown(line)])
+    return Outcome(sentence, shown, notes, {"verdict": sentence, "notes": notes, "task": tasks[0], "lines": lines})
 
 
 def _all_days(log: _Log) -> collections.abc.Iterator[dict[str, typing.Any]]:
@@ -171,22 +163,6 @@ def _is_shown(line: dict[str, typing.Any]) -> bool:
     return line["of"] != "day" or line["label"] in (SCRATCH, WARM, FLOORS[REFITTED_FLOOR])
 
 
-def _row(line: dict[str, typing.Any]) -> Row:
-    label, auc = line["label"], metric_text("auc", line["auc"])
-    if line["of"] == "all days":
-        auc += _width(line["auc_half_width"])
-    elif line["of"] == "day":
-        label = f"{line['day']} {label}"
-    else:
-        label = f"{label}, {line['age_days']} day{'s' * (line['age_days'] > 1)} old"
-        if line["age_days"] > 1 and not math.isnan(line["auc_lost"]):
-            auc += f" ({-line['auc_lost']:+.4f}{_width(line['auc_lost_half_width'])})"
-    names = ("gauc", "gauc_user_day", "log_loss", "calibration")
-    others = [number_cell(MISSING if math.isnan(line[name]) else metric_text(name, line[name])) for name in names]
-    cpu_s = line.get("cpu_s")
-    return Row((Cell(label), number_cell(auc), *others, number_cell(MISSING if cpu_s is None else f"{cpu_s:.1f}")))
-
-
 def verdict(log: _Log, task: str) -> str:
     """Says in one sentence which way of training is better, whether it beats the floors, and how a model ages."""
     pairs = log.compared
@@ -215,7 +191,7 @@ def verdict(log: _Log, task: str) -> str:
     ages = [line for line in ages if not math.isnan(line["auc_lost"])]
     if ages:
         old = max(ages, key=lambda line: (line["days"] > 1, line["age_days"]))
-        lost = f"{old['auc_lost']:.4f}{_width(old['auc_lost_half_width'])}"
+        lost = f"{old['auc_lost']:.4f}{width_words(old['auc_lost_half_width'])}"
         parts.append(
             f"{old['age_days']} days old it has lost {lost} of AUC, and predicts {old['calibration']:.2f} times the "
             "observed rate"
@@ -230,12 +206,7 @@ def _compared(one: AucByUser, other: AucByUser, alike: str, above: str, below: s
 
 def _difference(one: AucByUser, other: AucByUser) -> str:
     difference, half_width = one.minus(other)
-    return f"{difference:+.4f}{_width(half_width)}"
-
-
-def _width(half_width: float) -> str:
-    """Writes " +- 0.0041"; nothing for rows of one user, which have no interval."""
-    return "" if math.isnan(half_width) else f" +- {half_width:.4f}"
+    return f"{difference:+.4f}{width_words(half_width)}"
 
 
 def show(made: Outcome, out_dir: pathlib.Path) -> None:

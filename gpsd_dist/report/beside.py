@@ -12,6 +12,8 @@ from gpsd_dist.report.run_folder import CHECKPOINTS_NAME, Breakdowns, Run, Score
 FLOORS_NAME = "floors"
 """`<folder of runs>/floors/<baseline>/<split>.json` holds what `evaluate --baseline <baseline>` gives on a split."""
 FIT_NAME = "summary.json"
+DAILY_NAME = "daily.json"  # what `fit --daily` found
+_STATE_NAME = "fit.json"  # what a fit was begun with
 _MOST_BYTES = 2**20  # of a file that may be a serving benchmark
 PREDICTIONS_NAME = "predictions.json"  # predict.output.SUMMARY_NAME
 
@@ -36,6 +38,7 @@ class Beside:
 
     floors: tuple[Floor, ...]
     fits: tuple[tuple[pathlib.Path, dict[str, typing.Any]], ...]
+    daily: tuple[tuple[pathlib.Path, dict[str, typing.Any]], ...]
     predictions: tuple[tuple[pathlib.Path, dict[str, typing.Any]], ...]
     serving: tuple[tuple[pathlib.Path, dict[str, typing.Any]], ...]
     problems: tuple[str, ...]
@@ -49,6 +52,7 @@ def find_beside(places: typing.Sequence[pathlib.Path]) -> Beside:
     problems: list[str] = []
     floors: dict[str, Floor] = {}
     fits: _Found = {}
+    daily: _Found = {}
     predictions: _Found = {}
     serving: _Found = {}
     for folder in _folders(places):
@@ -57,13 +61,17 @@ def find_beside(places: typing.Sequence[pathlib.Path]) -> Beside:
                 floors.setdefault(os.path.realpath(folder / name), _floor(folder, name, problems))
         if (summary := _read(folder / FIT_NAME, problems)) and isinstance(summary.get("verdicts"), dict):
             fits[os.path.realpath(folder)] = folder, summary
+        if record := _daily(folder, problems):
+            daily[os.path.realpath(folder)] = folder, record
         if summary := _read(folder / PREDICTIONS_NAME, problems):
             predictions[os.path.realpath(folder)] = folder, summary
         for path in sorted(folder.glob("*.json")):
             measured = _read(path, []) if path.is_file() and path.stat().st_size < _MOST_BYTES else {}
             if {"scenario", "history", "candidates", "machine_load"} <= set(measured):
                 serving[os.path.realpath(path)] = path, measured
-    return Beside(_sorted(floors), _sorted(fits), _sorted(predictions), _sorted(serving), tuple(problems))
+    return Beside(
+        _sorted(floors), _sorted(fits), _sorted(daily), _sorted(predictions), _sorted(serving), tuple(problems)
+    )
 
 
 def _sorted(found: dict[str, typing.Any]) -> tuple[typing.Any, ...]:
@@ -90,6 +98,20 @@ def _read(path: pathlib.Path, problems: list[str]) -> dict[str, typing.Any]:
         problems.append(f"{path} cannot be read ({error}), left out")
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _daily(folder: pathlib.Path, problems: list[str]) -> dict[str, typing.Any]:
+    """Reads what `fit --daily` found; {} and a problem where it is broken, or was begun and never judged."""
+    path, known = folder / DAILY_NAME, len(problems)
+    record = _read(path, problems)
+    options = _read(folder / _STATE_NAME, []).get("options")
+    if path.is_file() and not record and len(problems) == known:
+        problems.append(f"{path} holds nothing that fit --daily writes, left out")
+    elif not path.is_file() and isinstance(options, dict) and options.get("daily"):
+        problems.append(
+            f"{path} is missing: this fit --daily was stopped before it judged its days; the same command goes on"
+        )
+    return record
 
 
 def _floor(folder: pathlib.Path, name: str, problems: list[str]) -> Floor:

@@ -76,7 +76,7 @@ def _pairs_of_task(family: Family, task: str) -> list[Figure]:
         lines = [line for run in configuration.runs for line in _pair(run, task, configuration.style_index)]
         if lines:
             drawn.append((configuration, lines))
-    y_range = _range([value for _, lines in drawn for line in lines for value in line.y])
+    y_range = range_of([value for _, lines in drawn for line in lines for value in line.y])
     figures = []
     for configuration, lines in drawn:
         title = f"{task}: {configuration.label}"
@@ -180,7 +180,8 @@ def _columns(points: typing.Sequence[tuple[float, float]]) -> tuple[tuple[float,
     return tuple(x for x, _ in points), tuple(y if math.isfinite(y) else math.nan for _, y in points)
 
 
-def _range(values: typing.Sequence[float]) -> tuple[float, float] | None:
+def range_of(values: typing.Sequence[float]) -> tuple[float, float] | None:
+    """Spans the finite values and a margin; None if there are none."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return None

@@ -24,7 +24,7 @@ DASHES = ("", "5 2", "1.5 1.8", "7 2 1.5 2")  # by seed
 _MARKERS = ("o", "s", "^", "D")  # beyond NUM_COLORS configurations, colours come again with another marker
 _WIDTH_PT, _HEIGHT_PT = 374, 232
 _SMALL = (300, 170)
-_MIN_SPAN = 0.05  # of an axis, as a part of the largest value on it
+MIN_SPAN = 0.05  # of an axis, as a part of the largest value on it
 _LABEL_WIDTH = 52  # letters of a line of text as wide as a figure
 _MOST_MARKERS = 15  # per line; more would hide it
 _TICK_STEPS = [1, 2, 2.5, 5, 10]
@@ -176,8 +176,13 @@ def group_figure(
     *,
     y_label: str,
     x_label: str,
+    y_range: tuple[float, float] | None = None,
+    level: float | None = None,
 ) -> str:
-    """Draws a value with its interval for each group, one row of points per entry, as an SVG element."""
+    """Draws a value with its interval for each group, one row of points per entry, as an SVG element.
+
+    A grey line across is drawn at `level`.
+    """
     is_tall = sum(map(len, groups)) > _LABEL_WIDTH  # then labels stand upright
     with matplotlib.rc_context(_FIGURE_STYLE):
         figure, axes = _figure(_WIDTH_PT, _HEIGHT_PT + is_tall * 6 * max(map(len, groups)))
@@ -193,8 +198,10 @@ def group_figure(
                 axes.plot([at, at], [value - width, value + width], color=color, linewidth=1.2)
             titles[f"points-{index}"] = row.label
         axes.set_xticks(range(len(groups)), groups, rotation=90 if is_tall else 0)
+        if level is not None:
+            axes.axhline(level, color=_MUTED, linewidth=1, zorder=1)
         axes.set_xlim(-0.6, len(groups) - 0.4)
-        axes.set_ylim(*_at_least(axes.get_ylim()))
+        axes.set_ylim(*_at_least(y_range or axes.get_ylim()))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=_TICK_STEPS))
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
@@ -223,7 +230,7 @@ def calibration_figure(lines: typing.Sequence[Line], name: str, description: str
 def _at_least(limits: tuple[float, float]) -> tuple[float, float]:
     """Widens an axis to a part of its values: noise in the fourth digit must not look like a change."""
     low, high = sorted(limits)
-    missing = _MIN_SPAN * max(abs(low), abs(high)) - (high - low)
+    missing = MIN_SPAN * max(abs(low), abs(high)) - (high - low)
     return (low - missing / 2, high + missing / 2) if missing > 0 else (low, high)
 
 

@@ -8,6 +8,7 @@ import jinja2
 
 from gpsd_dist.report import curves, dataset, results, setup
 from gpsd_dist.report.beside import Beside, Floor, find_beside, floors_of
+from gpsd_dist.report.every_day import EveryDay, every_day
 from gpsd_dist.report.families import Family, group, seed_text
 from gpsd_dist.report.figures import has_shapes, style_color, style_dash
 from gpsd_dist.report.fit_summary import FitSummary, fit_summary
@@ -41,6 +42,7 @@ def make_report(places: typing.Sequence[pathlib.Path]) -> Report:
     html = _template().render(
         title=f"Run {runs[0].label}" if len(runs) == 1 else f"Report on {len(runs)} runs",
         fits=_fits(beside, problems),
+        daily=_daily(beside, problems),
         runs=runs,
         run_span=_span(runs),
         problems=problems,
@@ -67,6 +69,16 @@ def _fits(beside: Beside, problems: list[str]) -> list[FitSummary]:
         except ValueError as error:
             problems.append(f"{error}, left out")
     return fits
+
+
+def _daily(beside: Beside, problems: list[str]) -> list[EveryDay]:
+    found = []
+    for number, (folder, record) in enumerate(beside.daily):
+        try:
+            found.append(every_day(folder.name, record, number))
+        except ValueError as error:
+            problems.append(f"{error}, left out")
+    return found
 
 
 def _template() -> jinja2.Template:

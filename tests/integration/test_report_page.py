@@ -9,8 +9,11 @@ import shutil
 
 import pytest
 
+from gpsd_dist.checkpoint.storage import write_json
+from gpsd_dist.fit import daily_outcome
 from gpsd_dist.report.page import make_report
 from tests.helpers.run_folders import scored, write_run
+from tests.unit.fit.test_daily_outcome import scores_of, three_days
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make setup-dev")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chromium-headless-shell", "chrome")
@@ -88,7 +91,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def report_file(tmp_path_factory) -> pathlib.Path:
-    """A page with everything that can be wide: long names, many options, broken files, nine strategies and sizes."""
+    """A page with everything that can be wide: long names, many options, broken files, nine strategies, days."""
     root = tmp_path_factory.mktemp("report")
     pretrain = write_run(root / "runs/pretrain", stage="pretrain")
     for seed in (0, 1, 2):
@@ -100,6 +103,8 @@ def report_file(tmp_path_factory) -> pathlib.Path:
         write_run(root / f"runs/a_long_name_of_a_folder_without_spaces_{layers}", options={"model.layers": layers})
     (root / "runs/s0/NT/plan.txt").write_text("table item: " + "row_wise on rank:0/cpu, " * 12)
     (root / "runs/s0/ST/environment.json").write_text("{")
+    days = three_days()
+    write_json(root / "runs/daily.json", daily_outcome.make(scores_of(days), days, ("click",), []).record)
     out = root / "report.html"
     out.write_text(make_report([root / "runs"]).html)
     return out

@@ -33,14 +33,12 @@ def of(label: str, day: int, *, skill: float, cpu_s: float | None = None, seed: 
     return Scores(label, day, {"click": rows(range(day + 1, last + 1), skill=skill, seed=seed, shift=shift)}, cpu_s)
 
 
-@pytest.fixture
-def days():
+def three_days() -> Days:
     models = tuple(range(FIRST, FIRST + 3))
     return Days(make_manifest(), pathlib.Path("unused"), models, tuple(day + 1 for day in models))
 
 
-@pytest.fixture
-def scores(days):
+def scores_of(days: Days) -> list[Scores]:
     found = []
     for day in days.models:
         found.append(of(SCRATCH, day, skill=0.6, cpu_s=40.0, seed=1, last=days.scored[-1]))
@@ -48,6 +46,16 @@ def scores(days):
             found.append(of(WARM, day, skill=1.5, cpu_s=10.0, seed=2, last=days.scored[-1]))
         found.append(of(TREES, day, skill=0.3, seed=3, last=days.scored[-1]))
     return found
+
+
+@pytest.fixture
+def days():
+    return three_days()
+
+
+@pytest.fixture
+def scores(days):
+    return scores_of(days)
 
 
 def test_means_are_over_days_that_all_models_have(scores, days):
