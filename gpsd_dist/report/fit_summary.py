@@ -10,8 +10,8 @@ COLUMNS = ("", "valid AUC", "test AUC", "- floor", "GAUC", "log loss")
 FLOORS = ("floor", "floor_refit")  # kinds of rows
 CAPTION = (
     "+- is half of a 95 % interval over the users of test; another seed of the training is not covered. The choice was "
-    "made on valid; test was scored after it. refit: made again on train + valid. '- floor' is the difference from the "
-    "strongest line of the upper part, for a refit from the strongest with refitted trees."
+    "made on valid; test was scored after it. refit: made again on train + valid. '- floor' is the difference on the "
+    "same users (paired) from the strongest line of the upper part, for a refit from the strongest with refitted trees."
 )
 
 

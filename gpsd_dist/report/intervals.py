@@ -42,7 +42,7 @@ def mean_width(widths: typing.Sequence[float | None]) -> float:
 
 
 def width_text(width: float | None) -> str:
-    """Writes "\N{PLUS-MINUS SIGN} 0.0041"; "" for a width that is not known."""
+    """Writes "+- 0.0041"; "" for a width that is not known."""
     if width is None or not math.isfinite(width):
         return ""
-    return f"\N{PLUS-MINUS SIGN} {width:.4f}"
+    return f"+- {width:.4f}"

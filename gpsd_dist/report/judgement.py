@@ -61,16 +61,15 @@ def judge(
     against = f"{floor.label} ({metric_text(metric, theirs)} {width_text(floor_width)}".rstrip() + ")"
     both = math.hypot(width, math.nan if floor_width is None else floor_width)
     difference = value - theirs
-    how_far = f"{abs(difference):.4f} {width_text(both)}".rstrip()
+    unpaired = f"{width_text(both)} (unpaired)"  # as if both scores were of other users: docs/report.md
+    how_far = f"{abs(difference):.4f}" if math.isnan(both) else f"{abs(difference):.4f} {unpaired}"
     only_weak = {f.name for f in floors if value_of(f, split, task, metric) is not None} <= {"popularity", "rates"}
     remedy = _command(family, chosen, split) if only_weak else ""
     if math.isnan(both):
         side = "above" if difference > 0 else "below"
         return Judgement(f"{who}, {how_far} {side} {against}; how sure that is, is not known.", "unknown", remedy)
     if abs(difference) <= both:
-        sentence = (
-            f"Cannot tell: {who}, {against} needs no model, and they differ by {difference:+.4f} {width_text(both)}."
-        )
+        sentence = f"Cannot tell: {who}, {against} needs no model, and they differ by {difference:+.4f} {unpaired}."
         return Judgement(sentence, "open", remedy)
     if difference > 0:
         return Judgement(f"{who}, {how_far} above {against}, which needs no model.", "above", remedy)

@@ -31,12 +31,12 @@ def _floor(root, name, auc, **changes):
 @pytest.mark.parametrize(
     ("floor", "kind", "words"),
     [
-        (0.70, "above", "0.1000 ± 0.0283 above boosted trees (0.7000 ± 0.0200), which needs no model."),
-        (0.79, "open", "Cannot tell: NT has a test AUC of 0.8000 ± 0.0200, boosted trees"),
+        (0.70, "above", "0.1000 +- 0.0283 (unpaired) above boosted trees (0.7000 +- 0.0200), which needs no model."),
+        (0.79, "open", "Cannot tell: NT has a test AUC of 0.8000 +- 0.0200, boosted trees"),
         (
             0.90,
             "below",
-            "0.1000 ± 0.0283 below boosted trees (0.9000 ± 0.0200), which needs no model: use that instead.",
+            "0.1000 +- 0.0283 (unpaired) below boosted trees (0.9000 +- 0.0200), which needs no model: use that",
         ),
     ],
 )
@@ -107,7 +107,7 @@ def test_intervals_stand_beside_scores_of_old_files_too(tmp_path):
     write_run(tmp_path / "a", scores={"test": scored(0.8, label_rate=0.25)})
     (row,) = _result(tmp_path)[0].summary.groups[0]
     notes = {cell.text: cell.note for cell in row.cells}
-    assert notes["0.8000"].startswith("± 0.0")  # by Hanley and McNeil, from 50 positives of 200
+    assert notes["0.8000"].startswith("+- 0.0")  # by Hanley and McNeil, from 50 positives of 200
     assert _result(tmp_path)[0].highlight.width == notes["0.8000"]
 
 
