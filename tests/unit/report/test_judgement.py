@@ -36,7 +36,8 @@ def _floor(root, name, auc, **changes):
         (
             0.90,
             "below",
-            "0.1000 +- 0.0283 (unpaired) below boosted trees (0.9000 +- 0.0200), which needs no model: use that",
+            "0.1000 +- 0.0283 (unpaired) below boosted trees (0.9000 +- 0.0200), which needs no model: "
+            "use that instead.",
         ),
     ],
 )
