@@ -7,7 +7,10 @@ import torch
 
 from gpsd_dist.batch.batch import Bag
 from gpsd_dist.batch.packing import Packing
-from gpsd_dist.model.matches import matches
+from gpsd_dist.config import ModelConfig, TablesConfig
+from gpsd_dist.model.embeddings import ContextEmbedder
+from gpsd_dist.model.matches import NUM_MATCHES, matches
+from tests.helpers.synthetic import make_manifest
 
 
 def test_matches_are_those_of_a_loop():
@@ -68,3 +71,17 @@ def test_bags_alone_are_no_values():
     """Candidates whose bags are all empty have no match, whatever the history."""
     found = matches(packed([[3], [4]]), packed([[], []]), Packing.from_lengths(np.array([2]), np.array([2])))
     assert found.tolist() == [[0.0] * 3] * 2
+
+
+def test_heads_get_matches_of_every_shared_feature_and_of_bags_if_asked():
+    """A run of before has matches without those of bags, and its weights must go on fitting."""
+    manifest, tables = make_manifest(), TablesConfig(embedding_dim=8)
+    shared = [f for f in manifest.features_in("candidate") if "history" in f.places and f.table is not None]
+    bags = [f for f in shared if f.is_bag]
+    none, before, full = (
+        ContextEmbedder(manifest, tables, ModelConfig(context_dim=4, matches=matched, bag_matches=with_bags), ())
+        for matched, with_bags in ((False, True), (True, False), (True, True))
+    )
+    assert 0 < len(bags) < len(shared)
+    assert before.width - none.width == NUM_MATCHES * (len(shared) - len(bags))
+    assert full.width - none.width == NUM_MATCHES * len(shared)
