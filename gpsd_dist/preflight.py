@@ -96,6 +96,17 @@ def _validation_has_tasks(run: RunConfig, manifest: Manifest) -> _Problems:
         yield f"{run.data_dir} has no task, so there is nothing to score in 'valid'"
 
 
+def _offset_is_a_number(run: RunConfig, manifest: Manifest) -> _Problems:
+    """Log-odds are read as the log has them: a count, or what is seen as a logarithm, is another quantity."""
+    numbers = [f for f in manifest.features_in("candidate") if f.kind == "numerical" and not f.counts and not f.log]
+    names = [feature.name for feature in numbers]
+    if run.stage == "finetune" and run.finetune.offset and run.finetune.offset not in names:
+        yield (
+            f"FinetuneConfig.offset {run.finetune.offset!r} is no numerical feature of candidates with log-odds in it; "
+            f"{run.data_dir} has {names}: name one, or build the data with such a column (docs/train.md)"
+        )
+
+
 def _counted_items_have_a_vocabulary(run: RunConfig, manifest: Manifest) -> _Problems:
     """Items share hashed rows, and managed rows change hands: a bias or a count would be of several items."""
     pretrain, table = run.pretrain, manifest.feature(manifest.item_feature).table
@@ -128,6 +139,7 @@ RULES = (
     _managed_tables_are_whole,
     _validation_has_rows,
     _validation_has_tasks,
+    _offset_is_a_number,
     _counted_items_have_a_vocabulary,
     _frozen_rows_are_old_rows,
 )

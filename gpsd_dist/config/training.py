@@ -113,6 +113,9 @@ class FinetuneConfig:
     warm_start: bool = False
     """FT, FT_SF: take over all of INIT_CHECKPOINT, a finetuning of the same model: every table, and the heads too, to
     go on with new rows (docs/daily.md). Its optimizers start anew. False: the tower, and TRANSFER_TABLES."""
+    offset: str = ""
+    """Numerical feature of candidates that holds the log-odds of the first trained task by another model: its logit is
+    the feature's value plus what this model learns, a residual (docs/train.md). Empty: none."""
 
 
 @checked()

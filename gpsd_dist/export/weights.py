@@ -32,6 +32,7 @@ def write_dense(draft: Draft, reader: Reader, run: RunConfig, manifest: Manifest
         "model": dataclasses.asdict(run.model),
         "tables": dataclasses.asdict(run.tables),
         "tasks": [task.name for task in trained_tasks(run.finetune, manifest)],
+        "offset": run.finetune.offset,
     }
     draft.write_json(MODEL_NAME, options)
 

@@ -100,10 +100,21 @@ def _token_features(manifest: Manifest, place: str) -> tuple[Feature, ...]:
 
 
 class ContextEmbedder(nn.Module):
-    """Gives the ranking heads what the state lacks: request features, those of candidates alone, and `matches`."""
+    """Gives the ranking heads what the state lacks: request features, those of candidates alone, and `matches`.
 
-    def __init__(self, manifest: Manifest, tables: TablesConfig, model: ModelConfig, sharded: tuple[Table, ...]):
+    With `offset`, the name of a numerical feature of candidates, the last column is its value as in the log.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        tables: TablesConfig,
+        model: ModelConfig,
+        sharded: tuple[Table, ...],
+        offset: str = "",
+    ):
         super().__init__()
+        self.offset = manifest.feature(offset) if offset else None
         context_dim = model.context_dim
         self.request_features = manifest.features_in("context")
         self.candidate_features = tuple(f for f in manifest.features_in("candidate") if "history" not in f.places)
@@ -134,9 +145,8 @@ class ContextEmbedder(nn.Module):
         wanted = [f for f in shared if f.kind == "categorical" and (model.bag_matches or not f.is_bag)]
         matched = wanted if model.matches else []
         self.matched = tuple(f.name for f in matched)
-        self.width = (
-            sum(widths) + NUM_MATCHES * len(matched) + context_dim * len(self.buckets)
-        )  # 0 if the data set has no such feature
+        # 0 if the data set has no such feature
+        self.width = sum(widths) + NUM_MATCHES * len(matched) + context_dim * len(self.buckets) + bool(offset)
 
     def forward(self, embeddings: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
         """Returns [C, self.width]; request features are repeated for the request's candidates."""
@@ -146,6 +156,8 @@ class ContextEmbedder(nn.Module):
         parts += [self._embed(embeddings, f, batch.candidate[f.name]) for f in self.candidate_features]
         parts += [self.buckets[module_key(n)](batch.candidate[n]) for n in self.numbers if n not in batch.context]
         parts += [matches(batch.history[name], batch.candidate[name], batch.packing) for name in self.matched]
+        if (offset := self.offset) is not None:
+            parts.append((batch.candidate[offset.name] * offset.std + offset.mean)[:, None])
         return torch.cat(parts, dim=-1)
 
     def _embed(self, embeddings: dict[str, torch.Tensor], feature: Feature, column: Column) -> torch.Tensor:

@@ -140,13 +140,15 @@ class RankingModel(Replaceable):
         model: ModelConfig,
         sharded: tuple[Table, ...],
         tasks: tuple[str, ...],
+        offset: str = "",
     ):
         super().__init__()
         self.backbone = Backbone(manifest, tables, model, sharded)
-        self.context = ContextEmbedder(manifest, tables, model, sharded)
-        tower = self.backbone.tower
-        in_width = tower.out_width + self.context.width
-        self.heads = RankingHeads(tasks, in_width, tower.mlp_widths, model.head_init_std, tower.direct_width)
+        self.context = ContextEmbedder(manifest, tables, model, sharded, offset)
+        tower, has_offset = self.backbone.tower, bool(offset)
+        in_width = tower.out_width + self.context.width - has_offset
+        sizes = in_width, tower.mlp_widths, model.head_init_std, tower.direct_width
+        self.heads = RankingHeads(tasks, *sizes, has_offset)
 
     def forward(self, embeddings: dict[str, torch.Tensor], batch: Batch, with_history: bool = False):
         """Returns task -> logits float32 [C]; `with_history`: (those logits, HistoryStates)."""

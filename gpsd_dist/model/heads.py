@@ -24,7 +24,8 @@ class RankingHeads(nn.Module):
     """Has one MLP per task: state + context -> hidden widths -> 1, with ReLU.
 
     The first `direct_width` columns of the state skip the hidden layers and enter the last one, which then follows the
-    last hidden layer without a ReLU in between (DeepFM's official form).
+    last hidden layer without a ReLU in between (DeepFM's official form). With `has_offset` the last column, beyond
+    `in_width`, is added to the logit of the first task, and no layer sees it.
     """
 
     def __init__(
@@ -34,17 +35,22 @@ class RankingHeads(nn.Module):
         hidden_widths: tuple[int, ...],
         init_std: float,
         direct_width: int = 0,
+        has_offset: bool = False,
     ):
         super().__init__()
-        self.tasks, self.direct_width = tasks, direct_width
+        self.tasks, self.direct_width, self.has_offset = tasks, direct_width, has_offset
         self.mlps = nn.ModuleDict({module_key(task): _mlp(in_width, hidden_widths, direct_width) for task in tasks})
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 init_linear(module, init_std)
 
     def forward(self, x_C: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Maps [C, in_width] to task -> logits float32 [C]; for a conditional task, of the conditional probability."""
-        return {task: self._logit(self.mlps[module_key(task)], x_C).squeeze(-1).float() for task in self.tasks}
+        """Maps [..., in_width (+ 1)] to task -> logits float32 [...]; of a conditional task: the conditional ones."""
+        x_C, offset_C = (x_C[..., :-1], x_C[..., -1]) if self.has_offset else (x_C, None)
+        logits = {task: self._logit(self.mlps[module_key(task)], x_C).squeeze(-1).float() for task in self.tasks}
+        if offset_C is not None:
+            logits[self.tasks[0]] = logits[self.tasks[0]] + offset_C
+        return logits
 
     def _logit(self, mlp: nn.Sequential, x_C: torch.Tensor) -> torch.Tensor:
         if not self.direct_width:

@@ -68,7 +68,8 @@ class Scorer:
                 f"{artefact.folder} scores no task; an index is searched: python -m gpsd_dist.index search"
             )
         names = tuple(task.name for task in self.tasks)
-        self.model = build_model(artefact, functools.partial(RankingModel, tasks=names))
+        offset = artefact.read_json(MODEL_NAME).get("offset", "")
+        self.model = build_model(artefact, functools.partial(RankingModel, tasks=names, offset=offset))
         self.tables = map_tables(artefact.root, artefact.description.tables)
 
         self.two_part = _two_part(artefact, self.model, tuple(task.name for task in self.tasks), cache_bytes)

@@ -17,7 +17,6 @@ from gpsd_dist.model.gpsd import RankingModel
 from gpsd_dist.model.hstu import HSTU
 from gpsd_dist.model.sasrec import SASRec
 from gpsd_dist.model.transformer import ROPE_THETA, Transformer
-from gpsd_dist.parameter_names import module_key
 from gpsd_dist.serving.layer_forms import HSTULayer, Layer, SASRecLayer, TransformerLayer, Turn
 
 LAYERS: dict[type, typing.Callable[..., typing.Any]] = {
@@ -95,7 +94,7 @@ class Score(_Form):
         super().__init__(tower)
         gain = tower.norm.weight.detach() if isinstance(tower, Transformer) else None
         self.gain = None if gain is None else nn.Parameter(gain, requires_grad=False)
-        self.mlps = nn.ModuleList(model.heads.mlps[module_key(task)] for task in tasks)
+        self.heads, self.tasks = model.heads, tasks
 
     def forward(
         self,
@@ -117,5 +116,5 @@ class Score(_Form):
             x_BKD = layer.after(x_BKD, normed_BKD, layer.of_candidates(read, own, distance_BW, bucket_BV))
         if self.gain is not None:
             x_BKD = typing.cast("Layer", self.layers[0]).normed(x_BKD) * self.gain
-        state = torch.cat([x_BKD, context_BKC], -1)
-        return torch.stack([mlp(state).squeeze(-1) for mlp in self.mlps])
+        logits = self.heads(torch.cat([x_BKD, context_BKC], -1))
+        return torch.stack([logits[task] for task in self.tasks])

@@ -60,7 +60,7 @@ class Finetune:
     def model(self, sharded: tuple[Table, ...]) -> nn.Module:
         """Builds the tower, the embedding of the context, and an MLP head per task."""
         names = tuple(task.name for task in self.tasks)
-        return RankingModel(self.manifest, self.run.tables, self.run.model, sharded, names)
+        return RankingModel(self.manifest, self.run.tables, self.run.model, sharded, names, self.config.offset)
 
     def counts(self, batch: Batch) -> torch.Tensor:
         """Counts the observed labels of each task, and the history tokens that another one precedes: float32 [L]."""

@@ -105,6 +105,18 @@ def test_every_tower_scores_as_evaluated(name, data_dir, tmp_path, one_rank):
     assert raw_difference(source, tmp_path / "artefact", one_rank) <= TOLERANCE
 
 
+@pytest.mark.parametrize(("name", "engine"), [("transformer", "eager"), ("transformer", "onnx"), ("deepfm", "eager")])
+def test_a_residual_on_another_model_is_served_as_evaluated(name, engine, data_dir, tmp_path, one_rank):
+    if engine == "onnx":
+        pytest.importorskip("onnxscript")
+    parts = {"model": {"name": name}, "train": {"max_steps": 4}, "finetune": {"offset": "discount"}}
+    train_runs(0, 1, [tiny_run("finetune", data_dir, tmp_path / "run", **parts)])
+    source = read_source(tmp_path / "run", str(data_dir))
+    export(source, tmp_path / "artefact", Options(engine=engine))
+    assert largest_difference(source, tmp_path / "artefact", one_rank) <= TOLERANCE
+    assert raw_difference(source, tmp_path / "artefact", one_rank) <= TOLERANCE
+
+
 @pytest.mark.parametrize("kind", ["managed", "hashed"])
 def test_tables_without_a_vocabulary_are_scored_alike(kind, tmp_path, one_rank):
     tables = {"item": (kind, 32), "tag": (kind, 14 if kind == "managed" else 25)}

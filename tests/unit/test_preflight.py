@@ -7,7 +7,7 @@ import pytest
 from gpsd_dist.config import DataConfig, FinetuneConfig, ModelConfig, RunConfig, TablesConfig, TrainConfig
 from gpsd_dist.config.execution import ExecutionConfig
 from gpsd_dist.preflight import check_options_against_data
-from gpsd_dist.schema import Split
+from gpsd_dist.schema import Feature, Split
 from tests.helpers.synthetic import make_manifest
 
 
@@ -79,3 +79,16 @@ def test_a_history_longer_than_the_data_is_spoken_of_only_where_somebody_asked_f
     run = RunConfig("finetune", "d", "o", data=DataConfig(max_history_length=given))
     check_options_against_data(run, manifest)
     assert (f"max_history_length {given} has no effect" in caplog.text) == says
+
+
+@pytest.mark.parametrize("given", ["rates", "item", "age", "count_total_item"])
+def test_an_offset_must_be_a_number_of_candidates_as_the_log_has_it(given):
+    splits = (Split("valid", (), 5, 9, 5, 3, 4), Split("train", (), 5, 9, 5, 1, 2))
+    counted = Feature("count_total_item", ("candidate",), "numerical", counts="item", log=True)
+    manifest = make_manifest()
+    manifest = dataclasses.replace(manifest, splits=splits, features=(*manifest.features, counted))
+    run = RunConfig("finetune", "d", "o", finetune=FinetuneConfig(offset=given))
+    words = rf"offset '{given}' is no numerical feature of candidates .*; d has \['price', 'discount'\]: name one"
+    with pytest.raises(ValueError, match=words):
+        check_options_against_data(run, manifest)
+    check_options_against_data(dataclasses.replace(run, finetune=FinetuneConfig(offset="discount")), manifest)

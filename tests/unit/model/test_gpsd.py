@@ -43,6 +43,22 @@ def ranking(model=MODEL, tasks=("click", "buy"), num_rows=9):
     return fill_(RankingModel(MANIFEST, CONFIG, model, sharded, tasks)), tables(batch.lookup), batch
 
 
+def test_an_offset_is_the_number_of_the_log_and_not_the_standardised_one():
+    """A model that has learnt nothing (a last layer of zeros) gives the other model's log-odds back."""
+    features = [dataclasses.replace(f, mean=-1.5, std=0.5) if f.name == "discount" else f for f in MANIFEST.features]
+    manifest = dataclasses.replace(MANIFEST, features=tuple(features))
+    _, rows, batch = ranking()
+    sharded = lookup_tables(manifest, CONFIG, with_candidates=True)
+    model = fill_(RankingModel(manifest, CONFIG, MODEL, sharded, ("click", "buy"), "discount"))
+    with torch.no_grad():
+        for mlp in model.heads.mlps.values():
+            mlp[-1].weight.zero_(), mlp[-1].bias.zero_()
+        logits = model(rows, batch)
+    assert len(batch.candidate["discount"].unique()) > 3
+    torch.testing.assert_close(logits["click"], batch.candidate["discount"] * 0.5 - 1.5)
+    assert not logits["buy"].any()
+
+
 @pytest.mark.parametrize(("revision", "eps"), [(1, 1e-5), (2, 1e-6)])
 def test_projections_where_the_widths_differ(revision, eps):
     """RMSNorm + linear in, linear + RMSNorm out (official settings)."""

@@ -22,3 +22,13 @@ def test_without_hidden_layers_the_head_is_linear():
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     [linear] = heads.mlps["click"]
     torch.testing.assert_close(heads(x)["click"], x @ linear.weight[0] + linear.bias)
+
+
+def test_an_offset_is_added_to_the_first_task_and_seen_by_no_layer():
+    plain = fill_(RankingHeads(("click", "buy"), 7, (5, 4), 0.02, direct_width=2))
+    heads = fill_(RankingHeads(("click", "buy"), 7, (5, 4), 0.02, direct_width=2, has_offset=True))
+    assert [p.shape for p in heads.parameters()] == [p.shape for p in plain.parameters()]
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    found, expected = heads(x), plain(x[:, :7])
+    assert torch.equal(found["click"], expected["click"] + x[:, 7])
+    assert torch.equal(found["buy"], expected["buy"])
