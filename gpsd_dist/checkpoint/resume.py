@@ -91,7 +91,7 @@ def in_saved_revision(run: RunConfig, start: Location | None) -> RunConfig:
         return run
     checkpoint = start if start is not None else manager.find_together(origin)
     saved = read_run(checkpoint).run_config["model"]
-    names = ("revision", "matches") if run.finetune.warm_start else ("revision",)
+    names = ("revision", *["matches", "bag_matches"] * run.finetune.warm_start)
     changed = {name: saved[name] for name in names if saved[name] != getattr(run.model, name)}
     if saved["name"] != run.model.name or not changed:
         return run

@@ -181,13 +181,14 @@ def test_a_warm_start_takes_every_table_and_the_heads(trained, data_dir, tmp_pat
 
 def test_a_warm_start_keeps_the_heads_as_they_were_built(trained, data_dir, tmp_path, one_rank, caplog):
     """A run of before `matches`, or with other options, must go on where 'auto' would add inputs to its heads."""
-    options = {"finetune": {"warm_start": True}, "model": {"matches": True}, "train": {"max_steps": 1}}
+    options = {"finetune": {"warm_start": True}, "train": {"max_steps": 1}}
+    options |= {"model": {"matches": True, "bag_matches": True}}
     run = _run(data_dir, trained / "FT", tmp_path / "warm", "FT", **options)
     Trainer(run, one_rank).train()
     assert "ModelConfig.matches is False, that of" in caplog.text
     again = Trainer(run, one_rank)  # the same command goes on
     again.load_weights()
-    assert again.step == 1 and not again.run.model.matches
+    assert again.step == 1 and not again.run.model.matches and not again.run.model.bag_matches
     wider = _run(data_dir, trained / "FT", tmp_path / "no", "FT", **options | {"model": {"context_dim": 8}})
     with pytest.raises(ValueError, match=r"other options: context_dim 4 there, 8 here; set .* leave out warm_start"):
         Trainer(wider, one_rank).load_weights()
