@@ -185,7 +185,7 @@ def test_a_warm_start_keeps_the_heads_as_they_were_built(trained, data_dir, tmp_
     options |= {"model": {"matches": True, "bag_matches": True}}
     run = _run(data_dir, trained / "FT", tmp_path / "warm", "FT", **options)
     Trainer(run, one_rank).train()
-    assert "ModelConfig.matches is False, that of" in caplog.text
+    assert "ModelConfig.matches is False, ModelConfig.bag_matches is False, that of" in caplog.text
     again = Trainer(run, one_rank)  # the same command goes on
     again.load_weights()
     assert again.step == 1 and not again.run.model.matches and not again.run.model.bag_matches
