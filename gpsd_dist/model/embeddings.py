@@ -157,7 +157,9 @@ class ContextEmbedder(nn.Module):
         parts += [self.buckets[module_key(n)](batch.candidate[n]) for n in self.numbers if n not in batch.context]
         parts += [matches(batch.history[name], batch.candidate[name], batch.packing) for name in self.matched]
         if (offset := self.offset) is not None:
-            parts.append((batch.candidate[offset.name] * offset.std + offset.mean)[:, None])
+            standard_C = batch.candidate[offset.name]
+            assert isinstance(standard_C, torch.Tensor)  # a number is no bag
+            parts.append((standard_C * offset.std + offset.mean)[:, None])
         return torch.cat(parts, dim=-1)
 
     def _embed(self, embeddings: dict[str, torch.Tensor], feature: Feature, column: Column) -> torch.Tensor:
