@@ -295,9 +295,9 @@ def full_run():
         data=DataConfig(7, 0, 640, 9, 8, 3, 4, "cache", 0.5, 0.02),
         tables=TablesConfig(32, 9, {"item": "table_wise"}, ("item", "tag"), 0.1, "fp16", "unknown"),
         ids=IdsConfig({"item": "managed"}, {"item": 50}, 5, "lru"),
-        model=ModelConfig("hstu", 2, 32, 2, 0.1, 0.05, 8, False, 99, 5, 7, False, 1, "by_width", True, True),
+        model=ModelConfig("hstu", 2, 32, 2, 0.1, 0.05, 8, False, 99, 5, 7, False, 1, "by_width", True, True, True),
         pretrain=PretrainConfig(0.1, "position", 3, 5, 0.2, True, True, (3.0, 14.0), ("category", "brand"), 0.5),
-        finetune=FinetuneConfig({"click": 0.5, "buy": 2}, True, True, 0.5, True),
+        finetune=FinetuneConfig({"click": 0.5, "buy": 2}, True, True, 0.5, True, "floor"),
         dense=OptimizerConfig("adamw", 0.2, 0.8, 0.7, 1e-6, 0.3),
         sparse=OptimizerConfig("sgd", 0.3, 0.5, 0.6, 1e-5, 0.0),
         train=TrainConfig(
@@ -341,7 +341,7 @@ def test_a_run_of_commit_14e4532_is_read(name):
     # Tower and tables are equally wide.
     raw["model"] |= {"revision": 2, "parametrization": "official", "matches": False, "number_buckets": False}
     raw["model"] |= {"bag_matches": False}
-    raw["finetune"] |= {"weighted_metrics": False, "warm_start": False}
+    raw["finetune"] |= {"weighted_metrics": False, "warm_start": False, "offset": ""}
     raw["train"] |= {"average_fraction": 0.0, "mlflow_uri": ""}
     raw["execution"] |= {"matmul_dtype": "auto"}
     raw["pretrain"] |= {"popular_share": 0.0, "log_q": False, "item_bias": False, "recent_days": []}
