@@ -112,7 +112,8 @@ class _Daily:
         self._runner.display.say(
             f"epochs of a training from scratch: {epochs}, of a warm start: {self._args.warm_epochs}"
         )
-        given = [f"--gin.ModelConfig.{name}={model[name]}" for name in ("matches", "bag_matches")]
+        # A choice of before an option was there was made without it.
+        given = [f"--gin.ModelConfig.{name}={model.get(name, False)}" for name in ("matches", "bag_matches")]
         self._options = (*given, "--gin.PATIENCE=0")
         self._start = (f"--gin.STRATEGY={self._strategy}", f"--gin.EPOCHS={epochs}", *self._start)
         return True

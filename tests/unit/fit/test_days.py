@@ -266,7 +266,7 @@ class FakeRunner:
 @pytest.fixture
 def told(days, tmp_path, monkeypatch):
     """Runs all days with a runner that only records; the first training was best after 2.6 epochs."""
-    best = argparse.Namespace(run_config={"model": {"matches": True}})
+    best = argparse.Namespace(run_config={"model": {"matches": True}})  # of before bag_matches
     monkeypatch.setattr(daily.manager, "find", lambda folder: folder)
     monkeypatch.setattr(daily, "read_run", lambda folder: best)
     monkeypatch.setattr(daily, "epochs_done", lambda state: 2.6)
@@ -313,6 +313,7 @@ def test_a_warm_start_begins_with_the_model_of_the_day_before(told, days):
             2,
             3,
         ) and warm.model.matches is scratch.model.matches is True
+        assert warm.model.bag_matches is scratch.model.bag_matches is False
         new, everything = (schema.read_manifest(run.data_dir).split("train") for run in (warm, scratch))
         assert new.time_from_s // DAY_S == new.time_to_s // DAY_S == everything.time_to_s // DAY_S
         assert everything.time_from_s // DAY_S == DAY
