@@ -27,8 +27,8 @@ _OPTIONS = (
     ("dense", "peak_lr"),
 )
 _MAX_WARMUP_STEPS = 500  # official settings
-_RATE_WIDTH = 64  # up to this width the peak rate is _RATE; above, it falls as 1 / width (arXiv:2203.03466, Adam)
-_RATE, _MIN_RATE = 3e-3, 5e-4
+_RATE_WIDTH = 64  # up to this width the peak rate is the stage's; above, it falls as 1 / width (arXiv:2203.03466, Adam)
+_MIN_RATE = 5e-4
 _DROPOUT_PER_DOUBLING = 0.05
 _MIN_PATIENCE = 3
 _AVERAGE_FRACTION = 0.1  # whatever the data; 'auto', so that a run from before there was one goes on without
@@ -50,14 +50,16 @@ class _Aim:
     steps: int
     epochs: tuple[int, int]
     max_dropout: float
+    rate: float
+    """Peak rate of the dense part up to _RATE_WIDTH."""
 
 
 _AIMS = {
     "pretrain": _Aim(
-        batch_rows=(64, 512), steps_per_epoch=64, least_steps=0, steps=1500, epochs=(10, 15), max_dropout=0.2
+        batch_rows=(64, 512), steps_per_epoch=64, least_steps=0, steps=1500, epochs=(10, 15), max_dropout=0.2, rate=5e-3
     ),
     "finetune": _Aim(
-        batch_rows=(64, 512), steps_per_epoch=32, least_steps=400, steps=500, epochs=(3, 16), max_dropout=0.2
+        batch_rows=(64, 512), steps_per_epoch=32, least_steps=400, steps=500, epochs=(3, 16), max_dropout=0.2, rate=3e-3
     ),
 }
 
@@ -120,7 +122,7 @@ def _choose(run: RunConfig, manifest: Manifest) -> _Numbers:
     steps = max(1, -(-per_epoch // per_batch))
     epochs = run.train.epochs if run.train.epochs != AUTO else _within(aim.epochs, -(-aim.steps // steps))
     warmup = min(0.1, _MAX_WARMUP_STEPS / (steps * epochs))
-    rate = max(_MIN_RATE, _RATE * min(1.0, _RATE_WIDTH / run.model.width))
+    rate = max(_MIN_RATE, aim.rate * min(1.0, _RATE_WIDTH / run.model.width))
     return {
         "data": {"global_batch_rows": batch},
         "train": {

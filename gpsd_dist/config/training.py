@@ -125,8 +125,8 @@ class OptimizerConfig:
     name: typing.Annotated[str, one_of(("adamw", *SPARSE_OPTIMIZERS))]
     """dense: adamw. sparse: rowwise_adagrad, adagrad or sgd; on CUDA also adam, partial_rowwise_adam or lamb."""
     peak_lr: typing.Annotated[NotNegative, OrAuto]
-    """Learning rate after warm-up, where the cosine begins. 'auto' (dense alone): 3e-3 up to width 64, beyond it as
-    1 / width, at least 5e-4."""
+    """Learning rate after warm-up, where the cosine begins. 'auto' (dense alone): 5e-3 (finetuning: 3e-3) up to
+    width 64, beyond it as 1 / width, at least 5e-4."""
     beta1: float = 0.9
     """Decay of the mean of gradients per step; Adam family and LAMB."""
     beta2: float = 0.98

@@ -105,12 +105,15 @@ def test_a_run_from_before_weights_were_averaged_goes_on_without():
     assert resolve(left, manifest_of(9), saved)[0].train.average_fraction == 0.0
 
 
-def test_the_rate_falls_with_the_width():
+@pytest.mark.parametrize(
+    ("stage", "expected"), [("finetune", [3e-3, 3e-3, 1.5e-3, 5e-4]), ("pretrain", [5e-3, 5e-3, 2.5e-3, 5e-4])]
+)
+def test_the_rate_falls_with_the_width(stage, expected):
     rates = [
-        resolve(run_of(model=ModelConfig(width=width, heads=4)), manifest_of(100))[0].dense.peak_lr
+        resolve(run_of(stage, model=ModelConfig(width=width, heads=4)), manifest_of(100))[0].dense.peak_lr
         for width in (32, 64, 128, 4096)
     ]
-    assert rates == [3e-3, 3e-3, 1.5e-3, 5e-4]
+    assert rates == expected
 
 
 def test_a_given_value_wins_and_the_others_follow_from_it():
