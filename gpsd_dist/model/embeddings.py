@@ -102,7 +102,8 @@ def _token_features(manifest: Manifest, place: str) -> tuple[Feature, ...]:
 class ContextEmbedder(nn.Module):
     """Gives the ranking heads what the state lacks: request features, those of candidates alone, and `matches`.
 
-    With `offset`, the name of a numerical feature of candidates, the last column is its value as in the log.
+    With `offset`, the name of a numerical feature of candidates, the last column is its value as in the log. ValueError
+    if it is none.
     """
 
     def __init__(
@@ -115,6 +116,8 @@ class ContextEmbedder(nn.Module):
     ):
         super().__init__()
         self.offset = manifest.feature(offset) if offset else None
+        if self.offset and (self.offset.kind != "numerical" or "candidate" not in self.offset.places):
+            raise ValueError(f"offset {offset!r} is no numerical feature of candidates")
         context_dim = model.context_dim
         self.request_features = manifest.features_in("context")
         self.candidate_features = tuple(f for f in manifest.features_in("candidate") if "history" not in f.places)

@@ -59,6 +59,13 @@ def test_an_offset_is_the_number_of_the_log_and_not_the_standardised_one():
     assert not logits["buy"].any()
 
 
+@pytest.mark.parametrize("name", ["item", "age"])
+def test_an_offset_of_another_kind_is_refused(name):
+    sharded = lookup_tables(MANIFEST, CONFIG, with_candidates=True)
+    with pytest.raises(ValueError, match=f"offset '{name}' is no numerical feature of candidates"):
+        RankingModel(MANIFEST, CONFIG, MODEL, sharded, ("click",), name)
+
+
 @pytest.mark.parametrize(("revision", "eps"), [(1, 1e-5), (2, 1e-6)])
 def test_projections_where_the_widths_differ(revision, eps):
     """RMSNorm + linear in, linear + RMSNorm out (official settings)."""
