@@ -126,3 +126,14 @@ def test_hints_name_what_these_data_show():
     for words in (*expected, "50% of the test candidates", "another --seed", "--models"):
         assert words in found
     assert "events per item" not in found  # 90,000 events of 200 items
+
+
+def test_counts_are_advised_below_a_floor_where_nothing_is_counted():
+    judged, looked = judge((*FLOORS, entry("NT", "model", 0.1, 3)), "click"), facts()
+    assert "--counts 7d,30d,total" in "\n".join(hints("click", judged[-1], judged, looked))
+    counted = schema.Feature("count_total_item", ("candidate",), "numerical", counts="item", log=True)
+    manifest = dataclasses.replace(looked.manifest, features=(*looked.manifest.features, counted))
+    looked = dataclasses.replace(looked, manifest=manifest)
+    assert "--counts" not in "\n".join(hints("click", judged[-1], judged, looked))
+    above = judge((*FLOORS, entry("FT_SF", "model", 1.6, 5)), "click")
+    assert "--counts" not in "\n".join(hints("click", above[-1], above, facts()))
