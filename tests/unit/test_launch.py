@@ -45,7 +45,7 @@ def fake_bin(tmp_path):
         "torchrun": "#!/bin/false\n",
         "python": f"#!{sys.executable}\n{report}\n",
         "srun": '#!/bin/sh\nshift\nexec "$@"\n',
-        "scontrol": "#!/bin/sh\necho node-a\necho node-b\n",
+        "scontrol": "#!/bin/sh\necho node-a\nsleep 0.2\necho node-b\n",  # a reader that leaves early would kill it
     }
     for name, text in scripts.items():
         (folder / name).write_text(text)
