@@ -21,8 +21,11 @@ from gpsd_dist.validation import AUTO
 log = logging.getLogger(__name__)
 _TOWER_OPTIONS = ("layers", "heads", "time_bias", "revision")
 """Options of ModelConfig that change what a tower computes but not the shapes of its weights, or not all of them."""
-_HEAD_OPTIONS, _SCORE_OPTIONS = ("context_dim", "number_buckets"), ("item_bias", "recent_days")
-"""Options of ModelConfig and PretrainConfig that decide what there is beside the tower."""
+_AROUND_TOWER = {
+    "finetune": (("model", "context_dim"), ("model", "number_buckets"), ("finetune", "offset")),
+    "pretrain": (("pretrain", "item_bias"), ("pretrain", "recent_days")),
+}
+"""Options, by stage, that decide what there is beside the tower."""
 
 
 def transfer(run: RunConfig, manifest: Manifest, own: loading.Tensors) -> str:
@@ -51,7 +54,7 @@ def transfer(run: RunConfig, manifest: Manifest, own: loading.Tensors) -> str:
     tables = dict(weights) if is_whole else {name: weights[name] for name in run.tables.transfer}
     is_whole |= run.stage == state.run_config["stage"] == "pretrain"  # pretraining goes on with all of its dense part
     if is_whole and run.transfers_tower:
-        _check_around_tower(run, state, checkpoint)
+        _check_around_tower(run, manifest, state, checkpoint)
     moves = "" if is_whole else BACKBONE
     moved = {name: value for name, value in dense.items() if run.transfers_tower and name.startswith(moves)}
     maps = {name: state for name, state in own.get(IDS, {}).items() if name in tables}
@@ -178,11 +181,15 @@ def _check_tower(run: RunConfig, state: manager.RunState, checkpoint: Location) 
         )
 
 
-def _check_around_tower(run: RunConfig, state: manager.RunState, checkpoint: Location) -> None:
-    """Checks that the rest of the dense part is built alike. Shapes do not tell two windows of days from two others."""
-    part, names = ("pretrain", _SCORE_OPTIONS) if run.stage == "pretrain" else ("model", _HEAD_OPTIONS)
-    theirs, mine = state.run_config[part], json.loads(json.dumps(dataclasses.asdict(getattr(run, part))))
-    different = [f"{n} {theirs[n]} there, {mine[n]} here" for n in names if theirs[n] != mine[n]]
+def _check_around_tower(run: RunConfig, manifest: Manifest, state: manager.RunState, checkpoint: Location) -> None:
+    """Checks that the rest of the dense part is built alike. Shapes do not tell, of windows of days or of an offset."""
+    theirs, mine = state.run_config, json.loads(json.dumps(dataclasses.asdict(run)))
+    read = [(name, theirs[part][name], mine[part][name]) for part, name in _AROUND_TOWER[run.stage]]
+    if run.finetune.offset:  # the logit of the first trained task has it
+        weights = theirs["finetune"]["task_weights"], mine["finetune"]["task_weights"]
+        first = (next(t.name for t in manifest.tasks if of.get(t.name, 1.0) > 0) for of in weights)
+        read.append(("task of the offset", *first))
+    different = [f"{name} {there!r} there, {here!r} here" for name, there, here in read if there != here]
     if different:
         fix = "take the tables alone with STRATEGY ST or ST_SF" if run.stage == "pretrain" else "leave out warm_start"
         raise ValueError(

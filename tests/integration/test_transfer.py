@@ -194,6 +194,21 @@ def test_a_warm_start_keeps_the_heads_as_they_were_built(trained, data_dir, tmp_
         Trainer(wider, one_rank).load_weights()
 
 
+def test_a_warm_start_keeps_the_offset_of_its_heads(data_dir, tmp_path, one_rank):
+    """Heads that learnt a residual are as wide as others, and so are those that learnt none."""
+    length, residual = {"train": {"max_steps": 1}}, {"offset": "discount"}
+    for name, finetune in (("plain", {}), ("residual", residual)):
+        train_runs(0, 1, [_run(data_dir, "", tmp_path / name, "NT", finetune=finetune, **length)])
+    for name, finetune, different in (
+        ("plain", residual, "offset '' there, 'discount' here"),
+        ("residual", {}, "offset 'discount' there, '' here"),
+        ("residual", residual | {"task_weights": {"click": 0.0}}, "task of the offset 'click' there, 'buy' here"),
+    ):
+        run = _run(data_dir, tmp_path / name, tmp_path / "no", "FT", finetune=finetune | {"warm_start": True})
+        with pytest.raises(ValueError, match=f"has other options: {different}"):
+            Trainer(run, one_rank).load_weights()
+
+
 def test_a_pretraining_goes_on_with_the_scores_that_it_learnt(data_dir, tmp_path, one_rank):
     """The weights of two windows fit two others, too."""
     source, length = {"item_bias": True, "recent_days": (1.0, 7.0)}, {"train": {"max_steps": 1}}
