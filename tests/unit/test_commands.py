@@ -27,10 +27,13 @@ def test_every_line_of_both_streams_is_read():
 
 
 def test_a_child_whose_time_is_up_may_save():
-    lines = []
-    with pytest.raises(OutOfTime, match="its time was up during: python -c"):
-        execute(("-c", WAITS.format(status=75)), on_line=lines.append, deadline_s=time.monotonic() + 2)
-    assert lines in (["ready", "saved"], [])  # none, where two seconds do not start Python
+    for time_s in (2, 10, 50):  # a busy machine may not start Python in two seconds
+        lines = []
+        with pytest.raises(OutOfTime, match="its time was up during: python -c"):
+            execute(("-c", WAITS.format(status=75)), on_line=lines.append, deadline_s=time.monotonic() + time_s)
+        if "ready" in lines:
+            break
+    assert lines == ["ready", "saved"]
 
 
 def test_a_child_that_finishes_in_time_has_no_deadline():

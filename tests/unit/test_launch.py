@@ -200,6 +200,22 @@ def test_slurm_job_that_got_sigterm_passes_it_on_and_waits(fake_bin, status, is_
     assert ("requeue 17" in (fake_bin / "asked").read_text().splitlines()) == is_queued_again
 
 
+@pytest.mark.parametrize("status", [75, 2, 0])
+def test_slurm_job_whose_ranks_end_while_the_signal_is_passed_on_has_their_status(fake_bin, status):
+    (fake_bin / "scancel").write_text(f"#!/bin/sh\nkill -TERM $(cat {fake_bin}/up)\nsleep 1\n")
+    (fake_bin / "scancel").chmod(0o755)
+    job = slurm_job(fake_bin, f"trap 'exit {status}' TERM; echo $$ > {fake_bin}/new; mv {fake_bin}/new {fake_bin}/up\n"
+                    "while true; do sleep 0.1; done")  # fmt: skip
+    deadline = time.monotonic() + 20
+    while not (fake_bin / "up").exists():
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.02)
+    job.send_signal(signal.SIGTERM)
+    output, _ = job.communicate(timeout=30)
+    assert job.returncode == status, output
+    assert ("requeue 17" in (fake_bin / "asked").read_text().splitlines()) == (status == 75)
+
+
 def test_kubernetes_starts_again_what_was_stopped_and_gives_up_on_mistakes():
     _, job, _ = yaml.safe_load_all((LAUNCH / "k8s" / "job.yaml").read_text())
     spec = job["spec"]
