@@ -64,7 +64,7 @@ def table(task: str, lines: _Lines) -> Table:
 
 
 def _row(line: dict[str, typing.Any]) -> Row:
-    label, auc = line["label"], metric_text("auc", _number(line, "auc"))
+    label, auc = line["label"], _text(line, "auc")
     if line["of"] == "all days":
         auc += width_words(_number(line, "auc_half_width"))
     elif line["of"] == "day":

@@ -75,6 +75,8 @@ def test_a_day_without_an_auc_leaves_a_gap(folder):
     write_json(folder / "daily.json", record)
     report = make_report([folder])
     assert "+- nan" not in report.html and FIGURES[0] in report.html
+    texts = [text for _, text in section(Page(report.html))]
+    assert texts[texts.index("2022-01-10 from scratch") + 1] == "-"
 
 
 def test_nothing_scored_shows_the_sentence(folder):
