@@ -31,7 +31,7 @@ _EVERY_MODEL = frozenset(
 )
 PARAMETRIZATIONS = ("official", "by_width")
 _SIZES = {"layers": "L", "width": "H", "heads": "A"}  # letters of the paper
-_PROJECTION_EPS = {1: 1e-5, 2: 1e-6}
+_PROJECTION_EPS = {1: 1e-5, 2: 1e-6, 3: 1e-6}
 _REBUILT = ("deepfm", "dmin", "wukong")  # in revision 2
 
 
@@ -159,14 +159,16 @@ class ModelConfig:
     """sasrec: hidden width of the feed-forward part; 0: width."""
     time_bias: bool = True
     """hstu: attention also sees the time from every event to the *next* one, up to the predicted one itself."""
-    revision: typing.Annotated[int, pydantic.Field(ge=1, le=2)] = 2
-    """Form of the model. 2: the official one. 1: that of runs up to commit 14e4532, where the norms of projections
-    (WIDTH other than EMBEDDING_DIM) have eps 1e-5 instead of 1e-6. A run that goes on from weights keeps theirs."""
+    revision: typing.Annotated[int, pydantic.Field(ge=1, le=3)] = 3
+    """Form of the model. 3: that of today. 2: dien and dmin that start by_width read the official sum of a history. 1:
+    that of runs up to commit 14e4532, where the norms of projections (WIDTH other than EMBEDDING_DIM) have eps
+    1e-5 instead of 1e-6. A run that goes on from weights keeps theirs."""
     parametrization: typing.Annotated[str, one_of(PARAMETRIZATIONS)] = "official"
     """Sizes of what a model starts from. official: one `init_std` for all linear weights | by_width: signals of a size
     that narrow models learn from (docs/learning.md). Ranking MLPs, activation units and embeddings of the context
     start from 1 / sqrt(fan-in); half of the attention heads of the Transformer and of HSTU look for like tokens; towers
-    without norms (deepfm, din, dien, dmin, wukong) multiply their tokens by sqrt(EMBEDDING_DIM)."""
+    without norms (deepfm, din, dien, dmin, wukong) multiply their tokens by sqrt(EMBEDDING_DIM); the sum of a history
+    that dien and dmin read is divided by the root of its length."""
     matches: typing.Annotated[bool, OrAuto] = False
     """Ranking heads also get, for each categorical feature that candidates and events share, how often the candidate's
     value is in its history, the share of the events, and how long ago it was last (no official setting). A tower learns
@@ -187,6 +189,14 @@ class ModelConfig:
     def head_init_std(self) -> float:
         """Gives the standard deviation of what decides, behind the tower or within it; 0: 1 / sqrt(fan-in)."""
         return 0.0 if self.starts_by_width else self.init_std
+
+    @property
+    def scales_history_sum(self) -> bool:
+        """Says whether the sum of a history that the head of dien and dmin reads is divided by the root of its length.
+
+        A head that reads an unscaled sum tells users apart by it, and overfits (docs/learning.md).
+        """
+        return self.starts_by_width and self.revision >= 3
 
     @property
     def projection_eps(self) -> float:

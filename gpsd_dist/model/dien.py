@@ -81,7 +81,7 @@ class DIEN(nn.Module):
 
     def __init__(self, config: ModelConfig, num_fields: int):
         super().__init__()
-        width, channels = config.width, num_fields * config.width
+        width, channels, self.scales_sum = config.width, num_fields * config.width, config.scales_history_sum
         self.out_width, self.mlp_widths = 4 * channels, (2 * width, width)
         self.extractor = nn.GRU(channels, channels)
         self.attention = ActivationUnit(channels, (4 * width, 2 * width), config.head_init_std)
@@ -99,7 +99,7 @@ class DIEN(nn.Module):
         history_TN, candidate_CN = (part.flatten(1) for part in split_tokens(x_SFD, packing, candidates_only))
         state_TN = self._extract(history_TN, packing)
         final_CN = self._evolve(candidate_CN, state_TN, packing)
-        out = join([final_CN], history_TN, candidate_CN, packing)
+        out = join([final_CN], history_TN, candidate_CN, packing, self.scales_sum)
         return (out, state_TN) if with_history else out
 
     @uncompiled

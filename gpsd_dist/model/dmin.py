@@ -50,7 +50,8 @@ class DMIN(nn.Module):
                 "choose a WIDTH that is a multiple of HEADS"
             )
         width, channels, dropout = config.width, num_fields * config.width, config.dropout
-        self.heads = heads = config.heads
+        self.heads, self.scales_sum = config.heads, config.scales_history_sum
+        heads = config.heads
         self.out_width, self.mlp_widths = (heads + 3) * channels, (2 * width, width)
         self.refiner_qkv = nn.Linear(channels, 3 * channels)
         self.refiner = Refinement(channels, channels, dropout, bias=True)
@@ -78,7 +79,7 @@ class DMIN(nn.Module):
         refined_TN = self.refiner(history_TN, self._attend(self.refiner_qkv(history_TN), histories))
         head_THK = self._attend(self.extractor_qkv(refined_TN), histories).unflatten(-1, (self.heads, -1))
         parts = [self._interest(h, candidate_CN, refined_TN, head_THK[:, h], pairs) for h in range(self.heads)]
-        out = join(parts, history_TN, candidate_CN, packing)
+        out = join(parts, history_TN, candidate_CN, packing, self.scales_sum)
         return (out, refined_TN) if with_history else out
 
     def _attend(self, qkv: torch.Tensor, histories: Packing) -> torch.Tensor:

@@ -59,10 +59,16 @@ def sum_histories(x_TN: torch.Tensor, packing: Packing) -> torch.Tensor:
 
 
 def join(
-    parts: list[torch.Tensor], history_TN: torch.Tensor, candidate_CN: torch.Tensor, packing: Packing
+    parts: list[torch.Tensor], history_TN: torch.Tensor, candidate_CN: torch.Tensor, packing: Packing, scaled: bool
 ) -> torch.Tensor:
-    """Joins the MLP input of DIEN and DMIN: [*parts, sum of the history, its product with the candidate, candidate]."""
-    sum_CN = sum_histories(history_TN, packing)[packing.request_C]
+    """Joins the MLP input of DIEN and DMIN: [*parts, sum of the history, its product with the candidate, candidate].
+
+    `scaled`: the sum is divided by the root of the history's length, so that it is of the size of one event.
+    """
+    sum_BN = sum_histories(history_TN, packing)
+    if scaled:
+        sum_BN = sum_BN * packing.history_offsets.diff().clamp(min=1).to(sum_BN.dtype).rsqrt()[:, None]
+    sum_CN = sum_BN[packing.request_C]
     return torch.cat((*parts, sum_CN, sum_CN * candidate_CN, candidate_CN), dim=-1)
 
 

@@ -74,7 +74,7 @@ def test_a_run_starts_from_an_old_checkpoint(old, tmp_path, one_rank):
 # --- models whose form has changed since: `ModelConfig.revision` ------------------------------------------------------
 
 
-def run_of(stage, data_dir, folder, steps, revision=2, strategy="NT", source="", **model):
+def run_of(stage, data_dir, folder, steps, revision=3, strategy="NT", source="", **model):
     """A run whose tower is narrower than its tables, so that there are projections."""
     train = {"max_steps": steps, "keep_last": 9}
     model = {"width": 8, "revision": revision} | model
@@ -100,24 +100,36 @@ def projected(data_dir, tmp_path_factory, one_rank):
 
 
 def test_a_run_with_projections_keeps_its_norms_when_it_goes_on(projected, data_dir, tmp_path, one_rank, caplog):
-    """With today's options it goes on, and is scored, to the bit like revision 1, and not like 2."""
+    """With today's options it goes on, and is scored, to the bit like revision 1, and not like 3."""
     losses, scores = {}, {}
-    for name, revision in (("old", None), ("first", 1), ("second", 2)):
+    for name, revision in (("old", None), ("first", 1), ("today", 3)):
         folder = saved_as(projected, tmp_path / name, revision)
         scores[name] = trained_run.evaluate_checkpoint(str(folder), str(data_dir), "valid", one_rank, "last")
         caplog.clear()
         trainer = Trainer(run_of("pretrain", data_dir, folder, MORE_STEPS), one_rank)
-        assert ("ModelConfig.revision is 1, that of" in caplog.text) == (name != "second")
+        assert ("ModelConfig.revision is 1, that of" in caplog.text) == (name != "today")
         trainer.train()
         losses[name] = train_losses(folder)
-    assert losses["old"] == losses["first"] != losses["second"] and scores["old"] == scores["first"]
+    assert losses["old"] == losses["first"] != losses["today"] and scores["old"] == scores["first"]
     assert manager.read_state(step_folder(tmp_path / "old", MORE_STEPS)).run_config["model"]["revision"] == 1
 
 
-@pytest.mark.parametrize(("strategy", "revision"), [("FT", 1), ("ST", 2)])
+@pytest.mark.parametrize("name", ["dien", "dmin"])
+def test_a_run_that_summed_histories_goes_on_summing_them(name, data_dir, tmp_path, one_rank, caplog):
+    model = {"name": name, "width": 16, "parametrization": "by_width"}
+    for revision in (2, 3):
+        Trainer(run_of("finetune", data_dir, tmp_path / str(revision), STEPS, revision, **model), one_rank).train()
+    assert train_losses(tmp_path / "2") != train_losses(tmp_path / "3")
+    caplog.clear()
+    trainer = Trainer(run_of("finetune", data_dir, tmp_path / "2", MORE_STEPS, 3, **model), one_rank)
+    assert "ModelConfig.revision is 2, that of" in caplog.text and trainer.run.model.revision == 2
+    trainer.train()
+
+
+@pytest.mark.parametrize(("strategy", "revision"), [("FT", 1), ("ST", 3)])
 def test_a_tower_brings_its_norms_along_and_tables_do_not(projected, data_dir, tmp_path, one_rank, strategy, revision):
     losses = []
-    for name, saved, given in (("old", None, 2), ("explicit", revision, revision)):
+    for name, saved, given in (("old", None, 3), ("explicit", revision, revision)):
         source = saved_as(projected, tmp_path / f"{name}_source", saved)
         run = run_of("finetune", data_dir, tmp_path / name, 2, given, strategy, source)
         trainer = Trainer(run, one_rank)
@@ -138,5 +150,5 @@ def test_a_model_with_other_layers_is_refused_with_the_commit_that_reads_it(name
     with refused:
         Trainer(run_of("finetune", data_dir, old, 4, **model), one_rank)
     with refused:
-        Trainer(run_of("finetune", data_dir, tmp_path / "next", 2, 2, "FT", old, **model), one_rank)
-    Trainer(run_of("finetune", data_dir, tmp_path / "tables", 2, 2, "ST", old, **model), one_rank).train()
+        Trainer(run_of("finetune", data_dir, tmp_path / "next", 2, 3, "FT", old, **model), one_rank)
+    Trainer(run_of("finetune", data_dir, tmp_path / "tables", 2, 3, "ST", old, **model), one_rank).train()

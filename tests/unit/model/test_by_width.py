@@ -1,10 +1,13 @@
-"""What `parametrization = "by_width"` changes: starting values and the scale of tokens, and no other function."""
+"""What `parametrization = "by_width"` changes: starting values, the scale of tokens and of sums, and nothing else."""
 
+import numpy as np
 import pytest
 import torch
 
+from gpsd_dist.batch.packing import Packing
 from gpsd_dist.config import ModelConfig, TablesConfig
 from gpsd_dist.model.gpsd import RankingModel
+from gpsd_dist.model.registry import TOWERS
 from gpsd_dist.tables.collections import lookup_tables
 from tests.helpers.synthetic import make_manifest
 
@@ -62,3 +65,23 @@ def test_heads_start_from_fan_in_and_official_ones_from_init_std(name):
 def test_towers_without_a_norm_scale_their_tokens(name, scale):
     assert build(name, "by_width").backbone.token_scale == pytest.approx(scale)
     assert build(name, "official").backbone.token_scale == 1
+
+
+@pytest.mark.parametrize("name", ["dien", "dmin"])
+@pytest.mark.parametrize(
+    ("parametrization", "revision", "is_scaled"),
+    [("by_width", 3, True), ("by_width", 2, False), ("official", 3, False)],
+)
+def test_sum_of_a_history_is_of_the_size_of_one_event(name, parametrization, revision, is_scaled):
+    """Last three parts of a state: the sum, its product with the candidate, the candidate. An empty history is zero."""
+    config = ModelConfig(name, 2, WIDTH, HEADS, parametrization=parametrization, revision=revision)
+    tower = TOWERS[name](config, 2)
+    lengths = np.array([0, 4, 9])
+    x_SFD = torch.randn(9 + 4 + 3, 2, WIDTH)
+    state = tower(x_SFD, Packing.from_lengths(lengths, np.array([1, 1, 1])), candidates_only=True)
+    total, product, candidate = state[:, -6 * WIDTH :].chunk(3, dim=1)
+    sums = torch.stack((torch.zeros(2, WIDTH), x_SFD[:4].sum(0), x_SFD[4:13].sum(0))).flatten(1)
+    expected = sums / torch.tensor([[1.0], [2.0], [3.0]]) if is_scaled else sums
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(product, expected * x_SFD[13:].flatten(1))
+    torch.testing.assert_close(candidate, x_SFD[13:].flatten(1))

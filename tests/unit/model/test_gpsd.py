@@ -66,7 +66,7 @@ def test_an_offset_of_another_kind_is_refused(name):
         RankingModel(MANIFEST, CONFIG, MODEL, sharded, ("click",), name)
 
 
-@pytest.mark.parametrize(("revision", "eps"), [(1, 1e-5), (2, 1e-6)])
+@pytest.mark.parametrize(("revision", "eps"), [(1, 1e-5), (2, 1e-6), (3, 1e-6)])
 def test_projections_where_the_widths_differ(revision, eps):
     """RMSNorm + linear in, linear + RMSNorm out (official settings)."""
     model, rows, batch = pretraining(model=dataclasses.replace(MODEL, revision=revision))
