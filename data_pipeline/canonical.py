@@ -52,6 +52,8 @@ class FeatureSpec:
     counts: str | None = None
     """Names the feature whose earlier events are counted."""
     window_s: int = 0
+    prior_exposures: int = 0
+    """Above 0: log-odds of labels of earlier days, as `schema.Feature.prior_exposures` says."""
 
     def __post_init__(self):
         if self.origin not in ORIGINS:
@@ -74,10 +76,8 @@ class FeatureSpec:
     def feature(self) -> schema.Feature:
         """Describes the feature for the manifest."""
         table = (self.table or self.name) if self.kind == "categorical" else None
-        log, counts, window_s = self.log, self.counts, self.window_s
-        return schema.Feature(
-            self.name, self.places, self.kind, table, self.is_bag, log=log, counts=counts, window_s=window_s
-        )
+        made = schema.Feature(self.name, self.places, self.kind, table, self.is_bag, log=self.log, counts=self.counts)
+        return dataclasses.replace(made, window_s=self.window_s, prior_exposures=self.prior_exposures)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,14 @@
 """Counts the events before a request: of a candidate's item, and of each attribute of the item (`--counts`).
 
+`--rates` looks at labels instead: how often the candidate's item was clicked on the whole days before the request.
+
 An event counts if it is strictly earlier than its request, in whole seconds: neither the label of a candidate, nor that
 of another one of the same second, is in it. All candidates of a request are counted at the request's time, as a server
 would. A window of 7 days takes the events from 7 days before the request on. An event without a time (`latest_s`) is in
 no window, but in the total once its latest time has passed; one that may have been at any time is in none.
 """
 
+import collections.abc
 import dataclasses
 import pathlib
 
@@ -17,22 +20,24 @@ import pyarrow.parquet as pq
 from data_pipeline import canonical, options, sequences, splits
 from data_pipeline.engine import Engine
 
-FOLDER, EVENTS, ITEMS = "counters", "events.parquet", "items.parquet"
+FOLDER, EVENTS, ITEMS, DAYS = "counters", "events.parquet", "items.parquet", "rates.parquet"
 AS_OF = b"as_of_s"
 """Key of the metadata of EVENTS: every event of the log is before it, epoch seconds."""
 USER = "user"
+RATES = "rates"
+"""Feature that --rates makes, and that FinetuneConfig.offset may name."""
 DAY_S = 86_400
 _ORIGIN = "counts"
 
 
 def described(log: canonical.Log, asked: options.BuildOptions) -> canonical.Log:
-    """Adds the features that --counts and --user_counts ask for. ValueError where nothing can be counted."""
+    """Adds the features that --counts, --user_counts and --rates ask for. ValueError where nothing can be counted."""
     sizes = options.windows(asked.counts)
     if asked.user_counts and not sizes:
         raise ValueError("--user_counts goes with --counts, which says the windows; add --counts 7d,30d,total")
-    if not sizes:
-        return log
-    if not int(log.events.time_s.count().execute()):
+    if asked.rates and log.exposures is None:
+        raise ValueError("--rates needs exposures with labels, and this log has events alone; leave it out")
+    if sizes and not int(log.events.time_s.count().execute()):
         raise ValueError("--counts needs events with a time, and this log has none; leave it out")
     specs = [
         canonical.FeatureSpec(
@@ -46,9 +51,14 @@ def described(log: canonical.Log, asked: options.BuildOptions) -> canonical.Log:
         for window, size_s in sizes.items()
         if asked.user_counts
     ]
+    if asked.rates:
+        counts = {"counts": log.item_feature, "prior_exposures": asked.rates}
+        specs.append(canonical.FeatureSpec(RATES, ("candidate",), _ORIGIN, "numerical", **counts))
     twice = {spec.name for spec in specs} & {spec.name for spec in log.features}
     if twice:
-        raise ValueError(f"--counts makes {sorted(twice)}, and the log has features of these names; rename those")
+        raise ValueError(
+            f"--counts or --rates makes {sorted(twice)}, and the log has features of these names; rename those"
+        )
     return dataclasses.replace(log, features=(*log.features, *specs))
 
 
@@ -59,24 +69,63 @@ def counted(log: canonical.Log) -> dict[str, str]:
 
 
 def add(engine: Engine, rows: sequences.Rows) -> sequences.Rows:
-    """Adds a column per counted feature to the candidates, of all events of the log."""
+    """Adds a column per feature that counts to the candidates, of all events and exposures of the log."""
     specs = [spec for spec in rows.log.features if spec.origin == _ORIGIN]
     if not specs:
         return rows
     of_request = ibis.window(group_by=splits.request_key(rows.candidates))
     shown = engine.stored("candidates_shown", rows.candidates)
     asked_s = shown.time_s.min().over(of_request).cast("int64")
-    table = _with_attributes(shown.mutate(_asked_s=asked_s), rows.log)
+    table = _with_attributes(shown.mutate(_asked_s=asked_s, _midnight_s=_midnight_s(asked_s)), rows.log)
     events = _with_attributes(_timed(rows.log), rows.log)
     for name, column in counted(rows.log).items():
-        own = [spec for spec in specs if spec.counts == name]
-        table = _joined(table, _earlier(events, table, column, own), column, "_asked_s")
-    if own := [spec for spec in specs if spec.counts is None]:
-        table = table.mutate(_midnight_s=(table["_asked_s"] // DAY_S * DAY_S).cast("int64"))
+        if own := _sums(spec for spec in specs if spec.counts == name and not spec.prior_exposures):
+            table = _joined(table, _earlier(events, table, column, own), column, "_asked_s")
+    if own := _sums(spec for spec in specs if spec.counts is None):
         asked = table.mutate(_asked_s=table["_midnight_s"])
         table = _joined(table, _earlier(events, asked, "user_id", own), "user_id", "_midnight_s")
+    for spec in (spec for spec in specs if spec.prior_exposures):
+        table = _with_log_odds(table, engine.materialise("exposures_by_day", _by_day(rows.log)), spec)
     table = table.select(*shown.columns, *[spec.name for spec in specs])
     return dataclasses.replace(rows, candidates=engine.materialise("candidates_counted", table))
+
+
+def _midnight_s(moment_s: ir.IntegerValue) -> ir.IntegerValue:
+    return (moment_s // DAY_S * DAY_S).cast("int64")
+
+
+def _sums(specs: collections.abc.Iterable[canonical.FeatureSpec]) -> dict[str, tuple[str, int]]:
+    """Says for each feature what is summed, and how far back: see `_earlier`."""
+    return {spec.name: ("num_timed" if spec.window_s else "num", spec.window_s) for spec in specs}
+
+
+def _by_day(log: canonical.Log) -> ir.Table:
+    """Sums the exposures of an item by UTC day, with their weights: item_id, moment_s (midnight), shown, clicks.
+
+    An exposure counts as its loss does in training: only with a known label, and a negative of a sampled log 1 / rate
+    times.
+    """
+    task, one = log.tasks[0], ibis.literal(1.0)
+    seen = log.exposures.filter(log.exposures[task.name].notnull() & log.exposures.item_id.notnull())
+    if task.given is not None:
+        seen = seen.filter(seen[task.given] == 1)
+    weight = seen["sampling_weight"] if "weight" in log.sampling else one
+    if "negative_rate" in log.sampling and task.given is None:
+        weight = weight / ibis.ifelse(seen[task.name] == 0, seen["sampling_negative_rate"], one)
+    seen = seen.select("item_id", moment_s=_midnight_s(seen.time_s), shown=weight, clicks=weight * seen[task.name])
+    return seen.group_by(["item_id", "moment_s"]).agg(shown=seen.shown.sum(), clicks=seen.clicks.sum())
+
+
+def _with_log_odds(table: ir.Table, days: ir.Table, spec: canonical.FeatureSpec) -> ir.Table:
+    """Smooths an item's rate by the overall one, and that by one click in two exposures: 0.0 on the first day."""
+    days, table = (part.mutate(_all=ibis.literal("")) for part in (days, table))
+    asked = table.mutate(_asked_s=table["_midnight_s"])
+    for column in ("item_id", "_all"):
+        sums = {f"{column}_{name}": (name, 0) for name in ("shown", "clicks")}
+        table = _joined(table, _earlier(days, asked, column, sums), column, "_midnight_s")
+    rate, weight = (table["_all_clicks"] + 1) / (table["_all_shown"] + 2), spec.prior_exposures
+    clicks, others = table["item_id_clicks"], table["item_id_shown"] - table["item_id_clicks"]
+    return table.mutate(**{spec.name: ((clicks + weight * rate) / (others + weight * (1 - rate))).ln()})
 
 
 def _timed(log: canonical.Log) -> ir.Table:
@@ -97,37 +146,40 @@ def _with_attributes(table: ir.Table, log: canonical.Log) -> ir.Table:
     return joined.select(table, **{name: items[f"_of_{name}"] for name in columns})
 
 
-def _earlier(events: ir.Table, asked: ir.Table, column: str, specs: list[canonical.FeatureSpec]) -> ir.Table:
-    """Counts the events before each moment that is asked for: `_value`, `_moment_s`, and a column per spec."""
-    zero = ibis.literal(0.0)
-    numbers = {"num": events.num, "num_timed": events.num_timed}
+def _earlier(events: ir.Table, asked: ir.Table, column: str, sums: dict[str, tuple[str, int]]) -> ir.Table:
+    """Sums over the events before each moment that is asked for: `_value`, `_moment_s`, and what `sums` names.
+
+    `sums`: name -> column of `events`, and the seconds that it goes back; 0: to the beginning.
+    """
+    zero, summed = ibis.literal(0.0), sorted({name for name, _ in sums.values()})
+    numbers = {name: events[name] for name in summed}
     moments = events.select(_value=events[column], _moment_s=events.moment_s, **numbers).union(
-        asked.select(_value=asked[column], _moment_s=asked["_asked_s"], num=zero, num_timed=zero)
+        asked.select(_value=asked[column], _moment_s=asked["_asked_s"], **dict.fromkeys(summed, zero))
     )
     moments = moments.filter(moments["_value"].notnull())
     # Sums are float64, exact below 2^53: DuckDB sums int64 to HUGEINT, and Ibis would drop a cast back to int64.
-    per_moment = moments.group_by(["_value", "_moment_s"]).agg(num=moments.num.sum(), num_timed=moments.num_timed.sum())
+    per_moment = moments.group_by(["_value", "_moment_s"]).agg(**{name: moments[name].sum() for name in summed})
 
-    def count(spec: canonical.FeatureSpec) -> ir.Value:
+    def count(name: str, window_s: int) -> ir.Value:
         # The frame ends a second before the moment itself.
-        before = (-spec.window_s if spec.window_s else None, -1)
+        before = (-window_s if window_s else None, -1)
         frame = ibis.window(group_by="_value", order_by=per_moment["_moment_s"], range=before)
-        return ibis.coalesce((per_moment.num_timed if spec.window_s else per_moment.num).sum().over(frame), zero)
+        return ibis.coalesce(per_moment[name].sum().over(frame), zero)
 
-    return per_moment.select("_value", "_moment_s", **{spec.name: count(spec) for spec in specs})
+    return per_moment.select("_value", "_moment_s", **{name: count(*of) for name, of in sums.items()})
 
 
 def _joined(table: ir.Table, earlier: ir.Table, column: str, moment: str) -> ir.Table:
     """Adds the counts of each candidate's value; 0 without a value."""
-    names = [name for name in earlier.columns if not name.startswith("_")]
+    names = [name for name in earlier.columns if name not in ("_value", "_moment_s")]
     found = table.left_join(earlier, [table[column] == earlier["_value"], table[moment] == earlier["_moment_s"]])
     return found.select(table, **{name: ibis.coalesce(earlier[name], ibis.literal(0.0)) for name in names})
 
 
 def write(engine: Engine, log: canonical.Log, root: pathlib.Path) -> None:
-    """Writes what serving counts by: events per item and second, and the attributes of all items, with raw ids.
+    """Writes what serving counts by, with raw ids: events per item and second, attributes of items, labels per day.
 
-    Nothing without counted features of candidates.
+    Nothing without features of candidates that count.
     """
     if not any(spec.counts for spec in log.features):
         return
@@ -145,6 +197,9 @@ def write(engine: Engine, log: canonical.Log, root: pathlib.Path) -> None:
     items = log.items.select("item_id", **{name: log.items[column] for name, column in columns.items()})
     about = pa.schema([(name, pa.string()) for name in ("item_id", *columns)])
     _write(engine, items.order_by("item_id"), folder / ITEMS, about)
+    if any(spec.prior_exposures for spec in log.features):
+        fields = [("item_id", pa.string()), ("moment_s", pa.int64()), ("shown", pa.float64()), ("clicks", pa.float64())]
+        _write(engine, _by_day(log).order_by(["item_id", "moment_s"]), folder / DAYS, pa.schema(fields))
 
 
 def _latest(log: canonical.Log, events: ir.Table) -> list[ir.Scalar]:

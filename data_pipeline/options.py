@@ -102,6 +102,12 @@ class BuildOptions:
         "with --counts, also the user's own events, up to the midnight (UTC) before the request: up to the second they "
         "order a user's day against its labels (docs/results.md, section 2)",
     )
+    rates: typing.Annotated[int, pydantic.Field(ge=0)] = option(
+        0,
+        "candidates get the log-odds of their item's first label on the whole days (UTC) before the request, smoothed "
+        "by that many exposures, such as 20, at the overall rate of these days; 0: none",
+        metavar="EXPOSURES",
+    )
     daily_requests: bool = option(
         False, "end every request at midnight (UTC), as `gpsd_dist.fit --daily` needs it: it trains up to a day"
     )

@@ -98,12 +98,21 @@ def _validation_has_tasks(run: RunConfig, manifest: Manifest) -> _Problems:
 
 def _offset_is_a_number(run: RunConfig, manifest: Manifest) -> _Problems:
     """Log-odds are read as the log has them: a count, or what is seen as a logarithm, is another quantity."""
-    numbers = [f for f in manifest.features_in("candidate") if f.kind == "numerical" and not f.counts and not f.log]
-    names = [feature.name for feature in numbers]
-    if run.stage == "finetune" and run.finetune.offset and run.finetune.offset not in names:
+    numbers = [f for f in manifest.features_in("candidate") if f.kind == "numerical" and not f.log]
+    names = {f.name: f for f in numbers if f.prior_exposures or not f.counts}
+    given = run.finetune.offset
+    if run.stage != "finetune" or not given:
+        return
+    if given not in names:
+        fix = "with --rates 20" if given == "rates" else "with such a column, or with --rates 20"
         yield (
-            f"FinetuneConfig.offset {run.finetune.offset!r} is no numerical feature of candidates with log-odds in it; "
-            f"{run.data_dir} has {names}: name one, or build the data with such a column (docs/train.md)"
+            f"FinetuneConfig.offset {given!r} is no numerical feature of candidates with log-odds in it; "
+            f"{run.data_dir} has {list(names)}: name one, or build the data {fix} (docs/train.md)"
+        )
+    elif names[given].prior_exposures and run.finetune.task_weights.get(manifest.tasks[0].name, 1.0) == 0:
+        yield (
+            f"FinetuneConfig.offset {given!r} holds log-odds of {manifest.tasks[0].name!r}, whose weight is 0, and "
+            "would be added to another task: give it a weight, or leave offset out"
         )
 
 

@@ -6,7 +6,7 @@
       train/ valid/ test/ [holdout/]    history + candidate + label + context columns
       vocab/<table>.parquet             raw_id (string), index (int64), count (int64, in the training period)
       items.parquet                     index of the item table + every item attribute that is a feature
-      counters/                         events.parquet, items.parquet: what serving counts by; with --counts
+      counters/                         events, items and rates.parquet: what serving counts by; with --counts, --rates
 
 One row is one user request: a history (oldest event first) and K >= 1 candidates that were shown with it.
 This module needs pyarrow only, neither torch nor ibis.
@@ -71,6 +71,9 @@ class Feature:
     """The number counts earlier events with the value that the candidate has of this other feature."""
     window_s: int = 0
     """How far back a count goes; 0: to the beginning."""
+    prior_exposures: int = 0
+    """Above 0: the number is no count but the log-odds of the first task's label, over the exposures of the whole days
+    before the request with that value of `counts`, smoothed by so many exposures at the overall rate of these days."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -86,10 +89,11 @@ class Feature:
             raise ValueError(f"feature {self.name!r}: low {self.low} and high {self.high} must be finite, and ascend")
         if any(not abs(q) < _FLOAT32_MAX for q in self.quantiles) or list(self.quantiles) != sorted(self.quantiles):
             raise ValueError(f"feature {self.name!r}: quantiles {self.quantiles} must be finite, and ascend")
-        is_bounded = 0 <= self.window_s < _MAX_WINDOW_S
+        is_bounded = 0 <= self.window_s < _MAX_WINDOW_S and 0 <= self.prior_exposures <= MAX_ROWS * bool(self.counts)
         if not is_bounded or ((self.counts or self.log or self.quantiles) and self.kind != "numerical"):
             raise ValueError(
-                f"feature {self.name!r}: only a number counts, has a log, quantiles, and a window of 0 s to 2^40 s"
+                f"feature {self.name!r}: only a number counts, has a log, quantiles, and a window of 0 s to 2^40 s; "
+                "one that counts may have prior_exposures of 0 to 2^48"
             )
         if self.is_bag and self.kind != "categorical":
             raise ValueError(f"feature {self.name!r}: only a categorical feature can be a bag")

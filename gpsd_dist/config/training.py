@@ -115,7 +115,8 @@ class FinetuneConfig:
     go on with new rows (docs/daily.md). Its optimizers start anew. False: the tower, and TRANSFER_TABLES."""
     offset: str = ""
     """Numerical feature of candidates that holds the log-odds of the first trained task by another model: its logit is
-    the feature's value plus what this model learns, a residual (docs/train.md). Empty: none."""
+    the feature's value plus what this model learns, a residual (docs/train.md). "rates": those of the days before, of
+    data built with --rates. Empty: none."""
 
 
 @checked()

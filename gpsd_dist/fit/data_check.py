@@ -20,7 +20,7 @@ SPLITS = ("train", "valid", "test")
 _RAW_ENDINGS = (".csv", ".tsv", ".txt", ".dat", ".json", ".jsonl", ".ndjson", ".parquet", ".gz")
 _BUILD = "python -m data_pipeline.build --source generic --raw_dir RAW --schema RAW/schema.toml --out_dir"
 _SAME_DATA = ("features", "tables", "tasks", "splits")
-_YOUNGER = ("log", "counts", "window_s")  # fields of a feature
+_YOUNGER = ("log", "counts", "window_s", "prior_exposures")  # fields of a feature
 
 
 @dataclasses.dataclass(frozen=True)

@@ -148,7 +148,7 @@ def hints(
             wanted = f"{times:.1f} times as many users" if times < 100 else "far more users"
             wanted = wanted if times >= 1.1 else "a few more users"
             yield f"a difference as small as this one takes {wanted} in test (now {test.users:,}) to be seen"
-        if difference < 0 and not any(feature.counts for feature in facts.manifest.features):
+        if difference < 0 and not any(f.counts and not f.prior_exposures for f in facts.manifest.features):
             yield (
                 "nothing counts earlier events: where the log has times, build the data with --counts 7d,30d,total and "
                 "fit with --gin.ModelConfig.number_buckets=True"

@@ -1,12 +1,14 @@
 """Counts earlier events of items by raw id, as of any moment. Counters are of an artefact, and change without a model.
 
+For data built with --rates they sum labels as well: the log-odds of an item's clicks on the days before a request.
+
     artefacts/ctr/counters.json                 {"file", "bytes", "sha256", "as_of_s", "source"}; replaced atomically
     artefacts/ctr/counters/<as of>-<hash>.safetensors
 
 A request is counted as of its own time, or as of the newest event that the counters know, whichever is earlier: what an
 older counter does not know yet makes it late, never empty.
 
-Shape letters: I items, T distinct seconds, M pairs of a value and a second, N candidates.
+Shape letters: I items, T distinct seconds, M pairs of a value and a second, N candidates, D pairs of an item and a day.
 """
 
 import collections.abc
@@ -33,6 +35,7 @@ from gpsd_dist.serving.tables import read_tensors
 log = logging.getLogger(__name__)
 POINTER_NAME, FOLDER = "counters.json", "counters"
 _EVENTS, _ITEMS, _AS_OF = "events.parquet", "items.parquet", b"as_of_s"  # as `data_pipeline.counters` writes them
+_DAYS, _SHOWN, _CLICKS, _DAY_S = "rates.parquet", "shown", "clicks", 86_400
 _ITEM, _NO_SLOT = "item_id", -1
 _SAME_LOG_SHARE = 0.5  # of one log nearly all agree, but for what came late; of two logs nearly none
 _MOST_COMPARED = 100_000  # seconds
@@ -60,8 +63,12 @@ class Counters:
     ) -> np.ndarray:
         """Counts as `feature` says, for items by id (`features.id_of`), strictly before a second each: float32 [N].
 
+        Of a feature with `prior_exposures` it computes the smoothed log-odds of earlier days.
+
         `value_N`: ids of the values of the counted attribute, for items that the counters know nothing of.
         """
+        if feature.prior_exposures:
+            return self._log_odds(feature.prior_exposures, id_N, time_s_N)
         a, name = self._arrays, feature.counts
         time_T, code_M = a["time_s"], a[f"{name}.code"]
         slot_N = np.append(a[f"{name}.slot"], _NO_SLOT)[_places(a["id"], id_N)]
@@ -73,6 +80,17 @@ class Counters:
         end_N = np.searchsorted(code_M, first_N + np.searchsorted(time_T, until_N))
         sum_M = a[f"{name}.num_timed" if feature.window_s else f"{name}.num"]  # of the pairs before each: [M + 1]
         return np.where(slot_N == _NO_SLOT, 0, sum_M[end_N] - sum_M[begin_N]).astype(np.float32)
+
+    def _log_odds(self, weight: int, id_N: np.ndarray, time_s_N: np.ndarray) -> np.ndarray:
+        """Smooths rates as `data_pipeline.counters` does: float32 [N]."""
+        a, time_T = self._arrays, self._arrays["time_s"]
+        rank_N = np.searchsorted(time_T, np.minimum(time_s_N // _DAY_S * _DAY_S, self.as_of_s))
+        first_N = _places(a["id"], id_N) * (len(time_T) + 1)  # of an item that is not there, before every code
+        begin_N, end_N = (np.searchsorted(a["rates.code"], code_N) for code_N in (first_N, first_N + rank_N))
+        shown_N, clicks_N = (a[f"rates.{part}"][end_N] - a[f"rates.{part}"][begin_N] for part in (_SHOWN, _CLICKS))
+        rate_N = (a["rates.all_clicks"][rank_N] + 1) / (a["rates.all_shown"][rank_N] + 2)
+        others_N = shown_N - clicks_N
+        return np.log((clicks_N + weight * rate_N) / (others_N + weight * (1 - rate_N))).astype(np.float32)
 
     def first_s(self) -> int:
         """Returns the first second with an event; the end of the counters if there is none."""
@@ -106,6 +124,10 @@ def _counted(manifest: Manifest) -> set[str]:
     return {feature.counts for feature in manifest.features if feature.counts is not None}
 
 
+def _has_rates(manifest: Manifest) -> bool:
+    return any(feature.prior_exposures for feature in manifest.features)
+
+
 def check_covers(manifest: Manifest, data: object, served: Artefact) -> None:
     """Raises ValueError if counters of a data set would not serve a version that counts."""
     wanted = _counted(served.manifest)
@@ -125,6 +147,8 @@ def check_covers(manifest: Manifest, data: object, served: Artefact) -> None:
         raise ValueError(
             f"{served.folder} counts events by {missing}, which {data} does not count: {fix}build it with --counts"
         )
+    if _has_rates(served.manifest) and not _has_rates(manifest):
+        raise ValueError(f"{served.folder} reads rates of labels, which {data} does not have: build it with --rates 20")
 
 
 def check_same_log(root: pathlib.Path, manifest: Manifest, made: Counters) -> None:
@@ -154,12 +178,14 @@ def from_data(data_dir: pathlib.Path, manifest: Manifest) -> Counters:
     folder = data_dir / FOLDER
     if not needs(manifest) or not (folder / _EVENTS).is_file():
         raise ValueError(f"{data_dir} has no counters; build it with --counts 7d,30d,total")
-    events, items = pq.read_table(folder / _EVENTS), pq.read_table(folder / _ITEMS)
-    raw = pc.unique(pa.chunked_array([*items[_ITEM].chunks, *events[_ITEM].chunks], pa.string()))
+    events, items, *days = (pq.read_table(folder / name) for name in (_EVENTS, _ITEMS, *[_DAYS] * _has_rates(manifest)))
+    raw = pc.unique(pa.chunked_array([c for part in (items, events, *days) for c in part[_ITEM].chunks], pa.string()))
     known_I, place_R = _sorted_ids(raw)
     item_E = place_R[pc.index_in(one_chunk(events[_ITEM]), raw).to_numpy()]
     described_X = place_R[pc.index_in(one_chunk(items[_ITEM]), raw).to_numpy()]
-    time_T, rank_E = np.unique(events["moment_s"].to_numpy(), return_inverse=True)
+    moments = [part["moment_s"].to_numpy() for part in (events, *days)]
+    time_T, rank = np.unique(np.concatenate(moments), return_inverse=True)
+    rank_E = rank[: len(events)]
     arrays = {"id": known_I, "time_s": time_T}
     for name in sorted(_counted(manifest)):
         slot_I = np.arange(len(known_I))
@@ -172,6 +198,12 @@ def from_data(data_dir: pathlib.Path, manifest: Manifest) -> Counters:
         arrays |= {
             f"{name}.{part}": array for part, array in _pairs(slot_I, item_E, rank_E, len(time_T), events).items()
         }
+    for table in days:
+        item_D, rank_D = place_R[pc.index_in(one_chunk(table[_ITEM]), raw).to_numpy()], rank[len(events) :]
+        parts = _pairs(np.arange(len(known_I)), item_D, rank_D, len(time_T), table, (_SHOWN, _CLICKS))
+        for part in (_SHOWN, _CLICKS):
+            parts[f"all_{part}"] = np.append(0, np.cumsum(np.bincount(rank_D, table[part].to_numpy(), len(time_T))))
+        arrays |= {f"rates.{part}": array for part, array in parts.items()}
     return Counters(arrays, int(events.schema.metadata[_AS_OF]), manifest.source)
 
 
@@ -186,15 +218,23 @@ def _sorted_ids(raw: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return sorted_R, np.argsort(order)
 
 
-def _pairs(slot_I: np.ndarray, item_E: np.ndarray, rank_E: np.ndarray, num_times: int, events: pa.Table) -> dict:
-    """Sums the events of each value and second: the arrays of one feature."""
+def _pairs(
+    slot_I: np.ndarray,
+    item_E: np.ndarray,
+    rank_E: np.ndarray,
+    num_times: int,
+    events: pa.Table,
+    parts: tuple[str, ...] = ("num", "num_timed"),
+) -> dict[str, np.ndarray]:
+    """Sums the events of each value and second: the arrays of one feature, sums of the type of their column."""
     is_counted_E = slot_I[item_E] != _NO_SLOT
     code_E = (slot_I[item_E] * (num_times + 1) + rank_E)[is_counted_E]
     code_M, pair_E = np.unique(code_E, return_inverse=True)
     sums = {"slot": slot_I.astype(np.int64), "code": code_M}
-    for part in ("num", "num_timed"):
-        number_M = np.bincount(pair_E, events[part].to_numpy()[is_counted_E], len(code_M)).astype(np.int64)
-        sums[part] = np.append(0, np.cumsum(number_M))
+    for part in parts:
+        number_E = events[part].to_numpy()
+        number_M = np.bincount(pair_E, number_E[is_counted_E], len(code_M)).astype(number_E.dtype)
+        sums[part] = np.append(0, np.cumsum(number_M)).astype(number_E.dtype)
     return sums
 
 
@@ -266,6 +306,7 @@ def open_counters(root: pathlib.Path, manifest: Manifest) -> Counters | None:
     arrays = {name: tensor.numpy() for name, tensor in read_tensors(path).items()}
     parts = ("slot", "code", "num", "num_timed")
     wanted = {f"{name}.{part}" for name in _counted(manifest) for part in parts}
+    wanted |= {"rates.code"} if _has_rates(manifest) else set()
     if missing := sorted((wanted | {"id", "time_s"}) - arrays.keys()):
         raise ArtefactError(f"{path} lacks {missing}; make it of data that count them: python -m gpsd_dist.counters")
     return Counters(arrays, as_of_s, manifest.source)

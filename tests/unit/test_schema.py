@@ -263,6 +263,7 @@ def test_splits_can_be_read_one_after_the_other():
         (("max_history_length",), 10**9, "is not in 1 .."),
         (("features", 3, "std"), 1e-300, "std above 0"),
         (("features", 3, "window_s"), 2**62, "a window of 0 s to 2^40 s"),
+        (("features", 3, "prior_exposures"), 20, "one that counts may have prior_exposures"),
         (
             ("options",),
             json.loads("[" * 40 + "]" * 40),

@@ -28,7 +28,7 @@ from tests.unit.data_pipeline.conftest import make_grocery, make_kuairand, real_
 LABELLED = ("train", "valid", "test", "holdout")
 KINDS = {
     "synthetic": (folders.make_synthetic, raw_logs.described, ("--min_count", 2)),
-    "generic": (folders.make_generic, raw_logs.described, ("--counts", "7d,30d,total")),
+    "generic": (folders.make_generic, raw_logs.described, ("--counts", "7d,30d,total", "--rates", 3)),
     "generic_unbounded": (
         folders.make_generic,
         raw_logs.described,
@@ -38,7 +38,7 @@ KINDS = {
     "taobao": (folders.make_taobao, raw_logs.taobao, ("--num_negatives", 2, "--allow_empty")),
     "amazon_reviews": (folders.make_amazon_reviews, raw_logs.amazon_reviews, ("--all_categories", "--allow_empty")),
     "amazon_grocery": (make_grocery, raw_logs.amazon_grocery, ("--valid_fraction", 0.25, "--counts", "1d,total")),
-    "kuairand_pure": (make_kuairand, raw_logs.kuairand, ("--counts", "1h,2d,total")),
+    "kuairand_pure": (make_kuairand, raw_logs.kuairand, ("--counts", "1h,2d,total", "--rates", 20)),
 }
 REAL = {
     "amazon_grocery": ("amazon_grocery", raw_logs.amazon_grocery, ("--counts", "7d,30d,total")),

@@ -23,6 +23,7 @@ DEFAULTS = {
     "managed_features": "",
     "counts": "",
     "user_counts": False,
+    "rates": 0,
     "daily_requests": False,
     "seed": 0,
     "compression": "zstd",
