@@ -92,3 +92,17 @@ def test_an_offset_must_be_a_number_of_candidates_as_the_log_has_it(given):
     with pytest.raises(ValueError, match=words):
         check_options_against_data(run, manifest)
     check_options_against_data(dataclasses.replace(run, finetune=FinetuneConfig(offset="discount")), manifest)
+
+
+def test_rates_are_an_offset_of_the_first_task_alone():
+    splits = (Split("valid", (), 5, 9, 5, 3, 4), Split("train", (), 5, 9, 5, 1, 2))
+    rates = Feature("rates", ("candidate",), "numerical", counts="item", prior_exposures=20)
+    without = dataclasses.replace(make_manifest(), splits=splits)
+    manifest = dataclasses.replace(without, features=(*without.features, rates))
+    run = RunConfig("finetune", "d", "o", finetune=FinetuneConfig(offset="rates"))
+    check_options_against_data(run, manifest)
+    with pytest.raises(ValueError, match=r"offset 'rates' is no numerical feature .*build the data with --rates 20"):
+        check_options_against_data(run, without)
+    other = FinetuneConfig(offset="rates", task_weights={manifest.tasks[0].name: 0.0})
+    with pytest.raises(ValueError, match=f"log-odds of '{manifest.tasks[0].name}', whose weight is 0"):
+        check_options_against_data(dataclasses.replace(run, finetune=other), manifest)

@@ -37,43 +37,43 @@ RECORDED = [
     (
         "--source amazon_grocery --valid_fraction 0.25 --threads 3 --num_buckets 5 --force",
         {"valid_fraction": 0.25},
-        "91d4aa13593a7a8dfa97c609db9dc12e",
+        "7b347f390d236189c89808a328f7e031",
     ),
     (
         "--source kuairand_pure --hashed_features author:50 --managed_features item:20 --compression lz4",
         {"hashed_features": "author:50", "managed_features": "item:20", "compression": "lz4"},
-        "ee4330521ce0c2f3f0b9f29b7c620649",
+        "4fabeafcf0c777f90322bf3c481c62b8",
     ),
     (
         "--source taobao --behaviours pv,buy",
         {"max_history_length": 200, "behaviours": "pv,buy", "train_quantile": 0.7},
-        "ed43955f82f511590f5f1106744fda97",
+        "b542c05ce0677d3e7b3ee65b096df757",
     ),
     (
         "--source amazon_reviews --all_categories --max_history_length 20 --seed 7",
         {"max_history_length": 20, "seed": 7, "train_quantile": 0.7, "all_categories": True, "no_meta": False},
-        "b8f59681adf56131a0b83a5c0ae00ae3",
+        "4b3ecf2d2558c7bc992eef6396f7ee81",
     ),
     (
         "--source movielens --no_valid --vocabulary all_items --no_genres --row_group_rows 64 --file_rows 128",
         {"row_group_rows": 64, "file_rows": 128, "split_rule": "leave_last_out", "train_quantile": 0.7}
         | {"no_valid": True, "vocabulary": "all_items", "no_genres": True},
-        "2d637e3388b56e0e7047dc43ce0ef5ea",
+        "d3c9701f40dff7531ab94998918a7f30",
     ),
     (
         "--source synthetic --synthetic_seed 3 --num_negatives 4",
         BY_TOML | {"num_negatives": 4, "synthetic_seed": 3, "schema": None},
-        "f267260e53ac12d9c79261735dfe5837",
+        "21b1d2b0916625fe2a04f1367cd3f9fa",
     ),
     (
         "--source generic --num_negatives 3 --min_count 1",
         BY_TOML | {"num_negatives": 3, "min_count": 1, "schema": None},
-        "0332fba608e795c045496c3be5ef5ab4",
+        "6be5683aaea0a8bbe40eb55b6af211ab",
     ),
     (
         "--source generic --schema raw/schema.toml",
         BY_TOML | {"schema": "raw/schema.toml"},
-        "35cc377927e6b3da5bf4e0145dafce1a",
+        "2a9a966e3cb5a128f4728c41eff32ef7",
     ),
 ]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import random
 import time
@@ -94,6 +95,61 @@ def test_counts_of_every_moment_are_those_of_plain_python(tmp_path, feature):
     assert found.age_s(np.array([until_s - 5, until_s + 7])).tolist() == [0, 7]
 
 
+DAY_S = 86_400
+RATES = Feature("rates", ("candidate",), "numerical", counts="item", prior_exposures=20)
+RATED = dataclasses.replace(MANIFEST, features=(*MANIFEST.features[:2], RATES))
+
+
+def write_days(folder: pathlib.Path, shown: list[tuple[str, int, int]]) -> pathlib.Path:
+    """Writes what a build with --rates leaves for serving; an exposure is (item, day, whether it was clicked)."""
+    write_data(folder, [("a", 2 * DAY_S, True), ("b", 5 * DAY_S + 7, True)])
+    pairs = sorted({(item, day) for item, day, _ in shown})
+    clicks = [[click for item, day, click in shown if (item, day) == pair] for pair in pairs]
+    columns = {"item_id": [item for item, _ in pairs], "moment_s": [day * DAY_S for _, day in pairs]}
+    columns |= {"shown": [float(len(found)) for found in clicks], "clicks": [float(sum(found)) for found in clicks]}
+    pq.write_table(pa.table(columns), folder / "counters" / "rates.parquet")
+    return folder
+
+
+def log_odds(shown: list[tuple[str, int, int]], item: str, day: int) -> float:
+    earlier = [(other, click) for other, other_day, click in shown if other_day < day]
+    own = [click for other, click in earlier if other == item]
+    rate = (sum(click for _, click in earlier) + 1) / (len(earlier) + 2)
+    return math.log((sum(own) + 20 * rate) / (len(own) - sum(own) + 20 * (1 - rate)))
+
+
+def test_rates_of_every_moment_are_those_of_plain_python(tmp_path):
+    """x was shown and is in no event; day 3 has no exposure; of a late counter the rates are those of its last day."""
+    draw = random.Random(4)
+    shown = [(draw.choice("abcx"), draw.choice((0, 1, 2, 4, 5)), int(draw.random() < 0.3)) for _ in range(300)]
+    found = counters.from_data(write_days(tmp_path / "data", shown), RATED)
+    assert counters.publish(tmp_path, found)
+    found = counters.open_counters(tmp_path, RATED)
+    asked = [(item, day, second) for item in ("a", "b", "x", "never") for day in range(9) for second in (0, 5, 86_399)]
+    id_N = id_of(pa.array([item for item, *_ in asked]))
+    time_N = np.array([day * DAY_S + second for _, day, second in asked])
+    expected_N = [log_odds(shown, item, day) for item, day, _ in asked]
+    np.testing.assert_allclose(found.count(RATES, id_N, time_N), expected_N, rtol=1e-6, atol=1e-7)
+    assert expected_N[0] == 0 and len(set(expected_N)) > 20
+
+
+def test_a_model_that_reads_rates_is_served_by_data_that_have_them(tmp_path):
+    served(tmp_path / "ctr", RATED)
+    without = data_of(tmp_path / "without", [("a", 10, True)])
+    with pytest.raises(
+        ValueError, match=r"reads rates of labels, which .*without does not have: build it with --rates"
+    ):
+        refresh(tmp_path / "ctr", without)
+    assert counters.publish(tmp_path / "ctr", counters.from_data(without, MANIFEST))
+    with pytest.raises(ArtefactError, match=r"lacks \['rates.code'\]"):
+        counters.open_counters(tmp_path / "ctr", RATED)
+    rated = write_days(tmp_path / "rated", [("a", 1, 1)])
+    write_manifest(RATED, rated)
+    assert "counters as of 1970-01-06" in refresh(tmp_path / "ctr", rated)
+    found = counters.open_counters(tmp_path / "ctr", RATED)
+    assert found.count(RATES, id_of(pa.array(["a"])), np.array([9 * DAY_S]))[0] > 0
+
+
 def test_newer_counters_replace_older_ones_and_not_the_other_way(tmp_path):
     events, root = draw_events(2), tmp_path / "artefact"
     root.mkdir()
@@ -151,11 +207,11 @@ def test_a_log_that_ends_in_the_future_is_warned_of(tmp_path, caplog):
     assert "is yet to come" in caplog.text and "--accept_older" in caplog.text
 
 
-def served(root: pathlib.Path) -> pathlib.Path:
+def served(root: pathlib.Path, manifest: Manifest = MANIFEST) -> pathlib.Path:
     """Writes a version without a model, which counts, and makes it current; returns its folder."""
     facts = {"source": {}, "packages": {}, "engine": "eager", "tolerance": 0.0, "limits": {}, "tables": {}}
     with drafting(root) as draft:
-        version = draft.commit(**facts, manifest=json.loads(json.dumps(dataclasses.asdict(MANIFEST))))
+        version = draft.commit(**facts, manifest=json.loads(json.dumps(dataclasses.asdict(manifest))))
     make_current(root, version)
     return root / "versions" / version
 
