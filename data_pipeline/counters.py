@@ -121,10 +121,10 @@ def _with_log_odds(table: ir.Table, days: ir.Table, spec: canonical.FeatureSpec)
     days, table = (part.mutate(_all=ibis.literal("")) for part in (days, table))
     asked = table.mutate(_asked_s=table["_midnight_s"])
     for column in ("item_id", "_all"):
-        sums = {f"{column}_{name}": (name, 0) for name in ("shown", "clicks")}
+        sums = {f"_{column}_{name}": (name, 0) for name in ("shown", "clicks")}
         table = _joined(table, _earlier(days, asked, column, sums), column, "_midnight_s")
-    rate, weight = (table["_all_clicks"] + 1) / (table["_all_shown"] + 2), spec.prior_exposures
-    clicks, others = table["item_id_clicks"], table["item_id_shown"] - table["item_id_clicks"]
+    rate, weight = (table["__all_clicks"] + 1) / (table["__all_shown"] + 2), spec.prior_exposures
+    clicks, others = table["_item_id_clicks"], table["_item_id_shown"] - table["_item_id_clicks"]
     return table.mutate(**{spec.name: ((clicks + weight * rate) / (others + weight * (1 - rate))).ln()})
 
 
