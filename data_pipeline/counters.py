@@ -52,8 +52,8 @@ def described(log: canonical.Log, asked: options.BuildOptions) -> canonical.Log:
         if asked.user_counts
     ]
     if asked.rates:
-        counts = {"counts": log.item_feature, "prior_exposures": asked.rates}
-        specs.append(canonical.FeatureSpec(RATES, ("candidate",), _ORIGIN, "numerical", **counts))
+        rates = canonical.FeatureSpec(RATES, ("candidate",), _ORIGIN, "numerical", counts=log.item_feature)
+        specs.append(dataclasses.replace(rates, prior_exposures=asked.rates))
     twice = {spec.name for spec in specs} & {spec.name for spec in log.features}
     if twice:
         raise ValueError(
