@@ -187,8 +187,8 @@ def _check_around_tower(run: RunConfig, manifest: Manifest, state: manager.RunSt
     read = [(name, theirs[part][name], mine[part][name]) for part, name in _AROUND_TOWER[run.stage]]
     if run.finetune.offset:  # the logit of the first trained task has it
         weights = theirs["finetune"]["task_weights"], mine["finetune"]["task_weights"]
-        first = (next(t.name for t in manifest.tasks if of.get(t.name, 1.0) > 0) for of in weights)
-        read.append(("task of the offset", *first))
+        there, here = (next(t.name for t in manifest.tasks if of.get(t.name, 1.0) > 0) for of in weights)
+        read.append(("task of the offset", there, here))
     different = [f"{name} {there!r} there, {here!r} here" for name, there, here in read if there != here]
     if different:
         fix = "take the tables alone with STRATEGY ST or ST_SF" if run.stage == "pretrain" else "leave out warm_start"
