@@ -42,6 +42,8 @@ DRIFTED = {True: 0.5, False: 0.5}  # numbers: deviations of train; categories: s
 OUTLIER = 100.0  # times the range from the 1 % to the 99 % quantile; untuned
 HEAVY = 0.05  # share of all sample weight that one candidate has; untuned
 MAX_DAYS = 60
+NO_HISTORY = "no user has two events in it: does [history] hold all behaviour?"
+NO_REQUEST = "move the borders of the splits"
 SAMPLING = "Sample weights, and share of negatives that the log kept"
 
 
@@ -189,7 +191,11 @@ def _judged(
 
 def _verdict(manifest: schema.Manifest, samples: dict[str, measures.Sample]) -> list[str]:
     """Says what to mend, the worst first."""
-    found = [f"split {s.name!r} has no rows: move the borders of the splits" for s in manifest.splits if not s.num_rows]
+    found = [
+        f"split {split.name!r} has no rows: {NO_HISTORY if split.name == 'pretrain' else NO_REQUEST}"
+        for split in manifest.splits
+        if not split.num_rows
+    ]
     for task in manifest.tasks:
         for name, data in samples.items():
             labels = data.values.get(f"label.{task.name}", np.zeros(0))

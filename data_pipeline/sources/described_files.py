@@ -236,8 +236,9 @@ class Reader:
                 notes[name].add(found.notes[name])
         if not tables:
             raise ValueError(
-                f"[{section}] files = {part.files!r}: the {len(paths)} files have no rows, such as {paths[0]}, which "
-                f"is empty or has only a header; it should hold the columns {[kind.column for kind in kinds.values()]}"
+                f"[{section}] files = {part.files!r}: no row in {len(paths)} file{'s' * (len(paths) > 1)}, such as "
+                f"{paths[0]}, which is empty or has only a header; it should hold the columns "
+                f"{[*dict.fromkeys(kind.column for kind in kinds.values())]}"
             )
         self._check_lacking(section, lacking, len(tables))
         rows = tables[0].union(*tables[1:]) if len(tables) > 1 else tables[0]

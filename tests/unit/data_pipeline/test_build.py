@@ -8,6 +8,7 @@ import pytest
 from data_pipeline import build
 from gpsd_dist import schema
 from gpsd_dist.data import data_versions
+from tests.assets.cases import logs
 from tests.helpers.parquet_rows import rows_sha256
 from tests.unit.data_pipeline.conftest import manifest_of, rows_of, run
 
@@ -108,6 +109,14 @@ def test_bad_input_names_the_file_and_what_to_do(grocery_raw, tmp_path, capsys, 
     error = capsys.readouterr().err
     assert message in error
     assert name in error
+
+
+def test_a_described_log_without_rows_names_each_column_once(tmp_path, capsys):
+    twice = logs.HISTORY + 'event = "kind"\nfeature = [{ column = "kind" }]\n'
+    raw = logs.write(tmp_path / "raw", twice, {"log.csv": logs.lines([], header="user_id,item_id,ts,kind")})
+    assert run("--source", "generic", "--raw_dir", raw, "--out_dir", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "no row in 1 file, such as" in error and error.count("'kind'") == 1
 
 
 def test_missing_and_truncated_files_are_errors(kuairand_raw, tmp_path, capsys):

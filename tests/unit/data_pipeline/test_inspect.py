@@ -1,5 +1,6 @@
 """One page about a data set: what it holds, and what is wrong with it, the worst first."""
 
+import dataclasses
 import pathlib
 import random
 import types
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import inspect, measures
+from gpsd_dist import schema
 from gpsd_dist.data import data_versions
 from tests.assets.cases import logs
 from tests.unit.data_pipeline.conftest import run
@@ -62,6 +64,15 @@ def test_ids_that_are_all_known_are_left_out_and_rare_ones_are_not_0():
     sample = types.SimpleNamespace(unknown={"candidate.item": 0.0, "candidate.brand": 0.0004, "candidate.tab": 0.021})
     section = inspect._unknown({"test": sample})
     assert section.rows == [("candidate.brand", "test", "< 0.1%"), ("candidate.tab", "test", "2.1%")]
+
+
+def test_splits_without_rows_have_an_advice_of_their_own(built):
+    manifest = schema.read_manifest(data_versions.current(built))
+    (test,) = (split for split in manifest.splits if split.name == "test")
+    splits = tuple(dataclasses.replace(test, name=name, num_rows=0) for name in ("pretrain", "test"))
+    first, second, *_ = inspect._verdict(dataclasses.replace(manifest, splits=splits), {})
+    assert first == f"split 'pretrain' has no rows: {inspect.NO_HISTORY}"
+    assert second == "split 'test' has no rows: move the borders of the splits"
 
 
 def test_suspects_are_named_and_others_are_not(built):
