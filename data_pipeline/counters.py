@@ -100,20 +100,21 @@ def _sums(specs: collections.abc.Iterable[canonical.FeatureSpec]) -> dict[str, t
 
 
 def _by_day(log: canonical.Log) -> ir.Table:
-    """Sums the exposures of an item by UTC day, with their weights: item_id, moment_s (midnight), shown, clicks.
+    """Sums the exposures of an item by UTC day, with their weights: item_id, moment_s (midnight), clicks, others.
 
     An exposure counts as its loss does in training: only with a known label, and a negative of a sampled log 1 / rate
     times.
     """
-    task, one = log.tasks[0], ibis.literal(1.0)
+    task, one = log.tasks[0], ibis.literal(1.0)  # a decimal in Spark, where its product with a label is a double
     seen = log.exposures.filter(log.exposures[task.name].notnull() & log.exposures.item_id.notnull())
     if task.given is not None:
         seen = seen.filter(seen[task.given] == 1)
     weight = seen["sampling_weight"] if "weight" in log.sampling else one
     if "negative_rate" in log.sampling and task.given is None:
         weight = weight / ibis.ifelse(seen[task.name] == 0, seen["sampling_negative_rate"], one)
-    seen = seen.select("item_id", moment_s=_midnight_s(seen.time_s), shown=weight, clicks=weight * seen[task.name])
-    return seen.group_by(["item_id", "moment_s"]).agg(shown=seen.shown.sum(), clicks=seen.clicks.sum())
+    numbers = {"clicks": weight * seen[task.name], "others": weight * (1 - seen[task.name])}
+    seen = seen.select("item_id", moment_s=_midnight_s(seen.time_s), **numbers)
+    return seen.group_by(["item_id", "moment_s"]).agg(clicks=seen.clicks.sum(), others=seen.others.sum())
 
 
 def _with_log_odds(table: ir.Table, days: ir.Table, spec: canonical.FeatureSpec) -> ir.Table:
@@ -121,11 +122,12 @@ def _with_log_odds(table: ir.Table, days: ir.Table, spec: canonical.FeatureSpec)
     days, table = (part.mutate(_all=ibis.literal("")) for part in (days, table))
     asked = table.mutate(_asked_s=table["_midnight_s"])
     for column in ("item_id", "_all"):
-        sums = {f"_{column}_{name}": (name, 0) for name in ("shown", "clicks")}
+        sums = {f"_{column}_{name}": (name, 0) for name in ("clicks", "others")}
         table = _joined(table, _earlier(days, asked, column, sums), column, "_midnight_s")
-    rate, weight = (table["__all_clicks"] + 1) / (table["__all_shown"] + 2), spec.prior_exposures
-    clicks, others = table["_item_id_clicks"], table["_item_id_shown"] - table["_item_id_clicks"]
-    return table.mutate(**{spec.name: ((clicks + weight * rate) / (others + weight * (1 - rate))).ln()})
+    rate = (table["__all_clicks"] + 1) / (table["__all_clicks"] + table["__all_others"] + 2)
+    clicks = table["_item_id_clicks"] + spec.prior_exposures * rate
+    others = table["_item_id_others"] + spec.prior_exposures * (1 - rate)
+    return table.mutate(**{spec.name: (clicks / others).ln()})
 
 
 def _timed(log: canonical.Log) -> ir.Table:
@@ -198,7 +200,12 @@ def write(engine: Engine, log: canonical.Log, root: pathlib.Path) -> None:
     about = pa.schema([(name, pa.string()) for name in ("item_id", *columns)])
     _write(engine, items.order_by("item_id"), folder / ITEMS, about)
     if any(spec.prior_exposures for spec in log.features):
-        fields = [("item_id", pa.string()), ("moment_s", pa.int64()), ("shown", pa.float64()), ("clicks", pa.float64())]
+        fields = [
+            ("item_id", pa.string()),
+            ("moment_s", pa.int64()),
+            ("clicks", pa.float64()),
+            ("others", pa.float64()),
+        ]
         _write(engine, _by_day(log).order_by(["item_id", "moment_s"]), folder / DAYS, pa.schema(fields))
 
 

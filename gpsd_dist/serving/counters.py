@@ -35,7 +35,7 @@ from gpsd_dist.serving.tables import read_tensors
 log = logging.getLogger(__name__)
 POINTER_NAME, FOLDER = "counters.json", "counters"
 _EVENTS, _ITEMS, _AS_OF = "events.parquet", "items.parquet", b"as_of_s"  # as `data_pipeline.counters` writes them
-_DAYS, _SHOWN, _CLICKS, _DAY_S = "rates.parquet", "shown", "clicks", 86_400
+_DAYS, _CLICKS, _OTHERS, _DAY_S = "rates.parquet", "clicks", "others", 86_400
 _ITEM, _NO_SLOT = "item_id", -1
 _SAME_LOG_SHARE = 0.5  # of one log nearly all agree, but for what came late; of two logs nearly none
 _MOST_COMPARED = 100_000  # seconds
@@ -87,9 +87,9 @@ class Counters:
         rank_N = np.searchsorted(time_T, np.minimum(time_s_N // _DAY_S * _DAY_S, self.as_of_s))
         first_N = _places(a["id"], id_N) * (len(time_T) + 1)  # of an item that is not there, before every code
         begin_N, end_N = (np.searchsorted(a["rates.code"], code_N) for code_N in (first_N, first_N + rank_N))
-        shown_N, clicks_N = (a[f"rates.{part}"][end_N] - a[f"rates.{part}"][begin_N] for part in (_SHOWN, _CLICKS))
-        rate_N = (a["rates.all_clicks"][rank_N] + 1) / (a["rates.all_shown"][rank_N] + 2)
-        others_N = shown_N - clicks_N
+        clicks_N, others_N = (a[f"rates.{part}"][end_N] - a[f"rates.{part}"][begin_N] for part in (_CLICKS, _OTHERS))
+        all_N = a["rates.all_clicks"][rank_N]
+        rate_N = (all_N + 1) / (all_N + a["rates.all_others"][rank_N] + 2)
         return np.log((clicks_N + weight * rate_N) / (others_N + weight * (1 - rate_N))).astype(np.float32)
 
     def first_s(self) -> int:
@@ -200,8 +200,8 @@ def from_data(data_dir: pathlib.Path, manifest: Manifest) -> Counters:
         }
     for table in days:
         item_D, rank_D = place_R[pc.index_in(one_chunk(table[_ITEM]), raw).to_numpy()], rank[len(events) :]
-        parts = _pairs(np.arange(len(known_I)), item_D, rank_D, len(time_T), table, (_SHOWN, _CLICKS))
-        for part in (_SHOWN, _CLICKS):
+        parts = _pairs(np.arange(len(known_I)), item_D, rank_D, len(time_T), table, (_CLICKS, _OTHERS))
+        for part in (_CLICKS, _OTHERS):
             parts[f"all_{part}"] = np.append(0, np.cumsum(np.bincount(rank_D, table[part].to_numpy(), len(time_T))))
         arrays |= {f"rates.{part}": array for part, array in parts.items()}
     return Counters(arrays, int(events.schema.metadata[_AS_OF]), manifest.source)

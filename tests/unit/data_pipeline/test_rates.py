@@ -112,12 +112,12 @@ def test_an_exposure_counts_as_in_the_loss():
     def by_day(given: str | None, *sampling: str) -> list[tuple]:
         log = types.SimpleNamespace(tasks=(schema.Task("buy", given),), sampling=sampling, exposures=exposures)
         found = counters._by_day(log).order_by("moment_s").execute()
-        return [tuple(row) for row in found[["item_id", "moment_s", "shown", "clicks"]].itertuples(index=False)]
+        return [tuple(row) for row in found[["item_id", "moment_s", "clicks", "others"]].itertuples(index=False)]
 
-    assert by_day(None) == [("a", 0, 3, 1), ("a", DAY_S, 1, 0)]
-    assert by_day("click") == [("a", 0, 2, 1), ("a", DAY_S, 1, 0)]
-    assert by_day(None, "weight") == [("a", 0, 6, 2), ("a", DAY_S, 1, 0)]
-    assert by_day(None, "weight", "negative_rate") == [("a", 0, 2 + 3 / 0.5 + 1 / 0.5, 2), ("a", DAY_S, 10, 0)]
+    assert by_day(None) == [("a", 0, 1, 2), ("a", DAY_S, 0, 1)]
+    assert by_day("click") == [("a", 0, 1, 1), ("a", DAY_S, 0, 1)]
+    assert by_day(None, "weight") == [("a", 0, 2, 4), ("a", DAY_S, 0, 1)]
+    assert by_day(None, "weight", "negative_rate") == [("a", 0, 2, 3 / 0.5 + 1 / 0.5), ("a", DAY_S, 0, 10)]
     assert by_day("click", "negative_rate") == by_day("click")
 
 

@@ -106,7 +106,8 @@ def write_days(folder: pathlib.Path, shown: list[tuple[str, int, int]]) -> pathl
     pairs = sorted({(item, day) for item, day, _ in shown})
     clicks = [[click for item, day, click in shown if (item, day) == pair] for pair in pairs]
     columns = {"item_id": [item for item, _ in pairs], "moment_s": [day * DAY_S for _, day in pairs]}
-    columns |= {"shown": [float(len(found)) for found in clicks], "clicks": [float(sum(found)) for found in clicks]}
+    others = [float(len(found) - sum(found)) for found in clicks]
+    columns |= {"clicks": [float(sum(found)) for found in clicks], "others": others}
     pq.write_table(pa.table(columns), folder / "counters" / "rates.parquet")
     return folder
 
