@@ -1,4 +1,4 @@
-"""Chooses what a user leaves to the data: batch, epochs, warm-up, patience, average, dropout, dense rate, matches.
+"""Chooses what a user leaves to the data: batch, epochs, warm-up, patience, dropout, rate, temperature and others.
 
 A stranger's log may have a thousand requests or a billion. A batch of 512 makes four steps of an epoch of the first,
 and ten epochs take weeks of the second; the rules below aim at a number of steps instead. docs/learning.md has the runs
@@ -25,10 +25,14 @@ _OPTIONS = (
     ("model", "matches"),
     ("model", "bag_matches"),
     ("dense", "peak_lr"),
+    ("pretrain", "temperature"),
 )
 _MAX_WARMUP_STEPS = 500  # official settings
 _RATE_WIDTH = 64  # up to this width the peak rate is the stage's; above, it falls as 1 / width (arXiv:2203.03466, Adam)
 _MIN_RATE = 5e-4
+# At the official 0.05 rows of rare items overfit (docs/learning.md, cause 10). Tables for a click model want more than
+# what ranks the next item best.
+_TEMPERATURE = {"click model": 0.2, "next item": 0.1}
 _DROPOUT_PER_DOUBLING = 0.05
 _MIN_PATIENCE = 3
 _AVERAGE_FRACTION = 0.1  # whatever the data; 'auto', so that a run from before there was one goes on without
@@ -133,6 +137,7 @@ def _choose(run: RunConfig, manifest: Manifest) -> _Numbers:
         },
         "model": {"dropout": _dropout(run, manifest), "matches": _MATCHES, "bag_matches": _MATCHES},
         "dense": {"peak_lr": rate},
+        "pretrain": {"temperature": _TEMPERATURE["click model" if manifest.tasks else "next item"]},
     }
 
 

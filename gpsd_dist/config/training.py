@@ -71,8 +71,8 @@ def _popular_draws_are_corrected(pretrain: "PretrainConfig") -> collections.abc.
 class PretrainConfig:
     """Sets the generative objective: sampled softmax of the next item, full softmax of its small attributes."""
 
-    temperature: _Positive = 0.05
-    """Cosine similarity is divided by this (official settings)."""
+    temperature: typing.Annotated[float, pydantic.Field(gt=0), OrAuto] = 0.05
+    """Cosine similarity is divided by this (0.05: official settings)."""
     negatives_per: typing.Annotated[str, one_of(NEGATIVES_PER)] = "group"
     """Positions that share a set of negatives. group: a part of the rank's; request: those of one history (official
     GPSD, 12-20x the cost); position: none, every one draws its own (HSTU and SASRec, with num_negatives = 128)."""

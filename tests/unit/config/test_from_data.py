@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from gpsd_dist.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from gpsd_dist.config import DataConfig, ModelConfig, OptimizerConfig, PretrainConfig, RunConfig, TrainConfig
 from gpsd_dist.config.from_data import left_to_data, resolve
 from gpsd_dist.schema import Manifest, Split
 from gpsd_dist.validation import AUTO
@@ -31,6 +31,7 @@ def run_of(stage: str = "finetune", model: ModelConfig | None = None, **changes)
         model=model or ModelConfig(layers=1, width=32, dropout=AUTO),
         dense=OptimizerConfig("adamw", AUTO),
         train=TrainConfig(epochs=AUTO, warmup_fraction=AUTO, eval_per_epoch=2, patience=AUTO),
+        pretrain=PretrainConfig(AUTO if stage == "pretrain" else 0.05),
     )
     return dataclasses.replace(run, **changes)
 
@@ -166,3 +167,14 @@ def test_a_run_by_tokens_does_not_go_on_by_requests(rows, before, words):
 def test_other_words_are_no_numbers(text):
     with pytest.raises(ValueError, match="TrainConfig: epochs"):
         TrainConfig(epochs=text)
+
+
+def test_temperature_is_higher_where_a_click_model_follows():
+    labelled = manifest_of(2_000)
+    unlabelled = dataclasses.replace(labelled, tasks=())
+    chosen = [resolve(run_of("pretrain"), manifest)[0].pretrain.temperature for manifest in (labelled, unlabelled)]
+    assert chosen == [0.2, 0.1]
+    given = run_of("pretrain", pretrain=PretrainConfig(0.3))
+    assert resolve(given, labelled)[0].pretrain.temperature == 0.3
+    resumed, _ = resolve(run_of("pretrain"), labelled, saved=dataclasses.asdict(resolve(given, labelled)[0]))
+    assert resumed.pretrain.temperature == 0.3  # whatever today's rule says
