@@ -56,10 +56,16 @@ WARNINGS = "warnings"
 OBSERVED = "observed_labels"
 """Option of the manifest: task -> observed labels in train, which training looks at."""
 MODES = {"build": fresh, "append": append, "holdout": holdout}
+_asked_to_stop = threading.Event()
 
 
 class Stopped(BaseException):
     """SIGTERM asked the build to stop."""
+
+
+def _refuse_if_stopped() -> None:
+    if _asked_to_stop.is_set():
+        raise Stopped
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,8 +104,10 @@ def _stopping() -> typing.Iterator[None]:
         return
 
     def stop(number: int, frame: typing.Any) -> None:
-        raise Stopped
+        _asked_to_stop.set()
+        raise Stopped  # Python drops it if the signal comes while an object is being deleted.
 
+    _asked_to_stop.clear()
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
@@ -138,7 +146,7 @@ def _build(options: BuildOptions, command: str, warnings: list[str]) -> bool:
         return False
     progress.say(f"{options.mode} {options.source}: {options.raw_dir} -> {options.out_dir}")
     # All is written aside and published at the end, so that a build that fails changes nothing.
-    with publish.version(options.out_dir, options.keep_versions) as aside:
+    with publish.version(options.out_dir, options.keep_versions, _refuse_if_stopped) as aside:
         with engine.scratch(options, aside, sum(path.stat().st_size for path in files.values())) as running:
             log = canonical.checked(source.read(running, files, options))
             split = canonical.without_valid(log.split) if options.no_valid else log.split

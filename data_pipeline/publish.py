@@ -142,10 +142,13 @@ def _server_time_s(out_dir: pathlib.Path) -> float:
 
 
 @contextlib.contextmanager
-def version(out_dir: pathlib.Path, keep_versions: int) -> typing.Iterator[pathlib.Path]:
+def version(
+    out_dir: pathlib.Path, keep_versions: int, refuse: typing.Callable[[], None] = lambda: None
+) -> typing.Iterator[pathlib.Path]:
     """Gives an empty folder that becomes the current version when the block ends well, and is removed otherwise.
 
-    The folder is on disk before anybody can see it, `manifest.json` in it included. Needs `locked`.
+    The folder is on disk before anybody can see it, `manifest.json` in it included. `refuse` may raise at the last
+    moment before that. Needs `locked`.
     """
     aside = out_dir / VERSIONS / BUILDING
     aside.mkdir(parents=True)
@@ -154,6 +157,7 @@ def version(out_dir: pathlib.Path, keep_versions: int) -> typing.Iterator[pathli
         for path in [*aside.rglob("*"), aside]:
             sync(path)
         with _undisturbed():
+            refuse()
             _publish(out_dir, aside, keep_versions)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

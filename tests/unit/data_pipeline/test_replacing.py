@@ -87,6 +87,24 @@ def test_sigterm_leaves_nothing_behind(tmp_path):
     assert os.listdir(tmp_path / "out") == []
 
 
+class _StopsWhenDeleted:
+    """Gets SIGTERM where Python drops what a handler raises: in `__del__`."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_sigterm_whose_exception_was_lost_stops_the_build(raw, tmp_path, monkeypatch, capsys):
+    def sync_and_be_stopped(path):
+        _StopsWhenDeleted()
+
+    monkeypatch.setattr(publish, "sync", sync_and_be_stopped)
+    assert run(*arguments(raw, tmp_path / "out")) == build.STOPPED
+    assert "no data set was changed" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "current.json").exists()
+
+
 def test_two_builds_of_one_folder_are_refused(raw, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     lock = os.open(tmp_path / "out" / publish.LOCK_NAME, os.O_RDWR | os.O_CREAT)

@@ -215,7 +215,7 @@ CHANGES = {
     "missing key": ("shown.jsonl", SHOWN.replace('"slot"', '"place"'), ["shown.jsonl", "'slot'", "place"]),
     "conflict": ("items.csv", ITEMS + "x,K2,red,3\n", ["items.csv", "'x'", "several"]),
     "empty file": ("items.csv", "", ["items.csv", "empty"]),
-    "header only": ("items.csv", "sku,kind,tags,price\n", ["items.csv", "no rows"]),
+    "header only": ("items.csv", "sku,kind,tags,price\n", ["items.csv", "no row in 1 file"]),
     "truncated": ("users.parquet", b"PAR1 and then nothing", ["users.parquet", "truncated"]),
     "types": ("schema.toml", SCHEMA.replace('"view", "buy"', '"click"'), ["event_types", "'click'", "view"]),
     "no file": ("schema.toml", SCHEMA.replace("items.csv", "goods.csv"), ["goods.csv", "items.csv"]),
